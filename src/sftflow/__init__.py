@@ -1,0 +1,3 @@
+"""sftflow: base checkpoint -> chat format -> task mixture -> SFT -> evaluation -> comparison -> serving."""
+
+__version__ = "0.1.0"

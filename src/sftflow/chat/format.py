@@ -1,0 +1,126 @@
+"""Chat formats: the checkpoint's own template, a built-in one, or a .jinja file.
+
+A new built-in format is one file in formats/ and one row in BUILTIN.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from sftflow.errors import FormatError
+
+TEMPLATE_NOW = "2026-01-01T00:00:00"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatFormat:
+    """A Jinja chat template with the arguments and the clock it is always rendered with.
+
+    tokens: control tokens a checkpoint must have for it (added where they are missing).
+    python: (call start, call end, output start, output end) where the format has calculator tokens.
+    end: the end-of-turn token of a built-in format; for others it is found by rendering a probe.
+    """
+
+    name: str
+    template: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    now: str = TEMPLATE_NOW
+    tokens: tuple[str, ...] = ()
+    python: tuple[str, str, str, str] | None = None
+    end: str | None = None
+
+    def clock(self, pattern: str) -> str:
+        """`strftime_now` for the template, frozen at `now`."""
+        return datetime.fromisoformat(self.now).strftime(pattern)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "kwargs": self.kwargs, "template_now": self.now, "python": self.python}
+
+
+PYTHON = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
+
+BUILTIN: dict[str, dict[str, Any]] = {
+    "sftflow": {
+        "tokens": (
+            "<|bos|>",
+            "<|user_start|>",
+            "<|user_end|>",
+            "<|assistant_start|>",
+            "<|assistant_end|>",
+            *PYTHON,
+        ),
+        "python": PYTHON,
+        "end": "<|assistant_end|>",
+    },
+    "chatml": {"tokens": ("<|im_start|>", "<|im_end|>"), "end": "<|im_end|>"},
+}
+
+
+def builtin_format(name: str) -> ChatFormat:
+    path = Path(__file__).parent / "formats" / f"{name}.jinja"
+    return ChatFormat(name=name, template=path.read_text(encoding="utf-8").rstrip("\n"), **BUILTIN[name])
+
+
+def choose_format(name: str, tokenizer: Any, stored: dict[str, Any] | None = None) -> ChatFormat:
+    """The format for `--format name`: "auto" is the checkpoint's own template, else `sftflow`.
+
+    stored: the `format` entry of the checkpoint's sftflow.json, which keeps arguments and clock.
+    """
+    if name == "auto":
+        if not getattr(tokenizer, "chat_template", None):
+            return builtin_format("sftflow")
+        template = tokenizer.chat_template
+        if isinstance(template, dict):
+            template = template.get("default") or next(iter(template.values()))
+        if stored:
+            python = tuple(stored["python"]) if stored.get("python") else None
+            return ChatFormat(
+                name=stored.get("name", "own"),
+                template=template,
+                kwargs=stored.get("kwargs", {}),
+                now=stored.get("template_now", TEMPLATE_NOW),
+                python=python,  # type: ignore[arg-type]
+            )
+        return ChatFormat(name="own", template=template)
+    if name in BUILTIN:
+        return builtin_format(name)
+    path = Path(name)
+    if path.suffix == ".jinja":
+        if not path.is_file():
+            raise FormatError(name, "no such template file", "give a path to a .jinja file")
+        return ChatFormat(name=path.stem, template=path.read_text(encoding="utf-8"))
+    raise FormatError("--format", f"{name!r} is not a format", f"use auto, {', '.join(BUILTIN)} or a .jinja path")
+
+
+def add_tokens(tokenizer: Any, chat_format: ChatFormat) -> int:
+    """Give the tokenizer the format's control tokens and template; returns how many tokens were new."""
+    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    missing = [t for t in chat_format.tokens if t not in special]
+    added = tokenizer.add_special_tokens({"additional_special_tokens": missing}) if missing else 0
+    tokenizer.chat_template = chat_format.template
+    return int(added)
+
+
+def tokenizer_json(tokenizer: Any) -> dict[str, Any]:
+    """The fast tokenizer as JSON, without the padding and truncation state that calls leave behind."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise FormatError("tokenizer", "it is not a fast tokenizer", "convert it with AutoTokenizer(use_fast=True)")
+    data: dict[str, Any] = json.loads(backend.to_str())
+    data.pop("truncation", None)
+    data.pop("padding", None)
+    return data
+
+
+def fingerprint(tokenizer: Any, chat_format: ChatFormat) -> str:
+    """One hash of everything that turns a conversation into ids."""
+    digest = hashlib.sha256()
+    digest.update(json.dumps(tokenizer_json(tokenizer), sort_keys=True, ensure_ascii=False).encode())
+    digest.update(chat_format.template.encode())
+    digest.update(json.dumps([chat_format.kwargs, chat_format.now], sort_keys=True).encode())
+    return digest.hexdigest()[:16]

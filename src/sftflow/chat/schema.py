@@ -1,0 +1,304 @@
+"""The canonical conversation, and the dialects that are normalised into it.
+
+    {"messages": [...], "tools"?: [...]}                       OpenAI chat, the canonical shape
+    [{"role": ..., "content": ...}, ...]                       a bare list of messages
+    {"prompt": text | messages, "completion": text | messages}
+    {"instruction": ..., "input"?: ..., "output": ...}         Alpaca
+    {"conversations": [{"from": "human", "value": ...}, ...]}  ShareGPT
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from sftflow.errors import DataError, SchemaError
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+PART_KINDS = ("text", "python", "python_output")
+MESSAGE_KEYS = {"role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "weight"}
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "system": "system",
+    "developer": "developer",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A piece of a message. `python` is a calculator call, `python_output` its result."""
+
+    kind: Literal["text", "python", "python_output"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `parts` has one text part for plain content; it is empty where the content is null."""
+
+    role: str
+    parts: tuple[Part, ...]
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    weight: int = 1
+
+    @property
+    def text(self) -> str:
+        """The content as one string, parts joined."""
+        return "".join(part.text for part in self.parts)
+
+    @property
+    def uses_python(self) -> bool:
+        return any(part.kind != "text" for part in self.parts)
+
+
+def text_message(role: str, text: str) -> Message:
+    return Message(role, (Part("text", text),))
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One row. `source` is FILE:LINE (or task:number); `meta` keeps the row's other keys."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = ()
+    meta: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+
+    def before(self, turn: int) -> Conversation:
+        """The history in front of message number `turn`."""
+        return replace(self, messages=self.messages[:turn])
+
+
+def _parts(content: Any, place: str) -> tuple[Part, ...]:
+    if content is None:
+        return ()
+    if isinstance(content, str):
+        return (Part("text", content),)
+    if not isinstance(content, list):
+        raise SchemaError(place, f"content is {_kind(content)}", "make it a string or a list of parts")
+    parts = []
+    for number, part in enumerate(content):
+        where = f"{place}.content[{number}]"
+        if not isinstance(part, dict):
+            raise SchemaError(where, f"a part is {_kind(part)}", 'write {"type": "text", "text": ...}')
+        kind = part.get("type")
+        if kind not in PART_KINDS:
+            raise SchemaError(where, f"part type {kind!r} is not known", f"use one of {', '.join(PART_KINDS)}")
+        text = part.get("text", part.get("value"))
+        if not isinstance(text, str):
+            raise SchemaError(where, f"its text is {_kind(text)}", "make it a string")
+        unknown = set(part) - {"type", "text", "value"}
+        if unknown:
+            raise SchemaError(where, f"unknown key {sorted(unknown)[0]!r}", "keep only type and text")
+        parts.append(Part(kind, text))
+    return tuple(parts)
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    return {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}.get(type(value), "a number")
+
+
+def parse_message(raw: Any, place: str) -> Message:
+    """Validate one message. Raises SchemaError that names the place inside the row."""
+    if not isinstance(raw, dict):
+        raise SchemaError(place, f"a message is {_kind(raw)}", "make it an object with role and content")
+    unknown = sorted(set(raw) - MESSAGE_KEYS)
+    if unknown:
+        raise SchemaError(place, f"unknown key {unknown[0]!r} in a message", f"known: {', '.join(sorted(MESSAGE_KEYS))}")
+    role = raw.get("role")
+    if role not in ROLES:
+        fact = "a message without a role" if role is None else f"role {role!r} is not known"
+        raise SchemaError(place, fact, f"use one of {', '.join(ROLES)}")
+    for key in ("tool_call_id", "name", "reasoning_content"):
+        if raw.get(key) is not None and not isinstance(raw[key], str):
+            raise SchemaError(f"{place}.{key}", f"it is {_kind(raw[key])}", "make it a string")
+    calls = raw.get("tool_calls") or []
+    if not isinstance(calls, list) or not all(isinstance(c, dict) for c in calls):
+        raise SchemaError(f"{place}.tool_calls", "not a list of objects", "see the OpenAI chat shape")
+    for number, call in enumerate(calls):
+        function = call.get("function", call)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise SchemaError(f"{place}.tool_calls[{number}]", "no function name", "give function.name and arguments")
+        if not isinstance(function.get("arguments", {}), (dict, str)):
+            raise SchemaError(f"{place}.tool_calls[{number}]", "arguments are neither object nor string", "mend them")
+    for key in ("tool_calls", "reasoning_content", "weight"):
+        if raw.get(key) is not None and role != "assistant":
+            raise SchemaError(f"{place}.{key}", f"only an assistant message has {key}, this is {role}", "remove it")
+    weight = raw.get("weight", 1)
+    if weight not in (0, 1) or isinstance(weight, bool):
+        raise SchemaError(f"{place}.weight", f"weight is {weight!r}", "use 0 or 1")
+    if "content" not in raw and not calls:
+        raise SchemaError(place, "no content", "give content, or tool_calls on an assistant message")
+    parts = _parts(raw.get("content"), place)
+    if not parts and not (role == "assistant" and calls):
+        raise SchemaError(f"{place}.content", "content is null", 'write "" for an empty message')
+    if role != "assistant" and any(p.kind != "text" for p in parts):
+        raise SchemaError(f"{place}.content", f"python parts in a {role} message", "only the assistant calls the tool")
+    return Message(
+        role=role,
+        parts=parts,
+        tool_calls=tuple(calls),
+        tool_call_id=raw.get("tool_call_id"),
+        name=raw.get("name"),
+        reasoning_content=raw.get("reasoning_content"),
+        weight=weight,
+    )
+
+
+def _side(value: Any, role: str, place: str) -> list[Any]:
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if isinstance(value, list):
+        return value
+    raise SchemaError(place, f"it is {_kind(value)}", "make it a text or a list of messages")
+
+
+def _sharegpt(raw: Any, place: str) -> dict[str, Any]:
+    if not isinstance(raw, dict) or not isinstance(raw.get("value"), str):
+        raise SchemaError(place, "a ShareGPT turn without a text `value`", 'write {"from": "human", "value": ...}')
+    role = SHAREGPT_ROLES.get(str(raw.get("from")))
+    if raw.get("from") == "function_call":
+        try:
+            call = json.loads(raw["value"])
+        except ValueError:
+            raise SchemaError(place, "a function_call that is not JSON", "give name and arguments") from None
+        return {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": call}]}
+    if role is None:
+        raise SchemaError(place, f"from {raw.get('from')!r} is not known", f"use one of {', '.join(SHAREGPT_ROLES)}")
+    out: dict[str, Any] = {"role": role, "content": raw["value"]}
+    if role == "assistant" and "weight" in raw:
+        out["weight"] = raw["weight"]
+    return out
+
+
+def parse_row(row: Any, place: str) -> Conversation:
+    """One row of any accepted dialect -> the canonical conversation.
+
+    >>> parse_row({"prompt": "hi", "completion": "yo"}, "x:1").messages[1].text
+    'yo'
+    """
+    meta: dict[str, Any] = {}
+    tools: Any = []
+    if isinstance(row, list):
+        raw = row
+    elif not isinstance(row, dict):
+        raise SchemaError(place, f"a row is {_kind(row)}", "make it an object with messages")
+    elif "messages" in row:
+        raw, tools = row["messages"], row.get("tools") or []
+        meta = {k: v for k, v in row.items() if k not in ("messages", "tools")}
+    elif "prompt" in row and "completion" in row:
+        raw = _side(row["prompt"], "user", f"{place}.prompt")
+        raw = [*raw, *_side(row["completion"], "assistant", f"{place}.completion")]
+        tools = row.get("tools") or []
+        meta = {k: v for k, v in row.items() if k not in ("prompt", "completion", "tools")}
+    elif "instruction" in row and "output" in row:
+        for key in ("instruction", "output"):
+            if not isinstance(row[key], str):
+                raise SchemaError(f"{place}.{key}", f"it is {_kind(row[key])}", "make it a string")
+        extra = row.get("input")
+        ask = row["instruction"] if not extra else f"{row['instruction']}\n\n{extra}"
+        raw = [{"role": "user", "content": ask}, {"role": "assistant", "content": row["output"]}]
+        meta = {k: v for k, v in row.items() if k not in ("instruction", "input", "output")}
+    elif "conversations" in row:
+        turns = row["conversations"]
+        if not isinstance(turns, list):
+            raise SchemaError(f"{place}.conversations", f"it is {_kind(turns)}", "make it a list of turns")
+        raw = [_sharegpt(turn, f"{place}.conversations[{i}]") for i, turn in enumerate(turns)]
+        if row.get("system"):
+            raw.insert(0, {"role": "system", "content": row["system"]})
+        tools = row.get("tools") or []
+        meta = {k: v for k, v in row.items() if k not in ("conversations", "tools", "system")}
+    else:
+        keys = ", ".join(map(repr, list(row)[:4])) or "none"
+        raise SchemaError(place, f"no known dialect (keys: {keys})", "give messages, or prompt and completion")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            raise SchemaError(f"{place}.tools", "a string that is not JSON", "give a list of tools") from None
+    if not isinstance(tools, list) or not all(isinstance(t, dict) for t in tools):
+        raise SchemaError(f"{place}.tools", "not a list of objects", "see the OpenAI tool shape")
+    if not isinstance(raw, list) or not raw:
+        raise SchemaError(f"{place}.messages", "no messages", "give at least one")
+    messages = tuple(parse_message(m, f"{place}.messages[{i}]") for i, m in enumerate(raw))
+    return Conversation(messages, tuple(tools), meta, place)
+
+
+def read_rows(source: str | Path) -> Iterator[tuple[str, Any]]:
+    """(place, raw row) of a .jsonl, .json or .parquet file, or of a hub data set `hub:NAME[:SPLIT]`.
+
+    Raises DataError naming the file and line where a row cannot be read.
+    """
+    name = str(source)
+    if name.startswith("hub:"):
+        yield from _read_hub(name)
+        return
+    path = Path(source)
+    if not path.is_file():
+        raise DataError(name, "no such file", "check the path; a hub data set is written hub:OWNER/NAME")
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            number = 0
+            for batch in pq.ParquetFile(path).iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{name}:{number}", {k: v for k, v in row.items() if v is not None}
+        elif path.suffix == ".json":
+            rows = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(rows, list):
+                raise DataError(name, f"the file holds {_kind(rows)}", "make it a list of rows, or use .jsonl")
+            for number, row in enumerate(rows, 1):
+                yield f"{name}:{number}", row
+        else:
+            with path.open(encoding="utf-8") as f:
+                for number, line in enumerate(f, 1):
+                    if line.strip():
+                        try:
+                            yield f"{name}:{number}", json.loads(line)
+                        except ValueError as error:
+                            fact = f"not JSON ({error})"
+                            raise DataError(f"{name}:{number}", fact, "fix or remove the line") from None
+    except UnicodeDecodeError as error:
+        raise DataError(name, f"not UTF-8 text ({error.reason} at byte {error.start})", "convert it") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{name}:{error.lineno}", f"not JSON ({error.msg})", "fix it") from None
+    except OSError as error:
+        raise DataError(name, f"cannot be read ({error.strerror or error})", "check the file") from None
+
+
+def _read_hub(name: str) -> Iterator[tuple[str, Any]]:
+    import datasets
+
+    _, _, rest = name.partition(":")
+    hub_id, _, split = rest.partition(":")
+    try:
+        data = datasets.load_dataset(hub_id, split=split or "train", streaming=True)
+    except Exception as error:  # the library raises many kinds, from HTTP errors to its own
+        raise DataError(name, f"cannot be loaded ({type(error).__name__}: {error})", "check id and network") from None
+    for number, row in enumerate(data, 1):
+        yield f"{name}:{number}", dict(row)
+
+
+def read_conversations(source: str | Path) -> Iterator[Conversation]:
+    """Every row of a data file as a Conversation. Raises SchemaError or DataError at the first bad one."""
+    for place, row in read_rows(source):
+        yield parse_row(row, place)

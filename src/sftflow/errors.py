@@ -1,0 +1,69 @@
+"""The one error tree.
+
+    SftflowError            exit 2   the user's input was wrong
+      SchemaError                    a conversation breaks the schema
+      FormatError                    a chat format cannot express a conversation
+      RecipeError                    a recipe key or value is wrong
+      CheckpointError                a checkpoint is missing, damaged, or does not fit
+      ContextError                   something is longer than the model's context
+      TaskError                      an unknown task, or a task's data file is wrong
+      DataError                      a data file is missing or unreadable
+      ServeError                     a port in use, a wrong host
+      ProofError            exit 1   a check failed: an audit invariant, a parity certificate
+        MaskError                    a loss mask cannot be proven
+      RunError              exit 3   the run failed: disk full, out of memory, loss not finite
+
+Every message is one line: `place: fact; remedy`.
+"""
+
+from __future__ import annotations
+
+
+class SftflowError(Exception):
+    """An error a user can act on: where it is, what is the case, what to do.
+
+    >>> str(SchemaError("data.jsonl:17", "two user turns in a row", "merge them"))
+    'data.jsonl:17: two user turns in a row; merge them'
+    """
+
+    exit_code = 2
+
+    def __init__(self, place: str, fact: str, remedy: str = "") -> None:
+        self.place, self.fact, self.remedy = place, fact, remedy
+        line = f"{place}: {fact}" if place else fact
+        super().__init__(" ".join(f"{line}; {remedy}".split()) if remedy else " ".join(line.split()))
+
+
+class SchemaError(SftflowError): ...
+
+
+class FormatError(SftflowError): ...
+
+
+class RecipeError(SftflowError): ...
+
+
+class CheckpointError(SftflowError): ...
+
+
+class ContextError(SftflowError): ...
+
+
+class TaskError(SftflowError): ...
+
+
+class DataError(SftflowError): ...
+
+
+class ServeError(SftflowError): ...
+
+
+class ProofError(SftflowError):
+    exit_code = 1
+
+
+class MaskError(ProofError): ...
+
+
+class RunError(SftflowError):
+    exit_code = 3
