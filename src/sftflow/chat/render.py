@@ -133,6 +133,7 @@ class Renderer:
         longest_first = sorted(self.special, key=len, reverse=True)
         self._special_re = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._json = data
+        self._skeletons: dict[tuple[Any, ...], list[str] | None] = {}
         self._alias: tuple[Any, dict[int, int]] | None = None
         self._names = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
         self._has_python = chat_format.python is not None and all(t in self.special for t in chat_format.python)
@@ -281,6 +282,8 @@ class Renderer:
         their place, so that a text which happens to occur elsewhere cannot stand in for one that was left out."""
         if not any(m.role == "assistant" and m.weight for m in conversation.messages):
             return
+        if self._is_substitution(conversation, messages, text):
+            return
         marked, marks = copy.deepcopy(messages), []
 
         def mark(where: str, value: str) -> str:
@@ -327,6 +330,46 @@ class Renderer:
                     f"the {self.format.name} format leaves it out of the training text",
                     "remove it from the row or use a --format that writes it",
                 )
+
+    def _is_substitution(
+        self, conversation: Conversation, messages: list[dict[str, Any]], text: str
+    ) -> bool:
+        """Whether the text is the rendering of a conversation of the same shape (same roles and kinds of parts, marks
+        for contents) with this row's contents put where the marks are. It proves that nothing vanished, and costs no
+        rendering once a shape is known."""
+        if conversation.tools or any(m.tool_calls or m.reasoning_content for m in conversation.messages):
+            return False
+        contents: list[str] = []
+        shape: list[tuple[Any, ...]] = []
+        for message in messages:
+            content = message["content"]
+            parts = [content] if isinstance(content, str) else [p["text"] for p in content]
+            kinds = () if isinstance(content, str) else tuple(p["type"] for p in content)
+            shape.append((message["role"], message.get("name") is None, kinds))
+            contents.extend(parts)
+        if not all(c.strip() for c in contents):
+            return False
+        key = tuple(shape)
+        if key not in self._skeletons:
+            marked, count = copy.deepcopy(messages), 0
+            for message in marked:
+                if isinstance(message["content"], str):
+                    message["content"], count = f"{MARK_OPEN}{count}{MARK_CLOSE}", count + 1
+                    continue
+                for part in message["content"]:
+                    part["text"], count = f"{MARK_OPEN}{count}{MARK_CLOSE}", count + 1
+            try:
+                skeleton = self._text(marked, (), False, conversation.source)
+            except FormatError:
+                skeleton = ""
+            pieces = re.split(f"{MARK_OPEN}(\\d+){MARK_CLOSE}", skeleton)
+            whole = sorted(map(int, pieces[1::2])) == list(range(count))
+            self._skeletons[key] = pieces if whole else None
+        found = self._skeletons[key]
+        if found is None:
+            return False
+        filled = [contents[int(p)] if i % 2 else p for i, p in enumerate(found)]
+        return "".join(filled) == text
 
     @staticmethod
     def _value_at(messages: list[dict[str, Any]], conversation: Conversation, where: str) -> str:

@@ -1,0 +1,280 @@
+"""Checkpoints: a Hugging Face directory plus `sftflow.json` (lineage, format, fingerprint, file hashes).
+
+A model is named by a directory, a run directory (its `checkpoint/` is meant), `builtin:tiny`, a .gguf file, or a
+hub id.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sftflow.chat.format import ChatFormat, add_tokens, choose_format, fingerprint
+from sftflow.errors import CheckpointError
+from sftflow.files import recover_directory, sha256_file, write_directory, write_json
+
+if TYPE_CHECKING:
+    from sftflow.chat.render import Renderer
+    from sftflow.generate.engine import Engine
+
+BUILTIN_TINY = "builtin:tiny"
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a checkpoint's files are. path: a directory, or a hub id where `is_hub`; gguf: file name inside it."""
+
+    name: str
+    path: str
+    gguf: str | None = None
+    is_hub: bool = False
+
+    @property
+    def load_args(self) -> dict[str, Any]:
+        return {"gguf_file": self.gguf} if self.gguf else {}
+
+
+@dataclass
+class Assistant:
+    """A loaded checkpoint that can talk: model, tokenizer, renderer and engine of one format."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    renderer: Renderer
+    engine: Engine
+    info: dict[str, Any]
+
+
+def resolve(name: str) -> Location:
+    """Find the files behind a model name. Raises CheckpointError where there are none, or a shard is missing."""
+    if name == BUILTIN_TINY:
+        return Location(name, str(Path(__file__).parent / "base" / "tiny"))
+    if name.startswith("builtin:"):
+        raise CheckpointError(name, "no such built-in base", f"use {BUILTIN_TINY}")
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise CheckpointError(name, "no such file", "check the path")
+        return Location(name, str(path.parent), gguf=path.name)
+    if path.is_dir() or (path / "checkpoint").is_dir():
+        recover_directory(path / "checkpoint")
+        inside = path / "checkpoint" if (path / "checkpoint").is_dir() else path
+        if (path / "resume").is_dir() and not (path / "checkpoint").is_dir():
+            raise CheckpointError(name, "this run has not finished", "continue it with train RECIPE --resume")
+        if not any((inside / f).is_file() for f in ("config.json", "tokenizer.json", "tokenizer_config.json")):
+            raise CheckpointError(name, "no config.json in it", "give a Hugging Face checkpoint directory")
+        return Location(name, str(inside))
+    looks_like_hub = name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not path.suffix
+    if not looks_like_hub or path.exists():
+        raise CheckpointError(name, "no such checkpoint directory", f"give a directory, a hub id or {BUILTIN_TINY}")
+    return Location(name, name, is_hub=True)
+
+
+def _check_files(location: Location) -> dict[str, Any]:
+    """The directory's sftflow.json ({} where there is none), after checking shards and recorded hashes."""
+    if location.is_hub or location.gguf:
+        return {}
+    directory = Path(location.path)
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError):
+            raise CheckpointError(str(index), "not a shard index", "copy the checkpoint again") from None
+        for shard in shards:
+            if not (directory / shard).is_file():
+                raise CheckpointError(f"{location.name}/{shard}", "this shard is missing", "copy the checkpoint again")
+    elif not any(directory.glob("*.safetensors")):
+        raise CheckpointError(
+            location.name, "no model.safetensors in it", "pickled weights are not loaded; convert them to safetensors"
+        )
+    record = directory / "sftflow.json"
+    if not record.is_file():
+        return {}
+    try:
+        info: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError:
+        raise CheckpointError(str(record), "not JSON", "copy the checkpoint again") from None
+    for file, expected in info.get("sha256", {}).items():
+        path = directory / file
+        if not path.is_file():
+            raise CheckpointError(f"{location.name}/{file}", "this file is missing", "copy the checkpoint again")
+        if sha256_file(path) != expected:
+            fact = "its sha256 is not the one recorded when it was saved"
+            raise CheckpointError(f"{location.name}/{file}", fact, "copy the checkpoint again")
+    return info
+
+
+def load_tokenizer(location: Location) -> Any:
+    """The fast tokenizer of a checkpoint."""
+    from transformers import AutoTokenizer
+
+    with _named_errors(location):
+        return AutoTokenizer.from_pretrained(location.path, **location.load_args)
+
+
+def load_info(location: Location) -> dict[str, Any]:
+    """sftflow.json of a checkpoint that holds only a tokenizer or is not ours: {} where there is none."""
+    path = Path(location.path) / "sftflow.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def load_model(location: Location) -> tuple[Any, dict[str, Any]]:
+    """(model in fp32 on the CPU, its sftflow.json). Raises CheckpointError naming a missing or damaged file."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    info = _check_files(location)
+    with _named_errors(location):
+        model = AutoModelForCausalLM.from_pretrained(location.path, dtype=torch.float32, **location.load_args)
+        if location.gguf:
+            # The de-quantised model remembers its quantisation and refuses to be saved; a fresh one does not.
+            fresh = type(model)(model.config)
+            fresh.load_state_dict(model.state_dict())
+            fresh.tie_weights()
+            fresh.generation_config = model.generation_config
+            model = fresh
+    return model.float(), info
+
+
+class _named_errors:
+    """Turn the loading libraries' errors into one line that names the checkpoint."""
+
+    def __init__(self, location: Location) -> None:
+        self.location = location
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None or isinstance(error, (CheckpointError, KeyboardInterrupt, MemoryError)):
+            return
+        if isinstance(error, ImportError) and self.location.gguf:
+            raise CheckpointError(
+                self.location.name, "reading .gguf needs the gguf package", "pip install 'sftflow[gguf]'"
+            ) from error
+        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        remedy = "check the id and the network" if self.location.is_hub else "check that the files are whole"
+        raise CheckpointError(self.location.name, f"cannot be loaded ({type(error).__name__}: {first})", remedy) from error
+
+
+def grow_embeddings(model: Any, n_tokens: int) -> int:
+    """Give the model rows for the tokenizer's new tokens, each at the mean of the old rows; weights stay tied.
+
+    Returns how many rows were added.
+    """
+    import torch
+
+    old = model.get_input_embeddings().weight.shape[0]
+    if n_tokens <= old:
+        return 0
+    means = {}
+    for which in ("input", "output"):
+        layer = getattr(model, f"get_{which}_embeddings")()
+        if layer is not None:
+            means[which] = layer.weight.detach().float().mean(0)
+    model.resize_token_embeddings(n_tokens, mean_resizing=False)
+    with torch.no_grad():
+        for which, mean in means.items():
+            weight = getattr(model, f"get_{which}_embeddings")().weight
+            weight[old:] = mean.to(weight.dtype)
+    return n_tokens - old
+
+
+def prepare(
+    location: Location, *, format_name: str = "auto", fallback: ChatFormat | None = None
+) -> tuple[Any, Any, Renderer, dict[str, Any]]:
+    """(model, tokenizer, renderer, info): a checkpoint ready to be trained or asked in one format.
+
+    fallback: the format of a checkpoint that has none of its own, instead of `sftflow`.
+
+    Raises CheckpointError where the stored fingerprint is not that of the files.
+    """
+    from sftflow.chat.render import Renderer
+
+    model, info = load_model(location)
+    tokenizer = load_tokenizer(location)
+    chat_format = choose_format(format_name, tokenizer, info.get("format"))
+    if fallback is not None and not getattr(tokenizer, "chat_template", None):
+        chat_format = fallback
+    stored = info.get("fingerprint")
+    if stored and format_name == "auto":
+        now = fingerprint(tokenizer, chat_format)
+        if now != stored:
+            raise CheckpointError(
+                location.name,
+                f"tokenizer or chat format changed since training (fingerprint {stored} -> {now})",
+                "restore tokenizer.json and chat_template.jinja, or train again",
+            )
+    add_tokens(tokenizer, chat_format)
+    grow_embeddings(model, len(tokenizer))
+    return model, tokenizer, Renderer(tokenizer, chat_format), info
+
+
+def load_assistant(
+    name: str, *, format: str = "auto", precision: str = "fp32", fallback: ChatFormat | None = None
+) -> Assistant:
+    """Load a checkpoint that answers in a chat format (its own, or the named one)."""
+    from sftflow.generate.engine import Engine
+    from sftflow.runtime import detect
+
+    location = resolve(name)
+    model, tokenizer, renderer, info = prepare(location, format_name=format, fallback=fallback)
+    runtime = detect(precision)
+    model.to(runtime.device).eval()
+    return Assistant(name, model, tokenizer, renderer, Engine(model, renderer, runtime), info)
+
+
+def save(
+    target: Path,
+    model: Any,
+    tokenizer: Any,
+    renderer: Renderer,
+    *,
+    dtype: Any,
+    meta: dict[str, Any],
+) -> None:
+    """Write a checkpoint directory, whole or not at all.
+
+    It loads with AutoModelForCausalLM, carries the chat template, and stops at the end-of-turn token by its
+    generation_config.json. The weights are written in `dtype`.
+    """
+    chat_format: ChatFormat = renderer.format
+    stop = renderer.stop_ids()
+
+    def fill(directory: Path) -> None:
+        state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
+        tied = getattr(model, "_tied_weights_keys", None)
+        if tied and model.config.tie_word_embeddings:
+            for key in tied if isinstance(tied, (list, tuple, set)) else tied.keys():
+                state.pop(key, None)
+        old_dtype = model.config.dtype
+        implementation = model.config._attn_implementation
+        model.config.dtype = dtype
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+        model.generation_config.eos_token_id = stop if len(stop) != 1 else stop[0]
+        # A base's generation config may hold sampling values without do_sample, which saving refuses.
+        model.generation_config.do_sample = bool(model.generation_config.do_sample)
+        if not model.generation_config.do_sample:
+            for key in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
+                setattr(model.generation_config, key, None)
+        try:
+            model.save_pretrained(directory, state_dict=state)
+        finally:
+            model.config.dtype = old_dtype
+            model.set_attn_implementation(implementation)
+        tokenizer.save_pretrained(directory)
+        files = sorted(p for p in directory.iterdir() if p.suffix in (".safetensors", ".json", ".jinja"))
+        record = {
+            **meta,
+            "kind": "sft",
+            "format": chat_format.to_json(),
+            "fingerprint": fingerprint(tokenizer, chat_format),
+            "dtype": str(dtype).removeprefix("torch."),
+            "sha256": {p.name: sha256_file(p) for p in files},
+        }
+        write_json(directory / "sftflow.json", record)
+
+    write_directory(target, fill)

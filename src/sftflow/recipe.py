@@ -1,0 +1,218 @@
+"""The recipe: frozen pydantic models, YAML in. An unknown key is an error that names its nearest neighbour."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from sftflow.errors import RecipeError
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SourceEntry(_Frozen):
+    """One entry of the mixture: a built-in task, or conversations from a file."""
+
+    source: str
+    path: str | None = None
+    name: str | None = None
+    split: str = "train"
+    limit: Annotated[int, Field(gt=0)] | None = None
+    repeat: Annotated[int, Field(ge=1)] = 1
+
+    @property
+    def label(self) -> str:
+        return self.name or (Path(self.source).stem if "/" in self.source or "." in self.source else self.source)
+
+
+class Identity(_Frozen):
+    name: str = "Pico"
+    maker: str = "the sftflow project"
+
+
+class Schedule(_Frozen):
+    kind: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.03
+    warmdown: Annotated[float, Field(ge=0, le=1)] = 0.5
+    final: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+class Train(_Frozen):
+    out: str = "runs/sft"
+    max_length: Annotated[int, Field(ge=8)] = 512
+    tokens_per_step: Annotated[int, Field(gt=0)] = 8192
+    micro_tokens: Annotated[int, Field(gt=0)] | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    steps: Annotated[int, Field(gt=0)] | None = None
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    schedule: Schedule = Schedule()
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    overlong: Literal["cut", "drop"] = "cut"
+    save_every: Annotated[int, Field(gt=0)] = 200
+    keep: Annotated[int, Field(ge=1)] = 2
+    best: Literal["validation_loss", "last"] = "validation_loss"
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    seed: int = 0
+    compile: bool = False
+    logger: None = None
+    lora: None = None
+
+    @field_validator("logger", "lora", mode="before")
+    @classmethod
+    def _not_yet(cls, value: Any) -> None:
+        if value is not None:
+            raise ValueError("not available in this version; leave it null")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Train:
+        if self.tokens_per_step < self.max_length:
+            raise ValueError(f"tokens_per_step {self.tokens_per_step} is less than max_length {self.max_length}")
+        if self.micro_tokens is not None and self.micro_tokens < self.max_length:
+            raise ValueError(f"micro_tokens {self.micro_tokens} is less than max_length {self.max_length}")
+        return self
+
+
+class Eval(_Frozen):
+    tasks: tuple[str, ...] = ()
+    limit: Annotated[int, Field(gt=0)] | None = 200
+    every: None = None
+
+
+class Compare(_Frozen):
+    prompts: str = "default"
+
+
+class Recipe(_Frozen):
+    """A whole run. Paths are relative to the recipe's file, except train.out (current directory)."""
+
+    base: str = "builtin:tiny"
+    format: str = "auto"
+    mixture: Annotated[tuple[SourceEntry, ...], Field(min_length=1)]
+    identity: Identity = Identity()
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    validation: Annotated[float, Field(ge=0)] = 0.01
+    train: Train = Train()
+    eval: Eval | None = None
+    compare: Compare | None = None
+
+
+def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """The keys that would have been known at a place of the recipe."""
+    from typing import get_args
+
+    for step in location:
+        if isinstance(step, int) or step not in model.model_fields:
+            continue
+        annotation = model.model_fields[step].annotation
+        candidates = [annotation, *get_args(annotation)]
+        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if nested:
+            model = nested[0]
+    return list(model.model_fields)
+
+
+def parse_recipe(data: Any, place: str) -> Recipe:
+    """Validate a recipe. Raises RecipeError with the first mistake: place, fact, remedy."""
+    if not isinstance(data, dict):
+        raise RecipeError(place, "a recipe is a mapping of keys", "see the README's example")
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        location = tuple(first["loc"])
+        path = ".".join(str(x) for x in location if x not in ("int", "float", "constrained-int"))
+        if first["type"] == "extra_forbidden":
+            known = _known_keys(Recipe, location[:-1])
+            near = difflib.get_close_matches(str(location[-1]), known, 1, 0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+            raise RecipeError(f"{place}: {path}", "unknown key", hint) from None
+        if first["type"] == "missing":
+            raise RecipeError(f"{place}: {path}", "this key is missing", "add it") from None
+        message = str(first["msg"]).removeprefix("Value error, ")
+        given = json.dumps(first.get("input"), default=str, ensure_ascii=False)
+        given = given if len(given) < 60 else given[:57] + "..."
+        raise RecipeError(f"{place}: {path}", f"{message} (given: {given})", "correct the value") from None
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a YAML recipe, apply `key.sub=value` overrides, make its paths absolute to its own folder."""
+    file = Path(path)
+    if not file.is_file():
+        raise RecipeError(str(path), "no such recipe", "give the path of a YAML file")
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise RecipeError(where, f"not YAML ({getattr(error, 'problem', error)})", "fix the line") from None
+    except UnicodeDecodeError:
+        raise RecipeError(str(path), "not UTF-8 text", "convert it") from None
+    for override in overrides or []:
+        apply_override(data, override)
+    return resolve_paths(parse_recipe(data, str(path)), file.resolve().parent)
+
+
+def apply_override(data: Any, override: str) -> None:
+    """`train.steps=30` sets data["train"]["steps"] to 30; the value is read as YAML."""
+    key, found, value = override.partition("=")
+    if not found or not isinstance(data, dict):
+        raise RecipeError(f"--set {override}", "it is not key=value", "write for example --set train.steps=30")
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {}) if isinstance(data, dict) else None
+        if not isinstance(data, dict):
+            raise RecipeError(f"--set {override}", f"{parent!r} holds no keys", "check the key")
+    try:
+        data[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise RecipeError(f"--set {override}", "the value is not YAML", "quote it") from None
+
+
+def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
+    """Relative paths of data, base and prompts become absolute, seen from the recipe's folder."""
+    from sftflow.mixture.tasks import TASKS
+
+    def absolute(value: str) -> str:
+        return value if value.startswith("hub:") or Path(value).is_absolute() else str(folder / value)
+
+    entries = []
+    for entry in recipe.mixture:
+        update: dict[str, Any] = {}
+        if entry.path is not None:
+            update["path"] = absolute(entry.path)
+        elif entry.source not in TASKS:
+            if "/" not in entry.source and "." not in entry.source:
+                near = difflib.get_close_matches(entry.source, TASKS, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(TASKS)}, or a data file"
+                raise RecipeError("mixture", f"unknown task {entry.source!r}", hint)
+            update = {"source": absolute(entry.source), "name": entry.label}
+        entries.append(entry.model_copy(update=update))
+    update = {"mixture": tuple(entries)}
+    base = recipe.base
+    if not base.startswith("builtin:") and ((folder / base).exists() or base.startswith((".", "/")) or base.endswith(".gguf")):
+        update["base"] = absolute(base)
+    if recipe.eval is not None:
+        tasks = []
+        for task in recipe.eval.tasks:
+            name, found, path = task.partition("=")
+            tasks.append(f"{name}={absolute(path)}" if found else task)
+        update["eval"] = recipe.eval.model_copy(update={"tasks": tuple(tasks)})
+    if recipe.compare is not None and recipe.compare.prompts != "default":
+        update["compare"] = Compare(prompts=absolute(recipe.compare.prompts))
+    if recipe.format.endswith(".jinja"):
+        update["format"] = absolute(recipe.format)
+    return recipe.model_copy(update=update)
+
+
+def to_yaml(recipe: Recipe) -> str:
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
