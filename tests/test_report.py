@@ -278,7 +278,7 @@ def test_loss_skips_values_that_are_no_numbers_and_stays_small() -> None:
     html = render_report(data)
     assert Page(html) and len(html) < 1_000_000
     assert not re.search(r'd="[^"]*(nan|inf)', html)
-    assert report._smooth([4.0, 2.0, 3.0], 1) == [4.0, 3.0, 3.0]
+    assert report._smooth([4.0, 2.0, 3.0], 1) == [4.0, 3.0, 2.5]
     assert report._smooth([1.0, 2.0], 0) == [1.0, 2.0]
     assert report._ticks(0.2, 3.1, 5) == [1.0, 2.0, 3.0]
 

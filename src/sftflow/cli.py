@@ -431,24 +431,24 @@ def serve(
     from sftflow.checkpoint import load_assistant
     from sftflow.compare.run import base_format
     from sftflow.console import stderr
+    from sftflow.serve.api import open_socket
     from sftflow.serve.api import serve as run
 
-    def load() -> dict[str, Any]:
-        sft = load_assistant(model)
-        assistants = {_model_id(model): sft}
-        if base_model:
-            name = _model_id(base_model)
-            name = name if name not in assistants else f"{name}-base"
-            assistants[name] = load_assistant(base_model, fallback=base_format(sft))
-        return assistants
-
+    sock = open_socket(host, port, api_key=api_key, insecure=insecure)  # before minutes are spent on loading
+    sft = load_assistant(model)
+    assistants = {_model_id(model): sft}
+    if base_model:
+        name = _model_id(base_model)
+        name = name if name not in assistants else f"{name}-base"
+        assistants[name] = load_assistant(base_model, fallback=base_format(sft))
     run(
-        load(),
+        assistants,
         host=host,
         port=port,
         api_key=api_key,
         allow_origin=allow_origin,
         insecure=insecure,
+        sock=sock,
         say=lambda text: stderr().print(text, highlight=False, markup=False),
     )
 

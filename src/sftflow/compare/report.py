@@ -231,7 +231,8 @@ def _scores(data: Data, say: dict[str, str]) -> str:
         label = f"difference {_percent(t.get('delta'), '+')}, 95% interval {interval}"
         outcome, p = _outcome(t), t.get("p_value")
         verdict = outcome if outcome != "unclear" else f"cannot tell at n={_number(t.get('n'))}"
-        small = "" if p is None else f"<small>p {'&lt; 0.001' if p < 0.001 else f'= {p:.3f}'}</small>"
+        shown = "&lt; 0.001" if p is not None and p < 0.001 else "= " + _number(p, ".3f")
+        small = "" if p is None else f"<small>p {shown}</small>"
         rows.append(
             f'<tr><th scope="row" class="left">{esc(name)}</th>{_cells(cells)}'
             f'<td class="plot">{_forest(t, low, high, label)}<div class="narrow">{axis}</div></td>'
@@ -412,13 +413,14 @@ def _ledger(data: Data) -> str:
 
 
 def _smooth(values: Sequence[float], reach: int) -> list[float]:
-    """Mean over `reach` values on both sides, fewer (but as many on each) at the ends:  ([4, 2, 3], 1) -> [4, 3, 3]
+    """Mean over `reach` values on both sides:  ([4, 2, 3], 1) -> [4, 3, 2.5]
 
-    Centred, because a trailing mean lags: it would draw a falling loss above its own points.
+    Centred, because a trailing mean lags and would draw a falling loss above its own points. It narrows at the steep
+    start, and is one-sided at the end, so that the last value is not one noisy step.
     """
     sums = [0.0, *itertools.accumulate(values)]
-    reaches = [min(reach, i, len(values) - 1 - i) for i in range(len(values))]
-    return [(sums[i + r + 1] - sums[i - r]) / (2 * r + 1) for i, r in enumerate(reaches)]
+    spans = [(i - min(reach, i), min(len(values), i + min(reach, i) + 1)) for i in range(len(values))]
+    return [(sums[b] - sums[a]) / (b - a) for a, b in spans]
 
 
 def _ticks(low: float, high: float, wanted: int) -> list[float]:

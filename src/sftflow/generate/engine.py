@@ -54,7 +54,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Delta:
-    """A piece of a streamed reply, always whole characters; the last one carries the reply."""
+    """A piece of a streamed reply, one per token: whole characters, or nothing. The last one carries the reply."""
 
     text: str
     finish_reason: FinishReason | None = None
@@ -115,9 +115,9 @@ class Engine:
                 # An unfinished character decodes to U+FFFD at the very end; wait for its last byte. A stop text may
                 # be on its way in, too.
                 text = _hold_back(text.rstrip("\ufffd"), request.stop_texts)
-                if len(text) > len(shown) and text.startswith(shown):
-                    yield Delta(text[len(shown) :])
-                    shown = text
+                new = text[len(shown) :] if text.startswith(shown) else ""
+                shown += new
+                yield Delta(new)  # empty, too: whoever listens can stop at any token
             else:
                 reply = self._reply(slot, time.perf_counter() - began)
                 yield Delta(reply.text[len(shown) :] if reply.text.startswith(shown) else "", slot.finish, reply)

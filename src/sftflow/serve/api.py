@@ -27,6 +27,7 @@ from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any, Self
 from urllib.parse import urlsplit
 
+import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -46,7 +47,11 @@ if TYPE_CHECKING:
 MAX_BODY = 2 * 1024 * 1024
 MAX_WAITING = 64
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
-PAGE = {"/": ("index.html", "text/html"), "/page.css": ("page.css", "text/css"), "/page.js": ("page.js", "text/javascript")}
+PAGE = {
+    "/": ("index.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -201,7 +206,9 @@ class _Worker:
             job.put(None)
 
     def close(self) -> None:
+        """End every reply, at the latest after its next token."""
         for job in list(self.jobs):
+            job.put(ApiError(503, "the server is stopping", code="stopping"))
             job.cancelled.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -209,7 +216,9 @@ class _Worker:
 class _Guard:
     """Refuses a request before any route sees it: by its Host, its Origin, its key."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None, allow_origin: str | None, hosts: frozenset[str] | None) -> None:
+    def __init__(
+        self, app: ASGIApp, api_key: str | None, allow_origin: str | None, hosts: frozenset[str] | None
+    ) -> None:
         self.app, self.api_key, self.allow_origin, self.hosts = app, api_key, allow_origin, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -333,6 +342,8 @@ def _usage(reply: generation.Reply) -> dict[str, int]:
 
 def _internal(error: Exception) -> ApiError:
     """What a client may know of an engine failure; the log has the rest."""
+    if isinstance(error, ApiError):
+        return error
     if isinstance(error, ContextError):
         return ApiError(400, error.fact, param="messages", code="context_length_exceeded")
     log.error("generation failed", exc_info=error)
@@ -380,13 +391,17 @@ def make_app(
     workers = {name: _Worker(assistant) for name, assistant in assistants.items()}
     created = int(time.time())
 
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
+    def stop_workers() -> None:
         for worker in workers.values():
             worker.close()
 
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        stop_workers()
+
     app = FastAPI(title="sftflow", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.stop_workers = stop_workers
     app.add_middleware(_Guard, api_key=api_key, allow_origin=allow_origin, hosts=hosts)
     if allow_origin:  # added last, so outermost: a preflight has no key, and a refusal must be readable, too
         app.add_middleware(
@@ -506,6 +521,8 @@ def open_socket(host: str, port: int, *, api_key: str | None = None, insecure: b
         fact = "this host is open to other machines and no API key is set"
         raise ServeError(host or "--host", fact, "give --api-key, or say --insecure")
     place = f"{host}:{port}"
+    if not 0 <= port <= 65535:  # getaddrinfo would quietly take it modulo 65536
+        raise ServeError(place, "there is no such port", "choose one from 1 to 65535 with --port")
     sock = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -516,13 +533,21 @@ def open_socket(host: str, port: int, *, api_key: str | None = None, insecure: b
         sock.bind(address)
         sock.listen(128)  # now, for two sockets may be bound to one port as long as neither listens
         return sock
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, UnicodeError) as error:
         if sock is not None:
             sock.close()
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise ServeError(place, "the port is in use", "choose another with --port") from None
         reason = getattr(error, "strerror", None) or str(error)
         raise ServeError(place, f"cannot be listened on ({reason})", "choose another with --host and --port") from None
+
+
+class _Server(uvicorn.Server):
+    """Ends running replies first when it is told to stop; uvicorn would wait for them."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.config.app.state.stop_workers()  # type: ignore[union-attr]
+        await super().shutdown(sockets)
 
 
 def serve(
@@ -537,8 +562,6 @@ def serve(
     sock: socket.socket | None = None,
 ) -> None:
     """Serve until Ctrl-C. sock: from `open_socket`, where the caller opened it before loading the models."""
-    import uvicorn
-
     sock = sock or open_socket(host, port, api_key=api_key, insecure=insecure)
     with sock:
         hosts = LOOPBACK | {f"[{host}]" if ":" in host else host.lower()} if is_loopback(host) else None
@@ -547,4 +570,4 @@ def serve(
         say(f"serving {', '.join(assistants)} at http://{shown}:{sock.getsockname()[1]} (Ctrl-C stops)")
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, server_header=False)
         with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[sock])
+            _Server(config).run(sockets=[sock])

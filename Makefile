@@ -1,0 +1,48 @@
+# Set-up happens by itself, once: the first target creates .venv and installs what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= runs/demo
+
+.PHONY: help setup demo test slow check lint types bench clean
+
+help:
+	@echo "make demo    the whole flow on the shipped base (set-up included, once)"
+	@echo "make test    the tests"
+	@echo "make check   lint, types and tests: what CI runs"
+	@echo "make bench   the benchmarks, ours beside the peer's"
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+setup: $(VENV)/.ready-dev
+
+demo: $(VENV)/.ready
+	$(BIN)/sftflow demo --out $(OUT)
+
+test: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest
+
+slow: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.ready-dev
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+
+types: $(VENV)/.ready-dev
+	$(BIN)/mypy
+
+check: lint types test
+
+bench: $(VENV)/.ready-dev
+	$(BIN)/python benchmarks/loop.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,82 @@
+"""Dialects become the canonical conversation; bad rows are named by place, fact, remedy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sftflow.chat.schema import parse_row, read_conversations
+from sftflow.errors import DataError, SchemaError
+
+SAME: list[Any] = [
+    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]},
+    [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}],
+    {"prompt": "hi", "completion": "yo"},
+    {"prompt": [{"role": "user", "content": "hi"}], "completion": [{"role": "assistant", "content": "yo"}]},
+    {"instruction": "hi", "input": "", "output": "yo"},
+    {"instruction": "hi", "output": "yo"},
+    {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, {"role": "assistant", "content": "yo"}]},
+]
+
+
+@pytest.mark.parametrize("row", SAME)
+def test_dialects(row: Any) -> None:
+    conversation = parse_row(row, "f:1")
+    assert [(m.role, m.text) for m in conversation.messages] == [("user", "hi"), ("assistant", "yo")]
+
+
+def test_alpaca_input_joins_by_a_blank_line() -> None:
+    row = {"instruction": "Add.", "input": "1 2", "output": "3", "id": 7}
+    conversation = parse_row(row, "f:1")
+    assert conversation.messages[0].text == "Add.\n\n1 2"
+    assert conversation.meta == {"id": 7}
+
+
+@pytest.mark.parametrize(
+    ("row", "fact"),
+    [
+        ({"messages": []}, "no messages"),
+        ({"text": "x"}, "no known dialect"),
+        ("hi", "a row is a string"),
+        ([{"role": "usr", "content": "x"}], "role 'usr' is not known"),
+        ([{"role": "user", "content": "x", "colour": 1}], "unknown key 'colour'"),
+        ([{"role": "user", "content": None}], "content is null"),
+        ([{"role": "user", "content": 3}], "content is a number"),
+        ([{"role": "user", "content": "x", "weight": 1}], "only an assistant message has weight"),
+        ([{"role": "assistant", "content": "x", "weight": 2}], "weight is 2"),
+        ([{"role": "user", "content": [{"type": "image", "text": ""}]}], "part type 'image' is not known"),
+        ([{"role": "user", "content": [{"type": "python", "text": "1"}]}], "python parts in a user message"),
+        ({"conversations": [{"from": "alien", "value": "x"}]}, "from 'alien' is not known"),
+    ],
+)
+def test_bad_rows_are_named(row: Any, fact: str) -> None:
+    with pytest.raises(SchemaError) as error:
+        parse_row(row, "data.jsonl:17")
+    assert error.value.place.startswith("data.jsonl:17")
+    assert fact in error.value.fact
+    assert error.value.remedy
+    assert "\n" not in str(error.value)
+
+
+def test_bad_json_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n\n{oops\n')
+    with pytest.raises(DataError) as error:
+        list(read_conversations(path))
+    assert error.value.place == f"{path}:3"
+
+
+def test_json_and_parquet(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "d.json").write_text(json.dumps(SAME))
+    assert len(list(read_conversations(tmp_path / "d.json"))) == len(SAME)
+    pq.write_table(pa.Table.from_pylist([SAME[0], SAME[0]]), tmp_path / "d.parquet")
+    rows = list(read_conversations(tmp_path / "d.parquet"))
+    assert [r.messages[1].text for r in rows] == ["yo", "yo"]
+    assert rows[1].source.endswith("d.parquet:2")
