@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from sftflow.chat import inspect_html
-from sftflow.compare import report
+from sftflow.compare import charts
 from sftflow.compare.report import render_report
 
 HOSTILE = "</script></style><script>alert(1)</script><img src=x onerror=alert(2)>\"'><b>&amp; \u202e\x00\ud800"
@@ -265,10 +265,10 @@ def test_weak_answers_are_open_prompts_and_named_ones() -> None:
 
 def test_forest_puts_zero_and_interval_to_scale() -> None:
     tasks = [{"delta": 0.5, "ci95": [0.25, 0.75]}, {"delta": -0.1, "ci95": [-0.2, 0.0]}]
-    assert report._scale(tasks) == (-0.25, 0.75)
-    svg = report._forest(tasks[0], 0.0, 1.0)
+    assert charts.scale(tasks) == (-0.25, 0.75)
+    svg = charts.forest(tasks[0], 0.0, 1.0)
     assert '<line class="zero" x1="12.0"' in svg and 'cx="100.0"' in svg and "M56.0 12H144.0" in svg
-    assert report._scale([]) == (0.0, 0.25)
+    assert charts.scale([]) == (0.0, 0.25)
 
 
 def test_loss_skips_values_that_are_no_numbers_and_stays_small() -> None:
@@ -278,9 +278,9 @@ def test_loss_skips_values_that_are_no_numbers_and_stays_small() -> None:
     html = render_report(data)
     assert Page(html) and len(html) < 1_000_000
     assert not re.search(r'd="[^"]*(nan|inf)', html)
-    assert report._smooth([4.0, 2.0, 3.0], 1) == [4.0, 3.0, 2.5]
-    assert report._smooth([1.0, 2.0], 0) == [1.0, 2.0]
-    assert report._ticks(0.2, 3.1, 5) == [1.0, 2.0, 3.0]
+    assert charts.smooth([4.0, 2.0, 3.0], 1) == [4.0, 3.0, 2.5]
+    assert charts.smooth([1.0, 2.0], 0) == [1.0, 2.0]
+    assert charts.ticks(0.2, 3.1, 5) == [1.0, 2.0, 3.0]
 
 
 def test_token_boxes_say_mask_id_bytes_and_whitespace() -> None:

@@ -26,7 +26,7 @@ from sftflow.chat.schema import Conversation, Message, parse_row, text_message
 from sftflow.checkpoint import Assistant, load_assistant
 from sftflow.errors import ContextError, FormatError, ServeError
 from sftflow.generate.engine import Delta, Reply, Request
-from sftflow.serve import api
+from sftflow.serve import api, worker
 from sftflow.serve.terminal import chat
 
 SENTENCES = [
@@ -276,7 +276,7 @@ def test_a_client_that_leaves_stops_its_work(endless: Assistant, stream: bool) -
 
 
 def test_a_full_line_answers_429_and_leaving_frees_it(endless: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "MAX_WAITING", 2)
+    monkeypatch.setattr(worker, "MAX_WAITING", 2)
 
     async def scenario(url: str) -> None:
         async with httpx.AsyncClient(base_url=url, timeout=10) as http:

@@ -7,7 +7,6 @@ Model output is hostile text: every string goes through `esc`, and no data is pu
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,11 +14,10 @@ from importlib import resources
 from typing import Any
 
 from sftflow.chat.inspect_html import PAGE_CSS, esc, legend, page, token_boxes
+from sftflow.compare import charts
+from sftflow.compare.words import Data, continued, duration, headline, number, outcome, percent, size, stops_of, words
 
-Data = Mapping[str, Any]
 LONG = 700  # characters; a longer reply folds, so that one endless base reply does not bury its neighbours
-# Better than before is not yet an assistant: below a fifth of the way from guessing to perfect we do not say "yes".
-ASSISTANT_AT = 0.2
 
 
 def render_report(data: Data) -> str:
@@ -27,7 +25,7 @@ def render_report(data: Data) -> str:
 
     Sections whose data is missing are left out, with their link.
     """
-    say = _words(data)
+    say = words(data)
     built = [
         ("scores", "Scores", _scores(data, say)),
         ("weak", "Weak answers", _weak(data, say)),
@@ -49,83 +47,7 @@ def render_report(data: Data) -> str:
     return page(f"{data.get('title', 'sftflow')}: comparison", PAGE_CSS + css, "\n".join(parts), script)
 
 
-def _words(data: Data) -> dict[str, str]:
-    """What the two models are called: a start that was already instruction-tuned is no base."""
-    if _continued(data):
-        return {"before": "before", "Before": "Before", "after": "after", "After": "After"}
-    return {"before": "base", "Before": "Base", "after": "SFT", "After": "SFT"}
-
-
-def _continued(data: Data) -> bool:
-    return str(data.get("kind", "")).startswith("continued")
-
-
-def _number(x: Any, spec: str = ",", empty: str = "–") -> str:
-    """Formats numbers only: what is no finite number is shown as a dash."""
-    ok = isinstance(x, int | float) and math.isfinite(x)
-    return format(x, spec).replace("-", "−") if ok else empty
-
-
-def _percent(x: Any, sign: str = "") -> str:
-    """0.834 -> '83.4'"""
-    return _number(100 * x if isinstance(x, int | float) else None, f"{sign}.1f")
-
-
-def size(parameters: float) -> str:
-    """3_400_000 -> '3.4 million parameters'"""
-    for unit, name in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
-        if parameters >= unit:
-            return f"{parameters / unit:.3g} {name} parameters"
-    return f"{parameters:.0f} parameters"
-
-
-def _duration(seconds: float) -> str:
-    """140 -> '2 min 20 s'"""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _outcome(task: Data) -> str:
-    """'better', 'worse' or 'unclear': the comparison's own verdict, else whether the interval excludes 0."""
-    said = str(task.get("verdict") or "")
-    if said:
-        return said if said in ("better", "worse") else "unclear"
-    low, high = task.get("ci95") or (0.0, 0.0)
-    return "better" if low > 0 else "worse" if high < 0 else "unclear"
-
-
 # ---- 1 · the verdict
-
-
-def _headline(data: Data, outcomes: Sequence[str], stops: tuple[int, int, int] | None) -> str:
-    better, worse, n = outcomes.count("better"), outcomes.count("worse"), len(outcomes)
-    if not n:
-        return "No task was graded: judge by the replies below."
-    if worse > better:
-        return f"No: it got worse on {worse} of {n} tasks."
-    if not better:
-        return "Cannot tell: no task changed by more than chance would explain."
-    if worse:
-        return f"Mixed: better on {better} of {n} tasks, worse on {worse}."
-    if 2 * better <= n:
-        return f"Partly: better on {better} of {n} tasks; on the rest we cannot tell."
-    if _continued(data):
-        return "Yes: it got better on the tasks measured."
-    level = (data.get("centred_mean") or {}).get("sft")
-    if level is not None and level < ASSISTANT_AT:
-        return "Partly: better than the base, but still close to guessing."
-    if stops and 2 * stops[1] < stops[2]:
-        return "Partly: better scores, but it rarely ends its replies."
-    return "Yes: the base became an assistant on the tasks measured."
-
-
-def _stops(prompts: Sequence[Data]) -> tuple[int, int, int] | None:
-    """How many replies ended by themselves: (before, after, prompts)."""
-    told = [p for p in prompts if p.get("base_finish") and p.get("sft_finish")]
-    if not told:
-        return None
-    return (sum(p["base_finish"] == "stop" for p in told), sum(p["sft_finish"] == "stop" for p in told), len(told))
 
 
 def _fact(value: str, label: str) -> str:
@@ -133,11 +55,11 @@ def _fact(value: str, label: str) -> str:
 
 
 def _verdict(data: Data, say: dict[str, str]) -> str:
-    outcomes = [_outcome(t) for t in (data.get("tasks") or {}).values()]
-    stops, mean, names = _stops(data.get("prompts") or []), data.get("centred_mean"), data.get("names") or {}
+    outcomes = [outcome(t) for t in (data.get("tasks") or {}).values()]
+    stops, mean, names = stops_of(data.get("prompts") or []), data.get("centred_mean"), data.get("names") or {}
     arrow, facts = '<span class="arrow">→</span>', []
     if mean:
-        value = f"{_number(mean.get('base'), '.2f')}{arrow}{_number(mean.get('sft'), '.2f')}"
+        value = f"{number(mean.get('base'), '.2f')}{arrow}{number(mean.get('sft'), '.2f')}"
         facts.append(_fact(value, f"centred mean, {say['before']} → {say['after']} (0 guessing, 1 perfect)"))
     if outcomes:
         rest = f"{outcomes.count('worse')} worse, {outcomes.count('unclear')} cannot tell"
@@ -149,16 +71,16 @@ def _verdict(data: Data, say: dict[str, str]) -> str:
     over = [data.get("title"), data.get("kind"), f"{names.get('base', '?')} → {names.get('sft', '?')}"]
     parameters = data.get("parameters")
     over += [size(parameters)] if parameters else []
-    over += [f"{name} {_duration(s)}" for name, s in (data.get("seconds") or {}).items() if s is not None]
+    over += [f"{name} {duration(s)}" for name, s in (data.get("seconds") or {}).items() if s is not None]
     lead = ""
-    if _continued(data):
+    if continued(data):
         lead = (
             '<p class="lead">The start was already instruction-tuned. This is continued SFT: the question is whether '
             "it got better, not whether it became an assistant.</p>"
         )
     return (
         f'<header><p class="over">{" · ".join(esc(o) for o in over if o)}</p>'
-        f'<h1 class="headline">{_headline(data, outcomes, stops)}</h1>{lead}'
+        f'<h1 class="headline">{headline(data, outcomes, stops)}</h1>{lead}'
         f'<div class="facts">{"".join(facts)}</div>{_warning(data)}</header>'
     )
 
@@ -174,78 +96,43 @@ def _warning(data: Data) -> str:
 # ---- 2 · the scores
 
 
-def _scale(tasks: Iterable[Data]) -> tuple[float, float]:
-    """The forest plot's ends, in quarters: the same for every task, and 0 always inside."""
-    edges = [0.0, *(e for t in tasks for e in (*(t.get("ci95") or ()), t.get("delta") or 0.0))]
-    low, high = math.floor(min(edges) * 4) / 4, math.ceil(max(edges) * 4) / 4
-    return max(low, -1.0), min(max(high, low + 0.25), 1.0)
-
-
-def _forest(task: Data | None, low: float, high: float, label: str = "") -> str:
-    """One task's difference and interval, or (task None) the axis over them. 200 units wide, 12 free at both ends."""
-
-    def at(x: float) -> float:
-        return round(12 + 176 * (min(max(x, low), high) - low) / (high - low), 1)
-
-    step = 0.25 if high - low <= 1 else 0.5
-    ticks = [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
-    if task is None:
-        marks = "".join(f'<text x="{at(t)}" y="11">{_number(100 * t, "+.0f") if t else 0}</text>' for t in ticks)
-        style = 'font-size="10" text-anchor="middle" aria-hidden="true"'
-        return f'<svg viewBox="0 0 200 14" {style}>{marks}</svg>'
-    lines = "".join(
-        f'<line class="{"grid" if t else "zero"}" x1="{at(t)}" x2="{at(t)}" y1="0" y2="24"/>' for t in ticks
-    )
-    if task.get("delta") is None:
-        return ""
-    span = ""
-    if task.get("ci95"):
-        a, b = (at(x) for x in task["ci95"])
-        span = f'<path d="M{a} 12H{b}M{a} 8V16M{b} 8V16"/>'
-    dot = f'<circle cx="{at(task["delta"])}" cy="12" r="3.5"/>'
-    return (
-        f'<svg viewBox="0 0 200 24" role="img" aria-label="{esc(label)}">{lines}'
-        f'<g class="ci {_outcome(task)}">{span}{dot}</g></svg>'
-    )
-
-
 def _scores(data: Data, say: dict[str, str]) -> str:
     tasks: Mapping[str, Data] = data.get("tasks") or {}
     if not tasks:
         return ""
-    low, high = _scale(tasks.values())
-    axis = _forest(None, low, high)
+    low, high = charts.scale(tasks.values())
+    axis = charts.forest(None, low, high)
     before = say["Before"]
     arms = (("base_chat", "chat", f"{before}, chat format"), ("base_plain", "plain", f"{before}, plain text"))
     rows = []
     for name, t in tasks.items():
         used = t.get("base_arm") or ("plain" if t.get("base_plain") == t.get("base") else "chat")
         ci = t.get("ci95")
-        interval = f"{_percent(ci[0], '+')} to {_percent(ci[1], '+')}" if ci else ""
-        cells = [("n", _number(t.get("n"))), ("chance", _percent(t.get("chance")))]
+        interval = f"{percent(ci[0], '+')} to {percent(ci[1], '+')}" if ci else ""
+        cells = [("n", number(t.get("n"))), ("chance", percent(t.get("chance")))]
         for key, arm, title in arms:
-            marked = f'<span class="used">{_percent(t.get(key))}</span>' if used == arm else _percent(t.get(key))
+            marked = f'<span class="used">{percent(t.get(key))}</span>' if used == arm else percent(t.get(key))
             cells.append((title, marked + (_error(t.get("base_stderr")) if used == arm else "")))
-        cells.append((say["After"], f"<b>{_percent(t.get('sft'))}</b>{_error(t.get('sft_stderr'))}"))
-        cells.append(("difference", f"<b>{_percent(t.get('delta'), '+')}</b><small>{interval}</small>"))
-        label = f"difference {_percent(t.get('delta'), '+')}, 95% interval {interval}"
-        outcome, p = _outcome(t), t.get("p_value")
-        verdict = outcome if outcome != "unclear" else f"cannot tell at n={_number(t.get('n'))}"
-        shown = "&lt; 0.001" if p is not None and p < 0.001 else "= " + _number(p, ".3f")
+        cells.append((say["After"], f"<b>{percent(t.get('sft'))}</b>{_error(t.get('sft_stderr'))}"))
+        cells.append(("difference", f"<b>{percent(t.get('delta'), '+')}</b><small>{interval}</small>"))
+        label = f"difference {percent(t.get('delta'), '+')}, 95% interval {interval}"
+        change, p = outcome(t), t.get("p_value")
+        verdict = change if change != "unclear" else f"cannot tell at n={number(t.get('n'))}"
+        shown = "&lt; 0.001" if p is not None and p < 0.001 else "= " + number(p, ".3f")
         small = "" if p is None else f"<small>p {shown}</small>"
         rows.append(
             f'<tr><th scope="row" class="left">{esc(name)}</th>{_cells(cells)}'
-            f'<td class="plot">{_forest(t, low, high, label)}<div class="narrow">{axis}</div></td>'
-            f'<td class="verdict left {outcome}" data-label="verdict">{verdict}{small}</td></tr>'
+            f'<td class="plot">{charts.forest(t, low, high, label)}<div class="narrow">{axis}</div></td>'
+            f'<td class="verdict left {change}" data-label="verdict">{verdict}{small}</td></tr>'
         )
     head = "".join(f"<th>{c}</th>" for c in ("n", "chance", *(a[2] for a in arms), say["After"], "difference"))
     mean, foot = data.get("centred_mean") or {}, ""
     if mean.get("base") is not None and mean.get("sft") is not None:
-        gain = _number(mean["sft"] - mean["base"], "+.3f")
+        gain = number(mean["sft"] - mean["base"], "+.3f")
         foot = (
             '<tfoot><tr><th scope="row" class="left">centred mean</th><td class="wide" colspan="2"></td>'
-            f'<td colspan="2" data-label="{say["Before"]}">{_number(mean["base"], ".3f")}</td>'
-            f'<td data-label="{say["After"]}">{_number(mean["sft"], ".3f")}</td>'
+            f'<td colspan="2" data-label="{say["Before"]}">{number(mean["base"], ".3f")}</td>'
+            f'<td data-label="{say["After"]}">{number(mean["sft"], ".3f")}</td>'
             f'<td data-label="difference">{gain}</td><td class="wide" colspan="2"></td></tr></tfoot>'
         )
     return (
@@ -258,7 +145,7 @@ def _scores(data: Data, say: dict[str, str]) -> str:
 
 
 def _error(x: Any) -> str:
-    return "" if x is None else f"<small>± {_percent(x)}</small>"
+    return "" if x is None else f"<small>± {percent(x)}</small>"
 
 
 def _cells(cells: Iterable[tuple[str, str]]) -> str:
@@ -285,7 +172,7 @@ def _text(text: Any) -> str:
 def _reply(title: str, text: Any, finish: Any = None, score: Any = None, after: bool = False) -> str:
     badges = '<span class="tag alert">did not stop</span>' if finish == "length" else ""
     if score is not None:
-        mark = {0: "✗ wrong", 1: "✓ right"}.get(score, f"score {_number(score, '.2f')}")
+        mark = {0: "✗ wrong", 1: "✓ right"}.get(score, f"score {number(score, '.2f')}")
         badges += f'<span class="tag{" alert" if score == 0 else ""}">{mark}</span>'
     head = f"<h4>{title} {badges}</h4>" if title or badges else ""
     return f'<div class="reply{" after" if after else ""}">{head}{_text(text)}</div>'
@@ -369,14 +256,6 @@ def _prompts(data: Data, say: dict[str, str]) -> str:
 # ---- 4 · what it was trained on
 
 
-def _bar(share: float, label: str) -> str:
-    rects = "".join(
-        f'<rect class="{kind}" width="{200 * min(max(part, 0.0), 1.0):.1f}" height="12" rx="2"/>'
-        for kind, part in (("track", 1.0), ("fill", share))
-    )
-    return f'<svg viewBox="0 0 200 12" role="img" aria-label="{label}">{rects}</svg>'
-
-
 def _ledger(data: Data) -> str:
     ledger: Data = data.get("ledger") or {}
     sources: Sequence[Data] = ledger.get("sources") or []
@@ -388,17 +267,17 @@ def _ledger(data: Data) -> str:
     for s in sources:
         share = (s.get("supervised_tokens") or 0) / max(s.get("tokens") or 0, 1)
         mix = (s.get("supervised_tokens") or 0) / max(whole, 1)
-        cells = [(k.replace("_tokens", ""), _number(s.get(k), ",.10g")) for k in keys]
+        cells = [(k.replace("_tokens", ""), number(s.get(k), ",.10g")) for k in keys]
         cells.append(("share of all supervised", f"{100 * mix:.1f}%"))
         label = f"{100 * share:.0f}% of its tokens supervised"
         rows.append(
             f'<tr><th scope="row" class="left">{esc(s.get("name"))}</th>{_cells(cells)}'
-            f'<td class="plot share">{_bar(share, label)}<small>{label}</small></td></tr>'
+            f'<td class="plot share">{charts.bar(share, label)}<small>{label}</small></td></tr>'
         )
-    totals = [(k, _number(ledger.get(k))) for k in ("rows", "tokens", "supervised_tokens", "packed_rows")]
+    totals = [(k, number(ledger.get(k))) for k in ("rows", "tokens", "supervised_tokens", "packed_rows")]
     facts = [f"{value} {k.replace('_', ' ')}" for k, value in totals if ledger.get(k) is not None]
     if ledger.get("padding_share") is not None:
-        facts.append(f"{_percent(ledger['padding_share'])}% padding")
+        facts.append(f"{percent(ledger['padding_share'])}% padding")
     names = ("rows", "repeat", "tokens", "supervised", "cut", "dropped", "of all supervised")
     head = "".join(f"<th>{name}</th>" for name in names)
     return (
@@ -412,76 +291,17 @@ def _ledger(data: Data) -> str:
 # ---- 5 · the loss
 
 
-def _smooth(values: Sequence[float], reach: int) -> list[float]:
-    """Mean over `reach` values on both sides:  ([4, 2, 3], 1) -> [4, 3, 2.5]
-
-    Centred, because a trailing mean lags and would draw a falling loss above its own points. It narrows at the steep
-    start, and is one-sided at the end, so that the last value is not one noisy step.
-    """
-    sums = [0.0, *itertools.accumulate(values)]
-    spans = [(i - min(reach, i), min(len(values), i + min(reach, i) + 1)) for i in range(len(values))]
-    return [(sums[b] - sums[a]) / (b - a) for a, b in spans]
-
-
-def _ticks(low: float, high: float, wanted: int) -> list[float]:
-    """Round numbers inside [low, high]:  (0.2, 3.1, 5) -> [1.0, 2.0, 3.0]"""
-    raw = max(high - low, 1e-9) / wanted
-    unit = 10.0 ** math.floor(math.log10(raw))
-    step = next(s * unit for s in (1, 2, 5, 10) if s * unit >= raw)
-    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-
-Points = list[tuple[float, float]]
-
-
-def _curve(raw: Points, smooth: Points, val: Points, width: int) -> str:
-    """The plot at one width: drawn twice, wide and narrow, because scaled text is unreadable on a phone."""
-    height, left, right, top, bottom = 280, 44, 12, 10, 40
-    xs, ys = [x for x, _ in raw + val], [y for _, y in raw + val]
-    x0, x1, y0, y1 = min(xs), max(xs), min(0.0, min(ys)), max(ys)
-
-    def point(x: float, y: float) -> str:
-        across = left + (width - left - right) * (x - x0) / ((x1 - x0) or 1)
-        return f"{across:.1f} {top + (height - top - bottom) * (1 - (y - y0) / ((y1 - y0) or 1)):.1f}"
-
-    def path(points: Points, kind: str) -> str:
-        # At most about two points a pixel: a long run must not make a heavy page.
-        thin = points[:: max(1, len(points) // (2 * width))]
-        return f'<path class="{kind}" d="M{"L".join(point(x, y) for x, y in thin)}"/>' if thin else ""
-
-    def label(x: float, y: float, shift: tuple[int, int], anchor: str, text: str) -> str:
-        px, py = (float(v) for v in point(x, y).split())
-        return f'<text x="{px + shift[0]}" y="{py + shift[1]}" font-size="12" text-anchor="{anchor}">{text}</text>'
-
-    axes = "".join(
-        f'<path class="grid" d="M{point(x0, y)}L{point(x1, y)}"/>{label(x0, y, (-7, 4), "end", f"{y:g}")}'
-        for y in _ticks(y0, y1, 5)
-    )
-    axes += "".join(label(x, y0, (0, 18), "middle", f"{x:,g}") for x in _ticks(x0, x1, 4 if width < 500 else 8))
-    dots = ""
-    for x, y in val:
-        px, py = point(x, y).split()
-        said = f"step {x:,g}: validation loss {y:.4f}"
-        dots += f'<circle class="dot" r="3.5" cx="{px}" cy="{py}"><title>{said}</title></circle>'
-    name = f'<text x="{width - right}" y="{height - 4}" font-size="12" text-anchor="end">step</text>'
-    return (
-        f'<svg class="{"narrow" if width < 500 else "wide"}" viewBox="0 0 {width} {height}" role="img" '
-        f'aria-label="Loss by step">{axes}{path(raw, "raw")}{path(smooth, "smooth")}{path(val, "val")}{dots}{name}'
-        "</svg>"
-    )
-
-
 def _loss(data: Data) -> str:
     loss: Data = data.get("loss") or {}
 
-    def finite(pairs: Iterable[tuple[Any, Any]]) -> Points:
+    def finite(pairs: Iterable[tuple[Any, Any]]) -> charts.Points:
         return [(x, y) for x, y in pairs if y is not None and math.isfinite(y)]
 
     raw = finite(zip(loss.get("step") or [], loss.get("loss") or [], strict=False))
     val = finite((v["step"], v["loss"]) for v in loss.get("validation") or [])
     if not raw:
         return ""
-    smooth = list(zip((x for x, _ in raw), _smooth([y for _, y in raw], len(raw) // 40), strict=True))
+    smooth = list(zip((x for x, _ in raw), charts.smooth([y for _, y in raw], len(raw) // 40), strict=True))
     said = f"Training loss {smooth[0][1]:.2f} → {smooth[-1][1]:.2f} (smoothed)"
     keys = '<span class="key k-raw">each step</span><span class="key">smoothed</span>'
     if val:
@@ -489,8 +309,8 @@ def _loss(data: Data) -> str:
         said += f", validation {val[-1][1]:.2f} at the end, lowest {best[1]:.2f} at step {best[0]:,g}"
         keys += '<span class="key k-val">validation</span>'
     return (
-        f'<p class="note small">{said}. Nats per supervised token.</p><figure>{_curve(raw, smooth, val, 900)}'
-        f'{_curve(raw, smooth, val, 340)}<div class="legend">{keys}</div></figure>'
+        f'<p class="note small">{said}. Nats per supervised token.</p><figure>{charts.curve(raw, smooth, val, 900)}'
+        f'{charts.curve(raw, smooth, val, 340)}<div class="legend">{keys}</div></figure>'
     )
 
 
@@ -523,7 +343,7 @@ def _items(data: Data, say: dict[str, str]) -> str:
             cards.append(f'<article class="card">{head}{_turns(turns)}{_replies(row, say)}</article>')
         if cards:
             limit = f", at most {task['max_new_tokens']} new tokens" if task.get("max_new_tokens") else ""
-            folds.append(_fold(name, "".join(cards), f"{len(rows)} of {_number(task.get('n'))} items{limit}"))
+            folds.append(_fold(name, "".join(cards), f"{len(rows)} of {number(task.get('n'))} items{limit}"))
     return f'<p class="note small">What the scores rest on, reply by reply.</p>{"".join(folds)}' if folds else ""
 
 

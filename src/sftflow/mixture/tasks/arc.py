@@ -9,8 +9,7 @@ from typing import Any
 
 from sftflow.chat.schema import Conversation, text_message
 from sftflow.errors import SchemaError
-from sftflow.mixture.tasks.base import Item, Task, ask
-from sftflow.mixture.tasks.smoltalk import rows_of, sample, text_of
+from sftflow.mixture.tasks.base import Item, Task, ask, rows_of, sample, text_of
 
 LETTERS = ("A", "B", "C", "D", "E")
 SHAPE = '{"question": ..., "choices": {"text": [...], "label": [...]}, "answerKey": ...}'

@@ -1,20 +1,26 @@
 """What a task is: a maker of training conversations and a grader of replies, side by side.
 
 A new task is one file with a `Task` subclass and one row in `sftflow.mixture.tasks.TASKS`.
+
+The steps every real set begins with are here, too: `rows_of` reads, `text_of` checks, `sample` limits.
 """
 
 from __future__ import annotations
 
+import heapq
 import json
+import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from sftflow.chat.schema import Conversation, Message, Part, text_message
+from sftflow.chat.schema import Conversation, Message, Part, read_rows, text_message
+from sftflow.errors import SchemaError, TaskError
 
 DATA = Path(__file__).parent.parent / "data"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +86,46 @@ def ask(question: str, reply: str | Sequence[Part], source: str) -> Conversation
     """A one-turn conversation."""
     parts = (Part("text", reply),) if isinstance(reply, str) else tuple(reply)
     return Conversation((text_message("user", question), Message("assistant", parts)), (), {}, source)
+
+
+def path_of(task: Task, split: str) -> str:
+    """The task's path; a hub id that names no split gets the one asked for.
+
+    hub:owner/set, split test  ->  hub:owner/set:test        data/test.jsonl  ->  data/test.jsonl
+    """
+    path = task.source.path
+    if not path:
+        raise TaskError(task.name, "it needs a path", f"write {task.name}=PATH, or path: in the recipe")
+    if path.startswith("hub:") and path.count(":") == 1:
+        return f"{path}:{split}"
+    return path
+
+
+def rows_of(task: Task, split: str) -> Iterator[tuple[str, Any]]:
+    """(FILE:LINE, raw row) of the task's set. A file is its own split: only hub ids use `split`."""
+    return read_rows(path_of(task, split))
+
+
+def sample(task: Task, rows: Iterable[T]) -> list[T]:
+    """All rows, or `source.limit` of them drawn by task and seed, in the order of the file.
+
+    A row's chance is one key drawn as it passes, and the smallest keys stay: rows beyond the limit are never held,
+    and a larger limit keeps every row of a smaller one.
+    """
+    limit = task.source.limit
+    if limit is None:
+        return list(rows)
+    rng = random.Random(f"{task.name}:{task.source.seed}")
+    kept = heapq.nsmallest(limit, enumerate(rows), key=lambda _: rng.random())
+    return [row for _, row in sorted(kept, key=lambda pair: pair[0])]
+
+
+def text_of(row: Any, key: str, place: str, shape: str) -> str:
+    """row[key] as a text that is not blank; `shape` is the row the error asks for."""
+    value = row.get(key) if isinstance(row, dict) else None
+    if not isinstance(value, str) or not value.strip():
+        raise SchemaError(place, f"no text under {key!r}", f"write {shape}")
+    return value
 
 
 def load_data(name: str) -> Any:

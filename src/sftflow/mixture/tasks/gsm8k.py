@@ -7,8 +7,7 @@ from collections.abc import Iterator
 
 from sftflow.chat.schema import Conversation, Part, text_message
 from sftflow.errors import SchemaError
-from sftflow.mixture.tasks.base import Item, Task, ask, last_number, normal_number
-from sftflow.mixture.tasks.smoltalk import rows_of, sample, text_of
+from sftflow.mixture.tasks.base import Item, Task, ask, last_number, normal_number, rows_of, sample, text_of
 
 SHAPE = '{"question": ..., "answer": "... #### 72"}'
 MARK = re.compile(r"<<([^<>=]+)=([^<>=]+)>>")

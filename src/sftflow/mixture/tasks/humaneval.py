@@ -10,8 +10,7 @@ from typing import Any
 
 from sftflow.chat.schema import Conversation, text_message
 from sftflow.errors import DataError, TaskError
-from sftflow.mixture.tasks.base import Item, Task, ask
-from sftflow.mixture.tasks.smoltalk import path_of, rows_of, sample, text_of
+from sftflow.mixture.tasks.base import Item, Task, ask, path_of, rows_of, sample, text_of
 
 SHAPE = '{"prompt": ..., "canonical_solution": ..., "test": ..., "entry_point": ...}'
 

@@ -10,7 +10,7 @@ from typing import Any
 from sftflow.chat.schema import read_rows
 from sftflow.errors import DataError, SchemaError, TaskError
 from sftflow.mixture.tasks.arc import LETTERS, MultipleChoice, Question
-from sftflow.mixture.tasks.smoltalk import path_of, text_of
+from sftflow.mixture.tasks.base import path_of, text_of
 
 CHOICES = LETTERS[:4]
 COLUMNS = "question,A,B,C,D,answer"
