@@ -71,7 +71,7 @@ def real_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]
     for source in sorted((SHARED / "fixtures" / "tokenizers").glob("hf_*")):
         target = tmp_path_factory.mktemp(source.name)
         for file in source.iterdir():
-            data = lzma.open(file).read() if file.suffix == ".xz" else file.read_bytes()
+            data = lzma.decompress(file.read_bytes()) if file.suffix == ".xz" else file.read_bytes()
             (target / file.name.removesuffix(".xz")).write_bytes(data)
         out[source.name] = target
     return out

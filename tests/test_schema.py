@@ -19,7 +19,12 @@ SAME: list[Any] = [
     {"instruction": "hi", "input": "", "output": "yo"},
     {"instruction": "hi", "output": "yo"},
     {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
-    {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, {"role": "assistant", "content": "yo"}]},
+    {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+            {"role": "assistant", "content": "yo"},
+        ]
+    },
 ]
 
 

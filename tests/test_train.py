@@ -81,7 +81,9 @@ def tiny(config: str = "llama") -> Any:
         "llama": lambda: tf.LlamaConfig(**gqa, tie_word_embeddings=True),
         "qwen2": lambda: tf.Qwen2Config(**gqa),
         "qwen3": lambda: tf.Qwen3Config(**gqa, head_dim=16),
-        "gpt2": lambda: tf.GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
+        "gpt2": lambda: tf.GPT2Config(
+            vocab_size=320, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+        ),
         "mistral": lambda: tf.MistralConfig(**gqa, sliding_window=6),
         "gemma2": lambda: tf.Gemma2Config(**gqa, head_dim=16, sliding_window=6),
         "olmo2": lambda: tf.Olmo2Config(**gqa),
@@ -162,9 +164,7 @@ def test_every_row_is_used_once_an_epoch() -> None:
 
 
 def test_schedule() -> None:
-    linear = [
-        round(lr_factor(s, 10, kind="linear", warmup=0.2, warmdown=0.5, final=0.0), 2) for s in range(10)
-    ]
+    linear = [round(lr_factor(s, 10, kind="linear", warmup=0.2, warmdown=0.5, final=0.0), 2) for s in range(10)]
     assert linear == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2]
 
 

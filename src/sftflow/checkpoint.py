@@ -157,7 +157,9 @@ class _named_errors:
             ) from error
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         remedy = "check the id and the network" if self.location.is_hub else "check that the files are whole"
-        raise CheckpointError(self.location.name, f"cannot be loaded ({type(error).__name__}: {first})", remedy) from error
+        raise CheckpointError(
+            self.location.name, f"cannot be loaded ({type(error).__name__}: {first})", remedy
+        ) from error
 
 
 def grow_embeddings(model: Any, n_tokens: int) -> int:

@@ -91,9 +91,7 @@ def base(
     from sftflow.console import Watch
     from sftflow.runtime import detect
 
-    spec = BaseSpec(
-        params=params, vocab=vocab, tokens=_number(tokens, "--tokens"), lr=lr, seed=seed, compile=compile
-    )
+    spec = BaseSpec(params=params, vocab=vocab, tokens=_number(tokens, "--tokens"), lr=lr, seed=seed, compile=compile)
     with Watch() as watch:
         card = train_base(
             texts,
@@ -229,7 +227,6 @@ def mix(
         console.print(f"skipped: {row}", markup=False)
 
 
-
 def _train(recipe: Any, *, resume: bool, overwrite: bool = False) -> None:
     _quiet()
     import shutil
@@ -268,7 +265,9 @@ def _train(recipe: Any, *, resume: bool, overwrite: bool = False) -> None:
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="a YAML recipe")],
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override, e.g. train.steps=30")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override, e.g. train.steps=30")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last saved state")] = False,
     nproc: Annotated[int, typer.Option(min=1, help="processes; this version trains in one")] = 1,
 ) -> None:
@@ -373,7 +372,9 @@ def eval_(
     out: Out,
     tasks: Tasks = None,
     limit: Limit = None,
-    allow_code: Annotated[bool, typer.Option("--allow-code", help="run model-written code (not available yet)")] = False,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="run model-written code (not available yet)")
+    ] = False,
 ) -> None:
     """Score models on tasks; a row an item, and eval.json."""
     _quiet()

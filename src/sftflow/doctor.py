@@ -22,9 +22,9 @@ def examine(recipe: Path | None, math: bool) -> tuple[list[str], bool]:
     ]
     good = True
     if recipe is not None:
-        from sftflow.checkpoint import load_tokenizer, resolve
         from sftflow.chat.format import add_tokens, choose_format
         from sftflow.chat.render import Renderer
+        from sftflow.checkpoint import load_tokenizer, resolve
         from sftflow.evals.run import open_tasks
         from sftflow.mixture.mix import build_mixture
         from sftflow.recipe import load_recipe

@@ -199,7 +199,9 @@ def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
         entries.append(entry.model_copy(update=update))
     update = {"mixture": tuple(entries)}
     base = recipe.base
-    if not base.startswith("builtin:") and ((folder / base).exists() or base.startswith((".", "/")) or base.endswith(".gguf")):
+    if not base.startswith("builtin:") and (
+        (folder / base).exists() or base.startswith((".", "/")) or base.endswith(".gguf")
+    ):
         update["base"] = absolute(base)
     if recipe.eval is not None:
         tasks = []

@@ -52,8 +52,8 @@ def read_documents(path: Path) -> Iterator[str]:
     name = path.name.removesuffix(".xz")
     if not path.is_file():
         raise DataError(str(path), "no such file", "give a .txt, .jsonl or .jsonl.xz file")
-    opened: Any = lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8")
-    with opened as f:
+    opener: Any = lzma.open if path.suffix == ".xz" else open
+    with opener(path, "rt", encoding="utf-8") as f:
         if not name.endswith(".jsonl"):
             text = f.read()
             if text.strip():
@@ -63,7 +63,9 @@ def read_documents(path: Path) -> Iterator[str]:
             try:
                 yield str(json.loads(line)["text"])
             except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{path}:{number}", f"not a JSON object with `text` ({error})", "fix the line") from None
+                raise DataError(
+                    f"{path}:{number}", f"not a JSON object with `text` ({error})", "fix the line"
+                ) from None
 
 
 def build_model(spec: BaseSpec, vocab_size: int, bos: int) -> Any:

@@ -284,7 +284,8 @@ class Renderer:
             return
         if self._is_substitution(conversation, messages, text):
             return
-        marked, marks = copy.deepcopy(messages), []
+        marked = copy.deepcopy(messages)
+        marks: list[tuple[str, str]] = []
 
         def mark(where: str, value: str) -> str:
             if not value.strip():
@@ -317,23 +318,20 @@ class Renderer:
         try:
             skeleton = self._text(marked, tools, False, conversation.source)
         except FormatError:
-            skeleton = ""  # a template that looks into the content; fall back to looking for the content itself
-        at = 0
+            raise MaskError(
+                conversation.source,
+                f"the {self.format.name} format looks into the contents, so it cannot be proven that none is left out",
+                "use another --format",
+            ) from None
         for unique, where in marks:
-            if unique in skeleton:
-                continue
-            value = self._value_at(messages, conversation, where)
-            found = text.find(value.strip(), at) if value else -1
-            if found < 0:
+            if unique not in skeleton:
                 raise MaskError(
                     f"{conversation.source}.{where}",
                     f"the {self.format.name} format leaves it out of the training text",
                     "remove it from the row or use a --format that writes it",
                 )
 
-    def _is_substitution(
-        self, conversation: Conversation, messages: list[dict[str, Any]], text: str
-    ) -> bool:
+    def _is_substitution(self, conversation: Conversation, messages: list[dict[str, Any]], text: str) -> bool:
         """Whether the text is the rendering of a conversation of the same shape (same roles and kinds of parts, marks
         for contents) with this row's contents put where the marks are. It proves that nothing vanished, and costs no
         rendering once a shape is known."""
@@ -370,14 +368,6 @@ class Renderer:
             return False
         filled = [contents[int(p)] if i % 2 else p for i, p in enumerate(found)]
         return "".join(filled) == text
-
-    @staticmethod
-    def _value_at(messages: list[dict[str, Any]], conversation: Conversation, where: str) -> str:
-        found = re.match(r"messages\[(\d+)\]\.(\w+)", where)
-        if not found:
-            return ""
-        value = messages[int(found.group(1))].get(found.group(2))
-        return value if isinstance(value, str) else ""
 
     # ---- ids
 
@@ -486,7 +476,7 @@ class Renderer:
                 if token["special"]:
                     token["content"] = f"{MARK_OPEN}{token['content']}{MARK_CLOSE}"
             twin = Tokenizer.from_str(json.dumps(data))
-            back = {
+            back: dict[int, int] = {
                 twin.token_to_id(renamed["content"]): original["id"]
                 for renamed, original in zip(data["added_tokens"], self._json["added_tokens"], strict=True)
             }
@@ -545,7 +535,7 @@ class Renderer:
             if self.end_token is None or end is None:
                 raise MaskError(
                     place,
-                    f"the {self.format.name} format writes no end-of-turn token after a reply, so it could not learn to stop",
+                    f"the {self.format.name} format writes no end-of-turn token: it could not learn to stop",
                     "use another --format",
                 )
             self._prove_end(conversation, turn, text, start, end, place)

@@ -1,10 +1,10 @@
 """The canonical conversation, and the dialects that are normalised into it.
 
-    {"messages": [...], "tools"?: [...]}                       OpenAI chat, the canonical shape
-    [{"role": ..., "content": ...}, ...]                       a bare list of messages
-    {"prompt": text | messages, "completion": text | messages}
-    {"instruction": ..., "input"?: ..., "output": ...}         Alpaca
-    {"conversations": [{"from": "human", "value": ...}, ...]}  ShareGPT
+{"messages": [...], "tools"?: [...]}                       OpenAI chat, the canonical shape
+[{"role": ..., "content": ...}, ...]                       a bare list of messages
+{"prompt": text | messages, "completion": text | messages}
+{"instruction": ..., "input"?: ..., "output": ...}         Alpaca
+{"conversations": [{"from": "human", "value": ...}, ...]}  ShareGPT
 """
 
 from __future__ import annotations
@@ -121,7 +121,9 @@ def parse_message(raw: Any, place: str) -> Message:
         raise SchemaError(place, f"a message is {_kind(raw)}", "make it an object with role and content")
     unknown = sorted(set(raw) - MESSAGE_KEYS)
     if unknown:
-        raise SchemaError(place, f"unknown key {unknown[0]!r} in a message", f"known: {', '.join(sorted(MESSAGE_KEYS))}")
+        raise SchemaError(
+            place, f"unknown key {unknown[0]!r} in a message", f"known: {', '.join(sorted(MESSAGE_KEYS))}"
+        )
     role = raw.get("role")
     if role not in ROLES:
         fact = "a message without a role" if role is None else f"role {role!r} is not known"

@@ -70,4 +70,6 @@ def load_prompts(source: str = "default") -> PromptSet:
     digest = hashlib.sha256(
         json.dumps([[p.id, p.messages_json()] for p in prompts], ensure_ascii=False).encode()
     ).hexdigest()
-    return PromptSet(name=source if source == "default" else path.name, version=VERSION, sha256=digest, prompts=tuple(prompts))
+    return PromptSet(
+        name=source if source == "default" else path.name, version=VERSION, sha256=digest, prompts=tuple(prompts)
+    )

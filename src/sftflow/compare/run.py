@@ -112,9 +112,7 @@ def compare_models(
         "kind": kind_of(base),
         "names": {"base": base.name, "sft": sft.name},
         "tasks": tasks,
-        "centred_mean": {
-            side: centred_mean([t[side] for t in tasks.values()], chances) for side in ("base", "sft")
-        },
+        "centred_mean": {side: centred_mean([t[side] for t in tasks.values()], chances) for side in ("base", "sft")},
         "prompt_set": {"name": prompts.name, "version": prompts.version, "sha256": prompts.sha256},
         "prompts": shown,
         "settings": {
@@ -187,9 +185,7 @@ def _task_entry(
     return entry, {**entry, "rows": rows[:ROWS_IN_REPORT]}
 
 
-def _answers(
-    assistant: Assistant, prompts: PromptSet, arm: str, step: Callable[[int], None]
-) -> list[tuple[str, str]]:
+def _answers(assistant: Assistant, prompts: PromptSet, arm: str, step: Callable[[int], None]) -> list[tuple[str, str]]:
     """(reply, finish reason) to each fixed prompt; a prompt that does not fit says so in the reply's place."""
     out: list[tuple[str, str]] = [("", "length")] * len(prompts.prompts)
     requests, where = [], []

@@ -102,9 +102,7 @@ def plain_ids(assistant: Assistant, text: str) -> tuple[int, ...]:
     return (*opening, *assistant.renderer.encode_plain(text))
 
 
-def evaluate(
-    assistant: Assistant, run: TaskRun, arm: Arm, progress: Callable[[int], None] | None = None
-) -> EvalResult:
+def evaluate(assistant: Assistant, run: TaskRun, arm: Arm, progress: Callable[[int], None] | None = None) -> EvalResult:
     """Ask every item greedily and grade the replies."""
     prompts = [chat_prompt(assistant, i) if arm == "chat" else plain_ids(assistant, i.plain) for i in run.items]
     longest = max(len(p) for p in prompts)

@@ -83,5 +83,14 @@ def calculate(source: str) -> str | None:
     try:
         value = _value(ast.parse(source, mode="eval").body)
         return _show(value) if not isinstance(value, str) else None
-    except (_Refused, SyntaxError, ValueError, ZeroDivisionError, OverflowError, RecursionError, MemoryError, TypeError):
+    except (
+        _Refused,
+        SyntaxError,
+        ValueError,
+        ZeroDivisionError,
+        OverflowError,
+        RecursionError,
+        MemoryError,
+        TypeError,
+    ):
         return None

@@ -84,9 +84,7 @@ class Engine:
         self.python = renderer.python_ids()
         self.stop = frozenset(renderer.stop_ids())
 
-    def generate(
-        self, requests: Sequence[Request], progress: Callable[[int], None] | None = None
-    ) -> list[Reply]:
+    def generate(self, requests: Sequence[Request], progress: Callable[[int], None] | None = None) -> list[Reply]:
         """All replies, in the order of the requests. `progress(k)` is told of every k replies that finish.
 
         Raises ContextError where a prompt leaves no room for a token.
@@ -123,9 +121,7 @@ class Engine:
                 yield Delta(reply.text[len(shown) :] if reply.text.startswith(shown) else "", slot.finish, reply)
 
     @torch.inference_mode()
-    def choice_scores(
-        self, prompts: Sequence[Sequence[int]], options: Sequence[Sequence[int]]
-    ) -> list[list[float]]:
+    def choice_scores(self, prompts: Sequence[Sequence[int]], options: Sequence[Sequence[int]]) -> list[list[float]]:
         """For each prompt, the log-probability of each of its options as the very next token."""
         out: list[list[float]] = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -238,9 +234,7 @@ class Engine:
             elif slot.call is not None:
                 slot.call.append(token)
         room = min(request.max_new_tokens, self.context - len(request.prompt_ids))
-        if token in slot.stop:
-            slot.finish = "stop"
-        elif request.stop_texts and any(s in self._text(slot.ids) for s in request.stop_texts):
+        if token in slot.stop or (request.stop_texts and any(s in self._text(slot.ids) for s in request.stop_texts)):
             slot.finish = "stop"
         elif len(slot.ids) >= room:
             slot.finish = "length"

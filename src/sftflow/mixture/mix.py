@@ -103,9 +103,7 @@ def source_conversations(entry: SourceEntry, recipe: Recipe, bad: list[str]) -> 
     yield from rows
 
 
-def build_mixture(
-    recipe: Recipe, renderer: Renderer, progress: Callable[[str, int], None] | None = None
-) -> Mixture:
+def build_mixture(recipe: Recipe, renderer: Renderer, progress: Callable[[str, int], None] | None = None) -> Mixture:
     """Render every source of the recipe. `progress(source, rows_done)` is called now and then.
 
     Raises SchemaError, FormatError or MaskError at the first bad row (on_bad_row: skip counts them instead).
@@ -162,9 +160,7 @@ def build_mixture(
     )
 
 
-def fitted_rows(
-    conversation: Conversation, renderer: Renderer, recipe: Recipe, ledger: SourceLedger
-) -> list[Rendered]:
+def fitted_rows(conversation: Conversation, renderer: Renderer, recipe: Recipe, ledger: SourceLedger) -> list[Rendered]:
     """The row's training examples, none longer than max_length: an over-long conversation is cut back to whole
     turns that fit, or dropped, and counted."""
     limit = recipe.train.max_length
@@ -193,9 +189,7 @@ def fitted_rows(
     return []
 
 
-def split_held_out(
-    examples: list[Example], validation: float, seed: str
-) -> tuple[list[Example], list[Example]]:
+def split_held_out(examples: list[Example], validation: float, seed: str) -> tuple[list[Example], list[Example]]:
     """(training, held-out) rows of one source: a share below 1, a count from 1 on. Equal rows stay on one side."""
     if validation <= 0 or len(examples) < 2:
         return examples, []

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -56,9 +57,9 @@ def layout_of(segments: NDArray[np.int64], device: torch.device | str = "cpu") -
     flat = segments.ravel()
     change = np.flatnonzero(np.diff(flat) != 0) + 1
     edges = np.unique(np.concatenate([[0], change, np.arange(1, rows) * length, [flat.size]]))
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in pairwise(edges.tolist()):
         if flat[start] > 0:
-            spans[min(_width(int(end - start)), length)].append((int(start), int(end)))
+            spans[min(_width(end - start), length)].append((start, end))
     buckets = []
     for width, items in sorted(spans.items()):
         starts = np.array([s for s, _ in items])[:, None]

@@ -95,7 +95,8 @@ class RowPlan:
 
     def step_rows(self, step: int) -> list[list[Example]]:
         """The packed rows of one step; a step may straddle two epochs."""
-        wanted, out = self.spec.rows_per_step, []
+        wanted = self.spec.rows_per_step
+        out: list[list[Example]] = []
         at = step * wanted
         epoch, n = 0, len(self.epoch_rows(0))
         # The number of rows differs between epochs by a few; walk them so that no row is lost or repeated.
@@ -198,7 +199,7 @@ class Trainer:
         if self.bad_steps >= MAX_BAD_STEPS:
             raise RunError(
                 f"step {self.step}",
-                f"loss or gradient was not finite {MAX_BAD_STEPS} steps in a row (loss {log.loss}, norm {log.grad_norm})",
+                f"loss or gradient not finite {MAX_BAD_STEPS} steps in a row (loss {log.loss}, norm {log.grad_norm})",
                 "lower train.lr, or look at the rows of these steps; the last saved state is kept",
             )
         return log

@@ -1,6 +1,6 @@
 """Saving and restoring a run between two steps, without pickle: tensors as safetensors, the rest as JSON.
 
-    resume/step-00000200/   model.safetensors  optimizer.safetensors  state.json
+resume/step-00000200/   model.safetensors  optimizer.safetensors  state.json
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The training stage: recipe -> mixture -> loop -> a run directory.
 
-    recipe.yaml   fully resolved          metrics.jsonl   a row a step      validation.jsonl   held-out loss
-    ledger.json   every row accounted     resume/         exact state       checkpoint/        the assistant
+recipe.yaml   fully resolved          metrics.jsonl   a row a step      validation.jsonl   held-out loss
+ledger.json   every row accounted     resume/         exact state       checkpoint/        the assistant
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol

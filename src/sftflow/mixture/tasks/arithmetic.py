@@ -18,7 +18,11 @@ QUESTIONS = (
     "{a} {op} {b} = ?",
 )
 WORDED = {
-    "+": ("Add {a} and {b}.", "What is {a} plus {b}?", "I have {a} apples and get {b} more. How many apples do I have?"),
+    "+": (
+        "Add {a} and {b}.",
+        "What is {a} plus {b}?",
+        "I have {a} apples and get {b} more. How many do I have?",
+    ),
     "-": ("What is {a} minus {b}?", "I have {a} coins and lose {b}. How many coins are left?"),
     "*": ("Multiply {a} by {b}.", "What is {a} times {b}?", "There are {a} boxes with {b} pens each. How many pens?"),
     "/": ("Divide {a} by {b}.", "What is {a} divided by {b}?"),
@@ -38,7 +42,7 @@ class Arithmetic(Task):
     def _cases(self, split: str, count: int) -> list[tuple[str, str, str]]:
         """(question, expression, result)"""
         rng = random.Random(f"{self.name}:{split}:{self.source.seed}")
-        out = []
+        out: list[tuple[str, str, str]] = []
         while len(out) < count:
             op = rng.choice("++--**/")
             a, b = rng.randint(1, 999), rng.randint(1, 999)

@@ -1,4 +1,4 @@
-"""Verifiable instructions: the form of the reply is checked, by code, whatever it says (after IFEval, Zhou et al. 2023).
+"""Verifiable instructions: code checks the form of the reply, whatever it says (after IFEval, Zhou et al. 2023).
 
 A (kind, subject, phrasing) is either a training or a test case, by its hash.
 """
