@@ -151,9 +151,9 @@ class _named_errors:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is None or isinstance(error, (CheckpointError, KeyboardInterrupt, MemoryError)):
             return
-        if isinstance(error, ImportError) and self.location.gguf:
+        if self.location.gguf and (isinstance(error, ImportError) or "pip install" in str(error)):
             raise CheckpointError(
-                self.location.name, "reading .gguf needs the gguf package", "pip install 'sftflow[gguf]'"
+                self.location.name, "reading .gguf needs the packages gguf and accelerate", "pip install 'sftflow[gguf]'"
             ) from error
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         remedy = "check the id and the network" if self.location.is_hub else "check that the files are whole"

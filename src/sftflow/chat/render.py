@@ -476,10 +476,11 @@ class Renderer:
                 if token["special"]:
                     token["content"] = f"{MARK_OPEN}{token['content']}{MARK_CLOSE}"
             twin = Tokenizer.from_str(json.dumps(data))
-            back: dict[int, int] = {
-                twin.token_to_id(renamed["content"]): original["id"]
-                for renamed, original in zip(data["added_tokens"], self._json["added_tokens"], strict=True)
-            }
+            back: dict[int, int] = {}
+            for renamed, original in zip(data["added_tokens"], self._json["added_tokens"], strict=True):
+                new_id = twin.token_to_id(renamed["content"])
+                assert new_id is not None, renamed
+                back[new_id] = original["id"]
             self._alias = (twin, back)
         twin, back = self._alias
         parts, real_at, alias_at = [], [0], [0]
