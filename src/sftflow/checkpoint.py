@@ -6,6 +6,7 @@ hub id.
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +133,10 @@ def load_model(location: Location) -> tuple[Any, dict[str, Any]]:
         model = AutoModelForCausalLM.from_pretrained(location.path, dtype=torch.float32, **location.load_args)
         if location.gguf:
             # The de-quantised model remembers its quantisation and refuses to be saved; a fresh one does not.
-            fresh = type(model)(model.config)
+            config = copy.deepcopy(model.config)
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
+            fresh = type(model)(config)
             fresh.load_state_dict(model.state_dict())
             fresh.tie_weights()
             fresh.generation_config = model.generation_config

@@ -252,8 +252,8 @@ def _dtype_of(location: Any, model: Any) -> Any:
     import torch
 
     config = Path(location.path) / "config.json"
-    if location.gguf or not config.is_file():
-        return torch.float32 if not location.is_hub else torch.bfloat16
+    if location.gguf or location.is_hub or not config.is_file():
+        return torch.bfloat16  # what real checkpoints are published in
     data = json.loads(config.read_text(encoding="utf-8"))
     name = data.get("dtype") or data.get("torch_dtype") or "float32"
     found = getattr(torch, str(name), torch.float32)

@@ -171,6 +171,8 @@ class Formatting(Task):
         rng = random.Random(f"{self.name}:{split}:{self.source.seed}")
         out: list[Case] = []
         seen: set[str] = set()
+        if split != "train":
+            count = min(count, MAX_ITEMS)
         while len(out) < count:
             case = MAKERS[len(out) % len(MAKERS)](rng, data)
             is_test = hashlib.sha256(case[0].encode()).digest()[0] % 8 == 0
@@ -185,7 +187,7 @@ class Formatting(Task):
         return [ask(q, a, f"{self.name}:{n}") for n, (q, a, _) in enumerate(cases, 1)]
 
     def items(self, split: str = "test") -> list[Item]:
-        cases = self._cases(split, min(self.source.limit or MAX_ITEMS, MAX_ITEMS))
+        cases = self._cases(split, self.source.limit or MAX_ITEMS)
         return [
             Item(id=f"{self.name}:{n}:{need['kind']}", messages=ask(q, "", "").messages[:1], answer=need)
             for n, (q, _, need) in enumerate(cases)

@@ -1,0 +1,241 @@
+"""The command line from outside: one clear line and the right exit code for wrong input, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "sftflow", *args], capture_output=True, text=True, timeout=150, cwd=cwd
+    )
+
+
+def error_line(result: subprocess.CompletedProcess[str], code: int = 2) -> str:
+    assert result.returncode == code, result.stderr
+    lines = [x for x in result.stderr.splitlines() if x.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
+    return lines[0]
+
+
+def recipe(folder: Path, base: Path, **changes: Any) -> Path:
+    (folder / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    data: dict[str, Any] = {
+        "base": str(base),
+        "mixture": [{"source": "rows.jsonl"}],
+        "train": {"out": str(folder / "run"), "max_length": 64, "tokens_per_step": 64, "steps": 1},
+    }
+    data.update(changes)
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(data))
+    return path
+
+
+def test_missing_file(tmp_path: Path, tiny_base: Path) -> None:
+    line = error_line(run("render", "nowhere.jsonl", "--model", str(tiny_base), cwd=tmp_path))
+    assert line.startswith("error: nowhere.jsonl: no such file; ")
+    assert "no such recipe" in error_line(run("train", "nowhere.yaml", cwd=tmp_path))
+
+
+def test_bad_json_line(tmp_path: Path, tiny_base: Path) -> None:
+    path = recipe(tmp_path, tiny_base)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{bad\n')
+    assert "rows.jsonl:2: not JSON" in error_line(run("train", str(path)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_user_turns(tmp_path: Path, tiny_base: Path) -> None:
+    path = recipe(tmp_path, tiny_base)
+    row = {"messages": [{"role": "user", "content": "a"}] * 2 + [{"role": "assistant", "content": "b"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    line = error_line(run("train", str(path)))
+    assert "rows.jsonl:1" in line and "two user turns in a row" in line
+    assert not (tmp_path / "run").exists()
+    assert "two user turns in a row" in error_line(
+        run("render", str(tmp_path / "rows.jsonl"), "--model", str(tiny_base))
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"mixure": []}, "mixure: unknown key; did you mean 'mixture'?"),
+        ({"train": {"lrr": 1}}, "train.lrr: unknown key; did you mean 'lr'?"),
+        ({"mixture": [{"source": "rows.jsonl", "repeats": 2}]}, "repeats: unknown key; did you mean 'repeat'?"),
+        ({"mixture": [{"source": "speling"}]}, "unknown task 'speling'; did you mean 'spelling'?"),
+        ({"mixture": [{"source": "gsm8k"}]}, "the task gsm8k needs a path"),
+        ({"mixture": []}, "mixture: "),
+        ({"train": {"lora": {"rank": 8}}}, "not available in this version"),
+        ({"base": "./nowhere"}, "no such checkpoint directory"),
+        ({"format": "sftflw"}, "'sftflw' is not a format"),
+        ({"train": {"max_length": 4096, "tokens_per_step": 4096}}, "more than the base's context of 256"),
+    ],
+)
+def test_wrong_recipes(changes: dict[str, Any], expected: str, tmp_path: Path, tiny_base: Path) -> None:
+    changes = dict(changes)
+    if "train" in changes:
+        changes["train"] = {"out": str(tmp_path / "run"), **changes["train"]}
+    assert expected in error_line(run("train", str(recipe(tmp_path, tiny_base, **changes))))
+    assert not (tmp_path / "run").exists()
+
+
+def test_override_and_unknown_eval_task(tmp_path: Path, tiny_base: Path) -> None:
+    path = recipe(tmp_path, tiny_base)
+    assert "train.stepz: unknown key" in error_line(run("train", str(path), "--set", "train.stepz=3"))
+    result = run("eval", str(tiny_base), "--tasks", "spellin", "--out", str(tmp_path / "e"))
+    assert "unknown task 'spellin'" in error_line(result)
+    assert not (tmp_path / "e").exists()
+
+
+def test_missing_shard(tmp_path: Path, tiny_base: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_base, broken)
+    (broken / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (broken / "model.safetensors.index.json").write_text(json.dumps(index))
+    line = error_line(run("train", str(recipe(tmp_path, broken))))
+    assert "model-00001-of-00002.safetensors: this shard is missing" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_flipped_byte_in_a_checkpoint(tmp_path: Path, tiny_base: Path) -> None:
+    path = recipe(tmp_path, tiny_base)
+    assert run("train", str(path)).returncode == 0
+    file = tmp_path / "run" / "checkpoint" / "model.safetensors"
+    blob = bytearray(file.read_bytes())
+    blob[-2] ^= 4
+    file.write_bytes(blob)
+    line = error_line(run("chat", str(tmp_path / "run"), "--prompt", "hi"))
+    assert "model.safetensors: its sha256 is not the one recorded" in line
+
+
+def test_port_in_use(tiny_base: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        line = error_line(run("serve", str(tiny_base), "--port", str(port)))
+        assert f"127.0.0.1:{port}: the port is in use" in line
+    assert "error: 0.0.0.0" in error_line(run("serve", str(tiny_base), "--host", "0.0.0.0"))
+
+
+def test_usage_errors_are_one_line() -> None:
+    assert "No such command" in error_line(run("tarin"))
+    assert "--steps" in error_line(run("train", "x.yaml", "--steps", "3"))
+
+
+def test_render_json_html_and_refusals(tmp_path: Path, tiny_base: Path) -> None:
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"prompt": "hi", "completion": "yo"}\n{"prompt": "a", "completion": "b"}\n')
+    result = run("render", str(data), "--model", str(tiny_base), "--json")
+    document = json.loads(result.stdout)
+    assert result.returncode == 0 and [r["source"] for r in document["rows"]] == [f"{data}:1", f"{data}:2"]
+    first = document["rows"][0]
+    assert len(first["ids"]) == len(first["mask"]) == len(first["tokens"]) and first["tokens"][0] == "<|bos|>"
+    page = tmp_path / "p.html"
+    assert run("render", str(data), "--model", str(tiny_base), "--html", str(page), "--index", "1").returncode == 0
+    assert "assistant_start" in page.read_text()
+    plain = run("render", str(data), "--model", str(tiny_base), "--index", "0")
+    assert "\x1b[" not in plain.stdout and "yo" in plain.stdout and "supervised" in plain.stdout
+    endless = tmp_path / "endless.jinja"
+    endless.write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    refused = run("render", str(data), "--model", str(tiny_base), "--format", str(endless), "--json")
+    assert refused.returncode == 1
+    assert [r["source"] for r in json.loads(refused.stdout)["refused"]] == [f"{data}:1", f"{data}:2"]
+
+
+def test_mix_prints_the_ledger(tmp_path: Path, tiny_base: Path) -> None:
+    path = recipe(tmp_path, tiny_base, mixture=[{"source": "arithmetic", "limit": 20, "repeat": 3}], validation=2)
+    result = run("mix", str(path), "--out", str(tmp_path / "audit"))
+    assert result.returncode == 0, result.stderr
+    assert max(len(x) for x in result.stdout.splitlines()) <= 80
+    ledger = json.loads((tmp_path / "audit" / "ledger.json").read_text())
+    (source,) = ledger["sources"]
+    assert (source["name"], source["rows"], source["repeat"], ledger["rows"]) == ("arithmetic", 18, 3, 54)
+    assert {"tokens", "supervised_tokens", "cut", "dropped"} <= set(source)
+    assert {"packed_rows", "padding_share", "tokens", "supervised_tokens"} <= set(ledger)
+
+
+def test_over_long_rows_are_cut_to_whole_turns_and_counted(tmp_path: Path, tiny_base: Path) -> None:
+    path = recipe(tmp_path, tiny_base)
+    turns = [("user", "a"), ("assistant", "b"), ("user", "word " * 60), ("assistant", "c")]
+    rows = [
+        {"messages": [{"role": r, "content": c} for r, c in turns]},
+        {"prompt": "word " * 80, "completion": "x"},
+        {"prompt": "a", "completion": "b"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    result = run("mix", str(path), "--json")
+    (source,) = json.loads(result.stdout)["sources"]
+    assert (source["rows"] + source["validation_rows"], source["cut"], source["dropped"]) == (2, 1, 1)
+
+
+def test_the_flow_end_to_end(tmp_path: Path, tiny_base: Path) -> None:
+    """Train, evaluate, compare, report and chat on a random base: the files and keys that others read."""
+    path = recipe(
+        tmp_path,
+        tiny_base,
+        mixture=[{"source": "arithmetic", "limit": 40}],
+        eval={"tasks": ["arithmetic"], "limit": 4},
+        compare={"prompts": "default"},
+    )
+    result = run("train", str(path))
+    assert result.returncode == 0, result.stderr
+    assert "sftflow chat" in result.stderr and "report.html" in result.stderr
+    out = tmp_path / "run"
+    document = json.loads((out / "compare.json").read_text())
+    entry = document["tasks"]["arithmetic"]
+    assert {"n", "chance", "base", "base_chat", "base_plain", "sft", "delta", "ci95"} <= set(entry)
+    assert entry["base"] == max(entry["base_chat"], entry["base_plain"])
+    assert set(document["centred_mean"]) == {"base", "sft"} and len(document["prompts"]) >= 40
+    assert {"id", "messages", "base", "base_plain", "sft"} <= set(document["prompts"][0])
+    models = json.loads((out / "eval.json").read_text())["models"]
+    assert all({"n", "score", "stderr", "chance"} <= set(m["tasks"]["arithmetic"]) for m in models.values())
+    row = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
+    assert {"step", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "seconds"} <= set(row)
+    for name in ("recipe.yaml", "ledger.json", "report.html", "eval/sft-arithmetic.jsonl"):
+        assert (out / name).is_file(), name
+    chat = run("chat", str(out), "--prompt", "What is 1 + 1?")
+    assert chat.returncode == 0, chat.stderr
+
+
+def test_doctor_proves_the_maths() -> None:
+    result = run("doctor", "--math")
+    assert result.returncode == 0 and "ok  " in result.stdout
+
+
+def test_readme_commands_exist() -> None:
+    """Every `sftflow ...` line of the README names a command and options that --help knows."""
+    from typer.main import get_command
+
+    from sftflow.cli import app
+
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    found = re.findall(r"^(?:\.venv/bin/)?sftflow (\w+)(.*)$", (ROOT / "README.md").read_text(), re.M)
+    assert len(found) >= 6
+    for name, rest in found:
+        assert name in commands, name
+        known = {o for p in commands[name].params for o in p.opts}
+        for option in re.findall(r"(--[\w-]+)", rest.split("#")[0]):
+            assert option in known, (name, option)
+
+
+def test_shipped_recipes_are_sound() -> None:
+    from sftflow.recipe import load_recipe
+
+    for path in [*(ROOT / "recipes").glob("*.yaml"), *(ROOT / "src" / "sftflow" / "recipes").glob("*.yaml")]:
+        assert load_recipe(path).mixture
