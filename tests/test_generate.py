@@ -47,7 +47,12 @@ def test_greedy_equals_transformers_and_the_batch_changes_nothing(assistant: Any
         assert alone.ids == reply.ids
         ids = torch.tensor([request.prompt_ids])
         expected = assistant.model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, eos_token_id=-1, pad_token_id=0
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=20,
+            do_sample=False,
+            eos_token_id=-1,
+            pad_token_id=0,
         )[0, len(request.prompt_ids) :]
         assert reply.ids == tuple(expected.tolist())
         assert reply.finish_reason == "length" and reply.n_generated == 20

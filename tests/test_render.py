@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conftest import make_renderer, shared
-from sftflow.chat.render import Renderer, flatten_python
+from sftflow.chat.flatten import flatten_python
+from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation, Message, Part, parse_row, text_message
 from sftflow.errors import FormatError, MaskError
 
@@ -134,7 +135,7 @@ def test_invariants_hold_for_any_content(tokenizer_dir: Path, name: str, pairs: 
     # exactly one supervised end token per turn, and no control id from content
     assert int((rendered.ids[rendered.mask == 1] == end).sum()) == len(pairs)
     per_turn = {"sftflow": 4, "chatml": 4}[name]
-    n_special = sum(int(i) in renderer._special_ids for i in rendered.ids)
+    n_special = sum(int(i) in renderer.special.values() for i in rendered.ids)
     assert n_special == per_turn * len(pairs) + (name == "sftflow")
     # the supervised text is the replies, to the letter
     assert supervised_text(renderer, rendered) == "".join(a + renderer.end_token for _, a in pairs)

@@ -157,7 +157,9 @@ class _named_errors:
             return
         if self.location.gguf and (isinstance(error, ImportError) or "pip install" in str(error)):
             raise CheckpointError(
-                self.location.name, "reading .gguf needs the packages gguf and accelerate", "pip install 'sftflow[gguf]'"
+                self.location.name,
+                "reading .gguf needs the packages gguf and accelerate",
+                "pip install 'sftflow[gguf]'",
             ) from error
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         remedy = "check the id and the network" if self.location.is_hub else "check that the files are whole"

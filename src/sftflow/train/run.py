@@ -105,6 +105,8 @@ def run_training(recipe: Recipe, listener: Listener, *, resume: bool = False) ->
     With `resume`, go on from the newest saved state, bit for bit on the CPU; with none saved, start; on a finished
     run, say so. Raises Stopped after saving when SIGTERM comes.
     """
+    from safetensors import SafetensorError
+
     from sftflow.train.loop import RowPlan, Trainer, evaluate_loss
     from sftflow.train.resume import load_state, save_state, saved_states
 
@@ -203,8 +205,9 @@ def run_training(recipe: Recipe, listener: Listener, *, resume: bool = False) ->
                     save_state(out / "resume", trainer, identity, extra, recipe.train.keep)
                 if stop_asked.asked and not done:
                     raise Stopped
-    except OSError as error:
-        raise RunError(str(out), f"cannot write ({error.strerror or error})", "free space; --resume goes on") from error
+    except (OSError, SafetensorError) as error:
+        fact = getattr(error, "strerror", None) or error
+        raise RunError(str(out), f"cannot write ({fact})", "free space; --resume goes on") from error
     except RuntimeError as error:
         if "alloc" not in str(error).lower():
             raise
