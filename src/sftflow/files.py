@@ -58,8 +58,11 @@ def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
     beside.mkdir()
     try:
         fill(beside)
+        umask = os.umask(0)
+        os.umask(umask)
         for path in sorted(beside.rglob("*")):
             if path.is_file():
+                path.chmod(0o666 & ~umask)  # safetensors writes 0600: nobody else could serve it
                 _fsync(path)
         _fsync(beside)
         old = target.with_name(f".{target.name}.old")

@@ -22,6 +22,9 @@ HELP = """/system TEXT   set the system prompt (without TEXT: remove it)
 /reset         forget the conversation
 /quit          leave (so does Ctrl-D); Ctrl-C stops a reply"""
 
+# A greedy model that has begun to repeat itself would fill a context of thousands of tokens.
+LONGEST_REPLY = 512
+
 
 class Sampling(TypedDict):
     """How tokens are drawn; temperature 0 is greedy, top_p 1 and top_k 0 are off."""
@@ -55,7 +58,7 @@ def _stream(assistant: Assistant, conversation: Conversation, out: TextIO) -> tu
     from sftflow.generate.engine import Request
 
     ids = tuple(assistant.renderer.render(conversation, reply=True).ids.tolist())
-    room = max(1, assistant.engine.context - len(ids))
+    room = max(1, min(LONGEST_REPLY, assistant.engine.context - len(ids)))
     request = Request(prompt_ids=ids, max_new_tokens=room, seed=secrets.randbits(63), **own_sampling(assistant))
     written, ended, message = "", "interrupted", None
     try:
@@ -148,4 +151,4 @@ def chat(
             if message is not None:
                 history = [*turn, message]
             if ended == "length":
-                note("[the context is full; /reset starts over]")
+                note("[cut: the reply did not end by itself]")
