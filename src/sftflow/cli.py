@@ -260,7 +260,20 @@ def _train(recipe: Any, *, resume: bool, overwrite: bool = False) -> None:
             _evaluate([str(out)], tasks, limit, out, watch, identity)
             return
         _compare(recipe.base, str(out), tasks, recipe.compare.prompts, limit, out, watch, identity)
-        stderr().print(f"chat with it:  sftflow chat {out}", highlight=False)
+        stderr().print(f"chat with it:  {_program()} chat {out}", highlight=False, soft_wrap=True)
+
+
+def _program() -> str:
+    """How this program is called from here: by its name where it is on the PATH, else by its path."""
+    import shutil
+
+    called = Path(sys.argv[0])
+    if called.name != "sftflow" or shutil.which("sftflow"):
+        return "sftflow"
+    try:
+        return str(called.relative_to(Path.cwd())) if called.is_absolute() else str(called)
+    except ValueError:
+        return str(called)
 
 
 @app.command()
