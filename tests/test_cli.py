@@ -50,10 +50,10 @@ def error_line(result: Result, code: int = 2) -> str:
     return lines[0]
 
 
-def recipe(folder: Path, base: Path, **changes: Any) -> Path:
+def recipe(folder: Path, checkpoint: Path, **changes: Any) -> Path:
     (folder / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
     data: dict[str, Any] = {
-        "base": str(base),
+        "base": str(checkpoint),
         "mixture": [{"source": "rows.jsonl"}],
         "train": {"out": str(folder / "run"), "max_length": 64, "tokens_per_step": 64, "steps": 1},
     }

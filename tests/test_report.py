@@ -259,7 +259,7 @@ def test_continued_sft_says_before_and_after() -> None:
 def test_weak_answers_are_open_prompts_and_named_ones() -> None:
     html = render_report(demo())
     weak = html[html.index('<section id="weak">') : html.index('<section id="prompts">')]
-    assert weak.count("<dt>") == 5 and "What is a KV cache?" in weak
+    assert weak.count("<dt>") == 4 and "What is a KV cache?" in weak
     assert "gives weak answers" in html and "still gives wrong answers" in render_report(demo() | {"parameters": 7e9})
 
 

@@ -171,7 +171,8 @@ def render(
         console = Console(highlight=False)
         for row in rows:
             supervised = sum(t["supervised"] for t in row["tokens"])
-            console.rule(f"{row['source']}  {len(row['tokens'])} tokens, {supervised} supervised", align="left")
+            head = f"{row['source']}  {len(row['tokens'])} tokens, {supervised} supervised"
+            console.print(head, style="bold underline", markup=False, soft_wrap=True)
             console.print(terminal_lines(row))
     for entry in refused:
         print(f"refused: {entry['reason']}", file=sys.stderr)
