@@ -273,6 +273,23 @@ def test_resume_refuses_changed_data_and_damaged_state(tiny_base: Path, tmp_path
         load_state(saved, trainer, {"data": "a"})
 
 
+def test_a_changed_recipe_is_named_by_its_key(tiny_base: Path, tmp_path: Path) -> None:
+    from sftflow.recipe import load_recipe
+    from sftflow.train.run import Stopped, run_training
+
+    path = write_recipe(tmp_path, tiny_base)
+
+    class StopAtFive(Quiet):
+        def step(self, log: Any, total: int) -> None:
+            if log.step == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        run_training(load_recipe(path), StopAtFive())
+    with pytest.raises(CheckpointError, match=r"recipe.train.steps changed since this run was saved \(24 -> 30\)"):
+        run_training(load_recipe(path, ["train.steps=30"]), Quiet(), resume=True)
+
+
 def test_the_checkpoint_is_a_hugging_face_one(tiny_base: Path, tmp_path: Path) -> None:
     """It loads with transformers alone, renders the same, stops at the same token, and new rows are the old mean."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

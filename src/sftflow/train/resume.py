@@ -71,8 +71,8 @@ def load_state(directory: Path, trainer: Trainer, identity: dict[str, str]) -> d
         if not path.is_file() or sha256_file(path) != expected:
             fact = "missing" if not path.is_file() else "its sha256 is not the one recorded when it was saved"
             raise CheckpointError(str(path), fact, "remove this saved state; an older one, if kept, is used then")
-    for key, now in identity.items():
-        was = state["identity"].get(key)
+    for key in sorted({*identity, *state["identity"]}):
+        was, now = state["identity"].get(key), identity.get(key)
         if was != now:
             raise CheckpointError(
                 str(directory), f"{key} changed since this run was saved ({was} -> {now})", "start in a new train.out"

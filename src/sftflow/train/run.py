@@ -139,7 +139,7 @@ def run_training(recipe: Recipe, listener: Listener, *, resume: bool = False) ->
     model.to(runtime.device)
     trainer = Trainer(model, plan, spec, runtime, mixture.names)
     identity = {
-        "recipe": json.dumps(recipe.model_dump(mode="json", exclude={"eval", "compare"}), sort_keys=True),
+        **flat_recipe(recipe),
         "data": ledger["data_sha256"],
         "tokenizer and format": fingerprint(tokenizer, renderer.format),
     }
@@ -214,6 +214,27 @@ def run_training(recipe: Recipe, listener: Listener, *, resume: bool = False) ->
         raise RunError("training", "out of memory", "lower train.micro_tokens or train.max_length") from error
     write_text(out / "DONE", f"{plan.total_steps} steps\n")
     return Run(directory=out, seconds=time.perf_counter() - started)
+
+
+def flat_recipe(recipe: Recipe) -> dict[str, str]:
+    """What decides the weights, as `recipe.train.lr: 0.008`, so that a change is named by its key on resume."""
+    kept = recipe.model_dump(
+        mode="json", exclude={"eval": True, "compare": True, "train": {"out", "save_every", "keep", "logger"}}
+    )
+    out: dict[str, str] = {}
+
+    def walk(value: Any, path: str) -> None:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                walk(inner, f"{path}.{key}")
+        elif isinstance(value, list) and value:
+            for number, inner in enumerate(value):
+                walk(inner, f"{path}[{number}]")
+        else:
+            out[path] = json.dumps(value)
+
+    walk(kept, "recipe")
+    return out
 
 
 class _SigtermFlag:
