@@ -234,6 +234,12 @@ def test_the_flow_end_to_end(tmp_path: Path, tiny_base: Path) -> None:
     assert chat.returncode == 0, chat.stderr
 
 
+def test_demo_never_replaces_another_run(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("keep me")
+    assert "it holds something else than a demo run" in error_line(run("demo", "--out", str(tmp_path)))
+    assert (tmp_path / "mine.txt").read_text() == "keep me"
+
+
 def test_doctor_proves_the_maths() -> None:
     result = run("doctor", "--math")
     assert result.returncode == 0 and "ok  " in result.stdout

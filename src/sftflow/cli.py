@@ -66,11 +66,20 @@ def _quiet() -> None:
 @app.command()
 def demo(out: Out = Path("runs/demo")) -> None:
     """The whole flow on the shipped base: SFT, comparison, report."""
+    import shutil
+
     from sftflow.recipe import load_recipe
 
     path = Path(__file__).parent / "recipes" / "demo.yaml"
     recipe = load_recipe(path, [f"train.out={out}"])
-    _train(recipe, resume=False, overwrite=True)
+    mark = out / ".demo"
+    if out.exists() and any(out.iterdir()):
+        if not mark.is_file():
+            raise RecipeError(f"--out {out}", "it holds something else than a demo run", "name another folder")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    mark.touch()  # this folder is the demo's: the next demo may replace it
+    _train(recipe, resume=False)
 
 
 @app.command()
@@ -229,16 +238,12 @@ def mix(
         console.print(f"skipped: {row}", markup=False)
 
 
-def _train(recipe: Any, *, resume: bool, overwrite: bool = False) -> None:
+def _train(recipe: Any, *, resume: bool) -> None:
     _quiet()
-    import shutil
-
     from sftflow.console import Watch, stderr
     from sftflow.train.run import EXIT_SIGTERM, Stopped, run_training
 
     out = Path(recipe.train.out)
-    if overwrite and (out / "recipe.yaml").is_file():
-        shutil.rmtree(out)  # a demo run of before
     with Watch() as watch:
         try:
             run = run_training(recipe, watch, resume=resume)
