@@ -123,6 +123,16 @@ def load_info(location: Location) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+def open_renderer(location: Location, format_name: str) -> Renderer:
+    """A renderer without the model: the checkpoint's tokenizer, in the named format or its own stored one."""
+    from sftflow.chat.render import Renderer
+
+    tokenizer = load_tokenizer(location)
+    chat_format = choose_format(format_name, tokenizer, load_info(location).get("format"))
+    add_tokens(tokenizer, chat_format)
+    return Renderer(tokenizer, chat_format)
+
+
 def load_model(location: Location) -> tuple[Any, dict[str, Any]]:
     """(model in fp32 on the CPU, its sftflow.json). Raises CheckpointError naming a missing or damaged file."""
     import torch

@@ -128,18 +128,13 @@ def render(
 ) -> None:
     """Show rows as the model sees them: tokens, and which of them are trained on."""
     _quiet()
-    from sftflow.chat.format import add_tokens, choose_format
     from sftflow.chat.inspect import terminal_lines, token_rows
-    from sftflow.chat.render import Renderer
     from sftflow.chat.schema import read_conversations
-    from sftflow.checkpoint import load_info, load_tokenizer, resolve
+    from sftflow.checkpoint import open_renderer, resolve
     from sftflow.errors import MaskError
 
-    location = resolve(model)
-    tokenizer = load_tokenizer(location)
-    chat_format = choose_format(format, tokenizer, load_info(location).get("format"))
-    add_tokens(tokenizer, chat_format)
-    renderer = Renderer(tokenizer, chat_format)
+    renderer = open_renderer(resolve(model), format)
+    tokenizer = renderer.tokenizer
     rows: list[dict[str, Any]] = []
     refused: list[dict[str, str]] = []
     for number, conversation in enumerate(read_conversations(data)):
@@ -202,22 +197,18 @@ def mix(
     _quiet()
     from rich.console import Console
 
-    from sftflow.chat.format import add_tokens, choose_format
     from sftflow.chat.inspect import token_rows
-    from sftflow.chat.render import Renderer
-    from sftflow.checkpoint import load_info, load_tokenizer, resolve
+    from sftflow.checkpoint import open_renderer, resolve
     from sftflow.console import Watch, ledger_table
     from sftflow.files import write_json, write_text
     from sftflow.mixture.mix import build_mixture
     from sftflow.recipe import load_recipe
 
     loaded = load_recipe(recipe)
-    location = resolve(loaded.base)
-    tokenizer = load_tokenizer(location)
-    chat_format = choose_format(loaded.format, tokenizer, load_info(location).get("format"))
-    add_tokens(tokenizer, chat_format)
+    renderer = open_renderer(resolve(loaded.base), loaded.format)
+    tokenizer = renderer.tokenizer
     with Watch() as watch:
-        mixture = build_mixture(loaded, Renderer(tokenizer, chat_format), watch.rendering)
+        mixture = build_mixture(loaded, renderer, watch.rendering)
     ledger = mixture.ledger()
     if out is not None:
         write_json(out / "ledger.json", ledger)

@@ -22,18 +22,13 @@ def examine(recipe: Path | None, math: bool) -> tuple[list[str], bool]:
     ]
     good = True
     if recipe is not None:
-        from sftflow.chat.format import add_tokens, choose_format
-        from sftflow.chat.render import Renderer
-        from sftflow.checkpoint import load_tokenizer, resolve
+        from sftflow.checkpoint import open_renderer, resolve
         from sftflow.evals.run import open_tasks
         from sftflow.mixture.mix import build_mixture
         from sftflow.recipe import load_recipe
 
         loaded = load_recipe(recipe)
-        tokenizer = load_tokenizer(resolve(loaded.base))
-        chat_format = choose_format(loaded.format, tokenizer)
-        add_tokens(tokenizer, chat_format)
-        mixture = build_mixture(loaded, Renderer(tokenizer, chat_format))
+        mixture = build_mixture(loaded, open_renderer(resolve(loaded.base), loaded.format))
         if loaded.eval:
             open_tasks(loaded.eval.tasks, loaded.eval.limit)
         lines.append(f"{recipe}: sound; {len(mixture.examples):,} training rows, {len(mixture.held_out):,} held out")

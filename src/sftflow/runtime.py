@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:
-    import torch
+from typing import Any, Literal
 
 Precision = Literal["fp32", "bf16"]
 
@@ -63,9 +60,3 @@ def detect(precision: str = "auto", device: str | None = None) -> Runtime:
     if has_native_bf16(device):
         return Runtime(device=device, precision="bf16", reason=f"{device} multiplies bf16 natively")
     return Runtime(device=device, precision="fp32", reason=f"{device} has no native bf16 products")
-
-
-def tensor_device(runtime: Runtime) -> torch.device:
-    import torch
-
-    return torch.device(runtime.device)

@@ -300,7 +300,7 @@ def set_dropout(model: Any, rate: float) -> None:
 
 
 def check_parity(renderer: Any, mixture: Mixture) -> None:
-    """On a sample of the real rows: no supervised row without its end-of-turn token, no control id in content."""
+    """On a sample of the real rows: none is supervised without its end-of-turn token."""
     end = renderer.special[renderer.end_token]
     for rendered in mixture.samples:
         supervised = rendered.ids[rendered.mask == 1]
