@@ -32,13 +32,15 @@ from sftflow.errors import FormatError, MaskError
 @dataclass(frozen=True, slots=True)
 class Rendered:
     """ids: (n,) token ids.   mask: (n,) 1 where supervised.   text: what was encoded.
-    boundary_splits: prompt/reply boundaries that a token would have straddled, encoded on both sides separately."""
+    boundary_splits: prompt/reply boundaries that a token would have straddled, encoded on both sides separately.
+    turns: (first token, role) of each turn in order, for looking at the row; () where they are not known."""
 
     ids: NDArray[np.int64]
     mask: NDArray[np.int8]
     text: str
     source: str = ""
     boundary_splits: int = 0
+    turns: tuple[tuple[int, str], ...] = ()
 
     @property
     def n_supervised(self) -> int:
