@@ -1,53 +1,44 @@
-"""Text -> ids, with the characters each id covers.
+"""Text -> ids, with the token index of every control token and of every boundary between prompt and reply.
 
     "B U hi /U"  ->  B  U  hi  /U
                      where the template wrote B, U and /U they are special tokens (literals);
                      where the content did (look-alikes) they stay text.
 
-To tell the two apart, the caller renders again with each look-alike hidden behind a mark (`Encoder.hide`); what is
-special then is the template's (`Encoder.literals_behind`).
+Which of the two a string is, is the caller's to say: it knows which parts of the text are the template's.
 """
 
 from __future__ import annotations
 
 import bisect
-import copy
+import functools
+import itertools
 import json
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
-from sftflow.chat.format import tokenizer_json
+import numpy as np
+from numpy.typing import NDArray
+
+from sftflow.chat.format import tokenizer_text
 from sftflow.errors import MaskError
 
 Literal = tuple[int, int, str]  # (start, end, token): a special token the template itself wrote
 Piece = tuple[str, str]  # ("special", token) or ("content", text)
+Int = NDArray[np.int64]
 
-MARK_OPEN, MARK_CLOSE = "\uf8f0", "\uf8f1"  # private-use characters: stand for content while literals are told apart
-MARK_PATTERN = f"{MARK_OPEN}(\\d+){MARK_CLOSE}"
-
-
-def mark(what: int | str) -> str:
-    return f"{MARK_OPEN}{what}{MARK_CLOSE}"
+TWIN_OPEN, TWIN_CLOSE = "\uf8f0", "\uf8f1"  # private-use characters around a special token's name in the twin
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """ids with the character span [begin, end) of each.
+    """ids: (n,).   literals: token index of each literal, in order.   cuts: token index of each boundary, in order.
     splits: boundaries that a token would have straddled, encoded on both sides separately."""
 
-    ids: list[int] = field(default_factory=list)
-    begin: list[int] = field(default_factory=list)
-    end: list[int] = field(default_factory=list)
-    splits: int = 0
-
-    def __add__(self, other: Encoded) -> Encoded:
-        return Encoded(self.ids + other.ids, self.begin + other.begin, self.end + other.end)
-
-    def shifted(self, by: int) -> Encoded:
-        if not by:
-            return self
-        return Encoded(self.ids, [b + by for b in self.begin], [e + by for e in self.end])
+    ids: Int
+    literals: Int
+    cuts: tuple[int, ...]
+    splits: int
 
 
 def pieces_of(text: str, literals: list[Literal]) -> list[Piece]:
@@ -64,6 +55,66 @@ def pieces_of(text: str, literals: list[Literal]) -> list[Piece]:
     return pieces
 
 
+class _Backend:
+    """One fast tokenizer, shared by every Encoder of the same tokenizer.json (loading a large one takes a second)."""
+
+    def __init__(self, text: str) -> None:
+        from tokenizers import Tokenizer
+
+        self.json: dict[str, Any] = json.loads(text)
+        self.json["post_processor"] = None  # it would add a BOS
+        self._backend = Tokenizer.from_str(json.dumps(self.json))
+        special = [t for t in self.json["added_tokens"] if t["special"]]
+        self.special: dict[str, int] = {t["content"]: t["id"] for t in special}
+        self.swallows_right = frozenset(t["content"] for t in special if t["rstrip"])
+        longest_first = sorted(self.special, key=len, reverse=True)
+        self.special_re = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self.is_special = np.zeros(self._backend.get_vocab_size(with_added_tokens=True) + 1, bool)
+        for i in self.special.values():
+            if i >= len(self.is_special):
+                self.is_special = np.pad(self.is_special, (0, i + 1 - len(self.is_special)))
+            self.is_special[i] = True
+        self._twin: tuple[Any, dict[int, int]] | None = None
+        # A SentencePiece-like tokenizer writes a space before the first word of whatever it is given.
+        line, letter = self.plain("\n"), self.plain("a")
+        self.prepends = self.plain("\na")[len(line) :] != letter
+
+    def plain(self, text: str) -> list[int]:
+        """Ids as the tokenizer gives them, special-token strings included."""
+        ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return ids
+
+    def with_twin(self, pieces: list[Piece]) -> list[int]:
+        """Ids from a twin of the tokenizer whose special tokens carry other names, so that their usual names in
+        content are plain text while everything else (splitting, merging, prefix spaces) stays as it is."""
+        twin, back = self._make_twin()
+        text = "".join(f"{TWIN_OPEN}{t}{TWIN_CLOSE}" if kind == "special" else t for kind, t in pieces)
+        return [back.get(i, i) for i in twin.encode_batch_fast([text], add_special_tokens=False)[0].ids]
+
+    def _make_twin(self) -> tuple[Any, dict[int, int]]:
+        """The twin, and which id of it stands for which of ours; made when first needed."""
+        from tokenizers import Tokenizer
+
+        if self._twin is None:
+            renamed = [
+                {**t, "content": f"{TWIN_OPEN}{t['content']}{TWIN_CLOSE}"} if t["special"] else t
+                for t in self.json["added_tokens"]
+            ]
+            twin = Tokenizer.from_str(json.dumps({**self.json, "added_tokens": renamed}))
+            back: dict[int, int] = {}
+            for new, original in zip(renamed, self.json["added_tokens"], strict=True):
+                new_id = twin.token_to_id(new["content"])
+                assert new_id is not None, new
+                back[new_id] = original["id"]
+            self._twin = (twin, back)
+        return self._twin
+
+
+@functools.lru_cache(maxsize=8)
+def _backend(text: str) -> _Backend:
+    return _Backend(text)
+
+
 class Encoder:
     """Encodes with one tokenizer, but lets only literals become special tokens.
 
@@ -72,144 +123,94 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        from tokenizers import Tokenizer
-
-        self._json = tokenizer_json(tokenizer)
-        self._json["post_processor"] = None  # it would add a BOS, and (byte-level) shorten offsets by leading spaces
-        self._backend = Tokenizer.from_str(json.dumps(self._json))
-        self._twin: tuple[Any, dict[int, int]] | None = None
-        self.special: dict[str, int] = {t["content"]: t["id"] for t in self._json["added_tokens"] if t["special"]}
-        self._special_ids = frozenset(self.special.values())
-        longest_first = sorted(self.special, key=len, reverse=True)
-        self.special_re = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-    # ---- which special tokens are the template's
+        self._backend = _backend(tokenizer_text(tokenizer))
+        self.special = self._backend.special
+        self.special_re = self._backend.special_re
+        self._tails: dict[tuple[str, bool, bool], list[int]] = {}
 
     def literals(self, text: str) -> list[Literal]:
         """Every special token in the text: the template's, where no content holds look-alikes."""
         return [(m.start(), m.end(), m.group()) for m in self.special_re.finditer(text)]
 
-    def hide(self, value: Any, found: list[str], place: str) -> Any:
-        """Messages or tools with each look-alike in them appended to `found` and replaced by the mark of its number."""
-        if isinstance(value, str):
-            if MARK_OPEN in value or MARK_CLOSE in value:
-                raise MaskError(place, "control-token strings beside private-use characters", "")
-
-            def replace_one(m: re.Match[str]) -> str:
-                found.append(m.group())
-                return mark(len(found) - 1)
-
-            return self.special_re.sub(replace_one, value)
-        if isinstance(value, dict):
-            return {
-                self.hide(k, found, place): v if k in ("role", "type") else self.hide(v, found, place)
-                for k, v in value.items()
-            }
-        return [self.hide(v, found, place) for v in value] if isinstance(value, list) else value
-
-    def literals_behind(self, hidden: str, found: list[str], text: str, place: str) -> list[Literal]:
-        """The special tokens in `hidden`, at their positions in `text`, which is `hidden` with each mark replaced by
-        the look-alike it stands for."""
-        out: list[Literal] = []
-        shift = at = 0
-        rebuilt = []
-        pattern = re.compile(f"{MARK_PATTERN}|{self.special_re.pattern}")
-        for m in pattern.finditer(hidden):
-            rebuilt.append(hidden[at : m.start()])
-            at = m.end()
-            if m.group(1) is None:
-                out.append((m.start() + shift, m.end() + shift, m.group()))
-                rebuilt.append(m.group())
-            else:
-                original = found[int(m.group(1))]
-                shift += len(original) - (m.end() - m.start())
-                rebuilt.append(original)
-        rebuilt.append(hidden[at:])
-        if "".join(rebuilt) != text:
-            raise MaskError(
-                place,
-                "content holds control-token strings and the template changes its text by them",
-                "remove those strings from the row",
-            )
-        return out
-
-    # ---- ids
-
     def encode(self, text: str, literals: list[Literal], boundaries: list[int], place: str) -> Encoded:
-        """Ids of the text with their character offsets. Where a token would straddle a boundary between prompt and
-        reply, or the prompt alone would encode otherwise, the two sides are encoded separately."""
-
-        def encode(left: int, right: int) -> Encoded:
-            inside = [(s - left, e - left, t) for s, e, t in literals if left <= s and e <= right]
-            return self.encode_pieces(pieces_of(text[left:right], inside)).shifted(left)
-
-        done, start, splits = Encoded(), 0, 0
-        rest = encode(0, len(text))
-        literal_ends = {end for _, end, _ in literals}
+        """Ids of the text. Where a token would straddle a boundary between prompt and reply (characters, ascending),
+        so that the prompt alone would encode otherwise, the two sides are encoded separately."""
+        rest = self._ids(text, literals, 0, place)
+        done: list[list[int]] = []
+        offset = start = splits = 0  # tokens done, the character at which `rest` begins
+        ends = [end for _, end, _ in literals]
+        cuts: list[int] = []
         for boundary in boundaries:
-            if boundary in literal_ends or boundary >= len(text):
-                continue  # a special token ends here (or the text does): nothing can straddle
-            left = encode(start, boundary)
-            n = len(left.ids)
-            if rest.ids[:n] == left.ids and (n == len(rest.ids) or rest.begin[n] >= boundary):
-                continue
-            done, start, splits = done + left, boundary, splits + 1
-            rest = encode(boundary, len(text))
-        whole = replace(done + rest, splits=splits)
-        n_special = sum(i in self._special_ids for i in whole.ids)
-        if n_special != len(literals):
-            raise MaskError(
-                place,
-                f"{n_special} control ids where the template wrote {len(literals)}",
-                "the tokenizer turns content into control ids; remove the control-token strings from the row",
-            )
-        return whole
+            n = self._prompt_length(text, literals, ends, start, boundary, rest)
+            if n is None:
+                left = self._ids(text[:boundary], [x for x in literals if x[1] <= boundary], start, place)
+                done.append(left)
+                offset += len(left)
+                start, n, splits = boundary, 0, splits + 1
+                rest = self._ids(text, literals, start, place)
+            cuts.append(offset + n)
+        ids = np.asarray([*itertools.chain(*done, rest)] if done else rest, np.int64)
+        return Encoded(ids, np.flatnonzero(self._backend.is_special[ids]), tuple(cuts), splits)
 
-    def encode_pieces(self, pieces: list[Piece]) -> Encoded:
-        """Encode (kind, text) pieces, kind "special" or "content", to ids and their character offsets."""
+    def _ids(self, text: str, literals: list[Literal], start: int, place: str) -> list[int]:
+        """Ids of text[start:], where exactly the literals are special."""
+        mine = [(s - start, e - start, t) for s, e, t in literals if s >= start] if start else literals
+        part = text[start:] if start else text
+        wanted = [self.special[t] for _, _, t in mine]
+        special = self._backend.is_special
+        for ids in (self._plain(part, start > 0), None):
+            if ids is None:
+                ids = self._backend.with_twin(pieces_of(part, mine))
+            array = np.asarray(ids, np.int64)
+            found = array[special[array]].tolist() if len(array) else []
+            if found == wanted:
+                return ids
+        raise MaskError(
+            place,
+            f"{len(found)} control ids where the template wrote {len(wanted)}",
+            "the tokenizer turns content into control ids; remove the control-token strings from the row",
+        )
+
+    def _plain(self, text: str, continues: bool) -> list[int]:
+        """Ids of the text; of one that continues another, without the space that some tokenizers write in front."""
+        if continues and self._backend.prepends:
+            anchor = self._backend.plain("\n")
+            ids = self._backend.plain("\n" + text)
+            if ids[: len(anchor)] == anchor:
+                return ids[len(anchor) :]
+        return self._backend.plain(text)
+
+    def _prompt_length(
+        self, text: str, literals: list[Literal], ends: list[int], start: int, boundary: int, ids: list[int]
+    ) -> int | None:
+        """How many of `ids` (those of text[start:]) are the prompt text[start:boundary], encoded alone; None where
+        its ids are not a prefix of them."""
+        last = bisect.bisect_right(ends, boundary) - 1  # the last control token before the boundary
+        base, left = 0, start
+        if last >= 0 and literals[last][0] >= start:
+            number = last - bisect.bisect_left(literals, (start, start, ""))
+            special = self._backend.is_special[np.asarray(ids, np.int64)]
+            base = int(np.flatnonzero(special)[number])
+            left = literals[last][0]
+            swallowed = literals[last][2] in self._backend.swallows_right and not text[ends[last] : boundary].strip()
+            if swallowed and text[boundary : boundary + 1].isspace():
+                return None  # the control token takes the reply's leading spaces with it
+            if ends[last] == boundary:
+                return base + 1
+        if boundary >= len(text):
+            return len(ids)
+        mine = literals[last : last + 1] if last >= 0 and literals[last][0] >= start else []
+        key = (text[left:boundary], bool(mine), left > 0)  # mostly a generation prompt: the same in every row
+        if key not in self._tails:
+            if len(self._tails) > 4096:
+                self._tails.clear()
+            self._tails[key] = self._ids(text[:boundary], mine, left, "prompt")
+        prompt = self._tails[key]
+        n = base + len(prompt)
+        return n if ids[base:n] == prompt else None
+
+    def encode_pieces(self, pieces: list[Piece]) -> list[int]:
+        """Ids of (kind, text) pieces, kind "special" or "content"."""
         if any(kind == "content" and self.special_re.search(text) for kind, text in pieces):
-            return self._encode_with_twin(pieces)
-        encoding = self._backend.encode("".join(t for _, t in pieces), add_special_tokens=False)
-        return Encoded(encoding.ids, [o[0] for o in encoding.offsets], [o[1] for o in encoding.offsets])
-
-    def _encode_with_twin(self, pieces: list[Piece]) -> Encoded:
-        """Encode with a twin of the tokenizer whose special tokens carry other names, so that their usual names in
-        content are plain text while everything else (splitting, merging, prefix spaces) stays as it is."""
-        twin, back = self._make_twin()
-        parts, real_at, alias_at = [], [0], [0]
-        for kind, text in pieces:
-            written = mark(text) if kind == "special" else text
-            parts.append(written)
-            real_at.append(real_at[-1] + len(text))
-            alias_at.append(alias_at[-1] + len(written))
-        encoding = twin.encode("".join(parts), add_special_tokens=False)
-
-        def real(position: int, right: bool) -> int:
-            i = (bisect.bisect_left if right else bisect.bisect_right)(alias_at, position) - 1
-            i = max(0, min(i, len(pieces) - 1))
-            inside = position - alias_at[i]
-            if pieces[i][0] == "special":
-                inside = min(inside, len(pieces[i][1])) if inside < len(parts[i]) else len(pieces[i][1])
-            return real_at[i] + inside
-
-        ids = [back.get(i, i) for i in encoding.ids]
-        begin = [real(s, False) for s, _ in encoding.offsets]
-        return Encoded(ids, begin, [real(e, True) for _, e in encoding.offsets])
-
-    def _make_twin(self) -> tuple[Any, dict[int, int]]:
-        """The twin, and which id of it stands for which of ours; made when first needed."""
-        from tokenizers import Tokenizer
-
-        if self._twin is None:
-            data = copy.deepcopy(self._json)
-            for token in data["added_tokens"]:
-                if token["special"]:
-                    token["content"] = mark(token["content"])
-            twin = Tokenizer.from_str(json.dumps(data))
-            back: dict[int, int] = {}
-            for renamed, original in zip(data["added_tokens"], self._json["added_tokens"], strict=True):
-                new_id = twin.token_to_id(renamed["content"])
-                assert new_id is not None, renamed
-                back[new_id] = original["id"]
-            self._twin = (twin, back)
-        return self._twin
+            return self._backend.with_twin(pieces)
+        return self._backend.plain("".join(t for _, t in pieces))

@@ -58,6 +58,13 @@ BUILTIN: dict[str, dict[str, Any]] = {
         "end": "<|assistant_end|>",
     },
     "chatml": {"tokens": ("<|im_start|>", "<|im_end|>"), "end": "<|im_end|>"},
+    "llama2": {},  # written with the tokenizer's own bos and eos tokens, so its end of turn is found by a probe
+    "llama3": {
+        "tokens": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        "end": "<|eot_id|>",
+    },
+    "alpaca": {},  # as llama2
+    "phi3": {"tokens": ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), "end": "<|end|>"},
 }
 
 
@@ -106,12 +113,17 @@ def add_tokens(tokenizer: Any, chat_format: ChatFormat) -> int:
     return int(added)
 
 
-def tokenizer_json(tokenizer: Any) -> dict[str, Any]:
-    """The fast tokenizer as JSON, without the padding and truncation state that calls leave behind."""
+def tokenizer_text(tokenizer: Any) -> str:
+    """tokenizer.json of a fast tokenizer, as it is now."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise FormatError("tokenizer", "it is not a fast tokenizer", "convert it with AutoTokenizer(use_fast=True)")
-    data: dict[str, Any] = json.loads(backend.to_str())
+    return str(backend.to_str())
+
+
+def tokenizer_json(tokenizer: Any) -> dict[str, Any]:
+    """The fast tokenizer as JSON, without the padding and truncation state that calls leave behind."""
+    data: dict[str, Any] = json.loads(tokenizer_text(tokenizer))
     data.pop("truncation", None)
     data.pop("padding", None)
     return data

@@ -5,26 +5,29 @@
 
 The text is the template's own rendering, to the letter. Where a reply begins is not guessed from marker strings:
 it is the length of the template's own prompt for that turn (history + generation prompt), which must be a prefix
-of the whole text. Where it ends is the first end-of-turn token the TEMPLATE wrote after that point; the end-of-turn
-token is learnt from a probe rendering. What cannot be proven this way is refused with MaskError.
+of the whole text. Where it ends is the control token that the template itself writes after the turn's last word. Which
+words are the template's and which the row's is proven by rendering marks in place of the row's (skeleton.py).
+What cannot be proven this way is refused with MaskError.
 
 template.py turns messages into the text, encode.py the text into ids; here the two meet the mask.
 '''
 
 from __future__ import annotations
 
-import copy
+import bisect
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sftflow.chat.encode import MARK_PATTERN, Encoder, Literal, mark
+from sftflow.chat.encode import Encoded, Encoder, Literal, pieces_of
 from sftflow.chat.format import ChatFormat
-from sftflow.chat.schema import Conversation, Message
+from sftflow.chat.schema import Conversation, Message, parse_row
+from sftflow.chat.skeleton import Marker, Slot
 from sftflow.chat.template import Messages, Template, as_dict
 from sftflow.errors import FormatError, MaskError
 
@@ -47,6 +50,120 @@ class Rendered:
         return int(self.mask.sum())
 
 
+@dataclass(frozen=True, slots=True)
+class _End:
+    """The control token that ends a turn: in piece `piece` of the skeleton, characters [start, end) of it."""
+
+    piece: int
+    start: int
+    end: int
+    token: str
+
+
+class _Shape:
+    """What all rows of one shape (same roles, same fields, other contents) have in common: the skeleton, and where in
+    it replies end. Learnt by rendering marks, once. Raises FormatError where the template refuses the marks."""
+
+    def __init__(self, template: Template, special_re: re.Pattern[str], marked: _Marked) -> None:
+        self._template, self._special_re, self._marked = template, special_re, marked
+        self.slots = marked.marker.slots
+        self.text = template.text(marked.messages, marked.tools, False, "marked row")
+        self.skeleton = marked.marker.skeleton(self.text)
+        self.left_out = sorted(set(range(len(self.slots))) - set(self.skeleton.order))
+        self._literals = [
+            (number, m.start(), m.end(), m.group())
+            for number, piece in enumerate(self.skeleton.pieces)
+            for m in special_re.finditer(piece)
+        ]
+        self._ends: dict[int, _End | str] = {}
+        self._turns: list[tuple[int, int]] | None = None
+
+    def literals(self, piece_starts: list[int]) -> list[Literal]:
+        """The control tokens that the template wrote, at their places in a row's text."""
+        return [(piece_starts[p] + s, piece_starts[p] + e, token) for p, s, e, token in self._literals]
+
+    def end_of(self, turn: int) -> _End | str:
+        """The control token that ends assistant turn number `turn`, or why that cannot be said."""
+        if turn not in self._ends:
+            try:
+                self._ends[turn] = self._find_end(turn)
+            except FormatError as error:
+                self._ends[turn] = f"it cannot be proven where this reply ends ({error.fact})"
+        return self._ends[turn]
+
+    def _find_end(self, turn: int) -> _End | str:
+        """The first control token after the turn's last word. The template must write it there, too, when the
+        conversation stops with this turn: then it belongs to this turn and is not the next one's header."""
+        messages, tools, name = self._marked.messages, self._marked.tools, self._template.format.name
+        no_end = f"the {name} format writes no end-of-turn token after this reply: it could not learn to stop"
+        prompt = self._template.text(messages[:turn], tools, True, "marked row")
+        alone = self._template.text(messages[: turn + 1], tools, False, "marked row")
+        own = [number for number, s in enumerate(self.skeleton.order) if self.slots[s].message == turn]
+        if own:
+            piece, offset = own[-1] + 1, 0
+            stopped = self._marked.marker.skeleton(alone)
+            last = [n for n, s in enumerate(stopped.order) if s == self.skeleton.order[own[-1]]]
+            after = stopped.pieces[last[-1] + 1] if last else ""
+        elif self.text.startswith(prompt) and alone.startswith(prompt):  # an empty reply
+            piece, offset = self._place(len(prompt))
+            after = alone[len(prompt) :]
+        else:
+            return f"the {name} format's prompt for this reply depends on the contents"
+        found = self._special_re.search(self.skeleton.pieces[piece], offset)
+        found_alone = self._special_re.search(after)
+        if found is None or found_alone is None or found.group() != found_alone.group():
+            return no_end
+        if own and self.skeleton.pieces[piece][: found.start()] != after[: found_alone.start()]:
+            return f"the {name} format ends this reply in another way when other turns follow"
+        if self._opens_reply(turn, prompt, after):
+            return no_end
+        return _End(piece, found.start(), found.end(), found.group())
+
+    def _opens_reply(self, turn: int, prompt: str, after: str) -> bool:
+        """Whether what follows the turn is the next reply's header, which the template writes unasked."""
+        header = [m.start() for m in self._special_re.finditer(prompt)]
+        if not header or not after.endswith(prompt[header[-1] :]):
+            return False
+        messages, tools = self._marked.messages, self._marked.tools
+        return self._template.text(messages[:turn], tools, False, "marked row") == prompt
+
+    def turn_starts(self) -> list[tuple[int, int]]:
+        """Where each message begins, as (piece, character in it): where the text leaves that of the messages before."""
+        if self._turns is None:
+            places = [0]
+            for n in range(1, len(self._marked.messages)):
+                try:
+                    before = self._template.text(self._marked.messages[:n], self._marked.tools, False, "marked row")
+                except FormatError:
+                    before = ""
+                places.append(max(places[-1], _common(before, self.text)))
+            self._turns = [self._place(p) for p in places]
+        return self._turns
+
+    def _place(self, position: int) -> tuple[int, int]:
+        """(piece, character in it) of a position in the marked text; inside a mark, the end of the piece before."""
+        piece = bisect.bisect_right(self.skeleton.starts, position) - 1
+        return piece, min(position - self.skeleton.starts[piece], len(self.skeleton.pieces[piece]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Marked:
+    """A row with marks for its values."""
+
+    messages: Messages
+    tools: list[dict[str, Any]]
+    marker: Marker
+
+
+@dataclass(frozen=True, slots=True)
+class _Proof:
+    """The row's text is its shape's skeleton, filled. spans: of each slot in the order of the skeleton."""
+
+    shape: _Shape
+    spans: list[tuple[int, int]]
+    piece_starts: list[int]
+
+
 class Renderer:
     """Renders conversations with one tokenizer and one format.
 
@@ -57,59 +174,71 @@ class Renderer:
     def __init__(self, tokenizer: Any, chat_format: ChatFormat) -> None:
         self.tokenizer, self.format = tokenizer, chat_format
         names = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
-        self._text = Template(chat_format, names).text
+        self._template = Template(chat_format, names)
         self._encoder = Encoder(tokenizer)
         self.special = self._encoder.special
-        self._skeletons: dict[tuple[Any, ...], list[str] | None] = {}
+        self._shapes: dict[Any, _Shape] = {}
         self._has_python = chat_format.python is not None and all(t in self.special for t in chat_format.python)
-        self.end_token = chat_format.end if chat_format.end in self.special else self._probe_end()
+        ends = self._probe_ends()
+        self.end_token = chat_format.end if chat_format.end in self.special else ends[0] if ends else None
+        self._ends = list(dict.fromkeys([*([self.end_token] if self.end_token else []), *ends]))
 
     # ---- the public part
 
-    def render(self, conversation: Conversation, *, reply: bool = False) -> Rendered:
+    def render(self, conversation: Conversation, *, reply: bool = False, turns: bool = False) -> Rendered:
         """One conversation -> ids and mask. With reply=True, the prompt for the next assistant turn (mask all 0).
+        With turns=True, the row also says where its turns begin.
 
         Raises FormatError where the template refuses the conversation (its own message quoted) and MaskError where
         the mask cannot be proven.
         """
-        messages = [self._message(m) for m in conversation.messages]
-        text = self._text(messages, conversation.tools, reply, conversation.source)
-        starts = self._reply_starts(conversation, messages, text, must_hold=not reply)
-        if not reply:
-            self._nothing_vanishes(conversation, messages, text)
-        literals = self._literals(text, conversation, messages, reply)
-        encoded = self._encoder.encode(text, literals, sorted(set(starts.values())), conversation.source)
+        place = conversation.source
+        messages = [as_dict(m, keep_python=self._has_python) for m in conversation.messages]
+        text = self._template.text(messages, conversation.tools, reply, place)
+        supervised = [] if reply else [i for i, m in enumerate(conversation.messages) if _is_supervised(m)]
+        starts = self._reply_starts(conversation, messages, text, supervised)
+        boundaries = sorted(set(starts.values()))
+        if not supervised:
+            literals = self._prompt_literals(conversation, messages, text, reply)
+            encoded = self._encoder.encode(text, literals, boundaries, place)
+            return Rendered(encoded.ids, np.zeros(len(encoded.ids), np.int8), text, place, encoded.splits)
+        proof = self._prove(conversation, messages, text)
+        literals = proof.shape.literals(proof.piece_starts)
+        encoded = self._encoder.encode(text, literals, boundaries, place)
+        cut = dict(zip(boundaries, encoded.cuts, strict=True))
         mask = np.zeros(len(encoded.ids), np.int8)
-        if not reply:
-            begin, end = np.asarray(encoded.begin), np.asarray(encoded.end)
-            for left, right in self._supervised_spans(conversation, text, starts, literals):
-                mask[(begin >= left) & (end <= right) & (end > begin)] = 1
-        return Rendered(np.asarray(encoded.ids, np.int64), mask, text, conversation.source, encoded.splits)
+        for turn in supervised:
+            where = f"{place}.messages[{turn}]"
+            last = self._end_literal(proof, turn, starts[turn], literals, where)
+            mask[cut[starts[turn]] : encoded.literals[last] + 1] = 1
+            self._unmask_results(mask, encoded, literals, starts[turn], last)
+        found = self._turns(proof, text, literals, encoded, conversation) if turns else ()
+        return Rendered(encoded.ids, mask, text, place, encoded.splits, found)
 
-    def render_rows(self, conversation: Conversation) -> list[Rendered]:
+    def render_rows(self, conversation: Conversation, *, turns: bool = False) -> list[Rendered]:
         """Training examples of one row: one, or one per supervised assistant turn where the template rewrites
         history (so that each turn is trained after exactly the prompt that serving will send)."""
         try:
-            return [self.render(conversation)]
+            return [self.render(conversation, turns=turns)]
         except MaskError as whole:
-            turns = [i for i, m in enumerate(conversation.messages) if m.role == "assistant" and m.weight]
-            if len(turns) < 2:
+            supervised = [i for i, m in enumerate(conversation.messages) if _is_supervised(m)]
+            if not supervised or (len(supervised) == 1 and supervised[0] == len(conversation.messages) - 1):
                 raise
             rows = []
-            for turn in turns:
+            for turn in supervised:
                 messages = [
                     replace(m, weight=0) if m.role == "assistant" and i != turn else m
                     for i, m in enumerate(conversation.messages[: turn + 1])
                 ]
                 try:
-                    rows.append(self.render(replace(conversation, messages=tuple(messages))))
+                    rows.append(self.render(replace(conversation, messages=tuple(messages)), turns=turns))
                 except MaskError:
                     raise whole from None
             return rows
 
     def stop_ids(self) -> list[int]:
-        """Ids at which a reply ends: the end-of-turn token, and the tokenizer's own end of text."""
-        ids = [self.special[self.end_token]] if self.end_token else []
+        """Ids at which a reply ends: the end-of-turn tokens, and the tokenizer's own end of text."""
+        ids = [self.special[token] for token in self._ends]
         eos = self.tokenizer.eos_token_id
         if eos is not None and eos not in ids:
             ids.append(eos)
@@ -124,141 +253,65 @@ class Renderer:
 
     def encode_plain(self, text: str) -> list[int]:
         """Text that comes from content -> ids; special-token strings stay text."""
-        return self._encoder.encode_pieces([("content", text)]).ids
+        return self._encoder.encode_pieces([("content", text)])
+
+    def arguments(self) -> list[str]:
+        """Names of the template's own arguments, such as `enable_thinking`."""
+        return self._template.arguments()
 
     # ---- text
 
-    def _message(self, message: Message) -> dict[str, Any]:
-        return as_dict(message, keep_python=self._has_python)
-
     def _reply_starts(
-        self, conversation: Conversation, messages: Messages, text: str, *, must_hold: bool
+        self, conversation: Conversation, messages: Messages, text: str, supervised: Sequence[int]
     ) -> dict[int, int]:
         """For each assistant turn, the character at which its reply begins. A turn whose prompt is not a prefix of
-        the text is left out where nothing is supervised there, and refused where it is (`must_hold`)."""
+        the text is left out where nothing is supervised there, and refused where it is."""
         starts = {}
         for turn, message in enumerate(conversation.messages):
             if message.role != "assistant":
                 continue
-            optional = not message.weight or not must_hold
             place = f"{conversation.source}.messages[{turn}]"
             try:
-                prompt = self._text(messages[:turn], conversation.tools, True, place)
+                prompt = self._template.text(messages[:turn], conversation.tools, True, place)
             except FormatError as error:
-                if optional:
-                    continue
-                raise MaskError(place, f"the format gives no prompt for this reply ({error.fact})", "") from None
-            if not text.startswith(prompt):
-                if optional:
-                    continue
+                if turn in supervised:
+                    raise MaskError(place, f"the format gives no prompt for this reply ({error.fact})", "") from None
+                continue
+            if text.startswith(prompt):
+                starts[turn] = len(prompt)
+            elif turn in supervised:
                 raise MaskError(
                     place,
                     f"the {self.format.name} format's prompt for this reply is not a prefix of the training text",
                     "the template rewrites history or pre-fills the reply; use another --format",
                 )
-            starts[turn] = len(prompt)
         return starts
 
-    def _nothing_vanishes(self, conversation: Conversation, messages: Messages, text: str) -> None:
-        """Every content, call and tool definition of the row must be in the text. It is tested with unique marks in
-        their place, so that a text which happens to occur elsewhere cannot stand in for one that was left out."""
-        supervised = any(m.role == "assistant" and m.weight for m in conversation.messages)
-        if not supervised or self._is_substitution(conversation, messages, text):
-            return
-        marked = copy.deepcopy(messages)
-        marks: list[tuple[str, str]] = []
-
-        def marked_as(where: str, value: str) -> str:
-            if not value.strip():
-                return value
-            marks.append((mark(len(marks)), where))
-            return marks[-1][0]
-
-        last_user = max((i for i, m in enumerate(conversation.messages) if m.role == "user"), default=-1)
-        for number, message in enumerate(marked):
-            name = f"messages[{number}]"
-            if isinstance(message["content"], str):
-                message["content"] = marked_as(f"{name}.content", message["content"])
-            else:
-                for part in message["content"]:
-                    part["text"] = marked_as(f"{name}.content", part["text"])
-            original = conversation.messages[number]
-            if message.get("reasoning_content") and (original.weight or number > last_user):
-                message["reasoning_content"] = marked_as(f"{name}.reasoning_content", message["reasoning_content"])
-            for call in message.get("tool_calls", []):
-                call["function"]["name"] = marked_as(f"{name}.tool_calls", call["function"]["name"])
-                arguments = call["function"]["arguments"]
-                for key in list(arguments):
-                    arguments[marked_as(f"{name}.tool_calls", key)] = arguments.pop(key)
-        tools = copy.deepcopy(list(conversation.tools))
-        for number, tool in enumerate(tools):
-            function = tool.get("function", tool)
-            if isinstance(function.get("name"), str):
-                function["name"] = marked_as(f"tools[{number}]", function["name"])
-        try:
-            skeleton = self._text(marked, tools, False, conversation.source)
-        except FormatError:
-            raise MaskError(
-                conversation.source,
-                f"the {self.format.name} format looks into the contents, so it cannot be proven that none is left out",
-                "use another --format",
-            ) from None
-        for unique, where in marks:
-            if unique not in skeleton:
-                raise MaskError(
-                    f"{conversation.source}.{where}",
-                    f"the {self.format.name} format leaves it out of the training text",
-                    "remove it from the row or use a --format that writes it",
-                )
-
-    def _is_substitution(self, conversation: Conversation, messages: Messages, text: str) -> bool:
-        """Whether the text is the rendering of a conversation of the same shape (same roles and kinds of parts, marks
-        for contents) with this row's contents put where the marks are. It proves that nothing vanished, and costs no
-        rendering once a shape is known."""
-        if conversation.tools or any(m.tool_calls or m.reasoning_content for m in conversation.messages):
-            return False
-        contents: list[str] = []
-        shape: list[tuple[Any, ...]] = []
-        for message in messages:
-            content = message["content"]
-            parts = [content] if isinstance(content, str) else [p["text"] for p in content]
-            kinds = () if isinstance(content, str) else tuple(p["type"] for p in content)
-            shape.append((message["role"], message.get("name") is None, kinds))
-            contents.extend(parts)
-        if not all(c.strip() for c in contents):
-            return False
-        key = tuple(shape)
-        if key not in self._skeletons:
-            marked, count = copy.deepcopy(messages), 0
-            for message in marked:
-                if isinstance(message["content"], str):
-                    message["content"], count = mark(count), count + 1
-                    continue
-                for part in message["content"]:
-                    part["text"], count = mark(count), count + 1
-            try:
-                skeleton = self._text(marked, (), False, conversation.source)
-            except FormatError:
-                skeleton = ""
-            pieces = re.split(MARK_PATTERN, skeleton)
-            whole = sorted(map(int, pieces[1::2])) == list(range(count))
-            self._skeletons[key] = pieces if whole else None
-        found = self._skeletons[key]
-        if found is None:
-            return False
-        filled = [contents[int(p)] if i % 2 else p for i, p in enumerate(found)]
-        return "".join(filled) == text
-
-    def _literals(self, text: str, conversation: Conversation, messages: Messages, reply: bool) -> list[Literal]:
-        """Special tokens in the text that the template wrote, not the content. Where content holds look-alikes, it
-        is rendered again with each look-alike replaced by a mark; what is special then is the template's."""
+    def _prompt_literals(self, conversation: Conversation, messages: Messages, text: str, reply: bool) -> list[Literal]:
+        """Special tokens in a text without supervised turns that the template wrote, not the content."""
         if not self._has_look_alike(conversation):
             return self._encoder.literals(text)
-        place = conversation.source
-        found: list[str] = []
-        hidden_messages, hidden_tools = self._encoder.hide([messages, list(conversation.tools)], found, place)
-        hidden = self._text(hidden_messages, hidden_tools, reply, place)
-        return self._encoder.literals_behind(hidden, found, text, place)
+        for words in (False, True):
+            marked, values = self._mark(conversation, messages, words=words)
+            try:
+                skeleton = marked.marker.skeleton(
+                    self._template.text(marked.messages, marked.tools, reply, conversation.source)
+                )
+            except FormatError:
+                continue
+            spans = skeleton.fit(values, marked.marker.slots, text)
+            if spans is not None:
+                starts = skeleton.piece_starts(spans)
+                return [
+                    (starts[n] + m.start(), starts[n] + m.end(), m.group())
+                    for n, piece in enumerate(skeleton.pieces)
+                    for m in self._encoder.special_re.finditer(piece)
+                ]
+        raise MaskError(
+            conversation.source,
+            "content holds control-token strings and the template changes its text by them",
+            "remove those strings from the row",
+        )
 
     def _has_look_alike(self, conversation: Conversation) -> bool:
         search = self._encoder.special_re.search
@@ -269,66 +322,168 @@ class Renderer:
             for m in conversation.messages
         ) or bool(conversation.tools and search(json.dumps(conversation.tools, ensure_ascii=False)))
 
-    # ---- mask
+    # ---- proof
 
-    def _probe_end(self) -> str | None:
-        """The end-of-turn token: the first special token the template writes after a reply."""
-        probe = [{"role": "user", "content": "U0probe"}, {"role": "assistant", "content": "A0probe"}]
-        try:
-            text = self._text(probe, [], False, "probe")
-        except FormatError:
-            return None
-        at = text.find("A0probe")
-        found = self._encoder.special_re.search(text, at + len("A0probe")) if at >= 0 else None
-        if found is None or text[at + len("A0probe") : found.start()].strip():
-            return None
-        return found.group()
-
-    def _supervised_spans(
-        self, conversation: Conversation, text: str, starts: dict[int, int], literals: list[Literal]
-    ) -> list[tuple[int, int]]:
-        """Character spans the model must produce: from each supervised reply's start through its end-of-turn token,
-        without what the calculator wrote."""
-        spans: list[tuple[int, int]] = []
-        turns = sorted(starts)
-        for number, turn in enumerate(turns):
-            if not conversation.messages[turn].weight:
+    def _prove(self, conversation: Conversation, messages: Messages, text: str) -> _Proof:
+        """The text is the template's words with the row's values in their places, and no value is missing."""
+        for words in (False, True):
+            shape, values, slots = self._shape(conversation, messages, words=words)
+            spans = shape.skeleton.fit(values, shape.slots, text) if shape else None
+            if shape is None or spans is None:
                 continue
-            start = starts[turn]
-            limit = starts[turns[number + 1]] if number + 1 < len(turns) else len(text)
-            mine = [x for x in literals if start <= x[0] < limit]
-            place = f"{conversation.source}.messages[{turn}]"
-            end = next((x for x in mine if x[2] == self.end_token), None)
-            if self.end_token is None or end is None:
-                raise MaskError(
-                    place,
-                    f"the {self.format.name} format writes no end-of-turn token: it could not learn to stop",
-                    "use another --format",
-                )
-            self._prove_end(conversation, turn, text, start, end, place)
-            cursor = start
-            if self._has_python and self.format.python is not None:
-                _, _, opening, closing = self.format.python
-                for s, e, token in mine:
-                    if e > end[0]:
-                        break
-                    if token == opening:
-                        spans.append((cursor, s))
-                    elif token == closing:
-                        cursor = e
-            spans.append((cursor, end[1]))
-        return spans
+            for number in shape.left_out:
+                if slots[number].required:
+                    raise MaskError(
+                        f"{conversation.source}.{slots[number].where}",
+                        f"the {self.format.name} format leaves it out of the training text",
+                        "remove it from the row or use a --format that writes it",
+                    )
+            return _Proof(shape, spans, shape.skeleton.piece_starts(spans))
+        raise MaskError(
+            conversation.source,
+            f"the {self.format.name} format changes the contents, so it cannot be proven that none is left out",
+            "use another --format",
+        )
 
-    def _prove_end(
-        self, conversation: Conversation, turn: int, text: str, start: int, end: Literal, place: str
+    def _shape(
+        self, conversation: Conversation, messages: Messages, *, words: bool
+    ) -> tuple[_Shape | None, list[str], list[Slot]]:
+        """(the row's shape or None, its values, its slots). Shapes of whole contents are remembered."""
+        key: Any = None
+        if not words and not conversation.tools and all(len(m) == 2 and type(m["content"]) is str for m in messages):
+            # The usual row, text turns only: no marks need to be written once its shape is known.
+            values = [m["content"] for m in messages if m["content"].strip()]
+            key = tuple((m["role"], m["content"].strip() == "" and m["content"]) for m in messages)
+            known = self._shapes.get(key)
+            if known is not None:
+                return known, values, known.slots
+        marked, values = self._mark(conversation, messages, words=words)
+        if not words and key is None:
+            key = json.dumps([marked.messages, marked.tools])
+        shape = None if words else self._shapes.get(key)
+        if shape is None:
+            try:
+                shape = _Shape(self._template, self._encoder.special_re, marked)
+            except FormatError:
+                return None, values, marked.marker.slots
+            if not words:
+                if len(self._shapes) > 10_000:
+                    self._shapes.clear()
+                self._shapes[key] = shape
+        return shape, values, marked.marker.slots
+
+    def _mark(self, conversation: Conversation, messages: Messages, *, words: bool) -> tuple[_Marked, list[str]]:
+        """The row with marks, and its values in the order of the marks."""
+        last_user = max((i for i, m in enumerate(conversation.messages) if m.role == "user"), default=-1)
+        required = [
+            m.role != "assistant" or bool(m.weight) or i > last_user for i, m in enumerate(conversation.messages)
+        ]
+        tools = list(conversation.tools)
+        marker = Marker(json.dumps([messages, tools], ensure_ascii=False))
+        if marker.pair is None:
+            raise MaskError(
+                conversation.source, "its contents use every private-use character kept for the proof", "remove them"
+            )
+        marked_messages, marked_tools = marker.row(messages, tools, required, words=words)
+        return _Marked(marked_messages, marked_tools, marker), [s.value for s in marker.slots]
+
+    def _end_literal(self, proof: _Proof, turn: int, start: int, literals: list[Literal], place: str) -> int:
+        """The number of the literal that ends the turn, after proving that the reply holds all the turn's values, and
+        nothing of another message."""
+        end = proof.shape.end_of(turn)
+        if isinstance(end, str):
+            raise MaskError(place, end, "use another --format, or append_eos: true where the format writes no end")
+        at = proof.piece_starts[end.piece] + end.start
+        for slot, (left, right) in zip(proof.shape.skeleton.order, proof.spans, strict=True):
+            mine = proof.shape.slots[slot].message == turn
+            if mine and not (start <= left and right <= at):
+                raise MaskError(place, "its content does not lie between its prompt and its end-of-turn token", "")
+            if not mine and left < at and right > start:
+                raise MaskError(place, "another message's content lies inside this reply", "use another --format")
+        inside = [n for n, x in enumerate(literals) if start <= x[0] <= at]
+        if at < start or not inside or literals[inside[-1]][0] != at:
+            raise MaskError(place, "its end-of-turn token does not follow its prompt", "use another --format")
+        if any(literals[n][2] == end.token for n in inside[:-1]):
+            raise MaskError(place, f"the format writes {end.token} inside the reply, where generation would stop", "")
+        return inside[-1]
+
+    def _unmask_results(
+        self, mask: NDArray[np.int8], encoded: Encoded, literals: list[Literal], start: int, last: int
     ) -> None:
-        """The reply's content lies before its end-of-turn token and the next message's content after it."""
-        own = self._message(conversation.messages[turn])
-        contents = own["content"] if isinstance(own["content"], list) else [{"text": own["content"]}]
-        inside = text[start : end[0]]
-        if not all(c["text"].strip() in inside for c in contents):
-            raise MaskError(place, "its content does not lie between its prompt and its end-of-turn token", "")
-        if turn + 1 < len(conversation.messages):
-            following = self._message(conversation.messages[turn + 1])["content"]
-            if isinstance(following, str) and following.strip() and following.strip() not in text[end[1] :]:
-                raise MaskError(place, "the next message does not follow its end-of-turn token", "")
+        """What the calculator wrote is read, not produced."""
+        if not self._has_python or self.format.python is None:
+            return
+        _, _, opening, closing = self.format.python
+        opened: int | None = None
+        for number in range(last):
+            if literals[number][0] < start:
+                continue
+            if literals[number][2] == opening and opened is None:
+                opened = number
+            elif literals[number][2] == closing and opened is not None:
+                mask[encoded.literals[opened] : encoded.literals[number] + 1] = 0
+                opened = None
+
+    def _probe_ends(self) -> list[str]:
+        """The end-of-turn tokens: of an ordinary reply, and of a reply that calls a tool where the format has that."""
+        call = {"type": "function", "function": {"name": "look", "arguments": {"at": "x"}}, "id": "probe0000"}
+        tool = {"type": "function", "function": {"name": "look", "description": "d", "parameters": _NO_PARAMETERS}}
+        user = {"role": "user", "content": "u"}
+        probes = [
+            {"messages": [user, {"role": "assistant", "content": "a"}]},
+            {"messages": [user, {"role": "assistant", "content": "a"}], "tools": [tool]},
+            {"messages": [user, {"role": "assistant", "content": "", "tool_calls": [call]}], "tools": [tool]},
+        ]
+        ends: list[str] = []
+        for probe in probes:
+            conversation = parse_row(probe, "probe")
+            messages = [as_dict(m, keep_python=self._has_python) for m in conversation.messages]
+            try:
+                shape, _, slots = self._shape(conversation, messages, words=False)
+                if shape is None or any(slots[n].message == 1 for n in shape.left_out):
+                    continue
+                end = shape.end_of(1)
+            except FormatError:
+                continue
+            if isinstance(end, _End):
+                ends.append(end.token)
+        return ends
+
+    # ---- looking at it
+
+    def _turns(
+        self, proof: _Proof, text: str, literals: list[Literal], encoded: Encoded, conversation: Conversation
+    ) -> tuple[tuple[int, str], ...]:
+        """(first token, role) of each message."""
+        out: list[tuple[int, str]] = []
+        starts = [start for start, _, _ in literals]
+        for message, (piece, offset) in zip(conversation.messages, proof.shape.turn_starts(), strict=True):
+            at = proof.piece_starts[piece] + offset
+            number = bisect.bisect_left(starts, at)
+            if not out:
+                token = 0
+            elif number < len(starts) and starts[number] == at:
+                token = int(encoded.literals[number])
+            else:  # a header without control tokens: close enough for the eye
+                left = starts[number - 1] if number else 0
+                token = int(encoded.literals[number - 1]) if number else 0
+                pieces = pieces_of(text[left:at], [(0, e - s, t) for s, e, t in literals[max(0, number - 1) : number]])
+                token += len(self._encoder.encode_pieces(pieces))
+            out.append((max(token, out[-1][0] if out else 0), message.role))
+        return tuple(out)
+
+
+_NO_PARAMETERS = {"type": "object", "properties": {"at": {"type": "string"}}}
+
+
+def _common(a: str, b: str) -> int:
+    """Length of the common beginning of two strings."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[:middle] == b[:middle] else (low, middle - 1)
+    return low
+
+
+def _is_supervised(message: Message) -> bool:
+    return message.role == "assistant" and bool(message.weight)
