@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import doctest
 import json
+import pkgutil
 import random
 import re
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from xml.etree import ElementTree
 
@@ -21,23 +24,14 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from conftest import shared
-from sftflow.mixture import audit as audit_module
-from sftflow.mixture import audit_html, audit_text
-from sftflow.mixture.audit import (
-    AGREE,
-    NGRAM,
-    SHINGLE,
-    Audit,
-    audit,
-    candidates,
-    item_parts,
-    length_edges,
-    minhash,
-    split_words,
-    spread,
-    template_limit,
-)
-from sftflow.mixture.tasks import TaskSource, make_task
+from sftflow.mixture import audit as package
+from sftflow.mixture.audit import Audit, audit, audit_page, audit_tables, item_parts
+from sftflow.mixture.audit.charts import histogram
+from sftflow.mixture.audit.lengths import length_edges, spread
+from sftflow.mixture.audit.near import AGREE, candidates, minhash
+from sftflow.mixture.audit.overlap import NGRAM, EvalIndex, template_limit
+from sftflow.mixture.audit.words import SHINGLE, mix64, split_words
+from sftflow.mixture.tasks import GENERATED, TaskSource, make_task
 
 fixed = settings(derandomize=True, deadline=None, max_examples=60)
 WORDS = [f"w{i}" for i in range(5000)]
@@ -164,9 +158,18 @@ def overlap_oracle(items: list[tuple[str, ...]], texts: list[str]) -> tuple[set[
 # ---- words
 
 
-@pytest.mark.parametrize("module", [audit_module, audit_html, audit_text])
-def test_examples_in_docstrings(module: ModuleType) -> None:
+@pytest.mark.parametrize("name", [m.name for m in pkgutil.iter_modules(package.__path__)])
+def test_examples_in_docstrings(name: str) -> None:
+    module = import_module(f"{package.__name__}.{name}")
     assert doctest.testmod(module, extraglobs={"np": np}).failed == 0
+
+
+def test_the_page_and_the_tables_are_loaded_when_asked_for() -> None:
+    late = f"{package.__name__}.page", f"{package.__name__}.tables", "rich"
+    code = f"import sys; from sftflow.mixture.audit import audit; sys.exit(any(m in sys.modules for m in {late}))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    with pytest.raises(AttributeError, match="audit_pages"):
+        _ = package.audit_pages
 
 
 @fixed
@@ -280,7 +283,7 @@ def test_near_duplicates_against_brute_force(seed: int, monkeypatch: pytest.Monk
     texts = families(seed)
     expected = near_rows(texts)
     assert len(expected) > 40
-    monkeypatch.setattr(audit_module, "EXAMPLES", len(texts))
+    monkeypatch.setattr("sftflow.mixture.audit.near.EXAMPLES", len(texts))
     found = run(texts).overall.near_duplicates
     rows = {int(e.place.partition(":")[2]) - 1 for e in found.examples}
     assert len(rows) == found.rows
@@ -430,15 +433,14 @@ def test_wording_that_many_items_share_is_a_template() -> None:
 
 def test_a_hash_that_collides_is_no_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    holds = audit_module.EvalIndex._holds
+    holds = EvalIndex._holds
 
     def spy(self: Any, *args: Any) -> bool:
         asked.append(args)
         return holds(self, *args)
 
-    real = audit_module.mix64
-    monkeypatch.setattr(audit_module, "mix64", lambda x: real(x) & np.uint64(0xFFFF))
-    monkeypatch.setattr(audit_module.EvalIndex, "_holds", spy)
+    monkeypatch.setattr("sftflow.mixture.audit.words.mix64", lambda x: mix64(x) & np.uint64(0xFFFF))
+    monkeypatch.setattr(EvalIndex, "_holds", spy)
     rng = random.Random(6)
     items = [sentence(rng, 30) for _ in range(10)]
     rows = [sentence(rng, 60) for _ in range(100)]
@@ -469,9 +471,9 @@ def test_special_tokens_do_not_glue_question_and_answer(tokenizer_dir: Path) -> 
     assert audit([rows], decode, eval_sets=sets).overlap[0].contaminated == 0
 
 
-@pytest.mark.parametrize("name", ["spelling", "spelling_bee", "arithmetic"])
+@pytest.mark.parametrize("name", GENERATED)
 def test_generated_tasks_do_not_overlap_with_their_own_training_rows(name: str) -> None:
-    """Formulaic prompts over disjoint words and numbers: none of it is contamination."""
+    """Formulaic prompts over disjoint words, numbers and phrasings: none of it is contamination."""
     rows = make_task(name, TaskSource(limit=1500)).conversations("train")
     items = make_task(name, TaskSource(limit=200, seed=1234)).items("test")
     texts = ["\n".join(m.text for m in c.messages) for c in rows]
@@ -525,7 +527,7 @@ def test_json_is_plain_and_deterministic() -> None:
 
 def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = example()[1].to_json()
-    monkeypatch.setattr(audit_module, "CHUNK_TOKENS", 50)
+    monkeypatch.setattr("sftflow.mixture.audit.rows.CHUNK_TOKENS", 50)
     assert example()[1].to_json() == whole
 
 
@@ -548,7 +550,7 @@ def test_progress_reaches_the_end() -> None:
 
 
 def page_of(ledger: dict[str, Any], samples: list[dict[str, Any]] | None = None) -> str:
-    page = audit_html.audit_page(ledger, samples)
+    page = audit_page(ledger, samples)
     assert "<script" not in page and "http://" not in page and "https://" not in page
     for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
         ElementTree.fromstring(svg)
@@ -592,7 +594,7 @@ def test_the_page_of_a_plain_ledger() -> None:
 
 def test_histograms_hold_at_their_edges() -> None:
     for edges, counts, limit in (((1, 2), (1,), None), ((1, 2), (0,), 1), ((400, 500), (7,), 512), ((10, 13), (9,), 4)):
-        ElementTree.fromstring(audit_html.histogram(edges, counts, limit, "<x>"))
+        ElementTree.fromstring(histogram(edges, counts, limit, "<x>"))
 
 
 def test_the_tables_fit_a_terminal() -> None:
@@ -602,8 +604,8 @@ def test_the_tables_fit_a_terminal() -> None:
     merged["overlap"]["[red]" + "x" * 70] = merged["overlap"]["t"]
     merged["invariants"] = {"a" * 90: {"checked": 1_000_000, "failed": 7, "first": "data.jsonl:" + "1" * 90}}
     console = Console(width=80, force_terminal=False)
-    tables = audit_text.audit_tables(merged)
-    assert len(tables) == 3 and audit_text.audit_tables(ledger) == []
+    tables = audit_tables(merged)
+    assert len(tables) == 3 and audit_tables(ledger) == []
     with console.capture() as capture:
         for table in tables:
             console.print(table)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+
 import pytest
 
 from sftflow.errors import TaskError
@@ -16,6 +19,34 @@ def test_train_and_test_questions_are_disjoint(name: str) -> None:
     asked = {c.messages[0].text.lower() for c in task.conversations("train")}
     held = [i.messages[0].text.lower() for i in task.items("test")]
     assert held and not asked & set(held)
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_no_question_stands_inside_one_of_the_other_split(name: str) -> None:
+    """By lower-case words, whatever the seeds: "What is an MLP?" is part of "I am new to this. What is an MLP?"."""
+
+    def words(text: str) -> list[str]:
+        return re.findall(r"[^\W_]+|[+*/-]", text.lower())  # 84 - 3 is not 84 / 3
+
+    def runs(question: list[str]) -> set[str]:
+        n = len(question)
+        return {" ".join(question[i:j]) for i in range(n) for j in range(i + 1, n + 1)}
+
+    rows = [c for seed in (0, 1, 2) for c in make_task(name, TaskSource(seed=seed)).conversations("train")]
+    trained = {" ".join(words(c.messages[0].text)): words(c.messages[0].text) for c in rows}
+    inside_trained = set().union(*map(runs, trained.values()))
+    for seed in (0, 5):
+        held = [words(i.messages[0].text) for i in make_task(name, TaskSource(seed=seed)).items("test")]
+        assert not [q for q in held if " ".join(q) in inside_trained]
+        assert not [q for q in held if len(q) >= 4 and runs(q) & trained.keys()]
+
+
+def test_as_many_held_out_items_as_asked_for() -> None:
+    limits = {"identity": 40, "concepts": 452, "formatting": 100}
+    for name, limit in limits.items():
+        assert len(make_task(name, TaskSource(limit=limit)).items()) == limit
+    kinds = Counter(i.answer["kind"] for i in make_task("formatting", TaskSource(limit=100)).items())
+    assert len(kinds) == len(CHECKS) and min(kinds.values()) >= 10
 
 
 @pytest.mark.parametrize("name", GENERATED)

@@ -23,6 +23,7 @@ from oracle import Reference, accepts, check_rows, why_not
 from sftflow.chat.format import TEMPLATE_NOW, choose_format
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import parse_row
+from sftflow.chat.settle import settle
 from sftflow.errors import FormatError, MaskError
 from shapes import SHAPES, WEATHER, Row
 
@@ -219,7 +220,9 @@ def run(path: Path, name: str, tokenizer: Any, shapes: dict[str, Row]) -> Line:
     for shape, row in shapes.items():
         where = f"{path.stem} / {name} / {shape}"
         try:
-            rows = renderer.render_rows(parse_row(row, "shape:1"))
+            conversation = parse_row(row, "shape:1")
+            settled = settle(renderer, [conversation])  # as for a data set that holds this one row
+            rows = settled.render_rows(conversation)
         except FormatError as error:
             line.declined += 1
             if accepts(reference, row, {}):
@@ -244,7 +247,7 @@ def run(path: Path, name: str, tokenizer: Any, shapes: dict[str, Row]) -> Line:
             rows,
             tokenizer=tokenizer,
             template=template,
-            kwargs=dict(renderer.format.kwargs),
+            kwargs=dict(settled.format.kwargs),
             now=renderer.format.now,
             stop_token=stop,
             reference=reference,

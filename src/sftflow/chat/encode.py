@@ -14,13 +14,13 @@ import functools
 import itertools
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sftflow.chat.format import tokenizer_text
 from sftflow.errors import MaskError
 
 Literal = tuple[int, int, str]  # (start, end, token): a special token the template itself wrote
@@ -84,6 +84,10 @@ class _Backend:
         ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids
 
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._backend.decode(list(ids), skip_special_tokens=False)
+        return text
+
     def with_twin(self, pieces: list[Piece]) -> list[int]:
         """Ids from a twin of the tokenizer whose special tokens carry other names, so that their usual names in
         content are plain text while everything else (splitting, merging, prefix spaces) stays as it is."""
@@ -118,12 +122,13 @@ def _backend(text: str) -> _Backend:
 class Encoder:
     """Encodes with one tokenizer, but lets only literals become special tokens.
 
-    >>> encoder = Encoder(tokenizer)
+    >>> encoder = Encoder(tokenizer_text(tokenizer))
     >>> encoder.encode(text, encoder.literals(text), [reply_start], "data.jsonl:17").ids
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._backend = _backend(tokenizer_text(tokenizer))
+    def __init__(self, tokenizer: str) -> None:
+        """tokenizer: its tokenizer.json."""
+        self._backend = _backend(tokenizer)
         self.special = self._backend.special
         self.special_re = self._backend.special_re
         self._tails: dict[tuple[str, bool, bool], list[int]] = {}
@@ -208,6 +213,10 @@ class Encoder:
         prompt = self._tails[key]
         n = base + len(prompt)
         return n if ids[base:n] == prompt else None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids -> text, control tokens included."""
+        return self._backend.decode(ids)
 
     def encode_pieces(self, pieces: list[Piece]) -> list[int]:
         """Ids of (kind, text) pieces, kind "special" or "content"."""

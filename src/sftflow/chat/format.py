@@ -24,6 +24,7 @@ class ChatFormat:
     tokens: control tokens a checkpoint must have for it (added where they are missing).
     python: (call start, call end, output start, output end) where the format has calculator tokens.
     end: the end-of-turn token of a built-in format; for others it is found by rendering a probe.
+    append_eos: whether the template was rewritten to put the end of text behind every reply.
     """
 
     name: str
@@ -33,13 +34,20 @@ class ChatFormat:
     tokens: tuple[str, ...] = ()
     python: tuple[str, str, str, str] | None = None
     end: str | None = None
+    append_eos: bool = False
 
     def clock(self, pattern: str) -> str:
         """`strftime_now` for the template, frozen at `now`."""
         return datetime.fromisoformat(self.now).strftime(pattern)
 
     def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "kwargs": self.kwargs, "template_now": self.now, "python": self.python}
+        return {
+            "name": self.name,
+            "kwargs": self.kwargs,
+            "template_now": self.now,
+            "python": self.python,
+            "append_eos": self.append_eos,
+        }
 
 
 PYTHON = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")

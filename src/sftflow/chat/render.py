@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftflow.chat.encode import Encoded, Encoder, Literal, pieces_of
-from sftflow.chat.format import ChatFormat
+from sftflow.chat.format import ChatFormat, tokenizer_text
 from sftflow.chat.schema import Conversation, Message, parse_row
 from sftflow.chat.skeleton import Marker, Slot
 from sftflow.chat.template import Messages, Template, as_dict
@@ -113,14 +113,19 @@ class _Shape:
         found_alone = self._special_re.search(after)
         if found is None or found_alone is None or found.group() != found_alone.group():
             return no_end
-        if own and self.skeleton.pieces[piece][: found.start()] != after[: found_alone.start()]:
+        between = self.skeleton.pieces[piece][offset : found.start()]
+        if own and between != after[: found_alone.start()]:
             return f"the {name} format ends this reply in another way when other turns follow"
+        if own and between.strip() and not messages[turn].get("tool_calls"):
+            return f"the {name} format ends this reply with {between.strip()!r}, which is no token of this tokenizer"
         if self._opens_reply(turn, prompt, after):
             return no_end
         return _End(piece, found.start(), found.end(), found.group())
 
     def _opens_reply(self, turn: int, prompt: str, after: str) -> bool:
         """Whether what follows the turn is the next reply's header, which the template writes unasked."""
+        if self._marked.messages[turn - 1]["role"] == "assistant":
+            return False  # what the prompt ends with is the end of the reply before
         header = [m.start() for m in self._special_re.finditer(prompt)]
         if not header or not after.endswith(prompt[header[-1] :]):
             return False
@@ -164,6 +169,19 @@ class _Proof:
     piece_starts: list[int]
 
 
+@dataclass(frozen=True, slots=True)
+class RendererSpec:
+    """What a Renderer is made of; can be sent to another process.
+
+    tokenizer: tokenizer.json.   names: what the template calls tokens by.   eos: id of the end of text, or None.
+    """
+
+    tokenizer: str
+    names: dict[str, str]
+    eos: int | None
+    format: ChatFormat
+
+
 class Renderer:
     """Renders conversations with one tokenizer and one format.
 
@@ -172,15 +190,37 @@ class Renderer:
     """
 
     def __init__(self, tokenizer: Any, chat_format: ChatFormat) -> None:
-        self.tokenizer, self.format = tokenizer, chat_format
+        self.tokenizer = tokenizer
         names = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
-        self._template = Template(chat_format, names)
-        self._encoder = Encoder(tokenizer)
+        self._open(RendererSpec(tokenizer_text(tokenizer), names, tokenizer.eos_token_id, chat_format))
+
+    @classmethod
+    def from_spec(cls, spec: RendererSpec) -> Renderer:
+        """The same renderer in another process, without transformers; `tokenizer` is None there."""
+        renderer = cls.__new__(cls)
+        renderer.tokenizer = None
+        renderer._open(spec)
+        return renderer
+
+    def with_format(self, chat_format: ChatFormat) -> Renderer:
+        """The same tokenizer with another format. Made once for each template."""
+        if chat_format.template not in self._others:
+            renderer = Renderer.from_spec(replace(self.spec, format=chat_format))
+            renderer.tokenizer = self.tokenizer
+            self._others[chat_format.template] = renderer
+        return self._others[chat_format.template]
+
+    def _open(self, spec: RendererSpec) -> None:
+        self.spec, self.format = spec, spec.format
+        self._template = Template(spec.format, spec.names)
+        self._encoder = Encoder(spec.tokenizer)
         self.special = self._encoder.special
         self._shapes: dict[Any, _Shape] = {}
-        self._has_python = chat_format.python is not None and all(t in self.special for t in chat_format.python)
+        self._others: dict[str, Renderer] = {}
+        python = spec.format.python
+        self._has_python = python is not None and all(t in self.special for t in python)
         ends = self._probe_ends()
-        self.end_token = chat_format.end if chat_format.end in self.special else ends[0] if ends else None
+        self.end_token = spec.format.end if spec.format.end in self.special else ends[0] if ends else None
         self._ends = list(dict.fromkeys([*([self.end_token] if self.end_token else []), *ends]))
 
     # ---- the public part
@@ -210,6 +250,8 @@ class Renderer:
         for turn in supervised:
             where = f"{place}.messages[{turn}]"
             last = self._end_literal(proof, turn, starts[turn], literals, where)
+            if turn == 0:
+                self._prove_first(proof, text[starts[turn] :], starts[turn], where)
             mask[cut[starts[turn]] : encoded.literals[last] + 1] = 1
             self._unmask_results(mask, encoded, literals, starts[turn], last)
         found = self._turns(proof, text, literals, encoded, conversation) if turns else ()
@@ -239,7 +281,7 @@ class Renderer:
     def stop_ids(self) -> list[int]:
         """Ids at which a reply ends: the end-of-turn tokens, and the tokenizer's own end of text."""
         ids = [self.special[token] for token in self._ends]
-        eos = self.tokenizer.eos_token_id
+        eos = self.spec.eos
         if eos is not None and eos not in ids:
             ids.append(eos)
         return ids
@@ -255,9 +297,29 @@ class Renderer:
         """Text that comes from content -> ids; special-token strings stay text."""
         return self._encoder.encode_pieces([("content", text)])
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids -> text, control tokens included."""
+        return self._encoder.decode(ids)
+
     def arguments(self) -> list[str]:
         """Names of the template's own arguments, such as `enable_thinking`."""
         return self._template.arguments()
+
+    def disagreement(self) -> str | None:
+        """Where the template has `{% generation %}` marks: in what they differ from our mask. None: in nothing."""
+        probe = parse_row([{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}], "probe")
+        messages = [as_dict(m, keep_python=self._has_python) for m in probe.messages]
+        theirs = self._template.generated(messages, (), "probe")
+        if theirs is None:
+            return None
+        try:
+            rendered = self.render(probe)
+        except (MaskError, FormatError):
+            return None
+        ours = self.decode(rendered.ids[rendered.mask == 1].tolist())
+        if "".join(theirs) == ours:
+            return None
+        return f"the template's generation marks hold {''.join(theirs)!r}, the proven mask {ours!r}; the mask is used"
 
     # ---- text
 
@@ -396,7 +458,8 @@ class Renderer:
         at = proof.piece_starts[end.piece] + end.start
         for slot, (left, right) in zip(proof.shape.skeleton.order, proof.spans, strict=True):
             mine = proof.shape.slots[slot].message == turn
-            if mine and not (start <= left and right <= at):
+            # (The beginning of a content may be what the template pre-fills, as `<think>`: then it is in the prompt.)
+            if mine and not (start < right <= at):
                 raise MaskError(place, "its content does not lie between its prompt and its end-of-turn token", "")
             if not mine and left < at and right > start:
                 raise MaskError(place, "another message's content lies inside this reply", "use another --format")
@@ -406,6 +469,17 @@ class Renderer:
         if any(literals[n][2] == end.token for n in inside[:-1]):
             raise MaskError(place, f"the format writes {end.token} inside the reply, where generation would stop", "")
         return inside[-1]
+
+    def _prove_first(self, proof: _Proof, reply: str, start: int, place: str) -> None:
+        """A reply without history: many templates write no header unasked where there is no message, so that what
+        looks like the reply begins with its own header."""
+        own = [
+            left
+            for s, (left, _) in zip(proof.shape.skeleton.order, proof.spans, strict=True)
+            if proof.shape.slots[s].message == 0
+        ]
+        if not own or reply[: min(own) - start].strip():
+            raise MaskError(place, "nothing prompts for this reply: it is the first message", "remove it")
 
     def _unmask_results(
         self, mask: NDArray[np.int8], encoded: Encoded, literals: list[Literal], start: int, last: int

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from typing import Any, NoReturn
 
 import jinja2
@@ -26,6 +27,9 @@ from sftflow.errors import FormatError
 Messages = list[dict[str, Any]]
 
 _DICT_ATTRIBUTES = frozenset(dir(dict))
+
+
+_DEFAULTED = re.compile(r"set\s+(\w+)\s*=\s*\1\b|(?<!\w)(\w+) is (?:not )?defined")
 
 
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
@@ -166,7 +170,12 @@ class Template:
         of thinking come first."""
         known = {"messages", "tools", "add_generation_prompt", "continue_final_message", *self._context}
         known |= set(self._environment.globals)
-        free = jinja2.meta.find_undeclared_variables(self._environment.parse(self.format.template)) - known
+        tree = self._environment.parse(self.format.template)
+        written = {name.name for name in tree.find_all(jinja2.nodes.Name) if name.ctx != "load"}
+        written -= {
+            m.group(1) or m.group(2) for m in _DEFAULTED.finditer(self.format.template)
+        }  # {% set thinking = thinking | default(false) %}
+        free = jinja2.meta.find_undeclared_variables(tree) - known - written
         free = {name for name in free if not name.endswith("_token")}
         return sorted(free, key=lambda name: (not any(w in name for w in ("think", "reason")), name))
 

@@ -1,6 +1,7 @@
 """Verifiable instructions: code checks the form of the reply, whatever it says (after IFEval, Zhou et al. 2023).
 
-A (kind, subject, phrasing) is either a training or a test case, by its hash.
+A (kind, subject, phrasing) is either a training or a test case, by its hash; a test case that stands inside a
+training question, or around one, is left out.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import random
 import re
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 
 from sftflow.chat.schema import Conversation
@@ -22,7 +24,8 @@ NAMES = ("Ann", "Ben", "Eva", "Max", "Leo", "Mia", "Tom", "Zoe")
 CITIES = ("Paris", "Rome", "London", "Berlin", "Madrid", "Tokyo")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
-MAX_ITEMS = 120  # the smallest kind has not many more held-out cases than a sixth of this
+MAX_ITEMS = 120  # two kinds have not many more held-out cases than a sixth of this, and one_word has fewer
+TRIES = 1000  # after which a kind has run out of cases, and the next one has its turn
 
 Case = tuple[str, str, dict[str, Any]]  # question, reply, what the checker needs (with its "kind")
 
@@ -108,6 +111,17 @@ def _ends_with(rng: random.Random, data: Any) -> Case:
     return ask_for.format(t=topic, w=word), f"{lines} {word}", {"kind": "ends_with", "word": word}
 
 
+def is_test(question: str) -> bool:
+    return hashlib.sha256(question.encode()).digest()[0] % 8 == 0
+
+
+def is_held_out(question: str) -> bool:
+    """Whether it is a test question, and so is every phrasing inside it or around it ("Answer in one word: X")."""
+    asked = question.removeprefix("Answer in one word: ").removeprefix("In one word: ")
+    nested = () if asked == question else (f"Answer in one word: {asked}", f"In one word: {asked}")
+    return all(map(is_test, (question, *nested)))
+
+
 MAKERS: tuple[Callable[[random.Random, Any], Case], ...] = (
     _bullets,
     _commas,
@@ -173,13 +187,16 @@ class Formatting(Task):
         seen: set[str] = set()
         if split != "train":
             count = min(count, MAX_ITEMS)
+        turns = cycle(MAKERS)
         while len(out) < count:
-            case = MAKERS[len(out) % len(MAKERS)](rng, data)
-            is_test = hashlib.sha256(case[0].encode()).digest()[0] % 8 == 0
-            if is_test != (split != "train") or (split != "train" and case[0] in seen):
-                continue
-            seen.add(case[0])
-            out.append(case)
+            maker = next(turns)
+            for _ in range(TRIES):
+                case = maker(rng, data)
+                fits = not is_test(case[0]) if split == "train" else is_held_out(case[0]) and case[0] not in seen
+                if fits:
+                    seen.add(case[0])
+                    out.append(case)
+                    break
         return out
 
     def conversations(self, split: str = "train") -> list[Conversation]:

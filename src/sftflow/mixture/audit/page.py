@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from sftflow.chat.inspect_html import PAGE_CSS, esc, legend, page, token_boxes
-
-Data = Mapping[str, Any]
-
-WIDTH, HEIGHT = 360, 148  # of a histogram, in its own units: about a phone's width, so that its text is not scaled
-LEFT, RIGHT, TOP, BOTTOM = 40, 8, 18, 32
+from sftflow.mixture.audit.charts import lengths_section
+from sftflow.mixture.audit.markup import Data, count, fold, percent, section, table
 
 _CSS = """
 body > section { margin-top: 2.25rem; padding-top: 1.1rem; border-top: 1px solid var(--line); }
@@ -67,23 +62,6 @@ q { quotes: "“" "”"; } code { font: .9em ui-monospace, SFMono-Regular, Menlo
 """
 
 
-def percent(part: float, whole: float = 1.0) -> str:
-    """
-    >>> percent(1, 3), percent(1, 3000), percent(0, 3)
-    ('33%', '<1%', '0%')
-    """
-    share = part / whole if whole else 0.0
-    return "<1%" if 0 < share < 0.005 else f"{share:.0%}"
-
-
-def count(n: float, one: str, many: str = "") -> str:
-    """
-    >>> count(1, "row"), count(2000, "row")
-    ('1 row', '2,000 rows')
-    """
-    return f"{n:,} {one if n == 1 else many or one + 's'}"
-
-
 def audit_page(ledger: Data, samples: Sequence[Data] | None = None) -> str:
     """One page of a ledger with the audit's keys; what the ledger has not is left out.
 
@@ -94,7 +72,7 @@ def audit_page(ledger: Data, samples: Sequence[Data] | None = None) -> str:
     body = [
         _head(ledger),
         _sources(ledger),
-        _lengths(ledger),
+        lengths_section(ledger),
         _repeats(ledger),
         _overlap(ledger),
         _invariants(ledger),
@@ -104,9 +82,6 @@ def audit_page(ledger: Data, samples: Sequence[Data] | None = None) -> str:
     if ledger.get("data_sha256"):
         body.append(f"<footer>Ids and masks, in order: SHA-256 <code>{esc(ledger['data_sha256'])}</code></footer>")
     return page("Mixture audit", PAGE_CSS + _CSS, "\n".join(b for b in body if b))
-
-
-# ---- the top
 
 
 def _head(ledger: Data) -> str:
@@ -156,24 +131,6 @@ def _warnings(ledger: Data) -> list[str]:
     return out
 
 
-# ---- tables
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], foot: Sequence[str] = (), left: int = -1) -> str:
-    """Cells are markup. The first names the row; `left` is the column of running text, if there is one."""
-
-    def line(cells: Sequence[str]) -> str:
-        out = f'<th scope="row">{cells[0]}</th>'
-        for i, (name, cell) in enumerate(zip(columns[1:], cells[1:], strict=True), 1):
-            kind = " ".join(k for k, on in (("left all", i == left), ("none", not cell), ("zero", cell == "0")) if on)
-            out += f'<td{f" class={chr(34)}{kind}{chr(34)}" if kind else ""} data-label="{esc(name)}">{cell}</td>'
-        return f"<tr>{out}</tr>"
-
-    head = "".join(f'<th scope="col"{" class=left" if i == left else ""}>{esc(c)}</th>' for i, c in enumerate(columns))
-    end = f"<tfoot>{line(foot)}</tfoot>" if foot else ""
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(map(line, rows))}</tbody>{end}</table>"
-
-
 def _sources(ledger: Data) -> str:
     audited = "duplicates" in ledger
     columns = ["source", "rows", "repeat", "tokens", "supervised", "cut", "dropped", "expanded", "held out"]
@@ -205,65 +162,7 @@ def _sources(ledger: Data) -> str:
         "the last line, rows count repeats, too. Cut: earlier turns kept, the last ones left out to fit. Expanded: one "
         "conversation became several training rows."
     )
-    return f'<section><h2>Sources</h2>{table(columns, rows, foot)}<p class="note small">{note}</p></section>'
-
-
-def _overlap(ledger: Data) -> str:
-    tasks: Data = ledger.get("overlap") or {}
-    if not tasks:
-        return ""
-    rows, details = [], []
-    for name, t in tasks.items():
-        where = ", ".join(f"{esc(s['name'])} {s['items']:,}" for s in t["sources"] if s["items"])
-        hit = f'<b class="bad">{t["contaminated"]:,}</b>' if t["contaminated"] else "0"
-        share = percent(t["contaminated"], t["items"])
-        unchecked, templates = f"{t['unchecked']:,}", f"{t['template_ngrams']:,}"
-        rows.append([esc(name), f"{t['items']:,}", hit, share, unchecked, templates, where])
-        if t["examples"]:
-            found = "".join(
-                f"<li>item {e['item']}, in {esc(e['source'])}, <code>{esc(e['place'])}</code>: "
-                f"<q>{esc(e['words'])}</q></li>"
-                for e in t["examples"]
-            )
-            more = f"the first {len(t['examples'])} found" if len(t["examples"]) < t["contaminated"] else "all found"
-            details.append(
-                f'<details><summary>{esc(name)} <span class="soft">{more}</span></summary><ul>{found}</ul></details>'
-            )
-    ngram = next(iter(tasks.values()))["ngram"]
-    note = (
-        f"An evaluation item is found where a training row has {ngram} words in a row of its question or answer "
-        "(lower case, no punctuation), or, where it is shorter, the whole of it. Not checked: items of fewer than 4 "
-        "words, or with wording only that more than 10 items of the task (or half of a small one) have in common; such "
-        "runs of words are counted as template."
-    )
-    columns = ("task", "items", "found", "share", "not checked", "template", "found in")
-    return (
-        f'<section><h2>Overlap with evaluation sets</h2><p class="note small">{note}</p>'
-        f"{table(columns, rows, left=6)}{''.join(details)}</section>"
-    )
-
-
-def _invariants(ledger: Data) -> str:
-    found: Data = ledger.get("invariants") or {}
-    if not found:
-        return ""
-    rows = []
-    for name, i in found.items():
-        state = '<b class="bad">✗ failed</b>' if i["failed"] else '<b class="good">✓ holds</b>'
-        if not i["checked"]:
-            state = '<span class="soft">not checked</span>'
-        rows.append([esc(name), state, f"{i['checked']:,}", f"{i['failed']:,}", esc(i.get("first"))])
-    columns = ("what must hold", "", "checked", "failed", "first failure")
-    return f"<section><h2>Invariants</h2>{table(columns, rows, left=4)}</section>"
-
-
-def _bad_rows(ledger: Data) -> str:
-    bad = ledger.get("bad_rows") or []
-    if not bad:
-        return ""
-    rows = "".join(f"<li>{esc(b)}</li>" for b in bad)
-    said = f'Rows left out <span class="soft">{len(bad):,}{" or more" if len(bad) >= 100 else ""}</span>'
-    return f"<section><h2>Bad rows</h2><details><summary>{said}</summary><ul>{rows}</ul></details></section>"
+    return section("Sources", f'{table(columns, rows, foot)}<p class="note small">{note}</p>')
 
 
 def _repeats(ledger: Data) -> str:
@@ -284,17 +183,67 @@ def _repeats(ledger: Data) -> str:
         said = f"{same['rows']:,} repeat, {near['rows']:,} nearly repeat"
         across = same["of_other_sources"] + near["of_other_sources"]
         said += f" an earlier row, {across:,} of them another source's" if across else " an earlier row"
-        details.append(
-            f'<details><summary>{esc(s["name"])} <span class="soft">{said}</span></summary>'
-            f"<ul>{groups}{pairs}</ul></details>"
-        )
+        details.append(fold(s["name"], said, f"<ul>{groups}{pairs}</ul>"))
     if not details:
         return ""
     note = (
         "Repeating rows have the same ids. Nearly repeating rows share 80% or more of their runs of 5 words (Jaccard "
         "similarity); exact repeats are not counted again."
     )
-    return f'<section><h2>Repeated rows</h2><p class="note small">{note}</p>{"".join(details)}</section>'
+    return section("Repeated rows", "".join(details), note)
+
+
+def _overlap(ledger: Data) -> str:
+    tasks: Data = ledger.get("overlap") or {}
+    if not tasks:
+        return ""
+    rows, details = [], []
+    for name, t in tasks.items():
+        where = ", ".join(f"{esc(s['name'])} {s['items']:,}" for s in t["sources"] if s["items"])
+        hit = f'<b class="bad">{t["contaminated"]:,}</b>' if t["contaminated"] else "0"
+        share = percent(t["contaminated"], t["items"])
+        unchecked, templates = f"{t['unchecked']:,}", f"{t['template_ngrams']:,}"
+        rows.append([esc(name), f"{t['items']:,}", hit, share, unchecked, templates, where])
+        if t["examples"]:
+            found = "".join(
+                f"<li>item {e['item']}, in {esc(e['source'])}, <code>{esc(e['place'])}</code>: "
+                f"<q>{esc(e['words'])}</q></li>"
+                for e in t["examples"]
+            )
+            more = f"the first {len(t['examples'])} found" if len(t["examples"]) < t["contaminated"] else "all found"
+            details.append(fold(name, more, f"<ul>{found}</ul>"))
+    ngram = next(iter(tasks.values()))["ngram"]
+    note = (
+        f"An evaluation item is found where a training row has {ngram} words in a row of its question or answer "
+        "(lower case, no punctuation), or, where it is shorter, the whole of it. Not checked: items of fewer than 4 "
+        "words, or with wording only that more than 10 items of the task (or half of a small one) have in common; such "
+        "runs of words are counted as template."
+    )
+    columns = ("task", "items", "found", "share", "not checked", "template", "found in")
+    return section("Overlap with evaluation sets", table(columns, rows, left=6) + "".join(details), note)
+
+
+def _invariants(ledger: Data) -> str:
+    found: Data = ledger.get("invariants") or {}
+    if not found:
+        return ""
+    rows = []
+    for name, i in found.items():
+        state = '<b class="bad">✗ failed</b>' if i["failed"] else '<b class="good">✓ holds</b>'
+        if not i["checked"]:
+            state = '<span class="soft">not checked</span>'
+        rows.append([esc(name), state, f"{i['checked']:,}", f"{i['failed']:,}", esc(i.get("first"))])
+    columns = ("what must hold", "", "checked", "failed", "first failure")
+    return section("Invariants", table(columns, rows, left=4))
+
+
+def _bad_rows(ledger: Data) -> str:
+    bad = ledger.get("bad_rows") or []
+    if not bad:
+        return ""
+    rows = "".join(f"<li>{esc(b)}</li>" for b in bad)
+    said = f"{len(bad):,}{' or more' if len(bad) >= 100 else ''}"
+    return section("Bad rows", fold("Rows left out", said, f"<ul>{rows}</ul>"))
 
 
 def _samples(samples: Sequence[Data]) -> str:
@@ -306,108 +255,4 @@ def _samples(samples: Sequence[Data]) -> str:
         place = f'<span class="soft small">{esc(sample.get("source"))}</span>'
         boxes = token_boxes(sample["tokens"], sample.get("turns") or (), f"s{number}")
         parts.append(f'<div class="sample"><h3>{name}{place}</h3>{boxes}</div>')
-    return f"<section><h2>One row of each source</h2>{legend()}{''.join(parts)}</section>"
-
-
-# ---- lengths
-
-
-def _lengths(ledger: Data) -> str:
-    shown = [(s, s["lengths"]) for s in ledger["sources"] if s.get("lengths")]
-    if not shown:
-        return ""
-    limit = ledger.get("max_length")
-    figures = "".join(
-        f"<figure><figcaption><b>{esc(s['name'])}</b>{_length_words(s)}</figcaption>"
-        f"{histogram(lengths['histogram']['edges'], lengths['histogram']['counts'], limit, s['name'])}</figure>"
-        for s, lengths in shown
-    )
-    keys = ("min", "p5", "p25", "p50", "p75", "p95", "p99", "max", "mean")
-    named: list[Data] = [s for s, _ in shown]
-    if ledger.get("lengths"):
-        named.append({**ledger, "name": "all"})
-    numbers = "".join(
-        f"<h3>{title}</h3>"
-        + table(
-            ("source", *keys),
-            [
-                [esc(s["name"]), *(f"{s[part][k]:,}" if k != "mean" else f"{s[part][k]:,.1f}" for k in keys)]
-                for s in named
-            ],
-        )
-        for title, part in (("Tokens of a row", "lengths"), ("Supervised tokens of a row", "supervised"))
-    )
-    note = "The axes of the tokens are the same, and logarithmic; the heights are each source's own."
-    return (
-        f'<section><h2>Lengths</h2><p class="note small">{note}</p><div class="plots">{figures}</div>'
-        f"<details><summary>Quantiles</summary>{numbers}</details></section>"
-    )
-
-
-def _length_words(s: Data) -> str:
-    n = s["lengths"]
-    said = f"median {n['p50']:,}, 95% up to {n['p95']:,}, longest {n['max']:,}"
-    lost = [f"{s[key]:,} {key}" for key in ("cut", "dropped") if s.get(key)]
-    return said + (f' · <span class="lost">{", ".join(lost)}</span>' if lost else "")
-
-
-def histogram(edges: Sequence[int], counts: Sequence[int], limit: int | None, name: str) -> str:
-    """Rows by their tokens, on a logarithmic axis that reaches to `limit`, the longest row that is trained on."""
-    low, high = float(edges[0]), float(max(edges[-1], limit or 0))
-    grid = heights(max(1, *counts))
-    top = grid[-1]
-
-    def across(tokens: float) -> float:
-        return round(LEFT + (WIDTH - LEFT - RIGHT) * math.log(tokens / low) / math.log(high / low), 1)
-
-    def up(rows: float) -> float:
-        return round(HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * rows / top, 1)
-
-    floor = HEIGHT - BOTTOM
-    out = []
-    for rows in grid:
-        out.append(f'<path class="grid" d="M{LEFT} {up(rows)}H{WIDTH - RIGHT}"/>')
-        out.append(f'<text x="{LEFT - 5}" y="{up(rows) + 4}" text-anchor="end">{short(rows)}</text>')
-    bars = []
-    for a, b, n in zip(edges[:-1], edges[1:], counts, strict=True):
-        if n:
-            # A bar of one row among thousands must still be seen.
-            tall = max(floor - up(n), 1.0)
-            x, wide = across(a) + 0.5, max(across(b) - across(a) - 1, 1)
-            said = f"{a:,} to {b - 1:,} tokens: {count(n, 'row')}"
-            box = f'x="{x:.1f}" y="{floor - tall:.1f}" width="{wide:.1f}" height="{tall:.1f}"'
-            bars.append(f"<rect {box}><title>{said}</title></rect>")
-    out.append(f'<g class="bars">{"".join(bars)}</g>')
-    last = -1e9
-    for tick in (m * 10**d for d in range(8) for m in (1, 2, 5)):
-        if low <= tick <= high and across(tick) - last >= 34:
-            last = across(tick)
-            out.append(f'<path class="grid" d="M{last} {floor}v4"/>')
-            out.append(f'<text x="{last}" y="{floor + 15}" text-anchor="middle">{short(tick)}</text>')
-    out.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" text-anchor="middle">tokens of a row</text>')
-    out.append(f'<text x="{LEFT - 5}" y="9" text-anchor="end">rows</text>')
-    if limit and limit >= low:
-        at = across(limit)
-        side = "end" if at > WIDTH / 2 else "start"
-        out.append(f'<path class="limit" d="M{at} {TOP - 6}V{floor}"/>')
-        out.append(f'<text class="limit-name" x="{at}" y="9" text-anchor="{side}">max_length {limit:,}</text>')
-    label = f"{name}: rows by their number of tokens, {edges[0]:,} to {edges[-1]:,}"
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{esc(label)}">{"".join(out)}</svg>'
-
-
-def heights(most: int) -> list[int]:
-    """Round numbers from 0 to the first that is not below `most`, at most five steps apart.
-
-    >>> heights(2), heights(58), heights(7300)
-    ([0, 1, 2], [0, 20, 40, 60], [0, 2000, 4000, 6000, 8000])
-    """
-    step = next(m * 10**d for d in range(16) for m in (1, 2, 5) if 4 * m * 10**d >= most)
-    return list(range(0, most + step, step))[: -(-most // step) + 1]
-
-
-def short(n: float) -> str:
-    """
-    >>> short(512), short(2400), short(13000)
-    ('512', '2.4k', '13k')
-    """
-    return f"{n:g}" if n < 1000 else f"{n / 1000:.3g}k" if n < 1e6 else f"{n / 1e6:.3g}M"
+    return section("One row of each source", legend() + "".join(parts))

@@ -1,0 +1,98 @@
+"""Which arguments a template is rendered with, and how an end of turn is added where it writes none.
+
+Both become a part of the template itself (`{%- set enable_thinking = false -%}` in front of it), so that whoever loads
+the checkpoint (transformers, vLLM, llama.cpp) renders what was trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations, product
+
+from sftflow.chat.format import ChatFormat
+from sftflow.chat.render import Renderer
+from sftflow.chat.schema import Conversation
+from sftflow.errors import FormatError, MaskError
+
+_MOST_ARGUMENTS = 6
+
+# The end-of-text token is put behind every reply before the template sees it. (namespace: a `set` inside a `for` would
+# be forgotten after it.)
+_APPEND_EOS = """\
+{%- set sftflow = namespace(messages=[]) -%}
+{%- for message in messages -%}
+  {%- if message.role == 'assistant' and message.content is string and not message.tool_calls -%}
+    {%- set sftflow.messages = sftflow.messages + [dict(message, content=message.content + eos_token)] -%}
+  {%- else -%}
+    {%- set sftflow.messages = sftflow.messages + [message] -%}
+  {%- endif -%}
+{%- endfor -%}
+{%- set messages = sftflow.messages -%}
+"""
+
+
+def with_arguments(chat_format: ChatFormat, arguments: dict[str, bool]) -> ChatFormat:
+    """The format with template arguments built in.
+
+    >>> with_arguments(ChatFormat(name="own", template="..."), {"enable_thinking": False}).template
+    '{%- set enable_thinking = false -%}...'
+    """
+    front = "".join(f"{{%- set {name} = {str(value).lower()} -%}}" for name, value in arguments.items())
+    return replace(chat_format, template=front + chat_format.template, kwargs={**chat_format.kwargs, **arguments})
+
+
+def append_eos(renderer: Renderer) -> Renderer:
+    """The renderer of a format that writes no end of turn, with the end-of-text token behind every reply; a format
+    that writes one is left as it is. Raises FormatError where the tokenizer has no such token."""
+    if renderer.end_token is not None:
+        return renderer
+    if not renderer.spec.names.get("eos_token"):
+        raise FormatError("append_eos", "the tokenizer has no end-of-text token", "set its eos_token")
+    template = _APPEND_EOS + renderer.format.template
+    return renderer.with_format(replace(renderer.format, template=template, append_eos=True))
+
+
+def settle(renderer: Renderer, sample: Sequence[Conversation]) -> Renderer:
+    """The renderer whose template arguments make the most of the sample provable.
+
+    Where every row is proven as one example, or the template has no arguments, the renderer itself. Arguments are
+    found in the template (names it reads and nobody sets), not in a list; each is tried as true and false, alone and
+    in pairs, and taken only where fewer rows must be expanded or refused.
+    """
+    arguments = renderer.arguments()[:_MOST_ARGUMENTS]
+    if not arguments or renderer.format.kwargs:
+        return renderer
+    costs = [_cost(renderer, c) for c in sample]
+    hard = [c for c, cost in zip(sample, costs, strict=True) if cost]
+    if not hard:
+        return renderer
+    best, best_cost = renderer, sum(costs)
+    for choice in _choices(arguments):
+        candidate = renderer.with_format(with_arguments(renderer.format, choice))
+        if sum(_cost(candidate, c) for c in hard[:50]) >= sum(_cost(best, c) for c in hard[:50]):
+            continue  # most candidates end here, before the whole sample is rendered
+        cost = sum(_cost(candidate, c) for c in sample)
+        if cost < best_cost:
+            best, best_cost = candidate, cost
+        if not cost:
+            break
+    return best
+
+
+def _choices(arguments: Sequence[str]) -> list[dict[str, bool]]:
+    singles: list[dict[str, bool]] = [{name: value} for name in arguments for value in (True, False)]
+    pairs = [
+        dict(zip(names, values, strict=True))
+        for names in combinations(arguments[:3], 2)
+        for values in product((True, False), repeat=2)
+    ]
+    return singles + pairs
+
+
+def _cost(renderer: Renderer, conversation: Conversation) -> int:
+    """0: proven whole; 1: one example per turn; 3: refused."""
+    try:
+        return int(len(renderer.render_rows(conversation)) > 1)
+    except (MaskError, FormatError):
+        return 3
