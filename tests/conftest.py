@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lzma
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ TEXT = [
     "Once upon a time there was a small house near the river. 1 2 3 4 5 6 7 8 9 0",
     "Hello! How are you? I am fine, thank you. The answer is 42. What is it?",
 ] * 20
+
+
+@pytest.fixture(scope="session", autouse=True)
+def row_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Rendered rows are cached in a folder of the session, never in the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SFTFLOW_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,10 @@ class SftflowError(Exception):
         line = f"{place}: {fact}" if place else fact
         super().__init__(" ".join(f"{line}; {remedy}".split()) if remedy else " ".join(line.split()))
 
+    def __reduce__(self) -> tuple[type[SftflowError], tuple[str, str, str]]:
+        """Errors travel from the processes that render rows."""
+        return type(self), (self.place, self.fact, self.remedy)
+
 
 class SchemaError(SftflowError): ...
 

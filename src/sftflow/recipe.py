@@ -97,6 +97,7 @@ class Recipe(_Frozen):
 
     base: str = "builtin:tiny"
     format: str = "auto"
+    append_eos: bool = False
     mixture: Annotated[tuple[SourceEntry, ...], Field(min_length=1)]
     identity: Identity = Identity()
     on_bad_row: Literal["stop", "skip"] = "stop"

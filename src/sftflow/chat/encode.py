@@ -218,6 +218,10 @@ class Encoder:
         """Ids -> text, control tokens included."""
         return self._backend.decode(ids)
 
+    def round_trip(self, text: str) -> str:
+        """The text encoded and decoded again."""
+        return self._backend.decode(self._backend.plain(text))
+
     def encode_pieces(self, pieces: list[Piece]) -> list[int]:
         """Ids of (kind, text) pieces, kind "special" or "content"."""
         if any(kind == "content" and self.special_re.search(text) for kind, text in pieces):

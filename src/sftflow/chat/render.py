@@ -214,7 +214,7 @@ class Renderer:
         self.spec, self.format = spec, spec.format
         self._template = Template(spec.format, spec.names)
         self._encoder = Encoder(spec.tokenizer)
-        self.special = self._encoder.special
+        self.special, self.special_re = self._encoder.special, self._encoder.special_re
         self._shapes: dict[Any, _Shape] = {}
         self._others: dict[str, Renderer] = {}
         python = spec.format.python
@@ -260,23 +260,28 @@ class Renderer:
     def render_rows(self, conversation: Conversation, *, turns: bool = False) -> list[Rendered]:
         """Training examples of one row: one, or one per supervised assistant turn where the template rewrites
         history (so that each turn is trained after exactly the prompt that serving will send)."""
+        return [rendered for _, rendered in self.render_pairs(conversation, turns=turns)]
+
+    def render_pairs(self, conversation: Conversation, *, turns: bool = False) -> list[tuple[Conversation, Rendered]]:
+        """The examples of `render_rows`, each with the conversation that it renders."""
         try:
-            return [self.render(conversation, turns=turns)]
+            return [(conversation, self.render(conversation, turns=turns))]
         except MaskError as whole:
             supervised = [i for i, m in enumerate(conversation.messages) if _is_supervised(m)]
             if not supervised or (len(supervised) == 1 and supervised[0] == len(conversation.messages) - 1):
                 raise
-            rows = []
+            pairs = []
             for turn in supervised:
                 messages = [
                     replace(m, weight=0) if m.role == "assistant" and i != turn else m
                     for i, m in enumerate(conversation.messages[: turn + 1])
                 ]
+                example = replace(conversation, messages=tuple(messages))
                 try:
-                    rows.append(self.render(replace(conversation, messages=tuple(messages)), turns=turns))
+                    pairs.append((example, self.render(example, turns=turns)))
                 except MaskError:
                     raise whole from None
-            return rows
+            return pairs
 
     def stop_ids(self) -> list[int]:
         """Ids at which a reply ends: the end-of-turn tokens, and the tokenizer's own end of text."""
@@ -300,6 +305,15 @@ class Renderer:
     def decode(self, ids: Sequence[int]) -> str:
         """Ids -> text, control tokens included."""
         return self._encoder.decode(ids)
+
+    def round_trip(self, text: str) -> str:
+        """What the tokenizer makes of a text, there and back: normalisers and decoders may change it."""
+        return self._encoder.round_trip(text)
+
+    def text(self, conversation: Conversation) -> str:
+        """The template's rendering of a conversation."""
+        messages = [as_dict(m, keep_python=self._has_python) for m in conversation.messages]
+        return self._template.text(messages, conversation.tools, False, conversation.source)
 
     def arguments(self) -> list[str]:
         """Names of the template's own arguments, such as `enable_thinking`."""

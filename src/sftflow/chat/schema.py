@@ -243,6 +243,19 @@ def parse_row(row: Any, place: str) -> Conversation:
     return Conversation(messages, tuple(tools), meta, place)
 
 
+def parse_line(line: bytes, place: str) -> Any:
+    """One line of a JSONL file -> its row. Raises DataError where it is not JSON, or not UTF-8."""
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        fact = f"not UTF-8 text ({error.reason} at byte {error.start} of the line)"
+        raise DataError(place, fact, "convert the file, or remove the line") from None
+    except ValueError as error:
+        raise DataError(place, f"not JSON ({error})", "fix or remove the line") from None
+    except RecursionError:
+        raise DataError(place, "JSON nested too deeply", "remove the line") from None
+
+
 def read_rows(source: str | Path) -> Iterator[tuple[str, Any]]:
     """(place, raw row) of a .jsonl, .json or .parquet file, or of a hub data set `hub:NAME[:SPLIT]`.
 
@@ -271,14 +284,11 @@ def read_rows(source: str | Path) -> Iterator[tuple[str, Any]]:
             for number, row in enumerate(rows, 1):
                 yield f"{name}:{number}", row
         else:
-            with path.open(encoding="utf-8") as f:
-                for number, line in enumerate(f, 1):
+            with path.open("rb") as lines:
+                for number, line in enumerate(lines, 1):
                     if line.strip():
-                        try:
-                            yield f"{name}:{number}", json.loads(line)
-                        except ValueError as error:
-                            fact = f"not JSON ({error})"
-                            raise DataError(f"{name}:{number}", fact, "fix or remove the line") from None
+                        place = f"{name}:{number}"
+                        yield place, parse_line(line, place)
     except UnicodeDecodeError as error:
         raise DataError(name, f"not UTF-8 text ({error.reason} at byte {error.start})", "convert it") from None
     except json.JSONDecodeError as error:

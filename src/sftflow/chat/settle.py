@@ -53,6 +53,14 @@ def append_eos(renderer: Renderer) -> Renderer:
     return renderer.with_format(replace(renderer.format, template=template, append_eos=True))
 
 
+def settled(renderer: Renderer) -> str | None:
+    """In words, what was built into the template; None where nothing was."""
+    chat_format = renderer.format
+    parts = [f"{name}={str(value).lower()}" for name, value in chat_format.kwargs.items()]
+    parts += ["the end of text behind every reply"] if chat_format.append_eos else []
+    return f"built into the {chat_format.name} template: {', '.join(parts)}" if parts else None
+
+
 def settle(renderer: Renderer, sample: Sequence[Conversation]) -> Renderer:
     """The renderer whose template arguments make the most of the sample provable.
 

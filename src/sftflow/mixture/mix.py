@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sftflow.chat.render import Rendered, Renderer
-from sftflow.chat.schema import Conversation, parse_row, read_rows
-from sftflow.errors import DataError, FormatError, MaskError, SchemaError, SftflowError
-from sftflow.mixture.pack import Example, best_fit, padding_share
-from sftflow.mixture.tasks import TASKS, TaskSource, make_task
-from sftflow.recipe import Recipe, SourceEntry
+from sftflow.chat.settle import append_eos, settle
+from sftflow.errors import DataError, ProofError
+from sftflow.files import write_text
+from sftflow.mixture.pack import best_fit, padding_share
+from sftflow.mixture.prepare import Progress, bad_rows, prepare_source, sample_conversation, sample_of
+from sftflow.mixture.rows import Examples, Rows
+from sftflow.recipe import Recipe
+
+SETTLE_ROWS = 64  # rows of a source that decide the template's arguments
 
 
 @dataclass
 class SourceLedger:
-    """What became of one source's rows. tokens and supervised_tokens count training rows, repeats included."""
+    """What became of one source's rows. rows, tokens, supervised_tokens: training rows; tokens count repeats."""
 
     name: str
     repeat: int = 1
@@ -29,184 +35,182 @@ class SourceLedger:
     supervised_tokens: int = 0
     cut: int = 0
     dropped: int = 0
+    bad: int = 0
     expanded: int = 0
     validation_rows: int = 0
     boundary_splits: int = 0
     dropped_why: dict[str, int] = field(default_factory=dict)
 
-    def drop(self, why: str) -> None:
-        self.dropped += 1
-        self.dropped_why[why] = self.dropped_why.get(why, 0) + 1
-
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
     """examples: training sequences, repeats included, unshuffled (the loop shuffles).   held_out: for the
-    validation loss.   samples: the first rendered row of each source, for the mask view."""
+    validation loss.   rows: the rendered rows of each source, on disk.   samples: the first of each source, for the
+    mask view.   bad: the quarantined rows."""
 
-    examples: list[Example]
-    held_out: list[Example]
+    examples: Examples
+    held_out: Examples
     names: list[str]
     sources: list[SourceLedger]
+    rows: list[Rows]
     samples: list[Rendered]
     max_length: int
-    bad_rows: list[str]
+    bad: list[dict[str, Any]]
+    renderer: Renderer
 
     def ledger(self) -> dict[str, Any]:
-        lengths = [len(e.ids) for e in self.examples]
-        rows = best_fit(lengths, self.max_length)
+        lengths = self.examples.lengths.tolist()
+        packed = best_fit(lengths, self.max_length)
         return {
             "sources": [vars(s) for s in self.sources],
             "rows": len(self.examples),
             "tokens": sum(lengths),
             "supervised_tokens": sum(s.supervised_tokens for s in self.sources),
-            "packed_rows": len(rows),
-            "padding_share": round(padding_share(lengths, rows, self.max_length), 5),
+            "packed_rows": len(packed),
+            "padding_share": round(padding_share(lengths, packed, self.max_length), 5),
             "validation_rows": len(self.held_out),
-            "bad_rows": self.bad_rows[:100],
+            "max_length": self.max_length,
+            "format": self.renderer.format.name,
+            "template_arguments": self.renderer.format.kwargs,
+            "append_eos": self.renderer.format.append_eos,
+            "invariants": self.invariants(),
+            "bad_rows": [row["reason"] for row in self.bad[:100]],
             "data_sha256": self.digest(),
         }
 
+    def invariants(self) -> dict[str, dict[str, Any]]:
+        """How many rows each invariant was checked on, and how many failed it, over all sources."""
+        total: dict[str, dict[str, Any]] = {}
+        for rows in self.rows:
+            for name, mine in rows.meta["invariants"].items():
+                entry = total.setdefault(name, {"checked": 0, "failed": 0, "first": None})
+                entry["checked"] += mine["checked"]
+                entry["failed"] += mine["failed"]
+                entry["first"] = entry["first"] or mine["first"]
+        return total
+
+    def prove(self) -> None:
+        """Raises ProofError, naming the first row, where a verified row fails an invariant."""
+        for name, counts in self.invariants().items():
+            if counts["failed"]:
+                place, _, fact = counts["first"].partition(": ")
+                raise ProofError(
+                    place, f"{name}: {fact} ({counts['failed']:,} rows fail)", "remove the row, or use another --format"
+                )
+
     def digest(self) -> str:
-        """One hash of every id and mask, in order."""
+        """One hash of every row's ids, in order, and of which are trained on."""
         digest = hashlib.sha256()
-        for e in (*self.examples, *self.held_out):
-            digest.update(e.ids.astype(np.int32).tobytes())
-            digest.update(e.mask.tobytes())
+        for rows in self.rows:
+            digest.update(rows.table["digest"].tobytes())
+            digest.update(rows.table["supervised"].tobytes())
+        digest.update(self.examples.chosen.tobytes())
+        digest.update(self.held_out.chosen.tobytes())
         return digest.hexdigest()[:16]
 
 
-def source_conversations(entry: SourceEntry, recipe: Recipe, bad: list[str]) -> Iterable[Conversation]:
-    """The conversations of one mixture entry."""
-    if entry.source in TASKS:
-        source = TaskSource(
-            path=entry.path,
-            seed=recipe.train.seed,
-            limit=entry.limit,
-            options={"identity": recipe.identity.model_dump()},
-        )
-        yield from make_task(entry.source, source, "mixture").conversations(entry.split)
-        return
-    rows = []
-    for place, row in read_rows(entry.path or entry.source):
-        try:
-            rows.append(parse_row(row, place))
-        except SchemaError as error:
-            if recipe.on_bad_row == "stop":
-                raise
-            bad.append(str(error))
-    if entry.limit is not None and entry.limit < len(rows):
-        chosen = sorted(random.Random(recipe.train.seed).sample(range(len(rows)), entry.limit))
-        rows = [rows[i] for i in chosen]
-    if not rows:
-        raise DataError(entry.path or entry.source, "no rows in it", "give a file with conversations")
-    yield from rows
+def write_bad_rows(out: Path, mixture: Mixture) -> None:
+    """bad_rows.jsonl: the quarantined rows; none, no file."""
+    (out / "bad_rows.jsonl").unlink(missing_ok=True)
+    if mixture.bad:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in mixture.bad)
+        write_text(out / "bad_rows.jsonl", text)
 
 
-def build_mixture(recipe: Recipe, renderer: Renderer, progress: Callable[[str, int], None] | None = None) -> Mixture:
+def settle_renderer(recipe: Recipe, renderer: Renderer) -> Renderer:
+    """The renderer that the recipe's data is rendered with: the end of text appended where the recipe asks for it,
+    and template arguments chosen by the first rows of each source."""
+    if recipe.append_eos:
+        renderer = append_eos(renderer)
+    if renderer.arguments() and not renderer.format.kwargs:
+        sample = [c for entry in recipe.mixture for c in sample_of(entry, recipe, SETTLE_ROWS)]
+        renderer = settle(renderer, sample)
+    if renderer.tokenizer is not None:
+        renderer.tokenizer.chat_template = renderer.format.template  # what the checkpoint will be saved with
+    return renderer
+
+
+def build_mixture(
+    recipe: Recipe, renderer: Renderer, progress: Progress | None = None, *, every_row: bool = False
+) -> Mixture:
     """Render every source of the recipe. `progress(source, rows_done)` is called now and then.
 
-    Raises SchemaError, FormatError or MaskError at the first bad row (on_bad_row: skip counts them instead).
+    every_row: verify the invariants on all rows; else on a sample of each source. Raises SchemaError, DataError,
+    FormatError or MaskError at the first bad row (on_bad_row: skip quarantines them instead), and ProofError where a
+    verified row fails.
     """
-    examples: list[Example] = []
-    held_out: list[Example] = []
-    names, ledgers, samples = [], [], []
-    bad: list[str] = []
+    renderer = settle_renderer(recipe, renderer)
+    sources: list[Rows] = []
+    ledgers: list[SourceLedger] = []
+    train: list[NDArray[np.int32]] = []
+    held: list[NDArray[np.int32]] = []
     for number, entry in enumerate(recipe.mixture):
-        name = entry.label
-        ledger = SourceLedger(name=name, repeat=entry.repeat)
-        mine: list[Example] = []
-        first: Rendered | None = None
-        for count, conversation in enumerate(source_conversations(entry, recipe, bad)):
-            if progress and count % 200 == 0:
-                progress(name, count)
-            try:
-                rows = fitted_rows(conversation, renderer, recipe, ledger)
-            except (MaskError, FormatError) as error:
-                if recipe.on_bad_row == "stop":
-                    raise
-                bad.append(str(error))
-                ledger.drop(type(error).__name__)
-                continue
-            if len(rows) > 1:
-                ledger.expanded += 1
-            for rendered in rows:
-                ledger.boundary_splits += rendered.boundary_splits
-                if rendered.n_supervised == 0:
-                    ledger.drop("nothing supervised")
-                    continue
-                first = first or rendered
-                mine.append(Example(ids=rendered.ids, mask=rendered.mask, source=number))
-        train, held = split_held_out(mine, recipe.validation, f"{name}:{recipe.train.seed}")
-        ledger.rows, ledger.validation_rows = len(train), len(held)
-        ledger.tokens = entry.repeat * sum(len(e.ids) for e in train)
-        ledger.supervised_tokens = entry.repeat * sum(int(e.mask[1:].sum()) for e in train)
-        examples.extend(train * entry.repeat)
-        held_out.extend(held)
-        names.append(name)
-        ledgers.append(ledger)
-        if first is not None:
-            samples.append(first)
-    if not examples:
+        rows = prepare_source(entry, number, recipe, renderer, every_row=every_row, progress=progress)
+        meta, name = rows.meta, entry.label
+        chosen = split_held_out(rows.table["digest"], recipe.validation, f"{name}:{recipe.train.seed}")
+        here, out = np.flatnonzero(~chosen), np.flatnonzero(chosen)
+        sources.append(rows)
+        train.append(np.tile(_index(number, here), (entry.repeat, 1)))
+        held.append(_index(number, out))
+        ledgers.append(
+            SourceLedger(
+                name=name,
+                repeat=entry.repeat,
+                rows=len(here),
+                tokens=entry.repeat * int(rows.lengths[here].sum()),
+                supervised_tokens=entry.repeat * int(rows.supervised[here].sum()),
+                cut=meta["cut"],
+                dropped=sum(meta["dropped"].values()) + meta["bad"],
+                bad=meta["bad"],
+                expanded=meta["expanded"],
+                validation_rows=len(out),
+                boundary_splits=meta["boundary_splits"],
+                dropped_why={**meta["dropped"], **({"bad row": meta["bad"]} if meta["bad"] else {})},
+            )
+        )
+    examples = Examples(sources, np.concatenate(train))
+    if not len(examples):
         raise DataError("mixture", "no row is left to train on", "see the ledger's dropped rows")
-    return Mixture(
+    firsts = [sample_conversation(rows) for rows in sources]
+    mixture = Mixture(
         examples=examples,
-        held_out=held_out,
-        names=names,
+        held_out=Examples(sources, np.concatenate(held)),
+        names=[s.name for s in ledgers],
         sources=ledgers,
-        samples=samples,
+        rows=sources,
+        samples=[renderer.render(c, turns=True) for c in firsts if c is not None],
         max_length=recipe.train.max_length,
-        bad_rows=bad,
+        bad=[row for rows in sources if rows.meta["bad"] for row in bad_rows(rows)],
+        renderer=renderer,
     )
+    if not every_row:
+        mixture.prove()
+    return mixture
 
 
-def fitted_rows(conversation: Conversation, renderer: Renderer, recipe: Recipe, ledger: SourceLedger) -> list[Rendered]:
-    """The row's training examples, none longer than max_length: an over-long conversation is cut back to whole
-    turns that fit, or dropped, and counted."""
-    limit = recipe.train.max_length
-    rows = renderer.render_rows(conversation)
-    if all(len(r.ids) <= limit for r in rows):
-        return rows
-    if len(rows) > 1:
-        kept = [r for r in rows if len(r.ids) <= limit]
-        if kept:
-            ledger.cut += 1
-        else:
-            ledger.drop("longer than max_length")
-        return kept
-    if recipe.train.overlong == "cut":
-        for turn in range(len(conversation.messages) - 1, 1, -1):
-            if conversation.messages[turn - 1].role != "assistant" or not conversation.messages[turn - 1].weight:
-                continue
-            try:
-                shorter = renderer.render(replace(conversation, messages=conversation.messages[:turn]))
-            except SftflowError:
-                continue
-            if len(shorter.ids) <= limit:
-                ledger.cut += 1
-                return [shorter]
-    ledger.drop("longer than max_length")
-    return []
+def _index(number: int, rows: NDArray[np.int64]) -> NDArray[np.int32]:
+    return np.stack([np.full(len(rows), number), rows], axis=1).astype(np.int32)
 
 
-def split_held_out(examples: list[Example], validation: float, seed: str) -> tuple[list[Example], list[Example]]:
-    """(training, held-out) rows of one source: a share below 1, a count from 1 on. Equal rows stay on one side."""
-    if validation <= 0 or len(examples) < 2:
-        return examples, []
-    wanted = min(int(validation) if validation >= 1 else max(1, round(len(examples) * validation)), len(examples) // 2)
-    order = list(range(len(examples)))
+def split_held_out(digests: NDArray[np.uint64], validation: float, seed: str) -> NDArray[np.bool_]:
+    """Which rows of a source are held out: a share below 1, a count from 1 on. Equal rows stay on one side."""
+    n = len(digests)
+    held = np.zeros(n, bool)
+    if validation <= 0 or n < 2:
+        return held
+    wanted = min(int(validation) if validation >= 1 else max(1, round(n * validation)), n // 2)
+    order = list(range(n))
     random.Random(seed).shuffle(order)
-    groups: dict[bytes, list[int]] = {}
-    for i, e in enumerate(examples):
-        groups.setdefault(e.ids.tobytes(), []).append(i)
-    held: set[int] = set()
+    _, group, sizes = np.unique(digests, return_inverse=True, return_counts=True)
+    n_held = 0
     for i in order:
-        if len(held) >= wanted:
+        if n_held >= wanted:
             break
-        equal = groups[examples[i].ids.tobytes()]
-        if len(held) + len(equal) <= len(examples) // 2:  # never the whole source, however often its rows repeat
-            held.update(equal)
-    return (
-        [e for i, e in enumerate(examples) if i not in held],
-        [e for i, e in enumerate(examples) if i in held],
-    )
+        size = int(sizes[group[i]])
+        if not held[i] and n_held + size <= n // 2:  # never the whole source, however often its rows repeat
+            if size == 1:
+                held[i] = True
+            else:
+                held[group == group[i]] = True
+            n_held += size
+    return held

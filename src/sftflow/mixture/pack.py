@@ -12,6 +12,7 @@ Targets are shifted here and nowhere else.
 from __future__ import annotations
 
 import bisect
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,6 +58,12 @@ class PackedBatch:
         return int((self.segments > 0).sum())
 
 
+def lengths_of(examples: Sequence[Example]) -> NDArray[np.int32]:
+    """(n,) tokens of each example; rows on disk know them without being read."""
+    known: NDArray[np.int32] | None = getattr(examples, "lengths", None)
+    return np.array([len(e.ids) for e in examples], np.int32) if known is None else known
+
+
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Best-fit decreasing bin packing: each item goes to the fullest row that still takes it.
 
@@ -67,21 +74,27 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     rows: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # (free slots, row number), sorted
+    open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by free slots: the numbers of rows, a heap
+    rooms: list[int] = []  # the free slots that some row has, ascending
     for item in order:
         need = lengths[item]
         if need > capacity:
             raise ValueError(f"item {item} has {need} tokens, more than the row's {capacity}")
-        at = bisect.bisect_left(free, (need, -1))
-        if at == len(free):
+        at = bisect.bisect_left(rooms, need)
+        if at == len(rooms):
             rows.append([item])
             room, row = capacity - need, len(rows) - 1
         else:
-            room, row = free.pop(at)
+            room = rooms[at]
+            row = heapq.heappop(open_rows[room])
+            if not open_rows[room]:
+                del rooms[at]
             rows[row].append(item)
             room -= need
         if room > 0:
-            bisect.insort(free, (room, row))
+            if not open_rows[room]:
+                bisect.insort(rooms, room)
+            heapq.heappush(open_rows[room], row)
     for row_items in rows:
         row_items.sort()
     return rows

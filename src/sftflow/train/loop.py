@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from sftflow.errors import CheckpointError, RunError
-from sftflow.mixture.pack import IGNORE, Example, PackedBatch, best_fit, pack_batch
+from sftflow.mixture.pack import IGNORE, Example, PackedBatch, best_fit, lengths_of, pack_batch
 from sftflow.runtime import Runtime
 from sftflow.train.attention import layout_of, use_packed_attention
 from sftflow.train.loss import chunked_cross_entropy
@@ -77,6 +77,7 @@ class RowPlan:
 
     def __init__(self, examples: Sequence[Example], spec: LoopSpec) -> None:
         self.examples, self.spec = examples, spec
+        self.lengths = lengths_of(examples)
         self._epochs: dict[int, list[list[int]]] = {}
         rows = len(self.epoch_rows(0))
         per_epoch = rows / spec.rows_per_step
@@ -87,7 +88,7 @@ class RowPlan:
         if epoch not in self._epochs:
             rng = np.random.default_rng([self.spec.seed, epoch])
             order = rng.permutation(len(self.examples))
-            packed = best_fit([len(self.examples[i].ids) for i in order], self.spec.max_length)
+            packed = best_fit(self.lengths[order].tolist(), self.spec.max_length)
             rows = [[int(order[j]) for j in row] for row in packed]
             shuffle = rng.permutation(len(rows))  # best-fit orders rows by length; the model must not see that
             self._epochs = {epoch: [rows[i] for i in shuffle]}
@@ -253,7 +254,7 @@ def evaluate_loss(
 ) -> tuple[float, list[float | None], int]:
     """Held-out loss: nats per supervised token over all examples, per source, and the number of tokens."""
     model.eval()
-    rows = best_fit([len(e.ids) for e in examples], spec.max_length)
+    rows = best_fit(lengths_of(examples).tolist(), spec.max_length)
     sums, counts = [0.0] * n_sources, [0] * n_sources
     for start in range(0, len(rows), spec.rows_per_micro):
         chunk = [[examples[i] for i in row] for row in rows[start : start + spec.rows_per_micro]]

@@ -16,10 +16,11 @@ from typing import Any, Protocol
 from sftflow import __version__
 from sftflow.chat.format import fingerprint
 from sftflow.chat.inspect import token_rows
+from sftflow.chat.settle import settled
 from sftflow.checkpoint import BUILTIN_TINY, prepare, resolve, save
 from sftflow.errors import CheckpointError, RunError
 from sftflow.files import write_json, write_text
-from sftflow.mixture.mix import Mixture, build_mixture
+from sftflow.mixture.mix import build_mixture, write_bad_rows
 from sftflow.recipe import Recipe, to_yaml
 from sftflow.runtime import Runtime, detect
 
@@ -132,7 +133,10 @@ def run_training(recipe: Recipe, listener: Listener, *, resume: bool = False) ->
     set_dropout(model, recipe.train.dropout)
     listener.say("rendering the mixture")
     mixture = build_mixture(recipe, renderer, listener.rendering)
-    check_parity(renderer, mixture)
+    renderer = mixture.renderer
+    for note in (renderer.disagreement(), settled(renderer)):
+        if note:
+            listener.say(note)
     ledger = mixture.ledger()
     spec = loop_spec(recipe)
     plan = RowPlan(mixture.examples, spec)
@@ -152,6 +156,7 @@ def run_training(recipe: Recipe, listener: Listener, *, resume: bool = False) ->
     (out / "DONE").unlink(missing_ok=True)
     write_text(out / "recipe.yaml", to_yaml(recipe))
     write_json(out / "ledger.json", ledger)
+    write_bad_rows(out, mixture)
     write_json(out / "mask_example.json", [token_rows(r, tokenizer) for r in mixture.samples])
 
     meta = {
@@ -297,12 +302,3 @@ def set_dropout(model: Any, rate: float) -> None:
     for key in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
         if hasattr(model.config, key):
             setattr(model.config, key, rate)
-
-
-def check_parity(renderer: Any, mixture: Mixture) -> None:
-    """On a sample of the real rows: none is supervised without its end-of-turn token."""
-    end = renderer.special[renderer.end_token]
-    for rendered in mixture.samples:
-        supervised = rendered.ids[rendered.mask == 1]
-        if end not in supervised:
-            raise RunError(rendered.source, "its end-of-turn token is not supervised", "this is a bug; report it")

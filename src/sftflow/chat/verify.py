@@ -1,0 +1,105 @@
+"""The invariants of a rendered row, checked again from its ids: not by the proof that made its mask.
+
+The renderer refuses what it cannot prove; this is the second opinion that the audit counts, and that a sample of every
+run gets before training starts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from sftflow.chat.render import Rendered, Renderer
+from sftflow.chat.schema import Conversation, Message, Part
+from sftflow.errors import FormatError, MaskError
+
+PARITY = "prompt + supervised = training ids"
+ENDS = "one supervised end of turn per supervised turn"
+CONTROL = "no control ids from content"
+BOS = "BOS as the template writes it"
+CONTENT = "content round-trips"
+INVARIANTS = (PARITY, ENDS, CONTROL, BOS, CONTENT)
+
+
+def verify(renderer: Renderer, conversation: Conversation, rendered: Rendered) -> dict[str, str]:
+    """What is wrong with a row, by invariant; {} where nothing is. `conversation` is the one that was rendered."""
+    wrong: dict[str, str] = {}
+    ids, mask = rendered.ids, rendered.mask
+    turns = [i for i, m in enumerate(conversation.messages) if m.role == "assistant" and m.weight]
+    for turn in turns:
+        fact = _parity(renderer, conversation, turn, rendered) if turn else None
+        if fact:
+            wrong[PARITY] = f"messages[{turn}]: {fact}"
+            break
+    stops = np.isin(ids, renderer.stop_ids()) & (mask == 1)
+    after = np.append(mask[1:], 0)
+    if int(stops.sum()) != len(turns) or int((stops & (after == 0)).sum()) != len(turns):
+        wrong[ENDS] = f"{int(stops.sum())} supervised ends of turn for {len(turns)} supervised turns"
+    special = np.isin(ids, list(renderer.special.values()))
+    expected = _control_tokens(renderer, conversation, rendered.text)
+    found = ids[special].tolist()
+    if expected is not None and found != expected:
+        wrong[CONTROL] = f"{len(found)} control ids where the template writes {len(expected)}"
+    bos = renderer.special.get(renderer.spec.names.get("bos_token", ""))
+    if expected is not None and bos is not None and found.count(bos) != expected.count(bos):
+        wrong[BOS] = f"{found.count(bos)} BOS ids where the template writes {expected.count(bos)}"
+    decoded = renderer.decode(ids.tolist())
+    if decoded != rendered.text and decoded != renderer.round_trip(rendered.text):
+        wrong[CONTENT] = "decoding its ids does not give back its text"
+    return wrong
+
+
+def _parity(renderer: Renderer, conversation: Conversation, turn: int, rendered: Rendered) -> str | None:
+    try:
+        prompt = renderer.render(conversation.before(turn), reply=True).ids
+    except (FormatError, MaskError) as error:
+        return f"no prompt ({error.fact})"
+    n = len(prompt)
+    if n >= len(rendered.ids) or not np.array_equal(rendered.ids[:n], prompt):
+        return "the prompt's ids are not the beginning of the row's"
+    if n and rendered.mask[n - 1]:
+        return "the last token of its prompt is supervised"
+    parts = conversation.messages[turn].parts
+    if not rendered.mask[n] and not (parts and parts[0].kind == "python_output"):
+        return "its first token is not supervised"
+    return None
+
+
+def _control_tokens(renderer: Renderer, conversation: Conversation, text: str) -> list[int] | None:
+    """Ids of the control tokens that the template itself writes, in order; None where that cannot be told."""
+    found = renderer.special_re.findall
+    if not _look_alikes(renderer, conversation):
+        return [renderer.special[t] for t in found(text)]
+
+    def harmless(value: Any) -> Any:
+        if isinstance(value, str):
+            return renderer.special_re.sub("control", value)
+        if isinstance(value, dict):
+            return {harmless(k): harmless(v) for k, v in value.items()}
+        return [harmless(v) for v in value] if isinstance(value, list) else value
+
+    messages = tuple(_harmless_message(m, harmless) for m in conversation.messages)
+    tools = tuple(harmless(list(conversation.tools)))
+    try:
+        return [
+            renderer.special[t] for t in found(renderer.text(replace(conversation, messages=messages, tools=tools)))
+        ]
+    except FormatError:
+        return None
+
+
+def _look_alikes(renderer: Renderer, conversation: Conversation) -> bool:
+    search = renderer.special_re.search
+    values = [f"{m.text}{m.reasoning_content or ''}{m.tool_calls or ''}" for m in conversation.messages]
+    return any(search(v) for v in values) or bool(conversation.tools and search(str(conversation.tools)))
+
+
+def _harmless_message(message: Message, harmless: Any) -> Message:
+    return replace(
+        message,
+        parts=tuple(Part(p.kind, harmless(p.text)) for p in message.parts),
+        tool_calls=tuple(harmless(list(message.tool_calls))),
+        reasoning_content=harmless(message.reasoning_content),
+    )

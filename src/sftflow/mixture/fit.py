@@ -1,0 +1,58 @@
+"""One row of a source -> its training examples, none longer than max_length, or the reason why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from sftflow.chat.render import Rendered, Renderer
+from sftflow.chat.schema import Conversation
+from sftflow.errors import SchemaError, SftflowError
+
+TOO_LONG = "longer than max_length"
+Pair = tuple[Conversation, Rendered]
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """pairs: (what was rendered, its rendering).   cut: whether turns were left out to fit.
+    dropped: why nothing is left, or None."""
+
+    pairs: Sequence[Pair]
+    cut: bool = False
+    dropped: str | None = None
+
+
+def fit(conversation: Conversation, renderer: Renderer, max_length: int, overlong: str) -> Fitted:
+    """The row's examples. An over-long conversation is cut back to whole turns that fit (`overlong: cut`), or dropped.
+
+    Raises SchemaError where the row holds nothing to supervise; FormatError and MaskError as the renderer does.
+    """
+    if not any(m.role == "assistant" and m.weight for m in conversation.messages):
+        fact = (
+            "no assistant turn to learn from" if _assistants(conversation) == 0 else "every assistant turn has weight 0"
+        )
+        raise SchemaError(conversation.source, fact, "add one, remove the row, or set on_bad_row: skip")
+    pairs = renderer.render_pairs(conversation)
+    if all(len(r.ids) <= max_length for _, r in pairs):
+        return Fitted(pairs)
+    if len(pairs) > 1:
+        kept = [(c, r) for c, r in pairs if len(r.ids) <= max_length]
+        return Fitted(kept, cut=bool(kept), dropped=None if kept else TOO_LONG)
+    if overlong == "cut":
+        for turn in range(len(conversation.messages) - 1, 1, -1):
+            last = conversation.messages[turn - 1]
+            if last.role != "assistant" or not last.weight:
+                continue
+            shorter = replace(conversation, messages=conversation.messages[:turn])
+            try:
+                rendered = renderer.render(shorter)
+            except SftflowError:
+                continue
+            if len(rendered.ids) <= max_length:
+                return Fitted([(shorter, rendered)], cut=True)
+    return Fitted([], dropped=TOO_LONG)
+
+
+def _assistants(conversation: Conversation) -> int:
+    return sum(m.role == "assistant" for m in conversation.messages)
