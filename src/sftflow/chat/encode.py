@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import bisect
 import functools
-import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sftflow.chat.words import WordCache
 from sftflow.errors import MaskError
 
 Literal = tuple[int, int, str]  # (start, end, token): a special token the template itself wrote
@@ -39,6 +39,15 @@ class Encoded:
     literals: Int
     cuts: tuple[int, ...]
     splits: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A stretch of text, encoded: its ids twice, and the token index of each control token."""
+
+    ids: list[int]
+    array: Int
+    special: Int
 
 
 def pieces_of(text: str, literals: list[Literal]) -> list[Piece]:
@@ -61,19 +70,19 @@ class _Backend:
     def __init__(self, text: str) -> None:
         from tokenizers import Tokenizer
 
-        self.json: dict[str, Any] = json.loads(text)
-        self.json["post_processor"] = None  # it would add a BOS
-        self._backend = Tokenizer.from_str(json.dumps(self.json))
-        special = [t for t in self.json["added_tokens"] if t["special"]]
-        self.special: dict[str, int] = {t["content"]: t["id"] for t in special}
-        self.swallows_right = frozenset(t["content"] for t in special if t["rstrip"])
+        self._text = text
+        self._backend = Tokenizer.from_str(text)
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        special = {i: t for i, t in self._backend.get_added_tokens_decoder().items() if t.special}
+        self.special: dict[str, int] = {t.content: i for i, t in special.items()}
+        self.swallows_right = frozenset(t.content for t in special.values() if t.rstrip)
         longest_first = sorted(self.special, key=len, reverse=True)
         self.special_re = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self.is_special = np.zeros(self._backend.get_vocab_size(with_added_tokens=True) + 1, bool)
-        for i in self.special.values():
-            if i >= len(self.is_special):
-                self.is_special = np.pad(self.is_special, (0, i + 1 - len(self.is_special)))
-            self.is_special[i] = True
+        n_ids = max([self._backend.get_vocab_size(with_added_tokens=True) - 1, *special]) + 1
+        self.is_special = np.zeros(n_ids, bool)
+        self.is_special[list(special)] = True
+        self._words = WordCache.of(self._backend)
         self._twin: tuple[Any, dict[int, int]] | None = None
         # A SentencePiece-like tokenizer writes a space before the first word of whatever it is given.
         line, letter = self.plain("\n"), self.plain("a")
@@ -81,6 +90,8 @@ class _Backend:
 
     def plain(self, text: str) -> list[int]:
         """Ids as the tokenizer gives them, special-token strings included."""
+        if self._words is not None:
+            return self._words.encode(text)
         ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids
 
@@ -100,13 +111,15 @@ class _Backend:
         from tokenizers import Tokenizer
 
         if self._twin is None:
+            data = json.loads(self._text)
             renamed = [
                 {**t, "content": f"{TWIN_OPEN}{t['content']}{TWIN_CLOSE}"} if t["special"] else t
-                for t in self.json["added_tokens"]
+                for t in data["added_tokens"]
             ]
-            twin = Tokenizer.from_str(json.dumps({**self.json, "added_tokens": renamed}))
+            plain = {**data, "added_tokens": renamed, "post_processor": None, "padding": None, "truncation": None}
+            twin = Tokenizer.from_str(json.dumps(plain))
             back: dict[int, int] = {}
-            for new, original in zip(renamed, self.json["added_tokens"], strict=True):
+            for new, original in zip(renamed, data["added_tokens"], strict=True):
                 new_id = twin.token_to_id(new["content"])
                 assert new_id is not None, new
                 back[new_id] = original["id"]
@@ -140,41 +153,44 @@ class Encoder:
     def encode(self, text: str, literals: list[Literal], boundaries: list[int], place: str) -> Encoded:
         """Ids of the text. Where a token would straddle a boundary between prompt and reply (characters, ascending),
         so that the prompt alone would encode otherwise, the two sides are encoded separately."""
-        rest = self._ids(text, literals, 0, place)
-        done: list[list[int]] = []
-        offset = start = splits = 0  # tokens done, the character at which `rest` begins
+        rest = self._encode(text, literals, 0, place)
+        done: list[_Part] = []
+        offset = start = 0  # tokens done, the character at which `rest` begins
         ends = [end for _, end, _ in literals]
         cuts: list[int] = []
         for boundary in boundaries:
             n = self._prompt_length(text, literals, ends, start, boundary, rest)
             if n is None:
-                left = self._ids(text[:boundary], [x for x in literals if x[1] <= boundary], start, place)
+                left = self._encode(text[:boundary], [x for x in literals if x[1] <= boundary], start, place)
                 done.append(left)
-                offset += len(left)
-                start, n, splits = boundary, 0, splits + 1
-                rest = self._ids(text, literals, start, place)
+                offset += len(left.ids)
+                start, n = boundary, 0
+                rest = self._encode(text, literals, start, place)
             cuts.append(offset + n)
-        ids = np.asarray([*itertools.chain(*done, rest)] if done else rest, np.int64)
-        return Encoded(ids, np.flatnonzero(self._backend.is_special[ids]), tuple(cuts), splits)
+        if not done:
+            return Encoded(rest.array, rest.special, tuple(cuts), 0)
+        ids = np.concatenate([*(part.array for part in done), rest.array])
+        return Encoded(ids, np.flatnonzero(self._backend.is_special[ids]), tuple(cuts), len(done))
 
-    def _ids(self, text: str, literals: list[Literal], start: int, place: str) -> list[int]:
-        """Ids of text[start:], where exactly the literals are special."""
+    def _encode(self, text: str, literals: list[Literal], start: int, place: str) -> _Part:
+        """text[start:], where exactly the literals are special."""
         mine = [(s - start, e - start, t) for s, e, t in literals if s >= start] if start else literals
-        part = text[start:] if start else text
+        text = text[start:] if start else text
         wanted = [self.special[t] for _, _, t in mine]
-        special = self._backend.is_special
-        for ids in (self._plain(part, start > 0), None):
-            if ids is None:
-                ids = self._backend.with_twin(pieces_of(part, mine))
-            array = np.asarray(ids, np.int64)
-            found = array[special[array]].tolist() if len(array) else []
-            if found == wanted:
-                return ids
-        raise MaskError(
-            place,
-            f"{len(found)} control ids where the template wrote {len(wanted)}",
-            "the tokenizer turns content into control ids; remove the control-token strings from the row",
-        )
+        part = self._part(self._plain(text, start > 0))
+        if part.array[part.special].tolist() != wanted:
+            part = self._part(self._backend.with_twin(pieces_of(text, mine)))
+        if part.array[part.special].tolist() != wanted:
+            raise MaskError(
+                place,
+                f"{len(part.special)} control ids where the template wrote {len(wanted)}",
+                "the tokenizer turns content into control ids; remove the control-token strings from the row",
+            )
+        return part
+
+    def _part(self, ids: list[int]) -> _Part:
+        array = np.array(ids, np.int64)
+        return _Part(ids, array, self._backend.is_special[array].nonzero()[0])
 
     def _plain(self, text: str, continues: bool) -> list[int]:
         """Ids of the text; of one that continues another, without the space that some tokenizers write in front."""
@@ -186,16 +202,14 @@ class Encoder:
         return self._backend.plain(text)
 
     def _prompt_length(
-        self, text: str, literals: list[Literal], ends: list[int], start: int, boundary: int, ids: list[int]
+        self, text: str, literals: list[Literal], ends: list[int], start: int, boundary: int, part: _Part
     ) -> int | None:
-        """How many of `ids` (those of text[start:]) are the prompt text[start:boundary], encoded alone; None where
+        """How many ids of `part` (text[start:]) are the prompt text[start:boundary], encoded alone; None where
         its ids are not a prefix of them."""
         last = bisect.bisect_right(ends, boundary) - 1  # the last control token before the boundary
         base, left = 0, start
         if last >= 0 and literals[last][0] >= start:
-            number = last - bisect.bisect_left(literals, (start, start, ""))
-            special = self._backend.is_special[np.asarray(ids, np.int64)]
-            base = int(np.flatnonzero(special)[number])
+            base = int(part.special[last - bisect.bisect_left(literals, (start, start, ""))])
             left = literals[last][0]
             swallowed = literals[last][2] in self._backend.swallows_right and not text[ends[last] : boundary].strip()
             if swallowed and text[boundary : boundary + 1].isspace():
@@ -203,16 +217,16 @@ class Encoder:
             if ends[last] == boundary:
                 return base + 1
         if boundary >= len(text):
-            return len(ids)
+            return len(part.ids)
         mine = literals[last : last + 1] if last >= 0 and literals[last][0] >= start else []
         key = (text[left:boundary], bool(mine), left > 0)  # mostly a generation prompt: the same in every row
         if key not in self._tails:
             if len(self._tails) > 4096:
                 self._tails.clear()
-            self._tails[key] = self._ids(text[:boundary], mine, left, "prompt")
+            self._tails[key] = self._encode(text[:boundary], mine, left, "prompt").ids
         prompt = self._tails[key]
         n = base + len(prompt)
-        return n if ids[base:n] == prompt else None
+        return n if part.ids[base:n] == prompt else None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids -> text, control tokens included."""

@@ -16,6 +16,7 @@ import jinja2
 import jinja2.ext
 import jinja2.meta
 import jinja2.nodes
+import jinja2.runtime
 import jinja2.sandbox
 import jinja2.utils
 
@@ -27,21 +28,42 @@ from sftflow.errors import FormatError
 Messages = list[dict[str, Any]]
 
 _DICT_ATTRIBUTES = frozenset(dir(dict))
+_STR_METHODS = frozenset({"startswith", "endswith", "strip", "lstrip", "rstrip", "split", "rsplit", "replace", "lower"})
+_LOOP = frozenset({"index", "index0", "first", "last", "length", "revindex", "revindex0"})
+_BUILTIN = type("".strip)
 
 
 _DEFAULTED = re.compile(r"set\s+(\w+)\s*=\s*\1\b|(?<!\w)(\w+) is (?:not )?defined")
 
 
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """The sandbox, with a short way for what templates do most: reading a key of a plain dict by a dot."""
+    """The sandbox, with short ways for what templates do most and what the sandbox allows anyway: reading a key of a
+    plain dict by a dot, asking the loop for its index, calling a method of a string. All else goes the sandbox's way.
+    """
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        if type(obj) is dict and attribute not in _DICT_ATTRIBUTES:
+        kind = type(obj)
+        if kind is dict:
+            if attribute not in _DICT_ATTRIBUTES:
+                try:
+                    return obj[attribute]
+                except KeyError:
+                    return self.undefined(obj=obj, name=attribute)
+        elif (kind is str and attribute in _STR_METHODS) or (kind is jinja2.runtime.LoopContext and attribute in _LOOP):
+            return getattr(obj, attribute)
+        elif kind is _Namespace and not attribute.startswith("_"):
             try:
-                return obj[attribute]
-            except KeyError:
+                return getattr(obj, attribute)
+            except AttributeError:
                 return self.undefined(obj=obj, name=attribute)
         return super().getattr(obj, attribute)
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(__obj) is _BUILTIN and type(getattr(__obj, "__self__", None)) is str and __obj.__name__ in _STR_METHODS:
+            kwargs.pop("_loop_vars", None)
+            kwargs.pop("_block_vars", None)
+            return __obj(*args, **kwargs)
+        return super().call(__context, __obj, *args, **kwargs)
 
 
 class _Generation(jinja2.ext.Extension):

@@ -32,6 +32,7 @@ from sftflow.recipe import Recipe, SourceEntry
 
 BLOCK_ROWS, BLOCK_BYTES = 256, 1 << 20
 ALONE_BLOCKS = 6  # a source of fewer blocks is rendered here: processes would take longer to start
+MANY_BYTES = 2 << 20  # a file of more lines than that is not
 VERIFIED_SAMPLE = 32  # rows of a source that are verified where not all of them shall be
 MOST_BAD = 0.05  # more bad rows than this share are an error even where bad rows are skipped
 CACHE_BYTES = 20 << 30
@@ -46,12 +47,20 @@ def prepare_source(
 
     Raises the first bad row's error (on_bad_row: stop), or DataError where more than 5% of the rows are bad.
     """
-    items = items_of(entry, recipe)
     prefix = _prefix(entry)
     job = Job(renderer.spec, prefix, recipe.train.max_length, recipe.train.overlong, recipe.on_bad_row)
 
     def fill(directory: Path) -> None:
-        _render(items, job, renderer, directory, entry.label, every_row=every_row, progress=progress)
+        _render(
+            items_of(entry, recipe),
+            job,
+            renderer,
+            directory,
+            entry.label,
+            many=_is_many(entry),
+            every_row=every_row,
+            progress=progress,
+        )
 
     def opened(directory: Path) -> Rows:
         return Rows(directory, name=entry.label, number=number, prefix=prefix)
@@ -104,6 +113,18 @@ def items_of(entry: SourceEntry, recipe: Recipe) -> Iterator[Item]:
             yield item
     if empty:
         raise DataError(name, "no rows in it", "give a file with conversations")
+
+
+def _is_many(entry: SourceEntry) -> bool:
+    name = entry.path or entry.source
+    return entry.source not in TASKS and entry.limit is None and _is_lines(name) and _size(name) > MANY_BYTES
+
+
+def _size(name: str) -> int:
+    try:
+        return os.path.getsize(name)
+    except OSError:
+        return 0  # reading it will say what is wrong
 
 
 def _is_lines(name: str) -> bool:
@@ -171,12 +192,13 @@ def _render(
     directory: Path,
     label: str,
     *,
+    many: bool,
     every_row: bool,
     progress: Progress | None,
 ) -> None:
-    """Render all rows into a store in `directory`."""
+    """Render all rows into a store in `directory`. many: whether they are known to be worth starting processes."""
     blocks = _blocks(items)
-    first = list(islice(blocks, ALONE_BLOCKS))
+    first = [] if many else list(islice(blocks, ALONE_BLOCKS))
 
     def asked(some: Iterable[list[Item]], verify: int) -> Iterator[tuple[list[Item], int]]:
         for block in some:
@@ -188,7 +210,7 @@ def _render(
         writer = RowWriter(directory)
         stack.callback(writer.abandon)
         every = asked(chain(first, blocks), VERIFIED_SAMPLE)
-        if len(first) < ALONE_BLOCKS or n_cores() == 1:
+        if (not many and len(first) < ALONE_BLOCKS) or n_cores() == 1:
             results: Iterator[Block] = (render_block(renderer, job, block, n) for block, n in every)
         else:
             results = stack.enter_context(Workers(job, n_cores())).render(every)

@@ -6,6 +6,7 @@ parent and the children it started.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import pickle
@@ -216,6 +217,8 @@ def main() -> None:
     try:
         job: Job = pickle.load(requests)
         renderer = Renderer.from_spec(job.spec)
+        gc.freeze()  # the tokenizer's vocabulary need not be walked again and again
+        gc.set_threshold(50_000)
         while True:
             items, n_verified = pickle.load(requests)
             pickle.dump(render_block(renderer, job, items, n_verified), answers, pickle.HIGHEST_PROTOCOL)

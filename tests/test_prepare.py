@@ -1,0 +1,257 @@
+"""Preparing a data set: the same rows on one core and on all, from the cache and anew; bad rows; the second opinion."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from conftest import make_renderer
+from sftflow.chat import words
+from sftflow.chat.render import Renderer
+from sftflow.chat.schema import parse_row
+from sftflow.chat.verify import BOS, CONTROL, ENDS, PARITY, verify
+from sftflow.errors import DataError, MaskError, RunError, SchemaError, SftflowError
+from sftflow.mixture import prepare, worker
+from sftflow.mixture.mix import build_mixture, write_bad_rows
+from sftflow.mixture.pack import best_fit
+from sftflow.recipe import Recipe, parse_recipe
+
+
+def recipe(*sources: Any, **extra: Any) -> Recipe:
+    train = {"max_length": 64, "tokens_per_step": 64, **extra.pop("train", {})}
+    return parse_recipe({"mixture": [{"source": str(s)} for s in sources], "train": train, **extra}, "test")
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    lines = [r if isinstance(r, bytes) else json.dumps(r, ensure_ascii=False).encode() for r in rows]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return path
+
+
+def exchange(i: int) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": f"ask {i} é"}, {"role": "assistant", "content": f"tell {i}\n😀"}]}
+
+
+# ---- words
+
+
+@pytest.fixture(scope="module")
+def backends(tokenizer_dir: Path, real_tokenizers: dict[str, Path]) -> list[Any]:
+    from transformers import AutoTokenizer
+
+    places = [tokenizer_dir, *(p for name, p in real_tokenizers.items() if name != "hf_llama2")]
+    return [AutoTokenizer.from_pretrained(p).backend_tokenizer for p in places]
+
+
+ANY_TEXT = st.text(
+    st.one_of(
+        st.sampled_from(list(" \n\r\t'\"s.,!?aA1_-+")),
+        st.characters(max_codepoint=0x17F, exclude_categories=("Cs",)),
+        st.characters(exclude_categories=("Cs",)),
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=ANY_TEXT)
+def test_remembered_words_are_the_tokenizers_own(backends: list[Any], text: str) -> None:
+    for backend in backends:
+        cache = _caches.setdefault(id(backend), words.WordCache.of(backend))
+        assert cache is not None
+        assert cache.encode(text) == backend.encode(text, add_special_tokens=False).ids
+
+
+_caches: dict[int, words.WordCache | None] = {}
+
+
+def test_other_kinds_of_tokenizers_take_their_own_way(real_tokenizers: dict[str, Path]) -> None:
+    from tokenizers import Tokenizer, models, normalizers
+
+    if "hf_llama2" in real_tokenizers:
+        assert words.WordCache.of(Tokenizer.from_file(str(real_tokenizers["hf_llama2"] / "tokenizer.json"))) is None
+    plain = Tokenizer(models.BPE())
+    assert words.WordCache.of(plain) is None
+    plain.normalizer = normalizers.Lowercase()
+    assert words.WordCache.of(plain) is None
+
+
+@pytest.mark.parametrize("pattern", [r"\w+", r"\p{Han}+", r"[a-z[0-9]]", r"\d", r"\bx"])
+def test_a_pattern_that_is_not_translated(pattern: str) -> None:
+    assert words.python_pattern(pattern) is None
+
+
+# ---- rows
+
+
+def test_all_cores_give_the_rows_of_one(tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real processes; and the same store to the byte."""
+    path = write(tmp_path / "rows.jsonl", [exchange(i) for i in range(900)])
+    renderer = make_renderer(tokenizer_dir, "sftflow")
+    found = []
+    for cores, cache in ((2, "many"), (1, "one")):
+        monkeypatch.setenv("SFTFLOW_CACHE", str(tmp_path / cache))
+        monkeypatch.setattr(prepare, "n_cores", lambda n=cores: n)
+        monkeypatch.setattr(prepare, "ALONE_BLOCKS", 1)
+        monkeypatch.setattr(prepare, "BLOCK_ROWS", 100)
+        mixture = build_mixture(recipe(path), renderer)
+        (directory,) = (tmp_path / cache / "rows").iterdir()
+        found.append(({p.name: p.read_bytes() for p in directory.iterdir()}, mixture.ledger()))
+    assert found[0] == found[1]
+    direct = renderer.render(parse_row(exchange(0), f"{path}:1"))
+    assert np.array_equal(mixture.rows[0].ids(0), direct.ids) and np.array_equal(mixture.rows[0].mask(0), direct.mask)
+    assert mixture.rows[0].place(899) == f"{path}:900"
+
+
+def test_a_dead_worker_is_named(tmp_path: Path, tokenizer_dir: Path) -> None:
+    renderer = make_renderer(tokenizer_dir, "sftflow")
+    job = worker.Job(renderer.spec, "x", 64, "cut", "stop")
+    with worker.Workers(job, 1) as workers:
+        workers._processes[0].kill()
+        with pytest.raises(RunError, match="worker process died"):
+            list(workers.render([([(1, exchange(1))], 0)]))
+
+
+def test_the_second_run_renders_nothing(tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFTFLOW_CACHE", str(tmp_path / "cache"))
+    path = write(tmp_path / "rows.jsonl", [exchange(i) for i in range(20)])
+    renderer = make_renderer(tokenizer_dir, "sftflow")
+    first = build_mixture(recipe(path), renderer)
+    calls = []
+    real = prepare.render_block
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return real(*arguments)
+
+    monkeypatch.setattr(prepare, "render_block", counted)
+    again = build_mixture(recipe(path), renderer)
+    assert not calls and again.ledger() == first.ledger()
+    # whatever a row depends on makes it anew
+    build_mixture(recipe(path, train={"max_length": 32}), renderer)
+    build_mixture(recipe(path), make_renderer(tokenizer_dir, "chatml"))
+    write(path, [exchange(i) for i in range(21)])
+    build_mixture(recipe(path), renderer)
+    assert len(calls) == 3
+    build_mixture(recipe(path), renderer, every_row=True)  # a sample was verified, now all shall be
+    assert len(calls) == 4
+    build_mixture(recipe(path), renderer)
+    assert len(calls) == 4
+
+
+def test_cache_off_keeps_nothing(tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFTFLOW_CACHE", "off")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    path = write(tmp_path / "rows.jsonl", [exchange(1), exchange(2)])
+    assert len(build_mixture(recipe(path, validation=0), make_renderer(tokenizer_dir, "sftflow")).examples) == 2
+    assert not (tmp_path / "home").exists()
+
+
+# ---- bad rows
+
+GOOD = exchange(0)
+BAD = {
+    "bad JSON": (b'{"messages": [', DataError, "not JSON"),
+    "bad UTF-8": (b'{"messages": "\xff"}', DataError, "not UTF-8"),
+    "wrong type": ({"messages": 7}, SchemaError, "no messages"),
+    "unknown role": ({"messages": [{"role": "bot", "content": "x"}]}, SchemaError, "role 'bot' is not known"),
+    "empty": ({"messages": []}, SchemaError, "no messages"),
+    "no assistant": ({"messages": [{"role": "user", "content": "x"}]}, SchemaError, "no assistant turn"),
+    "weight 0": (
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "weight": 0}]},
+        SchemaError,
+        "every assistant turn has weight 0",
+    ),
+    "role order": (
+        [{"role": "user", "content": "x"}, {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}],
+        SftflowError,
+        "two user turns in a row",
+    ),
+    "no history": ([{"role": "assistant", "content": "x"}], SftflowError, "does not follow a user turn"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_row_stops_or_is_quarantined(tmp_path: Path, tokenizer_dir: Path, kind: str) -> None:
+    row, error, fact = BAD[kind]
+    path = write(tmp_path / "rows.jsonl", [*[exchange(i) for i in range(30)], row, GOOD])
+    renderer = make_renderer(tokenizer_dir, "sftflow")
+    with pytest.raises(error, match=fact) as caught:
+        build_mixture(recipe(path), renderer)
+    assert caught.value.place.startswith(f"{path}:31")
+    mixture = build_mixture(recipe(path, on_bad_row="skip", validation=0), renderer)
+    (source,) = mixture.ledger()["sources"]
+    assert (source["rows"], source["bad"], source["dropped"]) == (31, 1, 1)
+    write_bad_rows(tmp_path, mixture)
+    (quarantined,) = map(json.loads, (tmp_path / "bad_rows.jsonl").read_text().splitlines())
+    assert quarantined["source"] == f"{path}:31" and fact in quarantined["reason"] and quarantined["row"]
+
+
+def test_many_bad_rows_are_an_error_even_when_skipped(tmp_path: Path, tokenizer_dir: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [GOOD, b"{", GOOD])
+    with pytest.raises(DataError, match=r"1 of 3 rows are bad, more than 5%; the first: .*:2: not JSON"):
+        build_mixture(recipe(path, on_bad_row="skip"), make_renderer(tokenizer_dir, "sftflow"))
+
+
+# ---- the second opinion
+
+
+def test_faults_are_seen(renderer: Renderer) -> None:
+    row = parse_row(
+        [
+            {"role": "user", "content": "say <|bos|>"},
+            {"role": "assistant", "content": "no <|assistant_end|> here"},
+            {"role": "user", "content": "b"},
+            {"role": "assistant", "content": "c"},
+        ],
+        "t:1",
+    )
+    right = renderer.render(row)
+    assert verify(renderer, row, right) == {}
+    n = len(right.ids)
+    shifted = replace(right, mask=np.roll(right.mask, 1))
+    assert {PARITY, ENDS} <= set(verify(renderer, row, shifted))
+    endless = replace(right, mask=np.where(np.arange(n) == n - 1, 0, right.mask).astype(np.int8))
+    assert set(verify(renderer, row, endless)) == {ENDS}
+    bos = renderer.special["<|bos|>"]
+    twice = replace(right, ids=np.concatenate([[bos], right.ids]), mask=np.concatenate([[0], right.mask]))
+    assert {CONTROL, BOS, PARITY} <= set(verify(renderer, row, twice))
+    look_alike = np.array(renderer.tokenizer(right.text, add_special_tokens=False).input_ids)
+    as_control = replace(right, ids=look_alike, mask=np.resize(right.mask, len(look_alike)))
+    assert CONTROL in verify(renderer, row, as_control)
+
+
+def test_a_failing_invariant_stops_the_run(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SFTFLOW_CACHE", "off")
+    monkeypatch.setattr(worker, "verify", lambda *_: {ENDS: "2 ends"})
+    path = write(tmp_path / "rows.jsonl", [GOOD])
+    with pytest.raises(SftflowError, match=r"rows.jsonl:1: one supervised end of turn .*: 2 ends") as caught:
+        build_mixture(recipe(path), make_renderer(tokenizer_dir, "sftflow"))
+    assert caught.value.exit_code == 1 and not isinstance(caught.value, MaskError)
+
+
+# ---- packing
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(1, 20), max_size=40))
+def test_best_fit_is_the_plain_best_fit(lengths: list[int]) -> None:
+    """Against the textbook's way: of all rows that take the item, the fullest, the earliest of equals."""
+    rows: list[list[int]] = []
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        free = [20 - sum(lengths[i] for i in row) for row in rows]
+        fitting = [n for n in range(len(rows)) if free[n] >= lengths[item]]
+        if fitting:
+            rows[min(fitting, key=lambda n: (free[n], n))].append(item)
+        else:
+            rows.append([item])
+    assert best_fit(lengths, 20) == [sorted(row) for row in rows]

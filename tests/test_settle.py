@@ -1,0 +1,128 @@
+"""Template arguments and a missing end of turn: found, built into the template, and the same for everybody after."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from sftflow.chat.format import choose_format
+from sftflow.chat.render import Renderer
+from sftflow.chat.schema import Conversation, parse_row
+from sftflow.chat.settle import append_eos, settle, settled
+from sftflow.errors import FormatError, MaskError
+
+HEAD = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+TAIL = "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+STRIPS = (
+    HEAD
+    + "{% set c = m.content %}{% if m.role == 'assistant' and not loop.last and not keep_thoughts %}"
+    + "{% set c = c.split('</think>')[-1] %}{% endif %}{{ c }}"
+    + TAIL
+    + "{% endif %}"
+)
+PREFILLS = HEAD + "{{ m.content }}" + TAIL + "{% if enable_thinking is not false %}<think>\n{% endif %}{% endif %}"
+ENDLESS = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}" + TAIL + "{% endif %}"
+)
+
+
+def open_with(directory: Path, template: str) -> Renderer:
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"], "eos_token": "<|eos|>"})
+    tokenizer.chat_template = template
+    return Renderer(tokenizer, choose_format("auto", tokenizer))
+
+
+def chat(*texts: str) -> Conversation:
+    return parse_row([{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)], "t:1")
+
+
+def supervised(renderer: Renderer, row: Any) -> str:
+    return renderer.decode(row.ids[row.mask == 1].tolist())
+
+
+THOUGHTS = chat("a", "<think>hm</think>b", "c", "<think>so</think>d")
+
+
+def test_an_argument_that_keeps_history_is_found(tokenizer_dir: Path) -> None:
+    renderer = open_with(tokenizer_dir, STRIPS)
+    assert len(renderer.render_rows(THOUGHTS)) == 2  # without it, one example a turn
+    found = settle(renderer, [THOUGHTS])
+    assert found.format.kwargs == {"keep_thoughts": True}
+    assert settled(found) == "built into the own template: keep_thoughts=true"
+    (row,) = found.render_rows(THOUGHTS)
+    assert supervised(found, row) == "<think>hm</think>b<|im_end|><think>so</think>d<|im_end|>"
+
+
+def test_an_argument_against_a_prefilled_reply_is_found(tokenizer_dir: Path) -> None:
+    renderer = open_with(tokenizer_dir, PREFILLS)
+    with pytest.raises(MaskError, match="not a prefix"):
+        renderer.render(chat("a", "b"))
+    found = settle(renderer, [chat("a", "b")])
+    assert found.format.kwargs == {"enable_thinking": False}
+    assert supervised(found, found.render(chat("a", "b"))) == "b<|im_end|>"
+    # thoughts that begin as the template pre-fills them need no argument: the model goes on from the prompt
+    thoughtful = chat("a", "<think>\nhm</think>b")
+    assert settle(renderer, [thoughtful]) is renderer
+    assert supervised(renderer, renderer.render(thoughtful)) == "hm</think>b<|im_end|>"
+
+
+def test_what_needs_no_argument_gets_none(tokenizer_dir: Path) -> None:
+    renderer = open_with(tokenizer_dir, STRIPS)
+    assert settle(renderer, [chat("a", "b", "c", "d")]) is renderer
+
+
+def test_transformers_renders_the_settled_template_alike(tokenizer_dir: Path) -> None:
+    """The argument is inside the template: nobody has to know of it."""
+    found = settle(open_with(tokenizer_dir, STRIPS), [THOUGHTS])
+    messages = [{"role": m.role, "content": m.text} for m in THOUGHTS.messages]
+    ids = found.tokenizer.apply_chat_template(messages, chat_template=found.format.template, return_dict=False)
+    assert ids == found.render(THOUGHTS).ids.tolist()
+
+
+def test_append_eos(tokenizer_dir: Path) -> None:
+    renderer = open_with(tokenizer_dir, ENDLESS)
+    with pytest.raises(MaskError, match="append_eos"):
+        renderer.render(chat("a", "b"))
+    ended = append_eos(renderer)
+    row = ended.render(chat("a", " b ", "c", ""))
+    assert supervised(ended, row) == " b <|eos|><|eos|>"
+    assert ended.format.append_eos and ended.stop_ids() == [ended.special["<|eos|>"]]
+    messages = [{"role": m.role, "content": m.text} for m in chat("a", " b ", "c", "").messages]
+    ids = ended.tokenizer.apply_chat_template(messages, chat_template=ended.format.template, return_dict=False)
+    assert ids == row.ids.tolist()
+    prompt = ended.render(chat("a", " b ", "c"), reply=True).ids
+    assert row.ids[: len(prompt)].tolist() == prompt.tolist()
+
+
+def test_append_eos_leaves_a_template_with_an_end_alone(tokenizer_dir: Path) -> None:
+    renderer = open_with(tokenizer_dir, STRIPS)
+    assert append_eos(renderer) is renderer
+
+
+def test_append_eos_without_such_a_token(tokenizer_dir: Path) -> None:
+    renderer = open_with(tokenizer_dir, ENDLESS)
+    renderer.spec.names.pop("eos_token")
+    with pytest.raises(FormatError, match="no end-of-text token"):
+        append_eos(renderer)
+
+
+def test_generation_marks_that_disagree_are_named(tokenizer_dir: Path) -> None:
+    note = open_with(tokenizer_dir, MARKED).disagreement()
+    assert note is not None and "'a<|im_end|>'" in note
+    agreeing = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    assert open_with(tokenizer_dir, agreeing).disagreement() is None
+    assert open_with(tokenizer_dir, STRIPS).disagreement() is None
