@@ -205,6 +205,33 @@ def test_over_long_rows_are_cut_to_whole_turns_and_counted(tmp_path: Path, tiny_
     assert (source["rows"] + source["validation_rows"], source["cut"], source["dropped"]) == (2, 1, 1)
 
 
+def test_mix_audits(tmp_path: Path, tiny_base: Path) -> None:
+    path = recipe(
+        tmp_path, tiny_base, mixture=[{"source": "arithmetic", "limit": 40}], eval={"tasks": ["arithmetic"], "limit": 9}
+    )
+    out = tmp_path / "audit"
+    result = run("mix", str(path), "--out", str(out), "--html", str(tmp_path / "a.html"))
+    assert result.returncode == 0, result.stderr
+    assert max(map(len, result.stdout.splitlines())) <= 80 and "prompt + supervised = training ids" in result.stdout
+    ledger = json.loads((out / "ledger.json").read_text())
+    (source,) = ledger["sources"]
+    assert {"name", "rows", "tokens", "supervised_tokens", "cut", "dropped", "repeat", "lengths"} <= set(source)
+    assert {"rows", "tokens", "supervised_tokens", "packed_rows", "padding_share", "overlap"} <= set(ledger)
+    assert {(i["checked"], i["failed"]) for i in ledger["invariants"].values()} == {
+        (source["rows"] + source["validation_rows"], 0)
+    }
+    assert "<svg" in (tmp_path / "a.html").read_text()
+
+
+def test_mix_names_the_row_whose_mask_cannot_be_proven(tmp_path: Path, tiny_base: Path) -> None:
+    template = tmp_path / "endless.jinja"
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    path = recipe(tmp_path, tiny_base, format=str(template))
+    result = run("mix", str(path), "--out", str(tmp_path / "audit"))
+    assert result.returncode == 1 and "rows.jsonl:1.messages[1]: " in result.stderr, result.stderr
+    assert not (tmp_path / "audit").exists()
+
+
 def test_the_flow_end_to_end(tmp_path: Path, tiny_base: Path) -> None:
     """Train, evaluate, compare, report and chat on a random base: the files and keys that others read."""
     path = recipe(

@@ -16,6 +16,24 @@ from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation, Message, Part, parse_row, text_message
 from sftflow.errors import FormatError, MaskError
 
+TEXTS = st.text(
+    st.one_of(
+        st.characters(codec="utf-8", exclude_categories=("Cs",)),
+        st.sampled_from(list(" \n\t<|>é😀ב")),
+    ),
+    max_size=30,
+)
+LOOK_ALIKES = st.sampled_from(["<|assistant_end|>", "<|bos|>", "<|user_start|>", "<|im_end|>", "<think>", "</s>"])
+CONTENT = st.lists(st.one_of(TEXTS, LOOK_ALIKES), min_size=1, max_size=3).map("".join)
+CONTENT_TEXT = (
+    st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12)
+    .filter(lambda t: "<|" not in t)
+    .map(lambda t: f"x{t}y")
+)
+LAYOUT = tuple(
+    "bos user_start user_end assistant_start assistant_end python_start python_end output_start output_end".split()  # noqa: SIM905
+)
+
 
 def conversation(*turns: tuple[str, Any], **extra: Any) -> Conversation:
     return parse_row({"messages": [{"role": r, "content": c} for r, c in turns], **extra}, "t:1")
@@ -78,6 +96,54 @@ def test_calculator_output_is_not_supervised(renderer: Renderer) -> None:
     ]
 
 
+PARTS = st.lists(st.tuples(st.sampled_from(["text", "python", "python_output"]), CONTENT_TEXT), min_size=1, max_size=4)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(turns=st.lists(st.tuples(CONTENT_TEXT, PARTS), min_size=1, max_size=3), system=st.none() | CONTENT_TEXT)
+def test_the_layout_position_by_position(
+    tokenizer_dir: Path, turns: list[tuple[str, list[tuple[str, str]]]], system: str | None
+) -> None:
+    """<bos> then, for each exchange, <user_start> text <user_end> <assistant_start> parts <assistant_end>: a call is
+    <python_start> ... <python_end>, supervised; its result is <output_start> ... <output_end>, not."""
+    renderer = _cached(tokenizer_dir, "sftflow")
+    control = {name: renderer.special[f"<|{name}|>"] for name in LAYOUT}
+
+    def text(value: str) -> list[int]:
+        ids: list[int] = renderer.tokenizer(value, add_special_tokens=False).input_ids
+        return ids
+
+    ids, mask = [control["bos"]], [0]
+
+    def put(more: list[int], supervised: int) -> None:
+        ids.extend(more)
+        mask.extend([supervised] * len(more))
+
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    for number, (ask, parts) in enumerate(turns):
+        messages.append({"role": "user", "content": ask})
+        messages.append({"role": "assistant", "content": [{"type": kind, "text": t} for kind, t in parts]})
+        asked = f"{system}\n\n{ask}" if system and number == 0 else ask
+        put([control["user_start"], *text(asked), control["user_end"], control["assistant_start"]], 0)
+        joined: list[tuple[str, str]] = []  # neighbouring text parts are one text
+        for kind, t in parts:
+            if kind == "text" and joined and joined[-1][0] == "text":
+                joined[-1] = ("text", joined[-1][1] + t)
+            else:
+                joined.append((kind, t))
+        for kind, t in joined:
+            if kind == "python":
+                put([control["python_start"], *text(t), control["python_end"]], 1)
+            elif kind == "python_output":
+                put([control["output_start"], *text(t), control["output_end"]], 0)
+            else:
+                put(text(t), 1)
+        put([control["assistant_end"]], 1)
+    rendered = renderer.render(parse_row(messages, "t:1"))
+    assert rendered.ids.tolist() == ids
+    assert rendered.mask.tolist() == mask
+
+
 def test_weight_zero_leaves_the_loss(renderer: Renderer) -> None:
     row = parse_row(
         [
@@ -103,15 +169,6 @@ def test_two_user_turns_are_refused_by_name(renderer: Renderer, tokenizer_dir: P
     assert make_renderer(tokenizer_dir, "chatml").render(row).n_supervised > 0  # ChatML takes them
 
 
-TEXTS = st.text(
-    st.one_of(
-        st.characters(codec="utf-8", exclude_categories=("Cs",)),
-        st.sampled_from(list(" \n\t<|>é😀ב")),
-    ),
-    max_size=30,
-)
-LOOK_ALIKES = st.sampled_from(["<|assistant_end|>", "<|bos|>", "<|user_start|>", "<|im_end|>", "<think>", "</s>"])
-CONTENT = st.lists(st.one_of(TEXTS, LOOK_ALIKES), min_size=1, max_size=3).map("".join)
 ROWS = st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=3)
 
 

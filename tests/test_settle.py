@@ -126,3 +126,30 @@ def test_generation_marks_that_disagree_are_named(tokenizer_dir: Path) -> None:
     )
     assert open_with(tokenizer_dir, agreeing).disagreement() is None
     assert open_with(tokenizer_dir, STRIPS).disagreement() is None
+
+
+CALLS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}<|call|>{{ c.function.name }}{{ c.function.arguments | tojson }}<|/call|>"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("turns", [2, 4])
+def test_a_call_is_supervised_to_the_end_of_its_turn(tokenizer_dir: Path, turns: int) -> None:
+    """Control tokens that close a call are not the end of the turn."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    tokens = ["<|im_start|>", "<|im_end|>", "<|call|>", "<|/call|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    tokenizer.chat_template = CALLS
+    renderer = Renderer(tokenizer, choose_format("auto", tokenizer))
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": 'the "sky"', "n": 2}}}
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": None, "tool_calls": [call, call]},
+        {"role": "tool", "content": "blue"},
+        {"role": "assistant", "content": "It is blue."},
+    ]
+    row = renderer.render(parse_row(messages[:turns], "t:1"))
+    written = '<|call|>look{"at": "the \\"sky\\"", "n": 2}<|/call|>' * 2 + "<|im_end|>"
+    assert supervised(renderer, row) == written + ("It is blue.<|im_end|>" if turns == 4 else "")

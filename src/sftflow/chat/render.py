@@ -64,8 +64,8 @@ class _Shape:
     """What all rows of one shape (same roles, same fields, other contents) have in common: the skeleton, and where in
     it replies end. Learnt by rendering marks, once. Raises FormatError where the template refuses the marks."""
 
-    def __init__(self, template: Template, special_re: re.Pattern[str], marked: _Marked) -> None:
-        self._template, self._special_re, self._marked = template, special_re, marked
+    def __init__(self, template: Template, special_re: re.Pattern[str], marked: _Marked, plain_end: str | None) -> None:
+        self._template, self._special_re, self._marked, self._plain_end = template, special_re, marked, plain_end
         self.slots = marked.marker.slots
         self.text = template.text(marked.messages, marked.tools, False, "marked row")
         self.skeleton = marked.marker.skeleton(self.text)
@@ -92,8 +92,9 @@ class _Shape:
         return self._ends[turn]
 
     def _find_end(self, turn: int) -> _End | str:
-        """The first control token after the turn's last word. The template must write it there, too, when the
-        conversation stops with this turn: then it belongs to this turn and is not the next one's header."""
+        """The first control token after the turn's last word; behind a call, the one that ends ordinary replies, for
+        others may close the call. The template must write it there, too, when the conversation stops with this turn:
+        then it belongs to this turn and is not the next one's header."""
         messages, tools, name = self._marked.messages, self._marked.tools, self._template.format.name
         no_end = f"the {name} format writes no end-of-turn token after this reply: it could not learn to stop"
         prompt = self._template.text(messages[:turn], tools, True, "marked row")
@@ -109,14 +110,19 @@ class _Shape:
             after = alone[len(prompt) :]
         else:
             return f"the {name} format's prompt for this reply depends on the contents"
-        found = self._special_re.search(self.skeleton.pieces[piece], offset)
-        found_alone = self._special_re.search(after)
-        if found is None or found_alone is None or found.group() != found_alone.group():
+        calls = bool(messages[turn].get("tool_calls")) or not isinstance(messages[turn]["content"], str)
+        here, there = (list(self._special_re.finditer(*x)) for x in ((self.skeleton.pieces[piece], offset), (after, 0)))
+        both = [(a, b) for a, b in zip(here, there, strict=False) if a.group() == b.group()]
+        if not both or both[0] != (here[0], there[0]):
             return no_end
+        found, found_alone = both[0]
+        if calls:
+            ordinary = [pair for pair in both if pair[0].group() == self._plain_end]
+            found, found_alone = ordinary[0] if ordinary else both[-1]
         between = self.skeleton.pieces[piece][offset : found.start()]
         if own and between != after[: found_alone.start()]:
             return f"the {name} format ends this reply in another way when other turns follow"
-        if own and between.strip() and not messages[turn].get("tool_calls"):
+        if own and between.strip() and not calls:
             return f"the {name} format ends this reply with {between.strip()!r}, which is no token of this tokenizer"
         if self._opens_reply(turn, prompt, after):
             return no_end
@@ -219,8 +225,8 @@ class Renderer:
         self._others: dict[str, Renderer] = {}
         python = spec.format.python
         self._has_python = python is not None and all(t in self.special for t in python)
+        self.end_token = spec.format.end if spec.format.end in self.special else None
         ends = self._probe_ends()
-        self.end_token = spec.format.end if spec.format.end in self.special else ends[0] if ends else None
         self._ends = list(dict.fromkeys([*([self.end_token] if self.end_token else []), *ends]))
 
     # ---- the public part
@@ -439,7 +445,7 @@ class Renderer:
         shape = None if words else self._shapes.get(key)
         if shape is None:
             try:
-                shape = _Shape(self._template, self._encoder.special_re, marked)
+                shape = _Shape(self._template, self._encoder.special_re, marked, self.end_token)
             except FormatError:
                 return None, values, marked.marker.slots
             if not words:
@@ -534,6 +540,7 @@ class Renderer:
             except FormatError:
                 continue
             if isinstance(end, _End):
+                self.end_token = self.end_token or end.token
                 ends.append(end.token)
         return ends
 
