@@ -549,11 +549,19 @@ class Renderer:
     def _turns(
         self, proof: _Proof, text: str, literals: list[Literal], encoded: Encoded, conversation: Conversation
     ) -> tuple[tuple[int, str], ...]:
-        """(first token, role) of each message."""
+        """(first token, role) of each message; of one that is written inside the next, as a system message in the
+        first user turn, both roles together."""
         out: list[tuple[int, str]] = []
         starts = [start for start, _, _ in literals]
-        for message, (piece, offset) in zip(conversation.messages, proof.shape.turn_starts(), strict=True):
-            at = proof.piece_starts[piece] + offset
+        places = [proof.piece_starts[piece] + offset for piece, offset in proof.shape.turn_starts()]
+        own: dict[int, int] = {}
+        for slot, (left, _) in zip(proof.shape.skeleton.order, proof.spans, strict=True):
+            own.setdefault(proof.shape.slots[slot].message, left)
+        waiting = ""
+        for turn, (message, at) in enumerate(zip(conversation.messages, places, strict=True)):
+            if turn + 1 < len(places) and own.get(turn, -1) >= places[turn + 1]:
+                waiting += f"{message.role}+"
+                continue
             number = bisect.bisect_left(starts, at)
             if not out:
                 token = 0
@@ -564,7 +572,8 @@ class Renderer:
                 token = int(encoded.literals[number - 1]) if number else 0
                 pieces = pieces_of(text[left:at], [(0, e - s, t) for s, e, t in literals[max(0, number - 1) : number]])
                 token += len(self._encoder.encode_pieces(pieces))
-            out.append((max(token, out[-1][0] if out else 0), message.role))
+            out.append((max(token, out[-1][0] if out else 0), waiting + message.role))
+            waiting = ""
         return tuple(out)
 
 

@@ -324,7 +324,7 @@ def _mask(data: Data) -> str:
         return ""
     supervised = sum(bool(t.get("supervised")) for t in tokens)
     said = f"{esc(example.get('source'))}: {len(tokens):,} tokens, {supervised:,} of them supervised."
-    return f'<p class="note small">{said}</p>{legend()}{token_boxes(tokens)}'
+    return f'<p class="note small">{said}</p>{legend()}{token_boxes(tokens, example.get("turns") or ())}'
 
 
 def _items(data: Data, say: dict[str, str]) -> str:
