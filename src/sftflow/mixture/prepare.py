@@ -33,6 +33,7 @@ from sftflow.recipe import Recipe, SourceEntry
 BLOCK_ROWS, BLOCK_BYTES = 256, 1 << 20
 ALONE_BLOCKS = 6  # a source of fewer blocks is rendered here: processes would take longer to start
 MANY_BYTES = 2 << 20  # a file of more lines than that is not
+FEW_CORES = 4
 VERIFIED_SAMPLE = 32  # rows of a source that are verified where not all of them shall be
 MOST_BAD = 0.05  # more bad rows than this share are an error even where bad rows are skipped
 CACHE_BYTES = 20 << 30
@@ -210,10 +211,17 @@ def _render(
         writer = RowWriter(directory)
         stack.callback(writer.abandon)
         every = asked(chain(first, blocks), VERIFIED_SAMPLE)
-        if (not many and len(first) < ALONE_BLOCKS) or n_cores() == 1:
-            results: Iterator[Block] = (render_block(renderer, job, block, n) for block, n in every)
+
+        def here(block: tuple[list[Item], int]) -> Block:
+            return render_block(renderer, job, *block)
+
+        cores = n_cores()
+        if (not many and len(first) < ALONE_BLOCKS) or cores == 1:
+            results: Iterator[Block] = map(here, every)
+        elif cores <= FEW_CORES:  # on few cores this process renders, too
+            results = stack.enter_context(Workers(job, cores - 1)).render(every, here)
         else:
-            results = stack.enter_context(Workers(job, n_cores())).render(every)
+            results = stack.enter_context(Workers(job, cores)).render(every)
         for result in results:
             if result.error is not None:
                 raise result.error

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -182,15 +182,25 @@ class Workers:
                         continue  # what was still to be written is of no use to anybody now
             process.wait()
 
-    def render(self, blocks: Iterable[tuple[list[Item], int]]) -> Iterator[Block]:
-        """The blocks' results in order; a few blocks are under way at a time, so memory stays flat."""
-        pending: deque[Future[Block]] = deque()
+    def render(
+        self, blocks: Iterable[tuple[list[Item], int]], here: Callable[[tuple[list[Item], int]], Block] | None = None
+    ) -> Iterator[Block]:
+        """The blocks' results in order; a few blocks are under way at a time, so memory stays flat.
+
+        here: renders a block in this process, while the others have enough to do (and while they start).
+        """
+        n = len(self._processes)
+        pending: deque[Future[Block] | Block] = deque()
         for block in blocks:
-            pending.append(self._threads.submit(self._ask, block))
-            if len(pending) > 3 * len(self._processes):
-                yield pending.popleft().result()
+            busy = sum(isinstance(p, Future) and not p.done() for p in pending)
+            if here is not None and busy >= 2 * n:
+                pending.append(here(block))
+            else:
+                pending.append(self._threads.submit(self._ask, block))
+            while pending and (len(pending) > 4 * n + 4 or _ready(pending[0])):
+                yield _result(pending.popleft())
         while pending:
-            yield pending.popleft().result()
+            yield _result(pending.popleft())
 
     def _ask(self, block: tuple[list[Item], int]) -> Block:
         process = self._free.get()
@@ -203,6 +213,14 @@ class Workers:
         finally:
             self._free.put(process)
         return answer
+
+
+def _ready(pending: Future[Block] | Block) -> bool:
+    return not isinstance(pending, Future) or pending.done()
+
+
+def _result(pending: Future[Block] | Block) -> Block:
+    return pending.result() if isinstance(pending, Future) else pending
 
 
 def _send(process: subprocess.Popen[bytes], value: Any) -> None:
