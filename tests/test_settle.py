@@ -126,6 +126,9 @@ def test_generation_marks_that_disagree_are_named(tokenizer_dir: Path) -> None:
     )
     assert open_with(tokenizer_dir, agreeing).disagreement() is None
     assert open_with(tokenizer_dir, STRIPS).disagreement() is None
+    picky = "{% if not tools %}{{ raise_exception('no tools') }}{% endif %}"
+    assert open_with(tokenizer_dir, picky + STRIPS).disagreement() is None
+    assert open_with(tokenizer_dir, picky + agreeing).disagreement() is None
 
 
 CALLS = (

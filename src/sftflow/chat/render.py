@@ -329,12 +329,12 @@ class Renderer:
         """Where the template has `{% generation %}` marks: in what they differ from our mask. None: in nothing."""
         probe = parse_row([{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}], "probe")
         messages = [as_dict(m, keep_python=self._has_python) for m in probe.messages]
-        theirs = self._template.generated(messages, (), "probe")
-        if theirs is None:
-            return None
         try:
+            theirs = self._template.generated(messages, (), "probe")
             rendered = self.render(probe)
         except (MaskError, FormatError):
+            return None  # the format has no such plain exchange; rows will be judged one by one
+        if theirs is None:
             return None
         ours = self.decode(rendered.ids[rendered.mask == 1].tolist())
         if "".join(theirs) == ours:

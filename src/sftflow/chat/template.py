@@ -179,13 +179,15 @@ class Template:
 
     def generated(self, messages: Messages, tools: Any, place: str) -> list[str] | None:
         """The texts inside the template's `{% generation %}` marks; None where it has no such marks."""
+        if "endgeneration" not in self.format.template:
+            return None
         kept: list[str] = []
         self._environment.generated = kept  # type: ignore[attr-defined]
         try:
             self.text(messages, tools, False, place)
         finally:
             self._environment.generated = None  # type: ignore[attr-defined]
-        return kept if "endgeneration" in self.format.template else None
+        return kept
 
     def arguments(self) -> list[str]:
         """Names the template reads that nobody sets: its own arguments, such as `enable_thinking`. Those that speak
