@@ -156,3 +156,23 @@ def test_a_call_is_supervised_to_the_end_of_its_turn(tokenizer_dir: Path, turns:
     row = renderer.render(parse_row(messages[:turns], "t:1"))
     written = '<|call|>look{"at": "the \\"sky\\"", "n": 2}<|/call|>' * 2 + "<|im_end|>"
     assert supervised(renderer, row) == written + ("It is blue.<|im_end|>" if turns == 4 else "")
+
+
+CHANNELS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'assistant' %}<|channel|>final{% endif %}<|call|>"
+    "{{ m.content }}{% if m.role == 'assistant' and loop.last %}<|/call|>{% else %}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+)
+
+
+@pytest.mark.parametrize("reply", ["b", "", " "])
+def test_an_empty_reply_ends_where_others_do(tokenizer_dir: Path, reply: str) -> None:
+    """The reply's own header holds control tokens, and the last reply ends with another token than earlier ones."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    tokens = ["<|im_start|>", "<|im_end|>", "<|call|>", "<|/call|>", "<|channel|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    tokenizer.chat_template = CHANNELS
+    renderer = Renderer(tokenizer, choose_format("auto", tokenizer))
+    rows = renderer.render_rows(chat("a", reply, "c", "d"))
+    written = [f"<|channel|>final<|call|>{text}<|/call|>" for text in (reply, "d")]
+    assert [supervised(renderer, row) for row in rows] == written

@@ -116,8 +116,10 @@ class _Shape:
         if not both or both[0] != (here[0], there[0]):
             return no_end
         found, found_alone = both[0]
-        if calls:
+        if calls or not own:  # the first may close a call, or belong to the header of an empty reply
             ordinary = [pair for pair in both if pair[0].group() == self._plain_end]
+            if not ordinary and not own:
+                return no_end
             found, found_alone = ordinary[0] if ordinary else both[-1]
         between = self.skeleton.pieces[piece][offset : found.start()]
         if own and between != after[: found_alone.start()]:
