@@ -477,6 +477,8 @@ class Renderer:
         end = proof.shape.end_of(turn)
         if isinstance(end, str):
             raise MaskError(place, end, "use another --format, or append_eos: true where the format writes no end")
+        if self.special[end.token] not in self.stop_ids():
+            raise MaskError(place, f"this reply ends with {end.token}, at which generation would not stop", "")
         at = proof.piece_starts[end.piece] + end.start
         for slot, (left, right) in zip(proof.shape.skeleton.order, proof.spans, strict=True):
             mine = proof.shape.slots[slot].message == turn
