@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import bisect
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 from sftflow.chat.encode import Encoded, Encoder, Literal, pieces_of
 from sftflow.chat.format import ChatFormat, tokenizer_text
 from sftflow.chat.schema import Conversation, Message, parse_row
+from sftflow.chat.shape import End, Marked, Shape
 from sftflow.chat.skeleton import Marker, Slot
 from sftflow.chat.template import Messages, Template, as_dict
 from sftflow.errors import FormatError, MaskError
@@ -51,128 +51,10 @@ class Rendered:
 
 
 @dataclass(frozen=True, slots=True)
-class _End:
-    """The control token that ends a turn: in piece `piece` of the skeleton, characters [start, end) of it."""
-
-    piece: int
-    start: int
-    end: int
-    token: str
-
-
-class _Shape:
-    """What all rows of one shape (same roles, same fields, other contents) have in common: the skeleton, and where in
-    it replies end. Learnt by rendering marks, once. Raises FormatError where the template refuses the marks."""
-
-    def __init__(self, template: Template, special_re: re.Pattern[str], marked: _Marked, plain_end: str | None) -> None:
-        self._template, self._special_re, self._marked, self._plain_end = template, special_re, marked, plain_end
-        self.slots = marked.marker.slots
-        self.text = template.text(marked.messages, marked.tools, False, "marked row")
-        self.skeleton = marked.marker.skeleton(self.text)
-        self.left_out = sorted(set(range(len(self.slots))) - set(self.skeleton.order))
-        self._literals = [
-            (number, m.start(), m.end(), m.group())
-            for number, piece in enumerate(self.skeleton.pieces)
-            for m in special_re.finditer(piece)
-        ]
-        self._ends: dict[int, _End | str] = {}
-        self._turns: list[tuple[int, int]] | None = None
-
-    def literals(self, piece_starts: list[int]) -> list[Literal]:
-        """The control tokens that the template wrote, at their places in a row's text."""
-        return [(piece_starts[p] + s, piece_starts[p] + e, token) for p, s, e, token in self._literals]
-
-    def end_of(self, turn: int) -> _End | str:
-        """The control token that ends assistant turn number `turn`, or why that cannot be said."""
-        if turn not in self._ends:
-            try:
-                self._ends[turn] = self._find_end(turn)
-            except FormatError as error:
-                self._ends[turn] = f"it cannot be proven where this reply ends ({error.fact})"
-        return self._ends[turn]
-
-    def _find_end(self, turn: int) -> _End | str:
-        """The first control token after the turn's last word; behind a call, the one that ends ordinary replies, for
-        others may close the call. The template must write it there, too, when the conversation stops with this turn:
-        then it belongs to this turn and is not the next one's header."""
-        messages, tools, name = self._marked.messages, self._marked.tools, self._template.format.name
-        no_end = f"the {name} format writes no end-of-turn token after this reply: it could not learn to stop"
-        prompt = self._template.text(messages[:turn], tools, True, "marked row")
-        alone = self._template.text(messages[: turn + 1], tools, False, "marked row")
-        own = [number for number, s in enumerate(self.skeleton.order) if self.slots[s].message == turn]
-        if own:
-            piece, offset = own[-1] + 1, 0
-            stopped = self._marked.marker.skeleton(alone)
-            last = [n for n, s in enumerate(stopped.order) if s == self.skeleton.order[own[-1]]]
-            after = stopped.pieces[last[-1] + 1] if last else ""
-        elif self.text.startswith(prompt) and alone.startswith(prompt):  # an empty reply
-            piece, offset = self._place(len(prompt))
-            after = alone[len(prompt) :]
-        else:
-            return f"the {name} format's prompt for this reply depends on the contents"
-        calls = bool(messages[turn].get("tool_calls")) or not isinstance(messages[turn]["content"], str)
-        here, there = (list(self._special_re.finditer(*x)) for x in ((self.skeleton.pieces[piece], offset), (after, 0)))
-        both = [(a, b) for a, b in zip(here, there, strict=False) if a.group() == b.group()]
-        if not both or both[0] != (here[0], there[0]):
-            return no_end
-        found, found_alone = both[0]
-        if calls or not own:  # the first may close a call, or belong to the header of an empty reply
-            ordinary = [pair for pair in both if pair[0].group() == self._plain_end]
-            if not ordinary and not own:
-                return no_end
-            found, found_alone = ordinary[0] if ordinary else both[-1]
-        between = self.skeleton.pieces[piece][offset : found.start()]
-        if own and between != after[: found_alone.start()]:
-            return f"the {name} format ends this reply in another way when other turns follow"
-        if own and between.strip() and not calls:
-            return f"the {name} format ends this reply with {between.strip()!r}, which is no token of this tokenizer"
-        if self._opens_reply(turn, prompt, after):
-            return no_end
-        return _End(piece, found.start(), found.end(), found.group())
-
-    def _opens_reply(self, turn: int, prompt: str, after: str) -> bool:
-        """Whether what follows the turn is the next reply's header, which the template writes unasked."""
-        if self._marked.messages[turn - 1]["role"] == "assistant":
-            return False  # what the prompt ends with is the end of the reply before
-        header = [m.start() for m in self._special_re.finditer(prompt)]
-        if not header or not after.endswith(prompt[header[-1] :]):
-            return False
-        messages, tools = self._marked.messages, self._marked.tools
-        return self._template.text(messages[:turn], tools, False, "marked row") == prompt
-
-    def turn_starts(self) -> list[tuple[int, int]]:
-        """Where each message begins, as (piece, character in it): where the text leaves that of the messages before."""
-        if self._turns is None:
-            places = [0]
-            for n in range(1, len(self._marked.messages)):
-                try:
-                    before = self._template.text(self._marked.messages[:n], self._marked.tools, False, "marked row")
-                except FormatError:
-                    before = ""
-                places.append(max(places[-1], _common(before, self.text)))
-            self._turns = [self._place(p) for p in places]
-        return self._turns
-
-    def _place(self, position: int) -> tuple[int, int]:
-        """(piece, character in it) of a position in the marked text; inside a mark, the end of the piece before."""
-        piece = bisect.bisect_right(self.skeleton.starts, position) - 1
-        return piece, min(position - self.skeleton.starts[piece], len(self.skeleton.pieces[piece]))
-
-
-@dataclass(frozen=True, slots=True)
-class _Marked:
-    """A row with marks for its values."""
-
-    messages: Messages
-    tools: list[dict[str, Any]]
-    marker: Marker
-
-
-@dataclass(frozen=True, slots=True)
 class _Proof:
     """The row's text is its shape's skeleton, filled. spans: of each slot in the order of the skeleton."""
 
-    shape: _Shape
+    shape: Shape
     spans: list[tuple[int, int]]
     piece_starts: list[int]
 
@@ -223,13 +105,14 @@ class Renderer:
         self._template = Template(spec.format, spec.names)
         self._encoder = Encoder(spec.tokenizer)
         self.special, self.special_re = self._encoder.special, self._encoder.special_re
-        self._shapes: dict[Any, _Shape] = {}
+        self._shapes: dict[Any, Shape] = {}
         self._others: dict[str, Renderer] = {}
         python = spec.format.python
         self._has_python = python is not None and all(t in self.special for t in python)
         self.end_token = spec.format.end if spec.format.end in self.special else None
         ends = self._probe_ends()
-        self._ends = list(dict.fromkeys([*([self.end_token] if self.end_token else []), *ends]))
+        stops = [self.special[token] for token in dict.fromkeys([*([self.end_token] if self.end_token else []), *ends])]
+        self._stop_ids = stops if spec.eos is None or spec.eos in stops else [*stops, spec.eos]
 
     # ---- the public part
 
@@ -293,11 +176,7 @@ class Renderer:
 
     def stop_ids(self) -> list[int]:
         """Ids at which a reply ends: the end-of-turn tokens, and the tokenizer's own end of text."""
-        ids = [self.special[token] for token in self._ends]
-        eos = self.spec.eos
-        if eos is not None and eos not in ids:
-            ids.append(eos)
-        return ids
+        return list(self._stop_ids)
 
     def python_ids(self) -> tuple[int, int, int, int] | None:
         """(call start, call end, output start, output end) ids where the format has calculator tokens."""
@@ -431,7 +310,7 @@ class Renderer:
 
     def _shape(
         self, conversation: Conversation, messages: Messages, *, words: bool
-    ) -> tuple[_Shape | None, list[str], list[Slot]]:
+    ) -> tuple[Shape | None, list[str], list[Slot]]:
         """(the row's shape or None, its values, its slots). Shapes of whole contents are remembered."""
         key: Any = None
         if not words and not conversation.tools and all(len(m) == 2 and type(m["content"]) is str for m in messages):
@@ -447,7 +326,7 @@ class Renderer:
         shape = None if words else self._shapes.get(key)
         if shape is None:
             try:
-                shape = _Shape(self._template, self._encoder.special_re, marked, self.end_token)
+                shape = Shape(self._template, self._encoder.special_re, marked, self.end_token)
             except FormatError:
                 return None, values, marked.marker.slots
             if not words:
@@ -456,7 +335,7 @@ class Renderer:
                 self._shapes[key] = shape
         return shape, values, marked.marker.slots
 
-    def _mark(self, conversation: Conversation, messages: Messages, *, words: bool) -> tuple[_Marked, list[str]]:
+    def _mark(self, conversation: Conversation, messages: Messages, *, words: bool) -> tuple[Marked, list[str]]:
         """The row with marks, and its values in the order of the marks."""
         last_user = max((i for i, m in enumerate(conversation.messages) if m.role == "user"), default=-1)
         required = [
@@ -469,7 +348,7 @@ class Renderer:
                 conversation.source, "its contents use every private-use character kept for the proof", "remove them"
             )
         marked_messages, marked_tools = marker.row(messages, tools, required, words=words)
-        return _Marked(marked_messages, marked_tools, marker), [s.value for s in marker.slots]
+        return Marked(marked_messages, marked_tools, marker), [s.value for s in marker.slots]
 
     def _end_literal(self, proof: _Proof, turn: int, start: int, literals: list[Literal], place: str) -> int:
         """The number of the literal that ends the turn, after proving that the reply holds all the turn's values, and
@@ -477,7 +356,7 @@ class Renderer:
         end = proof.shape.end_of(turn)
         if isinstance(end, str):
             raise MaskError(place, end, "use another --format, or append_eos: true where the format writes no end")
-        if self.special[end.token] not in self.stop_ids():
+        if self.special[end.token] not in self._stop_ids:
             raise MaskError(place, f"this reply ends with {end.token}, at which generation would not stop", "")
         at = proof.piece_starts[end.piece] + end.start
         for slot, (left, right) in zip(proof.shape.skeleton.order, proof.spans, strict=True):
@@ -543,7 +422,7 @@ class Renderer:
                 end = shape.end_of(1)
             except FormatError:
                 continue
-            if isinstance(end, _End):
+            if isinstance(end, End):
                 self.end_token = self.end_token or end.token
                 ends.append(end.token)
         return ends
@@ -582,15 +461,6 @@ class Renderer:
 
 
 _NO_PARAMETERS = {"type": "object", "properties": {"at": {"type": "string"}}}
-
-
-def _common(a: str, b: str) -> int:
-    """Length of the common beginning of two strings."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if a[:middle] == b[:middle] else (low, middle - 1)
-    return low
 
 
 def _is_supervised(message: Message) -> bool:

@@ -256,6 +256,20 @@ def parse_line(line: bytes, place: str) -> Any:
         raise DataError(place, "JSON nested too deeply", "remove the line") from None
 
 
+def read_lines(name: str) -> Iterator[tuple[int, bytes]]:
+    """(line number, bytes) of the lines of a file that are not blank. Raises DataError where it cannot be read."""
+    path = Path(name)
+    if not path.is_file():
+        raise DataError(name, "no such file", "check the path; a hub data set is written hub:OWNER/NAME")
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, line
+    except OSError as error:
+        raise DataError(name, f"cannot be read ({error.strerror or error})", "check the file") from None
+
+
 def read_rows(source: str | Path) -> Iterator[tuple[str, Any]]:
     """(place, raw row) of a .jsonl, .json or .parquet file, or of a hub data set `hub:NAME[:SPLIT]`.
 
@@ -284,11 +298,8 @@ def read_rows(source: str | Path) -> Iterator[tuple[str, Any]]:
             for number, row in enumerate(rows, 1):
                 yield f"{name}:{number}", row
         else:
-            with path.open("rb") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        place = f"{name}:{number}"
-                        yield place, parse_line(line, place)
+            for number, line in read_lines(name):
+                yield f"{name}:{number}", parse_line(line, f"{name}:{number}")
     except UnicodeDecodeError as error:
         raise DataError(name, f"not UTF-8 text ({error.reason} at byte {error.start})", "convert it") from None
     except json.JSONDecodeError as error:

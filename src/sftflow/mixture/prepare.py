@@ -1,18 +1,11 @@
-"""A source of the mixture -> its rendered rows on disk: read in blocks, rendered on all cores, cached by content.
-
-key = hash of (data, tokenizer, format, what the recipe asks, this code)
-$SFTFLOW_CACHE/rows/KEY/    default ~/.cache/sftflow; SFTFLOW_CACHE=off keeps nothing
-"""
+"""A source of the mixture -> its rendered rows on disk: read in blocks, rendered on all cores, cached by content."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
-import hashlib
 import json
 import os
-import random
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -20,23 +13,21 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from sftflow import __version__
 from sftflow.chat.render import Renderer
-from sftflow.chat.schema import Conversation, parse_line, parse_row, read_rows
-from sftflow.errors import DataError, RunError, SftflowError
-from sftflow.files import sha256_file, write_directory
+from sftflow.chat.schema import Conversation, parse_row
+from sftflow.errors import DataError, RunError
+from sftflow.files import write_directory
+from sftflow.mixture.cache import cache_folder, cache_key, prune
+from sftflow.mixture.read import is_many, items_of, prefix_of
 from sftflow.mixture.rows import Rows, RowWriter
-from sftflow.mixture.tasks import TASKS, TaskSource, make_task
 from sftflow.mixture.worker import Block, Item, Job, Workers, n_cores, render_block
 from sftflow.recipe import Recipe, SourceEntry
 
 BLOCK_ROWS, BLOCK_BYTES = 256, 1 << 20
 ALONE_BLOCKS = 6  # a source of fewer blocks is rendered here: processes would take longer to start
-MANY_BYTES = 2 << 20  # a file of more lines than that is not
 FEW_CORES = 4
 VERIFIED_SAMPLE = 32  # rows of a source that are verified where not all of them shall be
 MOST_BAD = 0.05  # more bad rows than this share are an error even where bad rows are skipped
-CACHE_BYTES = 20 << 30
 
 Progress = Callable[[str, int], None]
 
@@ -48,7 +39,7 @@ def prepare_source(
 
     Raises the first bad row's error (on_bad_row: stop), or DataError where more than 5% of the rows are bad.
     """
-    prefix = _prefix(entry)
+    prefix = prefix_of(entry)
     job = Job(renderer.spec, prefix, recipe.train.max_length, recipe.train.overlong, recipe.on_bad_row)
 
     def fill(directory: Path) -> None:
@@ -58,7 +49,7 @@ def prepare_source(
             renderer,
             directory,
             entry.label,
-            many=_is_many(entry),
+            many=is_many(entry),
             every_row=every_row,
             progress=progress,
         )
@@ -86,88 +77,8 @@ def prepare_source(
         raise RunError(
             str(place), f"cannot write ({error.strerror or error})", "free space, or set SFTFLOW_CACHE"
         ) from error
-    _prune(folder, keep=place)
+    prune(folder, keep=place)
     return opened(place)
-
-
-# ---- reading
-
-
-def items_of(entry: SourceEntry, recipe: Recipe) -> Iterator[Item]:
-    """(number, payload) of each row of a mixture entry, a sample of `limit` of them where it asks for one."""
-    if entry.source in TASKS:
-        options = {"identity": recipe.identity.model_dump()}
-        source = TaskSource(path=entry.path, seed=recipe.train.seed, limit=entry.limit, options=options)
-        yield from enumerate(make_task(entry.source, source, "mixture").conversations(entry.split), 1)
-        return
-    name = entry.path or entry.source
-    rows = functools.partial(_lines, name) if _is_lines(name) else functools.partial(_numbered, name)
-    chosen: frozenset[int] | None = None
-    if entry.limit is not None:
-        n = sum(1 for _ in rows())
-        if entry.limit < n:
-            chosen = frozenset(random.Random(recipe.train.seed).sample(range(n), entry.limit))
-    empty = True
-    for i, item in enumerate(rows()):
-        empty = False
-        if chosen is None or i in chosen:
-            yield item
-    if empty:
-        raise DataError(name, "no rows in it", "give a file with conversations")
-
-
-def _is_many(entry: SourceEntry) -> bool:
-    name = entry.path or entry.source
-    return entry.source not in TASKS and entry.limit is None and _is_lines(name) and _size(name) > MANY_BYTES
-
-
-def _size(name: str) -> int:
-    try:
-        return os.path.getsize(name)
-    except OSError:
-        return 0  # reading it will say what is wrong
-
-
-def _is_lines(name: str) -> bool:
-    return not name.startswith("hub:") and Path(name).suffix not in (".json", ".parquet")
-
-
-def _lines(name: str) -> Iterator[Item]:
-    """(line number, bytes) of the lines that are not blank."""
-    path = Path(name)
-    if not path.is_file():
-        raise DataError(name, "no such file", "check the path; a hub data set is written hub:OWNER/NAME")
-    try:
-        with path.open("rb") as f:
-            for number, line in enumerate(f, 1):
-                if line.strip():
-                    yield number, line
-    except OSError as error:
-        raise DataError(name, f"cannot be read ({error.strerror or error})", "check the file") from None
-
-
-def _numbered(name: str) -> Iterator[Item]:
-    for place, row in read_rows(name):
-        yield int(place.rpartition(":")[2]), row
-
-
-def _prefix(entry: SourceEntry) -> str:
-    return entry.source if entry.source in TASKS else entry.path or entry.source
-
-
-def sample_of(entry: SourceEntry, recipe: Recipe, n: int) -> list[Conversation]:
-    """The first `n` rows of an entry that can be read."""
-    out: list[Conversation] = []
-    for number, payload in islice(items_of(entry, recipe), n):
-        place = f"{_prefix(entry)}:{number}"
-        try:
-            if isinstance(payload, Conversation):
-                out.append(payload)
-            else:
-                out.append(parse_row(parse_line(payload, place) if isinstance(payload, bytes) else payload, place))
-        except SftflowError:
-            continue  # it will be named, or skipped, when the rows are rendered
-    return out
 
 
 # ---- rendering
@@ -277,80 +188,6 @@ class _Total:
                 f"{bad:,} of {seen:,} rows are bad, more than {MOST_BAD:.0%}; the first: {self.bad[0][1]}",
                 "mend the data",
             )
-
-
-# ---- the cache
-
-
-def cache_folder() -> Path | None:
-    """Where rendered rows are kept; None where SFTFLOW_CACHE=off."""
-    named = os.environ.get("SFTFLOW_CACHE", "")
-    if named.lower() == "off":
-        return None
-    base = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sftflow"
-    return base / "rows"
-
-
-@functools.cache
-def _code_version() -> str:
-    """One hash of the code and data that make rows."""
-    package = Path(__file__).parent.parent
-    digest = hashlib.sha256(__version__.encode())
-    for folder in ("chat", "mixture"):
-        for path in sorted((package / folder).rglob("*")):
-            if path.suffix in (".py", ".jinja", ".json", ".jsonl", ".txt"):
-                digest.update(str(path.relative_to(package)).encode())
-                digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def cache_key(entry: SourceEntry, recipe: Recipe, job: Job) -> str | None:
-    """What the rows depend on, as one hash; None where the data cannot be hashed (a hub data set)."""
-    name = entry.path if entry.source in TASKS else entry.path or entry.source
-    data = ""
-    if name is not None:
-        if name.startswith("hub:"):
-            return None
-        path = Path(name)
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        try:
-            data = " ".join(f"{p}={sha256_file(p)}" for p in files)
-        except OSError:
-            return None  # reading the rows will say what is wrong
-    chat_format = job.spec.format
-    parts = [
-        entry.model_dump(mode="json", exclude={"repeat", "name"}),
-        data,
-        recipe.identity.model_dump(mode="json"),
-        recipe.train.seed,
-        job.prefix,
-        job.max_length,
-        job.overlong,
-        job.on_bad_row,
-        hashlib.sha256(job.spec.tokenizer.encode()).hexdigest(),
-        job.spec.names,
-        job.spec.eos,
-        chat_format.template,
-        chat_format.to_json(),
-        chat_format.end,
-        _code_version(),
-    ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _prune(folder: Path, keep: Path) -> None:
-    """Remove what was not used for longest until the cache fits its limit."""
-    entries = []
-    for path in folder.iterdir():
-        with contextlib.suppress(OSError):  # another run may be removing it, too
-            entries.append((path.stat().st_mtime, sum(f.stat().st_size for f in path.iterdir()), path))
-    total = sum(size for _, size, _ in entries)
-    for _, size, path in sorted(entries):
-        if total <= CACHE_BYTES:
-            return
-        if path != keep:
-            shutil.rmtree(path, ignore_errors=True)
-            total -= size
 
 
 # ---- the sample conversation of a source
