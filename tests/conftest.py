@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import lzma
 import os
+import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import pytest
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 TEXT = [
@@ -84,6 +88,17 @@ def real_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]
             (target / file.name.removesuffix(".xz")).write_bytes(data)
         out[source.name] = target
     return out
+
+
+def dom_of(page: Path, profile: Path) -> str:
+    """What Chromium makes of a page, scripts run: the text of its first <output>."""
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+               "--allow-file-access-from-files", f"--user-data-dir={profile}", "--window-size=1400,900",
+               "--dump-dom", page.as_uri()]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.search(r"<output>(.+?)</output>", done.stdout)
+    assert found, done.stderr[-500:]
+    return found[1]
 
 
 def shared(*parts: str) -> Path:

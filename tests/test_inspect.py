@@ -5,8 +5,6 @@ from __future__ import annotations
 import doctest
 import json
 import re
-import shutil
-import subprocess
 import time
 from html.parser import HTMLParser
 from io import StringIO
@@ -20,12 +18,12 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
+from conftest import CHROMIUM, dom_of
 from sftflow.chat import inspect, inspect_html
 from sftflow.chat.inspect import Piece, pieces_of_row, terminal_lines, token_rows, turns_of_row
 from sftflow.chat.inspect_html import render_page, token_boxes, visible
 from sftflow.chat.render import Rendered, Renderer
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 TEXT = "Hello 🙂, naïve مرحبا 世界 👩\u200d💻!\n\n  x = 1\tend"
 
 
@@ -358,12 +356,6 @@ def test_page_in_a_browser(tmp_path: Path, width: int, beside: bool) -> None:
     long = row(("w" * 400, "s"), ("\u200b" * 80, ""), turns=((0, "r" * 90),)) | {"source": "p" * 300}
     (tmp_path / "page.html").write_text(render_page([chat_row(), long]), encoding="utf-8")
     (tmp_path / "probe.html").write_text(PROBE % width, encoding="utf-8")
-    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-               "--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,900",
-               "--dump-dom", (tmp_path / "probe.html").as_uri()]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    found = re.search(r"<output>(.+?)</output>", done.stdout)
-    assert found, done.stderr[-500:]
-    assert json.loads(found[1]) == {
+    assert json.loads(dom_of(tmp_path / "probe.html", tmp_path / "profile")) == {
         "before": "none", "said": '"id 9 · 2 bytes: 99 82 · part of 🙂 · supervised"', "beside": beside, "overflow": 0,
     }  # fmt: skip

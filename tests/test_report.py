@@ -9,8 +9,6 @@ import hashlib
 import json
 import math
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from importlib import resources
 from pathlib import Path
@@ -18,13 +16,13 @@ from typing import Any
 
 import pytest
 
+from conftest import CHROMIUM, dom_of
 from sftflow.chat import inspect_html
 from sftflow.compare import charts
 from sftflow.compare.report import render_report
 
 HOSTILE = "</script></style><script>alert(1)</script><img src=x onerror=alert(2)>\"'><b>&amp; \u202e\x00\ud800"
 VOID = {"meta", "br", "wbr", "input", "img", "link", "hr"}
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 class Page(HTMLParser):
@@ -337,13 +335,7 @@ def test_filter_and_width_in_a_browser(tmp_path: Path, width: int, hostile: bool
         data["ledger"]["sources"][0]["name"] = "n" * 90
     (tmp_path / "report.html").write_text(render_report(data), encoding="utf-8")
     (tmp_path / "probe.html").write_text(PROBE % width, encoding="utf-8")
-    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-               "--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,900",
-               "--dump-dom", (tmp_path / "probe.html").as_uri()]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    found = re.search(r"<output>(.+?)</output>", done.stdout)
-    assert found, done.stderr[-500:]
-    assert json.loads(found[1]) == {
+    assert json.loads(dom_of(tmp_path / "probe.html", tmp_path / "profile")) == {
         "all": "48 of 48 prompts", "kind": "3 of 48 prompts", "endless": "5 of 48 prompts",
         "text": "1 of 48 prompts", "visible": 1, "overflow": 0,
     }  # fmt: skip
