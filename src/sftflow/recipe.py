@@ -44,6 +44,14 @@ class Schedule(_Frozen):
     final: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
+class LrScale(_Frozen):
+    """Learning rates of the parameter groups, as multiples of the recipe's."""
+
+    matrices: Annotated[float, Field(ge=0)] = 1.0
+    embeddings: Annotated[float, Field(ge=0)] = 1.0
+    rest: Annotated[float, Field(ge=0)] = 1.0
+
+
 class Train(_Frozen):
     out: str = "runs/sft"
     max_length: Annotated[int, Field(ge=8)] = 512
@@ -63,11 +71,16 @@ class Train(_Frozen):
     best: Literal["validation_loss", "last"] = "validation_loss"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     seed: int = 0
-    compile: bool = False
-    logger: None = None
+    compile: Literal["auto"] | bool = "auto"
+    packing: bool = True
+    share_prefixes: bool = True
+    gradient_checkpointing: bool = False
+    warm_start: bool = False
+    lr_scale: LrScale = LrScale()
+    logger: Literal["tensorboard", "wandb", "trackio"] | None = None
     lora: None = None
 
-    @field_validator("logger", "lora", mode="before")
+    @field_validator("lora", mode="before")
     @classmethod
     def _not_yet(cls, value: Any) -> None:
         if value is not None:

@@ -57,7 +57,11 @@ class LoopSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class StepLog:
-    """One row of metrics.jsonl. loss: nats per supervised token. seconds: wall time of this step."""
+    """One row of metrics.jsonl. loss: nats per supervised token. seconds: wall time of this step.
+
+    tokens: real ones, padding not counted. computed_tokens: those that went through the layers (fewer, where
+    conversations share their beginning). flops: floating-point work of the step's matrix products.
+    """
 
     step: int
     loss: float
@@ -67,6 +71,8 @@ class StepLog:
     supervised_tokens: int
     seconds: float
     padding_share: float
+    computed_tokens: int = 0
+    flops: float = 0.0
     source_loss: dict[str, float] = field(default_factory=dict)
     skipped: bool = False
 

