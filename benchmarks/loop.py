@@ -18,13 +18,14 @@ import torch
 
 from sftflow.checkpoint import BUILTIN_TINY, prepare, resolve
 from sftflow.mixture.mix import build_mixture
-from sftflow.mixture.pack import IGNORE, Example, best_fit, pack_batch
+from sftflow.mixture.pack import Example, best_fit, pack_batch
 from sftflow.recipe import parse_recipe
 from sftflow.runtime import Runtime, detect
 from sftflow.train.attention import use_packed_attention
 from sftflow.train.loop import batch_loss
 
 TOKENS = 4096
+IGNORE = -100
 
 
 def padded_batches(examples: list[Example], rows: int) -> list[dict[str, torch.Tensor]]:
@@ -74,8 +75,8 @@ def time_ours(model: Any, examples: list[Example], runtime: Runtime, seconds: fl
     tokens = supervised = 0
     began = time.perf_counter()
     for start in range(0, len(order) - per_step + 1, per_step):
-        batch = pack_batch([[examples[i] for i in rows[r]] for r in order[start : start + per_step]], 512)
-        total, _, _ = batch_loss(model, batch, runtime)
+        batch = pack_batch([examples[i] for r in order[start : start + per_step] for i in rows[r]])
+        total, _ = batch_loss(model, batch, runtime)
         (total / batch.n_supervised).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -6,7 +6,16 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftflow.mixture.pack import IGNORE, Example, best_fit, pack_batch
+from sftflow.mixture.pack import (
+    Example,
+    asked_of,
+    best_fit,
+    by_beginning,
+    pack_batch,
+    pad_batch,
+    split_padded,
+    split_step,
+)
 
 
 def example(ids: list[int], mask: list[int]) -> Example:
@@ -14,12 +23,15 @@ def example(ids: list[int], mask: list[int]) -> Example:
 
 
 def test_worked_example() -> None:
-    batch = pack_batch([[example([5, 6, 7], [0, 1, 1]), example([8, 9], [0, 1])]], 6)
-    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 0]]
-    assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 0]]
-    assert batch.segments.tolist() == [[1, 1, 1, 2, 2, 0]]
-    assert batch.targets.tolist() == [[6, 7, IGNORE, 9, IGNORE, IGNORE]]
-    assert (batch.n_supervised, batch.n_tokens) == (3, 5)
+    s, a, b, c, d, e, f, g = range(1, 9)
+    rows = [example([s, s, a, b, c], [0, 0, 0, 0, 1]), example([s, s, d, e], [0, 0, 0, 1]), example([f, g], [0, 1])]
+    batch = pack_batch(rows, multiple=8)
+    assert batch.input_ids.tolist() == [[s, s, a, b, d, f, 0, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 2, 0, 0, 0]]
+    assert [p.tolist() for p in batch.paths] == [[0, 1, 2, 3], [0, 1, 4], [5]]
+    assert batch.owned == [4, 1, 1]
+    assert (batch.asked.tolist(), batch.targets.tolist()) == ([3, 4, 5], [c, e, g])
+    assert (batch.n_supervised, batch.n_tokens, batch.n_computed) == (3, 11, 6)
 
 
 @given(st.lists(st.integers(1, 40), max_size=200))
@@ -31,12 +43,42 @@ def test_best_fit_loses_nothing_and_fits(lengths: list[int]) -> None:
     assert sum(sum(lengths[i] for i in row) <= 20 for row in rows) <= 1
 
 
-@given(st.lists(st.tuples(st.integers(1, 12), st.integers(0, 2**12 - 1)), min_size=1, max_size=20))
-def test_targets_are_the_supervised_next_tokens(items: list[tuple[int, int]]) -> None:
-    examples = [example(list(range(1, n + 1)), [bits >> i & 1 for i in range(n)]) for n, bits in items]
-    rows = best_fit([len(e.ids) for e in examples], 16)
-    batch = pack_batch([[examples[i] for i in row] for row in rows], 16)
-    assert batch.n_supervised == sum(int(e.mask[1:].sum()) for e in examples)
-    for ids, targets, segments in zip(batch.input_ids, batch.targets, batch.segments, strict=True):
-        for at in np.flatnonzero(targets != IGNORE):
-            assert segments[at] == segments[at + 1] > 0 and targets[at] == ids[at + 1]
+ROWS = st.lists(
+    st.tuples(st.lists(st.integers(1, 3), min_size=1, max_size=12), st.integers(0, 2**12 - 1)), min_size=1, max_size=20
+)
+
+
+@given(ROWS, st.booleans())
+def test_every_path_spells_its_conversation(items: list[tuple[list[int], int]], share: bool) -> None:
+    """Along its path a conversation reads its own ids at its own positions, and asks for its supervised ids."""
+    examples = [example(ids, [bits >> i & 1 for i in range(len(ids))]) for ids, bits in items]
+    for part in split_step(examples, 24, share):
+        batch = pack_batch(part, share=share, multiple=8)
+        ids, positions = batch.input_ids[0], batch.positions[0]
+        assert len(ids) % 8 == 0 and batch.n_computed < len(ids)
+        assert sorted(np.unique(np.concatenate(batch.paths))) == list(range(batch.n_computed))
+        wanted = []
+        for e, path in zip(by_beginning(part) if share else part, batch.paths, strict=True):
+            assert ids[path].tolist() == e.ids[: len(path)].tolist()
+            assert positions[path].tolist() == list(range(len(path)))
+            wanted += [int(t) for t, m in zip(e.ids[1:], e.mask[1:], strict=True) if m]
+        assert batch.targets.tolist() == wanted
+        if share:  # no two slots stand for the same beginning
+            seen = {
+                tuple(e.ids[: i + 1])
+                for e, p in zip(by_beginning(part), batch.paths, strict=True)
+                for i in range(len(p))
+            }
+            assert len(seen) == batch.n_computed
+
+
+@given(ROWS, st.booleans())
+def test_a_step_is_cut_into_batches_that_fit_and_lose_nothing(items: list[tuple[list[int], int]], share: bool) -> None:
+    examples = [example(ids, [bits >> i & 1 for i in range(len(ids))]) for ids, bits in items]
+    parts = split_step(examples, 24, share)
+    asked = [e for e in examples if len(asked_of(e))]
+    assert sorted(map(id, sum(parts, []))) == sorted(map(id, asked))
+    assert all(pack_batch(p, share=share).n_computed <= 24 for p in parts)
+    padded = split_padded(examples, 24)
+    assert sorted(map(id, sum(padded, []))) == sorted(map(id, asked))
+    assert all(pad_batch(p).input_ids.size <= 24 for p in padded)

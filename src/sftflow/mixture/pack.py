@@ -1,12 +1,14 @@
-"""Best-fit packing of rendered conversations into rows of fixed length.
+"""Packing: which conversations share a row of fixed length (a step is so many rows), and what the model computes.
 
-    conversations   [a a a a a] [b b b] [c c]          length 8
-    row ids          a a a a a b b b   |  c c . . . . . .
-    segments         1 1 1 1 1 2 2 2   |  1 1 0 0 0 0 0 0      0 is padding
-    positions        0 1 2 3 4 0 1 2   |  0 1 0 0 0 0 0 0      restart in every conversation
-    targets          the NEXT id where that next id is supervised, else -100; never across conversations
+    conversations      [s s a b c]  [s s d e]  [f g]      s s: the same beginning
+    slots               s s a b  d  f  .                  the last token predicts nothing: it is not an input
+    positions           0 1 2 3  2  0  0                  restart in every conversation
+    paths              (0 1 2 3) (0 1 4) (5)              the slots of each conversation, in order
+    asked              (3, c) (4, e) (5, g)               slot -> the id that must follow, where that id is supervised
 
-Targets are shifted here and nowhere else.
+A causal model's state at a token depends on nothing but the tokens before it, so conversations that begin alike share
+the slots of that beginning: computed once, with the sum of everyone's gradient. Targets are shifted here and nowhere
+else; a conversation ends with its last supervised token, since nothing after it is asked.
 """
 
 from __future__ import annotations
@@ -15,11 +17,13 @@ import bisect
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-IGNORE = -100
+PAD_TO = 128
+"""slots of a packed row come in multiples of this, so that kernels and memory blocks are used again"""
 Int = NDArray[np.int64]
 
 
@@ -38,24 +42,36 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
-    """What the model sees in one forward pass; every array has shape (rows, length)."""
+    """What the model computes in one forward pass: slots, most often one row of them.
+
+    The last slot of a packed row belongs to no conversation, nor do those before it that fill the row up.
+    """
 
     input_ids: Int
-    """token ids; 0 in padding (padding is told by `segments`, never by id)"""
-    targets: Int
-    """the id that must follow each position, or -100 where nothing is asked"""
+    """(rows, width) token ids; 0 in padding (padding is told by `paths`, never by id)"""
     positions: Int
-    """position inside the own conversation, from 0"""
-    segments: Int
-    """1, 2, ... numbers the conversations of a row in order; 0 is padding"""
+    """(rows, width) position inside the own conversation, from 0"""
+    paths: list[Int]
+    """for each conversation the slots of its tokens in order, (n,) indices into the flattened rows"""
+    owned: list[int]
+    """for each conversation how many of its last slots are its own, and not shared with an earlier one"""
+    asked: Int
+    """(m,) the slots whose output is asked for; one slot may be asked several times"""
+    targets: Int
+    """(m,) the id that must follow each asked slot"""
     sources: Int
-    """the mixture source of each position; meaningless in padding"""
-    n_supervised: int
-    """number of targets that are not -100"""
+    """(m,) the mixture source of each"""
+    n_tokens: int
+    """real tokens of all conversations, shared ones counted every time"""
 
     @property
-    def n_tokens(self) -> int:
-        return int((self.segments > 0).sum())
+    def n_supervised(self) -> int:
+        return len(self.targets)
+
+    @property
+    def n_computed(self) -> int:
+        """Slots that hold a token."""
+        return sum(self.owned)
 
 
 def lengths_of(examples: Sequence[Example]) -> NDArray[np.int32]:
@@ -100,34 +116,125 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def pack_row(examples: Sequence[Example], length: int) -> tuple[Int, Int, Int, Int, Int]:
-    """One row of (input_ids, targets, positions, segments, sources), each of shape (length,)."""
-    ids, positions, segments, sources = (np.zeros(length, np.int64) for _ in range(4))
-    targets = np.full(length, IGNORE, np.int64)
+def asked_of(example: Example) -> Int:
+    """(m,) positions whose next token is supervised."""
+    return np.flatnonzero(np.asarray(example.mask)[1:] == 1)
+
+
+def inputs_of(example: Example) -> Int:
+    """The ids that must be computed: all before the last supervised one; none where nothing is supervised."""
+    asked = asked_of(example)
+    return np.asarray(example.ids[: asked[-1] + 1 if len(asked) else 0], np.int64)
+
+
+def common_prefix(a: Int, b: Int) -> int:
+    """How many ids two sequences have in common from their start."""
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if len(differ) else n
+
+
+def by_beginning(examples: Sequence[Example]) -> list[Example]:
+    """The examples in the order of their inputs, so that each shares most with the one before it."""
+    return sorted(examples, key=lambda e: inputs_of(e).astype(">i8").tobytes())
+
+
+def split_step(examples: Sequence[Example], micro_tokens: int, share: bool = True) -> list[list[Example]]:
+    """Cut a step into micro-batches of at most `micro_tokens` computed slots each, about equally full.
+
+    Where beginnings are shared, attention still gathers every conversation whole; four times `micro_tokens` of that
+    is the most a micro-batch gets. A longer conversation stands alone.
+    """
+    ordered = by_beginning(examples) if share else list(examples)
+    inputs = [inputs_of(e) for e in ordered]
+    shared = [0, *(common_prefix(a, b) for a, b in pairwise(inputs))] if share else [0] * len(inputs)
+    total = sum(len(i) - s for i, s in zip(inputs, shared, strict=True))
+    parts = max(1, -(-total // micro_tokens))
+    aim = -(-total // parts)
+    out: list[list[Example]] = []
+    slots = gathered = micro_tokens * 5
+    for example, ids, known in zip(ordered, inputs, shared, strict=True):
+        if not len(ids):
+            continue
+        own = len(ids) - known
+        over = slots + own > micro_tokens or gathered + len(ids) > 4 * micro_tokens
+        if over or (slots >= aim and len(out) < parts):
+            out.append([])
+            slots = gathered = 0
+            own = len(ids)
+        out[-1].append(example)
+        slots, gathered = slots + own, gathered + len(ids)
+    return out
+
+
+def split_padded(examples: Sequence[Example], micro_tokens: int) -> list[list[Example]]:
+    """The same for one example a row: rows of similar length, rows * width at most `micro_tokens`."""
+    wanted = sorted((e for e in examples if len(asked_of(e))), key=lambda e: -len(inputs_of(e)))
+    out: list[list[Example]] = []
+    width = 0
+    for example in wanted:
+        if not out or (len(out[-1]) + 1) * width > micro_tokens:
+            out.append([])
+            width = len(inputs_of(example))
+        out[-1].append(example)
+    return out
+
+
+def pack_batch(examples: Sequence[Example], *, share: bool = True, multiple: int = PAD_TO) -> PackedBatch:
+    """One row of all the examples' slots, filled up to a multiple of `multiple` with at least one free slot."""
+    ordered = by_beginning(examples) if share else list(examples)
+    ids: list[Int] = []
+    positions: list[Int] = []
+    paths: list[Int] = []
+    owned: list[int] = []
+    before: Int = np.zeros(0, np.int64)
+    path: Int = np.zeros(0, np.int64)
     at = 0
-    for number, example in enumerate(examples, 1):
-        n = len(example.ids)
-        end = at + n
-        ids[at:end] = example.ids
-        positions[at:end] = np.arange(n)
-        segments[at:end] = number
-        sources[at:end] = example.source
-        targets[at : end - 1] = np.where(example.mask[1:] == 1, example.ids[1:], IGNORE)
-        at = end
-    return ids, targets, positions, segments, sources
+    for example in ordered:
+        mine = inputs_of(example)
+        known = common_prefix(before, mine) if share else 0
+        fresh = len(mine) - known
+        path = np.concatenate([path[:known], np.arange(at, at + fresh)])
+        ids.append(mine[known:])
+        positions.append(np.arange(known, len(mine)))
+        paths.append(path)
+        owned.append(fresh)
+        before, at = mine, at + fresh
+    free = multiple - at % multiple
+    filling = np.zeros(free, np.int64)
+    return _batch(
+        ordered,
+        np.concatenate([*ids, filling])[None],
+        np.concatenate([*positions, filling])[None],
+        paths,
+        owned,
+    )
 
 
-def pack_batch(rows: Sequence[Sequence[Example]], length: int) -> PackedBatch:
-    """Stack packed rows into one batch of shape (len(rows), length)."""
-    columns = [np.stack(c) for c in zip(*(pack_row(row, length) for row in rows), strict=True)]
-    ids, targets, positions, segments, sources = columns
+def pad_batch(examples: Sequence[Example]) -> PackedBatch:
+    """One example a row, right-padded: for models that cannot keep packed conversations apart."""
+    inputs = [inputs_of(e) for e in examples]
+    width = max(len(i) for i in inputs)
+    ids = np.zeros((len(inputs), width), np.int64)
+    for row, mine in zip(ids, inputs, strict=True):
+        row[: len(mine)] = mine
+    positions = np.broadcast_to(np.arange(width), ids.shape).copy()
+    paths = [np.arange(len(mine)) + row * width for row, mine in enumerate(inputs)]
+    return _batch(examples, ids, positions, paths, [len(i) for i in inputs])
+
+
+def _batch(examples: Sequence[Example], ids: Int, positions: Int, paths: list[Int], owned: list[int]) -> PackedBatch:
+    asked = [asked_of(e) for e in examples]
+    none = np.zeros(0, np.int64)
     return PackedBatch(
         input_ids=ids,
-        targets=targets,
         positions=positions,
-        segments=segments,
-        sources=sources,
-        n_supervised=int((targets != IGNORE).sum()),
+        paths=paths,
+        owned=owned,
+        asked=np.concatenate([none, *(path[a] for path, a in zip(paths, asked, strict=True))]),
+        targets=np.concatenate([none, *(np.asarray(e.ids)[a + 1] for e, a in zip(examples, asked, strict=True))]),
+        sources=np.concatenate([none, *(np.full(len(a), e.source) for e, a in zip(examples, asked, strict=True))]),
+        n_tokens=sum(len(e.ids) for e in examples),
     )
 
 

@@ -8,21 +8,35 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from sftflow.errors import CheckpointError, RunError
-from sftflow.mixture.pack import IGNORE, Example, PackedBatch, best_fit, lengths_of, pack_batch
-from sftflow.runtime import Runtime
-from sftflow.train.attention import layout_of, use_packed_attention
-from sftflow.train.loss import chunked_cross_entropy
-from sftflow.train.optim import lr_factor, make_optimizers
+from sftflow.errors import RunError
+from sftflow.mixture.pack import (
+    Example,
+    PackedBatch,
+    best_fit,
+    lengths_of,
+    pack_batch,
+    pad_batch,
+    split_padded,
+    split_step,
+)
+from sftflow.runtime import Runtime, keep_freed_memory
+from sftflow.train.attention import use_packed_attention
+from sftflow.train.compile import compile_layers, compiled
+from sftflow.train.layout import layout_of
+from sftflow.train.loss import Parts, chunked_cross_entropy, head_of, loss_parts
+from sftflow.train.optim import Rates, lr_factor, make_optimizers
+from sftflow.train.prove import prove_forward
 
 MAX_BAD_STEPS = 3
+Float = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +59,26 @@ class LoopSpec:
     dropout: float
     seed: int
     compile: bool = False
+    packing: bool = True
+    share_prefixes: bool = True
+    gradient_checkpointing: bool = False
+    rates: Rates = field(default_factory=Rates)
 
     @property
     def rows_per_step(self) -> int:
         return max(1, self.tokens_per_step // self.max_length)
 
     @property
-    def rows_per_micro(self) -> int:
-        return max(1, min(self.rows_per_step, self.micro_tokens // self.max_length))
+    def shares(self) -> bool:
+        """Whether equal beginnings are computed once: not under dropout, which would strike all of them alike."""
+        return self.packing and self.share_prefixes and self.dropout == 0
+
+    def batches(self, examples: Sequence[Example]) -> list[PackedBatch]:
+        """The micro-batches of a step."""
+        if self.packing:
+            parts = split_step(examples, self.micro_tokens, self.shares)
+            return [pack_batch(p, share=self.shares) for p in parts]
+        return [pad_batch(p) for p in split_padded(examples, self.micro_tokens)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,12 +161,18 @@ class Trainer:
         self.step = 0
         self.bad_steps = 0
         torch.manual_seed(spec.seed)
-        use_packed_attention(model)
-        prove_forward(model)
-        self.optimizers = make_optimizers(model, spec.optimizer, spec.lr, spec.weight_decay)
-        self.forward: Callable[..., torch.Tensor] = hidden_states
+        keep_freed_memory()
+        if spec.packing:
+            prove_forward(model)
+            use_packed_attention(model)
+        self.optimizers = make_optimizers(model, spec.optimizer, spec.lr, spec.weight_decay, spec.rates)
+        if spec.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.parts: Parts = loss_parts
         if spec.compile:
-            self.forward = torch.compile(hidden_states, dynamic=False)
+            compile_layers(model)
+            self.parts = compiled(loss_parts)
+        self.n_body, self.n_head = matrix_sizes(model)
 
     def __iter__(self) -> Iterator[StepLog]:
         while self.step < self.plan.total_steps:
@@ -153,25 +185,58 @@ class Trainer:
         skipped and its log says so.
         """
         started = time.perf_counter()
-        spec, rows = self.spec, self.plan.step_rows(self.step)
-        size = spec.rows_per_micro
-        batches = [pack_batch(rows[i : i + size], spec.max_length) for i in range(0, len(rows), size)]
+        examples = [e for row in self.plan.step_rows(self.step) for e in row]
+        batches = self.spec.batches(examples)
+        losses, sources = self._backward(batches)
+        norm = self._clip()
+        factor = self._set_rates()
+        loss_sum = float(losses.sum(dtype=np.float64))
+        finite = math.isfinite(loss_sum) and math.isfinite(norm)
+        if finite:
+            for optimizer in self.optimizers:
+                optimizer.step()
+        self.bad_steps = 0 if finite else self.bad_steps + 1
+        self.model.zero_grad(set_to_none=True)
+        self.step += 1
+        n_computed = sum(b.n_computed for b in batches)
+        log = StepLog(
+            step=self.step,
+            loss=loss_sum / max(1, len(losses)),
+            lr=self.spec.lr * factor,
+            grad_norm=norm,
+            tokens=sum(len(e.ids) for e in examples),
+            supervised_tokens=len(losses),
+            seconds=time.perf_counter() - started,
+            padding_share=1 - n_computed / max(1, sum(b.input_ids.size for b in batches)),
+            computed_tokens=n_computed,
+            flops=6.0 * (self.n_body * n_computed + self.n_head * len(losses)),
+            source_loss={self._source(int(s)): float(losses[sources == s].mean()) for s in np.unique(sources)},
+            skipped=not finite,
+        )
+        if self.bad_steps >= MAX_BAD_STEPS:
+            raise NotFinite(log)
+        return log
+
+    def _backward(self, batches: Sequence[PackedBatch]) -> tuple[Float, Float]:
+        """Add up the gradients of (loss sum / supervised tokens of the step); (losses, sources) of every token."""
         n_step = max(1, sum(b.n_supervised for b in batches))
         self.model.train()
-        loss_sum = 0.0
-        by_source: dict[int, list[float]] = {}
+        losses, sources = [np.zeros(0)], [np.zeros(0, np.int64)]
         for batch in batches:
-            total, per_token, sources = batch_loss(self.model, batch, self.runtime, self.forward)
-            if batch.n_supervised:
-                (total / n_step).backward()
-            loss_sum += float(per_token.sum(dtype=torch.float64))
-            for source in np.unique(sources):
-                losses = per_token[torch.from_numpy(sources == source)]
-                entry = by_source.setdefault(int(source), [0.0, 0.0])
-                entry[0] += float(losses.sum(dtype=torch.float64))
-                entry[1] += len(losses)
+            total, per_token = batch_loss(self.model, batch, self.runtime, packed=self.spec.packing, parts=self.parts)
+            (total / n_step).backward()
+            losses.append(per_token.cpu().double().numpy())
+            sources.append(batch.sources)
+        return np.concatenate(losses), np.concatenate(sources)
+
+    def _clip(self) -> float:
+        """Clip the whole gradient's norm (0: measure only); the norm before."""
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, spec.clip if spec.clip > 0 else math.inf)
+        bound = self.spec.clip if self.spec.clip > 0 else math.inf
+        return float(torch.nn.utils.clip_grad_norm_(parameters, bound))
+
+    def _set_rates(self) -> float:
+        spec = self.spec
         factor = lr_factor(
             self.step,
             self.plan.total_steps,
@@ -183,75 +248,55 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-        finite = math.isfinite(loss_sum) and bool(torch.isfinite(norm))
-        if finite:
-            for optimizer in self.optimizers:
-                optimizer.step()
-        self.bad_steps = 0 if finite else self.bad_steps + 1
-        self.model.zero_grad(set_to_none=True)
-        self.step += 1
-        n_tokens = sum(b.n_tokens for b in batches)
-        log = StepLog(
-            step=self.step,
-            loss=loss_sum / n_step,
-            lr=spec.lr * factor,
-            grad_norm=float(norm),
-            tokens=n_tokens,
-            supervised_tokens=sum(b.n_supervised for b in batches),
-            seconds=time.perf_counter() - started,
-            padding_share=1 - n_tokens / sum(b.input_ids.size for b in batches),
-            source_loss={self._source(s): total / n for s, (total, n) in sorted(by_source.items()) if n},
-            skipped=not finite,
-        )
-        if self.bad_steps >= MAX_BAD_STEPS:
-            raise RunError(
-                f"step {self.step}",
-                f"loss or gradient not finite {MAX_BAD_STEPS} steps in a row (loss {log.loss}, norm {log.grad_norm})",
-                "lower train.lr, or look at the rows of these steps; the last saved state is kept",
-            )
-        return log
+        return factor
 
     def _source(self, number: int) -> str:
         return self.source_names[number] if number < len(self.source_names) else str(number)
 
 
-def hidden_states(model: Any, input_ids: torch.Tensor, positions: torch.Tensor, layout: Any) -> torch.Tensor:
-    """The last hidden states, (rows, length, width), before the output projection."""
-    out: torch.Tensor = model.base_model(
-        input_ids=input_ids, position_ids=positions, layout=layout, use_cache=False
-    ).last_hidden_state
-    return out
+class NotFinite(RunError):
+    """Three steps in a row whose loss or gradient is not finite; `log` is the last one's."""
+
+    def __init__(self, log: StepLog) -> None:
+        self.log = log
+        super().__init__(
+            f"step {log.step}",
+            f"loss or gradient not finite {MAX_BAD_STEPS} steps in a row (loss {log.loss}, norm {log.grad_norm})",
+            "lower train.lr, or look at the base's weights and the rows of these steps; the last saved state is kept",
+        )
+
+
+def matrix_sizes(model: Any) -> tuple[int, int]:
+    """(parameters in the blocks' matrices, parameters in the output projection): what products are counted by."""
+    heads = {id(p) for e in (model.get_input_embeddings(), model.get_output_embeddings()) for p in e.parameters()}
+    body = sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in heads)
+    return body, model.get_output_embeddings().weight.numel()
+
+
+def hidden_states(model: Any, batch: PackedBatch, *, packed: bool = True) -> torch.Tensor:
+    """The last hidden states, (slots, width), before the output projection.
+
+    packed: through `packed_attention`; else the rows are plain sequences, right-padded, for the model's own forward.
+    """
+    ids = torch.from_numpy(batch.input_ids).to(model.device)
+    extra: dict[str, Any] = {}
+    if packed:
+        positions = torch.from_numpy(batch.positions).to(model.device)
+        extra = {"position_ids": positions, "layout": layout_of(batch, model.device)}
+    out: torch.Tensor = model.base_model(input_ids=ids, use_cache=False, **extra).last_hidden_state
+    return out.reshape(-1, out.shape[-1])
 
 
 def batch_loss(
-    model: Any,
-    batch: PackedBatch,
-    runtime: Runtime,
-    forward: Callable[..., torch.Tensor] = hidden_states,
-) -> tuple[torch.Tensor, torch.Tensor, np.ndarray[Any, np.dtype[np.int64]]]:
-    """(loss sum over supervised tokens, (n,) loss per supervised token, (n,) source of each)."""
-    device = model.device
-    keep = np.flatnonzero(batch.targets.ravel() != IGNORE)
-    sources = batch.sources.ravel()[keep]
+    model: Any, batch: PackedBatch, runtime: Runtime, *, packed: bool = True, parts: Parts = loss_parts
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss sum over supervised tokens, (n,) loss per supervised token); `batch.sources` tells their sources."""
     with runtime.autocast():
-        hidden = forward(
-            model,
-            torch.from_numpy(batch.input_ids).to(device),
-            torch.from_numpy(batch.positions).to(device),
-            layout_of(batch.segments, device),
-        )
-    head = model.get_output_embeddings()
-    flat = hidden.reshape(-1, hidden.shape[-1]).index_select(0, torch.from_numpy(keep).to(device))
-    targets = torch.from_numpy(batch.targets.ravel()[keep]).to(device)
-    total, per_token = chunked_cross_entropy(
-        flat,
-        head.weight,
-        targets,
-        bias=getattr(head, "bias", None),
-        softcap=getattr(model.config, "final_logit_softcapping", None),
-        compute_dtype=torch.bfloat16 if runtime.precision == "bf16" else None,
-    )
-    return total, per_token.cpu(), sources
+        hidden = hidden_states(model, batch, packed=packed)
+    wanted = hidden.index_select(0, torch.from_numpy(batch.asked).to(model.device))
+    targets = torch.from_numpy(batch.targets).to(model.device)
+    dtype = torch.bfloat16 if runtime.precision == "bf16" else None
+    return chunked_cross_entropy(wanted, head_of(model), targets, dtype=dtype, parts=parts)
 
 
 @torch.no_grad()
@@ -260,63 +305,11 @@ def evaluate_loss(
 ) -> tuple[float, list[float | None], int]:
     """Held-out loss: nats per supervised token over all examples, per source, and the number of tokens."""
     model.eval()
-    rows = best_fit(lengths_of(examples).tolist(), spec.max_length)
-    sums, counts = [0.0] * n_sources, [0] * n_sources
-    for start in range(0, len(rows), spec.rows_per_micro):
-        chunk = [[examples[i] for i in row] for row in rows[start : start + spec.rows_per_micro]]
-        _, per_token, sources = batch_loss(model, pack_batch(chunk, spec.max_length), runtime)
-        for source in range(n_sources):
-            mine = per_token[torch.from_numpy(sources == source)]
-            sums[source] += float(mine.sum(dtype=torch.float64))
-            counts[source] += len(mine)
+    sums, counts = np.zeros(n_sources), np.zeros(n_sources, np.int64)
+    for batch in spec.batches(list(examples)):
+        losses = batch_loss(model, batch, runtime, packed=spec.packing)[1].cpu().double().numpy()
+        sums += np.bincount(batch.sources, losses, n_sources)
+        counts += np.bincount(batch.sources, minlength=n_sources)
     model.train()
-    n = sum(counts)
-    return sum(sums) / max(1, n), [s / c if c else None for s, c in zip(sums, counts, strict=True)], n
-
-
-@torch.no_grad()
-def prove_forward(model: Any) -> None:
-    """Prove on this very model that packing isolates and that our head equals the model's own.
-
-    Two short sequences are run packed in one row through our attention, and alone through the model's own forward
-    pass; the logits must agree. Architectures with state (Mamba), other heads (scaled logits) or attention that
-    ignores the interface fail here and are refused, before anything is trained.
-    """
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    rng = np.random.default_rng(0)
-    pieces = [rng.integers(0, vocabulary, n) for n in (7, 5)]
-    examples = [Example(ids=p, mask=np.ones(len(p), np.int8)) for p in pieces]
-    batch = pack_batch([examples], 13)
-    was_training = model.training
-    model.eval()
-    name = type(model).__name__
-    refuse = f"{name} cannot be trained packed"
-    try:
-        device = model.device
-        hidden = hidden_states(
-            model,
-            torch.from_numpy(batch.input_ids).to(device),
-            torch.from_numpy(batch.positions).to(device),
-            layout_of(batch.segments, device),
-        )[0]
-        head = model.get_output_embeddings()
-        logits = torch.nn.functional.linear(hidden, head.weight, getattr(head, "bias", None)).float()
-        softcap = getattr(model.config, "final_logit_softcapping", None)
-        if softcap is not None:
-            logits = torch.tanh(logits / softcap) * softcap
-        model.set_attn_implementation("eager")
-        at = 0
-        for piece in pieces:
-            alone = model(input_ids=torch.from_numpy(piece)[None].to(device), use_cache=False).logits[0].float()
-            gap = float((logits[at : at + len(piece)] - alone).abs().max())
-            if not gap <= 2e-3 * max(1.0, float(alone.abs().max())):
-                raise CheckpointError("base", f"{refuse}: packed and alone differ by {gap:.2g} in the logits", REMEDY)
-            at += len(piece)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError("base", f"{refuse}: {type(error).__name__}: {error}", REMEDY) from error
-    finally:
-        use_packed_attention(model)
-        model.train(was_training)
-
-
-REMEDY = "use a decoder-only attention model (Llama, Qwen, Mistral, SmolLM, OLMo, GPT-2 ...)"
+    by_source = [float(s / c) if c else None for s, c in zip(sums, counts, strict=True)]
+    return float(sums.sum() / max(1, counts.sum())), by_source, int(counts.sum())

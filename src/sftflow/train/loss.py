@@ -6,12 +6,77 @@ O(chunk * vocabulary) and not O(tokens * vocabulary).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-CHUNK = 1024
+LOGITS = 1 << 25
+"""logits in a chunk: large enough for efficient products, small beside weights and activations"""
+
+Parts = Callable[
+    [torch.Tensor, torch.Tensor, "float | None", float, torch.dtype, bool], tuple[torch.Tensor, "torch.Tensor | None"]
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """A model's output projection: logits = cap * tanh(scale * (h W^T + b) / cap).
+
+    weight: (vocabulary, width).   bias: (vocabulary,).   softcap: Gemma 2's.   scale: Cohere's, Granite's.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+
+
+def head_of(model: Any) -> Head:
+    """The head of a transformers causal LM; `prove_forward` checks that it is all of it."""
+    layer, config = model.get_output_embeddings(), model.config
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    return Head(
+        weight=layer.weight,
+        bias=getattr(layer, "bias", None),
+        softcap=getattr(config, "final_logit_softcapping", None),
+        scale=scale,
+    )
+
+
+def logits_of(hidden: torch.Tensor, head: Head) -> torch.Tensor:
+    """(n, vocabulary) fp32 logits of (n, width) hidden states, by plain operations."""
+    logits = F.linear(hidden, head.weight, head.bias).float() * head.scale
+    return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
+
+
+def loss_parts(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    softcap: float | None,
+    scale: float,
+    dtype: torch.dtype,
+    with_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """((n,) losses in fp32, (n, vocabulary) gradient of their sum by the raw logits in `dtype`).
+
+    loss = logsumexp(z) - z[target],  d loss / dz = softmax(z) - onehot(target),  z = cap(scale * logits).
+    """
+    z = logits.float() * scale
+    if softcap is not None:
+        z = torch.tanh(z / softcap) * softcap
+    lse = torch.logsumexp(z, -1)
+    losses = lse - z.gather(1, targets[:, None]).squeeze(1)
+    if not with_grad:
+        return losses, None
+    is_target = torch.arange(z.shape[1], device=z.device) == targets[:, None]
+    grad = torch.exp(z - lse[:, None]) - is_target.float()
+    if softcap is not None:
+        grad = grad * (1 - (z / softcap) ** 2)
+    return losses, (grad * scale).to(dtype)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -23,42 +88,34 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
+        head: Head,
         targets: torch.Tensor,
-        softcap: float | None,
-        compute_dtype: torch.dtype,
+        dtype: torch.dtype,
         per_token: torch.Tensor,
+        parts: Parts,
+        need: bool,
     ) -> torch.Tensor:
-        need_grad = hidden.requires_grad or weight.requires_grad
-        w = weight.to(compute_dtype)
-        d_hidden = torch.empty_like(hidden) if need_grad else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if need_grad else None
-        d_bias = torch.zeros_like(bias, dtype=torch.float32) if need_grad and bias is not None else None
-        total = hidden.new_zeros((), dtype=torch.float32)
-        for start in range(0, hidden.shape[0], CHUNK):
-            h = hidden[start : start + CHUNK].to(compute_dtype)
-            t = targets[start : start + CHUNK]
-            logits = (F.linear(h, w, None if bias is None else bias.to(compute_dtype))).float()
-            if softcap is not None:
-                logits = torch.tanh(logits / softcap) * softcap
-            lse = torch.logsumexp(logits, -1)
-            losses = lse - logits.gather(1, t[:, None]).squeeze(1)
-            per_token[start : start + CHUNK] = losses
-            total += losses.sum()
-            if d_hidden is None or d_weight is None:
+        w = weight.to(dtype)
+        b = None if bias is None else bias.to(dtype)
+        d_hidden = torch.empty_like(hidden) if need else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if need and weight.requires_grad else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if need and bias is not None else None
+        chunk = max(128, LOGITS // weight.shape[0])
+        for start in range(0, hidden.shape[0], chunk):
+            h = hidden[start : start + chunk].to(dtype)
+            t = targets[start : start + chunk]
+            losses, grad = parts(F.linear(h, w, b), t, head.softcap, head.scale, dtype, need)
+            per_token[start : start + chunk] = losses
+            if grad is None or d_hidden is None:
                 continue
-            slope = (1 - (logits / softcap) ** 2) if softcap is not None else None
-            grad = logits.sub_(lse[:, None]).exp_()
-            grad.scatter_add_(1, t[:, None], grad.new_full((len(t), 1), -1.0))
-            if slope is not None:
-                grad.mul_(slope)
             if d_bias is not None:
-                d_bias += grad.sum(0)
-            g = grad.to(compute_dtype)
-            d_hidden[start : start + CHUNK] = (g @ w).to(d_hidden.dtype)
-            d_weight += (g.T @ h).float()
+                d_bias += grad.sum(0, dtype=torch.float32)
+            d_hidden[start : start + chunk] = (grad @ w).to(d_hidden.dtype)
+            if d_weight is not None:
+                d_weight += grad.T @ h
         ctx.grads = (d_hidden, d_weight, d_bias)
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
-        return total
+        return per_token.sum()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
@@ -67,33 +124,30 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx.grads = None
         weight_dtype, bias_dtype = ctx.dtypes
         return (
-            d_hidden * grad.to(d_hidden.dtype),
-            (d_weight * grad).to(weight_dtype),
-            None if d_bias is None else (d_bias * grad).to(bias_dtype),
-            None,
-            None,
-            None,
-            None,
+            d_hidden.mul_(grad.to(d_hidden.dtype)),
+            None if d_weight is None else d_weight.mul_(grad).to(weight_dtype),
+            None if d_bias is None else d_bias.mul_(grad).to(bias_dtype),
+            *(None,) * 6,
         )
 
 
 def chunked_cross_entropy(
     hidden: torch.Tensor,
-    weight: torch.Tensor,
+    head: Head,
     targets: torch.Tensor,
     *,
-    bias: torch.Tensor | None = None,
-    softcap: float | None = None,
-    compute_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+    parts: Parts = loss_parts,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum over n tokens of -log softmax(hidden @ weight.T)[target], and the (n,) losses for logging.
+    """Sum over n tokens of -log softmax(head(hidden))[target], and the (n,) losses for logging.
 
-    hidden: (n, width) at supervised positions.   weight: (vocabulary, width).   targets: (n,).
-    The products run in `compute_dtype` (default: hidden's), the softmax in fp32. No gradient flows into the
-    per-token losses.
+    hidden: (n, width) at supervised positions.   targets: (n,).
+    The products run in `dtype` (default: hidden's), the softmax in fp32. No gradient flows into the per-token
+    losses. parts: `loss_parts`, or a compiled copy of it.
     """
     per_token = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+    need = torch.is_grad_enabled() and (hidden.requires_grad or head.weight.requires_grad)
     total: torch.Tensor = _ChunkedCrossEntropy.apply(
-        hidden, weight, bias, targets, softcap, compute_dtype or hidden.dtype, per_token
+        hidden, head.weight, head.bias, head, targets, dtype or hidden.dtype, per_token, parts, need
     )
     return total, per_token

@@ -1,12 +1,13 @@
 """Optimizers and learning-rate schedules.
 
-A new optimizer is one function in `OPTIMIZERS`: named parameters in, a list of torch optimizers out.
+A new optimizer is one function in `OPTIMIZERS`: parameter groups in, a list of torch optimizers out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,51 +19,78 @@ Named = list[tuple[str, torch.nn.Parameter]]
 MUON_RATIO = 4.0
 
 
-def _is_matrix(name: str, p: torch.nn.Parameter, heads: set[int]) -> bool:
-    return p.ndim == 2 and id(p) not in heads
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Learning rates of the parameter groups, as multiples of the recipe's: matrices inside the blocks, token
+    embeddings with the output projection, and the rest (norms, biases)."""
+
+    matrices: float = 1.0
+    embeddings: float = 1.0
+    rest: float = 1.0
 
 
-def _adamw_groups(named: Named, heads: set[int], weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices, none for norms, biases and embeddings (Loshchilov and Hutter 2019, as practised)."""
-    decayed = [p for n, p in named if _is_matrix(n, p, heads)]
-    rest = [p for n, p in named if not _is_matrix(n, p, heads)]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return [g for g in groups if g["params"]]
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """The trainable parameters of a model, by what they are."""
+
+    matrices: Named
+    embeddings: Named
+    rest: Named
 
 
-def adamw(named: Named, heads: set[int], lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
-    groups = _adamw_groups(named, heads, weight_decay)
-    return [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)]
+def groups_of(model: Any) -> Groups:
+    """Every trainable parameter in one group."""
+    heads: set[int] = set()
+    for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if embedding is not None:
+            heads.update(id(p) for p in embedding.parameters() if p.ndim == 2)
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    return Groups(
+        embeddings=[(n, p) for n, p in named if id(p) in heads],
+        matrices=[(n, p) for n, p in named if p.ndim == 2 and id(p) not in heads],
+        rest=[(n, p) for n, p in named if p.ndim != 2 and id(p) not in heads],
+    )
 
 
-def muon(named: Named, heads: set[int], lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
+def _adamw(parts: Sequence[tuple[Named, float, float]]) -> list[torch.optim.Optimizer]:
+    """AdamW (Loshchilov and Hutter 2019) over (parameters, learning rate, weight decay)."""
+    groups = [{"params": [p for _, p in named], "lr": lr, "weight_decay": decay} for named, lr, decay in parts if named]
+    return [torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)] if groups else []
+
+
+def adamw(groups: Groups, rates: Rates, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
+    """AdamW for all; weight decay for matrices, none for norms, biases and embeddings."""
+    return _adamw(
+        [
+            (groups.matrices, lr * rates.matrices, weight_decay),
+            (groups.embeddings, lr * rates.embeddings, 0.0),
+            (groups.rest, lr * rates.rest, 0.0),
+        ]
+    )
+
+
+def muon(groups: Groups, rates: Rates, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
     """Muon (Jordan et al. 2024) for the matrices inside the blocks, AdamW for everything else."""
-    matrices = [p for n, p in named if _is_matrix(n, p, heads)]
-    rest = [(n, p) for n, p in named if not _is_matrix(n, p, heads)]
     out: list[torch.optim.Optimizer] = []
-    if matrices:
-        out.append(
-            torch.optim.Muon(matrices, lr=lr * MUON_RATIO, weight_decay=weight_decay, momentum=0.95, nesterov=True)
-        )
-    if rest:
-        out.extend(adamw(rest, heads, lr, 0.0))
+    if groups.matrices:
+        matrices = [p for _, p in groups.matrices]
+        rate = lr * MUON_RATIO * rates.matrices
+        out.append(torch.optim.Muon(matrices, lr=rate, weight_decay=weight_decay, momentum=0.95, nesterov=True))
+    out += _adamw([(groups.embeddings, lr * rates.embeddings, 0.0), (groups.rest, lr * rates.rest, 0.0)])
     return out
 
 
-OPTIMIZERS: dict[str, Callable[[Named, set[int], float, float], list[torch.optim.Optimizer]]] = {
+OPTIMIZERS: dict[str, Callable[[Groups, Rates, float, float], list[torch.optim.Optimizer]]] = {
     "adamw": adamw,
     "muon": muon,
 }
 
 
-def make_optimizers(model: torch.nn.Module, name: str, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    model: Any, name: str, lr: float, weight_decay: float, rates: Rates | None = None
+) -> list[torch.optim.Optimizer]:
     """The optimizers of all trainable parameters; each group remembers its peak rate as `peak_lr`."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    heads: set[int] = set()
-    for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):  # type: ignore[operator]
-        if embedding is not None:
-            heads.update(id(p) for p in embedding.parameters())
-    optimizers = OPTIMIZERS[name](named, heads, lr, weight_decay)
+    optimizers = OPTIMIZERS[name](groups_of(model), rates or Rates(), lr, weight_decay)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

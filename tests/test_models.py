@@ -1,0 +1,183 @@
+"""Packed == unpacked, chunked == full loss, save and load: on tiny random models of real transformers code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sftflow.errors import CheckpointError
+from sftflow.mixture.pack import Example, pack_batch, pad_batch
+from sftflow.runtime import Runtime
+from sftflow.train.attention import use_packed_attention
+from sftflow.train.loop import batch_loss
+from sftflow.train.prove import prove_forward
+
+FP32 = Runtime(device="cpu", precision="fp32", reason="test")
+VOCABULARY = 320
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "pad_token_id": 0,
+}
+WINDOW = {"head_dim": 16, "sliding_window": 6}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "Llama": SMALL | {"tie_word_embeddings": True},
+    "Qwen2": SMALL,
+    "Qwen3": SMALL | {"head_dim": 16},
+    "GPT2": {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+    "Mistral": SMALL | {"sliding_window": 6},
+    "Gemma2": SMALL | WINDOW | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0},
+    "Gemma3Text": SMALL | WINDOW,
+    "Olmo2": SMALL,
+    "Phi3": SMALL,
+    "SmolLM3": SMALL,
+    "NanoChat": SMALL,
+    # not in the promise, but what people bring
+    "Olmo3": SMALL | WINDOW,
+    "Granite": SMALL | {"logits_scaling": 4.0, "residual_multiplier": 0.5},
+    "Cohere2": SMALL | WINDOW | {"logit_scale": 0.25},
+    "GPTNeoX": {k: v for k, v in SMALL.items() if k != "num_key_value_heads"},
+    "Starcoder2": SMALL,
+}
+REFUSED: dict[str, dict[str, Any]] = {
+    "Mamba": {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+}
+
+
+def tiny(name: str) -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**ARCHITECTURES.get(name, REFUSED.get(name, {})))
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # NanoChat starts with zeros, under which nothing would be tested
+            if parameter.ndim == 2:
+                parameter.normal_(0, 0.1)
+    return model
+
+
+def rows(count: int = 9, seed: int = 0) -> list[Example]:
+    """Conversations of 2 to 30 tokens; most begin alike, one is there twice, one is the beginning of another, one
+    has nothing supervised."""
+    rng = np.random.default_rng(seed)
+    first = rng.integers(0, VOCABULARY, 8)
+    out = []
+    for number in range(count):
+        ids = rng.integers(0, VOCABULARY, int(rng.integers(2, 22)))
+        if number % 3:
+            ids = np.concatenate([first[: 4 + number % 5], ids])
+        out.append(Example(ids=ids, mask=rng.integers(0, 2, len(ids)).astype(np.int8), source=number % 2))
+    out.append(out[1])
+    long = out[2]
+    out.append(Example(ids=long.ids[: len(long.ids) // 2], mask=np.ones(len(long.ids) // 2, np.int8)))
+    out.append(Example(ids=first, mask=np.zeros(8, np.int8)))
+    return out
+
+
+def full_logits(model: Any, examples: list[Example]) -> tuple[float, dict[str, torch.Tensor]]:
+    """The oracle: every sequence alone through the model's own forward, all logits, torch's cross-entropy."""
+    total: Any = 0.0
+    for e in examples:
+        logits = model(input_ids=torch.from_numpy(e.ids)[None], use_cache=False).logits[0].float()
+        losses = torch.nn.functional.cross_entropy(logits[:-1], torch.from_numpy(e.ids[1:]), reduction="none")
+        total = total + (losses * torch.from_numpy(e.mask[1:])).sum()
+    total.backward()
+    grads = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return float(total.detach()), grads
+
+
+def close(model: Any, examples: list[Example], compute: Callable[[], torch.Tensor], wanted: Any) -> None:
+    loss, grads = wanted
+    n = sum(int(e.mask[1:].sum()) for e in examples)
+    total = compute()
+    total.backward()
+    assert float(total.detach()) / n == pytest.approx(loss / n, abs=1e-5)
+    for key, parameter in model.named_parameters():
+        if key in grads:
+            scale = max(1.0, float(grads[key].abs().max()))
+            assert float((parameter.grad - grads[key]).abs().max()) <= 1e-5 * n * scale, key
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_packed_equals_unpacked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and every gradient, by each of the ways that run here."""
+    model, examples = tiny(name), rows()
+    wanted = full_logits(model, examples)
+    use_packed_attention(model)
+    model.train()
+    supervised = [e for e in examples if e.mask[1:].any()]
+    for share in (True, False):
+        batch = pack_batch(supervised, share=share, multiple=16)
+        assert batch.n_supervised == sum(int(e.mask[1:].sum()) for e in examples)
+        close(model, examples, lambda batch=batch: batch_loss(model, batch, FP32)[0], wanted)  # type: ignore[misc]
+        monkeypatch.setattr("sftflow.train.attention.SMALL", 0)  # torch's own attention
+        close(model, examples, lambda batch=batch: batch_loss(model, batch, FP32)[0], wanted)  # type: ignore[misc]
+        monkeypatch.undo()
+    model.set_attn_implementation("eager")
+    padded = pad_batch(supervised)
+    close(model, examples, lambda: batch_loss(model, padded, FP32, packed=False)[0], wanted)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_proof_passes_and_leaves_the_model_as_it_was(name: str) -> None:
+    model = tiny(name)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    prove_forward(model)
+    assert model.config._attn_implementation == "eager" and not model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_trained_model_saves_and_loads(name: str, tmp_path: Path) -> None:
+    """Trained packed for a step, saved as transformers saves, loaded: the model's own forward gives our loss."""
+    from transformers import AutoModelForCausalLM
+
+    model, examples = tiny(name), rows()
+    use_packed_attention(model)
+    batch = pack_batch([e for e in examples if e.mask[1:].any()])
+    batch_loss(model, batch, FP32)[0].backward()
+    torch.optim.SGD(model.parameters(), 1e-3).step()
+    with torch.no_grad():
+        ours = float(batch_loss(model.eval(), batch, FP32)[0])
+    model.set_attn_implementation("eager")
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+    theirs, _ = full_logits(loaded, examples)
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_state_is_refused_by_name_and_trains_unpacked(name: str) -> None:
+    model, examples = tiny(name), rows()
+    with pytest.raises(CheckpointError, match=rf"{name}ForCausalLM cannot be trained packed.*train.packing: false"):
+        prove_forward(model)
+    wanted = full_logits(model, examples)
+    padded = pad_batch([e for e in examples if e.mask[1:].any()])
+    close(model, examples, lambda: batch_loss(model, padded, FP32, packed=False)[0], wanted)
+
+
+def test_a_head_that_is_not_a_plain_projection_is_refused() -> None:
+    model = tiny("Llama")
+    own = model.forward
+
+    def shifted(*args: Any, **kwargs: Any) -> Any:
+        out = own(*args, **kwargs)
+        out.logits = out.logits * 1.1
+        return out
+
+    model.forward = shifted
+    with pytest.raises(CheckpointError, match="packed and alone differ"):
+        prove_forward(model)
