@@ -76,8 +76,7 @@ def time_ours(model: Any, examples: list[Example], runtime: Runtime, seconds: fl
     began = time.perf_counter()
     for start in range(0, len(order) - per_step + 1, per_step):
         batch = pack_batch([examples[i] for r in order[start : start + per_step] for i in rows[r]])
-        total, _ = batch_loss(model, batch, runtime)
-        (total / batch.n_supervised).backward()
+        batch_loss(model, batch, runtime, scale=1 / batch.n_supervised)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -101,9 +101,9 @@ def full_logits(model: Any, examples: list[Example]) -> tuple[float, dict[str, t
 def close(model: Any, examples: list[Example], compute: Callable[[], torch.Tensor], wanted: Any) -> None:
     loss, grads = wanted
     n = sum(int(e.mask[1:].sum()) for e in examples)
-    total = compute()
-    total.backward()
-    assert float(total.detach()) / n == pytest.approx(loss / n, abs=1e-5)
+    losses = compute()
+    assert not losses.requires_grad and len(losses) == n
+    assert float(losses.sum()) / n == pytest.approx(loss / n, abs=1e-5)
     for key, parameter in model.named_parameters():
         if key in grads:
             scale = max(1.0, float(grads[key].abs().max()))
@@ -122,13 +122,13 @@ def test_packed_equals_unpacked(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     for share in (True, False):
         batch = pack_batch(supervised, share=share, multiple=16)
         assert batch.n_supervised == sum(int(e.mask[1:].sum()) for e in examples)
-        close(model, examples, lambda batch=batch: batch_loss(model, batch, FP32)[0], wanted)  # type: ignore[misc]
+        close(model, examples, lambda batch=batch: batch_loss(model, batch, FP32, scale=1.0), wanted)  # type: ignore[misc]
         monkeypatch.setattr("sftflow.train.attention.SMALL", 0)  # torch's own attention
-        close(model, examples, lambda batch=batch: batch_loss(model, batch, FP32)[0], wanted)  # type: ignore[misc]
+        close(model, examples, lambda batch=batch: batch_loss(model, batch, FP32, scale=1.0), wanted)  # type: ignore[misc]
         monkeypatch.undo()
     model.set_attn_implementation("eager")
     padded = pad_batch(supervised)
-    close(model, examples, lambda: batch_loss(model, padded, FP32, packed=False)[0], wanted)
+    close(model, examples, lambda: batch_loss(model, padded, FP32, packed=False, scale=1.0), wanted)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -148,10 +148,9 @@ def test_a_trained_model_saves_and_loads(name: str, tmp_path: Path) -> None:
     model, examples = tiny(name), rows()
     use_packed_attention(model)
     batch = pack_batch([e for e in examples if e.mask[1:].any()])
-    batch_loss(model, batch, FP32)[0].backward()
+    batch_loss(model, batch, FP32, scale=1.0)
     torch.optim.SGD(model.parameters(), 1e-3).step()
-    with torch.no_grad():
-        ours = float(batch_loss(model.eval(), batch, FP32)[0])
+    ours = float(batch_loss(model.eval(), batch, FP32).sum())
     model.set_attn_implementation("eager")
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
@@ -166,7 +165,7 @@ def test_state_is_refused_by_name_and_trains_unpacked(name: str) -> None:
         prove_forward(model)
     wanted = full_logits(model, examples)
     padded = pad_batch([e for e in examples if e.mask[1:].any()])
-    close(model, examples, lambda: batch_loss(model, padded, FP32, packed=False)[0], wanted)
+    close(model, examples, lambda: batch_loss(model, padded, FP32, packed=False, scale=1.0), wanted)
 
 
 def test_a_head_that_is_not_a_plain_projection_is_refused() -> None:

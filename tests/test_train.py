@@ -66,9 +66,9 @@ def test_chunked_loss_equals_full(
     b = torch.randn(50, requires_grad=True) if bias else None
     targets = torch.randint(0, 50, (n,))
     head = Head(weight=weight, bias=b, softcap=softcap, scale=scale)
-    total, per_token = chunked_cross_entropy(hidden, head, targets)
+    per_token = chunked_cross_entropy(hidden, head, targets, scale=0.5)
     leaves = [x for x in (hidden, weight, b) if x is not None]
-    ours = torch.autograd.grad(total * 0.5, leaves)
+    ours = [x.grad for x in leaves]
     logits = torch.nn.functional.linear(hidden, weight, b) * scale
     if softcap:
         logits = torch.tanh(logits / softcap) * softcap
@@ -90,6 +90,46 @@ def run_loop(micro: int, optimizer: str, steps: int = 4) -> dict[str, torch.Tens
 def test_accumulation_changes_nothing(optimizer: str, bound: float) -> None:
     whole, eighths = run_loop(512, optimizer), run_loop(64, optimizer)
     assert max(float((whole[k] - eighths[k]).abs().max()) for k in whole) <= bound
+
+
+def shared_rows() -> list[Example]:
+    """Rows of which half begin alike."""
+    rng = np.random.default_rng(1)
+    beginning = rng.integers(0, 320, 12)
+    plain = examples(60)
+    return plain[:30] + [
+        Example(ids=np.concatenate([beginning, e.ids]), mask=np.concatenate([np.zeros(12, np.int8), e.mask]))
+        for e in plain[30:]
+    ]
+
+
+@pytest.mark.parametrize(("optimizer", "bound"), [("adamw", 1e-5), ("muon", 1e-3)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_packing_and_sharing_change_nothing(optimizer: str, bound: float, tied: bool) -> None:
+    """Four steps packed with shared beginnings, packed without, compiled, checkpointed, and one conversation a row
+    through the model's own forward pass: the same weights. And fewer tokens are computed where beginnings are shared."""
+    from transformers import LlamaForCausalLM
+
+    def run(**changes: Any) -> tuple[dict[str, torch.Tensor], int]:
+        model = build_model(BaseSpec(params="0.1M", context=64), 320, 0)
+        model.config.tie_word_embeddings = tied
+        model = LlamaForCausalLM(model.config)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.normal_(0, 0.1)
+        s = spec(optimizer=optimizer, steps=4, tokens_per_step=1024, **changes)
+        logs = list(Trainer(model, RowPlan(shared_rows(), s), s, FP32))
+        return {k: p.detach().clone() for k, p in model.named_parameters()}, sum(x.computed_tokens for x in logs)
+
+    unpacked, all_tokens = run(packing=False)
+    ways: list[dict[str, Any]] = [{}, {"share_prefixes": False}, {"gradient_checkpointing": True}]
+    if tied and optimizer == "adamw":
+        ways.append({"compile": True})
+    for way in ways:
+        weights, computed = run(**way)
+        assert max(float((weights[k] - unpacked[k]).abs().max()) for k in weights) <= bound, way
+        assert computed < all_tokens if way.get("share_prefixes", True) else computed == all_tokens
 
 
 def test_every_row_is_used_once_an_epoch() -> None:

@@ -86,8 +86,8 @@ def layout_of(batch: PackedBatch, device: torch.device | str = "cpu") -> Layout:
             keys[row, : len(path)] = path
             reach[row, :own] = np.arange(len(path) - own, len(path))
         aligned = all(batch.owned[i] == len(batch.paths[i]) for i in members)
-        tensors = (torch.from_numpy(x).to(device) for x in (queries, keys, reach))
-        buckets.append(Bucket(*tensors, aligned=aligned))
+        q, k, r = (torch.from_numpy(x).to(device) for x in (queries, keys, reach))
+        buckets.append(Bucket(queries=q, keys=k, reach=r, aligned=aligned))
     held = [(p, o) for p, o in zip(batch.paths, batch.owned, strict=True) if o]
     starts = [np.cumsum([0, *x], dtype=np.int32) for x in ([o for _, o in held], [len(p) for p, _ in held])]
     return Layout(

@@ -37,6 +37,7 @@ from sftflow.train.prove import prove_forward
 
 MAX_BAD_STEPS = 3
 Float = NDArray[np.float64]
+Int = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +174,7 @@ class Trainer:
             compile_layers(model)
             self.parts = compiled(loss_parts)
         self.n_body, self.n_head = matrix_sizes(model)
+        lasting_gradients(model)
 
     def __iter__(self) -> Iterator[StepLog]:
         while self.step < self.plan.total_steps:
@@ -196,7 +198,7 @@ class Trainer:
             for optimizer in self.optimizers:
                 optimizer.step()
         self.bad_steps = 0 if finite else self.bad_steps + 1
-        self.model.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=False)
         self.step += 1
         n_computed = sum(b.n_computed for b in batches)
         log = StepLog(
@@ -217,15 +219,14 @@ class Trainer:
             raise NotFinite(log)
         return log
 
-    def _backward(self, batches: Sequence[PackedBatch]) -> tuple[Float, Float]:
+    def _backward(self, batches: Sequence[PackedBatch]) -> tuple[Float, Int]:
         """Add up the gradients of (loss sum / supervised tokens of the step); (losses, sources) of every token."""
-        n_step = max(1, sum(b.n_supervised for b in batches))
+        scale = 1 / max(1, sum(b.n_supervised for b in batches))
         self.model.train()
         losses, sources = [np.zeros(0)], [np.zeros(0, np.int64)]
         for batch in batches:
-            total, per_token = batch_loss(self.model, batch, self.runtime, packed=self.spec.packing, parts=self.parts)
-            (total / n_step).backward()
-            losses.append(per_token.cpu().double().numpy())
+            mine = batch_loss(self.model, batch, self.runtime, packed=self.spec.packing, parts=self.parts, scale=scale)
+            losses.append(mine.cpu().double().numpy())
             sources.append(batch.sources)
         return np.concatenate(losses), np.concatenate(sources)
 
@@ -266,6 +267,21 @@ class NotFinite(RunError):
         )
 
 
+def lasting_gradients(model: Any) -> None:
+    """Allocate every gradient once and for all.
+
+    Made anew each step among activations that come and go, they leave the heap full of holes. And since each is there
+    before the backward pass, that of the token embedding can be sparse: added in place, row by row, and not as a
+    second tensor of the vocabulary's size.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, torch.nn.Embedding) and embedding.weight.device.type == "cpu":
+        embedding.sparse = True
+
+
 def matrix_sizes(model: Any) -> tuple[int, int]:
     """(parameters in the blocks' matrices, parameters in the output projection): what products are counted by."""
     heads = {id(p) for e in (model.get_input_embeddings(), model.get_output_embeddings()) for p in e.parameters()}
@@ -288,15 +304,24 @@ def hidden_states(model: Any, batch: PackedBatch, *, packed: bool = True) -> tor
 
 
 def batch_loss(
-    model: Any, batch: PackedBatch, runtime: Runtime, *, packed: bool = True, parts: Parts = loss_parts
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss sum over supervised tokens, (n,) loss per supervised token); `batch.sources` tells their sources."""
-    with runtime.autocast():
+    model: Any,
+    batch: PackedBatch,
+    runtime: Runtime,
+    *,
+    packed: bool = True,
+    parts: Parts = loss_parts,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """(n,) loss per supervised token (`batch.sources` tells their sources), without gradient.
+
+    scale: also add the gradient of scale * their sum to the parameters' `.grad`.
+    """
+    with runtime.autocast(), torch.set_grad_enabled(scale is not None):
         hidden = hidden_states(model, batch, packed=packed)
-    wanted = hidden.index_select(0, torch.from_numpy(batch.asked).to(model.device))
+        wanted = hidden.index_select(0, torch.from_numpy(batch.asked).to(model.device))
     targets = torch.from_numpy(batch.targets).to(model.device)
     dtype = torch.bfloat16 if runtime.precision == "bf16" else None
-    return chunked_cross_entropy(wanted, head_of(model), targets, dtype=dtype, parts=parts)
+    return chunked_cross_entropy(wanted, head_of(model), targets, dtype=dtype, parts=parts, scale=scale)
 
 
 @torch.no_grad()
@@ -307,7 +332,7 @@ def evaluate_loss(
     model.eval()
     sums, counts = np.zeros(n_sources), np.zeros(n_sources, np.int64)
     for batch in spec.batches(list(examples)):
-        losses = batch_loss(model, batch, runtime, packed=spec.packing)[1].cpu().double().numpy()
+        losses = batch_loss(model, batch, runtime, packed=spec.packing).cpu().double().numpy()
         sums += np.bincount(batch.sources, losses, n_sources)
         counts += np.bincount(batch.sources, minlength=n_sources)
     model.train()

@@ -79,58 +79,6 @@ def loss_parts(
     return losses, (grad * scale).to(dtype)
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Per-token losses' sum, with the gradients of hidden states and head computed in the forward pass."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        head: Head,
-        targets: torch.Tensor,
-        dtype: torch.dtype,
-        per_token: torch.Tensor,
-        parts: Parts,
-        need: bool,
-    ) -> torch.Tensor:
-        w = weight.to(dtype)
-        b = None if bias is None else bias.to(dtype)
-        d_hidden = torch.empty_like(hidden) if need else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if need and weight.requires_grad else None
-        d_bias = torch.zeros_like(bias, dtype=torch.float32) if need and bias is not None else None
-        chunk = max(128, LOGITS // weight.shape[0])
-        for start in range(0, hidden.shape[0], chunk):
-            h = hidden[start : start + chunk].to(dtype)
-            t = targets[start : start + chunk]
-            losses, grad = parts(F.linear(h, w, b), t, head.softcap, head.scale, dtype, need)
-            per_token[start : start + chunk] = losses
-            if grad is None or d_hidden is None:
-                continue
-            if d_bias is not None:
-                d_bias += grad.sum(0, dtype=torch.float32)
-            d_hidden[start : start + chunk] = (grad @ w).to(d_hidden.dtype)
-            if d_weight is not None:
-                d_weight += grad.T @ h
-        ctx.grads = (d_hidden, d_weight, d_bias)
-        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
-        return per_token.sum()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
-        (grad,) = grad_outputs
-        d_hidden, d_weight, d_bias = ctx.grads
-        ctx.grads = None
-        weight_dtype, bias_dtype = ctx.dtypes
-        return (
-            d_hidden.mul_(grad.to(d_hidden.dtype)),
-            None if d_weight is None else d_weight.mul_(grad).to(weight_dtype),
-            None if d_bias is None else d_bias.mul_(grad).to(bias_dtype),
-            *(None,) * 6,
-        )
-
-
 def chunked_cross_entropy(
     hidden: torch.Tensor,
     head: Head,
@@ -138,16 +86,44 @@ def chunked_cross_entropy(
     *,
     dtype: torch.dtype | None = None,
     parts: Parts = loss_parts,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum over n tokens of -log softmax(head(hidden))[target], and the (n,) losses for logging.
+    scale: float | None = None,
+) -> torch.Tensor:
+    """(n,) losses -log softmax(head(hidden))[target]; with `scale`, also the gradient of scale * their sum.
 
-    hidden: (n, width) at supervised positions.   targets: (n,).
-    The products run in `dtype` (default: hidden's), the softmax in fp32. No gradient flows into the per-token
-    losses. parts: `loss_parts`, or a compiled copy of it.
+    hidden: (n, width) at supervised positions.   targets: (n,).   parts: `loss_parts`, or a compiled copy of it.
+    The products run in `dtype` (default: hidden's), the softmax in fp32. The gradient is computed chunk by chunk beside
+    the loss: the head's is added to its `.grad`, that of the hidden states goes on backward through the model from
+    here. Nothing of the size of the head is allocated but its gradient in `dtype`.
     """
-    per_token = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-    need = torch.is_grad_enabled() and (hidden.requires_grad or head.weight.requires_grad)
-    total: torch.Tensor = _ChunkedCrossEntropy.apply(
-        hidden, head.weight, head.bias, head, targets, dtype or hidden.dtype, per_token, parts, need
-    )
-    return total, per_token
+    dtype = dtype or hidden.dtype
+    with torch.no_grad():
+        losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        d_hidden = None if scale is None else torch.empty_like(hidden)
+        weight = head.weight.to(dtype)
+        bias = None if head.bias is None else head.bias.to(dtype)
+        d_weight, d_bias = (None if scale is None else _grad_of(p) for p in (head.weight, head.bias))
+        chunk = max(128, LOGITS // weight.shape[0])
+        for start in range(0, hidden.shape[0], chunk):
+            h = hidden[start : start + chunk].to(dtype)
+            t = targets[start : start + chunk]
+            mine, grad = parts(F.linear(h, weight, bias), t, head.softcap, head.scale, dtype, scale is not None)
+            losses[start : start + chunk] = mine
+            if grad is None or d_hidden is None or scale is None:
+                continue
+            d_hidden[start : start + chunk] = (grad @ weight).mul_(scale)
+            if d_weight is not None:
+                d_weight.add_(grad.T @ h, alpha=scale)
+            if d_bias is not None:
+                d_bias.add_(grad.sum(0, dtype=torch.float32), alpha=scale)
+    if d_hidden is not None and hidden.requires_grad:
+        hidden.backward(d_hidden)
+    return losses
+
+
+def _grad_of(parameter: torch.Tensor | None) -> torch.Tensor | None:
+    """The parameter's gradient, made where it is not there; None for a frozen parameter."""
+    if parameter is None or not parameter.requires_grad:
+        return None
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
