@@ -48,9 +48,10 @@ TRL_WAYS = {
     "TRL packed, plain": {"packing": True, "gradient_checkpointing": False},
 }
 OUR_WAYS: dict[str, dict[str, Any]] = {
-    "sftflow": {},
-    
-    
+    "sftflow": {"compile": True},
+    "sftflow, no sharing": {"compile": True, "share_prefixes": False},
+    "sftflow, not compiled": {},
+    "sftflow, neither": {"share_prefixes": False},
 }
 
 
@@ -116,7 +117,11 @@ def run_trl(job: dict[str, Any]) -> dict[str, Any]:
             **options,
         )
         trainer = SFTTrainer(
-            model, config, train_dataset=datasets.Dataset.from_list(data), processing_class=tokenizer, callbacks=[Clock()]
+            model,
+            config,
+            train_dataset=datasets.Dataset.from_list(data),
+            processing_class=tokenizer,
+            callbacks=[Clock()],
         )
         prepared = trainer.train_dataset
         per_step = micro * accumulate
@@ -143,7 +148,9 @@ class FixedPlan:
         self.steps = []
         for step in range(job["steps"]):
             mine = [every[i % len(every)] for i in range(step * per_step, (step + 1) * per_step)]
-            self.steps.append([[mine[i] for i in row] for row in best_fit([len(e.ids) for e in mine], job["max_length"])])
+            self.steps.append(
+                [[mine[i] for i in row] for row in best_fit([len(e.ids) for e in mine], job["max_length"])]
+            )
 
     def step_rows(self, step: int) -> Any:
         return self.steps[step]
@@ -210,7 +217,12 @@ def measure_peak(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def child(python: str, side: str, job: dict[str, Any]) -> dict[str, Any]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT / "src"),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     command = [python, str(Path(__file__).resolve()), "--side", side, "--job", json.dumps(job)]
     began = time.perf_counter()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -249,7 +261,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="the first is not timed")
     parser.add_argument("--rows-per-step", type=int, default=64)
     parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--micro-tokens", type=int, default=2048)
+    parser.add_argument("--micro-tokens", type=int, default=1024)
     parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--device", default="cpu")

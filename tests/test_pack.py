@@ -77,8 +77,8 @@ def test_a_step_is_cut_into_batches_that_fit_and_lose_nothing(items: list[tuple[
     examples = [example(ids, [bits >> i & 1 for i in range(len(ids))]) for ids, bits in items]
     parts = split_step(examples, 24, share)
     asked = [e for e in examples if len(asked_of(e))]
-    assert sorted(map(id, sum(parts, []))) == sorted(map(id, asked))
+    assert sorted(id(e) for part in parts for e in part) == sorted(map(id, asked))
     assert all(pack_batch(p, share=share).n_computed <= 24 for p in parts)
     padded = split_padded(examples, 24)
-    assert sorted(map(id, sum(padded, []))) == sorted(map(id, asked))
+    assert sorted(id(e) for part in padded for e in part) == sorted(map(id, asked))
     assert all(pad_batch(p).input_ids.size <= 24 for p in padded)

@@ -217,6 +217,35 @@ def test_missing_parts_are_left_out(left_out: str, how: str) -> None:
     assert gone.get(left_out, "-") not in page.ids
 
 
+def loss_of(sources: dict[str, float], first: float = 2.0) -> Page:
+    """A page of 100 steps at loss 2 (the first at `first`) and validation at three steps, per source."""
+    rows = [{"step": s, "loss": 2.0 if s else first, "sources": sources} for s in (0, 50, 100)]
+    return Page(render_report({"loss": {"step": list(range(1, 101)), "loss": [2.0] * 100, "validation": rows}}))
+
+
+def test_loss_of_each_source_is_a_named_line_where_there_are_few() -> None:
+    page = loss_of({"one": 1.0, HOSTILE: 3.0, "never held out": None})  # type: ignore[dict-item]
+    for i in range(2):
+        assert page.count("path", class_=f"source s{i}") == 2, "once in the wide drawing, once in the narrow"
+        assert page.count("text", class_=f"name s{i}") == 2
+    assert "one" in page.text and "all, and each source" in page.text and "never" not in page.text
+    assert page.count("script") == 1 and not page.count("img")
+    many = loss_of({str(i): 1.0 for i in range(7)})
+    assert "of each of the 7 sources" in many.text
+    for sources in (many, loss_of({"only": 2.0})):
+        assert not sources.count("path", class_="source s0") and not sources.count("text", class_="name val")
+
+
+def test_a_loss_that_begins_far_up_does_not_flatten_the_rest() -> None:
+    high, level = loss_of({"a": 2.0}, first=20.0), loss_of({"a": 2.0})
+    assert "up to 20.0, lie above the drawing" in high.text and "above the drawing" not in level.text
+    assert level.count("circle", class_="dot") == 6 and high.count("circle", class_="dot") == 4
+    ends = [
+        float(y) for _, a in high.elements if a.get("class") == "val" for y in re.findall(r" ([\d.]+)", a["d"] or "")
+    ]
+    assert min(ends) >= 28, "nothing is drawn above the drawing's upper edge"
+
+
 def test_only_the_promised_keys_of_compare_json() -> None:
     """compare.json promises few keys; a file with just these makes a page too."""
     promised = {"n": 9, "chance": 0.5, "base": 0.5, "base_chat": 0.5, "base_plain": 0.4, "sft": 0.9, "delta": 0.4}
@@ -295,7 +324,7 @@ def test_token_boxes_say_mask_id_bytes_and_whitespace() -> None:
 
 
 def test_examples_in_docstrings() -> None:
-    assert doctest.testmod(inspect_html).failed == 0
+    assert doctest.testmod(inspect_html).failed == doctest.testmod(charts).failed == 0
 
 
 def test_data_is_left_as_it_was() -> None:

@@ -107,7 +107,7 @@ def shared_rows() -> list[Example]:
 @pytest.mark.parametrize("tied", [True, False])
 def test_packing_and_sharing_change_nothing(optimizer: str, bound: float, tied: bool) -> None:
     """Four steps packed with shared beginnings, packed without, compiled, checkpointed, and one conversation a row
-    through the model's own forward pass: the same weights. And fewer tokens are computed where beginnings are shared."""
+    through the model's own forward pass: the same weights, of fewer computed tokens where beginnings are shared."""
     from transformers import LlamaForCausalLM
 
     def run(**changes: Any) -> tuple[dict[str, torch.Tensor], int]:

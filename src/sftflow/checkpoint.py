@@ -7,20 +7,31 @@ hub id.
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sftflow.chat.format import ChatFormat, add_tokens, choose_format, fingerprint
 from sftflow.errors import CheckpointError
-from sftflow.files import recover_directory, sha256_file, write_directory, write_json
+from sftflow.files import (
+    check_hashes,
+    read_record,
+    recover_directory,
+    sha256_file,
+    with_checksum,
+    write_directory,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from sftflow.chat.render import Renderer
     from sftflow.generate.engine import Engine
 
 BUILTIN_TINY = "builtin:tiny"
+COPY_AGAIN = "copy the checkpoint again"
 
 
 @dataclass(frozen=True)
@@ -74,38 +85,33 @@ def resolve(name: str) -> Location:
     return Location(name, name, is_hub=True)
 
 
-def _check_files(location: Location) -> dict[str, Any]:
-    """The directory's sftflow.json ({} where there is none), after checking shards and recorded hashes."""
+def _check_files(location: Location, *, weights: bool = True) -> dict[str, Any]:
+    """The directory's sftflow.json ({} where there is none), after checking the recorded hashes and the shards.
+
+    weights: check those, too, not only the small files.
+    """
     if location.is_hub or location.gguf:
         return {}
     directory = Path(location.path)
+    info = load_info(location)
+    recorded: dict[str, str] = info.get("sha256", {})
+    small = {name: hashed for name, hashed in recorded.items() if not name.endswith(".safetensors")}
+    check_hashes(directory, recorded if weights else small, COPY_AGAIN, location.name)
+    if not weights:
+        return info
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         try:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
-            raise CheckpointError(str(index), "not a shard index", "copy the checkpoint again") from None
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise CheckpointError(str(index), "not a shard index", COPY_AGAIN) from None
         for shard in shards:
             if not (directory / shard).is_file():
-                raise CheckpointError(f"{location.name}/{shard}", "this shard is missing", "copy the checkpoint again")
+                raise CheckpointError(f"{location.name}/{shard}", "this shard is missing", COPY_AGAIN)
     elif not any(directory.glob("*.safetensors")):
         raise CheckpointError(
             location.name, "no model.safetensors in it", "pickled weights are not loaded; convert them to safetensors"
         )
-    record = directory / "sftflow.json"
-    if not record.is_file():
-        return {}
-    try:
-        info: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-    except ValueError:
-        raise CheckpointError(str(record), "not JSON", "copy the checkpoint again") from None
-    for file, expected in info.get("sha256", {}).items():
-        path = directory / file
-        if not path.is_file():
-            raise CheckpointError(f"{location.name}/{file}", "this file is missing", "copy the checkpoint again")
-        if sha256_file(path) != expected:
-            fact = "its sha256 is not the one recorded when it was saved"
-            raise CheckpointError(f"{location.name}/{file}", fact, "copy the checkpoint again")
     return info
 
 
@@ -113,14 +119,15 @@ def load_tokenizer(location: Location) -> Any:
     """The fast tokenizer of a checkpoint."""
     from transformers import AutoTokenizer
 
+    _check_files(location, weights=False)
     with _named_errors(location):
         return AutoTokenizer.from_pretrained(location.path, **location.load_args)
 
 
 def load_info(location: Location) -> dict[str, Any]:
-    """sftflow.json of a checkpoint that holds only a tokenizer or is not ours: {} where there is none."""
+    """sftflow.json of a checkpoint: {} where there is none. Raises CheckpointError where it is damaged."""
     path = Path(location.path) / "sftflow.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_record(path, COPY_AGAIN) if path.is_file() else {}
 
 
 def open_renderer(location: Location, format_name: str) -> Renderer:
@@ -283,8 +290,8 @@ def save(
         finally:
             model.config.dtype = old_dtype
             model.set_attn_implementation(implementation)
-        tokenizer.save_pretrained(directory)
-        files = sorted(p for p in directory.iterdir() if p.suffix in (".safetensors", ".json", ".jinja"))
+        _save_tokenizer(tokenizer, directory)
+        files = sorted(p for p in directory.iterdir() if p.is_file())
         record = {
             **meta,
             "kind": "sft",
@@ -293,6 +300,18 @@ def save(
             "dtype": str(dtype).removeprefix("torch."),
             "sha256": {p.name: sha256_file(p) for p in files},
         }
-        write_json(directory / "sftflow.json", record)
+        write_json(directory / "sftflow.json", with_checksum(record))
 
     write_directory(target, fill)
+
+
+def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """The tokenizers library raises a bare Exception where the disk is full; here it is an OSError."""
+    try:
+        tokenizer.save_pretrained(directory)
+    except OSError:
+        raise
+    except Exception as error:
+        if f"os error {errno.ENOSPC}" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error

@@ -66,20 +66,18 @@ def _quiet() -> None:
 @app.command()
 def demo(out: Out = Path("runs/demo")) -> None:
     """The whole flow on the shipped base: SFT, comparison, report."""
-    import shutil
-
+    from sftflow.files import Lock, clear_directory
     from sftflow.recipe import load_recipe
 
     path = Path(__file__).parent / "recipes" / "demo.yaml"
     recipe = load_recipe(path, [f"train.out={out}"])
     mark = out / ".demo"
-    if out.exists() and any(out.iterdir()):
-        if not mark.is_file():
-            raise RecipeError(f"--out {out}", "it holds something else than a demo run", "name another folder")
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    mark.touch()  # this folder is the demo's: the next demo may replace it
-    _train(recipe, resume=False)
+    if out.exists() and any(out.iterdir()) and not mark.is_file():
+        raise RecipeError(f"--out {out}", "it holds something else than a demo run", "name another folder")
+    with Lock(out) as lock:
+        clear_directory(out)
+        mark.touch()  # this folder is the demo's: the next demo may replace it
+        _train(recipe, resume=False, lock=lock)
 
 
 @app.command()
@@ -99,10 +97,11 @@ def base(
     _quiet()
     from sftflow.base.run import BaseSpec, train_base
     from sftflow.console import Watch
+    from sftflow.files import Lock
     from sftflow.runtime import detect
 
     spec = BaseSpec(params=params, vocab=vocab, tokens=_number(tokens, "--tokens"), lr=lr, seed=seed, compile=compile)
-    with Watch() as watch:
+    with Watch() as watch, Lock(out):
         card = train_base(
             texts,
             out,
@@ -272,18 +271,44 @@ def mix(
     mixture.prove()
 
 
-def _train(recipe: Any, *, resume: bool) -> None:
-    _quiet()
-    from sftflow.console import Watch, stderr
-    from sftflow.train.run import EXIT_SIGTERM, Stopped, run_training
+def _train(recipe: Any, *, resume: bool, lock: Any = None) -> None:
+    """Train, then evaluate and compare where the recipe asks for it. lock: on train.out, where it is held already."""
+    from contextlib import ExitStack
+
+    from sftflow.files import Lock
+    from sftflow.train.stop import Signals, Stopped
 
     out = Path(recipe.train.out)
-    with Watch() as watch:
+    with ExitStack() as stack:
         try:
-            run = run_training(recipe, watch, resume=resume)
-        except Stopped:
-            watch.say(f"stopped; the state is saved in {out / 'resume'}; --resume goes on")
-            raise typer.Exit(EXIT_SIGTERM) from None
+            signals = stack.enter_context(Signals(_tell_of_waiting))
+            if lock is None and (not out.exists() or out.is_dir()):
+                lock = stack.enter_context(Lock(out))
+            _train_and_compare(recipe, out, signals, lock, resume=resume)
+        except Stopped as stopped:
+            saved = any((out / "resume").glob("step-*"))
+            if (out / "DONE").is_file():
+                fact = "the training itself is finished; --resume goes on with what comes after it"
+            elif stopped.saved:
+                fact = f"the state is saved in {out / 'resume'}; --resume goes on"
+            else:
+                fact = f"{out / 'resume'} is as it was; --resume goes on" if saved else "nothing had been saved yet"
+            print(f"stopped; {fact}", file=sys.stderr)
+            raise typer.Exit(stopped.exit_code) from None
+
+
+def _tell_of_waiting() -> None:
+    """Called inside a signal handler, where nothing that buffers may be used."""
+    os.write(2, b"\nstopping after this step, which is then saved; Ctrl-C again stops at once\n")
+
+
+def _train_and_compare(recipe: Any, out: Path, signals: Any, lock: Any, *, resume: bool) -> None:
+    _quiet()
+    from sftflow.console import Watch, stderr
+    from sftflow.train.run import run_training
+
+    with Watch() as watch:
+        run = run_training(recipe, watch, resume=resume, signals=signals, lock=lock)
         if run.already_done:
             watch.say(f"{out}: this run is finished; nothing to resume")
             wanted = "compare.json" if recipe.compare else "eval.json" if recipe.eval else None

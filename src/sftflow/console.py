@@ -2,19 +2,112 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
+from collections import deque
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
+
+from sftflow.runtime import Runtime, measure_peak, peak_memory
 
 PLAIN_EVERY_SECONDS = 5.0
+WINDOW = 20  # steps that rates and the ETA look back on
 
 
 def stderr() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+
+
+def clock(seconds: float) -> str:
+    """
+    >>> clock(75), clock(3675.2)
+    ('1:15', '1:01:15')
+    """
+    minutes, s = divmod(round(max(0.0, seconds)), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
+
+
+def memory_text(n_bytes: float) -> str:
+    """
+    >>> memory_text(700 * 2**20), memory_text(3 * 2**30)
+    ('700 MiB', '3.0 GiB')
+    """
+    mib = n_bytes / 2**20
+    return f"{mib:.0f} MiB" if mib < 1000 else f"{mib / 1024:.1f} GiB"
+
+
+def fitted(start: str, parts: Iterable[str], width: int) -> str:
+    """As many parts as fit after the start, and the number of the rest.
+
+    >>> fitted("a:", ["b 1", "c 2", "d 3"], 15)
+    'a: b 1  +2 more'
+    """
+    parts = list(parts)
+    for kept in range(len(parts), -1, -1):
+        rest = [f"+{len(parts) - kept} more"] if kept < len(parts) else []
+        line = f"{start} {'  '.join(parts[:kept] + rest)}".rstrip()
+        if len(line) <= width:
+            return line
+    return start
+
+
+class Pace:
+    """Smoothed numbers of the steps so far. The first step of a process compiles and warms up, so that no rate or
+    ETA looks at it once there is another."""
+
+    def __init__(self) -> None:
+        self._sum, self._weight = 0.0, 0.0
+        self.steps: deque[Any] = deque(maxlen=WINDOW)
+        self.n_steps = 0
+
+    def add(self, log: Any) -> None:
+        """log: a StepLog."""
+        self.n_steps += 1
+        if self.n_steps == 2:
+            self.steps.clear()
+        self.steps.append(log)
+        if math.isfinite(log.loss):  # one bad step must not make the average unusable for good
+            self._sum, self._weight = 0.9 * self._sum + 0.1 * log.loss, 0.9 * self._weight + 0.1
+
+    @property
+    def loss(self) -> float:
+        """The mean, recent steps counting more; the first steps are not drawn towards the very first."""
+        return self._sum / self._weight if self._weight else math.nan
+
+    @property
+    def seconds(self) -> float:
+        return max(1e-9, sum(s.seconds for s in self.steps))
+
+    def supervised_rate(self) -> float:
+        return sum(s.supervised_tokens for s in self.steps) / self.seconds
+
+    def flops_rate(self) -> float:
+        return sum(getattr(s, "flops", 0.0) for s in self.steps) / self.seconds
+
+    def padding(self) -> float:
+        return sum(s.padding_share for s in self.steps) / len(self.steps)
+
+    def left(self, steps: int) -> float | None:
+        """Seconds that so many more steps will take; None while only the first is known."""
+        return steps * self.seconds / len(self.steps) if self.n_steps > 1 else None
+
+
+class TwoRows(Progress):
+    """A progress bar with a line of text under it."""
+
+    under = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        if self.under:
+            yield Text(self.under, no_wrap=True, overflow="ellipsis")
 
 
 class Watch:
@@ -23,12 +116,14 @@ class Watch:
     def __init__(self) -> None:
         self.console = stderr()
         self.live = self.console.is_terminal
-        self._progress: Progress | None = None
+        self._progress: TwoRows | None = None
         self._task: Any = None
         self._stage = ""
         self._shown_at = 0.0
-        self._smoothed: float | None = None
-        self._rate: float | None = None
+        self._began = 0.0
+        self._pace = Pace()
+        self._device = "cpu"
+        self._peak = 0.0
 
     def __enter__(self) -> Watch:
         return self
@@ -40,58 +135,90 @@ class Watch:
         self._close()
         self.console.print(text, markup=False)
 
+    def note(self, text: str, style: str = "") -> None:
+        """A line that stays; a training bar goes on under it."""
+        if self._stage != "train":
+            self._close()
+        self.console.print(text, markup=False, style=style, soft_wrap=True)
+
     def _close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
         self._stage = ""
 
-    def _show(self, stage: str, done: int, total: int | None, note: str) -> None:
-        if self.live:
-            if self._progress is None or self._stage != stage:
-                self._close()
-                self._stage = stage
-                self._progress = Progress(
-                    TextColumn("{task.description:<10}"),
-                    BarColumn(bar_width=14),
-                    TaskProgressColumn(),
-                    TextColumn("{task.fields[note]}"),
-                    TimeElapsedColumn(),
-                    TimeRemainingColumn(),
-                    console=self.console,
-                    transient=False,
-                )
-                self._task = self._progress.add_task(stage, total=total, note=note)
-                self._progress.start()
-            self._progress.update(self._task, completed=done, total=total, note=note)
-            return
+    def _show(
+        self, stage: str, done: int, total: int | None, note: str, under: str = "", left: float | None = None
+    ) -> None:
+        """One stage's state. left: its ETA in seconds, where the stage knows better than the mean so far."""
         now = time.perf_counter()
-        if stage != self._stage or now - self._shown_at >= PLAIN_EVERY_SECONDS or done == total:
-            self._stage, self._shown_at = stage, now
-            self.console.print(f"{stage}: {done}{f'/{total}' if total else ''} {note}".rstrip(), markup=False)
+        if stage != self._stage:
+            self._began = now
+        if not self.live:
+            if stage != self._stage or now - self._shown_at >= PLAIN_EVERY_SECONDS or done == total:
+                self._stage, self._shown_at = stage, now
+                eta = "" if left is None or done == total else f"ETA {clock(left)}"
+                words = [f"{stage}: {done}{f'/{total}' if total else ''}", note, under, eta]
+                self.console.print("  ".join(w for w in words if w), markup=False)
+            return
+        if self._progress is None or self._stage != stage:
+            self._close()
+            self._stage = stage
+            self._progress = TwoRows(
+                TextColumn("{task.description:<8}", markup=False),
+                BarColumn(bar_width=14),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[note]}", markup=False),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[eta]}", markup=False),
+                console=self.console,
+                transient=False,
+            )
+            self._task = self._progress.add_task(stage, total=total, note=note, eta="")
+            self._progress.start()
+        if left is None and total and done:
+            left = (now - self._began) * (total - done) / done
+        eta = "" if left is None or done == total else f"ETA {clock(left)}"
+        self._progress.under = under
+        self._progress.update(self._task, completed=done, total=total, note=note, eta=eta)
 
     # ---- the listener of a training run
+
+    def machine(self, runtime: Runtime) -> None:
+        """Where the run computes: for the share of the peak and the memory. Measured once, and only shown."""
+        self._device, self._peak = runtime.device, measure_peak(runtime)
 
     def rendering(self, source: str, rows: int) -> None:
         self._show("render", rows, None, source)
 
     def step(self, log: Any, total: int) -> None:
-        self._smoothed = log.loss if self._smoothed is None else 0.9 * self._smoothed + 0.1 * log.loss
-        rate = log.supervised_tokens / max(1e-9, log.seconds)
-        self._rate = rate if self._rate is None else 0.9 * self._rate + 0.1 * rate
-        left = (total - log.step) * log.seconds
-        note = f"loss {self._smoothed:.3f} ({log.loss:.3f})  {self._rate:,.0f} sup.tok/s"
+        """log: a StepLog."""
+        self._pace.add(log)
+        if getattr(log, "skipped", False):
+            text = f"step {log.step}: update skipped (loss {log.loss:.3g}, gradient norm {log.grad_norm:.3g})"
+            self.note(text, style="bold yellow")
         if not self.live:
-            note += f"  ETA {left:.0f} s"
-        self._show("train", log.step, total, note)
+            self._show("train", log.step, total, self._details(log), left=self._pace.left(total - log.step))
+            return
+        note = f"step {log.step:,}/{total:,}"
+        self._show("train", log.step, total, note, self._details(log), self._pace.left(total - log.step))
 
-    def validation(self, step: int, loss: float) -> None:
-        if not self.live:
-            self.console.print(f"validation: step {step} loss {loss:.4f}")
-        elif self._progress is not None:
-            self._progress.console.print(f"validation loss at step {step}: {loss:.4f}")
-        else:
-            self.console.print(f"validation loss at step {step}: {loss:.4f}")
+    def _details(self, log: Any) -> str:
+        """Loss first: a narrow terminal cuts the end off."""
+        pace = self._pace
+        parts = [f"loss {pace.loss:.3f} (step {log.loss:.3f})", f"{pace.supervised_rate():,.0f} sup.tok/s"]
+        if self._peak and pace.flops_rate():
+            parts.append(f"{pace.flops_rate() / self._peak:.0%} of peak")
+        parts.append(f"{pace.padding():.0%} padding")
+        memory = peak_memory(self._device)
+        return "  ".join(parts + ([memory_text(memory)] if memory else []))
+
+    def validation(self, step: int, loss: float, sources: Mapping[str, float | None] | None = None) -> None:
+        """Held-out loss; per source, where there are several, the highest first (a line has room for a few)."""
+        known = {k: v for k, v in (sources or {}).items() if v is not None}
+        worst = sorted(known.items(), key=lambda item: -item[1]) if len(sources or {}) > 1 else []
+        parts = [f"{name if len(name) <= 16 else name[:15] + '…'} {value:.3f}" for name, value in worst]
+        self.note(fitted(f"validation, step {step}: {loss:.4f} ", parts, self.console.width if self.live else 80))
 
     # ---- other stages
 

@@ -1,14 +1,36 @@
-"""Writing that is whole or absent: beside the target, fsynced, renamed."""
+"""Writing that is whole or absent (beside the target, fsynced, renamed), and one writer at a time in a folder."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from sftflow.errors import CheckpointError
+
+if sys.platform != "win32":
+    import fcntl
+
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+LOCK = ".lock"
+CHECKSUM = "checksum"  # the key of a JSON document that holds the hash of the rest of it
+
+
+def reason(error: BaseException) -> str:
+    """Why a file could not be written, in the system's words; libraries written in Rust wrap those in theirs:
+
+    "Error while serializing: I/O error: No space left on device (os error 28)"  ->  "No space left on device"
+    """
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return os.strerror(int(found[1])) if found else str(getattr(error, "strerror", None) or error)
 
 
 def sha256_file(path: Path) -> str:
@@ -46,6 +68,50 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
+# ---- records that notice when they were changed
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    rest = {key: value for key, value in record.items() if key != CHECKSUM}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def with_checksum(record: dict[str, Any]) -> dict[str, Any]:
+    """The record as JSON has it, and its own hash: {"step": 4} -> {"step": 4, "checksum": "9b0c..."}"""
+    plain: dict[str, Any] = json.loads(json.dumps(record))
+    return {**plain, CHECKSUM: _checksum(plain)}
+
+
+def read_record(path: Path, remedy: str) -> dict[str, Any]:
+    """A JSON object from a file. Raises CheckpointError, naming the file, where it is missing, cut short, or not what
+    was written (its checksum says so, where it has one)."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(str(path), "this file is missing", remedy) from None
+    except ValueError:
+        raise CheckpointError(str(path), "damaged: not whole JSON", remedy) from None
+    if not isinstance(record, dict):
+        raise CheckpointError(str(path), "damaged: not a JSON object", remedy)
+    if CHECKSUM in record and record[CHECKSUM] != _checksum(record):
+        raise CheckpointError(str(path), "damaged: its checksum is not the one recorded when it was saved", remedy)
+    return record
+
+
+def check_hashes(directory: Path, recorded: dict[str, str], remedy: str, shown: str | None = None) -> None:
+    """Raises CheckpointError naming the first of the recorded files that is missing or whose bytes have changed."""
+    for name, expected in sorted(recorded.items()):
+        path = directory / name
+        place = f"{shown or directory}/{name}"
+        if not path.is_file():
+            raise CheckpointError(place, "this file is missing", remedy)
+        if sha256_file(path) != expected:
+            raise CheckpointError(place, "its sha256 is not the one recorded when it was saved", remedy)
+
+
+# ---- directories
+
+
 def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
     """Create directory `target` through `fill(temporary)`: afterwards it is the new one, or the old one untouched.
 
@@ -65,15 +131,46 @@ def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
                 path.chmod(0o666 & ~umask)  # safetensors writes 0600: nobody else could serve it
                 _fsync(path)
         _fsync(beside)
-        old = target.with_name(f".{target.name}.old")
+        _replace(beside, target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _replace(beside: Path, target: Path) -> None:
+    """Put the whole directory `beside` where `target` is."""
+    old = target.with_name(f".{target.name}.old")
+    for attempt in range(5):
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
-        beside.rename(target)
-        _fsync(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        try:
+            beside.rename(target)
+            break
+        except OSError as error:
+            # A reader that came between the two renames has just put the old one back.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt == 4:
+                raise
+    _fsync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_directory(target: Path) -> None:
+    """Remove a directory so that a crash in the middle leaves a temporary, never half of it under its name."""
+    doomed = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    target.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def clear_directory(folder: Path) -> None:
+    """Remove all that is in a folder, but the lock that its caller holds."""
+    for path in folder.iterdir():
+        if path.name == LOCK:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def recover_directory(target: Path) -> None:
@@ -81,3 +178,93 @@ def recover_directory(target: Path) -> None:
     old = target.with_name(f".{target.name}.old")
     if old.exists() and not target.exists():
         old.rename(target)
+
+
+def sweep(folder: Path, *names: str) -> None:
+    """Clear away what killed writers of these names left in a folder: `.NAME.PID.tmp`, and `.NAME.old` (put back
+    where NAME is gone). names may be patterns, as `step-*`.
+
+    Only for whoever holds the lock: nobody else may be writing these.
+    """
+    for name in names:
+        for old in folder.glob(f".{name}.old"):
+            recover_directory(folder / old.name[1 : -len(".old")])
+        for left in [*folder.glob(f".{name}.old"), *folder.glob(f".{name}.[0-9]*.tmp")]:
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+
+# ---- one writer at a time
+
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})
+
+
+class Lock:
+    """The right to write in a folder, held through the operating system: it ends with the process, however that ends.
+
+    The file stays behind and means nothing by itself; where nothing else was written, the folder goes, too.
+    On Windows, and on file systems that know no locks, nothing is locked.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Raises CheckpointError naming the process that holds the lock."""
+        self._path = folder / LOCK
+        self._file = self._acquire(folder)
+        while not _same_file(self._file, self._path):  # removed by its last holder before we had locked it
+            self._file.close()
+            self._file = self._acquire(folder)
+        with contextlib.suppress(OSError):  # on a full disk the lock holds without the name
+            os.ftruncate(self._file.fileno(), 0)
+            os.write(self._file.fileno(), str(os.getpid()).encode())
+
+    def _acquire(self, folder: Path) -> IO[str]:
+        file = _opened(self._path)
+        try:
+            if sys.platform != "win32":
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            pid = file.read(20).strip() or "unknown"
+            file.close()
+            raise CheckpointError(
+                str(folder), f"process {pid} is at work in it", "wait for it, stop it, or name another folder"
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                file.close()
+                raise
+        return file
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        with contextlib.suppress(OSError):
+            if os.listdir(self._path.parent) == [self._path.name]:
+                self._path.unlink()
+                self._path.parent.rmdir()
+        self._file.close()
+
+
+def _opened(path: Path) -> IO[str]:
+    """Open a lock file. Its last holder may be removing it, and the empty folder, at this very moment: try again."""
+    for attempt in range(100):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.open("a+", encoding="utf-8")
+        except (FileNotFoundError, FileExistsError):
+            if attempt == 99 or path.parent.is_file():
+                raise
+    raise AssertionError
+
+
+def _same_file(opened: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(opened.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

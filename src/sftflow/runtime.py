@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-import time
 import ctypes
 import sys
+import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -96,13 +95,14 @@ def measure_peak(runtime: Runtime) -> float:
     source = torch.Generator(runtime.device).manual_seed(0)
     synchronize = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(runtime.device, lambda: None)
     began, best = time.perf_counter(), 0.0
-    # Small products first: on a slow processor the large one alone would take longer than all may.
+    # A small product first: on a slow processor a large one alone would take longer than all may.
     for n in (512, 1024, 2048) if runtime.device == "cpu" else (2048, 4096):
         flops = 2.0 * n**3
-        if runtime.device == "cpu" and best and flops / best > PEAK_SECONDS / 2:
+        left = PEAK_SECONDS - (time.perf_counter() - began)
+        if runtime.device == "cpu" and best and flops / best > left:
             break
         x = torch.randn(n, n, generator=source, device=runtime.device).to(dtype)
-        for _ in range(4):
+        for _ in range(2 if runtime.device == "cpu" and n < 2048 else 4):
             synchronize()
             start = time.perf_counter()
             _ = x @ x

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from sftflow.errors import DataError, RecipeError
-from sftflow.files import write_directory, write_json
+from sftflow.errors import CheckpointError, DataError, RecipeError
+from sftflow.files import sweep, write_directory, write_json
 from sftflow.mixture.pack import Example
 from sftflow.runtime import Runtime
 
@@ -173,7 +173,7 @@ def train_base(
 ) -> dict[str, Any]:
     """The whole stage; returns the facts of the model card. `progress(log, total_steps)` is called every step."""
     from sftflow.train.loop import LoopSpec, RowPlan, Trainer
-    from sftflow.train.resume import load_state, save_state, saved_states
+    from sftflow.train.resume import flush_to_disk, forget_states, load_state, save_state, saved_states, truncate_log
 
     documents: list[str] = []
     for path in texts:
@@ -195,6 +195,14 @@ def train_base(
     identity = {"corpus": digest.hexdigest()[:16], "spec": json.dumps(asdict(spec) | {"compile": None})}
 
     work = out / "resume"
+    sweep(out, "resume", "checkpoint", "metrics.jsonl")
+    sweep(work, "*")
+    if not resume:
+        if saved_states(work) and not (out / "checkpoint").is_dir():
+            raise CheckpointError(
+                str(out), "an unfinished run is in it", "continue it with --resume, or remove the folder"
+            )
+        forget_states(work)
     tokenizer_dir = work / "tokenizer"
     if resume and tokenizer_dir.is_dir():
         from transformers import AutoTokenizer
@@ -246,10 +254,8 @@ def train_base(
         seconds = float(load_state(states[-1], trainer, identity)["seconds"])
         say(f"resumed at step {trainer.step}")
     metrics = out / "metrics.jsonl"
-    kept = metrics.read_text().splitlines()[: trainer.step] if metrics.exists() else []
-    out.mkdir(parents=True, exist_ok=True)
-    with metrics.open("w", encoding="utf-8") as f:
-        f.writelines(line + "\n" for line in kept)
+    truncate_log(metrics, trainer.step)
+    with metrics.open("a", encoding="utf-8") as f:
         for log in trainer:
             seconds += log.seconds
             row = asdict(log)
@@ -257,7 +263,7 @@ def train_base(
             f.write(json.dumps(row) + "\n")
             progress(log, plan.total_steps)
             if trainer.step % save_every == 0 or trainer.step == plan.total_steps:
-                f.flush()
+                flush_to_disk(f)
                 save_state(work, trainer, identity, {"seconds": seconds}, keep=2)
     say("measuring held-out bits per byte")
     bpb = {name: round(bits_per_byte(model, tokenizer, docs, runtime), 4) for name, docs in held.items()}

@@ -291,27 +291,41 @@ def _ledger(data: Data) -> str:
 # ---- 5 · the loss
 
 
+def _finite(pairs: Iterable[tuple[Any, Any]]) -> charts.Points:
+    return [(x, y) for x, y in pairs if y is not None and math.isfinite(y)]
+
+
+def _by_source(rows: Sequence[Data]) -> dict[str, charts.Points]:
+    """Held-out loss per source, of the sources that have one."""
+    names = dict.fromkeys(name for row in rows for name in row.get("sources") or {})
+    lines = {n: _finite((row["step"], (row.get("sources") or {}).get(n)) for row in rows) for n in names}
+    return {name: points for name, points in lines.items() if points}
+
+
 def _loss(data: Data) -> str:
     loss: Data = data.get("loss") or {}
-
-    def finite(pairs: Iterable[tuple[Any, Any]]) -> charts.Points:
-        return [(x, y) for x, y in pairs if y is not None and math.isfinite(y)]
-
-    raw = finite(zip(loss.get("step") or [], loss.get("loss") or [], strict=False))
-    val = finite((v["step"], v["loss"]) for v in loss.get("validation") or [])
+    raw = _finite(zip(loss.get("step") or [], loss.get("loss") or [], strict=False))
+    rows = loss.get("validation") or []
+    val = _finite((v["step"], v["loss"]) for v in rows)
     if not raw:
         return ""
     smooth = list(zip((x for x, _ in raw), charts.smooth([y for _, y in raw], len(raw) // 40), strict=True))
     said = f"Training loss {smooth[0][1]:.2f} → {smooth[-1][1]:.2f} (smoothed)"
     keys = '<span class="key k-raw">each step</span><span class="key">smoothed</span>'
+    sources = _by_source(rows)
+    drawn = sources if 2 <= len(sources) <= charts.MOST_SOURCES else {}
     if val:
         best = min(val, key=lambda v: v[1])
         said += f", validation {val[-1][1]:.2f} at the end, lowest {best[1]:.2f} at step {best[0]:,g}"
-        keys += '<span class="key k-val">validation</span>'
-    return (
-        f'<p class="note small">{said}. Nats per supervised token.</p><figure>{charts.curve(raw, smooth, val, 900)}'
-        f'{charts.curve(raw, smooth, val, 340)}<div class="legend">{keys}</div></figure>'
-    )
+        keys += f'<span class="key k-val">validation{" (all, and each source)" if drawn else ""}</span>'
+    said += ". Nats per supervised token."
+    if len(sources) > charts.MOST_SOURCES:
+        said += f" validation.jsonl has the validation loss of each of the {len(sources)} sources."
+    top, highest = charts.ceiling(raw, [val, *drawn.values()])
+    if highest > top:
+        said += f" The very first steps, up to {highest:.1f}, lie above the drawing."
+    curves = "".join(charts.curve(raw, smooth, val, width, drawn) for width in (900, 340))
+    return f'<p class="note small">{said}</p><figure>{curves}<div class="legend">{keys}</div></figure>'
 
 
 # ---- 6, 7, 8 · the mask, the items, the making

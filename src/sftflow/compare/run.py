@@ -228,7 +228,7 @@ def _report_data(
             loss = {
                 "step": [r["step"] for r in steps],
                 "loss": [r["loss"] for r in steps],
-                "validation": [{"step": r["step"], "loss": r["loss"]} for r in _read_lines(run / "validation.jsonl")],
+                "validation": _read_lines(run / "validation.jsonl"),
             }
             train_seconds = sum(r["seconds"] for r in steps)
         recipe_file = run / "recipe.yaml"

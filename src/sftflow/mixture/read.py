@@ -23,7 +23,11 @@ def items_of(entry: SourceEntry, recipe: Recipe) -> Iterator[Item]:
     if entry.source in TASKS:
         options = {"identity": recipe.identity.model_dump()}
         source = TaskSource(path=entry.path, seed=recipe.train.seed, limit=entry.limit, options=options)
-        yield from enumerate(make_task(entry.source, source, "mixture").conversations(entry.split), 1)
+        number = 0
+        for number, conversation in enumerate(make_task(entry.source, source, "mixture").conversations(entry.split), 1):
+            yield number, conversation
+        if not number:
+            raise DataError(entry.path or entry.source, "no rows in it", f"give a data file of {entry.source}")
         return
     name = entry.path or entry.source
     rows = functools.partial(read_lines, name) if _is_lines(name) else functools.partial(_numbered, name)

@@ -14,10 +14,6 @@ from typing import Any
 
 import torch
 
-# Compiling takes a while (half a minute on two cores, a few seconds when cached); it is worth it for runs of more work
-# than this. In floating-point operations and not seconds, so that the decision does not hang on the machine's mood.
-WORTH = 1e14
-
 
 def can_compile(device: str) -> str | None:
     """None where torch.compile has what it needs on this device, else what is missing."""

@@ -1,0 +1,49 @@
+"""Small training runs that tests start: their recipe, the command line as a process, a listener that says nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def write_recipe(folder: Path, base: Path, **train: Any) -> Path:
+    """A recipe of 24 steps, a save every 4, on 81 questions; its run goes to `folder/run`."""
+    rows = [{"prompt": f"What is {a}+{b}?", "completion": f"It is {a + b}."} for a in range(9) for b in range(9)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    settings = {
+        "out": str(folder / "run"),
+        "max_length": 64,
+        "tokens_per_step": 512,
+        "micro_tokens": 256,
+        "steps": 24,
+        "save_every": 4,
+        "precision": "fp32",
+        "optimizer": "muon",
+        "lr": 0.003,
+    }
+    recipe = {"base": str(base), "mixture": [{"source": "rows.jsonl"}], "validation": 4, "train": settings | train}
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(recipe))  # JSON is YAML
+    return path
+
+
+def sftflow(*args: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command line to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "sftflow", *args], capture_output=True, text=True, timeout=200, **kwargs
+    )
+
+
+class Quiet:
+    """A listener that says nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
