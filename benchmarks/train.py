@@ -52,6 +52,7 @@ OUR_WAYS: dict[str, dict[str, Any]] = {
     "sftflow, no sharing": {"compile": True, "share_prefixes": False},
     "sftflow, not compiled": {},
     "sftflow, neither": {"share_prefixes": False},
+    "sftflow, checkpointing": {"compile": True, "gradient_checkpointing": True},
 }
 
 
@@ -192,6 +193,31 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def run_reference(job: dict[str, Any]) -> dict[str, Any]:
+    """Nothing but transformers and torch, in fp32: every conversation alone, all logits, torch's cross-entropy."""
+    import torch
+
+    model, _ = load(job)
+    model.set_attn_implementation("eager")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=job["lr"], betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    rows, losses = rows_of(job), []
+    for step in range(job["steps"]):
+        per_step = job["rows_per_step"]
+        mine = [rows[i % len(rows)] for i in range(step * per_step, (step + 1) * per_step)]
+        n, total = sum(sum(mask[1:]) for _, mask in mine), 0.0
+        for ids, mask in mine:
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1]
+            each = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
+            loss = (each * torch.tensor(mask[1:])).sum() / n
+            loss.backward()
+            total += float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return {"losses": losses}
+
+
 def measure_peak(job: dict[str, Any]) -> dict[str, Any]:
     """The best matrix product of this model's shapes, GFLOP/s."""
     import torch
@@ -271,7 +297,8 @@ def main() -> None:
     parser.add_argument("--job", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
-        side = {"trl": run_trl, "ours": run_ours, "peak": measure_peak}[arguments.side]
+        sides = {"trl": run_trl, "ours": run_ours, "peak": measure_peak, "reference": run_reference}
+        side = sides[arguments.side]
         out = side(json.loads(arguments.job))
         out["rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(json.dumps(out))
@@ -298,7 +325,9 @@ def main() -> None:
             peaks.append(child(sys.executable, "peak", job))
             for name, (side, python, options) in ways.items():
                 results[name].append(child(python, side, {**job, "options": options}))
+        reference = child(sys.executable, "reference", {**job, "precision": "fp32"})["losses"]
     print_table(results, peaks, arguments, n)
+    print_losses(results, reference)
 
 
 def print_table(
@@ -338,9 +367,17 @@ def print_table(
         memory = [statistics.median(r["rss"] for r in results[name]) for name in ("sftflow", best)]
         print(f"\nratio to the fastest of TRL's ways ({best}): {rates['sftflow'] / peers[best]:.2f}", end=" ")
         print(f"({min(by_round):.2f} to {max(by_round):.2f} by round); memory {memory[0] / memory[1]:.2f} of its")
+
+
+def print_losses(results: dict[str, list[dict[str, Any]]], reference: list[float]) -> None:
+    """The losses by step beside the fp32 reference; TRL's packed ways have other rows in a step."""
     print("\nlosses by step:")
+    print(f"  {'unpacked fp32 reference':<24}", *(f"{x:.4f}" for x in reference))
     for name, runs in results.items():
-        print(f"  {name:<24}", *(f"{x:.4f}" for x in runs[0]["losses"]))
+        losses = runs[0]["losses"]
+        off = max(abs(a / b - 1) for a, b in zip(losses, reference, strict=True))
+        note = "" if "packed" in name else f"  at most {1000 * off:.1f} per mille off"
+        print(f"  {name:<24}", *(f"{x:.4f}" for x in losses), note)
 
 
 if __name__ == "__main__":

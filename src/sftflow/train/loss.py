@@ -13,8 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-LOGITS = 1 << 25
+LOGITS = 1 << 24
 """logits in a chunk: large enough for efficient products, small beside weights and activations"""
+ROWS = 8192
+"""rows of the head whose gradient is made at a time"""
 
 Parts = Callable[
     [torch.Tensor, torch.Tensor, "float | None", float, torch.dtype, bool], tuple[torch.Tensor, "torch.Tensor | None"]
@@ -112,7 +114,8 @@ def chunked_cross_entropy(
                 continue
             d_hidden[start : start + chunk] = (grad @ weight).mul_(scale)
             if d_weight is not None:
-                d_weight.add_(grad.T @ h, alpha=scale)
+                for v in range(0, d_weight.shape[0], ROWS):  # a sum of two dtypes makes a copy of its size
+                    d_weight[v : v + ROWS].add_(grad[:, v : v + ROWS].T @ h, alpha=scale)
             if d_bias is not None:
                 d_bias.add_(grad.sum(0, dtype=torch.float32), alpha=scale)
     if d_hidden is not None and hidden.requires_grad:

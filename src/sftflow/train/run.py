@@ -104,6 +104,7 @@ def _train(recipe: Recipe, listener: Listener, out: Path, signals: Signals, *, r
 
     from sftflow.train.loop import RowPlan, Trainer, evaluate_loss
     from sftflow.train.resume import flush_to_disk, forget_states, load_state, save_state, saved_states, truncate_log
+    from sftflow.train.warm import warm_start
 
     started = time.perf_counter()
     if (out / "DONE").is_file() and resume:
@@ -143,6 +144,8 @@ def _train(recipe: Recipe, listener: Listener, out: Path, signals: Signals, *, r
         extra = load_state(states[-1], trainer, identity)
         listener.say(f"resumed at step {trainer.step} of {plan.total_steps}")
     else:
+        if recipe.train.warm_start:
+            listener.say(warm_start(Path(location.path), trainer))
         forget_states(out / "resume")
     (out / "DONE").unlink(missing_ok=True)
     write_text(out / "recipe.yaml", to_yaml(recipe))
