@@ -14,6 +14,7 @@ FLOORS = (
     "errors",
     "files",
     "runtime",
+    "rounding",
     "chat",
     "generate",
     "mixture.pack",

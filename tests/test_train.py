@@ -9,17 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from runs import Quiet, write_recipe
 from sftflow.base.run import BaseSpec, build_model
 from sftflow.errors import RunError
 from sftflow.mixture.pack import Example
+from sftflow.rounding import round_bf16
 from sftflow.runtime import Runtime
 from sftflow.train.loop import LoopSpec, RowPlan, Trainer
 from sftflow.train.loss import Head, chunked_cross_entropy
 from sftflow.train.optim import lr_factor
+from test_models import tiny
 
 FP32 = Runtime(device="cpu", precision="fp32", reason="test")
+BF16 = Runtime(device="cpu", precision="bf16", reason="test")
 
 
 def examples(count: int, seed: int = 0, longest: int = 40) -> list[Example]:
@@ -137,6 +142,53 @@ def test_every_row_is_used_once_an_epoch() -> None:
     plan = RowPlan(rows, spec(steps=None, epochs=1))
     seen = [id(e) for s in range(plan.total_steps) for row in plan.step_rows(s) for e in row]
     assert sorted(seen) == sorted(id(e) for e in rows)
+
+
+def test_bf16_rounding_keeps_bf16_numbers_and_loses_no_update() -> None:
+    torch.manual_seed(0)
+    grid = torch.randn(300, 200).bfloat16().float()
+    assert torch.equal(round_bf16(grid).float(), grid)
+    gap = 2.0 ** (torch.floor(torch.log2(grid.abs())) - 7)  # to the next bf16 number
+    moved = grid + 0.1 * gap * grid.sign()
+    assert torch.equal(moved.bfloat16().float(), grid)  # to nearest, nothing has moved
+    share = ((round_bf16(moved).float() - grid) / (gap * grid.sign())).mean()
+    assert float(share) == pytest.approx(0.1, abs=0.005)
+    odd = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 3e38])
+    assert torch.equal(round_bf16(odd)[1:5], odd[1:5].bfloat16()) and round_bf16(odd)[0].isnan()
+
+
+@settings(max_examples=50)
+@given(st.floats(width=32, allow_nan=False, allow_infinity=False))
+def test_bf16_rounding_goes_to_a_neighbour(value: float) -> None:
+    w = torch.full((7, 5), value)
+    rounded = round_bf16(w).float()
+    down = (w.view(torch.int32) & -0x10000).view(torch.float32)
+    up = ((w.view(torch.int32) & -0x10000) + 0x10000).view(torch.float32)
+    assert bool(((rounded == down) | (rounded == up)).all())
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT2"])
+def test_bf16_follows_fp32_where_plain_autocast_does_not(name: str) -> None:
+    """From a base on bf16 numbers, with steps far below their distance: the losses of 12 steps."""
+
+    def losses(runtime: Runtime, working: bool = True) -> np.ndarray[Any, Any]:
+        model = tiny(name)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(p.bfloat16().float())
+        s = spec(steps=12, lr=1e-4, schedule="constant", warmup=0.0)
+        trainer = Trainer(model, RowPlan(shared_rows()[:24], s), s, runtime)
+        if not working:
+            for layer in trainer.working.modules if trainer.working else []:
+                layer.__class__ = type(layer).__mro__[1]
+            trainer.working = None
+        return np.array([trainer.train_step().loss for _ in range(12)])
+
+    exact = losses(FP32)
+    ours, plain = losses(BF16), losses(BF16, working=False)
+    assert exact[0] - exact[-1] > 0.02
+    assert abs(ours / exact - 1).max() < 0.004
+    assert abs(plain / exact - 1).max() > 2 * abs(ours / exact - 1).max()
 
 
 def test_schedule() -> None:

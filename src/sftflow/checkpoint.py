@@ -25,6 +25,7 @@ from sftflow.files import (
     write_directory,
     write_json,
 )
+from sftflow.rounding import round_bf16
 
 if TYPE_CHECKING:
     from sftflow.chat.render import Renderer
@@ -252,6 +253,15 @@ def load_assistant(
     return Assistant(name, model, tokenizer, renderer, Engine(model, renderer, runtime), info)
 
 
+def _stored(weight: Any, dtype: Any) -> Any:
+    """The weight in the checkpoint's dtype: in bf16 as training rounds it, so that what was measured is saved."""
+    import torch
+
+    if dtype == torch.bfloat16 and weight.dtype == torch.float32:
+        return round_bf16(weight)
+    return weight.detach().to(dtype)
+
+
 def save(
     target: Path,
     model: Any,
@@ -270,7 +280,7 @@ def save(
     stop = renderer.stop_ids()
 
     def fill(directory: Path) -> None:
-        state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
+        state = {k: _stored(v, dtype).cpu().contiguous() for k, v in model.state_dict().items()}
         tied = getattr(model, "_tied_weights_keys", None)
         if tied and model.config.tie_word_embeddings:
             for key in tied if isinstance(tied, (list, tuple, set)) else tied.keys():

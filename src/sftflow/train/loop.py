@@ -31,9 +31,10 @@ from sftflow.runtime import Runtime, keep_freed_memory
 from sftflow.train.attention import use_packed_attention
 from sftflow.train.compile import compile_layers, compiled
 from sftflow.train.layout import layout_of
-from sftflow.train.loss import Parts, chunked_cross_entropy, head_of, loss_parts
+from sftflow.train.loss import Head, Parts, chunked_cross_entropy, head_of, loss_parts
 from sftflow.train.optim import Rates, lr_factor, make_optimizers
 from sftflow.train.prove import prove_forward
+from sftflow.train.working import WorkingWeights
 
 MAX_BAD_STEPS = 3
 Float = NDArray[np.float64]
@@ -169,6 +170,7 @@ class Trainer:
         self.optimizers = make_optimizers(model, spec.optimizer, spec.lr, spec.weight_decay, spec.rates)
         if spec.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.working = WorkingWeights(model) if runtime.precision == "bf16" else None
         self.parts: Parts = loss_parts
         if spec.compile:
             compile_layers(model)
@@ -197,6 +199,7 @@ class Trainer:
         if finite:
             for optimizer in self.optimizers:
                 optimizer.step()
+            self.refresh()
         self.bad_steps = 0 if finite else self.bad_steps + 1
         self.model.zero_grad(set_to_none=False)
         self.step += 1
@@ -219,14 +222,37 @@ class Trainer:
             raise NotFinite(log)
         return log
 
+    def refresh(self) -> None:
+        """After every change of the weights: what is derived from them follows."""
+        if self.working is not None:
+            self.working.refresh()
+
+    def loss(self, batch: PackedBatch, scale: float | None = None) -> torch.Tensor:
+        """(n,) loss per supervised token; with `scale`, the gradient of scale * their sum is added up too."""
+        head = head_of(self.model, None if self.working is None else self.working.head)
+        packed = self.spec.packing
+        return batch_loss(self.model, batch, self.runtime, packed=packed, parts=self.parts, scale=scale, head=head)
+
+    @torch.no_grad()
+    def evaluate(self, examples: Sequence[Example]) -> tuple[float, list[float | None], int]:
+        """Held-out loss: nats per supervised token over all examples, per source, and the number of tokens."""
+        self.model.eval()
+        n_sources = max(1, len(self.source_names))
+        sums, counts = np.zeros(n_sources), np.zeros(n_sources, np.int64)
+        for batch in self.spec.batches(list(examples)):
+            sums += np.bincount(batch.sources, self.loss(batch).cpu().double().numpy(), n_sources)
+            counts += np.bincount(batch.sources, minlength=n_sources)
+        self.model.train()
+        by_source = [float(s / c) if c else None for s, c in zip(sums, counts, strict=True)]
+        return float(sums.sum() / max(1, counts.sum())), by_source, int(counts.sum())
+
     def _backward(self, batches: Sequence[PackedBatch]) -> tuple[Float, Int]:
         """Add up the gradients of (loss sum / supervised tokens of the step); (losses, sources) of every token."""
         scale = 1 / max(1, sum(b.n_supervised for b in batches))
         self.model.train()
         losses, sources = [np.zeros(0)], [np.zeros(0, np.int64)]
         for batch in batches:
-            mine = batch_loss(self.model, batch, self.runtime, packed=self.spec.packing, parts=self.parts, scale=scale)
-            losses.append(mine.cpu().double().numpy())
+            losses.append(self.loss(batch, scale).cpu().double().numpy())
             sources.append(batch.sources)
         return np.concatenate(losses), np.concatenate(sources)
 
@@ -311,6 +337,7 @@ def batch_loss(
     packed: bool = True,
     parts: Parts = loss_parts,
     scale: float | None = None,
+    head: Head | None = None,
 ) -> torch.Tensor:
     """(n,) loss per supervised token (`batch.sources` tells their sources), without gradient.
 
@@ -321,20 +348,4 @@ def batch_loss(
         wanted = hidden.index_select(0, torch.from_numpy(batch.asked).to(model.device))
     targets = torch.from_numpy(batch.targets).to(model.device)
     dtype = torch.bfloat16 if runtime.precision == "bf16" else None
-    return chunked_cross_entropy(wanted, head_of(model), targets, dtype=dtype, parts=parts, scale=scale)
-
-
-@torch.no_grad()
-def evaluate_loss(
-    model: Any, examples: Sequence[Example], spec: LoopSpec, runtime: Runtime, n_sources: int
-) -> tuple[float, list[float | None], int]:
-    """Held-out loss: nats per supervised token over all examples, per source, and the number of tokens."""
-    model.eval()
-    sums, counts = np.zeros(n_sources), np.zeros(n_sources, np.int64)
-    for batch in spec.batches(list(examples)):
-        losses = batch_loss(model, batch, runtime, packed=spec.packing).cpu().double().numpy()
-        sums += np.bincount(batch.sources, losses, n_sources)
-        counts += np.bincount(batch.sources, minlength=n_sources)
-    model.train()
-    by_source = [float(s / c) if c else None for s, c in zip(sums, counts, strict=True)]
-    return float(sums.sum() / max(1, counts.sum())), by_source, int(counts.sum())
+    return chunked_cross_entropy(wanted, head or head_of(model), targets, dtype=dtype, parts=parts, scale=scale)

@@ -28,15 +28,17 @@ class Head:
     """A model's output projection: logits = cap * tanh(scale * (h W^T + b) / cap).
 
     weight: (vocabulary, width).   bias: (vocabulary,).   softcap: Gemma 2's.   scale: Cohere's, Granite's.
+    working: the copy of the weight that products run on, where it is not simply rounded.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
     softcap: float | None = None
     scale: float = 1.0
+    working: torch.Tensor | None = None
 
 
-def head_of(model: Any) -> Head:
+def head_of(model: Any, working: torch.Tensor | None = None) -> Head:
     """The head of a transformers causal LM; `prove_forward` checks that it is all of it."""
     layer, config = model.get_output_embeddings(), model.config
     scale = float(getattr(config, "logit_scale", None) or 1.0)
@@ -46,6 +48,7 @@ def head_of(model: Any) -> Head:
         bias=getattr(layer, "bias", None),
         softcap=getattr(config, "final_logit_softcapping", None),
         scale=scale,
+        working=working,
     )
 
 
@@ -101,7 +104,7 @@ def chunked_cross_entropy(
     with torch.no_grad():
         losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         d_hidden = None if scale is None else torch.empty_like(hidden)
-        weight = head.weight.to(dtype)
+        weight = (head.weight if head.working is None else head.working).to(dtype)
         bias = None if head.bias is None else head.bias.to(dtype)
         d_weight, d_bias = (None if scale is None else _grad_of(p) for p in (head.weight, head.bias))
         chunk = max(128, LOGITS // weight.shape[0])

@@ -158,6 +158,7 @@ def _load_parameters(directory: Path, trainer: Trainer) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
+    trainer.refresh()
 
 
 def _without(directory: Path) -> str:

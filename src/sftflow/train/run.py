@@ -102,7 +102,7 @@ def _train(recipe: Recipe, listener: Listener, out: Path, signals: Signals, *, r
     """`run_training` in a folder that is ours."""
     from safetensors import SafetensorError
 
-    from sftflow.train.loop import RowPlan, Trainer, evaluate_loss
+    from sftflow.train.loop import RowPlan, Trainer
     from sftflow.train.resume import flush_to_disk, forget_states, load_state, save_state, saved_states, truncate_log
     from sftflow.train.warm import warm_start
 
@@ -167,7 +167,7 @@ def _train(recipe: Recipe, listener: Listener, out: Path, signals: Signals, *, r
     def validate() -> float | None:
         if not mixture.held_out:
             return None
-        loss, by_source, n = evaluate_loss(model, mixture.held_out, spec, runtime, len(mixture.names))
+        loss, by_source, n = trainer.evaluate(mixture.held_out)
         row = {
             "step": trainer.step,
             "loss": loss,
