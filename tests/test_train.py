@@ -19,7 +19,7 @@ from sftflow.mixture.pack import Example
 from sftflow.rounding import round_bf16
 from sftflow.runtime import Runtime
 from sftflow.train.loop import LoopSpec, RowPlan, Trainer
-from sftflow.train.loss import Head, chunked_cross_entropy
+from sftflow.train.loss import Head, chunked_cross_entropy, fused_parts, loss_parts
 from sftflow.train.optim import lr_factor
 from test_models import tiny
 
@@ -60,10 +60,12 @@ def spec(**changes: Any) -> LoopSpec:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("parts", [loss_parts, fused_parts])
 def test_chunked_loss_equals_full(
-    bias: bool, softcap: float | None, scale: float, monkeypatch: pytest.MonkeyPatch
+    bias: bool, softcap: float | None, scale: float, parts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sftflow.train.loss.LOGITS", 50 * 256)
+    monkeypatch.setattr("sftflow.train.loss.BLOCK", 50 * 100)
     torch.manual_seed(0)
     n = 700  # more than two chunks
     hidden = torch.randn(n, 16, dtype=torch.float32, requires_grad=True)
@@ -71,7 +73,7 @@ def test_chunked_loss_equals_full(
     b = torch.randn(50, requires_grad=True) if bias else None
     targets = torch.randint(0, 50, (n,))
     head = Head(weight=weight, bias=b, softcap=softcap, scale=scale)
-    per_token = chunked_cross_entropy(hidden, head, targets, scale=0.5)
+    per_token = chunked_cross_entropy(hidden, head, targets, scale=0.5, parts=parts)
     leaves = [x for x in (hidden, weight, b) if x is not None]
     ours = [x.grad for x in leaves]
     logits = torch.nn.functional.linear(hidden, weight, b) * scale

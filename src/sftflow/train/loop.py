@@ -31,7 +31,7 @@ from sftflow.runtime import Runtime, keep_freed_memory
 from sftflow.train.attention import use_packed_attention
 from sftflow.train.compile import compile_layers, compiled
 from sftflow.train.layout import layout_of
-from sftflow.train.loss import Head, Parts, chunked_cross_entropy, head_of, loss_parts
+from sftflow.train.loss import Head, Parts, chunked_cross_entropy, fused_parts, head_of, loss_parts
 from sftflow.train.optim import Rates, lr_factor, make_optimizers
 from sftflow.train.prove import prove_forward
 from sftflow.train.working import WorkingWeights
@@ -174,7 +174,7 @@ class Trainer:
         self.parts: Parts = loss_parts
         if spec.compile:
             compile_layers(model)
-            self.parts = compiled(loss_parts)
+            self.parts = compiled(fused_parts)
         self.n_body, self.n_head = matrix_sizes(model)
         lasting_gradients(model)
 

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 
 LOGITS = 1 << 24
 """logits in a chunk: large enough for efficient products, small beside weights and activations"""
+BLOCK = 1 << 19
+"""logits in fp32 at a time, where nothing fuses the passes over them"""
 ROWS = 8192
 """rows of the head whose gradient is made at a time"""
 
@@ -69,7 +71,36 @@ def loss_parts(
     """((n,) losses in fp32, (n, vocabulary) gradient of their sum by the raw logits in `dtype`).
 
     loss = logsumexp(z) - z[target],  d loss / dz = softmax(z) - onehot(target),  z = cap(scale * logits).
+    In place, a few rows at a time, so that they stay in the processor's cache.
     """
+    losses = torch.empty(len(targets), device=logits.device)
+    grad = torch.empty_like(logits, dtype=dtype) if with_grad else None
+    rows = max(1, BLOCK // logits.shape[1])
+    for start in range(0, len(targets), rows):
+        z = logits[start : start + rows].float() * scale
+        t = targets[start : start + rows, None]
+        slope = None
+        if softcap is not None:
+            z = z.div_(softcap).tanh_()
+            slope = 1 - z * z
+            z.mul_(softcap)
+        lse = torch.logsumexp(z, -1, keepdim=True)
+        losses[start : start + rows] = (lse - z.gather(1, t)).squeeze(1)
+        if grad is not None:
+            z.sub_(lse).exp_().scatter_add_(1, t, torch.full_like(lse, -1.0))
+            grad[start : start + rows] = (z if slope is None else z.mul_(slope)).mul_(scale)
+    return losses, grad
+
+
+def fused_parts(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    softcap: float | None,
+    scale: float,
+    dtype: torch.dtype,
+    with_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`loss_parts` without a loop or anything in place: what a compiler makes one pass of."""
     z = logits.float() * scale
     if softcap is not None:
         z = torch.tanh(z / softcap) * softcap
@@ -95,7 +126,7 @@ def chunked_cross_entropy(
 ) -> torch.Tensor:
     """(n,) losses -log softmax(head(hidden))[target]; with `scale`, also the gradient of scale * their sum.
 
-    hidden: (n, width) at supervised positions.   targets: (n,).   parts: `loss_parts`, or a compiled copy of it.
+    hidden: (n, width) at supervised positions.   targets: (n,).   parts: `loss_parts`, or `fused_parts` compiled.
     The products run in `dtype` (default: hidden's), the softmax in fp32. The gradient is computed chunk by chunk beside
     the loss: the head's is added to its `.grad`, that of the hidden states goes on backward through the model from
     here. Nothing of the size of the head is allocated but its gradient in `dtype`.
