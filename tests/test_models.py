@@ -15,7 +15,9 @@ from sftflow.mixture.pack import Example, pack_batch, pad_batch
 from sftflow.runtime import Runtime
 from sftflow.train.attention import use_packed_attention
 from sftflow.train.loop import batch_loss
-from sftflow.train.prove import prove_forward
+from sftflow.train.optim import Rates, groups_of, muon
+from sftflow.train.prove import check_length, prove_forward
+from sftflow.train.settings import set_dropout
 
 FP32 = Runtime(device="cpu", precision="fp32", reason="test")
 VOCABULARY = 320
@@ -178,5 +180,62 @@ def test_a_head_that_is_not_a_plain_projection_is_refused() -> None:
         return out
 
     model.forward = shifted
-    with pytest.raises(CheckpointError, match="packed and alone differ"):
+    with pytest.raises(CheckpointError, match="its logits and ours differ"):
         prove_forward(model)
+
+
+def test_a_head_of_another_shape_is_refused_unpacked_too() -> None:
+    """FalconH1 multiplies its logits by a number of its own: our head would train another loss."""
+    from transformers import AutoModelForCausalLM, FalconH1Config
+
+    torch.manual_seed(0)
+    config = FalconH1Config(**SMALL, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, lm_head_multiplier=0.3)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
+    for packed in (True, False):
+        with pytest.raises(CheckpointError, match="FalconH1ForCausalLM cannot be trained"):
+            prove_forward(model, packed)
+
+
+def test_lengths_at_which_a_model_changes_are_refused() -> None:
+    from transformers import AutoModelForCausalLM, Phi3Config
+
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 10000.0}
+    config = Phi3Config(
+        **SMALL,
+        max_position_embeddings=256,
+        original_max_position_embeddings=32,
+        rope_parameters=rope | {"original_max_position_embeddings": 32},
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    check_length(model, 32)
+    with pytest.raises(CheckpointError, match=r"train.max_length: Phi3ForCausalLM.*longrope.*beyond 32 tokens; lower"):
+        check_length(model, 33)
+    for name in ARCHITECTURES:
+        check_length(tiny(name), 4096)
+
+
+def test_every_dropout_is_set() -> None:
+    from transformers import AutoModelForCausalLM, OPTConfig
+
+    config = OPTConfig(vocab_size=64, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4)
+    config.word_embed_proj_dim = 32
+    model = AutoModelForCausalLM.from_config(config)
+    assert model.model.decoder.layers[0].dropout == 0.1
+    set_dropout(model, 0.0)
+    assert model.model.decoder.layers[0].dropout == model.model.decoder.dropout == model.config.dropout == 0
+    ids = torch.arange(20)[None]
+    assert torch.equal(model.train()(ids).logits, model(ids).logits)
+
+
+def test_parameters_are_grouped_by_what_they_are() -> None:
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    torch.manual_seed(0)
+    experts = AutoModelForCausalLM.from_config(MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2))
+    groups = groups_of(experts)
+    assert any(p.ndim == 3 for _, p in groups.matrices) and all(p.ndim < 2 for _, p in groups.rest)
+    assert all(p.ndim == 2 for o in muon(groups, Rates(), 1e-3, 0.1)[:1] for g in o.param_groups for p in g["params"])
+    assert {n.split(".")[-2] for n, _ in groups_of(tiny("GPT2")).embeddings} == {"wte", "wpe"}
+    for model in (experts, tiny("GPT2")):
+        groups = groups_of(model)
+        assert len(groups.matrices + groups.embeddings + groups.rest) == len(list(model.parameters()))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from runs import Quiet, digest, sftflow, write_recipe
 from sftflow.errors import CheckpointError, RunError
@@ -694,3 +695,36 @@ def test_rows_without_anything_supervised(tiny_base: Path, tmp_path: Path) -> No
 def test_steps_smaller_than_a_row_are_a_recipe_error(tiny_base: Path, tmp_path: Path) -> None:
     line = error_line(run("train", str(write_recipe(tmp_path, tiny_base, tokens_per_step=32))))
     assert "tokens_per_step 32 is less than max_length 64" in line
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"optimizer": "adamw"}, {"optimizer": "muon", "micro_tokens": 64}, {"optimizer": "adamw", "compile": True}],
+    ids=["adamw", "muon-accumulated", "compiled"],
+)
+def test_bf16_resumes_bit_for_bit(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Working weights are derived from the saved ones, and compiled code does not hang on the batch it was made for."""
+    from sftflow.base.run import BaseSpec, build_model
+    from sftflow.runtime import Runtime
+    from sftflow.train.loop import RowPlan, Trainer
+    from sftflow.train.resume import load_state, save_state
+    from test_train import shared_rows, spec
+
+    def trainer() -> Trainer:
+        model = build_model(BaseSpec(params="0.1M", context=64), 320, 0)
+        s = spec(steps=6, tokens_per_step=256, **settings)
+        runtime = Runtime(device="cpu", precision="bf16", reason="test")
+        return Trainer(model, RowPlan(shared_rows(), s), s, runtime)
+
+    whole = trainer()
+    losses = [whole.train_step().loss for _ in range(6)]
+    first = trainer()
+    for _ in range(3):
+        first.train_step()
+    save_state(tmp_path, first, {"data": "a"}, {}, keep=1)
+    torch._dynamo.reset()  # as in a process of its own
+    second = trainer()
+    load_state(tmp_path / "step-00000003", second, {"data": "a"})
+    assert [second.train_step().loss for _ in range(3)] == losses[3:]
+    for (name, a), b in zip(whole.model.named_parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b), name

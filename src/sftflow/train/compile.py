@@ -26,9 +26,9 @@ def can_compile(device: str) -> str | None:
 
 
 def decoder_layers(model: Any) -> list[torch.nn.Module]:
-    """The model's repeated blocks: its longest list of modules of one class, [] where it has none."""
+    """The model's repeated blocks: its largest list of modules, [] where it has none."""
     lists = [m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
-    blocks = max(lists, key=len, default=None)
+    blocks = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=None)
     return [] if blocks is None else list(blocks)
 
 

@@ -32,11 +32,12 @@ from sftflow.train.attention import use_packed_attention
 from sftflow.train.compile import compile_layers, compiled
 from sftflow.train.layout import layout_of
 from sftflow.train.loss import Head, Parts, chunked_cross_entropy, fused_parts, head_of, loss_parts
-from sftflow.train.optim import Rates, lr_factor, make_optimizers
-from sftflow.train.prove import prove_forward
-from sftflow.train.working import WorkingWeights
+from sftflow.train.optim import Rates, groups_of, lr_factor, make_optimizers
+from sftflow.train.prove import body_of, check_length, prove_forward
+from sftflow.train.working import WorkingWeights, release
 
 MAX_BAD_STEPS = 3
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 Float = NDArray[np.float64]
 Int = NDArray[np.int64]
 
@@ -112,8 +113,9 @@ class RowPlan:
     def __init__(self, examples: Sequence[Example], spec: LoopSpec) -> None:
         self.examples, self.spec = examples, spec
         self.lengths = lengths_of(examples)
-        self._epochs: dict[int, list[list[int]]] = {}
-        rows = len(self.epoch_rows(0))
+        self._epochs: dict[int, list[list[int]]] = {}  # the two newest: packing a large set takes a while
+        self._counts: dict[int, int] = {}
+        rows = self.epoch_size(0)
         per_epoch = rows / spec.rows_per_step
         wanted = [s for s in (spec.steps, None if spec.epochs is None else math.ceil(per_epoch * spec.epochs)) if s]
         self.total_steps = max(1, min(wanted)) if wanted else max(1, math.ceil(per_epoch))
@@ -125,20 +127,23 @@ class RowPlan:
             packed = best_fit(self.lengths[order].tolist(), self.spec.max_length)
             rows = [[int(order[j]) for j in row] for row in packed]
             shuffle = rng.permutation(len(rows))  # best-fit orders rows by length; the model must not see that
-            self._epochs = {epoch: [rows[i] for i in shuffle]}
+            self._epochs = dict(list(self._epochs.items())[-1:]) | {epoch: [rows[i] for i in shuffle]}
+            self._counts[epoch] = len(rows)
         return self._epochs[epoch]
+
+    def epoch_size(self, epoch: int) -> int:
+        """Rows of an epoch; they differ by a few, since each is packed in another order."""
+        return self._counts[epoch] if epoch in self._counts else len(self.epoch_rows(epoch))
 
     def step_rows(self, step: int) -> list[list[Example]]:
         """The packed rows of one step; a step may straddle two epochs."""
         wanted = self.spec.rows_per_step
         out: list[list[Example]] = []
         at = step * wanted
-        epoch, n = 0, len(self.epoch_rows(0))
-        # The number of rows differs between epochs by a few; walk them so that no row is lost or repeated.
-        while at >= n:
-            at -= n
+        epoch = 0
+        while at >= self.epoch_size(epoch):  # walked one by one, so that no row is lost or repeated
+            at -= self.epoch_size(epoch)
             epoch += 1
-            n = len(self.epoch_rows(epoch))
         while len(out) < wanted:
             rows = self.epoch_rows(epoch)
             take = rows[at : at + wanted - len(out)]
@@ -164,8 +169,10 @@ class Trainer:
         self.bad_steps = 0
         torch.manual_seed(spec.seed)
         keep_freed_memory()
+        release(model)
+        check_length(model, spec.max_length)
+        prove_forward(model, packed=spec.packing)
         if spec.packing:
-            prove_forward(model)
             use_packed_attention(model)
         self.optimizers = make_optimizers(model, spec.optimizer, spec.lr, spec.weight_decay, spec.rates)
         if spec.gradient_checkpointing:
@@ -237,7 +244,7 @@ class Trainer:
     def evaluate(self, examples: Sequence[Example]) -> tuple[float, list[float | None], int]:
         """Held-out loss: nats per supervised token over all examples, per source, and the number of tokens."""
         self.model.eval()
-        n_sources = max(1, len(self.source_names))
+        n_sources = max([len(self.source_names), *(e.source + 1 for e in examples)])
         sums, counts = np.zeros(n_sources), np.zeros(n_sources, np.int64)
         for batch in self.spec.batches(list(examples)):
             sums += np.bincount(batch.sources, self.loss(batch).cpu().double().numpy(), n_sources)
@@ -309,10 +316,14 @@ def lasting_gradients(model: Any) -> None:
 
 
 def matrix_sizes(model: Any) -> tuple[int, int]:
-    """(parameters in the blocks' matrices, parameters in the output projection): what products are counted by."""
-    heads = {id(p) for e in (model.get_input_embeddings(), model.get_output_embeddings()) for p in e.parameters()}
-    body = sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in heads)
-    return body, model.get_output_embeddings().weight.numel()
+    """(parameters in the blocks' matrices, in the output projection): what products are counted by. Of experts those
+    that a token uses."""
+    config = model.config.get_text_config()
+    experts = next((n for k in EXPERTS if (n := getattr(config, k, None))), 1)
+    active = (getattr(config, "num_experts_per_tok", None) or experts) / experts
+    matrices = [p for _, p in groups_of(model).matrices]
+    body = sum(p.numel() * (active if p.ndim == 3 else 1) for p in matrices)
+    return int(body), model.get_output_embeddings().weight.numel()
 
 
 def hidden_states(model: Any, batch: PackedBatch, *, packed: bool = True) -> torch.Tensor:
@@ -325,7 +336,7 @@ def hidden_states(model: Any, batch: PackedBatch, *, packed: bool = True) -> tor
     if packed:
         positions = torch.from_numpy(batch.positions).to(model.device)
         extra = {"position_ids": positions, "layout": layout_of(batch, model.device)}
-    out: torch.Tensor = model.base_model(input_ids=ids, use_cache=False, **extra).last_hidden_state
+    out: torch.Tensor = body_of(model)(input_ids=ids, use_cache=False, **extra).last_hidden_state
     return out.reshape(-1, out.shape[-1])
 
 

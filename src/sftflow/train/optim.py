@@ -21,8 +21,8 @@ MUON_RATIO = 4.0
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """Learning rates of the parameter groups, as multiples of the recipe's: matrices inside the blocks, token
-    embeddings with the output projection, and the rest (norms, biases)."""
+    """Learning rates of the parameter groups, as multiples of the recipe's: matrices inside the blocks, embeddings
+    with the output projection, and the rest (norms, biases)."""
 
     matrices: float = 1.0
     embeddings: float = 1.0
@@ -39,16 +39,16 @@ class Groups:
 
 
 def groups_of(model: Any) -> Groups:
-    """Every trainable parameter in one group."""
-    heads: set[int] = set()
-    for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if embedding is not None:
-            heads.update(id(p) for p in embedding.parameters() if p.ndim == 2)
+    """Every trainable parameter in one group. Experts held as (experts, out, in) count as matrices."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    head = model.get_output_embeddings()
+    if head is not None:
+        tables.add(id(head.weight))
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     return Groups(
-        embeddings=[(n, p) for n, p in named if id(p) in heads],
-        matrices=[(n, p) for n, p in named if p.ndim == 2 and id(p) not in heads],
-        rest=[(n, p) for n, p in named if p.ndim != 2 and id(p) not in heads],
+        embeddings=[(n, p) for n, p in named if id(p) in tables],
+        matrices=[(n, p) for n, p in named if p.ndim >= 2 and id(p) not in tables],
+        rest=[(n, p) for n, p in named if p.ndim < 2 and id(p) not in tables],
     )
 
 
@@ -70,13 +70,20 @@ def adamw(groups: Groups, rates: Rates, lr: float, weight_decay: float) -> list[
 
 
 def muon(groups: Groups, rates: Rates, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan et al. 2024) for the matrices inside the blocks, AdamW for everything else."""
+    """Muon (Jordan et al. 2024) for the matrices inside the blocks, AdamW for everything else (experts too)."""
     out: list[torch.optim.Optimizer] = []
-    if groups.matrices:
-        matrices = [p for _, p in groups.matrices]
+    matrices = [p for _, p in groups.matrices if p.ndim == 2]
+    if matrices:
         rate = lr * MUON_RATIO * rates.matrices
         out.append(torch.optim.Muon(matrices, lr=rate, weight_decay=weight_decay, momentum=0.95, nesterov=True))
-    out += _adamw([(groups.embeddings, lr * rates.embeddings, 0.0), (groups.rest, lr * rates.rest, 0.0)])
+    experts = [(n, p) for n, p in groups.matrices if p.ndim != 2]
+    out += _adamw(
+        [
+            (experts, lr * rates.matrices, weight_decay),
+            (groups.embeddings, lr * rates.embeddings, 0.0),
+            (groups.rest, lr * rates.rest, 0.0),
+        ]
+    )
     return out
 
 

@@ -13,62 +13,98 @@ import numpy as np
 import torch
 
 from sftflow.errors import CheckpointError
-from sftflow.mixture.pack import Example, pack_batch
+from sftflow.mixture.pack import Example, pack_batch, pad_batch
 from sftflow.train.attention import use_packed_attention
 from sftflow.train.layout import layout_of
 from sftflow.train.loss import head_of, logits_of
 
-REMEDY = "set train.packing: false (each conversation alone, padded), or use a decoder-only attention model"
+UNPACKED = "set train.packing: false (each conversation alone, padded), or use a decoder-only attention model"
+OTHER = "use a causal model whose logits are a projection of its last hidden states"
 TOLERANCE = 2e-3
 """of the largest logit; fp32 products on a GPU may be rounded to 10 bits (TF32)"""
+FIXED_ROPE = {"default", "linear", "llama3", "yarn", "proportional"}
+"""rotary embeddings whose frequencies do not hang on the length of what is computed"""
+
+
+def body_of(model: Any) -> Any:
+    """The part of a causal LM that ends with the last hidden states."""
+    return model.base_model if model.base_model is not model else model.get_decoder()
+
+
+def check_length(model: Any, max_length: int) -> None:
+    """Raises CheckpointError where the model computes conversations of up to `max_length` differently by length, which
+    the short sequences of `prove_forward` would not show."""
+    config = model.config.get_text_config()
+    name = type(model).__name__
+    rope = getattr(config, "rope_parameters", None) or {}
+    layers = [rope, *(r for r in rope.values() if isinstance(r, dict))]
+    varying = {r.get("rope_type", "default") for r in layers} - FIXED_ROPE
+    original = [r.get("original_max_position_embeddings") for r in layers]
+    original += [getattr(config, "original_max_position_embeddings", None)]
+    bounds = {
+        "its attention goes in chunks": getattr(config, "attention_chunk_size", None),
+        "its attention picks keys": getattr(config, "index_topk", None),
+        f"its rotary embedding ({', '.join(sorted(varying))}) changes": max([n for n in original if n], default=0)
+        or getattr(config, "max_position_embeddings", None)
+        if varying
+        else None,
+    }
+    for fact, bound in bounds.items():
+        if bound and max_length > bound:
+            raise CheckpointError(
+                "train.max_length", f"{name}: {fact} beyond {bound} tokens", f"lower it to {bound} or less"
+            )
 
 
 @torch.no_grad()
-def prove_forward(model: Any) -> None:
-    """Raises CheckpointError, naming the architecture, where packed logits are not the model's own."""
+def prove_forward(model: Any, packed: bool = True) -> None:
+    """Raises CheckpointError, naming the architecture, where our logits are not those of the model's own forward pass.
+
+    packed: through `packed_attention`; else only the body and the head are compared.
+    """
     name = type(model).__name__
+    refuse = f"{name} cannot be trained{' packed' if packed else ''}"
+    remedy = UNPACKED if packed else OTHER
     was_training, implementation = model.training, model.config._attn_implementation
     model.eval()
     try:
-        gap, size = _gap(model)
+        gap, size = _gap(model, packed)
     except (TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError) as error:
         first = (str(error).strip().splitlines() or [""])[0]
-        raise CheckpointError(
-            "base", f"{name} cannot be trained packed: {type(error).__name__}: {first}", REMEDY
-        ) from error
+        raise CheckpointError("base", f"{refuse}: {type(error).__name__}: {first}", remedy) from error
     finally:
         model.set_attn_implementation(implementation)
         model.train(was_training)
     if not np.isfinite(size):
         return  # weights that are not finite prove nothing; training will say so
     if not gap <= TOLERANCE * max(1.0, size):
-        raise CheckpointError(
-            "base", f"{name} cannot be trained packed: packed and alone differ by {gap:.2g} in the logits", REMEDY
-        )
+        raise CheckpointError("base", f"{refuse}: its logits and ours differ by {gap:.2g}", remedy)
 
 
-def _gap(model: Any) -> tuple[float, float]:
-    """(largest difference, largest logit) of sequences packed and alone."""
+def _gap(model: Any, packed: bool) -> tuple[float, float]:
+    """(largest difference, largest logit) between our way and the model's own on a few sequences."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     rng = np.random.default_rng(0)
     beginning = rng.integers(0, vocabulary, 5)
     pieces = [np.concatenate([beginning, rng.integers(0, vocabulary, n)]) for n in (9, 4)]
     pieces.append(rng.integers(0, vocabulary, 21))
-    batch = pack_batch([Example(ids=p, mask=np.ones(len(p), np.int8)) for p in pieces])
-    model.set_attn_implementation("eager")
+    if packed:
+        model.set_attn_implementation("eager")
     alone = {tuple(p[:-1]): _alone(model, p[:-1]) for p in pieces}
-    use_packed_attention(model)
-    hidden = model.base_model(
-        input_ids=torch.from_numpy(batch.input_ids).to(model.device),
-        position_ids=torch.from_numpy(batch.positions).to(model.device),
-        layout=layout_of(batch, model.device),
-        use_cache=False,
-    ).last_hidden_state[0]
-    packed = logits_of(hidden, head_of(model))
+    examples = [Example(ids=p, mask=np.ones(len(p), np.int8)) for p in pieces]
+    batch = pack_batch(examples) if packed else pad_batch(examples)
+    extra: dict[str, Any] = {}
+    if packed:
+        use_packed_attention(model)
+        positions = torch.from_numpy(batch.positions).to(model.device)
+        extra = {"position_ids": positions, "layout": layout_of(batch, model.device)}
+    ids = torch.from_numpy(batch.input_ids).to(model.device)
+    hidden = body_of(model)(input_ids=ids, use_cache=False, **extra).last_hidden_state
+    ours = logits_of(hidden.reshape(-1, hidden.shape[-1]), head_of(model))
     gap = size = 0.0
     for path in batch.paths:
-        wanted = alone[tuple(batch.input_ids[0, path])]
-        gap = max(gap, float((packed[torch.from_numpy(path).to(packed.device)] - wanted).abs().max()))
+        wanted = alone[tuple(batch.input_ids.ravel()[path])]
+        gap = max(gap, float((ours[torch.from_numpy(path).to(ours.device)] - wanted).abs().max()))
         size = max(size, float(wanted.abs().max()))
     return gap, size
 

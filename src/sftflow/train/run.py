@@ -119,7 +119,7 @@ def _train(recipe: Recipe, listener: Listener, out: Path, signals: Signals, *, r
     runtime = detect(recipe.train.precision)
     base_dtype = stored_dtype(location)
     recipe, notes = resolve_recipe(recipe, runtime, model.num_parameters())
-    context = int(getattr(model.config, "max_position_embeddings", 0) or 0)
+    context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0)
     if context and recipe.train.max_length > context:
         raise CheckpointError(
             "train.max_length", f"{recipe.train.max_length} is more than the base's context of {context}", "lower it"

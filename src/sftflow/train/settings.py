@@ -113,15 +113,13 @@ def stored_dtype(location: Any) -> Any:
 
 
 def set_dropout(model: Any, rate: float) -> None:
-    """Dropout is 0 unless the recipe asks: set every dropout of the model."""
+    """Dropout is 0 unless the recipe asks: set every dropout of the model, however it is kept."""
     import torch
 
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = rate
-        for key in ("attention_dropout", "attn_dropout"):
-            if isinstance(getattr(module, key, None), float):
-                setattr(module, key, rate)
-    for key in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
-        if hasattr(model.config, key):
-            setattr(model.config, key, rate)
+    for place in (*model.modules(), model.config):
+        if isinstance(place, torch.nn.Dropout):
+            place.p = rate
+        for key, value in list(vars(place).items()):
+            named = "dropout" in key or key in ("attn_pdrop", "resid_pdrop", "embd_pdrop")
+            if named and isinstance(value, (int, float)) and not isinstance(value, bool):
+                setattr(place, key, rate)

@@ -55,6 +55,16 @@ class WorkingConv1D(Conv1D):
 CLASSES = {torch.nn.Linear: WorkingLinear, Conv1D: WorkingConv1D}
 
 
+def release(model: Any) -> None:
+    """Make a model that was trained on working weights an ordinary one again."""
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        for plain, working in CLASSES.items():
+            if type(module) is working:
+                module.__class__ = plain
+                del module.working
+
+
 class WorkingWeights:
     """The working weights of a model's decoder layers and output projection. `refresh` after every change."""
 
