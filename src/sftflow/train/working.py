@@ -57,12 +57,11 @@ CLASSES = {torch.nn.Linear: WorkingLinear, Conv1D: WorkingConv1D}
 
 def release(model: Any) -> None:
     """Make a model that was trained on working weights an ordinary one again."""
-    modules: list[Any] = list(model.modules())
+    plain = {working: ordinary for ordinary, working in CLASSES.items()}
+    modules: list[Any] = [m for m in model.modules() if type(m) in plain]
     for module in modules:
-        for plain, working in CLASSES.items():
-            if type(module) is working:
-                module.__class__ = plain
-                del module.working
+        module.__class__ = plain[type(module)]
+        del module.working
 
 
 class WorkingWeights:
