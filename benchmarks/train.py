@@ -159,7 +159,8 @@ class FixedPlan:
 
 def run_ours(job: dict[str, Any]) -> dict[str, Any]:
     from sftflow.runtime import detect
-    from sftflow.train.loop import LoopSpec, Trainer
+    from sftflow.train.loop import Trainer
+    from sftflow.train.plan import LoopSpec
 
     model, _ = load(job)
     spec = LoopSpec(

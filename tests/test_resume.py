@@ -706,7 +706,8 @@ def test_bf16_resumes_bit_for_bit(settings: dict[str, Any], tmp_path: Path) -> N
     """Working weights are derived from the saved ones, and compiled code does not hang on the batch it was made for."""
     from sftflow.base.run import BaseSpec, build_model
     from sftflow.runtime import Runtime
-    from sftflow.train.loop import RowPlan, Trainer
+    from sftflow.train.loop import Trainer
+    from sftflow.train.plan import RowPlan
     from sftflow.train.resume import load_state, save_state
     from test_train import shared_rows, spec
 

@@ -18,9 +18,10 @@ from sftflow.errors import RunError
 from sftflow.mixture.pack import Example
 from sftflow.rounding import round_bf16
 from sftflow.runtime import Runtime
-from sftflow.train.loop import LoopSpec, RowPlan, Trainer
+from sftflow.train.loop import Trainer
 from sftflow.train.loss import Head, chunked_cross_entropy, fused_parts, loss_parts
 from sftflow.train.optim import lr_factor
+from sftflow.train.plan import LoopSpec, RowPlan
 from test_models import tiny
 
 FP32 = Runtime(device="cpu", precision="fp32", reason="test")

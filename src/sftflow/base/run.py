@@ -172,7 +172,8 @@ def train_base(
     progress: Callable[[Any, int], None],
 ) -> dict[str, Any]:
     """The whole stage; returns the facts of the model card. `progress(log, total_steps)` is called every step."""
-    from sftflow.train.loop import LoopSpec, RowPlan, Trainer
+    from sftflow.train.loop import Trainer
+    from sftflow.train.plan import LoopSpec, RowPlan
     from sftflow.train.resume import flush_to_disk, forget_states, load_state, save_state, saved_states, truncate_log
 
     documents: list[str] = []

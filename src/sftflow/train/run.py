@@ -102,7 +102,8 @@ def _train(recipe: Recipe, listener: Listener, out: Path, signals: Signals, *, r
     """`run_training` in a folder that is ours."""
     from safetensors import SafetensorError
 
-    from sftflow.train.loop import RowPlan, Trainer
+    from sftflow.train.loop import Trainer
+    from sftflow.train.plan import RowPlan
     from sftflow.train.resume import flush_to_disk, forget_states, load_state, save_state, saved_states, truncate_log
     from sftflow.train.warm import warm_start
 

@@ -11,7 +11,7 @@ from sftflow.recipe import Recipe
 from sftflow.runtime import Runtime
 
 if TYPE_CHECKING:
-    from sftflow.train.loop import LoopSpec
+    from sftflow.train.plan import LoopSpec
 
 SMALL_MODEL = 20_000_000
 """parameters below which a base is treated as the tiny one"""
@@ -70,8 +70,8 @@ def settle_compile(recipe: Recipe, runtime: Runtime, n_parameters: int, steps: i
 
 def loop_spec(recipe: Recipe) -> LoopSpec:
     """The loop's view of a resolved recipe."""
-    from sftflow.train.loop import LoopSpec
     from sftflow.train.optim import Rates
+    from sftflow.train.plan import LoopSpec
 
     t = recipe.train
     assert t.micro_tokens is not None and isinstance(t.lr, float)
