@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from runs import Quiet, write_recipe
 from sftflow.base.run import BaseSpec, build_model
 from sftflow.errors import RunError
-from sftflow.mixture.pack import Example
+from sftflow.mixture.pack import Example, best_fit
 from sftflow.rounding import round_bf16
 from sftflow.runtime import Runtime
 from sftflow.train.loop import Trainer
@@ -98,6 +98,21 @@ def run_loop(micro: int, optimizer: str, steps: int = 4) -> dict[str, torch.Tens
 def test_accumulation_changes_nothing(optimizer: str, bound: float) -> None:
     whole, eighths = run_loop(512, optimizer), run_loop(64, optimizer)
     assert max(float((whole[k] - eighths[k]).abs().max()) for k in whole) <= bound
+
+
+def test_an_epoch_is_packed_once_and_steps_do_not_hang_on_what_was_asked_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    packed: list[int] = []
+    monkeypatch.setattr("sftflow.train.plan.best_fit", lambda *a: packed.append(1) or best_fit(*a))
+    s = spec(steps=None, epochs=4)
+    rows = examples(100)
+    plan = RowPlan(rows, s)
+    steps = [[[id(e) for e in row] for row in plan.step_rows(i)] for i in range(plan.total_steps)]
+    assert len(packed) == 4
+    fresh = RowPlan(rows, s)
+    assert [[id(e) for e in row] for row in fresh.step_rows(plan.total_steps - 2)] == steps[-2]
+    assert [[id(e) for e in row] for row in fresh.step_rows(1)] == steps[1]
 
 
 def shared_rows() -> list[Example]:
