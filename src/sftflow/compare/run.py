@@ -73,10 +73,6 @@ def compare_models(
     from sftflow.compare.report import render_report
 
     began = time.perf_counter()
-    if judge is not None:
-        from sftflow.compare.judge import check_judge
-
-        check_judge(judge.url, judge.model, judge.api_key)  # before minutes are spent
     total = sum(len(r.items) for r in runs) * 3 + len(prompts.prompts) * 3
     done = 0
 
@@ -155,8 +151,8 @@ def compare_models(
 
 def kind_of(base: Assistant) -> str:
     """A base that brings a chat template of its own has been instruction-tuned before."""
-    own = base.renderer.format.name == "own" or base.info.get("kind") == "sft"
-    return "continued SFT" if own else "base-versus-SFT"
+    tuned = base.info.get("own_template") or base.info.get("kind") == "sft"
+    return "continued SFT" if tuned else "base-versus-SFT"
 
 
 def base_format(sft: Assistant) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,15 +135,17 @@ def summary(results: Sequence[EvalResult]) -> dict[str, Any]:
 
 
 def evaluate_models(
-    assistants: Sequence[Assistant],
-    runs: Sequence[TaskRun],
+    asked: Iterable[tuple[Assistant, Sequence[TaskRun]]],
     out: Path,
     progress: Callable[[str, str, int], None] | None = None,
 ) -> dict[str, Any]:
-    """`sftflow eval`: every model on every task in its chat format; writes rows, eval.json and for each model a results
-    file as lm-evaluation-harness writes them. Returns eval.json."""
+    """`sftflow eval`: every model on its tasks in its chat format; writes rows, eval.json and for each model a results
+    file as lm-evaluation-harness writes them. Returns eval.json.
+
+    asked: taken one after another, so that whoever loads models on the way holds one at a time.
+    """
     models: dict[str, Any] = {}
-    for assistant in assistants:
+    for assistant, runs in asked:
         results = []
         for run in runs:
 
