@@ -14,13 +14,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation, text_message
 from sftflow.chat.settle import settle
 from sftflow.errors import FormatError, MaskError, TaskError
-from sftflow.generate.engine import Engine
 from sftflow.mixture.tasks import Item
+
+if TYPE_CHECKING:
+    from sftflow.generate.engine import Engine
 
 Ids = tuple[int, ...]
 
@@ -60,8 +63,8 @@ def _format_for_letters(renderer: Renderer, task: str) -> Renderer:
     try:
         settled.render(exchange)
     except (MaskError, FormatError) as error:
-        fact = f"the {renderer.format.name} format gives no prompt that a letter alone could follow ({error.fact})"
-        raise TaskError(task, fact, "leave the task out, or use another format") from None
+        fact = f"in this chat format a letter alone is no reply ({error.fact})"
+        raise TaskError(task, fact, "leave the task out, or ask it as free text") from None
     return settled
 
 

@@ -55,7 +55,7 @@ def finite_logits(model: Any, name: str) -> Iterator[None]:
     def look(module: Any, given: Any, out: Any) -> None:
         # The maximum is NaN where any of them is. -inf is allowed: some models rule ids out by it.
         if not bool(out.logits.amax().isfinite()):
-            raise RunError(name, "the model's logits are not finite", "try --precision fp32, or another checkpoint")
+            raise RunError(name, "the model's logits are not finite", "give another checkpoint")
 
     hook = model.register_forward_hook(look)
     try:
