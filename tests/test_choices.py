@@ -184,7 +184,7 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_generated(qwen: Any,
     assistant = assistant_of(qwen, with_template(qwen, qwen_template("Qwen-QwQ-32B.jinja"), "qwq"))
     runs = [*open_tasks(["arithmetic"], 2), choice_run()]
     with pytest.raises(TaskError) as error:
-        evaluate_models([assistant], runs, tmp_path / "out")
+        evaluate_models([(assistant, runs)], tmp_path / "out")
     assert str(error.value) == (
         "arc: in this chat format a letter alone is no reply (the qwq format's prompt for this reply is not a prefix "
         "of the training text); leave the task out, or ask it as free text"

@@ -104,7 +104,7 @@ def test_a_prompt_that_does_not_fit_scores_nothing_and_is_counted(assistant: Any
 
 def test_eval_writes_its_documents(assistant: Any, tmp_path: Path) -> None:
     runs = open_tasks(["spelling", "arithmetic"], 3)
-    document = evaluate_models([assistant], runs, tmp_path)
+    document = evaluate_models([(assistant, runs)], tmp_path)
     assert json.loads((tmp_path / "eval.json").read_text()) == document
     (entry,) = document["models"].values()
     for name in ("spelling", "arithmetic"):

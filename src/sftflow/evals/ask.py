@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation
 from sftflow.checkpoint import Assistant
 from sftflow.errors import ContextError, TaskError
@@ -102,11 +103,11 @@ def prompts_of(assistant: Assistant, run: TaskRun, arm: Arm) -> list[Prompt]:
     return [Prompt(ids=ids, letters={}) for ids in asked]
 
 
-def require_askable(assistant: Assistant, runs: Sequence[TaskRun], arms: Sequence[Arm] = ("chat",)) -> None:
+def require_askable(renderer: Renderer, runs: Sequence[TaskRun]) -> None:
     """Raises TaskError where a multiple-choice task cannot be asked in this format: before minutes are spent."""
     for run in runs:
-        for arm in arms if run.by_letter else ():
-            prompts_of(assistant, replace(run, items=run.items[:1]), arm)
+        if run.by_letter:
+            chat_letters(renderer, run.items[:1], run.name)
 
 
 def grade_in_memory(assistant: Assistant, run: TaskRun, step: Step) -> list[EvalRow]:

@@ -15,6 +15,7 @@ from sftflow.checkpoint import Assistant
 from sftflow.evals.ask import TaskRun, grade_in_memory
 from sftflow.evals.hygiene import hygiene, said_of_row
 from sftflow.generate.engine import Engine
+from sftflow.packed.attention import plain_attention
 from sftflow.runtime import Runtime
 
 RATES = ("stop_rate", "empty_rate", "role_leak_rate", "self_turn_rate", "looping_rate")
@@ -60,14 +61,17 @@ class Sampled:
 
 @contextmanager
 def _resting(model: Any) -> Iterator[None]:
-    """Without dropout, and without compiling anew for the shapes of generation."""
-    training = model.training
+    """Without dropout, without compiling anew for the shapes of generation, and attending as the model does by itself:
+    training's way knows packed rows only, and a model that generates otherwise would be asked through it."""
+    training, attention = model.training, model.config._attn_implementation
     random = torch.random.get_rng_state()
     model.eval()
+    model.set_attn_implementation(plain_attention(model))
     stance = torch.compiler.set_stance("force_eager")
     try:
         with stance:
             yield
     finally:
+        model.set_attn_implementation(attention)
         model.train(training)
         torch.random.set_rng_state(random)

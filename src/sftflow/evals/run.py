@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -153,17 +153,18 @@ def summary(results: Sequence[EvalResult]) -> dict[str, Any]:
 
 
 def evaluate_models(
-    assistants: Sequence[Assistant],
-    runs: Sequence[TaskRun],
+    asked: Iterable[tuple[Assistant, Sequence[TaskRun]]],
     out: Path,
     progress: Callable[[str, str, int], None] | None = None,
 ) -> dict[str, Any]:
-    """`sftflow eval`: every model on every task in its chat format; writes rows, eval.json and for each model a results
-    file as lm-evaluation-harness writes them. Returns eval.json."""
-    for assistant in assistants:
-        require_askable(assistant, runs)
+    """`sftflow eval`: every model on its tasks in its chat format; writes rows, eval.json and for each model a results
+    file as lm-evaluation-harness writes them. Returns eval.json.
+
+    asked: taken one after another, so that whoever loads models on the way holds one at a time.
+    """
     models: dict[str, Any] = {}
-    for assistant in assistants:
+    for assistant, runs in asked:
+        require_askable(assistant.renderer, runs)
         results = []
         for run in runs:
 

@@ -24,7 +24,7 @@ from sftflow.errors import CheckpointError, RunError
 from sftflow.files import NO_SPACE, Lock, reason, sweep, write_json, write_text
 from sftflow.mixture.mix import build_mixture, write_bad_rows
 from sftflow.recipe import Recipe, to_yaml
-from sftflow.runtime import Runtime, detect, peak_memory
+from sftflow.runtime import Runtime, detect, out_of_memory, peak_memory
 from sftflow.train.identity import flat_recipe, identity_of
 from sftflow.train.loggers import open_logger, require_logger
 from sftflow.train.settings import loop_spec, resolve_recipe, set_dropout, settle_compile, stored_dtype
@@ -42,6 +42,8 @@ WRITTEN_HERE = (
     "evals.jsonl",
     "DONE",
 )
+MEASURED = ("eval.json", "compare.json", "report.html")
+"""what is measured after the training: those of an earlier training in the same folder are not this one's"""
 
 
 class Listener(Protocol):
@@ -169,7 +171,8 @@ def _train(
         if recipe.train.warm_start:
             listener.say(warm_start(Path(location.path), trainer))
         forget_states(out / "resume")
-    (out / "DONE").unlink(missing_ok=True)
+    for name in ("DONE", *MEASURED):
+        (out / name).unlink(missing_ok=True)
     write_text(out / "recipe.yaml", to_yaml(recipe))
     write_json(out / "ledger.json", ledger)
     write_bad_rows(out, mixture)
@@ -252,7 +255,7 @@ def _train(
     except RunError as error:
         raise RunError(error.place, error.fact, _after_divergence(out, extra)) from error
     except RuntimeError as error:
-        if "alloc" not in str(error).lower():
+        if not out_of_memory(error):
             raise
         raise RunError("training", "out of memory", "lower train.micro_tokens or train.max_length") from error
     if extra.get("checkpoint") is None:
