@@ -75,6 +75,7 @@ def compare_models(
     began = time.perf_counter()
     for assistant in (base, sft):
         require_askable(assistant.renderer, runs)
+        weights_of(assistant)  # which refuses weights that are not finite
     total = sum(len(r.items) for r in runs) * 3 + len(prompts.prompts) * 3
     done = 0
 
