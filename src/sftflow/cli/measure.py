@@ -76,11 +76,14 @@ def evaluate_all(models: list[str], asked: Asked, watch: Any) -> None:
     """Score models, and show the scores."""
     from rich.console import Console
 
-    from sftflow.checkpoint import load_assistant
+    from sftflow.checkpoint import load_assistant, open_renderer, resolve
     from sftflow.console import eval_table
+    from sftflow.evals.ask import require_askable
     from sftflow.evals.run import evaluate_models
 
     runs = {name: asked.open(name) for name in models}  # each was taught who it is by its own recipe
+    for name in models[1:]:  # the first is loaded, and checked, at once
+        require_askable(open_renderer(resolve(name), "auto"), runs[name])
     total = sum(len(r.items) for name in models for r in runs[name])
     done = 0
 

@@ -23,7 +23,7 @@ from sftflow.compare.beside import beside_run, held_out_and_overlap, plain_text_
 from sftflow.compare.figures import Arms, flags_of, hygiene_of, item_rows, task_entries
 from sftflow.compare.prompts import PromptSet
 from sftflow.errors import SftflowError
-from sftflow.evals.ask import TaskRun
+from sftflow.evals.ask import TaskRun, require_askable
 from sftflow.evals.run import evaluate, summary, weights_of
 from sftflow.evals.statistics import centred_mean
 from sftflow.evals.store import code_hash, items_hash
@@ -73,6 +73,9 @@ def compare_models(
     from sftflow.compare.report import render_report
 
     began = time.perf_counter()
+    for assistant in (base, sft):
+        require_askable(assistant.renderer, runs)
+        weights_of(assistant)  # which refuses weights that are not finite
     total = sum(len(r.items) for r in runs) * 3 + len(prompts.prompts) * 3
     done = 0
 
