@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from sftflow.packed.attention import NAME, use_packed_attention
 from sftflow.recipe import load_recipe
 from sftflow.runtime import detect
 from sftflow.train.run import run_training
+from sftflow.train.stop import Stopped
 
 CODE = {"prompt": "def one():\n", "entry_point": "one", "test": "def check(f):\n    assert f() == 1\n"}
 MEASURED = ("eval.json", "compare.json", "report.html")
@@ -173,3 +175,27 @@ def test_out_of_memory_is_one_line() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
     assert done.returncode == 3
     assert done.stderr.startswith("error: memory: out of memory; ") and len(done.stderr.splitlines()) == 1
+
+
+def test_a_signal_does_not_wait_for_a_sample(tmp_path: Path, tiny_base: Path) -> None:
+    """It comes in the middle of the sample at step 2: the state is saved, and the sample taken when the run goes on."""
+    recipe = load_recipe(
+        short_recipe(tmp_path, tiny_base), ["train.steps=3", "eval.every=2", "eval.tasks=[arithmetic]"]
+    )
+    sampled = Sampled(open_tasks(["arithmetic"], 2))
+    calls: list[int] = []
+
+    def sampling(*args: Any) -> dict[str, Any]:
+        calls.append(len(calls))
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return sampled(*args)
+
+    with pytest.raises(Stopped) as stopped:
+        run_training(recipe, Quiet(), sampling=sampling)
+    assert stopped.value.saved and stopped.value.exit_code == 143
+    log = tmp_path / "run" / "evals.jsonl"
+    assert [json.loads(x)["step"] for x in log.read_text().splitlines()] == [0]
+    assert run_training(recipe, Quiet(), sampling=sampling, resume=True).directory.is_dir()
+    assert [json.loads(x)["step"] for x in log.read_text().splitlines()] == [0, 2]
+    assert len(calls) == 3

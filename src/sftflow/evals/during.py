@@ -34,14 +34,18 @@ class Sampled:
         renderer: Renderer,
         runtime: Runtime,
         progress: Callable[[int, int], None] | None = None,
+        tick: Callable[[], None] | None = None,
     ) -> dict[str, Any]:
-        """-> {"tasks": {NAME: score}, "hygiene": {RATE: share}, "seconds"}; the model is left as it was found."""
+        """-> {"tasks": {NAME: score}, "hygiene": {RATE: share}, "seconds"}; the model is left as it was found.
+
+        tick: called between two tokens; what it raises ends the sample.
+        """
         began = time.perf_counter()
         tasks: dict[str, float] = {}
         said = []
         total, done = sum(len(r.items) for r in self.runs), 0
         with _resting(model):
-            assistant = Assistant("", model, tokenizer, renderer, Engine(model, renderer, runtime), {})
+            assistant = Assistant("", model, tokenizer, renderer, Engine(model, renderer, runtime, tick=tick), {})
             for run in self.runs:
 
                 def step(k: int) -> None:

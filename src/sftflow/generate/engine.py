@@ -31,11 +31,20 @@ SHARED = 16
 class Engine:
     """Generates with one model and one format. Not re-entrant: one session at a time.
 
-    slots: replies that run side by side.
+    slots: replies that run side by side.   tick: called before every forward pass; what it raises ends the work.
     """
 
-    def __init__(self, model: Any, renderer: Renderer, runtime: Runtime, *, slots: int = 32) -> None:
+    def __init__(
+        self,
+        model: Any,
+        renderer: Renderer,
+        runtime: Runtime,
+        *,
+        slots: int = 32,
+        tick: Callable[[], None] | None = None,
+    ) -> None:
         self.model, self.renderer, self.runtime, self.slots = model, renderer, runtime, slots
+        self.tick = tick or (lambda: None)
         self.context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 20)
         self.speech = Speech(renderer)
         self._packs: bool | None = None
@@ -106,6 +115,7 @@ class Engine:
         decoder = self.decoder(common_beginning(prompts))
         try:
             for start in range(0, len(order), self.slots):
+                self.tick()
                 group = order[start : start + self.slots]
                 logprobs = decoder.scores([prompts[i] for i in group]).log_softmax(-1)
                 for row, i in enumerate(group):
@@ -162,6 +172,7 @@ class Session:
 
     def advance(self) -> list[Draft]:
         """One more token for every running reply; those with `finish` set have ended with it."""
+        self.engine.tick()
         self._admit()
         told, tokens = list(self._running), self._choose()
         for draft, token in zip(told, tokens, strict=True):

@@ -21,7 +21,7 @@ from sftflow.chat.inspect import token_rows
 from sftflow.chat.settle import settled
 from sftflow.checkpoint import prepare, resolve, save
 from sftflow.errors import CheckpointError, RunError
-from sftflow.files import NO_SPACE, Lock, reason, sweep, write_json, write_text
+from sftflow.files import NO_SPACE, Lock, finite, reason, sweep, write_json, write_text
 from sftflow.mixture.mix import build_mixture, write_bad_rows
 from sftflow.recipe import Recipe, to_yaml
 from sftflow.runtime import Runtime, detect, out_of_memory, peak_memory
@@ -74,6 +74,7 @@ class Sampling(Protocol):
         renderer: Any,
         runtime: Runtime,
         progress: Callable[[int, int], None] | None = None,
+        tick: Callable[[], None] | None = None,
     ) -> dict[str, Any]: ...
 
 
@@ -127,7 +128,15 @@ def _train(
 
     from sftflow.train.loop import Trainer
     from sftflow.train.plan import RowPlan
-    from sftflow.train.resume import flush_to_disk, forget_states, load_state, save_state, saved_states, truncate_log
+    from sftflow.train.resume import (
+        flush_to_disk,
+        forget_states,
+        last_logged,
+        load_state,
+        save_state,
+        saved_states,
+        truncate_log,
+    )
     from sftflow.train.warm import warm_start
 
     started = time.perf_counter()
@@ -200,7 +209,7 @@ def _train(
             "sources": dict(zip(mixture.names, by_source, strict=True)),
         }
         with (out / "validation.jsonl").open("a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
+            f.write(json.dumps(finite(row), allow_nan=False) + "\n")
             flush_to_disk(f)
         listener.validation(trainer.step, loss, row["sources"])
         logger.validation(trainer.step, loss, row["sources"])
@@ -211,7 +220,11 @@ def _train(
     def sample() -> None:
         if sampling is None or every is None or trainer.step % every:
             return
-        row = {"step": trainer.step, **sampling(model, tokenizer, renderer, runtime, listener.evaluating)}
+        try:
+            found = sampling(model, tokenizer, renderer, runtime, listener.evaluating, signals.check)
+        except Stopped:  # not to wait for minutes: the state is saved now, and the sample is taken when the run goes on
+            return
+        row = {"step": trainer.step, **found}
         with (out / "evals.jsonl").open("a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
             flush_to_disk(f)
@@ -225,12 +238,14 @@ def _train(
     truncate_log(out / "evals.jsonl", trainer.step if trainer.step else -1)
     if trainer.step == 0:
         validate()
+    if last_logged(out / "evals.jsonl") != trainer.step:
         sample()
     try:
         with signals.between_steps(), logger, (out / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
             for log in trainer:
                 extra["seconds"] += log.seconds
-                metrics.write(json.dumps(asdict(log) | {"memory": peak_memory(runtime.device)}) + "\n")
+                row = finite(asdict(log) | {"memory": peak_memory(runtime.device)})  # NaN is not JSON
+                metrics.write(json.dumps(row, allow_nan=False) + "\n")
                 metrics.flush()
                 logger.step(log)
                 listener.step(log, plan.total_steps)
@@ -240,8 +255,8 @@ def _train(
                 if due or done:
                     loss = validate()
                     better = loss is None or extra["best"] is None or loss < extra["best"]
-                    finite = math.isfinite(log.loss if loss is None else loss)
-                    if finite and (better or recipe.train.best == "last"):
+                    sound = math.isfinite(log.loss if loss is None else loss)
+                    if sound and (better or recipe.train.best == "last"):
                         extra.update(best=loss, checkpoint=trainer.step)
                         save_checkpoint()
                 # A step that was not finite is none to go back to, unless we are told to stop there.
