@@ -187,7 +187,7 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_generated(qwen: Any,
         evaluate_models([(assistant, runs)], tmp_path / "out")
     assert str(error.value) == (
         "arc: in this chat format a letter alone is no reply (the qwq format's prompt for this reply is not a prefix "
-        "of the training text); leave the task out, or ask it as free text"
+        "of the training text); leave it out of --tasks"
     )
     assert not (tmp_path / "out").exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import json
 import os
 import shutil
@@ -16,7 +17,9 @@ from typing import Any
 import pytest
 import torch
 
+from sftflow import files
 from sftflow.errors import RunError
+from sftflow.evals import choices, store
 from sftflow.evals.ask import TaskRun, open_tasks
 from sftflow.evals.run import evaluate
 from sftflow.evals.store import EvalRow, Journal, key_of, safe_name
@@ -326,3 +329,8 @@ def test_the_command_on_a_full_disk(small_disk: Path, tiny_base: Path) -> None:
     rows = {r["id"]: r["seconds"] for r in map(json.loads, path.read_text().splitlines())}
     assert len(rows) == 40 and [rows[name] for name in kept] == seconds
     assert json.loads((out / "eval.json").read_text())["models"][str(tiny_base)]["tasks"]["spelling"]["n"] == 40
+
+
+@pytest.mark.parametrize("module", [store, choices, files])
+def test_examples_in_docstrings(module: Any) -> None:
+    assert doctest.testmod(module).failed == 0

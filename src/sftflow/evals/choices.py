@@ -64,7 +64,7 @@ def _format_for_letters(renderer: Renderer, task: str) -> Renderer:
         settled.render(exchange)
     except (MaskError, FormatError) as error:
         fact = f"in this chat format a letter alone is no reply ({error.fact})"
-        raise TaskError(task, fact, "leave the task out, or ask it as free text") from None
+        raise TaskError(task, fact, "leave it out of --tasks") from None
     return settled
 
 
