@@ -180,6 +180,14 @@ def test_an_argument_that_closes_the_block_is_found(qwen: Any) -> None:
         assert said.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n"), said
 
 
+def test_a_format_that_ends_no_turn_is_asked_all_the_same(qwen: Any) -> None:
+    assistant = assistant_of(qwen, with_template(qwen, qwen_template("GLM-4.6.jinja")))
+    assert assistant.renderer.end_token is None
+    for asked in prompts_of(assistant, choice_run(), "chat"):
+        assert assistant.renderer.decode(asked.ids).endswith("<|assistant|>\n<think></think>\n")
+        assert all(ids == (qwen.convert_tokens_to_ids(c),) for c, ids in asked.letters.items())
+
+
 def test_what_cannot_be_asked_is_refused_before_anything_is_generated(qwen: Any, tmp_path: Path) -> None:
     assistant = assistant_of(qwen, with_template(qwen, qwen_template("Qwen-QwQ-32B.jinja"), "qwq"))
     runs = [*open_tasks(["arithmetic"], 2), choice_run()]

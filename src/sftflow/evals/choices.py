@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation, text_message
-from sftflow.chat.settle import settle
+from sftflow.chat.settle import append_eos, settle
 from sftflow.errors import FormatError, MaskError, TaskError
 from sftflow.mixture.tasks import Item
 
@@ -57,10 +57,10 @@ def plain_letters(encode: Callable[[str], Ids], items: Sequence[Item], task: str
 
 def _format_for_letters(renderer: Renderer, task: str) -> Renderer:
     """The assistant's format, or the same with the template arguments under which a letter alone is a reply: where the
-    prompt opens a think block, those that close it."""
+    prompt opens a think block, those that close it. A format need not end its turns to be asked this."""
     exchange = _exchange("A")
-    settled = settle(renderer, [exchange])
     try:
+        settled = settle(append_eos(renderer), [exchange])
         settled.render(exchange)
     except (MaskError, FormatError) as error:
         fact = f"in this chat format a letter alone is no reply ({error.fact})"
