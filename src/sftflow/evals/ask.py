@@ -209,7 +209,9 @@ def ask_items(
     for i in wanted:
         if len(prompts[i].ids) >= context:
             grading.book(i, "", "too_long")
-    _ = assistant.engine.packs  # found out before logits are looked at: it may try what gives none
+    most = 1 if run.by_letter else run.task.max_new_tokens
+    longest = max((len(prompts[i].ids) + most for i in fitting), default=0)
+    assistant.engine.way(longest)  # found out before logits are looked at: it may try ways that give none
     with finite_logits(assistant.model, f"{assistant.name}: {run.name}"):
         if run.by_letter:
             _choose(assistant, run, prompts, fitting, grading)
