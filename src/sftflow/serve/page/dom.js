@@ -75,7 +75,8 @@ export function confirmed(question, yes) {
   dialog.returnValue = "no";
   dialog.showModal();
   return new Promise((done) => {
-    dialog.addEventListener("close", () => done(dialog.returnValue === "yes"), { once: true });
+    // The event comes later than the closing: by then the next question may stand there.
+    dialog.onclose = () => { if (!dialog.open) done(dialog.returnValue === "yes"); };
   });
 }
 
