@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -275,15 +276,15 @@ def test_a_client_that_leaves_stops_its_work(endless: Assistant, stream: bool) -
         assert httpx.post(f"{url}/v1/chat/completions", json=ask(), timeout=5).status_code == 200
 
 
-def test_a_full_line_answers_429_and_leaving_frees_it(endless: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "MAX_WAITING", 2)
+def test_a_full_line_answers_503_and_leaving_frees_it(endless: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "Worker", partial(worker.Worker, max_waiting=2))
 
     async def scenario(url: str) -> None:
         async with httpx.AsyncClient(base_url=url, timeout=10) as http:
             first = [asyncio.create_task(http.post("/v1/chat/completions", json=ENDLESS)) for _ in range(3)]
             await asyncio.sleep(0.5)
             refused = await http.post("/v1/chat/completions", json=ask())
-            assert refusal(refused, 429)["type"] == "rate_limit_error"
+            assert refusal(refused, 503)["code"] == "queue_full"
             assert int(refused.headers["retry-after"]) > 0
             for task in first:
                 task.cancel()

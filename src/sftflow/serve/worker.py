@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from threading import Event
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,20 @@ if TYPE_CHECKING:
     from sftflow.checkpoint import Assistant
 
 MAX_WAITING = 64
+
+
+@dataclass
+class Stats:
+    """What a worker has done since it began, for /metrics; read on the event loop.
+
+    finished: requests by how they ended: "stop", "length", "cancelled" or "error".
+    """
+
+    waiting: int = 0
+    running: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    finished: dict[str, int] = field(default_factory=dict)
 
 
 class Job:
@@ -65,19 +80,26 @@ class Job:
 
 
 class Worker:
-    """One model's thread and the line in front of it."""
+    """One model's thread and the line in front of it.
 
-    def __init__(self, assistant: Assistant) -> None:
-        self.assistant = assistant
+    slots: replies that run side by side.   max_waiting: requests that may stand in line besides.
+    ready: whether the model has been proven and the first request would be computed at once.
+    """
+
+    def __init__(self, assistant: Assistant, *, slots: int = 32, max_waiting: int = MAX_WAITING) -> None:
+        self.assistant, self.max_waiting = assistant, max_waiting
+        self.stats = Stats()
+        self.ready = True
         self.jobs: set[Job] = set()  # the one that runs and those that wait
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="sftflow-engine")
 
-    def check_room(self) -> None:
-        if len(self.jobs) > MAX_WAITING:
-            raise ApiError(429, "too many requests are waiting; try again soon", code="queue_full", Retry_After="5")
+    def check_room(self, n: int = 1) -> None:
+        """Raises ApiError 503 where the line does not take `n` more."""
+        if len(self.jobs) + n > self.max_waiting + 1:
+            raise ApiError(503, "too many requests are waiting; try again soon", code="queue_full", Retry_After="5")
 
     def submit(self, request: generation.Request) -> Job:
-        """Put a request in line. Raises ApiError 429 where more than MAX_WAITING wait already."""
+        """Put a request in line. Raises ApiError 503 where the line is full."""
         self.check_room()
         job = Job(request)
         self.jobs.add(job)
