@@ -48,10 +48,8 @@ if TYPE_CHECKING:
     from sftflow.checkpoint import Assistant
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
-PAGE = {
-    "/": ("index.html", "text/html"),
-    "/page.css": ("page.css", "text/css"),
-    "/page.js": ("page.js", "text/javascript"),
+PAGE = {"/": ("index.html", "text/html"), "/page.css": ("page.css", "text/css")} | {
+    f"/{script.name}": (script.name, "text/javascript") for script in (Path(__file__).parent / "page").glob("*.js")
 }
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
