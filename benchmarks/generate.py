@@ -48,7 +48,7 @@ def ours(assistant: Any, slots: int, tokens: int) -> Callable[[Ids], tuple[Ids, 
     from sftflow.generate.engine import Engine, Request
 
     engine = Engine(assistant.model, assistant.renderer, assistant.runtime, slots=slots)
-    engine.packs  # noqa: B018  proves the model and orders the weights, once
+    engine.way()  # proves the model and orders the weights, once
 
     def generate(prompts: Ids) -> tuple[Ids, list[int]]:
         requests = [Request(prompt_ids=p, max_new_tokens=tokens, use_python=False) for p in prompts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sftflow.generate.decoder import PackedDecoder, PaddedDecoder, can_pack
+from sftflow.errors import CheckpointError
+from sftflow.generate.decoder import PackedDecoder
 from sftflow.generate.engine import Engine, Request, Session, common_beginning
 from sftflow.generate.linear import OrderedWeights, ordered_weights
+from sftflow.generate.own import PaddedDecoder
+from sftflow.generate.prove import find_way
 from sftflow.generate.sampling import likeliest
-from test_models import ARCHITECTURES, FP32, VOCABULARY, tiny
+from test_models import ARCHITECTURES, FP32, SMALL, VOCABULARY, tiny
 
 Ids = list[int]
 
@@ -79,16 +83,109 @@ def test_rows_that_come_and_go(name: str, ordered: bool) -> None:
         torch.testing.assert_close(logits, alone(model, ids), atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_these_are_packed(name: str) -> None:
+    model = tiny(name)
+    before = [vars(model.config), [vars(m).get("sliding_window") for m in model.modules()]]
+    assert find_way(model, FP32) == "packed"
+    assert before == [vars(model.config), [vars(m).get("sliding_window") for m in model.modules()]]
+
+
 def test_what_cannot_be_packed_is_found_out() -> None:
-    assert not can_pack(tiny("Mamba"), FP32, 64)
-    llama = tiny("Llama")
-    assert can_pack(llama, FP32, 64)
-    llama.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-    llama.config.max_position_embeddings = 32
-    assert not can_pack(llama, FP32, 64)  # its rotary embedding changes beyond 32
     broken = tiny("Llama")
     broken.model.layers[0].self_attn.layer_idx = 1  # two layers that would share one buffer
-    assert not can_pack(broken, FP32, 64)
+    assert find_way(broken, FP32, ["packed"]) == "whole"
+
+
+# What each of these remembers, and so how it may be decoded.
+STATEFUL: dict[str, tuple[str, dict[str, Any]]] = {
+    "Mamba": ("single", {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
+    "Mamba2": (
+        "single",
+        {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+        | {"num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 8},
+    ),
+    "Rwkv": (
+        "single",
+        {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32},
+    ),
+    "Jamba": (
+        "single",
+        SMALL
+        | {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2}
+        | {"expert_layer_period": 2, "mamba_d_state": 4},
+    ),
+    "Bamba": (
+        "single",
+        SMALL
+        | {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1}
+        | {"mamba_d_state": 8, "mamba_chunk_size": 8},
+    ),
+    "Lfm2": ("single", SMALL | {"layer_types": ["conv", "full_attention"]}),
+    # keeps its state inside the model, not in what it gives back
+    "RecurrentGemma": (
+        "whole",
+        SMALL | {"attention_window_size": 8, "block_types": ["recurrent", "attention"], "lru_width": 32},
+    ),
+    # its mask has a window that its attention is not told of; longer than any short proof
+    "Phimoe": ("padded", SMALL | {"num_local_experts": 4, "sliding_window": 64}),
+}
+
+
+def stateful(name: str) -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**STATEFUL[name][1])
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_models_with_state_are_decoded_as_they_compute_themselves(name: str, tiny_base: Path) -> None:
+    """Greedy replies of different prompts side by side equal a loop over the model's own forward pass, no cache."""
+    from sftflow.checkpoint import load_assistant
+
+    model = stateful(name)
+    engine = Engine(model, load_assistant(str(tiny_base)).renderer, FP32, slots=3)
+    assert engine.way() == STATEFUL[name][0]
+    rng = np.random.default_rng(0)
+    prompts = [draw(rng, n) for n in (11, 2, 7, 5)]
+    requests = [Request(prompt_ids=tuple(p), max_new_tokens=6, stop_ids=frozenset(), use_python=False) for p in prompts]
+    for prompt, reply in zip(prompts, engine.generate(requests), strict=True):
+        ids = list(prompt)
+        for _ in range(6):
+            ids.append(int(alone(model, ids).argmax()))
+        assert list(reply.ids) == ids[len(prompt) :]
+    options = [[1, 2]] * 4
+    for prompt, scores in zip(prompts, engine.choice_scores(prompts, options), strict=True):
+        torch.testing.assert_close(torch.tensor(scores), alone(model, prompt).log_softmax(-1)[[1, 2]])
+
+
+def test_a_model_that_cannot_compute_is_refused() -> None:
+    model = tiny("Llama")
+    del model.model.layers[1].self_attn.q_proj
+    with pytest.raises(CheckpointError, match="LlamaForCausalLM: it cannot compute a sequence"):
+        find_way(model, FP32)
+
+
+def test_beyond_the_length_at_which_numbers_change_each_is_alone(tiny_base: Path) -> None:
+    """Dynamic rotary embeddings: a sequence longer than 32 is computed otherwise, its earlier tokens too."""
+    from sftflow.checkpoint import load_assistant
+
+    model = tiny("Llama")
+    dynamic = copy.deepcopy(model.config)
+    dynamic.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    dynamic.original_max_position_embeddings = 32
+    dynamic.max_position_embeddings = 64
+    fresh = type(model)(dynamic).eval()
+    fresh.load_state_dict(model.state_dict())
+    engine = Engine(fresh, load_assistant(str(tiny_base)).renderer, FP32)
+    assert (engine.way(32), engine.way()) == ("packed", "single")
+    rng = np.random.default_rng(0)
+    prompts = [draw(rng, n) for n in (28, 40, 3)]
+    decoder = engine.decoder(longest=64)
+    for ids, logits in drive(fresh, decoder, [], [("add", prompts), *["step"] * 8], rng):
+        torch.testing.assert_close(logits, alone(fresh, ids), atol=2e-4, rtol=2e-4)
 
 
 def test_padded_rows(name: str = "Llama") -> None:
@@ -138,7 +235,8 @@ def test_slots_change_no_answer(engine: Engine, seed: int, slots: int, padded: b
     requests = requests_of(seed, 11)
     one = Engine(engine.model, engine.renderer, engine.runtime, slots=1)
     many = Engine(engine.model, engine.renderer, engine.runtime, slots=slots)
-    many._packs = False if padded else None
+    if padded:
+        many._ways = {True: "padded", False: "padded"}
     finished: list[int] = []
     got = many.generate(requests, lambda i, reply: finished.append(i))
     assert sorted(finished) == list(range(11))

@@ -196,6 +196,17 @@ def test_a_head_of_another_shape_is_refused_unpacked_too() -> None:
             prove_forward(model, packed)
 
 
+def test_a_window_that_only_the_mask_has_is_refused() -> None:
+    """Phimoe's attention is not told of its window, here one longer than the proof's sequences."""
+    from transformers import AutoModelForCausalLM, PhimoeConfig
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(PhimoeConfig(**SMALL, num_local_experts=4, sliding_window=64))
+    with pytest.raises(CheckpointError, match="PhimoeForCausalLM cannot be trained packed"):
+        prove_forward(model)
+    assert model.config.sliding_window == 64
+
+
 def test_lengths_at_which_a_model_changes_are_refused() -> None:
     from transformers import AutoModelForCausalLM, Phi3Config
 

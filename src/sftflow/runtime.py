@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 Precision = Literal["fp32", "bf16"]
@@ -115,6 +118,51 @@ def measure_peak(runtime: Runtime) -> float:
     return best
 
 
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process may still take: what the machine has free, or less where its control group (a container,
+    a batch job) is limited; 0 where the system does not say.   root: where /proc and /sys are."""
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError, IndexError):  # not Linux
+        try:
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, ValueError, OSError):
+            return 0
+    return max(0, min([free, *_group_rooms(root)]))
+
+
+def _group_rooms(root: Path) -> Iterator[int]:
+    """What each limited memory control group above this process has left (cgroup versions 2 and 1)."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    mount = root / "sys/fs/cgroup"
+    for line in lines:  # "0::/path", or "4:memory:/path" of version 1
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top, limit, usage = mount, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            top, limit, usage = mount / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        group = top / path.strip("/")
+        # A limit binds all groups below it. Inside a container the path may be one that only the host has: its own
+        # group is then what is mounted at the top.
+        for place in [group, *group.parents]:
+            try:
+                room = int((place / limit).read_text()) - int((place / usage).read_text())
+                stat = dict(x.split() for x in (place / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):  # no such group, or "max"
+                stat, room = {}, None
+            if room is not None:
+                # Files that were read count as used, and are let go of when memory is needed.
+                yield room + int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+            if place == top:
+                break
+
+
 def peak_memory(device: str) -> int:
     """The most memory this process has held so far, in bytes: tensors on CUDA, the resident set elsewhere.
 
@@ -130,3 +178,13 @@ def peak_memory(device: str) -> int:
         return 0
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return largest if sys.platform == "darwin" else largest * 1024  # macOS counts bytes, Linux KiB
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch has said so: OutOfMemoryError on an accelerator, a RuntimeError of its allocator on the CPU.
+
+    >>> out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"))
+    True
+    """
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "allocate memory" in text)

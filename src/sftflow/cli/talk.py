@@ -15,13 +15,17 @@ def chat(
     model: Model,
     prompt: Annotated[str | None, typer.Option(help="ask once and print the reply")] = None,
     system: Annotated[str | None, typer.Option(help="a system message")] = None,
+    base_model: Annotated[str | None, typer.Option("--base", help="what /base asks; else the one trained from")] = None,
 ) -> None:
     """Talk to a model in the terminal."""
     quiet()
     from sftflow.checkpoint import load_assistant
+    from sftflow.compare.run import base_format
     from sftflow.serve.terminal import chat as talk
 
-    talk(load_assistant(model), prompt=prompt, system=system)
+    assistant = load_assistant(model)
+    base = load_assistant(base_model, fallback=base_format(assistant)) if base_model else None
+    talk(assistant, prompt=prompt, system=system, base=base)
 
 
 @app.command()

@@ -5,8 +5,8 @@
     keep([row, ...])        the others leave
 
 `PackedDecoder` computes tokens only: prompts as the packed rows of training (no padding, equal beginnings once), then
-one token a row, so rows may come and go at any step. It works through transformers' attention interface and is proven
-on the very model first; a model for which it does not hold (state, attention sinks) gets `PaddedDecoder`.
+one token a row, so rows may come and go at any step. It works through transformers' attention interface. Models for
+which that does not hold (state, attention sinks) have the ways of `own`; `prove` finds out on the very model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import torch
 
 from sftflow.generate.cache import Cache, cached_attention
 from sftflow.generate.linear import OrderedWeights
-from sftflow.packed.bounds import length_bound
 from sftflow.packed.layout import layout_of
 from sftflow.packed.pack import Example, pack_batch
 from sftflow.runtime import Runtime
@@ -27,16 +26,18 @@ from sftflow.runtime import Runtime
 NAME = "sftflow_cached"
 PREFILL = 2048
 """tokens of prompts computed at once: enough for efficient products, small beside the weights"""
-TOLERANCE = 2e-3
-"""of the largest logit; fp32 products on a GPU may be rounded to 10 bits (TF32)"""
 
 
 class Decoder(Protocol):
-    """See the module."""
+    """See the module.   can_refill: whether rows may be added while others run."""
 
     can_refill: bool
 
     def add(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor: ...
+
+    def scores(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """(n, vocabulary) logits after each prompt; nothing is kept."""
+        ...
 
     def step(self, tokens: Sequence[int]) -> torch.Tensor: ...
 
@@ -148,111 +149,3 @@ def _parts(prompts: Sequence[Sequence[int]], held: int) -> list[list[Sequence[in
         out[-1].append(prompt)
         room -= own
     return out
-
-
-class PaddedDecoder:
-    """The model's own cache over rows padded on the left: for any causal model, but no row can come later."""
-
-    can_refill = False
-
-    def __init__(self, model: Any, runtime: Runtime) -> None:
-        self.model, self.runtime = model, runtime
-        self._cache: Any = None
-        self._mask = self._position = torch.empty(0)
-
-    def close(self) -> None:
-        self._cache = None
-
-    @torch.inference_mode()
-    def add(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        from transformers import DynamicCache
-
-        device, longest = self.model.device, max(len(p) for p in prompts)
-        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-        mask = torch.zeros(len(prompts), longest, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = torch.tensor(list(prompt))
-            mask[row, longest - len(prompt) :] = 1
-        self._mask = mask.to(device)
-        positions = (self._mask.cumsum(-1) - 1).clamp(min=0)
-        self._position = positions[:, -1]
-        self._cache = DynamicCache(config=self.model.config)
-        return self._forward(ids.to(device), positions)
-
-    def scores(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """(n, vocabulary) logits after each prompt; nothing is kept."""
-        out = self.add(prompts)
-        self.close()
-        return out
-
-    @torch.inference_mode()
-    def step(self, tokens: Sequence[int]) -> torch.Tensor:
-        self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], 1)
-        self._position = self._position + 1
-        ids = torch.tensor(list(tokens), device=self._mask.device)[:, None]
-        return self._forward(ids, self._position[:, None])
-
-    @torch.inference_mode()
-    def keep(self, rows: Sequence[int]) -> None:
-        if not rows:
-            self._cache = None
-            return
-        index = torch.tensor(list(rows), device=self._mask.device)
-        self._cache.batch_select_indices(index)
-        self._mask, self._position = self._mask[index], self._position[index]
-
-    def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        with self.runtime.autocast():
-            logits = self.model(
-                input_ids=ids,
-                attention_mask=self._mask,
-                position_ids=positions,
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
-        return torch.as_tensor(logits).float()
-
-
-@torch.inference_mode()
-def can_pack(model: Any, runtime: Runtime, context: int) -> bool:
-    """Whether `PackedDecoder` gives this model's own logits: three sequences, two of them beginning alike, with a third
-    joining while the others run, against the model's own forward pass."""
-    bound = length_bound(model)
-    if bound is not None and context > bound[0]:
-        return False
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    draw = np.random.default_rng(0).integers
-    held = draw(0, vocabulary, 3).tolist()
-    first, second, third = ([*held, *draw(0, vocabulary, n).tolist()] for n in (9, 4, 6))
-    second[3:6] = first[3:6]
-    before = model.config._attn_implementation
-    try:
-        model.set_attn_implementation("eager")
-        wanted = [_alone(model, runtime, ids) for ids in (first, second, third)]
-        model.set_attn_implementation(before)
-        decoder = PackedDecoder(model, runtime, held=held)
-        try:
-            got = [decoder.add([first[:-2], second[:-2]])]
-            got.append(decoder.step([first[-2], second[-2]]))
-            got.append(decoder.add([third[:-1]]))
-            got.append(decoder.step([first[-1], second[-1], third[-1]]))
-        finally:
-            decoder.close()
-    except (TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError, KeyError, IndexError):
-        model.set_attn_implementation(before)
-        return False
-    pairs = [(0, 0, -3), (0, 1, -3), (1, 0, -2), (1, 1, -2), (2, 0, -2), (3, 0, -1), (3, 1, -1), (3, 2, -1)]
-    owner = [0, 1, 0, 1, 2, 0, 1, 2]
-    size = max(float(w.abs().max()) for w in wanted)
-    gap = max(
-        float((got[call][row] - wanted[o][at]).abs().max()) for (call, row, at), o in zip(pairs, owner, strict=True)
-    )
-    tolerance = TOLERANCE if runtime.precision == "fp32" else 0.05
-    return gap <= tolerance * max(1.0, size)
-
-
-def _alone(model: Any, runtime: Runtime, ids: Sequence[int]) -> torch.Tensor:
-    with runtime.autocast():
-        logits = model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False).logits[0]
-    return torch.as_tensor(logits).float()

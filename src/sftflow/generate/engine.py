@@ -15,11 +15,14 @@ import torch
 
 from sftflow.chat.render import Renderer
 from sftflow.errors import ContextError
-from sftflow.generate.decoder import PackedDecoder, PaddedDecoder, can_pack
+from sftflow.generate.decoder import Decoder, PackedDecoder
 from sftflow.generate.draft import Draft, Speech
 from sftflow.generate.linear import OrderedWeights, ordered_weights
+from sftflow.generate.own import PaddedDecoder, SingleDecoder
+from sftflow.generate.prove import Way, find_way
 from sftflow.generate.request import Delta, FinishReason, Reply, Request
 from sftflow.generate.sampling import likeliest, sample
+from sftflow.packed.bounds import length_bound
 from sftflow.runtime import Runtime
 
 __all__ = ["Delta", "Engine", "FinishReason", "Reply", "Request", "Session", "sample"]
@@ -31,30 +34,48 @@ SHARED = 16
 class Engine:
     """Generates with one model and one format. Not re-entrant: one session at a time.
 
-    slots: replies that run side by side.
+    slots: replies that run side by side.   tick: called before every forward pass; what it raises ends the work.
     """
 
-    def __init__(self, model: Any, renderer: Renderer, runtime: Runtime, *, slots: int = 32) -> None:
+    def __init__(
+        self,
+        model: Any,
+        renderer: Renderer,
+        runtime: Runtime,
+        *,
+        slots: int = 32,
+        tick: Callable[[], None] | None = None,
+    ) -> None:
         self.model, self.renderer, self.runtime, self.slots = model, renderer, runtime, slots
+        self.tick = tick or (lambda: None)
         self.context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 20)
         self.speech = Speech(renderer)
-        self._packs: bool | None = None
+        bound = length_bound(model)
+        self._bound = self.context if bound is None else min(self.context, bound[0])
+        self._ways: dict[bool, Way] = {}
         self._ordered: OrderedWeights | None = None
 
-    @property
-    def packs(self) -> bool:
-        """Whether this model's rows may come and go (see `decoder.can_pack`); found out once."""
-        if self._packs is None:
-            self._packs = can_pack(self.model, self.runtime, self.context)
-            if self.runtime.precision == "fp32":
+    def way(self, longest: int | None = None) -> Way:
+        """How this model is decoded where no sequence is longer than `longest` tokens (None: than the context allows);
+        found out once. Raises CheckpointError where the model cannot be computed."""
+        short = (self.context if longest is None else longest) <= self._bound
+        if short not in self._ways:
+            # Beyond the bound a neighbour's length would change a row's numbers, so each is computed alone.
+            ways: list[Way] = ["packed", "padded", "single"] if short else ["single"]
+            self._ways[short] = find_way(self.model, self.runtime, ways)
+            if self._ways[short] == "packed" and self.runtime.precision == "fp32":
                 self._ordered = ordered_weights(self.model)
-        return self._packs
+        return self._ways[short]
 
-    def decoder(self, held: Sequence[int] = ()) -> PackedDecoder | PaddedDecoder:
-        """The fastest decoder that this model may have. held: ids that every prompt will begin with."""
-        if self.packs:
+    def decoder(self, held: Sequence[int] = (), longest: int | None = None) -> Decoder:
+        """The fastest decoder that is right for this model. held: ids that every prompt will begin with.
+        longest: tokens that the longest sequence may grow to; None: as many as the context has."""
+        way = self.way(longest)
+        if way == "packed":
             return PackedDecoder(self.model, self.runtime, held=held, ordered=self._ordered)
-        return PaddedDecoder(self.model, self.runtime)
+        if way == "padded":
+            return PaddedDecoder(self.model, self.runtime)
+        return SingleDecoder(self.model, self.runtime, cached=self._bound if way == "single" else 0)
 
     def generate(self, requests: Sequence[Request], done: Callable[[int, Reply], None] | None = None) -> list[Reply]:
         """All replies, in the order of the requests. `done(i, reply)` is told of each when it finishes.
@@ -64,7 +85,8 @@ class Engine:
         out: list[Reply | None] = [None] * len(requests)
         # Longest first: a lack of memory shows at once, and the last to run are short.
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids))
-        with Session(self, held=common_beginning([r.prompt_ids for r in requests])) as session:
+        longest = max((len(r.prompt_ids) + r.max_new_tokens for r in requests), default=0)
+        with Session(self, held=common_beginning([r.prompt_ids for r in requests]), longest=longest) as session:
             for i in order:
                 session.submit(requests[i])
             while session.busy:
@@ -79,7 +101,7 @@ class Engine:
     def stream(self, request: Request) -> Iterator[Delta]:
         """The same reply as `generate([request])`, piece by piece. Closing the iterator stops the work."""
         shown = ""
-        with Session(self) as session:
+        with Session(self, longest=len(request.prompt_ids) + request.max_new_tokens) as session:
             session.submit(request)
             while session.busy:
                 (draft,) = session.advance()
@@ -103,9 +125,10 @@ class Engine:
         out: list[list[float]] = [[] for _ in prompts]
         # Prompts that begin alike side by side: what they share is computed once.
         order = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))
-        decoder = self.decoder(common_beginning(prompts))
+        decoder = self.decoder(common_beginning(prompts), max(map(len, prompts), default=0))
         try:
             for start in range(0, len(order), self.slots):
+                self.tick()
                 group = order[start : start + self.slots]
                 logprobs = decoder.scores([prompts[i] for i in group]).log_softmax(-1)
                 for row, i in enumerate(group):
@@ -120,10 +143,10 @@ class Engine:
 class Session:
     """Replies running side by side. Requests may be submitted, and given up, between any two tokens."""
 
-    def __init__(self, engine: Engine, *, held: Sequence[int] = ()) -> None:
-        """held: ids that every prompt of the session begins with."""
+    def __init__(self, engine: Engine, *, held: Sequence[int] = (), longest: int | None = None) -> None:
+        """held: ids that every prompt of the session begins with.   longest: see `Engine.decoder`."""
         self.engine = engine
-        self._decoder = engine.decoder(held)
+        self._decoder = engine.decoder(held, longest)
         self._waiting: deque[Draft] = deque()
         self._running: list[Draft] = []
         self._logits: torch.Tensor | None = None  # of the next token of every running reply
@@ -162,6 +185,7 @@ class Session:
 
     def advance(self) -> list[Draft]:
         """One more token for every running reply; those with `finish` set have ended with it."""
+        self.engine.tick()
         self._admit()
         told, tokens = list(self._running), self._choose()
         for draft, token in zip(told, tokens, strict=True):

@@ -7,11 +7,12 @@ wide.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from sftflow.runtime import free_memory
 
 SPARE = 4
 """the copies may take one in so many bytes of the memory that is free"""
@@ -69,11 +70,3 @@ def _agrees(layer: Any) -> bool:
     weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 32)
     gap = (_forward(weight, layer.bias)(x) - wanted).abs().max()
     return float(gap) <= TOLERANCE * max(1.0, float(wanted.abs().max()))
-
-
-def free_memory() -> int:
-    """Bytes of memory that are free; 0 where the system does not say."""
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 FIXED_ROPE = {"default", "linear", "llama3", "yarn", "proportional"}
@@ -26,3 +28,31 @@ def length_bound(model: Any) -> tuple[int, str] | None:
         f"its rotary embedding ({', '.join(sorted(varying))}) changes": rotary if varying else None,
     }
     return min(((n, why) for why, n in bounds.items() if n), default=None)
+
+
+@contextmanager
+def short_windows(model: Any, size: int = 4) -> Iterator[None]:
+    """While it lasts, attention that looks back over a window looks back over `size` tokens at most.
+
+    So a proof on a dozen tokens sees what a model does about its window of thousands: where the mask that the model
+    makes and the window that its attention is told of are not the same, as in Phimoe, the difference shows. Windows
+    stand in the configuration, and layers may have copied them from there.
+    """
+    holders: dict[int, Any] = {}
+    for module in model.modules():
+        for holder in (module, getattr(module, "config", None)):
+            if holder is not None:
+                holders[id(holder)] = holder
+    before = [
+        (holder, name, value)
+        for holder in holders.values()
+        for name, value in vars(holder).items()
+        if "window" in name and type(value) is int and value > size and name != "max_window_layers"
+    ]
+    try:
+        for holder, name, _ in before:
+            setattr(holder, name, size)
+        yield
+    finally:
+        for holder, name, value in before:
+            setattr(holder, name, value)

@@ -14,7 +14,7 @@ import torch
 
 from sftflow.errors import CheckpointError
 from sftflow.packed.attention import use_packed_attention
-from sftflow.packed.bounds import length_bound
+from sftflow.packed.bounds import length_bound, short_windows
 from sftflow.packed.layout import layout_of
 from sftflow.packed.pack import Example, pack_batch, pad_batch
 from sftflow.train.loss import head_of, logits_of
@@ -54,7 +54,8 @@ def prove_forward(model: Any, packed: bool = True) -> None:
     was_training, implementation = model.training, model.config._attn_implementation
     model.eval()
     try:
-        gap, size = _gap(model, packed)
+        with short_windows(model):
+            gap, size = _gap(model, packed)
     except (TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError) as error:
         first = (str(error).strip().splitlines() or [""])[0]
         raise CheckpointError("base", f"{refuse}: {type(error).__name__}: {first}", remedy) from error
