@@ -44,7 +44,7 @@ def _known(message: Any, place: str) -> Any:
     for field in ("function_call", "audio"):
         if message.get(field):
             raise wrong(f"{place}.{field}", "it is not supported here", "unsupported_parameter")
-    out = {k: message[k] for k in MESSAGE_KEYS if k == "content" or message.get(k) not in (None, [])} if message else {}
+    out = {k: v for k, v in message.items() if k in MESSAGE_KEYS and (k == "content" or v not in (None, []))}
     if isinstance(out.get("content"), list):
         out["content"] = [
             {k: v for k, v in p.items() if k in ("type", "text")} if isinstance(p, dict) else p for p in out["content"]
