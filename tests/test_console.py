@@ -163,3 +163,14 @@ def test_memory_is_in_bytes() -> None:
     before = peak_memory("cpu")
     block = torch.ones(before // 4)  # fp32: as much again as the process has ever held
     assert peak_memory("cpu") >= before + block.nbytes // 2
+
+
+def test_scores_as_a_table_tell_counts_from_shares() -> None:
+    task = {"n": 9, "score": 0.5, "stderr": 0.1, "wilson95": [0.2, 0.8], "chance": 0.0}
+    tasks = {"ifeval": {**task, "metrics": {"prompt_loose": 1.0, "unsupported": 1}}}
+    document = {"models": {"m": {"tasks": tasks, "centred_mean": 0.5}, "none": {"tasks": {}, "centred_mean": None}}}
+    out = io.StringIO()
+    Console(file=out, width=80).print(console.eval_table(document))
+    lines = [line.split() for line in out.getvalue().splitlines()]
+    assert ["prompt_loose", "1.000"] in lines and ["unsupported", "1"] in lines
+    assert ["m", "centred", "mean", "0.500"] in lines and not any(line[:1] == ["none"] for line in lines)

@@ -33,6 +33,12 @@ def test_lengths_are_shares_of_the_replies_to_one_scale() -> None:
     assert "<rect" not in charts.lengths([], [], 0.0, True, "lengths")
 
 
+def test_counts_are_no_shares() -> None:
+    metrics = {side: {"prompt_loose": 1.0, "unsupported": 1} for side in ("base", "sft")}
+    page = Page(render_report({**demo(), "tasks": {"ifeval": {"n": 9, "base": 0.5, "sft": 0.5, "metrics": metrics}}}))
+    assert "prompt loose100.0%100.0%unsupported11" in page.text
+
+
 def section(html: str, name: str) -> str:
     """A section's text."""
     found = re.search(f'<section id="{name}">.*?</section>', html, re.S)

@@ -266,7 +266,7 @@ def test_detectable_without_a_change_is_what_mcnemar_could_find() -> None:
 
 def test_centred_mean_is_chatcore() -> None:
     assert centred_mean([0.25, 1.0], [0.25, 0.0]) == pytest.approx(0.5)
-    assert centred_mean([], []) == 0.0
+    assert centred_mean([], []) is None
 
 
 def test_cannot_tell() -> None:

@@ -214,6 +214,7 @@ def prepare(
 ) -> tuple[Any, Any, Renderer, dict[str, Any]]:
     """(model, tokenizer, renderer, info): a checkpoint ready to be trained or asked in one format.
 
+    info: its sftflow.json, and `own_template`: whether it brought a chat template.
     fallback: the format of a checkpoint that has none of its own, instead of `sftflow`.
 
     Raises CheckpointError where the stored fingerprint is not that of the files.
@@ -223,7 +224,8 @@ def prepare(
     model, info = load_model(location)
     tokenizer = load_tokenizer(location)
     chat_format = choose_format(format_name, tokenizer, info.get("format"))
-    if fallback is not None and not getattr(tokenizer, "chat_template", None):
+    info["own_template"] = bool(getattr(tokenizer, "chat_template", None))
+    if fallback is not None and not info["own_template"]:
         chat_format = fallback
     stored = info.get("fingerprint")
     if stored and format_name == "auto":

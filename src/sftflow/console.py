@@ -247,8 +247,9 @@ def eval_table(document: dict[str, Any]) -> Table:
             row = (str(t["n"]), f"{t['score']:.3f}", f"{t['stderr']:.3f}", between, f"{t['chance']:.2f}")
             table.add_row(model, task, *row)
             for name, value in t["metrics"].items():
-                table.add_row("", f"  {name}", "", f"{value:.3f}")
-        table.add_row(model, "centred mean", "", f"{entry['centred_mean']:.3f}")
+                table.add_row("", f"  {name}", "", str(value) if isinstance(value, int) else f"{value:.3f}")
+        if entry["centred_mean"] is not None:
+            table.add_row(model, "centred mean", "", f"{entry['centred_mean']:.3f}")
         if "chatcore" in entry:
             table.add_row(model, "ChatCORE", "", f"{entry['chatcore']:.3f}")
     return table

@@ -30,7 +30,7 @@ def examine(recipe: Path | None, math: bool) -> tuple[list[str], bool]:
         loaded = load_recipe(recipe)
         mixture = build_mixture(loaded, open_renderer(resolve(loaded.base), loaded.format))
         if loaded.eval:
-            open_tasks(loaded.eval.tasks, loaded.eval.limit)
+            open_tasks(loaded.eval.tasks, loaded.eval.limit, allow_code=loaded.eval.allow_code)
         lines.append(f"{recipe}: sound; {len(mixture.examples):,} training rows, {len(mixture.held_out):,} held out")
     if math:
         for name, gap, bound in _proofs():

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -64,8 +65,22 @@ def write_text(path: Path, text: str) -> None:
     _fsync(path.parent)
 
 
+def finite(value: Any) -> Any:
+    """The value with None in the place of every NaN and infinity, which JSON does not know.
+
+    >>> finite({"loss": [0.5, float("nan")]})
+    {'loss': [0.5, None]}
+    """
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+    """Write a JSON document that every reader takes: a figure that is not finite is null."""
+    write_text(path, json.dumps(finite(value), ensure_ascii=False, indent=2, allow_nan=False) + "\n")
 
 
 # ---- records that notice when they were changed
@@ -78,7 +93,7 @@ def _checksum(record: dict[str, Any]) -> str:
 
 def with_checksum(record: dict[str, Any]) -> dict[str, Any]:
     """The record as JSON has it, and its own hash: {"step": 4} -> {"step": 4, "checksum": "9b0c..."}"""
-    plain: dict[str, Any] = json.loads(json.dumps(record))
+    plain: dict[str, Any] = json.loads(json.dumps(finite(record)))
     return {**plain, CHECKSUM: _checksum(plain)}
 
 

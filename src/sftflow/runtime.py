@@ -178,3 +178,13 @@ def peak_memory(device: str) -> int:
         return 0
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return largest if sys.platform == "darwin" else largest * 1024  # macOS counts bytes, Linux KiB
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch has said so: OutOfMemoryError on an accelerator, a RuntimeError of its allocator on the CPU.
+
+    >>> out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"))
+    True
+    """
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "allocate memory" in text)

@@ -8,9 +8,14 @@ import sys
 from sftflow.cli import data, measure, talk, train  # noqa: F401  each adds its commands
 from sftflow.cli.common import app
 from sftflow.errors import RunError, SftflowError
+from sftflow.runtime import out_of_memory
 
 ORDER = ("demo", "base", "render", "mix", "train", "eval", "compare", "chat", "serve", "doctor")
 app.registered_commands.sort(key=lambda c: ORDER.index(c.name or getattr(c.callback, "__name__", "")))
+
+OUT_OF_MEMORY = RunError(
+    "memory", "out of memory", "close other programs, take a smaller model, or for training lower train.micro_tokens"
+)
 
 
 def main() -> None:
@@ -26,7 +31,7 @@ def main() -> None:
     except BrokenPipeError:
         code = 0
     except MemoryError:
-        code = _fail(RunError("memory", "out of memory", "lower train.micro_tokens"))
+        code = _fail(OUT_OF_MEMORY)
     except OSError as error:
         if os.environ.get("SFTFLOW_DEBUG"):
             raise
@@ -35,8 +40,10 @@ def main() -> None:
         code = _fail(RunError(place, fact, "check space and permissions"))
     except Exception as error:
         usage = getattr(error, "format_message", None)
-        if usage is None or os.environ.get("SFTFLOW_DEBUG"):
+        if not (usage or out_of_memory(error)) or os.environ.get("SFTFLOW_DEBUG"):
             raise
+        if usage is None:
+            sys.exit(_fail(OUT_OF_MEMORY))
         print(f"error: usage: {' '.join(str(usage()).split())}; see sftflow --help", file=sys.stderr)
         code = getattr(error, "exit_code", 2)
     sys.exit(code or 0)

@@ -128,7 +128,9 @@ def mix(
 
     loaded = load_recipe(recipe)
     tasks = list(loaded.eval.tasks) if loaded.eval else []
-    evaluation = open_tasks(tasks, loaded.eval.limit if loaded.eval else None, loaded.identity.model_dump())
+    # Nothing is asked here, so nothing that a model wrote runs: its items are only compared with the rows.
+    limit = loaded.eval.limit if loaded.eval else None
+    evaluation = open_tasks(tasks, limit, loaded.identity.model_dump(), allow_code=True)
     with Watch() as watch:
         mixture = build_mixture(
             loaded, open_renderer(resolve(loaded.base), loaded.format), watch.rendering, every_row=True

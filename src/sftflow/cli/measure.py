@@ -50,6 +50,18 @@ class Asked:
         identity = self.identity or identity_of(model)
         return open_tasks(self.tasks, self.limit, identity, allow_code=self.allow_code)
 
+    def check_comparison(self) -> Any:
+        """The fixed prompts, after asking the judge, where one is named, whether it is there."""
+        from sftflow.compare.judge import check_judge
+        from sftflow.compare.prompts import load_prompts
+
+        if bool(self.judge) != bool(self.judge_model):
+            raise RecipeError("--judge", "it needs --judge-model, and that needs --judge", "give both")
+        prompts = load_prompts(self.prompts)
+        if self.judge and self.judge_model:
+            check_judge(self.judge, self.judge_model, os.environ.get(JUDGE_KEY))
+        return prompts
+
 
 def identity_of(model: str) -> Any:
     """The name and maker a run was taught, for grading the identity task."""
@@ -64,12 +76,15 @@ def evaluate_all(models: list[str], asked: Asked, watch: Any) -> None:
     """Score models, and show the scores."""
     from rich.console import Console
 
-    from sftflow.checkpoint import load_assistant
+    from sftflow.checkpoint import load_assistant, open_renderer, resolve
     from sftflow.console import eval_table
+    from sftflow.evals.ask import require_askable
     from sftflow.evals.run import evaluate_models
 
-    runs = asked.open(models[0])
-    total = len(models) * sum(len(r.items) for r in runs)
+    runs = {name: asked.open(name) for name in models}  # each was taught who it is by its own recipe
+    for name in models[1:]:  # the first is loaded, and checked, at once
+        require_askable(open_renderer(resolve(name), "auto"), runs[name])
+    total = sum(len(r.items) for name in models for r in runs[name])
     done = 0
 
     def tell(model: str, task: str, k: int) -> None:
@@ -77,7 +92,7 @@ def evaluate_all(models: list[str], asked: Asked, watch: Any) -> None:
         done += k
         watch.counted("evaluate", done, total, f"{task}: {model}")
 
-    document = evaluate_models([load_assistant(m) for m in models], runs, asked.out, tell)
+    document = evaluate_models(((load_assistant(name), runs[name]) for name in models), asked.out, tell)
     watch.say("")
     Console(highlight=False).print(eval_table(document))
     watch.say(f"rows and eval.json are in {asked.out}")
@@ -88,18 +103,13 @@ def compare_two(base_name: str, sft_name: str, asked: Asked, watch: Any) -> None
     from rich.console import Console
 
     from sftflow.checkpoint import load_assistant
-    from sftflow.compare.prompts import load_prompts
     from sftflow.compare.run import JudgeSpec, base_format, compare_models
     from sftflow.console import score_table
 
-    if bool(asked.judge) != bool(asked.judge_model):
-        raise RecipeError("--judge", "it needs --judge-model, and that needs --judge", "give both")
     runs = asked.open(sft_name)
-    prompt_set = load_prompts(asked.prompts)
+    prompt_set = asked.check_comparison()
     sft = load_assistant(sft_name)
     base_model = load_assistant(base_name, fallback=base_format(sft))
-    directory = Path(sft_name)
-    run = directory if (directory / "checkpoint").is_dir() else directory.parent
     judge = None
     if asked.judge and asked.judge_model:
         judge = JudgeSpec(url=asked.judge, model=asked.judge_model, api_key=os.environ.get(JUDGE_KEY))
@@ -109,7 +119,7 @@ def compare_two(base_name: str, sft_name: str, asked: Asked, watch: Any) -> None
         runs,
         prompt_set,
         asked.out,
-        run_directory=run if (run / "ledger.json").is_file() else None,
+        run_directory=run_of(sft_name),
         judge=judge,
         progress=lambda what, done, total: watch.counted("compare", done, total, what),
         say=watch.say,
@@ -120,6 +130,14 @@ def compare_two(base_name: str, sft_name: str, asked: Asked, watch: Any) -> None
     for line in remarks(document, sft.model.num_parameters()):
         watch.say(line)
     watch.say(f"report:        {asked.out / 'report.html'}")
+
+
+def run_of(model: str) -> Path | None:
+    """The run directory that a model's checkpoint lies in, where it does: RUN or RUN/checkpoint, trained by us."""
+    directory = Path(model)
+    run = directory.parent if directory.name == "checkpoint" else directory
+    trained = (run / "checkpoint").is_dir() and (run / "recipe.yaml").is_file() and (run / "ledger.json").is_file()
+    return run if trained else None
 
 
 def remarks(document: dict[str, Any], n_parameters: int) -> list[str]:

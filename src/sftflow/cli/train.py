@@ -106,9 +106,11 @@ def _train_and_measure(recipe: Any, out: Path, signals: Any, lock: Any, *, resum
     from sftflow.train.run import run_training
 
     sampling = None
+    asked = Asked.of_recipe(recipe, out)
+    if recipe.compare is not None:
+        asked.check_comparison()  # what is wrong with it is said before hours of training
     if recipe.eval is not None:
-        asked = Asked.of_recipe(recipe, out)
-        asked.open(recipe.base)  # what is wrong with them is said before hours of training
+        asked.open(recipe.base)  # and what is wrong with the tasks
         if recipe.eval.every is not None:
             from sftflow.evals.during import Sampled
 
@@ -126,7 +128,6 @@ def _train_and_measure(recipe: Any, out: Path, signals: Any, lock: Any, *, resum
             watch.say(f"{out / 'checkpoint'}: trained in {run.seconds:.0f} s")
         if recipe.eval is None and recipe.compare is None:
             return
-        asked = Asked.of_recipe(recipe, out)
         if recipe.compare is None:
             evaluate_all([str(out)], asked, watch)
             return

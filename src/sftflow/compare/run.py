@@ -23,7 +23,7 @@ from sftflow.compare.beside import beside_run, held_out_and_overlap, plain_text_
 from sftflow.compare.figures import Arms, flags_of, hygiene_of, item_rows, task_entries
 from sftflow.compare.prompts import PromptSet
 from sftflow.errors import SftflowError
-from sftflow.evals.ask import TaskRun
+from sftflow.evals.ask import TaskRun, require_askable
 from sftflow.evals.run import evaluate, summary, weights_of
 from sftflow.evals.statistics import centred_mean
 from sftflow.evals.store import code_hash, items_hash
@@ -73,10 +73,9 @@ def compare_models(
     from sftflow.compare.report import render_report
 
     began = time.perf_counter()
-    if judge is not None:
-        from sftflow.compare.judge import check_judge
-
-        check_judge(judge.url, judge.model, judge.api_key)  # before minutes are spent
+    for assistant in (base, sft):
+        require_askable(assistant.renderer, runs)
+        weights_of(assistant)  # which refuses weights that are not finite
     total = sum(len(r.items) for r in runs) * 3 + len(prompts.prompts) * 3
     done = 0
 
@@ -155,8 +154,8 @@ def compare_models(
 
 def kind_of(base: Assistant) -> str:
     """A base that brings a chat template of its own has been instruction-tuned before."""
-    own = base.renderer.format.name == "own" or base.info.get("kind") == "sft"
-    return "continued SFT" if own else "base-versus-SFT"
+    tuned = base.info.get("own_template") or base.info.get("kind") == "sft"
+    return "continued SFT" if tuned else "base-versus-SFT"
 
 
 def base_format(sft: Assistant) -> Any:

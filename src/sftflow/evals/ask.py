@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from sftflow.chat.schema import Conversation, text_message
+from sftflow.chat.render import Renderer
+from sftflow.chat.schema import Conversation
 from sftflow.checkpoint import Assistant
 from sftflow.errors import ContextError, TaskError
-from sftflow.evals.store import EvalRow, prompt_hash
+from sftflow.evals.choices import Prompt, chat_letters, letter_scores, plain_letters
+from sftflow.evals.store import EvalRow, Key, key_of
+from sftflow.evals.weights import finite_logits
 from sftflow.generate.engine import Reply, Request
 from sftflow.generate.sampling import NEAR
 from sftflow.mixture.tasks import Item, Task, TaskSource, make_task
@@ -25,11 +28,21 @@ Step = Callable[[int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRun:
-    """A task with the items that every model is asked."""
+    """A task with the items that every model is asked.
+
+    limit: as it was asked for.   available: how many items there are without it; None: as many as `items`.
+    """
 
     name: str
     task: Task
     items: tuple[Item, ...]
+    limit: int | None = None
+    available: int | None = None
+
+    @property
+    def by_letter(self) -> bool:
+        """Whether it is answered by the probabilities of letters instead of a generated reply."""
+        return all(item.choices for item in self.items)
 
 
 def open_tasks(
@@ -53,8 +66,17 @@ def open_tasks(
             name = f"{name}-{Path(path).stem}" if path else name
         if any(run.name == name for run in out):
             raise TaskError(spec, "the task is named twice", "leave one out")
-        out.append(TaskRun(name=name, task=task, items=items))
+        out.append(TaskRun(name=name, task=task, items=items, limit=limit, available=_available(task, items)))
     return out
+
+
+def _available(task: Task, items: Sequence[Item]) -> int:
+    """How many items the task has without its limit."""
+    if task.source.limit is None:
+        return len(items)
+    if task.n_rows is not None:
+        return task.n_rows
+    return max(len(items), len(type(task)(replace(task.source, limit=None)).items("test")))
 
 
 def chat_prompt(assistant: Assistant, item: Item) -> tuple[int, ...]:
@@ -71,12 +93,29 @@ def plain_ids(assistant: Assistant, text: str) -> tuple[int, ...]:
     return (*opening, *assistant.renderer.encode_plain(text))
 
 
+def prompts_of(assistant: Assistant, run: TaskRun, arm: Arm) -> list[Prompt]:
+    """What the model is given for each item. Raises TaskError where the task cannot be asked in this format."""
+    if run.by_letter and arm == "chat":
+        return chat_letters(assistant.renderer, run.items, run.name)
+    if run.by_letter:
+        return plain_letters(lambda text: plain_ids(assistant, text), run.items, run.name)
+    asked = [chat_prompt(assistant, i) if arm == "chat" else plain_ids(assistant, i.plain) for i in run.items]
+    return [Prompt(ids=ids, letters={}) for ids in asked]
+
+
+def require_askable(renderer: Renderer, runs: Sequence[TaskRun]) -> None:
+    """Raises TaskError where a multiple-choice task cannot be asked in this format: before minutes are spent."""
+    for run in runs:
+        if run.by_letter:
+            chat_letters(renderer, run.items[:1], run.name)
+
+
 def grade_in_memory(assistant: Assistant, run: TaskRun, step: Step) -> list[EvalRow]:
     """The rows of `evaluate` in the chat format, in the items' order, without a file."""
-    prompts = [chat_prompt(assistant, i) for i in run.items]
-    keys = [(item.id, prompt_hash(prompt)) for item, prompt in zip(run.items, prompts, strict=True)]
-    rows: dict[tuple[str, str], EvalRow] = {}
-    with Grading(run, prompts, keys, lambda row: rows.update({(row.id, row.prompt_sha256): row}), step) as grading:
+    prompts = prompts_of(assistant, run, "chat")
+    keys = [key_of(item, prompt.ids) for item, prompt in zip(run.items, prompts, strict=True)]
+    rows: dict[Key, EvalRow] = {}
+    with Grading(run, prompts, keys, lambda row: rows.update({row.key: row}), step) as grading:
         ask_items(assistant, run, "chat", prompts, range(len(keys)), grading)
     return [rows[key] for key in keys]
 
@@ -87,8 +126,8 @@ class Grading:
     def __init__(
         self,
         run: TaskRun,
-        prompts: Sequence[tuple[int, ...]],
-        keys: Sequence[tuple[str, str]],
+        prompts: Sequence[Prompt],
+        keys: Sequence[Key],
         keep: Callable[[EvalRow], None],
         step: Step,
     ) -> None:
@@ -116,8 +155,8 @@ class Grading:
         seconds: float = 0.0,
         near_ties: int = 0,
     ) -> None:
-        """Grade the reply to item i, at once or soon."""
-        item, prompt = self.run.items[i], self.prompts[i]
+        """Grade the reply to item i, at once or soon. An error in grading shows at the next reply."""
+        item, prompt = self.run.items[i], self.prompts[i].ids
 
         def work() -> None:
             too_long = finish == "too_long"
@@ -132,6 +171,7 @@ class Grading:
                 n_generated=n,
                 seconds=round(seconds, 3),
                 prompt_sha256=self.keys[i][1],
+                item_sha256=self.keys[i][2],
                 near_ties=near_ties,
                 marks=self.run.task.marks(item, text),
                 ids=ids,
@@ -142,6 +182,10 @@ class Grading:
         if self._pool is None:
             work()
         else:
+            for future in self._futures:
+                if future.done():
+                    future.result()
+            self._futures = [f for f in self._futures if not f.done()]
             self._futures.append(self._pool.submit(work))
 
 
@@ -149,26 +193,44 @@ def ask_items(
     assistant: Assistant,
     run: TaskRun,
     arm: Arm,
-    prompts: Sequence[tuple[int, ...]],
+    prompts: Sequence[Prompt],
     wanted: Sequence[int],
     grading: Grading,
 ) -> None:
-    """Generate, or choose, the replies to the items `wanted`; each is booked as it finishes."""
+    """Generate, or choose, the replies to the items `wanted`; each is booked as it finishes.
+
+    Raises RunError where the model's logits are not finite.
+    """
     context = assistant.engine.context
-    fitting = [i for i in wanted if len(prompts[i]) < context]
+    fitting = [i for i in wanted if len(prompts[i].ids) < context]
     if wanted and not fitting:
-        shortest = min(len(prompts[i]) for i in wanted)
+        shortest = min(len(prompts[i].ids) for i in wanted)
         raise ContextError(run.name, f"no prompt fits a context of {context} tokens (shortest: {shortest})", "drop it")
     for i in wanted:
-        if len(prompts[i]) >= context:
+        if len(prompts[i].ids) >= context:
             grading.book(i, "", "too_long")
-    if all(item.choices for item in run.items):
-        _choose(assistant, run, arm, prompts, fitting, grading)
-        return
+    most = 1 if run.by_letter else run.task.max_new_tokens
+    longest = max((len(prompts[i].ids) + most for i in fitting), default=0)
+    assistant.engine.way(longest)  # found out before logits are looked at: it may try ways that give none
+    with finite_logits(assistant.model, f"{assistant.name}: {run.name}"):
+        if run.by_letter:
+            _choose(assistant, run, prompts, fitting, grading)
+        else:
+            _generate(assistant, run, arm, prompts, fitting, grading)
+
+
+def _generate(
+    assistant: Assistant,
+    run: TaskRun,
+    arm: Arm,
+    prompts: Sequence[Prompt],
+    wanted: Sequence[int],
+    grading: Grading,
+) -> None:
 
     def done(number: int, reply: Reply) -> None:
         grading.book(
-            fitting[number],
+            wanted[number],
             _trimmed(reply.text, run.task) if arm == "plain" else reply.text,
             reply.finish_reason,
             ids=reply.ids,
@@ -179,12 +241,12 @@ def ask_items(
 
     requests = [
         Request(
-            prompt_ids=prompts[i],
+            prompt_ids=prompts[i].ids,
             max_new_tokens=run.task.max_new_tokens,
             stop_texts=run.task.plain_stops if arm == "plain" else (),
             use_python=arm == "chat",
         )
-        for i in fitting
+        for i in wanted
     ]
     assistant.engine.generate(requests, done)
 
@@ -195,32 +257,15 @@ def _trimmed(text: str, task: Task) -> str:
 
 
 def _choose(
-    assistant: Assistant,
-    run: TaskRun,
-    arm: Arm,
-    prompts: Sequence[tuple[int, ...]],
-    wanted: Sequence[int],
-    grading: Grading,
+    assistant: Assistant, run: TaskRun, prompts: Sequence[Prompt], wanted: Sequence[int], grading: Grading
 ) -> None:
-    """Multiple choice: the item's own letter with the highest probability as the next token."""
-    items = [run.items[i] for i in wanted]
-    ids = {c: _letter_id(assistant, c, arm) for c in sorted({c for item in items for c in item.choices})}
-    if len(set(ids.values())) != len(ids):
-        raise TaskError(run.name, "the tokenizer does not tell the choice letters apart", "use a free-text task")
+    """Multiple choice: the item's own letter with the highest probability."""
 
-    def done(number: int, scores: list[float]) -> None:
-        best, second = sorted(range(len(scores)), key=lambda k: -scores[k])[:2]
+    def done(number: int, scores: dict[str, float]) -> None:
+        i = wanted[number]
+        best, second = sorted(scores, key=lambda c: -scores[c])[:2]
+        ids = prompts[i].letters[best]
         near = int(scores[best] - scores[second] < NEAR)
-        letter = items[number].choices[best]
-        grading.book(wanted[number], letter, "stop", ids=(ids[letter],), n=1, near_ties=near)
+        grading.book(i, best, "stop", ids=ids, n=len(ids), near_ties=near)
 
-    options = [[ids[c] for c in item.choices] for item in items]
-    assistant.engine.choice_scores([prompts[i] for i in wanted], options, done)
-
-
-def _letter_id(assistant: Assistant, letter: str, arm: Arm) -> int:
-    """The token that begins a reply consisting of one letter."""
-    if arm == "plain":
-        return assistant.renderer.encode_plain(f"Answer: {letter}")[-1]
-    rendered = assistant.renderer.render(Conversation((text_message("user", "?"), text_message("assistant", letter))))
-    return int(rendered.ids[rendered.mask == 1][0])
+    letter_scores(assistant.engine, [prompts[i] for i in wanted], done)

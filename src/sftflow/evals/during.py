@@ -15,6 +15,7 @@ from sftflow.checkpoint import Assistant
 from sftflow.evals.ask import TaskRun, grade_in_memory
 from sftflow.evals.hygiene import hygiene, said_of_row
 from sftflow.generate.engine import Engine
+from sftflow.packed.attention import plain_attention
 from sftflow.runtime import Runtime
 
 RATES = ("stop_rate", "empty_rate", "role_leak_rate", "self_turn_rate", "looping_rate")
@@ -33,14 +34,18 @@ class Sampled:
         renderer: Renderer,
         runtime: Runtime,
         progress: Callable[[int, int], None] | None = None,
+        tick: Callable[[], None] | None = None,
     ) -> dict[str, Any]:
-        """-> {"tasks": {NAME: score}, "hygiene": {RATE: share}, "seconds"}; the model is left as it was found."""
+        """-> {"tasks": {NAME: score}, "hygiene": {RATE: share}, "seconds"}; the model is left as it was found.
+
+        tick: called between two tokens; what it raises ends the sample.
+        """
         began = time.perf_counter()
         tasks: dict[str, float] = {}
         said = []
         total, done = sum(len(r.items) for r in self.runs), 0
         with _resting(model):
-            assistant = Assistant("", model, tokenizer, renderer, Engine(model, renderer, runtime), {})
+            assistant = Assistant("", model, tokenizer, renderer, Engine(model, renderer, runtime, tick=tick), {})
             for run in self.runs:
 
                 def step(k: int) -> None:
@@ -60,14 +65,17 @@ class Sampled:
 
 @contextmanager
 def _resting(model: Any) -> Iterator[None]:
-    """Without dropout, and without compiling anew for the shapes of generation."""
-    training = model.training
+    """Without dropout, without compiling anew for the shapes of generation, and attending as the model does by itself:
+    training's way knows packed rows only, and a model that generates otherwise would be asked through it."""
+    training, attention = model.training, model.config._attn_implementation
     random = torch.random.get_rng_state()
     model.eval()
+    model.set_attn_implementation(plain_attention(model))
     stance = torch.compiler.set_stance("force_eager")
     try:
         with stance:
             yield
     finally:
+        model.set_attn_implementation(attention)
         model.train(training)
         torch.random.set_rng_state(random)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from sftflow import __version__
 from sftflow.chat.format import fingerprint
 from sftflow.checkpoint import Assistant
-from sftflow.evals.ask import Arm, Grading, Step, TaskRun, ask_items, chat_prompt, plain_ids
+from sftflow.evals.ask import Arm, Grading, Step, TaskRun, ask_items, prompts_of, require_askable
 from sftflow.evals.harness import harness_results
 from sftflow.evals.statistics import centred_mean, standard_error, wilson
-from sftflow.evals.store import EvalRow, Journal, code_hash, items_hash, prompt_hash, safe_name, weights_hash
+from sftflow.evals.store import EvalRow, Journal, code_hash, items_hash, key_of, safe_name, telling_full_disk
+from sftflow.evals.weights import require_finite_weights, weights_hash
 from sftflow.files import write_json
 from sftflow.mixture.tasks import chance_of
 
@@ -22,14 +24,20 @@ CHATCORE = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spelling
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
-    """Scores of one model on one task in one arm, with their rows. rests_on: fingerprints and generation settings."""
+    """Scores of one model on one task in one arm, with their rows.
+
+    metrics: floats are shares or other measures, ints are counts.   rests_on: fingerprints and generation settings.
+    limit, available: as in `TaskRun`.
+    """
 
     task: str
     arm: Arm
     chance: float
     rows: tuple[EvalRow, ...]
-    metrics: dict[str, float]
+    metrics: dict[str, float | int]
     rests_on: dict[str, Any]
+    limit: int | None = None
+    available: int | None = None
 
     @property
     def scores(self) -> list[float]:
@@ -73,40 +81,49 @@ def evaluate(
 ) -> EvalResult:
     """Ask every item greedily and grade the replies; a row an item into `out/eval/`, as it finishes.
 
-    Rows of an earlier run that rest on the same model, items and code are taken over. model: its name in the file's.
+    Rows of an earlier run that rest on the same are taken over. model: its name in the file's. Raises RunError where
+    the model's weights or logits are not finite, and where the disk is full (finished rows are kept).
     """
-    prompts = [chat_prompt(assistant, i) if arm == "chat" else plain_ids(assistant, i.plain) for i in run.items]
-    keys = [(item.id, prompt_hash(prompt)) for item, prompt in zip(run.items, prompts, strict=True)]
+    prompts = prompts_of(assistant, run, arm)
+    keys = [key_of(item, prompt.ids) for item, prompt in zip(run.items, prompts, strict=True)]
     rests_on = evidence(assistant, run, arm)
     name = safe_name(model or assistant.name) + ("-plain" if arm == "plain" else "")
-    journal = Journal(out / "eval" / f"{name}-{run.name}.jsonl", rests_on)
     step = progress or (lambda k: None)
-    order = None
-    try:
-        open_ones = [i for i, key in enumerate(keys) if key not in journal.rows]
-        step(len(keys) - len(open_ones))
-        with Grading(run, prompts, keys, journal.add, step) as grading:
-            ask_items(assistant, run, arm, prompts, open_ones, grading)
-        order = keys
-    finally:
-        journal.close(order)
+    with telling_full_disk(out):
+        journal = Journal(out / "eval" / f"{name}-{run.name}.jsonl", rests_on)
+        asked = None
+        try:
+            open_ones = [i for i, key in enumerate(keys) if key not in journal.rows]
+            step(len(keys) - len(open_ones))
+            with Grading(run, prompts, keys, journal.add, step) as grading:
+                ask_items(assistant, run, arm, prompts, open_ones, grading)
+            asked = keys
+        finally:
+            journal.close(asked)
     rows = tuple(journal.rows[key] for key in keys)
-    metrics = run.task.metrics([r.marks for r in rows]) if any(r.marks for r in rows) else {}
     return EvalResult(
-        task=run.name, arm=arm, chance=chance_of(run.items), rows=rows, metrics=metrics, rests_on=rests_on
+        task=run.name,
+        arm=arm,
+        chance=chance_of(run.items),
+        rows=rows,
+        metrics=run.task.metrics([r.marks for r in rows]) if any(r.marks for r in rows) else {},
+        rests_on={**rests_on, "data": items_hash(run.items)},
+        limit=run.limit,
+        available=run.available,
     )
 
 
 def evidence(assistant: Assistant, run: TaskRun, arm: Arm) -> dict[str, Any]:
-    """What a score rests on: with all of this equal it comes out the same (near-ties aside)."""
+    """What a score rests on beside its items: with all of this equal it comes out the same (near-ties aside)."""
     engine = assistant.engine
     return {
         "checkpoint": weights_of(assistant),
         "format": assistant.renderer.format.name if arm == "chat" else "plain text",
         "format_sha256": fingerprint(assistant.tokenizer, assistant.renderer.format),
-        "data": items_hash(run.items),
         "code": code_hash(),
-        "decoding": "letter probabilities" if all(i.choices for i in run.items) else "greedy",
+        "versions": {name: version(name) for name in ("sftflow", "torch", "transformers")},
+        "grading": run.task.rests_on(),
+        "decoding": "letter probabilities" if run.by_letter else "greedy",
         "max_new_tokens": run.task.max_new_tokens,
         "stop": list(run.task.plain_stops) if arm == "plain" else [],
         "precision": engine.runtime.precision,
@@ -115,9 +132,10 @@ def evidence(assistant: Assistant, run: TaskRun, arm: Arm) -> dict[str, Any]:
 
 
 def weights_of(assistant: Assistant) -> str:
-    """The assistant's weights' fingerprint, computed once."""
+    """The assistant's weights' fingerprint, computed once. Raises RunError where they are not finite."""
     known = assistant.info.get("weights_hash")
     if known is None:
+        require_finite_weights(assistant.model, assistant.name)
         known = assistant.info["weights_hash"] = weights_hash(assistant.model)
     return str(known)
 
@@ -135,15 +153,18 @@ def summary(results: Sequence[EvalResult]) -> dict[str, Any]:
 
 
 def evaluate_models(
-    assistants: Sequence[Assistant],
-    runs: Sequence[TaskRun],
+    asked: Iterable[tuple[Assistant, Sequence[TaskRun]]],
     out: Path,
     progress: Callable[[str, str, int], None] | None = None,
 ) -> dict[str, Any]:
-    """`sftflow eval`: every model on every task in its chat format; writes rows, eval.json and for each model a results
-    file as lm-evaluation-harness writes them. Returns eval.json."""
+    """`sftflow eval`: every model on its tasks in its chat format; writes rows, eval.json and for each model a results
+    file as lm-evaluation-harness writes them. Returns eval.json.
+
+    asked: taken one after another, so that whoever loads models on the way holds one at a time.
+    """
     models: dict[str, Any] = {}
-    for assistant in assistants:
+    for assistant, runs in asked:
+        require_askable(assistant.renderer, runs)
         results = []
         for run in runs:
 
@@ -153,7 +174,9 @@ def evaluate_models(
 
             results.append(evaluate(assistant, run, "chat", out, progress=tell))
         models[assistant.name] = summary(results)
-        write_json(out / "eval" / f"{safe_name(assistant.name)}-results.json", harness_results(assistant, results))
+        with telling_full_disk(out):
+            write_json(out / "eval" / f"{safe_name(assistant.name)}-results.json", harness_results(assistant, results))
     document = {"version": __version__, "models": models}
-    write_json(out / "eval.json", document)
+    with telling_full_disk(out):
+        write_json(out / "eval.json", document)
     return document

@@ -206,10 +206,10 @@ def _share_to_change(n: int) -> float:
     return high
 
 
-def centred_mean(scores: Sequence[float], chances: Sequence[float]) -> float:
-    """ChatCORE: the mean over tasks of (score - chance) / (1 - chance); 0 is guessing, 1 is perfect."""
+def centred_mean(scores: Sequence[float], chances: Sequence[float]) -> float | None:
+    """ChatCORE: the mean over tasks of (score - chance) / (1 - chance); 0 is guessing, 1 is perfect. None: no tasks."""
     if not scores:
-        return 0.0
+        return None
     return sum((s - c) / (1 - c) for s, c in zip(scores, chances, strict=True)) / len(scores)
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from sftflow.checkpoint import Assistant
 from sftflow.errors import CheckpointError
-from sftflow.packed.attention import NAME, use_packed_attention
+from sftflow.packed.attention import plain_attention, use_packed_attention
 from sftflow.packed.bounds import length_bound
 from sftflow.packed.pack import Example, PackedBatch, pack_batch, pad_batch, split_padded, split_step
 from sftflow.train.loop import batch_loss
@@ -77,7 +77,7 @@ def _left_as_found(model: Any) -> Iterator[str]:
     found = model.config._attn_implementation
     training = [module for module in model.modules() if module.training]
     try:
-        yield found if found != NAME else "sdpa" if model._supports_sdpa else "eager"
+        yield plain_attention(model)
     finally:
         model.set_attn_implementation(found)
         model.eval()

@@ -30,10 +30,20 @@ class Engine:
     """Generates with one model and one format. Not re-entrant: one session at a time.
 
     slots: replies that run side by side.   bound: tokens up to which a row's numbers hang on nothing but the row.
+    tick: called before every forward pass; what it raises ends the work.
     """
 
-    def __init__(self, model: Any, renderer: Renderer, runtime: Runtime, *, slots: int = 32) -> None:
+    def __init__(
+        self,
+        model: Any,
+        renderer: Renderer,
+        runtime: Runtime,
+        *,
+        slots: int = 32,
+        tick: Callable[[], None] | None = None,
+    ) -> None:
         self.model, self.renderer, self.runtime, self.slots = model, renderer, runtime, slots
+        self.tick = tick or (lambda: None)
         self.context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 20)
         self.speech = Speech(renderer)
         bound = length_bound(model)
@@ -109,6 +119,7 @@ class Engine:
         decoder = self.decoder(common_beginning(prompts), max(map(len, prompts), default=0))
         try:
             for start in range(0, len(order), self.slots):
+                self.tick()
                 group = order[start : start + self.slots]
                 logprobs = decoder.scores([prompts[i] for i in group]).log_softmax(-1)
                 for row, i in enumerate(group):

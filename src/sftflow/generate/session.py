@@ -96,6 +96,7 @@ class Session:
     def advance(self) -> list[Draft]:
         """One more token for every running reply. Returns those that got one, and those that have ended (`over`)."""
         ended: list[Draft] = []
+        self.engine.tick()
         try:
             self._logits = self._decoder.step(self._tokens) if self._tokens else None
         except Exception as error:  # the weights are as they were, the replies are not to be saved

@@ -274,3 +274,9 @@ def use_packed_attention(model: Any) -> None:
 
     AttentionInterface.register(NAME, packed_attention)
     model.set_attn_implementation(NAME)
+
+
+def plain_attention(model: Any) -> str:
+    """The name of the attention for rows that are not packed: what the model has, or torch's where that is ours."""
+    found = str(model.config._attn_implementation)
+    return found if found != NAME else "sdpa" if model._supports_sdpa else "eager"

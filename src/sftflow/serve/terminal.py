@@ -1,29 +1,40 @@
 """Talking with an assistant in the terminal: one question, or a conversation.
 
-The reply is all that goes to standard output; prompts, notes and errors go to standard error.
+The reply is all that goes to standard output; prompts, notes and errors go to standard error. Prompts are rendered as
+in training; `lines` reads what is typed, `transcript` writes what was said.
 """
 
 from __future__ import annotations
 
 import re
 import secrets
+import signal
 import sys
-from collections.abc import Callable
-from contextlib import closing
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, TypedDict
 
 from sftflow.chat.schema import Conversation, Message, Part, text_message
-from sftflow.errors import SftflowError
+from sftflow.errors import CheckpointError, SftflowError
+from sftflow.serve import transcript
+from sftflow.serve.lines import keyboard, read_message, whole
 
 if TYPE_CHECKING:
     from sftflow.checkpoint import Assistant
 
-HELP = """/system TEXT   set the system prompt (without TEXT: remove it)
+HELP = '''/system TEXT   set the system prompt (without TEXT: remove it)
+/retry         answer the last question again, with another seed
+/base          let the base answer the last question, too
+/save FILE     add the conversation to a JSONL file, as a row to train on
 /reset         forget the conversation
-/quit          leave (so does Ctrl-D); Ctrl-C stops a reply"""
+/quit          leave (so does Ctrl-D)
+Ctrl-C stops a reply. A \\ at a line's end goes on in the next line; """ begins and ends a block of lines.'''
 
 # A greedy model that has begun to repeat itself would fill a context of thousands of tokens.
-LONGEST_REPLY = 512
+LONGEST_REPLY = 1024
 
 
 class Sampling(TypedDict):
@@ -48,39 +59,180 @@ def own_sampling(assistant: Assistant) -> Sampling:
     return {"temperature": value("temperature", 1.0), "top_p": value("top_p", 1.0), "top_k": int(value("top_k", 0))}
 
 
-def _conversation(system: str | None, messages: list[Message]) -> Conversation:
-    opening = [text_message("system", system)] if system else []
-    return Conversation((*opening, *messages), source="chat")
+@contextmanager
+def _stoppable() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C asks to stop instead of breaking into a forward pass; asked twice, it breaks in. Gives `asked()`."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be taken
+        yield asked.is_set
+        return
+
+    def on_interrupt(*_: object) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
-def _stream(assistant: Assistant, conversation: Conversation, out: TextIO) -> tuple[Message | None, str]:
-    """Write the reply as it comes. Returns (the reply as a message, or None where nothing came; why it ended)."""
+# C0 and C1 but for tab and newline: a model's escape sequences must not steer the terminal.
+CONTROLS = (
+    {c: 0x2400 + c for c in range(32) if c not in (9, 10)} | {127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD)
+)
+
+
+def _stream(
+    assistant: Assistant, conversation: Conversation, out: TextIO, seed: int | None = None
+) -> tuple[Message | None, str]:
+    """Write the reply as it comes. Returns (the reply as a message, or None where nothing came; why it ended). A reply
+    that did not end by itself has weight 0."""
     from sftflow.generate.engine import Request
 
     ids = tuple(assistant.renderer.render(conversation, reply=True).ids.tolist())
     room = max(1, min(LONGEST_REPLY, assistant.engine.context - len(ids)))
-    request = Request(prompt_ids=ids, max_new_tokens=room, seed=secrets.randbits(63), **own_sampling(assistant))
+    seed = secrets.randbits(63) if seed is None else seed
+    request = Request(prompt_ids=ids, max_new_tokens=room, seed=seed, **own_sampling(assistant))
     written, ended, message = "", "interrupted", None
+    table = CONTROLS if out.isatty() else {}
     try:
-        with closing(assistant.engine.stream(request)) as deltas:  # type: ignore[type-var]
+        with _stoppable() as stop, closing(assistant.engine.stream(request)) as deltas:  # type: ignore[type-var]
             for delta in deltas:
-                out.write(delta.text)
+                out.write(delta.text.translate(table))
                 out.flush()
                 written += delta.text
                 if delta.reply is not None:
                     # Its parts keep the calculator's calls, which the next turn's prompt must hold, too.
-                    message, ended = Message("assistant", delta.reply.parts), delta.reply.finish_reason
+                    ended = delta.reply.finish_reason
+                    message = Message("assistant", delta.reply.parts, weight=int(ended == "stop"))
+                elif stop():
+                    break
     except KeyboardInterrupt:
-        message = Message("assistant", (Part("text", written),)) if written else None
+        pass
+    if ended == "interrupted" and written:
+        message = Message("assistant", (Part("text", written),), weight=0)
     if not written.endswith("\n"):
         out.write("\n")
         out.flush()
     return message, ended
 
 
-def _whole(text: str) -> str:
-    """Bytes of the input that were not UTF-8 come as halves of surrogate pairs; no tokenizer takes them."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+@dataclass
+class _Talk:
+    """A conversation as it stands. asked: the last question, and what stood in front of it, for /retry and /base."""
+
+    assistant: Assistant
+    out: TextIO
+    note: Callable[[str], None]
+    load_base: Callable[[], Assistant]
+    system: str | None = None
+    history: list[Message] = field(default_factory=list)
+    asked: list[Message] = field(default_factory=list)
+    base: Assistant | None = None
+    seed: int = 0
+
+    def _conversation(self, messages: list[Message]) -> Conversation:
+        opening = [text_message("system", self.system)] if self.system else []
+        return Conversation((*opening, *messages), source="chat")
+
+    def ask(self, turn: list[Message]) -> None:
+        """Answer the last message of `turn`; where that fails, the conversation stays as it was."""
+        seed = secrets.randbits(63)
+        try:
+            message, ended = _stream(self.assistant, self._conversation(turn), self.out, seed)
+        except SftflowError as error:
+            self.note(f"error: {error}" + ("" if len(turn) == 1 else " (or /reset)"))
+            return
+        self.asked, self.seed = turn, seed
+        # A question that nobody answered is not part of the conversation: roles take turns.
+        self.history = [*turn, message] if message is not None else turn[:-1]
+        if ended == "length":
+            self.note("[cut: the reply did not end by itself]")
+        elif ended == "interrupted":
+            self.note("[stopped]" if message is not None else "[stopped before the first word; /retry asks again]")
+
+    def retry(self) -> None:
+        if not self.asked:
+            self.note("there is no question yet")
+            return
+        before = self.history[-1] if len(self.history) > len(self.asked) else None
+        self.ask(self.asked)
+        if before is not None and self.history[-1] == before and not own_sampling(self.assistant)["temperature"]:
+            self.note("[the same again: this checkpoint asks for its likeliest tokens, not for a draw]")
+
+    def beside(self) -> None:
+        """The base's reply to the last question, with the same history and seed; it does not enter the conversation."""
+        if not self.asked:
+            self.note("there is no question yet")
+            return
+        try:
+            if self.base is None:
+                self.base = self.load_base()
+            self.note(f"{self.base.name}:")
+            _, ended = _stream(self.base, self._conversation(self.asked), self.out, self.seed)
+        except SftflowError as error:
+            self.note(f"error: {error}")
+            return
+        if ended != "stop":
+            self.note("[cut: the reply did not end by itself]" if ended == "length" else "[stopped]")
+
+    def save(self, name: str) -> None:
+        if not name:
+            self.note("/save needs a file: /save mine.jsonl")
+        elif not self.history:
+            self.note("there is nothing to save yet")
+        else:
+            path = Path(name).expanduser()
+            try:
+                rows = transcript.append(path, transcript.row(self.system, self.history))
+            except SftflowError as error:
+                self.note(f"error: {error}")
+                return
+            cut = " (replies that were cut have weight 0)" if any(not m.weight for m in self.history) else ""
+            self.note(f"saved as row {rows} of {path}{cut}")
+
+    def command(self, name: str, rest: str) -> bool:
+        """Do what a /command says. Whether the conversation goes on."""
+        if name == "/quit":
+            return False
+        if name == "/help":
+            self.note(HELP)
+        elif name == "/reset":
+            self.history, self.asked = [], []
+            self.note("the conversation is forgotten")
+        elif name == "/system":
+            self.system = rest or None
+            self.note("the system prompt is set" if self.system else "no system prompt")
+        elif name == "/retry":
+            self.retry()
+        elif name == "/base":
+            self.beside()
+        elif name == "/save":
+            self.save(rest)
+        else:
+            self.note(f"{name} is not a command; /help lists them")
+        return True
+
+
+COMMANDS_WITH_TEXT = ("/system", "/save")
+
+
+def lineage_base(assistant: Assistant) -> Assistant:
+    """Load the base that a checkpoint was trained from. Raises CheckpointError where its sftflow.json names none."""
+    from sftflow.checkpoint import load_assistant
+    from sftflow.compare.run import base_format
+
+    name = (assistant.info.get("base") or {}).get("name")
+    if not name:
+        raise CheckpointError(assistant.name, "its sftflow.json names no base", "start with --base BASE")
+    try:
+        return load_assistant(name, fallback=base_format(assistant))
+    except CheckpointError as error:
+        fact = f"the base that it was trained from cannot be loaded ({error.place}: {error.fact})"
+        raise CheckpointError(assistant.name, fact, "start with --base BASE") from error
 
 
 def chat(
@@ -88,67 +240,58 @@ def chat(
     *,
     prompt: str | None = None,
     system: str | None = None,
+    base: Assistant | None = None,
     out: TextIO | None = None,
-    read: Callable[[str], str] = input,
+    read: Callable[[str], str] | None = None,
 ) -> None:
     """Answer one prompt, or talk until /quit or Ctrl-D.
 
-    out: where replies go (standard output). read: asks for a line, given the prompt to show, as `input` does.
+    base: what /base asks; where it is left out, the base that the checkpoint names, loaded when it is first asked for.
+    out: where replies go (standard output).   read: asks for a line, given the prompt to show, as `input` does.
     Raises SftflowError where a one-shot prompt cannot be rendered or does not fit; in a conversation it is shown.
     """
     out = sys.stdout if out is None else out
     reconfigure = getattr(out, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks, and goes on
-    system = _whole(system) if system else None
-    if prompt is not None:
-        _stream(assistant, _conversation(system, [text_message("user", _whole(prompt))]), out)
-        return
 
     from rich.console import Console
     from rich.text import Text
 
     notes = Console(stderr=True, highlight=False)
-
-    def note(text: str) -> None:
-        notes.print(Text(text, style="dim"))
-
-    note(f"{assistant.name} · /help for commands, Ctrl-D to leave")
-    history: list[Message] = []
-    # `input` writes its prompt to standard output unless both ends are a terminal.
-    show = "> " if read is not input or (sys.stdin.isatty() and sys.stdout.isatty()) else ""
+    talk = _Talk(
+        assistant,
+        out,
+        note=lambda text: notes.print(Text(text, style="dim")),
+        load_base=lambda: lineage_base(assistant),
+        system=whole(system) if system else None,
+        base=base,
+    )
+    if prompt is not None:
+        asked = [text_message("user", whole(prompt))]
+        seed = secrets.randbits(63)
+        for answering in (assistant, base) if base is not None else (assistant,):
+            if base is not None:
+                talk.note(f"{answering.name}:")
+            _stream(answering, talk._conversation(asked), out, seed)
+        return
+    talk.note(f"{assistant.name} · /help for commands, Ctrl-D to leave")
+    read = keyboard() if read is None else read
     while True:
         try:
-            line = _whole(read(show)).strip()
+            typed = read_message(read)
         except EOFError:
-            note("")
+            talk.note("")
             return
         except KeyboardInterrupt:
-            note("\nCtrl-D or /quit leaves")
+            talk.note("\nCtrl-D or /quit leaves")
             continue
-        command, _, rest = line.partition(" ")
-        if not line:
+        name, _, rest = typed.text.partition(" ")
+        if not typed.text:
             continue
-        if command == "/quit":
-            return
-        if command == "/help":
-            note(HELP)
-        elif command == "/reset":
-            history = []
-            note("the conversation is forgotten")
-        elif command == "/system":
-            system = rest.strip() or None
-            note("the system prompt is set" if system else "no system prompt")
-        elif re.fullmatch(r"/[a-z]+", line):
-            note(f"{command} is not a command; /help lists them")
+        lone = re.fullmatch(r"/[a-z]+", typed.text)
+        if not typed.plain and (lone or name in COMMANDS_WITH_TEXT):
+            if not talk.command(name, rest.strip()):
+                return
         else:
-            turn = [*history, text_message("user", line)]
-            try:
-                message, ended = _stream(assistant, _conversation(system, turn), out)
-            except SftflowError as error:  # this turn is taken back; the conversation goes on
-                note(f"error: {error}" + ("" if len(turn) == 1 else " (or /reset)"))
-                continue
-            if message is not None:
-                history = [*turn, message]
-            if ended == "length":
-                note("[cut: the reply did not end by itself]")
+            talk.ask([*talk.history, text_message("user", typed.text)])

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from sftflow.train.muon import Muon
+
 Named = list[tuple[str, torch.nn.Parameter]]
 
 # Muon moves matrices by orthogonalised steps whose size does not depend on the gradient, so its learning rate
@@ -75,7 +77,7 @@ def muon(groups: Groups, rates: Rates, lr: float, weight_decay: float) -> list[t
     matrices = [p for _, p in groups.matrices if p.ndim == 2]
     if matrices:
         rate = lr * MUON_RATIO * rates.matrices
-        out.append(torch.optim.Muon(matrices, lr=rate, weight_decay=weight_decay, momentum=0.95, nesterov=True))
+        out.append(Muon(matrices, lr=rate, weight_decay=weight_decay, momentum=0.95, nesterov=True))
     experts = [(n, p) for n, p in groups.matrices if p.ndim != 2]
     out += _adamw(
         [

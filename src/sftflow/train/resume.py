@@ -121,6 +121,12 @@ def truncate_log(path: Path, last_step: int) -> None:
     write_text(path, "".join(f"{line}\n" for line in kept))
 
 
+def last_logged(path: Path) -> int | None:
+    """The step of a log's last row, after `truncate_log`; None where it has none."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return int(json.loads(lines[-1])["step"]) if lines else None
+
+
 def flush_to_disk(file: Any) -> None:
     """A log must not fall behind the state that is saved next, not even in a power cut."""
     file.flush()

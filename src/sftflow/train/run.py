@@ -21,10 +21,10 @@ from sftflow.chat.inspect import token_rows
 from sftflow.chat.settle import settled
 from sftflow.checkpoint import prepare, resolve, save
 from sftflow.errors import CheckpointError, RunError
-from sftflow.files import NO_SPACE, Lock, reason, sweep, write_json, write_text
+from sftflow.files import NO_SPACE, Lock, finite, reason, sweep, write_json, write_text
 from sftflow.mixture.mix import build_mixture, write_bad_rows
 from sftflow.recipe import Recipe, to_yaml
-from sftflow.runtime import Runtime, detect, peak_memory
+from sftflow.runtime import Runtime, detect, out_of_memory, peak_memory
 from sftflow.train.identity import flat_recipe, identity_of
 from sftflow.train.loggers import open_logger, require_logger
 from sftflow.train.settings import loop_spec, resolve_recipe, set_dropout, settle_compile, stored_dtype
@@ -42,6 +42,8 @@ WRITTEN_HERE = (
     "evals.jsonl",
     "DONE",
 )
+MEASURED = ("eval.json", "compare.json", "report.html")
+"""what is measured after the training: those of an earlier training in the same folder are not this one's"""
 
 
 class Listener(Protocol):
@@ -72,6 +74,7 @@ class Sampling(Protocol):
         renderer: Any,
         runtime: Runtime,
         progress: Callable[[int, int], None] | None = None,
+        tick: Callable[[], None] | None = None,
     ) -> dict[str, Any]: ...
 
 
@@ -125,7 +128,15 @@ def _train(
 
     from sftflow.train.loop import Trainer
     from sftflow.train.plan import RowPlan
-    from sftflow.train.resume import flush_to_disk, forget_states, load_state, save_state, saved_states, truncate_log
+    from sftflow.train.resume import (
+        flush_to_disk,
+        forget_states,
+        last_logged,
+        load_state,
+        save_state,
+        saved_states,
+        truncate_log,
+    )
     from sftflow.train.warm import warm_start
 
     started = time.perf_counter()
@@ -169,7 +180,8 @@ def _train(
         if recipe.train.warm_start:
             listener.say(warm_start(Path(location.path), trainer))
         forget_states(out / "resume")
-    (out / "DONE").unlink(missing_ok=True)
+    for name in ("DONE", *MEASURED):
+        (out / name).unlink(missing_ok=True)
     write_text(out / "recipe.yaml", to_yaml(recipe))
     write_json(out / "ledger.json", ledger)
     write_bad_rows(out, mixture)
@@ -197,7 +209,7 @@ def _train(
             "sources": dict(zip(mixture.names, by_source, strict=True)),
         }
         with (out / "validation.jsonl").open("a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
+            f.write(json.dumps(finite(row), allow_nan=False) + "\n")
             flush_to_disk(f)
         listener.validation(trainer.step, loss, row["sources"])
         logger.validation(trainer.step, loss, row["sources"])
@@ -208,7 +220,11 @@ def _train(
     def sample() -> None:
         if sampling is None or every is None or trainer.step % every:
             return
-        row = {"step": trainer.step, **sampling(model, tokenizer, renderer, runtime, listener.evaluating)}
+        try:
+            found = sampling(model, tokenizer, renderer, runtime, listener.evaluating, signals.check)
+        except Stopped:  # not to wait for minutes: the state is saved now, and the sample is taken when the run goes on
+            return
+        row = {"step": trainer.step, **found}
         with (out / "evals.jsonl").open("a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
             flush_to_disk(f)
@@ -222,12 +238,14 @@ def _train(
     truncate_log(out / "evals.jsonl", trainer.step if trainer.step else -1)
     if trainer.step == 0:
         validate()
+    if last_logged(out / "evals.jsonl") != trainer.step:
         sample()
     try:
         with signals.between_steps(), logger, (out / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
             for log in trainer:
                 extra["seconds"] += log.seconds
-                metrics.write(json.dumps(asdict(log) | {"memory": peak_memory(runtime.device)}) + "\n")
+                row = finite(asdict(log) | {"memory": peak_memory(runtime.device)})  # NaN is not JSON
+                metrics.write(json.dumps(row, allow_nan=False) + "\n")
                 metrics.flush()
                 logger.step(log)
                 listener.step(log, plan.total_steps)
@@ -237,8 +255,8 @@ def _train(
                 if due or done:
                     loss = validate()
                     better = loss is None or extra["best"] is None or loss < extra["best"]
-                    finite = math.isfinite(log.loss if loss is None else loss)
-                    if finite and (better or recipe.train.best == "last"):
+                    sound = math.isfinite(log.loss if loss is None else loss)
+                    if sound and (better or recipe.train.best == "last"):
                         extra.update(best=loss, checkpoint=trainer.step)
                         save_checkpoint()
                 # A step that was not finite is none to go back to, unless we are told to stop there.
@@ -252,7 +270,7 @@ def _train(
     except RunError as error:
         raise RunError(error.place, error.fact, _after_divergence(out, extra)) from error
     except RuntimeError as error:
-        if "alloc" not in str(error).lower():
+        if not out_of_memory(error):
             raise
         raise RunError("training", "out of memory", "lower train.micro_tokens or train.max_length") from error
     if extra.get("checkpoint") is None:

@@ -141,5 +141,5 @@ def _extras(tasks: Mapping[str, Data], say: dict[str, str]) -> str:
 
 
 def _figure(value: Any) -> str:
-    """0.5 -> '50.0%', and a count as it is."""
+    """0.5 -> '50.0%', and a count, which is an int, as it is."""
     return share(value) if isinstance(value, float) and 0 <= value <= 1 else number(value, ",.4g")

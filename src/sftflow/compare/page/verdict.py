@@ -44,8 +44,8 @@ def verdict(data: Data, say: dict[str, str]) -> str:
 
 
 def _mean(data: Data, say: dict[str, str]) -> str:
-    mean = data.get("centred_mean")
-    if not mean:
+    mean = data.get("centred_mean") or {}
+    if mean.get("base") is None and mean.get("sft") is None:
         return ""
     value = f"{number(mean.get('base'), '.2f')}{ARROW}{number(mean.get('sft'), '.2f')}"
     return fact(value, f"centred mean, {say['before']} → {say['after']} (0 guessing, 1 perfect)")

@@ -67,6 +67,9 @@ class Task:
     plain_stops: tuple[str, ...] = ("\n\n", "\nQuestion:")
     """where a reply in plain text ends: a base goes on with a question of its own"""
 
+    n_rows: int | None = None
+    """how many rows the split has without the limit, once `sample` has seen them"""
+
     def __init__(self, source: TaskSource) -> None:
         self.source = source
 
@@ -86,8 +89,15 @@ class Task:
         """What a grader can say beside the score, JSON-able: {"strict": 0.0, "flexible": 1.0}."""
         return {}
 
-    def metrics(self, marks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """Figures of the whole task out of every row's marks: the mean of each that is a number."""
+    def rests_on(self) -> dict[str, str]:
+        """What of this machine a grade hangs on, as rows of another are not comparable: {"sandbox": "bubblewrap"}."""
+        return {}
+
+    def metrics(self, marks: Sequence[Mapping[str, Any]]) -> dict[str, float | int]:
+        """Figures of the whole task out of every row's marks: the mean of each that is a number.
+
+        A float is a share or another measure, an int a count. {} where there are no rows.
+        """
         names = dict.fromkeys(k for row in marks for k, v in row.items() if isinstance(v, (int, float)))
         return {k: sum(float(row.get(k, 0.0)) for row in marks) / len(marks) for k in names}
 
@@ -138,7 +148,15 @@ def sample(task: Task, rows: Iterable[T]) -> list[T]:
     if limit is None:
         return list(rows)
     rng = random.Random(f"{task.name}:{task.source.seed}")
-    kept = heapq.nsmallest(limit, enumerate(rows), key=lambda _: rng.random())
+    n_rows = 0
+
+    def key(_: tuple[int, T]) -> float:
+        nonlocal n_rows
+        n_rows += 1
+        return rng.random()
+
+    kept = heapq.nsmallest(limit, enumerate(rows), key=key)
+    task.n_rows = n_rows
     return [row for _, row in sorted(kept, key=lambda pair: pair[0])]
 
 

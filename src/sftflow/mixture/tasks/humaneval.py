@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import keyword
+import platform
 import re
 import textwrap
 import threading
@@ -20,7 +21,7 @@ from typing import Any
 from sftflow.chat.schema import Conversation, text_message
 from sftflow.errors import DataError, SchemaError
 from sftflow.mixture.tasks.base import Item, Task, TaskSource, ask, path_of, rows_of, sample, text_of
-from sftflow.sandbox import Outcome, run_python
+from sftflow.sandbox import Outcome, isolation_available, run_python
 
 SHAPE = '{"prompt": ..., "canonical_solution": ..., "test": ..., "entry_point": ...}'
 SECONDS = 10.0
@@ -70,6 +71,9 @@ class HumanEval(Task):
         outcome = self._outcome(item, reply)
         said = [] if outcome.ok else outcome.output.strip().splitlines()
         return {"outcome": outcome.how, "error": said[-1][:300] if said else ""}
+
+    def rests_on(self) -> dict[str, str]:
+        return {"sandbox": ", ".join(isolation_available()[:1]) or "none", "python": platform.python_version()}
 
     def _outcome(self, item: Item, reply: str) -> Outcome:
         key = (item.id, reply)

@@ -11,12 +11,14 @@ followed, in all four: they are then lower bounds, and `unsupported` says how ma
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
 from sftflow.chat.schema import Conversation, text_message
 from sftflow.errors import SchemaError, TaskError
 from sftflow.mixture.tasks.base import Item, Task, rows_of, sample, text_of
 from sftflow.mixture.tasks.ifeval_checks import CHECKS, is_supported, wrong_argument
+from sftflow.mixture.tasks.ifeval_text import language_package
 
 SHAPE = '{"prompt": ..., "instruction_id_list": ["punctuation:no_comma", ...], "kwargs": [{}, ...]}'
 
@@ -58,15 +60,20 @@ class IFEval(Task):
             "unsupported": [i["id"] for i in found if not is_supported(i["id"])],
         }
 
-    def metrics(self, marks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    def rests_on(self) -> dict[str, str]:
+        return {"langdetect": version("langdetect") if language_package() else "absent"}
+
+    def metrics(self, marks: Sequence[Mapping[str, Any]]) -> dict[str, float | int]:
         """The four accuracies, and the number of instructions that could not be checked."""
+        if not marks:
+            return {}
         pool = [i for row in marks for i in row["instructions"]]
         return {
             "prompt_strict": mean([row["prompt_strict"] for row in marks]),
             "prompt_loose": mean([row["prompt_loose"] for row in marks]),
             "instruction_strict": mean([i["strict"] for i in pool]),
             "instruction_loose": mean([i["loose"] for i in pool]),
-            "unsupported": float(sum(len(row["unsupported"]) for row in marks)),
+            "unsupported": sum(len(row["unsupported"]) for row in marks),
         }
 
     def _item(self, row: Any, place: str) -> Item:
@@ -79,7 +86,7 @@ class IFEval(Task):
 
 
 def mean(values: Sequence[float]) -> float:
-    return sum(values) / max(1, len(values))
+    return sum(values) / len(values)
 
 
 def instructions_of(row: Any, place: str) -> list[dict[str, Any]]:

@@ -1,254 +1,313 @@
 // The chat page: a plain client of /v1/models, /v1/chat/completions and /v1/render.
-// Everything a model or a person wrote enters the page through textContent only.
-"use strict";
+//
+//   conversation.js  what was said, as a tree    store.js  kept in this browser    server.js, models.js  over HTTP
+//   turn.js, reply.js, sidebar.js, settings.js   what is shown        markdown.js, inline.js  Markdown as DOM nodes
+import { addTurn, asMarkdown, asRow, messagesFor, newConversation, parentOf, path, title } from "./conversation.js";
+import { $, announce, confirmed, download, make, notice } from "./dom.js";
+import { announceReply } from "./reply.js";
+import { anyModel, askKey, chosen, keepModels, loadModels, lost } from "./models.js";
+import { apiKey, chunks, ServerError, Unreachable } from "./server.js";
+import { loadSettings, sampling, showSettings } from "./settings.js";
+import { drawSidebar, showSidebar } from "./sidebar.js";
+import * as store from "./store.js";
+import { grow, turnView } from "./turn.js";
 
-const $ = (id) => document.getElementById(id);
-const turns = []; // {user, system, replies: Map(model -> {text, done})}; what each model is shown is made from these
-let models = [];
-let running = null; // the AbortController of the replies being written
+const KEEP_EVERY_MS = 1000; // while a reply is being written
+const IDEAS = ["Who are you?", "Spell the word “river”.", "What is a base model?", "What is 12 * 7?"];
 
-function make(tag, className, text) {
-  const node = document.createElement(tag);
-  if (className) node.className = className;
-  if (text !== undefined) node.textContent = text;
-  return node;
-}
+let chats = store.conversations();
+let chat = chats.find((kept) => kept.id === location.hash.slice(1)) ?? newConversation(store.setting("system") ?? "");
+let running = null; // {controller, turn, open: Set of the replies being written}
+let views = new Map(); // reply -> its view
 
-function notice(text) {
-  $("notice").textContent = text;
-  $("notice").hidden = !text;
-}
+// ---- what is shown
 
-async function api(path, body, signal) {
-  const headers = {};
-  const key = $("key").value || sessionStorage.getItem("key");
-  if (key) headers.Authorization = `Bearer ${key}`;
-  if (body) headers["Content-Type"] = "application/json";
-  const response = await fetch(path, {
-    method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body),
+const main = document.querySelector("main");
+const atBottom = () => main.scrollHeight - main.scrollTop - main.clientHeight < 80;
+const toBottom = () => { main.scrollTop = main.scrollHeight; };
+
+function draw() {
+  const turns = path(chat);
+  views = new Map();
+  const sections = turns.map((turn) => {
+    const { node, views: own } = turnView(chat, turn, { again, edit, show }, (reply) => Boolean(running?.open.has(reply)));
+    for (const [reply, view] of own) views.set(reply, view);
+    return node;
   });
-  if (response.ok) return response;
-  if (response.status === 401) {
-    $("key-box").hidden = false;
-    $("settings").open = true;
-    throw new Error("This server asks for its API key: enter it under Settings.");
-  }
-  const error = await response.json().catch(() => ({}));
-  throw new Error(error.error?.message || `the server answered ${response.status}`);
+  $("log").replaceChildren(...sections);
+  $("empty").hidden = turns.length > 0;
+  $("system-note").hidden = !chat.system;
+  $("system-note").textContent = `System prompt: ${chat.system}`;
+  $("export").hidden = !turns.length;
+  history.replaceState(null, "", turns.length ? `#${chat.id}` : "/"); // a reload shows it again
+  document.title = turns.length ? `${title(chat)} · sftflow` : "sftflow chat";
+  busy();
+  drawSidebar(chats, chat, { open, rename, remove });
 }
 
-async function loadModels() {
+function busy() {
+  const on = Boolean(running);
+  document.body.classList.toggle("busy", on);
+  $("send").setAttribute("aria-label", on ? "Stop" : "Send");
+  $("log").setAttribute("aria-busy", String(on));
+  for (const part of ["edit", "again", "older", "newer"]) {
+    for (const button of $("log").querySelectorAll(`[data-part="${part}"]`)) if (on) button.disabled = true;
+  }
+}
+
+function keep(conversation = chat) {
+  if (!chats.includes(conversation)) return; // nothing was said in it yet, or it was deleted meanwhile
+  const problem = store.keep(conversation);
+  if (problem) notice(problem);
+}
+
+// ---- asking
+
+async function write(reply, body, controller) {
+  const began = performance.now();
+  const since = () => (performance.now() - began) / 1000;
+  let drawing = false;
   try {
-    models = (await (await api("/v1/models")).json()).data.map((m) => m.id);
-  } catch (error) {
-    notice(error.message);
-    return;
-  }
-  notice("");
-  $("model").replaceChildren(...models.map((id) => Object.assign(make("option", "", id), { value: id })));
-  $("both-box").hidden = models.length < 2;
-}
-
-function chosen() {
-  const first = $("model").value;
-  if (!$("both").checked || models.length < 2) return [first];
-  return [first, models.find((id) => id !== first)];
-}
-
-// The conversation as one model sees it before turn number `end`'s reply: its own replies where it gave one, else
-// the other model's; a turn nobody answered is left out, so that user and assistant keep taking turns.
-function historyFor(model, end) {
-  const messages = [];
-  if (turns[end].system) messages.push({ role: "system", content: turns[end].system });
-  for (const turn of turns.slice(0, end)) {
-    const answered = [...turn.replies].filter(([, r]) => r.text);
-    const reply = turn.replies.get(model)?.text || answered[0]?.[1].text;
-    if (reply) messages.push({ role: "user", content: turn.user }, { role: "assistant", content: reply });
-  }
-  messages.push({ role: "user", content: turns[end].user });
-  return messages;
-}
-
-async function* events(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const { done, value } = await reader.read();
-    if (done) return;
-    const pieces = (rest + value).split("\n\n");
-    rest = pieces.pop();
-    for (const piece of pieces) {
-      const data = piece.replace(/^data: /, "");
-      if (data === "[DONE]") return;
-      const event = JSON.parse(data);
-      if (event.error) throw new Error(event.error.message);
-      yield event;
-    }
-  }
-}
-
-function atBottom() {
-  const main = document.querySelector("main");
-  return main.scrollHeight - main.scrollTop - main.clientHeight < 60;
-}
-
-function toBottom() {
-  const main = document.querySelector("main");
-  main.scrollTop = main.scrollHeight;
-}
-
-function addSeen(reply, model, messages) {
-  const seen = make("details", "seen");
-  const tokens = make("div", "tokens");
-  tokens.tabIndex = 0;
-  tokens.setAttribute("aria-label", `Prompt tokens given to ${model}`);
-  seen.append(make("summary", "", "What the model sees"), tokens);
-  seen.addEventListener("toggle", async () => {
-    if (!seen.open || tokens.childNodes.length) return;
-    tokens.textContent = "…";
-    try {
-      const list = (await (await api("/v1/render", { model, messages })).json()).tokens;
-      tokens.replaceChildren(...list.map((t) => {
-        const span = make("span", t.special ? "special" : "", t.text.replace(/\n/g, "↵\n") || "·");
-        span.title = t.text ? `id ${t.id}` : `id ${t.id}: the first bytes of the next character`;
-        return span;
-      }));
-      seen.firstChild.textContent = `What the model sees (${list.length} tokens)`;
-    } catch (error) {
-      tokens.textContent = error.message;
-    }
-  });
-  reply.append(seen);
-}
-
-async function answer(number, model, box, signal) {
-  const messages = historyFor(model, number);
-  const record = { text: "" };
-  turns[number].replies.set(model, record);
-  const reply = make("article", "reply");
-  reply.setAttribute("aria-label", `Reply of ${model}`);
-  const text = make("div", "text waiting");
-  const meta = make("p", "meta");
-  reply.append(make("p", "name", model), text, meta);
-  const atEnd = atBottom();
-  box.append(reply);
-  addSeen(reply, model, messages);
-  if (atEnd) toBottom();
-  const body = {
-    model, messages, stream: true, stream_options: { include_usage: true },
-    temperature: Number($("temperature").value) || 0,
-  };
-  if ($("max-tokens").value) body.max_tokens = Number($("max-tokens").value);
-  const say = (words, bad) => meta.append(make("span", bad ? "bad" : "", words));
-  const started = performance.now();
-  let reason = null;
-  let usage = null;
-  try {
-    for await (const event of events(await api("/v1/chat/completions", body, signal))) {
-      const choice = event.choices[0];
+    for await (const chunk of chunks(body, controller.signal)) {
+      const choice = chunk.choices?.[0];
       if (choice?.delta?.content) {
-        if (!record.text) text.classList.remove("waiting");
-        const follow = atBottom();
-        record.text += choice.delta.content;
-        text.textContent = record.text;
-        if (follow) toBottom();
+        reply.first ??= since();
+        reply.text += choice.delta.content;
+        if (!drawing) {
+          drawing = true;
+          requestAnimationFrame(() => {
+            drawing = false;
+            const follow = atBottom();
+            views.get(reply)?.update();
+            if (follow) toBottom();
+          });
+        }
       }
-      reason = choice?.finish_reason || reason;
-      usage = event.usage || usage;
+      if (choice?.finish_reason) reply.reason = choice.finish_reason;
+      if (chunk.usage) reply.tokens = chunk.usage.completion_tokens;
     }
-    const seconds = (performance.now() - started) / 1000;
-    if (usage) {
-      say(`${usage.completion_tokens} tokens`);
-      say(`${(usage.completion_tokens / seconds).toFixed(1)} tokens/s`);
-    }
-    if (reason === "stop") say("finished: stop");
-    else if (reason === "length") say("cut: length (max tokens or context)");
-    else say("the connection ended early", true);
   } catch (error) {
-    if (error.name === "AbortError") say("stopped by you");
-    else say(error.message, true);
+    if (error.name === "AbortError") reply.stopped = true;
+    else reply.error = error.message;
+    if (error instanceof Unreachable) lost();
+    else if (error instanceof ServerError && error.status === 401) askKey();
   }
-  text.classList.remove("waiting");
-  if (!record.text) text.append(make("small", "", "(no text)"));
+  reply.seconds = since();
 }
 
-async function run(number) {
-  const turn = turns[number];
+async function run(turn) {
+  const own = sampling();
+  if (!own || running) return;
   const names = chosen();
-  running = new AbortController();
-  turn.replies.clear();
-  turn.system = $("system").value.trim();
-  turn.box.replaceChildren();
-  turn.box.className = names.length > 1 ? "replies two" : "replies";
-  document.querySelectorAll(".again").forEach((b) => b.remove());
-  $("send").textContent = "Stop";
-  $("send").classList.add("stop");
-  $("log").setAttribute("aria-busy", "true");
+  const version = parentOf(chat, turn).next.indexOf(turn);
+  // The same for every model beside it. A seed that is set still gives each version another one.
+  const seed = own.seed === undefined ? Math.floor(Math.random() * 2 ** 31) : own.seed + version;
+  turn.system = chat.system;
+  turn.replies = names.map((model) => ({ model, text: "", seed }));
+  const controller = new AbortController();
+  const mine = running = { controller, turn, open: new Set(turn.replies) };
+  chat.updated = Date.now();
+  if (!chats.includes(chat)) chats.unshift(chat);
+  const asked = chat;
+  keep();
+  draw();
   toBottom();
-  await Promise.all(names.map((name) => answer(number, name, turn.box, running.signal)));
+  announce(`${names.join(" and ")} ${names.length > 1 ? "are" : "is"} writing`);
+  const timer = setInterval(() => keep(asked), KEEP_EVERY_MS);
+  const body = { stream: true, stream_options: { include_usage: true }, ...own, seed };
+  await Promise.all(turn.replies.map(async (reply) => {
+    const { model } = reply;
+    await write(reply, { model, messages: messagesFor(asked, turn, model), ...body }, controller);
+    mine.open.delete(reply);
+    const follow = atBottom();
+    views.get(reply)?.update();
+    if (follow) toBottom();
+    announceReply(reply);
+  }));
+  clearInterval(timer);
   running = null;
-  $("send").textContent = "Send";
-  $("send").classList.remove("stop");
-  $("log").setAttribute("aria-busy", "false");
-  const again = make("button", "again", "Regenerate");
-  again.type = "button";
-  again.title = Number($("temperature").value) ? "" : "At temperature 0 the reply stays the same";
-  again.addEventListener("click", () => { if (!running) run(number); });
+  keep(asked);
   const follow = atBottom();
-  turn.node.append(again);
+  draw();
   if (follow) toBottom();
 }
 
-function send() {
-  const text = $("prompt").value.trim();
-  if (!text || running) return;
-  if (!models.length) {
+function send(text) {
+  const words = text.trim();
+  if (!words || running || !sampling()) return false;
+  if (!anyModel()) {
     loadModels();
-    return;
+    return false;
   }
-  notice("");
-  $("empty").hidden = true;
-  $("prompt").value = "";
-  grow();
-  const node = make("section", "turn");
-  const box = make("div", "replies");
-  const user = make("div", "user", text);
-  user.setAttribute("aria-label", "You");
-  node.append(user, box);
-  $("log").append(node);
-  turns.push({ user: text, system: "", replies: new Map(), box, node });
-  run(turns.length - 1);
+  const turns = path(chat);
+  run(addTurn(turns.at(-1) ?? chat, words));
+  return true;
 }
 
-function grow() {
-  const prompt = $("prompt");
-  prompt.style.height = "auto";
-  prompt.style.height = `${prompt.scrollHeight + 2}px`; // its border; page.css sets the upper limit
+function again(turn) {
+  if (!running && sampling()) run(addTurn(parentOf(chat, turn), turn.user));
 }
+
+function edit(turn, text) {
+  if (running || !sampling()) return;
+  run(addTurn(parentOf(chat, turn), text));
+  $("prompt").focus();
+}
+
+function show(parent, number) {
+  parent.at = number;
+  keep();
+  draw();
+}
+
+const stop = () => running?.controller.abort();
+
+// ---- conversations
+
+function open(conversation) {
+  stop();
+  chat = conversation;
+  $("system").value = chat.system;
+  draw();
+  toBottom();
+  showSidebar(false);
+  $("prompt").focus();
+}
+
+function rename(conversation, name) {
+  if (name) {
+    conversation.title = name;
+    keep(conversation);
+  }
+  draw();
+}
+
+function remove(conversation) {
+  if (conversation === chat) stop();
+  store.forget(conversation.id);
+  chats = chats.filter((other) => other !== conversation);
+  if (conversation === chat) open(newConversation(chat.system));
+  else draw();
+  announce("Deleted");
+}
+
+// ---- the page comes alive
 
 $("composer").addEventListener("submit", (event) => {
   event.preventDefault();
-  if (running) running.abort();
-  else send();
+  if (running) stop();
+  else sendPrompt();
 });
-$("prompt").addEventListener("input", grow);
+
+function sendPrompt() {
+  if (!send($("prompt").value)) return;
+  $("prompt").value = "";
+  grow($("prompt"));
+}
+
+$("prompt").addEventListener("input", () => grow($("prompt")));
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
-  send();
+  sendPrompt();
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && running) running.abort();
+  if (event.key !== "Escape" || $("confirm").open) return;
+  if (running) stop();
+  else if ($("export").open) closeExport();
+  else if ($("sidebar").classList.contains("open")) showSidebar(false);
+  else if (!$("settings").hidden) showSettings(false);
 });
-$("new").addEventListener("click", () => {
-  if (running) running.abort();
-  turns.length = 0;
-  $("log").replaceChildren();
-  $("empty").hidden = false;
+
+for (const idea of IDEAS) {
+  const button = make("button", "", idea);
+  button.type = "button";
+  button.addEventListener("click", () => {
+    send(idea);
+    $("prompt").focus();
+  });
+  $("ideas").append(button);
+}
+
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault(); // the address names the conversation
   $("prompt").focus();
 });
+for (const id of ["model", "other", "both"]) $(id).addEventListener("change", keepModels);
+$("new").addEventListener("click", () => open(newConversation(chat.system)));
+$("clear").addEventListener("click", async () => {
+  if (!(await confirmed("Delete all conversations? They are kept nowhere else.", "Delete all"))) return;
+  stop();
+  chats = [];
+  store.forgetAll();
+  open(newConversation(chat.system));
+  announce("All conversations are deleted");
+});
+$("open-sidebar").addEventListener("click", () => showSidebar(true));
+$("close-sidebar").addEventListener("click", () => showSidebar(false));
+$("shade").addEventListener("click", () => showSidebar(false));
+$("open-settings").addEventListener("click", () => showSettings($("settings").hidden));
+$("close-settings").addEventListener("click", () => showSettings(false));
+$("system-note").addEventListener("click", () => showSettings(true));
+$("fields").addEventListener("submit", (event) => event.preventDefault());
+$("system").addEventListener("input", () => {
+  chat.system = $("system").value.trim();
+  store.keepSetting("system", chat.system);
+  $("system-note").hidden = !chat.system;
+  $("system-note").textContent = `System prompt: ${chat.system}`;
+  keep();
+});
 $("key").addEventListener("change", () => {
-  sessionStorage.setItem("key", $("key").value);
+  apiKey.set($("key").value);
   loadModels();
 });
+
+function closeExport() {
+  $("export").open = false;
+  $("export").querySelector("summary").focus();
+}
+
+const fileName = () => title(chat).replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-+|-+$/g, "").slice(0, 40) || "conversation";
+$("export-json").addEventListener("click", () => {
+  const row = asRow(chat, $("model").value);
+  if (row) download(`${fileName()}.jsonl`, "application/jsonl", row);
+  else notice("There is no reply to export yet.");
+  closeExport();
+});
+$("export-markdown").addEventListener("click", () => {
+  download(`${fileName()}.md`, "text/markdown", asMarkdown(chat));
+  closeExport();
+});
+document.addEventListener("click", (event) => {
+  if (!$("export").contains(event.target)) $("export").open = false;
+});
+
+const THEMES = { "": "as the system", light: "light", dark: "dark" };
+function showTheme() {
+  $("theme").setAttribute("aria-label", `Colours: ${THEMES[store.theme.get()] ?? THEMES[""]}`);
+  $("theme").title = $("theme").getAttribute("aria-label");
+}
+$("theme").addEventListener("click", () => {
+  const names = Object.keys(THEMES);
+  store.theme.set(names[(names.indexOf(store.theme.get()) + 1) % names.length]);
+  showTheme();
+  announce($("theme").title);
+});
+
+window.addEventListener("pagehide", () => keep());
+window.addEventListener("online", loadModels);
+window.addEventListener("storage", (event) => {
+  // Another tab wrote. What is being written here stays ours.
+  if (!store.isConversation(event.key) || running) return;
+  const kept = store.conversations();
+  chats = kept;
+  chat = kept.find((other) => other.id === chat.id) ?? chat;
+  draw();
+});
+
+loadSettings();
+$("system").value = chat.system;
+showTheme();
+draw();
+toBottom();
 loadModels();

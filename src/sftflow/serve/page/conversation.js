@@ -1,0 +1,86 @@
+// A conversation as a tree of turns. Regenerating or editing a turn adds a sibling, so nothing that was said is lost;
+// what is shown is one path through the tree.
+//
+//   {id, title, created, updated, system, next: [turn, ...], at}
+//   turn:  {user, system, replies: [reply, ...], next: [turn, ...], at}       next[at] is the turn that is shown
+//   reply: {model, text, seed, reason | stopped | error, tokens, first, seconds}    seconds since it was asked for
+
+export function newConversation(system = "") {
+  const now = Date.now();
+  const id = `${now.toString(36)}${Math.floor(Math.random() * 2 ** 30).toString(36)}`;
+  return { id, title: "", created: now, updated: now, system, next: [], at: 0 };
+}
+
+export function path(conversation) {
+  const turns = [];
+  for (let node = conversation; node.next.length; ) {
+    node = node.next[node.at];
+    turns.push(node);
+  }
+  return turns;
+}
+
+// What a turn hangs on: the turn in front of it, or the conversation.
+export function parentOf(conversation, turn) {
+  const turns = path(conversation);
+  const number = turns.indexOf(turn);
+  return number > 0 ? turns[number - 1] : conversation;
+}
+
+export function addTurn(parent, user) {
+  const turn = { user, system: "", replies: [], next: [], at: 0 };
+  parent.next.push(turn);
+  parent.at = parent.next.length - 1;
+  return turn;
+}
+
+export const title = (conversation) => {
+  const words = conversation.title || conversation.next[0]?.user.trim().replace(/\s+/g, " ") || "New conversation";
+  return words.length > 60 ? `${words.slice(0, 59)}…` : words;
+};
+
+// Whether the reply ended by itself: then it is whole, and fit to be learned from.
+export const whole = (reply) => reply.reason === "stop" || reply.reason === "tool_calls";
+
+// The reply that counts in a history for this model: its own, else another's; none where nobody said anything.
+function replyFor(turn, model) {
+  const said = turn.replies.filter((reply) => reply.text);
+  return said.find((reply) => reply.model === model) ?? said[0];
+}
+
+// What the model is sent when it answers this turn. Turns that nobody answered are left out, so that user and
+// assistant keep taking turns.
+export function messagesFor(conversation, turn, model) {
+  const messages = turn.system ? [{ role: "system", content: turn.system }] : [];
+  for (const earlier of path(conversation)) {
+    if (earlier === turn) break;
+    const reply = replyFor(earlier, model);
+    if (reply) messages.push({ role: "user", content: earlier.user }, { role: "assistant", content: reply.text });
+  }
+  messages.push({ role: "user", content: turn.user });
+  return messages;
+}
+
+// One line of JSON in the OpenAI shape, as `sftflow train` reads it. A reply that was cut gets weight 0: it is history,
+// not something to learn. null where there is no reply yet.
+export function asRow(conversation, model) {
+  const messages = conversation.system ? [{ role: "system", content: conversation.system }] : [];
+  for (const turn of path(conversation)) {
+    const reply = replyFor(turn, model);
+    if (!reply) continue;
+    messages.push({ role: "user", content: turn.user });
+    messages.push({ role: "assistant", content: reply.text, ...(whole(reply) ? {} : { weight: 0 }) });
+  }
+  return messages.some((m) => m.role === "assistant") ? `${JSON.stringify({ messages })}\n` : null;
+}
+
+// To be read by people: every model's reply.
+export function asMarkdown(conversation) {
+  const parts = [`# ${title(conversation)}`];
+  if (conversation.system) parts.push("## System", conversation.system);
+  for (const turn of path(conversation)) {
+    parts.push("## You", turn.user);
+    for (const reply of turn.replies) parts.push(`## ${reply.model}`, reply.text || `(${reply.error || "no text"})`);
+  }
+  return `${parts.join("\n\n")}\n`;
+}

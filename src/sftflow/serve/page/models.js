@@ -1,0 +1,86 @@
+// Which models answer, and whether the server is there at all.
+import { $, announce, make, notice } from "./dom.js";
+import { models, Unreachable } from "./server.js";
+import { showSettings } from "./settings.js";
+import { keepSetting, setting } from "./store.js";
+
+const WAIT_MS = [500, 1000, 2000, 4000]; // between two looks whether the server is back
+
+let known = []; // the served models' ids
+let reconnecting = false;
+
+export const anyModel = () => known.length > 0;
+
+function fill(select, ids, chosen) {
+  select.replaceChildren(...ids.map((id) => Object.assign(make("option", "", id), { value: id })));
+  if (ids.includes(chosen)) select.value = chosen;
+  select.title = select.value;
+}
+
+function showModels() {
+  const kept = setting("models") ?? {};
+  fill($("model"), known, kept.model);
+  const others = known.filter((id) => id !== $("model").value);
+  fill($("other"), others, kept.other);
+  $("compare").hidden = !others.length;
+  $("both").checked = kept.both ?? true;
+  $("other").disabled = !$("both").checked;
+  $("who").textContent = chosen().length > 1
+    ? `${chosen()[0]} and ${chosen()[1]} answer side by side, with the same seed.`
+    : `You talk with ${$("model").value || "…"}, on this server.`;
+}
+
+export function keepModels() {
+  keepSetting("models", { model: $("model").value, other: $("other").value, both: $("both").checked });
+  showModels();
+}
+
+// The models that answer: one, or two side by side.
+export function chosen() {
+  const first = $("model").value;
+  return !$("compare").hidden && $("both").checked ? [first, $("other").value] : [first];
+}
+
+// -> whether the server answered with its models
+export async function loadModels() {
+  try {
+    known = await models();
+  } catch (error) {
+    if (error instanceof Unreachable) lost();
+    else if (error.status === 401) askKey();
+    else notice(error.message);
+    return false;
+  }
+  notice("");
+  showModels();
+  return true;
+}
+
+export function askKey() {
+  notice("This server asks for its API key; enter it in the settings.");
+  showSettings(true, $("key"));
+}
+
+// Look for the server until it is back.
+export async function lost() {
+  if (reconnecting) return;
+  reconnecting = true;
+  notice("The server does not answer. Looking for it again…", true);
+  for (let n = 0; ; n++) {
+    await new Promise((done) => setTimeout(done, WAIT_MS[Math.min(n, WAIT_MS.length - 1)]));
+    try {
+      known = await models();
+    } catch (error) {
+      if (error instanceof Unreachable) continue;
+      reconnecting = false;
+      if (error.status === 401) askKey();
+      else notice(error.message);
+      return;
+    }
+    break;
+  }
+  reconnecting = false;
+  notice("");
+  showModels();
+  announce("The server is back.");
+}

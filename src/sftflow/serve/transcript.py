@@ -1,0 +1,62 @@
+"""A conversation as a row of a JSONL file, as `sftflow render` and `sftflow train` read it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sftflow.chat.schema import Message, parse_line, parse_row, read_lines, text_message
+from sftflow.errors import DataError, SftflowError
+
+
+def row(system: str | None, messages: Sequence[Message]) -> dict[str, Any]:
+    """The OpenAI shape. Calculator calls stay parts; a reply that was cut has weight 0: history, nothing to learn.
+
+    >>> row("Be brief.", [text_message("user", "hi")])["messages"][1]
+    {'role': 'user', 'content': 'hi'}
+    """
+    out = []
+    for message in [*([text_message("system", system)] if system else []), *messages]:
+        content: Any = [{"type": p.kind, "text": p.text} for p in message.parts]
+        if not message.uses_python:
+            content = message.text
+        weight = {} if message.weight else {"weight": 0}
+        out.append({"role": message.role, "content": content, **weight})
+    return {"messages": out}
+
+
+def append(path: Path, value: dict[str, Any]) -> int:
+    """Add a row to a JSONL file of conversations, or begin one; the number of rows in it then.
+
+    Raises DataError where the file is something else, which is left as it was, or cannot be written.
+    """
+    before = 0
+    try:
+        if path.exists():
+            for before, (number, line) in enumerate(read_lines(str(path)), 1):  # noqa: B007  the count is the result
+                parse_row(parse_line(line, f"{path}:{number}"), f"{path}:{number}")
+        with path.open("ab") as file:
+            size = file.tell()
+            try:
+                gap = b"\n" if size and not _ends_line(path) else b""
+                file.write(gap + json.dumps(value, ensure_ascii=False).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                os.truncate(path, size)  # a disk that is full takes half a row
+                raise
+    except OSError as error:
+        raise DataError(str(path), f"cannot be written ({error.strerror or error})", "choose another file") from None
+    except SftflowError as error:
+        fact = f"it is no JSONL file of conversations ({error.fact})"
+        raise DataError(error.place or str(path), fact, "choose another file") from None
+    return before + 1
+
+
+def _ends_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"

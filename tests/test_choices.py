@@ -1,0 +1,226 @@
+"""Multiple choice by probability, whatever the tokenizer makes of a letter and the template of a reply."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import TEXT, make_renderer, shared
+from sftflow.chat.format import ChatFormat
+from sftflow.chat.render import Renderer
+from sftflow.chat.schema import text_message
+from sftflow.checkpoint import Assistant
+from sftflow.errors import RunError, TaskError
+from sftflow.evals import choices
+from sftflow.evals.ask import TaskRun, open_tasks, plain_ids, prompts_of
+from sftflow.evals.choices import letter_scores, plain_letters
+from sftflow.evals.run import evaluate, evaluate_models
+from sftflow.generate.engine import Engine
+from sftflow.mixture.tasks import Item, TaskSource
+from sftflow.mixture.tasks.arc import MultipleChoice, prompt
+from sftflow.runtime import Runtime
+
+FP32 = Runtime(device="cpu", precision="fp32", reason="test")
+QUESTIONS = (("Which one flies?", "a wren", "a mole", "a pike"), ("What is cold?", "ice", "fire"), ("1 + 1?", *"2345"))
+
+
+def choice_run(name: str = "arc") -> TaskRun:
+    task = MultipleChoice(TaskSource())
+    items = [
+        Item(
+            id=f"arc:{n}",
+            messages=(text_message("user", prompt(question, texts)),),
+            answer="A",
+            choices=tuple("ABCDE"[: len(texts)]),
+        )
+        for n, (question, *texts) in enumerate(QUESTIONS)
+    ]
+    return TaskRun(name=name, task=task, items=tuple(items))
+
+
+def assistant_of(tokenizer: Any, renderer: Renderer) -> Assistant:
+    """A small random model, its weights so large that no two letters are as good as equal."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=512, initializer_range=0.5, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    return Assistant("tiny", model, tokenizer, renderer, Engine(model, renderer, FP32), {})
+
+
+def with_template(tokenizer: Any, template: str, name: str = "own") -> Renderer:
+    return Renderer(tokenizer, ChatFormat(name=name, template=template))
+
+
+def log_probability(model: Any, ids: Sequence[int], n_last: int) -> float:
+    """Of the last n ids behind the others, by transformers' own forward pass."""
+    with torch.no_grad():
+        logits = model(torch.tensor([list(ids)])).logits[0].double().log_softmax(-1)
+    return sum(float(logits[k - 1, ids[k]]) for k in range(len(ids) - n_last, len(ids)))
+
+
+@pytest.fixture(scope="module", params=[257, 400])
+def spaced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Assistant:
+    """257 entries: bytes alone, so that " A" is a space and a letter. 400: some letters have a token with the space."""
+    from sftflow.base.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer([f"{text} A A A A A A" for text in TEXT], request.param, 256).save_pretrained(folder)
+    renderer = make_renderer(folder, "sftflow")
+    return assistant_of(renderer.tokenizer, renderer)
+
+
+def test_letters_have_the_probability_of_all_their_tokens(spaced: Assistant) -> None:
+    run = choice_run()
+    prompts = prompts_of(spaced, run, "plain")
+    lengths = {len(ids) for p in prompts for ids in p.letters.values()}
+    found: dict[int, dict[str, float]] = {}
+    letter_scores(spaced.engine, prompts, lambda i, scores: found.update({i: scores}))
+    for i, item in enumerate(run.items):
+        assert set(found[i]) == set(item.choices)
+        for letter, score in found[i].items():
+            whole = plain_ids(spaced, f"{item.plain} {letter}")
+            behind = len(whole) - len(prompts[i].ids)
+            assert whole[: len(prompts[i].ids)] == prompts[i].ids and behind == len(prompts[i].letters[letter])
+            assert score == pytest.approx(log_probability(spaced.model, whole, behind), abs=1e-4)
+    space = spaced.renderer.encode_plain(" ")
+    if len(spaced.tokenizer) < 300:
+        assert lengths == {1} and all(list(p.ids[-1:]) == space for p in prompts)
+    else:
+        assert lengths == {1, 2}  # " A" is one token, " D" are two
+
+
+def test_the_row_holds_the_likeliest_letter(spaced: Assistant, tmp_path: Path) -> None:
+    run = choice_run()
+    for arm in ("plain", "chat"):
+        result = evaluate(spaced, run, arm, tmp_path)  # type: ignore[arg-type]
+        for row, asked in zip(result.rows, prompts_of(spaced, run, arm), strict=True):  # type: ignore[arg-type]
+            scores = {
+                c: log_probability(spaced.model, (*asked.ids, *ids), len(ids)) for c, ids in asked.letters.items()
+            }
+            best = max(scores, key=lambda c: scores[c])
+            assert (row.reply, row.ids, row.n_prompt) == (best, asked.letters[best], len(asked.ids))
+
+
+def test_what_letters_share_belongs_to_the_prompt() -> None:
+    split = choices._split((7,), {"A": (1, 5, 2), "B": (1, 6, 2)}, "t")
+    assert (split.ids, split.letters) == ((7, 1), {"A": (5,), "B": (6,)})
+    mixed = choices._split((7,), {"A": (5, 2), "B": (1, 6, 2), "C": (1, 8, 2)}, "t")
+    assert (mixed.ids, mixed.letters) == ((7,), {"A": (5,), "B": (1, 6), "C": (1, 8)})
+    assert choices._branches(list(mixed.letters.values())) == {(): [5, 1], (1,): [6, 8]}
+    (item,) = choice_run().items[1:2]
+    # A token that straddles the colon and the letter: the prompt ends before it.
+    ids = {"A": (3, 10), "B": (3, 11)}
+    (straddled,) = plain_letters(lambda text: ids[text[-1]], [item], "t")
+    assert (straddled.ids, straddled.letters) == ((3,), {"A": (10,), "B": (11,)})
+    for same in ({"A": (4,), "B": (4,)}, {"A": (4,), "B": (4, 4)}, {"A": (4, 4), "B": (4,)}):
+        with pytest.raises(TaskError, match="t: the tokenizer does not tell the choice letters apart"):
+            choices._split((), same, "t")
+
+
+# ---- thinking templates
+
+
+@pytest.fixture(scope="module")
+def qwen(real_tokenizers: dict[str, Path]) -> Any:
+    if "hf_qwen3" not in real_tokenizers:
+        pytest.skip("public data absent: the Qwen3 tokenizer")
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(real_tokenizers["hf_qwen3"])
+
+
+def qwen_template(name: str) -> str:
+    return shared("fixtures", "chat_templates", "llamacpp", name).read_text(encoding="utf-8")
+
+
+def test_qwen3_is_asked_behind_its_empty_think_block(qwen: Any, tmp_path: Path) -> None:
+    template = qwen_template("Qwen-Qwen3-0.6B.jinja")
+    assistant = assistant_of(qwen, with_template(qwen, template))
+    run = choice_run()
+    for item, asked in zip(run.items, prompts_of(assistant, run, "chat"), strict=True):
+        wanted = qwen.apply_chat_template(
+            [{"role": "user", "content": item.messages[0].text}], chat_template=template, add_generation_prompt=True,
+            enable_thinking=False, return_dict=False,
+        )  # fmt: skip
+        assert list(asked.ids) == wanted
+        assert asked.letters == {c: (qwen.convert_tokens_to_ids(c),) for c in item.choices}
+    result = evaluate(assistant, run, "chat", tmp_path)
+    assert [r.n_prompt for r in result.rows] == [len(p.ids) for p in prompts_of(assistant, run, "chat")]
+    # A template whose prompt already closes the block: nothing is doubled.
+    closed = assistant_of(qwen, with_template(qwen, "{%- set enable_thinking = false -%}" + template))
+    assert prompts_of(closed, run, "chat") == prompts_of(assistant, run, "chat")
+
+
+OPENS_A_BLOCK = """\
+{%- for m in messages -%}
+{{- '<|im_start|>' + m.role + '\\n' -}}
+{%- if m.role == 'assistant' and thinking is defined and not thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif -%}
+{{- m.content + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n<think>\\n' -}}
+{%- if thinking is defined and not thinking %}{{ '\\n</think>\\n\\n' }}{% endif -%}
+{%- endif -%}
+"""
+
+
+def test_an_argument_that_closes_the_block_is_found(qwen: Any) -> None:
+    assistant = assistant_of(qwen, with_template(qwen, OPENS_A_BLOCK))
+    for asked in prompts_of(assistant, choice_run(), "chat"):
+        said = assistant.renderer.decode(asked.ids)
+        assert said.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n"), said
+
+
+def test_a_format_that_ends_no_turn_is_asked_all_the_same(qwen: Any) -> None:
+    assistant = assistant_of(qwen, with_template(qwen, qwen_template("GLM-4.6.jinja")))
+    assert assistant.renderer.end_token is None
+    for asked in prompts_of(assistant, choice_run(), "chat"):
+        assert assistant.renderer.decode(asked.ids).endswith("<|assistant|>\n<think></think>\n")
+        assert all(ids == (qwen.convert_tokens_to_ids(c),) for c, ids in asked.letters.items())
+
+
+def test_what_cannot_be_asked_is_refused_before_anything_is_generated(qwen: Any, tmp_path: Path) -> None:
+    assistant = assistant_of(qwen, with_template(qwen, qwen_template("Qwen-QwQ-32B.jinja"), "qwq"))
+    runs = [*open_tasks(["arithmetic"], 2), choice_run()]
+    with pytest.raises(TaskError) as error:
+        evaluate_models([(assistant, runs)], tmp_path / "out")
+    assert str(error.value) == (
+        "arc: in this chat format a letter alone is no reply (the qwq format's prompt for this reply is not a prefix "
+        "of the training text); leave it out of --tasks"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+# ---- models that say nothing
+
+
+@pytest.mark.parametrize("task", ["arc", "arithmetic"])
+def test_a_model_that_is_not_finite_is_not_measured(task: str, tokenizer_dir: Path, tmp_path: Path) -> None:
+    renderer = make_renderer(tokenizer_dir, "sftflow")
+    assistant = assistant_of(renderer.tokenizer, renderer)
+    run = choice_run() if task == "arc" else open_tasks([task], 2)[0]
+    run = replace(run, name=task)
+    norm = assistant.model.model.norm.weight
+    with torch.no_grad():
+        norm[0] = 3e38  # finite, and what comes out of it is not
+        assistant.model.lm_head.weight[:, 0] = 1e3
+    with pytest.raises(RunError) as error:
+        evaluate(assistant, run, "chat", tmp_path)
+    assert error.value.exit_code == 3
+    assert str(error.value).startswith(f"tiny: {task}: the model's logits are not finite; ")
+    assert (tmp_path / "eval" / f"tiny-{task}.jsonl").read_text() == ""
+    with torch.no_grad():
+        norm[0] = float("nan")
+    assistant.info.clear()
+    with pytest.raises(RunError, match=r"^tiny: its weights are not finite \(model\.norm\.weight\); ") as error:
+        evaluate(assistant, run, "chat", tmp_path)
+    assert error.value.exit_code == 3
