@@ -262,7 +262,7 @@ def test_in_a_terminal(endless: Path, tmp_path: Path) -> None:
     file = tmp_path / "said.jsonl"
     terminal = Terminal(str(endless))
     try:
-        terminal.wait(r"Ctrl-D to leave.*> ")
+        terminal.wait(r"Ctrl-D to.*leave.*> ")
         # A bracketed paste: two lines, one message. The reply goes on until Ctrl-C; the program does, too.
         terminal.send("\x1b[200~first line\rsecond línea\x1b[201~\r")
         terminal.wait(r"l.nea.*2004l\r[^\x1b]{12}")
