@@ -59,6 +59,22 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> 
     return directory
 
 
+@pytest.fixture(scope="session")
+def assistant(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tiny random model in the sftflow format, context 256 (see `serving`)."""
+    from serving import tiny
+
+    return tiny(tmp_path_factory.mktemp("served") / "checkpoint", 256)
+
+
+@pytest.fixture(scope="session")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Its context is a million tokens: a greedy reply goes on until somebody stops it."""
+    from serving import tiny
+
+    return tiny(tmp_path_factory.mktemp("endless") / "checkpoint", 1 << 20)
+
+
 @pytest.fixture
 def renderer(tokenizer_dir: Path) -> Any:
     """A renderer of the sftflow format."""

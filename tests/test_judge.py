@@ -23,7 +23,7 @@ from sftflow.checkpoint import load_assistant
 from sftflow.compare import judge_client
 from sftflow.compare.judge import JudgeError, Pair, check_judge, judge_pairs, parse_verdict, question
 from sftflow.compare.judge_client import endpoint, retry_after, shown_url
-from sftflow.serve import api
+from sftflow.serve import api, listen
 
 ASK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 1+1?"}]
 PAIRS = [
@@ -322,7 +322,6 @@ def test_addresses() -> None:
 @contextmanager
 def our_server(directory: Path, context: int, tokenizer_dir: Path) -> Iterator[str]:
     """A random model of that context, served as `tiny` under the key `k`."""
-    import uvicorn
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
@@ -330,9 +329,9 @@ def our_server(directory: Path, context: int, tokenizer_dir: Path) -> Iterator[s
         directory
     )
     tokenizer.save_pretrained(directory)
-    sock = api.open_socket("127.0.0.1", 0)
+    sock = listen.open_socket("127.0.0.1", 0)
     app = api.make_app({"tiny": load_assistant(str(directory))}, api_key="k")
-    server = api._Server(uvicorn.Config(app, log_level="error"))
+    server = listen.Server(listen.config(app))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()
     try:

@@ -106,6 +106,7 @@ class Renderer:
         self._encoder = Encoder(spec.tokenizer)
         self.special, self.special_re = self._encoder.special, self._encoder.special_re
         self._shapes: dict[Any, Shape] = {}
+        self._whole: set[Any] = set()  # shapes of conversations whose prompt leaves nothing out
         self._others: dict[str, Renderer] = {}
         python = spec.format.python
         self._has_python = python is not None and all(t in self.special for t in python)
@@ -197,10 +198,43 @@ class Renderer:
         """What the tokenizer makes of a text, there and back: normalisers and decoders may change it."""
         return self._encoder.round_trip(text)
 
-    def text(self, conversation: Conversation) -> str:
-        """The template's rendering of a conversation."""
+    def text(self, conversation: Conversation, *, reply: bool = False) -> str:
+        """The template's rendering of a conversation, or of the prompt for its next reply."""
         messages = [as_dict(m, keep_python=self._has_python) for m in conversation.messages]
-        return self._template.text(messages, conversation.tools, False, conversation.source)
+        return self._template.text(messages, conversation.tools, reply, conversation.source)
+
+    def rough_length(self, conversation: Conversation) -> int:
+        """How many tokens the prompt for the next reply has, give or take one at each boundary between prompt and
+        reply: linear in the conversation's length, where `render` grows with the square of its turns."""
+        return self._encoder.rough_length(self.text(conversation, reply=True))
+
+    def left_out(self, conversation: Conversation) -> list[str]:
+        """Places of the conversation that the prompt for the next reply does not hold, as `messages[1].content`: what
+        people, tools and tool definitions say, and the assistant's calls. (What a template strips of the assistant's
+        own words, its earlier reasoning, is the format's way.)"""
+        messages = [as_dict(m, keep_python=self._has_python) for m in conversation.messages]
+        key = None
+        if not conversation.tools and all(len(m) == 2 and type(m["content"]) is str for m in messages):
+            key = tuple((m["role"], not m["content"].strip()) for m in messages)
+            if key in self._whole:
+                return []
+        marked, _ = self._mark(conversation, messages, words=False)
+        try:
+            text = self._template.text(marked.messages, marked.tools, True, conversation.source)
+        except FormatError:
+            return []  # it looks into contents; `render` says what it refuses
+        found = set(marked.marker.skeleton(text).order)
+        missing = [slot for number, slot in enumerate(marked.marker.slots) if number not in found]
+        said = [
+            slot.where
+            for slot in missing
+            if slot.message < 0 or conversation.messages[slot.message].role != "assistant" or "tool_calls" in slot.where
+        ]
+        if key is not None and not said:
+            if len(self._whole) > 1_000:
+                self._whole.clear()
+            self._whole.add(key)
+        return said
 
     def arguments(self) -> list[str]:
         """Names of the template's own arguments, such as `enable_thinking`."""

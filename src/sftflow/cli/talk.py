@@ -34,7 +34,7 @@ def serve(
     base_model: Annotated[str | None, typer.Option("--base", help="serve this one beside it")] = None,
     host: Annotated[str, typer.Option()] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8008,
-    api_key: Annotated[str | None, typer.Option(help="ask clients for this key")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="SFTFLOW_API_KEY", help="ask clients for this key")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="allow another host without a key")] = False,
     allow_origin: Annotated[str | None, typer.Option(help="one web origin that may call")] = None,
 ) -> None:
@@ -43,8 +43,8 @@ def serve(
     from sftflow.checkpoint import load_assistant
     from sftflow.compare.run import base_format
     from sftflow.console import stderr
-    from sftflow.serve.api import open_socket
     from sftflow.serve.api import serve as run
+    from sftflow.serve.listen import open_socket
 
     sock = open_socket(host, port, api_key=api_key, insecure=insecure)  # before minutes are spent on loading
     sft = load_assistant(model)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from fastapi import Request
 
 from sftflow.generate import engine as generation
-from sftflow.serve.wire import ApiError
+from sftflow.serve.errors import ApiError
 
 if TYPE_CHECKING:
     from sftflow.checkpoint import Assistant

@@ -1,0 +1,156 @@
+"""From submitted jobs to an answer: one JSON object, or a stream of server-sent events.
+
+jobs -> merged (index, delta) -> each reply's choice (chat, completions) -> events, or whole
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from typing import Any, Protocol
+
+from fastapi import Request
+
+from sftflow.generate.request import Delta, Reply
+from sftflow.generate.request import Request as Asked
+from sftflow.serve.errors import internal
+from sftflow.serve.guard import Record
+from sftflow.serve.served import Served
+from sftflow.serve.worker import Job
+
+
+class Choice(Protocol):
+    """One reply on its way into its shape."""
+
+    def opening(self) -> list[dict[str, Any]]: ...
+
+    def feed(self, delta: Delta) -> list[dict[str, Any]]: ...
+
+    def whole(self, chunks: Sequence[dict[str, Any]]) -> dict[str, Any]: ...
+
+
+class Answer(Protocol):
+    """What one request asks of the engine, and the shape of its answer."""
+
+    id_prefix: str
+    whole_object: str
+    piece_object: str
+    served: Served
+    requests: list[Asked]
+    n_prompt: int
+
+    def choice(self, index: int) -> Choice: ...
+
+
+class Gone(Exception):
+    """The client has left; nobody reads an answer."""
+
+
+async def merged(jobs: Sequence[Job], request: Request) -> AsyncGenerator[tuple[int, Delta]]:
+    """(number of the job, a piece of its reply), as they come. Closing it gives up what still runs."""
+    queue: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue()
+
+    async def pump(number: int, job: Job) -> None:
+        try:
+            async with aclosing(job.deltas(request)) as deltas:
+                async for delta in deltas:
+                    queue.put_nowait((number, delta))
+            queue.put_nowait((number, None))
+        except Exception as error:
+            queue.put_nowait((number, error))
+
+    tasks = [asyncio.create_task(pump(i, job)) for i, job in enumerate(jobs)]
+    ended = 0
+    try:
+        while ended < len(jobs):
+            number, item = await queue.get()
+            if item is None:
+                ended += 1
+            elif isinstance(item, Exception):
+                raise item
+            else:
+                yield number, item
+    finally:
+        for task, job in zip(tasks, jobs, strict=True):
+            job.cancel()  # a task that has not begun would not
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Answering:
+    """One answer being made. told(seconds) hears of its first token."""
+
+    def __init__(self, answer: Answer, jobs: Sequence[Job], record: Record, told: Callable[[float], None]) -> None:
+        self.answer, self.jobs, self.record, self.told = answer, jobs, record, told
+        self.choices = [answer.choice(i) for i in range(len(jobs))]
+        self.head = {
+            "id": f"{answer.id_prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": answer.served.name,
+        }
+        self._replies: dict[int, Reply] = {}
+
+    async def _chunks(self, request: Request) -> AsyncIterator[tuple[int, dict[str, Any]]]:
+        """(index, chunk) of all choices. Raises Gone where the client left before all had ended."""
+        first = True
+        async with aclosing(merged(self.jobs, request)) as pieces:
+            async for index, delta in pieces:
+                if first:
+                    first = False
+                    self.told(time.perf_counter() - self.record.began)
+                if delta.reply is not None:
+                    self._replies[index] = delta.reply
+                    self.record.n_generated += len(delta.reply.ids)
+                for chunk in self.choices[index].feed(delta):
+                    yield index, chunk
+        if len(self._replies) < len(self.jobs):
+            raise Gone
+
+    def _usage(self) -> dict[str, int]:
+        n_prompt, n_completion = self.answer.n_prompt, sum(len(r.ids) for r in self._replies.values())
+        return {"prompt_tokens": n_prompt, "completion_tokens": n_completion, "total_tokens": n_prompt + n_completion}
+
+    async def whole(self, request: Request) -> dict[str, Any]:
+        """The answer to a request that does not stream. Raises ApiError or Gone."""
+        chunks: list[list[dict[str, Any]]] = [[] for _ in self.choices]
+        try:
+            async for index, chunk in self._chunks(request):
+                chunks[index].append(chunk)
+        except Gone:
+            raise
+        except Exception as error:
+            raise internal(error) from None
+        done = [{"index": i, **c.whole(chunks[i])} for i, c in enumerate(self.choices)]
+        return {**self.head, "object": self.answer.whole_object, "choices": done, "usage": self._usage()}
+
+    async def events(self, request: Request, include_usage: bool) -> AsyncIterator[str]:
+        """The OpenAI event stream. An error in the middle is an event of its own, on which the clients raise; the
+        status line is long gone."""
+        head = {**self.head, "object": self.answer.piece_object}
+        no_usage = {"usage": None} if include_usage else {}
+
+        def event(data: dict[str, Any]) -> str:
+            # ASCII only: readers that split lines as Python does would break events at U+2028 and its like.
+            return f"data: {json.dumps(data)}\n\n"
+
+        def piece(index: int, chunk: dict[str, Any]) -> str:
+            return event({**head, "choices": [{"index": index, **chunk}], **no_usage})
+
+        try:
+            for index, choice in enumerate(self.choices):
+                for chunk in choice.opening():
+                    yield piece(index, chunk)
+            async for index, chunk in self._chunks(request):
+                yield piece(index, chunk)
+        except Gone:
+            return
+        except Exception as error:
+            yield event(internal(error).body)
+            return
+        if include_usage:
+            yield event({**head, "choices": [], "usage": self._usage()})
+        yield "data: [DONE]\n\n"

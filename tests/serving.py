@@ -1,0 +1,86 @@
+"""What the tests of the server share: a tiny real model, an app in this process, a real uvicorn on a loopback port."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi.testclient import TestClient
+
+from sftflow.base.run import BaseSpec, build_model
+from sftflow.base.tokenizer import train_tokenizer
+from sftflow.chat.schema import parse_row
+from sftflow.checkpoint import Assistant, load_assistant
+from sftflow.generate.request import Reply, Request
+from sftflow.serve import api, listen
+
+SENTENCES = [
+    "the cat sat on the mat and the dog ran over the hill",
+    "what is a token? a token is a piece of text",
+    "1+1=2",
+]
+ASK = [{"role": "user", "content": "what is a token?"}]
+# A random model's greedy text is one token over and over; a seeded draw is as exact, and has something to compare.
+DRAW = {"temperature": 1.0, "seed": 5}
+
+
+def tiny(directory: Path, context: int) -> Assistant:
+    """A random 0.1M model, as somebody else's base would come. With this seed its greedy text is `hhh`."""
+    tokenizer = train_tokenizer(SENTENCES * 20, 320, context)
+    spec = BaseSpec(params="0.1M", vocab=320, context=context, seed=6)
+    build_model(spec, len(tokenizer), tokenizer.bos_token_id).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return load_assistant(str(directory))
+
+
+@contextmanager
+def running(app: Any, connection: type[listen.Connection] = listen.Connection) -> Iterator[str]:
+    """A uvicorn as `serve` runs it, on an ephemeral loopback port; gives its address."""
+    sock = listen.open_socket("127.0.0.1", 0)
+    server = listen.Server(listen.config(app, connection))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        sock.close()
+
+
+def local(assistant: Assistant, **options: Any) -> TestClient:
+    """A client of an app in this process, without a socket."""
+    app = api.make_app({"tiny": assistant}, **options)
+    return TestClient(app, base_url="http://127.0.0.1:8008", raise_server_exceptions=False)
+
+
+def ask(**fields: Any) -> dict[str, Any]:
+    return {"model": "tiny", "messages": ASK, "max_tokens": 4, **DRAW, **fields}
+
+
+def request(assistant: Assistant, n: int, **options: Any) -> Request:
+    ids = assistant.renderer.render(parse_row({"messages": ASK}, "x"), reply=True).ids
+    return Request(prompt_ids=tuple(ids.tolist()), max_new_tokens=n, **(options or DRAW))
+
+
+def own(assistant: Assistant, n: int, **options: Any) -> Reply:
+    """The engine's own reply to ASK."""
+    return assistant.engine.generate([request(assistant, n, **options)])[0]
+
+
+def refusal(response: Any, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """Its error, after a look at the shape that every error has."""
+    assert response.status_code == status, response.text
+    assert len(response.content) < 32 * 1024
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert "Traceback" not in error["message"] and "/work" not in error["message"] and ".py" not in error["message"]
+    assert response.headers["x-request-id"] or status in (408, 431)
+    if param is not None:
+        assert error["param"] == param, error
+    if code is not None:
+        assert error["code"] == code, error
+    return error
