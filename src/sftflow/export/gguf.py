@@ -113,7 +113,7 @@ def summary(found: dict[str, Any]) -> list[str]:
     ]
     if found["look_alikes"]:
         lines.append(
-            f"  in {found['look_alikes']} prompts the content holds strings of control tokens: llama.cpp's server takes "
-            "them for control tokens, sftflow does not"
+            f"  in {found['look_alikes']} prompts the content holds strings of control tokens: llama.cpp's server "
+            "takes them for control tokens, sftflow does not"
         )
     return [*lines, *(f"  note: {note}" for note in found["notes"])]

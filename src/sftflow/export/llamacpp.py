@@ -9,6 +9,7 @@ import json
 import secrets
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from sftflow.errors import CheckpointError
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One generated token, and the log-probabilities of the likeliest tokens in its place ({id: value})."""
+    """One generated token, and the log-probabilities of the likeliest tokens in its place ({id: value};
+    empty where llama.cpp tells none)."""
 
     token: int
     logprobs: dict[int, float]
@@ -95,8 +97,11 @@ class LlamaCpp:
         tokens: list[int] = answer["tokens"]
         return tokens
 
-    def greedy(self, ids: list[int], n: int, *, top: int = 64) -> Continuation:
-        """At most n likeliest tokens after the ids."""
+    def greedy(self, ids: list[int], n: int, decode: Callable[[list[int]], str], *, top: int = 64) -> Continuation:
+        """At most n likeliest tokens after the ids. decode: ids -> text.
+
+        llama.cpp tells no log-probabilities of a token that leaves a character unfinished; its step has none.
+        """
         body = {
             "prompt": ids,
             "n_predict": n,
@@ -108,8 +113,13 @@ class LlamaCpp:
         answer = self.post("/completion", body)
         if "error" in answer:
             raise CheckpointError("llama.cpp", str(answer["error"].get("message")), "report this file")
-        steps = tuple(
-            Step(token=p["id"], logprobs={t["id"]: t["logprob"] for t in p["top_logprobs"]})
-            for p in answer.get("completion_probabilities", [])
-        )
-        return Continuation(steps=steps, stopped=answer.get("stop_type") == "eos")
+        told = iter(answer.get("completion_probabilities", []))
+        steps: list[Step] = []
+        for place, token in enumerate(answer["tokens"], 1):
+            whole = not decode(answer["tokens"][:place]).endswith("\ufffd")
+            entry = next(told, None) if whole else None
+            if entry is not None and entry["id"] != token:
+                entry, told = None, iter(())
+            logprobs = {t["id"]: t["logprob"] for t in entry["top_logprobs"]} if entry else {}
+            steps.append(Step(token=token, logprobs=logprobs))
+        return Continuation(steps=tuple(steps), stopped=answer.get("stop_type") == "eos")

@@ -144,7 +144,7 @@ def _compare(
     if problem:
         found.failures.append(_failure(case.id, "ids", problem))
     ids = rendered.ids.tolist()
-    reply = engine.greedy(ids, TOKENS)
+    reply = engine.greedy(ids, TOKENS, renderer.decode)
     difference, likeliest = _difference(assistant.model, ids, reply)
     greedy_equal, near, detail = _greedy(reply, likeliest, ours, renderer.stop_ids())
     if kind == "f32" and not greedy_equal:
@@ -216,6 +216,8 @@ def _difference(model: Any, ids: list[int], reply: Continuation) -> tuple[float,
     gap = 0.0
     for place, step in enumerate(reply.steps):
         keys = list(step.logprobs)
+        if not keys:
+            continue
         theirs = torch.tensor([step.logprobs[k] for k in keys])
         gap = max(gap, float((likeliest[place, keys] - theirs).abs().max()))
     return gap, likeliest

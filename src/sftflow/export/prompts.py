@@ -1,4 +1,4 @@
-"""The prompts of a parity certificate: what usually goes wrong between two programs, then the fixed comparison prompts."""
+"""The prompts of a parity certificate: what two programs may read differently, then the fixed ones of `compare`."""
 
 from __future__ import annotations
 
