@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import sftflow.export.read as gguf
 from sftflow.chat.format import ChatFormat, add_tokens, choose_format, fingerprint
 from sftflow.errors import CheckpointError
-from sftflow.export import read as gguf
 from sftflow.export.vocab import as_llama_cpp_splits
 from sftflow.files import (
     check_hashes,

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sftflow.export import layout
+import sftflow.export.layout as layout
 from sftflow.export.write import CONFIG, FORMAT, NAMES
 
 __all__ = ["CONFIG", "FORMAT", "NAMES", "config_of", "fields", "model_of", "pre_tokenizer", "tokenizer_of"]

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+import sftflow.export.layout as layout
 from sftflow.chat.format import ChatFormat, tokenizer_text
 from sftflow.chat.render import Renderer
 from sftflow.errors import CheckpointError
-from sftflow.export import layout
 from sftflow.export.layout import Array, Layout
 from sftflow.export.vocab import Vocabulary
 
