@@ -53,16 +53,17 @@ def served(command: Sequence[str], *, port: int = 0, model: str | None = None) -
     port: where it will listen; 0: it says so itself, as `sftflow serve` does.   model: the name it is asked for; else
     the first that it lists. Raises RuntimeError, with the end of what it said, where it does not come up.
     """
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(list(command), stdout=said, stderr=said, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    with tempfile.NamedTemporaryFile() as log:
+        said = Path(log.name)  # read through a handle of its own: the server writes at the offset of this one
+        process = subprocess.Popen(list(command), stdout=log, stderr=log, env={**os.environ, "PYTHONUNBUFFERED": "1"})
         try:
             url = f"http://127.0.0.1:{port}" if port else ""
             until = time.monotonic() + START_SECONDS
             while not (url and _healthy(url)):
                 if process.poll() is not None or time.monotonic() > until:
-                    raise RuntimeError(f"{' '.join(command)} did not come up:\n{_text(said)[-2000:]}")
+                    raise RuntimeError(f"{' '.join(command)} did not come up:\n{said.read_text()[-2000:]}")
                 time.sleep(0.1)
-                url = url or next(iter(re.findall(r"http://127\.0\.0\.1:\d+", _text(said))), "")
+                url = url or next(iter(re.findall(r"http://127\.0\.0\.1:\d+", said.read_text())), "")
             model = model or httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
             yield Server(url, process.pid, model)
         finally:
@@ -72,11 +73,6 @@ def served(command: Sequence[str], *, port: int = 0, model: str | None = None) -
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-def _text(file: Any) -> str:
-    file.seek(0)
-    return str(file.read())
 
 
 def _healthy(url: str) -> bool:
@@ -150,7 +146,7 @@ async def stream_chat(web: httpx.AsyncClient, url: str, body: dict[str, Any], *,
                     if piece and not text:
                         got["first"] = time.perf_counter() - began
                     text += [piece] if piece else []
-                    got["finish"] = choice["finish_reason"] or got.get("finish")
+                    got["finish"] = choice.get("finish_reason") or got.get("finish")
                 if chunk.get("usage"):
                     got["tokens"] = chunk["usage"]["completion_tokens"]
                 if leave and text:

@@ -55,11 +55,10 @@ class Measured:
     problems: list[str] = field(default_factory=list)
 
 
-async def load(server: Server, asked: list[list[dict[str, str]]], clients: int, tokens: int, ours: bool) -> Any:
+async def load(server: Server, asked: list[list[dict[str, str]]], clients: int, tokens: int) -> Any:
     """All questions by so many clients: (answers by question, seconds)."""
     body: dict[str, Any] = {"model": server.model, "max_tokens": tokens, "temperature": 0}
-    if ours:
-        body["stream_options"] = {"include_usage": True}  # theirs refuses the field, and counts unasked
+    body["stream_options"] = {"include_usage": True}  # theirs ignores the field, and counts unasked
     out: dict[int, Streamed] = {}
     waiting = iter(range(len(asked)))
     async with client(clients) as web:
@@ -84,15 +83,14 @@ def command(way: str, model: str, port: int) -> list[str]:
 
 
 def measure(way: str, args: argparse.Namespace, results: dict[tuple[str, int], Measured]) -> None:
-    port = 0 if way == "sftflow" else free_port()
-    ours = way == "sftflow"
-    with served(command(way, args.model, port), port=port, model=None if ours else args.model) as server:
-        asyncio.run(load(server, questions(2), 2, 8, ours))
+    port, model = (0, None) if way == "sftflow" else (free_port(), args.model)
+    with served(command(way, args.model, port), port=port, model=model) as server:
+        asyncio.run(load(server, questions(2), 2, 8))
         for n in args.clients:
             asked = questions(4 if n == 1 else 2 * n)
             kept = results[way, n]
             with HealthProbe(server.url) as probe:
-                answers, seconds = asyncio.run(load(server, asked, n, args.tokens, ours))
+                answers, seconds = asyncio.run(load(server, asked, n, args.tokens))
             kept.problems += [a.error for a in answers.values() if a.error]
             good = {i: a for i, a in answers.items() if not a.error}
             kept.rates.append(sum(a.tokens for a in good.values()) / seconds)
