@@ -121,7 +121,6 @@ async def stream_chat(web: httpx.AsyncClient, url: str, body: dict[str, Any], *,
     began = time.perf_counter()
     got: dict[str, Any] = {}
     text: list[str] = []
-    done = False
     try:
         async with web.stream("POST", f"{url}/v1/chat/completions", json={**body, "stream": True}) as response:
             got["status"] = response.status_code
@@ -135,8 +134,7 @@ async def stream_chat(web: httpx.AsyncClient, url: str, body: dict[str, Any], *,
                     continue
                 data = line[5:].strip()
                 if data == "[DONE]":
-                    done = True
-                    break
+                    continue  # read on to the end, else the connection is not kept
                 chunk = json.loads(data)
                 if "error" in chunk:
                     got["error"] = json.dumps(chunk["error"])
@@ -151,9 +149,6 @@ async def stream_chat(web: httpx.AsyncClient, url: str, body: dict[str, Any], *,
                     got["tokens"] = chunk["usage"]["completion_tokens"]
                 if leave and text:
                     break
-            if done:
-                async for _ in response.aiter_raw():  # the connection is kept only where it was read to its end
-                    pass
     except httpx.HTTPError as error:
         got["error"] = f"{type(error).__name__}: {error}"
     if not (got.get("finish") or leave or "error" in got):
