@@ -30,6 +30,7 @@ from typing import Any
 import httpx
 
 START_SECONDS = 180.0
+TRIES = 24
 
 
 @dataclass(frozen=True)
@@ -216,13 +217,16 @@ def _probe(url: str, every: float, stop: Event, out: Any) -> None:
 
 
 async def retried(web: httpx.AsyncClient, url: str, body: dict[str, Any], *, leave: bool = False) -> list[Streamed]:
-    """Ask until it is answered, waiting as long as a refusal with 503 and Retry-After says: all that was heard."""
+    """Ask until it is answered, waiting as long as a refusal with 503 and Retry-After says, TRIES times at most: all
+    that was heard."""
     heard: list[Streamed] = []
-    while True:
+    while len(heard) < TRIES:
         heard.append(await stream_chat(web, url, body, leave=leave))
-        if heard[-1].status != 503 or heard[-1].retry_after is None:
-            return heard
-        await asyncio.sleep(heard[-1].retry_after)
+        wait = heard[-1].retry_after
+        if heard[-1].status != 503 or wait is None:
+            break
+        await asyncio.sleep(wait)
+    return heard
 
 
 def questions(n: int) -> list[list[dict[str, str]]]:
