@@ -60,6 +60,21 @@ class Cache:
                 for buffer in (layer.keys, layer.values):
                     buffer[to, :, :longest] = buffer[origin, :, :longest]
         self.lengths = [self.lengths[i] for i in rows]
+        self._shrink()
+
+    def _shrink(self) -> None:
+        """Give back what one long reply, or many at once, took long ago."""
+        n, longest = len(self.lengths), max(self.lengths, default=0)
+        for layer in self.layers.values() if n else ():
+            rows, places = layer.keys.shape[0], layer.keys.shape[2]
+            few, short = rows > 8 and 4 * n <= rows, places > 4 * ROOM and 4 * longest <= places
+            if few or short:
+                rows, places = 2 * n if few else rows, -(-2 * longest // ROOM) * ROOM if short else places
+                for name in ("keys", "values"):
+                    old = getattr(layer, name)
+                    new = _empty(old[0].transpose(0, 1), rows, places)
+                    new[:n, :, :longest] = old[:n, :, :longest]
+                    setattr(layer, name, new)
 
     def prefilling(self, layout: Layout, paths: Sequence[NDArray[np.int64]], device: Any) -> Prefill:
         """New rows for the conversations of a packed row, in the order of `paths` (their slots in it)."""
@@ -71,6 +86,37 @@ class Cache:
         slots = np.concatenate([np.concatenate([before, path + self.held]) for path in paths])
         to, at, key = (torch.from_numpy(np.asarray(x)).to(device) for x in (rows, places, slots))
         return Prefill(self, layout, to, at, key, [*self.lengths, *total])
+
+    def begin(self, held: Cache | None, device: Any) -> None:
+        """One row, to be read in parts; it has what `held` holds, or nothing."""
+        self.lengths, self.layers = [0], {}
+        if held is not None and held.held:
+            for number, layer in held.layers.items():
+                assert layer.held_keys is not None and layer.held_values is not None
+                mine = self.layer(number, layer.held_keys, layer.held_values, 1, held.held)
+                mine.keys[0, :, : held.held] = layer.held_keys.transpose(0, 1)
+                mine.values[0, :, : held.held] = layer.held_values.transpose(0, 1)
+            self.lengths = [held.held]
+
+    def reading(self, layout: Layout, path: NDArray[np.int64], device: Any) -> Prefill:
+        """More tokens for the one row that there is (their slots in the packed row)."""
+        (known,) = self.lengths
+        to, at, key = (
+            torch.from_numpy(np.asarray(x)).to(device)
+            for x in (np.zeros_like(path), np.arange(known, known + len(path)), path + known)
+        )
+        return Prefill(self, layout, to, at, key, [known + len(path)], known)
+
+    def take_over(self, other: Cache) -> None:
+        """The other's one row becomes the last row here."""
+        (length,) = other.lengths
+        total = [*self.lengths, length]
+        for number, layer in other.layers.items():
+            key, value = (x[0].transpose(0, 1) for x in (layer.keys, layer.values))
+            mine = self.layer(number, key, value, len(total), max(total))
+            mine.keys[len(total) - 1, :, :length] = layer.keys[0, :, :length]
+            mine.values[len(total) - 1, :, :length] = layer.values[0, :, :length]
+        self.lengths = total
 
     def decoding(self, device: Any) -> Decode:
         """One more token for every row."""
@@ -86,7 +132,7 @@ class Cache:
             have_rows, have_places = layer.keys.shape[0], layer.keys.shape[2]
             rows = rows if rows <= have_rows else max(rows, min(2 * have_rows, rows + 8))
             places = -(-max(places, have_places) // ROOM) * ROOM
-            used = len(self.lengths)
+            used = min(len(self.lengths), have_rows)
             longest = max(self.lengths, default=0)
             for name, like in (("keys", key), ("values", value)):
                 old, new = getattr(layer, name), _empty(like, max(rows, have_rows), places)
@@ -113,12 +159,19 @@ class Prefill:
     places: torch.Tensor
     slots: torch.Tensor
     lengths: list[int]
+    known: int = 0
+    """tokens that the one row has already, where it is read in parts"""
 
     def attend(
         self, number: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, how: Any
     ) -> torch.Tensor:
         layer = self.cache.layer(number, k, v, len(self.lengths), max(self.lengths))
-        if layer.held_keys is not None and layer.held_values is not None:
+        if self.known:
+            k, v = (
+                torch.cat([buffer[0, :, : self.known].transpose(0, 1), new])
+                for buffer, new in ((layer.keys, k), (layer.values, v))
+            )
+        elif layer.held_keys is not None and layer.held_values is not None:
             k, v = torch.cat([layer.held_keys, k]), torch.cat([layer.held_values, v])
         for buffer, states in ((layer.keys, k), (layer.values, v)):
             buffer[self.rows, :, self.places] = states[self.slots]

@@ -4,6 +4,9 @@
     step([token, ...])  ->  logits of all rows, one token further
     keep([row, ...])        the others leave
 
+A prompt may also be read in parts, beside the rows that run: open() -> ids known from the start; read([id, ...]) ->
+logits; join(), and it is the last row. drop() forgets it.
+
 `PackedDecoder` computes tokens only: prompts as the packed rows of training (no padding, equal beginnings once), then
 one token a row, so rows may come and go at any step. It works through transformers' attention interface. Models for
 which that does not hold (state, attention sinks) have the ways of `own`; `prove` finds out on the very model.
@@ -11,7 +14,7 @@ which that does not hold (state, attention sinks) have the ways of `own`; `prove
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +27,8 @@ from sftflow.packed.pack import Example, pack_batch
 from sftflow.runtime import Runtime
 
 NAME = "sftflow_cached"
+EVERY = 256
+"""tokens whose logits are all held at once"""
 PREFILL = 2048
 """tokens of prompts computed at once: enough for efficient products, small beside the weights"""
 
@@ -32,6 +37,10 @@ class Decoder(Protocol):
     """See the module.   can_refill: whether rows may be added while others run."""
 
     can_refill: bool
+
+    def prompt_logits(self, prompt: Sequence[int]) -> Iterator[torch.Tensor]:
+        """(n, vocabulary) logits after each of the prompt's tokens, some at a time; nothing is kept."""
+        ...
 
     def add(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor: ...
 
@@ -61,7 +70,7 @@ class PackedDecoder:
         from transformers import AttentionInterface
 
         self.model, self.runtime = model, runtime
-        self.cache = Cache()
+        self.cache, self._reading = Cache(), Cache()
         self.held: tuple[int, ...] = ()
         AttentionInterface.register(NAME, cached_attention)
         self._ordered = ordered
@@ -82,11 +91,16 @@ class PackedDecoder:
         self.model.set_attn_implementation(self._before)
         if self._ordered is not None:
             self._ordered.stop()
-        self.cache = Cache()
+        self.cache, self._reading = Cache(), Cache()
 
     @torch.inference_mode()
     def add(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        return torch.cat([self._prefill(part) for part in _parts(prompts, len(self.held))])
+        before = list(range(len(self.cache.lengths)))
+        try:
+            return torch.cat([self._prefill(part) for part in _parts(prompts, len(self.held))])
+        except BaseException:
+            self.keep(before)  # none of them, and not the first few
+            raise
 
     @torch.inference_mode()
     def scores(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -107,6 +121,37 @@ class PackedDecoder:
     @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
         self.cache.keep(rows)
+
+    @torch.inference_mode()
+    def open(self, *, whole: bool = False) -> int:
+        """whole: from its first token on, not behind those that are held."""
+        self._reading = Cache()
+        self._reading.begin(None if whole else self.cache, self.model.device)
+        return self._reading.lengths[0]
+
+    @torch.inference_mode()
+    def read(self, ids: Sequence[int], *, every: bool = False) -> torch.Tensor:
+        """(1, vocabulary) logits after the last of these tokens; every: (n, vocabulary), after each of them."""
+        example = Example(ids=np.asarray([*ids, 0], np.int64), mask=np.asarray([0] * len(ids) + [1], np.int8))
+        batch = pack_batch([example], multiple=1)
+        device, known = self.model.device, self._reading.lengths[0]
+        plan = self._reading.reading(layout_of(batch, device, known), batch.paths[0], device)
+        slots = torch.from_numpy(batch.paths[0] if every else batch.asked).to(device)
+        positions = torch.from_numpy(batch.positions + known).to(device)
+        return self._forward(torch.from_numpy(batch.input_ids).to(device), positions, plan, slots)
+
+    @torch.inference_mode()
+    def join(self) -> None:
+        self.cache.take_over(self._reading)
+        self.drop()
+
+    def drop(self) -> None:
+        self._reading = Cache()
+
+    def prompt_logits(self, prompt: Sequence[int]) -> Iterator[torch.Tensor]:
+        self.open(whole=True)
+        for start in range(0, len(prompt), EVERY):
+            yield self.read(prompt[start : start + EVERY], every=True)
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         """Compute prompts behind `held` as one packed row; their keys become new rows of the cache."""

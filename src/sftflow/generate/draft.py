@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Part
 from sftflow.generate.calculator import calculate
-from sftflow.generate.request import FinishReason, Reply, Request
+from sftflow.generate.request import Delta, FinishReason, Reply, Request, TokenLogprob
+from sftflow.generate.sampling import Sampler
+from sftflow.generate.text import SpokenText, detokenize
 
 
 class Speech:
@@ -26,12 +26,21 @@ class Speech:
         self.renderer = renderer
         self.python = renderer.python_ids()
         self.stop = frozenset(renderer.stop_ids())
+        added = renderer.tokenizer.added_tokens_decoder
+        self.control = frozenset(i for i, token in added.items() if token.special)
+
+    def decode(self, ids: list[int]) -> str:
+        text: str = self.renderer.tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    def spoken(self, stops: Sequence[str] = ()) -> SpokenText:
+        """`text`, for ids that come one by one, up to the first of the stop texts."""
+        return SpokenText(self.decode, self.control, self.python, stops)
 
     def parts(self, ids: Sequence[int]) -> tuple[Part, ...]:
         """Generated ids as text, calculator calls and their results; control tokens themselves are not text."""
-        decode = self.renderer.tokenizer.decode
         if self.python is None:
-            return (Part("text", decode(list(ids), skip_special_tokens=True)),)
+            return (Part("text", detokenize(self.decode, ids, self.control)),)
         start, end, output_start, output_end = self.python
         parts: list[Part] = []
         kind: Literal["text", "python", "python_output"] = "text"
@@ -39,7 +48,7 @@ class Speech:
 
         def close() -> None:
             if run:
-                parts.append(Part(kind, decode(list(run), skip_special_tokens=True)))
+                parts.append(Part(kind, detokenize(self.decode, run, self.control)))
                 run.clear()
 
         for token in ids:
@@ -67,27 +76,40 @@ class Speech:
 
 @dataclass
 class Draft:
-    """One running reply.   room: the tokens it may have.   generator: its own, so that a neighbour changes nothing."""
+    """One running reply.   room: the tokens it may have.   streamed: whether its text is wanted while it is made.
+
+    error: what has ended it where nothing else has.
+    """
 
     request: Request
     speech: Speech
     room: int
     number: int = 0
+    streamed: bool = False
     ids: list[int] = field(default_factory=list)
     forced: deque[int] = field(default_factory=deque)
     call: list[int] | None = None
     finish: FinishReason | None = None
+    error: Exception | None = None
+    stopped_by: int | str | None = None
     near_ties: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     began: float = 0.0
-    generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
-        if self.request.temperature > 0:
-            self.generator = torch.Generator().manual_seed(self.request.seed)
+        self.sampler = Sampler(self.request)
+        follow = self.streamed or bool(self.request.stop_texts)
+        self._spoken = self.speech.spoken(self.request.stop_texts) if follow else None
+        self._told = 0
 
     def start(self) -> None:
         """Its prompt is about to be computed."""
         self.began = time.perf_counter()
+
+    @property
+    def over(self) -> bool:
+        return self.finish is not None or self.error is not None
 
     @property
     def stop(self) -> frozenset[int]:
@@ -96,6 +118,7 @@ class Draft:
     def accept(self, token: int) -> None:
         """Book a token: follow the calculator's protocol, see whether the reply has ended."""
         self.ids.append(token)
+        self.sampler.note(token)
         if self.speech.python is not None and self.request.use_python and not self.forced:
             start, end, *_ = self.speech.python
             if token == start:
@@ -105,33 +128,33 @@ class Draft:
                 self.call = None
             elif self.call is not None:
                 self.call.append(token)
-        if token in self.stop or self._says_stop():
-            self.finish = "stop"
-        elif len(self.ids) >= self.room:
+        stops, full = token in self.stop, len(self.ids) >= self.room
+        spoken = self._spoken
+        if spoken is not None:
+            spoken.push(token)
+            if (stops or full) and spoken.stopped_by is None:
+                spoken.finish()
+        if spoken is not None and spoken.stopped_by is not None:
+            self.finish, self.stopped_by = "stop", spoken.stopped_by
+        elif stops:
+            self.finish, self.stopped_by = "stop", token
+        elif full:
             self.finish = "length"
 
-    def _says_stop(self) -> bool:
-        stops = self.request.stop_texts
-        if not stops:
-            return False
-        ids = self.ids
-        if self.speech.python is None or not self.request.use_python:
-            # A character is four tokens at most: what came earlier than that has been looked at.
-            ids = ids[-4 * (max(map(len, stops)) + 1) :]
-        text = self.speech.text(ids)
-        return any(s in text for s in stops)
-
-    def shown(self) -> str:
-        """What can be shown of it by now: an unfinished character decodes to U+FFFD at the very end, so its last byte
-        is waited for; a stop text may be on its way in, too."""
-        return hold_back(self.speech.text(self.ids).rstrip("\ufffd"), self.request.stop_texts)
+    def take(self) -> Delta:
+        """What has come since it was last taken (streamed replies); at the end with the reply."""
+        assert self._spoken is not None
+        ends = self.finish is not None
+        tokens: tuple[TokenLogprob, ...] = ()
+        if ends or not self._spoken.waits:
+            tokens = tuple(self.logprobs[self._told :])
+            self._told += len(tokens)
+        return Delta(self._spoken.take(), self.finish, self.reply() if ends else None, tokens)
 
     def reply(self) -> Reply:
-        parts = self.speech.parts(self.ids)
-        text = "".join(p.text for p in parts if p.kind == "text")
-        for stop in self.request.stop_texts:
-            text = text.split(stop, 1)[0]
         assert self.finish is not None
+        parts = self.speech.parts(self.ids)
+        text = "".join(p.text for p in parts if p.kind == "text") if self._spoken is None else self._spoken.whole()
         return Reply(
             ids=tuple(self.ids),
             text=text,
@@ -141,18 +164,7 @@ class Draft:
             n_generated=len(self.ids) - (1 if self.ids and self.ids[-1] in self.stop else 0),
             seconds=time.perf_counter() - self.began,
             near_ties=tuple(self.near_ties),
+            logprobs=tuple(self.logprobs),
+            prompt_logprobs=tuple(self.prompt_logprobs),
+            stopped_by=self.stopped_by,
         )
-
-
-def hold_back(text: str, stops: Sequence[str]) -> str:
-    """The part of a text that cannot turn out to be the beginning of a stop text.
-
-    >>> hold_back("so 3\\n", ["\\n\\n"])
-    'so 3'
-    """
-    hold = 0
-    for stop in stops:
-        for n in range(1, len(stop) + 1):
-            if text.endswith(stop[:n]):
-                hold = max(hold, n)
-    return text[: len(text) - hold]

@@ -7,7 +7,7 @@ State runs through padding, so such models are computed a sequence at a time by 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,9 @@ class PaddedDecoder:
         out = self.add(prompts)
         self.close()
         return out
+
+    def prompt_logits(self, prompt: Sequence[int]) -> Iterator[torch.Tensor]:
+        return prompt_logits(self.model, self.runtime, prompt)
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> torch.Tensor:
@@ -118,6 +121,9 @@ class SingleDecoder:
         """(n, vocabulary) logits after each prompt; nothing is kept."""
         return torch.stack([self._forward(_Row(list(p), {}), p) for p in prompts])
 
+    def prompt_logits(self, prompt: Sequence[int]) -> Iterator[torch.Tensor]:
+        return prompt_logits(self.model, self.runtime, prompt)
+
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> torch.Tensor:
         for row, token in zip(self._rows, tokens, strict=True):
@@ -145,3 +151,19 @@ class SingleDecoder:
             if not row.cache:
                 raise ValueError("the model gives back nothing to go on from")
         return torch.as_tensor(out.logits[0, -1]).float()
+
+
+@torch.inference_mode()
+def prompt_logits(model: Any, runtime: Runtime, prompt: Sequence[int], at_once: int = 1024) -> Iterator[torch.Tensor]:
+    """(n, vocabulary) logits after each of the prompt's tokens, by the model's own forward pass.
+
+    It is computed again for each `at_once` tokens, so that never more than their logits are held.
+    """
+    ids = torch.tensor([list(prompt)], device=model.device)
+    in_parts = "logits_to_keep" in inspect.signature(model.forward).parameters
+    for start in range(0, len(prompt), at_once if in_parts else len(prompt)):
+        end = min(start + at_once, len(prompt)) if in_parts else len(prompt)
+        some = {"logits_to_keep": torch.arange(start, end, device=ids.device)} if in_parts else {}
+        with runtime.autocast():
+            logits = model(input_ids=ids, use_cache=False, **some).logits[0]
+        yield torch.as_tensor(logits).float()

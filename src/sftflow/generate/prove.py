@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -30,12 +30,14 @@ def find_way(model: Any, runtime: Runtime, ways: Sequence[Way] = ("packed", "pad
     Holds for sequences up to `length_bound`. Raises CheckpointError where the model cannot be computed at all.
     """
     sequences = _sequences(model.get_input_embeddings().weight.shape[0])
-    # bf16 hides what a weak state does to a token, fp32 hides what other kernels do in bf16: both must agree.
-    exact = replace(runtime, precision="fp32")
-    runtimes = [exact] if runtime.precision == "fp32" else [exact, runtime]
-    truths = [_truth(model, each, sequences) for each in runtimes]
+    truths = [(runtime, _truth(model, runtime, sequences))]
+    if runtime.precision == "bf16":
+        # bf16 hides what a weak state does to a token, fp32 hides what other kernels do in bf16: both must agree.
+        exact = replace(runtime, precision="fp32")
+        with suppress(CheckpointError):  # in the middle of training the weights may be bf16 copies: no fp32 to be had
+            truths.insert(0, (exact, _truth(model, exact, sequences)))
     for way in ways:
-        if all(_holds(model, r, way, sequences, truth) for r, truth in zip(runtimes, truths, strict=True)):
+        if all(_holds(model, each, way, sequences, truth) for each, truth in truths):
             return way
     return "whole"
 

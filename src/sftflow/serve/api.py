@@ -34,7 +34,7 @@ from sftflow.serve.listen import Server, config, is_loopback, open_socket
 from sftflow.serve.metrics import CONTENT_TYPE, Metrics
 from sftflow.serve.served import Served
 from sftflow.serve.tokens import token_texts
-from sftflow.serve.worker import Worker
+from sftflow.serve.worker import MAX_WAITING, SLOTS, Worker
 
 if TYPE_CHECKING:
     from sftflow.checkpoint import Assistant
@@ -58,14 +58,16 @@ def make_app(
     api_key: str | None = None,
     allow_origin: str | None = None,
     hosts: frozenset[str] | None = LOOPBACK,
-    max_waiting: int = 64,
+    slots: int = SLOTS,
+    max_waiting: int = MAX_WAITING,
 ) -> FastAPI:
     """The app that serves these models under their names.
 
     hosts: the Host names it answers to (for a loopback address, where only a rebound DNS name would bring another);
-    None answers to all.   max_waiting: replies that may stand in line for each model.
+    None answers to all.   slots: replies of each model that run side by side.   max_waiting: those that may stand in
+    line besides.
     """
-    models = {name: Served(name, Worker(a, max_waiting=max_waiting)) for name, a in assistants.items()}
+    models = {name: Served(name, Worker(a, slots=slots, max_waiting=max_waiting)) for name, a in assistants.items()}
     metrics = Metrics()
     created = int(time.time())
 

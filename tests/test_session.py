@@ -1,0 +1,193 @@
+"""Who is let in when; what goes wrong stays with whom it concerns; a session can be kept open."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sftflow.generate.cache import ROOM
+from sftflow.generate.decoder import PackedDecoder
+from sftflow.generate.engine import Engine, Reply, Request, Session
+from test_decoder import draw, engine, requests_of  # noqa: F401
+
+
+def finish(session: Session, done: Callable[[Any], None] = lambda drafts: None, turns: int = 2000) -> dict[int, Reply]:
+    out = {}
+    for _ in range(turns):
+        if not session.busy:
+            return out
+        drafts = session.advance()
+        done(drafts)
+        out.update({d.number: d.reply() for d in drafts if d.finish is not None})
+    raise AssertionError("it does not end")
+
+
+def ask(n: int, new: int, number: int = 0, **more: Any) -> Request:
+    ids = tuple(draw(np.random.default_rng(number), n))
+    return Request(prompt_ids=ids, max_new_tokens=new, stop_ids=frozenset(), use_python=False, **more)
+
+
+def test_a_long_prompt_does_not_keep_the_others_waiting(engine: Engine) -> None:  # noqa: F811
+    requests = [ask(5, 60), ask(200, 5, 1, prompt_logprobs=0), ask(150, 5, 2), ask(12, 5, 3), ask(10, 5, 4)]
+    wanted = engine.generate(requests)
+    read: list[int] = []
+    own = engine.model.forward
+
+    def forward(input_ids: Any, **more: Any) -> Any:
+        read[-1] += input_ids.shape[-1]
+        return own(input_ids=input_ids, **more)
+
+    engine.model.forward = forward
+    first: dict[int, int] = {}
+    try:
+        with Session(engine, prompt_tokens=32) as session:
+            for request in requests:
+                session.submit(request)
+            turn = 0
+
+            def told(drafts: Any) -> None:
+                nonlocal turn
+                turn += 1
+                read.append(0)
+                if turn < 60:
+                    assert drafts[0].number == 0  # it gets a token every time
+                for draft in drafts:
+                    first.setdefault(draft.number, turn)
+
+            read.append(0)
+            replies = finish(session, told)
+    finally:
+        del engine.model.forward
+    # 32 tokens of prompts, a free slot behind each packed row, and one token for each that runs
+    assert max(read) <= 32 + 6 + 5
+    assert [first[i] for i in range(5)] == sorted(first.values())  # first come, first served
+    for number, reply in enumerate(wanted):
+        assert replies[number].ids == reply.ids or reply.near_ties
+    told_of = [t.logprob for t in replies[1].prompt_logprobs if t is not None]
+    assert told_of == pytest.approx([t.logprob for t in wanted[1].prompt_logprobs if t is not None], abs=1e-4)
+
+
+@contextmanager
+def failing(model: Any, fails: Callable[[Any], bool]) -> Iterator[None]:
+    """The forward pass runs out of memory where `fails(input_ids)`."""
+    own = model.forward
+
+    def forward(input_ids: Any, **more: Any) -> Any:
+        out = own(input_ids=input_ids, **more)  # it had begun to write into the cache
+        if fails(input_ids):
+            raise torch.OutOfMemoryError("out of memory")
+        return out
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+
+
+@pytest.mark.parametrize("prompt_tokens", [None, 64])
+def test_a_prompt_that_fails_fails_alone(engine: Engine, prompt_tokens: int | None) -> None:  # noqa: F811
+    giant = 17
+    requests = [ask(5, 12), ask(9, 12, 1), ask(180, 12, 2), ask(7, 12, 3)]
+    requests[2] = ask(180, 12, 2)
+    bad = Request(prompt_ids=(*requests[2].prompt_ids[:100], giant, giant, giant), max_new_tokens=5)
+    wanted = engine.generate([requests[i] for i in (0, 1, 3)])
+    errors: dict[int, Exception] = {}
+
+    def told(drafts: Any) -> None:
+        errors.update({d.number: d.error for d in drafts if d.error is not None})
+
+    def is_giant(ids: Any) -> bool:
+        return bool((ids[0].unfold(0, 3, 1) == giant).all(-1).any()) if ids.shape[-1] >= 3 else False
+
+    with failing(engine.model, is_giant), Session(engine, prompt_tokens=prompt_tokens) as session:
+        session.submit(requests[0])
+        session.advance()
+        for request in (requests[1], bad, requests[3]):
+            session.submit(request)
+        replies = finish(session, told)
+        assert list(errors) == [2] and isinstance(errors[2], torch.OutOfMemoryError)
+        for number, reply in zip((0, 1, 3), wanted, strict=True):
+            assert replies[number].ids == reply.ids
+        again = session.submit(requests[0])
+        assert finish(session)[again].ids == wanted[0].ids
+
+
+def test_a_step_that_fails_ends_those_that_run_and_no_more(engine: Engine) -> None:  # noqa: F811
+    small = Engine(engine.model, engine.renderer, engine.runtime, slots=2)
+    requests = [ask(5, 12), ask(9, 12, 1), ask(7, 12, 3)]
+    (wanted,) = engine.generate(requests[2:])
+    small.way()
+    errors: list[int] = []
+    steps = 0
+
+    def fails(ids: Any) -> bool:
+        nonlocal steps
+        steps += 1
+        return steps == 4
+
+    with failing(engine.model, fails), Session(small) as session:
+        for request in requests:
+            session.submit(request)
+        replies = finish(session, lambda drafts: errors.extend(d.number for d in drafts if d.error is not None))
+    assert errors == [0, 1] and replies[2].ids == wanted.ids
+    with failing(engine.model, lambda ids: True), pytest.raises(torch.OutOfMemoryError):
+        engine.generate(requests)
+
+
+def test_cancelling_a_prompt_that_is_being_read(engine: Engine) -> None:  # noqa: F811
+    with Session(engine, prompt_tokens=16) as session:
+        numbers = [session.submit(ask(100, 5, i)) for i in range(2)]
+        session.advance()
+        assert session.running == 1
+        session.cancel(numbers[0])
+        assert list(finish(session)) == numbers[1:]
+
+
+def test_a_session_that_is_kept_open_does_not_grow(engine: Engine) -> None:  # noqa: F811
+    """500 short requests after a long one: what the long one took is given back, and no more is taken."""
+
+    def held() -> int:
+        decoder: Any = session._decoder
+        assert isinstance(decoder, PackedDecoder)
+        return sum(x.keys.numel() for x in decoder.cache.layers.values())
+
+    small = Engine(engine.model, engine.renderer, engine.runtime, slots=8)
+    rng = np.random.default_rng(0)
+    sizes = []
+    config = engine.model.config
+    place = config.num_hidden_layers * config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    with Session(small, prompt_tokens=64) as session:
+        session.engine.context = 4096  # the tiny model takes any length; only its promise ends at 256
+        session.submit(ask(900, 30))
+        session.submit(ask(5, 200, 1))
+        for i in range(500):
+            session.submit(ask(int(rng.integers(1, 12)), int(rng.integers(1, 6)), i))
+        finish(session, lambda drafts: sizes.append(held()))
+    assert max(sizes) >= 1024 * place  # the long one was there
+    assert max(sizes[len(sizes) // 2 :]) <= 16 * ROOM * place  # rows are added a few at a time; its room is given back
+
+
+def test_nothing_to_generate_is_a_reply_too(engine: Engine) -> None:  # noqa: F811
+    (reply,) = engine.generate([ask(5, 0)])
+    assert (reply.ids, reply.text, reply.finish_reason) == ((), "", "length")
+    context = engine.context
+    (full,) = engine.generate([ask(context, 0, prompt_logprobs=1)])
+    assert len(full.prompt_logprobs) == context
+
+
+def test_the_shared_beginning_is_told_too(engine: Engine, tiny_base: Path) -> None:  # noqa: F811
+    shared = draw(np.random.default_rng(5), 30)
+    requests = [
+        Request(prompt_ids=(*shared, 7 + i), max_new_tokens=2, prompt_logprobs=0, use_python=False) for i in range(3)
+    ]
+    for request, reply in zip(requests, engine.generate(requests), strict=True):
+        (alone,) = engine.generate([request])
+        got, wanted = ([t.logprob for t in r.prompt_logprobs if t] for r in (reply, alone))
+        assert got == pytest.approx(wanted, abs=1e-4) and len(got) == 30

@@ -1,0 +1,182 @@
+"""Text as it is streamed is the text of the whole reply, for any text, tokenizer and stop text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sftflow.generate.draft import Draft, Speech
+from sftflow.generate.engine import Request
+from sftflow.generate.text import LONGEST, Detokenizer, StopTexts, detokenize, hold_back
+
+# Characters of every length in UTF-8, spaces that tokenizers treat in their own ways, and pieces of several characters.
+TEXTS = st.text(
+    st.one_of(st.characters(codec="utf-8"), st.sampled_from(list("ab .,'\n\té€한🙂\u200d👩👧"))), max_size=30
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tokenizer_dir: Path, real_tokenizers: dict[str, Path]) -> dict[str, Any]:
+    from transformers import AutoTokenizer
+
+    return {n: AutoTokenizer.from_pretrained(p) for n, p in {"ours": tokenizer_dir, **real_tokenizers}.items()}
+
+
+def decoder_of(tokenizer: Any) -> Any:
+    return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def special(tokenizer: Any) -> set[int]:
+    return {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+
+
+def pieces(tokenizer: Any, ids: list[int]) -> Iterator[str]:
+    one = Detokenizer(decoder_of(tokenizer), special(tokenizer))
+    yield from (one.push(i) for i in ids)
+    yield one.flush()
+
+
+@settings(max_examples=150, deadline=None)
+@given(TEXTS)
+def test_any_text_piece_by_piece(tokenizers: dict[str, Any], text: str) -> None:
+    for tokenizer in tokenizers.values():
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        whole, shown = tokenizer.decode(ids, skip_special_tokens=True), ""
+        for piece in pieces(tokenizer, ids):
+            shown += piece
+            assert whole.startswith(shown)  # never half a character, nor anything to be taken back
+        assert shown == whole
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(0, 379), max_size=40), st.integers(0, 3))
+def test_any_ids_piece_by_piece(tokenizers: dict[str, Any], ids: list[int], which: int) -> None:
+    """Bytes that are no text, too: the first ids of these tokenizers are mostly single bytes."""
+    for tokenizer in tokenizers.values():
+        decode = decoder_of(tokenizer)
+        assert "".join(pieces(tokenizer, ids)) == detokenize(decode, ids, special(tokenizer))
+        if "\ufffd" not in decode(ids):
+            assert detokenize(decode, ids, special(tokenizer)) == decode(ids)
+
+
+def test_byte_level_tokenizers_decode_broken_bytes_as_they_do_at_once(tokenizers: dict[str, Any]) -> None:
+    tokenizer = tokenizers["ours"]
+    single = {t: i for t, i in tokenizer.get_vocab().items() if len(t) == 1}
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        ids = [list(single.values())[int(i)] for i in torch.randint(0, len(single), (30,), generator=generator)]
+        assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_a_token_costs_the_same_however_long_the_reply(tokenizers: dict[str, Any]) -> None:
+    longest = 0
+    for tokenizer in tokenizers.values():
+
+        def decode(ids: list[int], tokenizer: Any = tokenizer) -> str:
+            nonlocal longest
+            longest = max(longest, len(ids))
+            return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+        one = Detokenizer(decode)
+        text = "한국어 🙂 and some words, " * 60
+        shown = "".join(one.push(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"])
+        assert shown + one.flush() == text
+    assert longest <= 3 * LONGEST
+
+
+@given(
+    st.lists(st.text("ab\n", max_size=4), max_size=12), st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3)
+)
+def test_stop_texts_in_whatever_pieces(given_pieces: list[str], stops: list[str]) -> None:
+    text, filter_ = "".join(given_pieces), StopTexts(stops)
+    ends = [(text.index(s) + len(s), text.index(s)) for s in stops if s in text]
+    wanted = text[: min(ends)[1]] if ends else text
+    shown = ""
+    for piece in given_pieces:
+        shown += filter_.push(piece)
+        assert wanted.startswith(shown)
+        assert filter_.found is not None or text.startswith(shown + filter_.held)
+    assert shown + filter_.flush() == wanted
+    assert (filter_.found is not None) == bool(ends)
+
+
+def test_hold_back() -> None:
+    assert hold_back("so 3\n", ["\n\n"]) == "so 3"
+    assert hold_back("abab", ["abac", "b"]) == "ab"
+    assert hold_back("x", []) == "x"
+
+
+@pytest.fixture(scope="module")
+def speech(tokenizer_dir: Path) -> Speech:
+    from conftest import make_renderer
+
+    return Speech(make_renderer(tokenizer_dir, "sftflow"))
+
+
+def spoken(speech: Speech, ids: list[int], **more: Any) -> tuple[str, Any]:
+    """(the deltas joined, the reply) of a draft that is given these ids."""
+    draft = Draft(Request(prompt_ids=(1,), use_python=False, **more), speech, len(ids), streamed=True)
+    text = ""
+    for token in ids:
+        draft.accept(token)
+        delta = draft.take()
+        text += delta.text
+        if delta.reply is not None:
+            return text, delta.reply
+    raise AssertionError("it must end at its length")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_streamed_drafts_with_the_calculator_in_them(speech: Speech, data: Any) -> None:
+    assert speech.python is not None
+    plain = data.draw(st.lists(st.one_of(st.integers(0, 399), st.sampled_from(speech.python)), min_size=1, max_size=40))
+    text, reply = spoken(speech, plain, stop_ids=frozenset())
+    assert text == reply.text == speech.text(plain)
+    if not text:
+        return
+    at = data.draw(st.integers(0, len(text) - 1))
+    stop = text[at : at + data.draw(st.integers(1, 4))]
+    cut, stopped = spoken(speech, plain, stop_ids=frozenset(), stop_texts=(stop,))
+    assert cut == stopped.text == text[: text.index(stop)]
+    assert (stopped.finish_reason, stopped.stopped_by) == ("stop", stop)
+    if "\ufffd" not in stop:  # it ended with the first token that made the stop text whole
+        assert stop not in speech.text(stopped.ids[:-1])
+
+
+def test_a_stop_text_across_a_call(speech: Speech) -> None:
+    assert speech.python is not None
+    start, end, out_start, out_end = speech.python
+    encode = speech.renderer.encode_plain
+    ids = [*encode("so th"), start, *encode("1+1"), end, out_start, *encode("2"), out_end, *encode("en more")]
+    text, reply = spoken(speech, ids, stop_ids=frozenset(), stop_texts=("then",))
+    assert text == reply.text == "so " and reply.stopped_by == "then"
+
+
+def test_what_ends_a_reply_is_told(speech: Speech) -> None:
+    (stop, *_), a = sorted(speech.stop), speech.renderer.encode_plain("a")[0]
+    text, reply = spoken(speech, [a, stop, a])
+    assert (text, reply.finish_reason, reply.stopped_by, reply.n_generated) == ("a", "stop", stop, 1)
+    assert spoken(speech, [a, a])[1].stopped_by is None
+
+
+def test_engine_streams_stop_texts(tiny_base: Path) -> None:
+    from sftflow.checkpoint import load_assistant
+
+    engine = load_assistant(str(tiny_base)).engine
+    asks = [Request(prompt_ids=(5, 6), max_new_tokens=50, temperature=1.5, seed=s, logprobs=1) for s in range(6)]
+    for ask, whole in zip(asks, engine.generate(asks), strict=True):
+        middle = len(whole.text) // 2
+        stopping = replace(ask, stop_texts=(whole.text[middle : middle + 3],)) if whole.text else ask
+        (reply,) = engine.generate([stopping])
+        deltas = list(engine.stream(stopping))
+        assert "".join(d.text for d in deltas) == reply.text
+        assert deltas[-1].reply is not None and deltas[-1].reply.ids == reply.ids
+        assert tuple(t.id for d in deltas for t in d.tokens) == reply.ids

@@ -1,0 +1,238 @@
+"""One thread keeps the engine running for everyone on the event loop: the same replies, and nobody disturbs another."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import starlette.requests
+import torch
+
+from sftflow.generate.engine import Delta, Engine, Reply
+from sftflow.serve import worker as module
+from sftflow.serve.worker import Job, Worker
+from test_session import ask, failing
+
+ENDLESS = 230  # tokens
+
+
+@pytest.fixture(scope="module")
+def assistant(tiny_base: Path) -> Any:
+    from sftflow.checkpoint import load_assistant
+
+    loaded = load_assistant(str(tiny_base))
+    with torch.no_grad():
+        for layer in loaded.model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(20)
+            layer.mlp.down_proj.weight.mul_(20)
+    return loaded
+
+
+@asynccontextmanager
+async def working(assistant: Any, **more: Any) -> AsyncIterator[Worker]:
+    worker = Worker(assistant, **more)
+    try:
+        yield worker
+    finally:
+        worker.close()
+        await asyncio.to_thread(worker._thread.join, 10)
+        assert not worker._thread.is_alive()
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not true():
+            await asyncio.sleep(0.005)
+
+
+async def read(job: Job, each: Callable[[Delta], None] = lambda delta: None) -> Reply:
+    """The reply, which the deltas must be in pieces."""
+    text, tokens, last = "", [], None
+    async for delta in job.deltas():
+        each(delta)
+        text += delta.text
+        tokens += delta.tokens
+        last = delta
+    assert last is not None and last.reply is not None and last.finish_reason == last.reply.finish_reason
+    assert text == last.reply.text and tuple(tokens) == last.reply.logprobs
+    return last.reply
+
+
+def run(scenario: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(50):
+            await scenario()
+
+    asyncio.run(bounded())
+
+
+def test_replies_are_the_engines_and_join_those_that_run(assistant: Any) -> None:
+    requests = [ask(5 + i % 20, 10 + i, i, temperature=float(i % 2), seed=i, logprobs=i % 3) for i in range(40)]
+    wanted = Engine(assistant.model, assistant.renderer, assistant.engine.runtime, slots=8).generate(requests)
+
+    async def scenario() -> None:
+        async with working(assistant, slots=8) as worker:
+            jobs = [worker.submit(r, streamed=i % 4 > 0) for i, r in enumerate(requests[:30])]
+            replies = [asyncio.create_task(read(job)) for job in jobs]
+            await replies[0]  # the others run
+            replies += [asyncio.create_task(read(worker.submit(r))) for r in requests[30:]]
+            for reply, right in zip(await asyncio.gather(*replies), wanted, strict=True):
+                assert (reply.ids, reply.text) == (right.ids, right.text) or right.near_ties
+            stats = worker.stats
+            await until(lambda: stats.running == 0)
+            assert stats.prompt_tokens == sum(len(r.prompt_ids) for r in requests)
+            assert stats.generated_tokens == sum(len(r.ids) for r in wanted)
+            assert stats.finished == {"stop": 0, "length": 40, "cancelled": 0, "error": 0} and stats.waiting == 0
+
+    run(scenario)
+
+
+def test_models_that_cannot_let_others_join_take_turns(assistant: Any) -> None:
+    requests = [ask(5 + i, 10, i) for i in range(7)]
+    padded = Engine(assistant.model, assistant.renderer, assistant.engine.runtime)
+    padded._ways = {True: "padded", False: "padded"}
+    wanted = assistant.engine.generate(requests)
+    before, assistant.engine = assistant.engine, padded
+
+    async def scenario() -> None:
+        async with working(assistant, slots=3) as worker:
+            replies = await asyncio.gather(*(read(worker.submit(r)) for r in requests))
+            assert [r.ids for r in replies] == [r.ids for r in wanted]
+
+    try:
+        run(scenario)
+    finally:
+        assistant.engine = before
+
+
+def test_a_full_line_refuses_and_leaving_makes_room(assistant: Any) -> None:
+    async def scenario() -> None:
+        async with working(assistant, slots=2, max_waiting=3) as worker:
+            jobs = [worker.submit(ask(5, ENDLESS, i)) for i in range(5)]
+            with pytest.raises(module.ApiError) as refused:
+                worker.submit(ask(5, 5))
+            assert refused.value.status == 503 and int(refused.value.headers["Retry-After"]) > 0
+            await until(lambda: worker.stats.running == 2 and worker.stats.waiting == 3)
+            for job in jobs[1:]:  # one that runs, three that wait
+                job.cancel()
+            reply = await read(worker.submit(ask(9, 5)))
+            assert len(reply.ids) == 5
+            assert all([d.reply is None async for d in jobs[1].deltas()])
+            assert worker.stats.finished["cancelled"] == 4
+            assert len((await read(jobs[0])).ids) == ENDLESS
+
+    run(scenario)
+
+
+def test_a_client_that_hangs_up_takes_its_work_with_it(assistant: Any) -> None:
+    """At once, and without anybody asking for it again and again."""
+
+    async def scenario() -> None:
+        async with working(assistant) as worker:
+            gone, asked = asyncio.Event(), 0
+
+            async def receive() -> dict[str, Any]:
+                nonlocal asked
+                asked += 1
+                await gone.wait()
+                return {"type": "http.disconnect"}
+
+            request = starlette.requests.Request({"type": "http"}, receive)
+            deltas = worker.submit(ask(5, ENDLESS)).deltas(request)
+            await anext(deltas)
+            gone.set()
+            rest = [d async for d in deltas]
+            assert all(d.reply is None for d in rest) and asked == 1
+            await until(lambda: worker.stats.finished["cancelled"] == 1 and worker.stats.running == 0)
+
+            early = worker.submit(ask(5, ENDLESS)).deltas()
+            await anext(early)
+            await early.aclose()
+            await until(lambda: worker.stats.finished["cancelled"] == 2)
+
+    run(scenario)
+
+
+def test_what_fails_is_told_and_the_worker_goes_on(assistant: Any) -> None:
+    context = assistant.engine.context
+
+    async def scenario() -> None:
+        async with working(assistant) as worker:
+            await until(lambda: worker.ready)
+            good = worker.submit(ask(5, 100))
+            with pytest.raises(Exception, match=f"leave no room in a context of {context}"):
+                await read(worker.submit(ask(context, 5)))
+            assert len((await read(good)).ids) == 100
+            with failing(assistant.model, lambda ids: True), pytest.raises(torch.OutOfMemoryError):
+                await read(worker.submit(ask(5, 100)))
+            assert len((await read(worker.submit(ask(5, 100)))).ids) == 100
+            assert worker.stats.finished["error"] == 2
+
+    run(scenario)
+
+
+@pytest.fixture
+def broken(assistant: Any) -> Iterator[Any]:
+    own = assistant.engine
+    assistant.engine = Engine(assistant.model, assistant.renderer, own.runtime)
+
+    def nothing(*args: Any, **more: Any) -> Any:
+        raise NotImplementedError("no kernel for this")
+
+    assistant.model.forward = nothing
+    yield assistant
+    del assistant.model.forward
+    assistant.engine = own
+
+
+def test_a_model_that_cannot_compute_says_so_to_everyone(broken: Any) -> None:
+    async def scenario() -> None:
+        async with working(broken) as worker:
+            for _ in range(2):
+                with pytest.raises(Exception, match="it cannot compute a sequence"):
+                    await read(worker.submit(ask(5, 5)))
+            assert not worker.ready
+
+    run(scenario)
+
+
+def test_closing_ends_every_reply(assistant: Any) -> None:
+    async def scenario() -> None:
+        async with working(assistant, slots=2) as worker:
+            jobs = [worker.submit(ask(5, ENDLESS, i)) for i in range(4)]
+            await until(lambda: worker.stats.running == 2)
+            worker.close()
+            for job in jobs:
+                with pytest.raises(module.ApiError) as stopped:
+                    await read(job)
+                assert stopped.value.body["error"]["code"] == "stopping"
+            with pytest.raises(module.ApiError):
+                worker.check_room()
+
+    run(scenario)
+
+
+def test_the_event_loop_stays_free(assistant: Any) -> None:
+    """Sixty-four streams at once; a timer on the same loop is hardly ever late."""
+
+    async def scenario() -> None:
+        late: list[float] = []
+
+        async def tick() -> None:
+            while True:
+                began = time.perf_counter()
+                await asyncio.sleep(0.01)
+                late.append(time.perf_counter() - began - 0.01)
+
+        async with working(assistant, slots=32) as worker:
+            ticking = asyncio.create_task(tick())
+            await asyncio.gather(*(read(worker.submit(ask(20, 60, i, temperature=1.0, seed=i))) for i in range(64)))
+            ticking.cancel()
+        assert sorted(late)[int(len(late) * 0.9)] < 0.1
+
+    run(scenario)
