@@ -154,11 +154,11 @@ def make_app(
         worker, record = answer.served.worker, request.state.record
         record.model, record.n_prompt = answer.served.name, answer.n_prompt
         worker.check_room(len(answer.requests))
-        jobs = [worker.submit(asked) for asked in answer.requests]
-        made = Answering(answer, jobs, record, lambda seconds: metrics.first_token(answer.served.name, seconds))
+        jobs = [worker.submit(asked, streamed=bool(body.stream)) for asked in answer.requests]
+        made = Answering(answer, jobs, record, metrics)
         if body.stream:
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-            events = made.events(request, body.include_usage)
+            events = made.events(body.include_usage)
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
         try:
             return JSONResponse(await made.whole(request))
