@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import sftflow.export.read as gguf
 from sftflow.chat.format import ChatFormat, add_tokens, choose_format, fingerprint
 from sftflow.errors import CheckpointError
+from sftflow.export.vocab import as_llama_cpp_splits
 from sftflow.files import (
     check_hashes,
     read_record,
@@ -43,6 +45,11 @@ class Location:
     path: str
     gguf: str | None = None
     is_hub: bool = False
+
+    @property
+    def file(self) -> Path:
+        """The .gguf file."""
+        return Path(self.path) / str(self.gguf)
 
     @property
     def load_args(self) -> dict[str, Any]:
@@ -122,11 +129,31 @@ def load_tokenizer(location: Location) -> Any:
 
     _check_files(location, weights=False)
     with _named_errors(location):
-        return AutoTokenizer.from_pretrained(location.path, **location.load_args)
+        if location.gguf and (own := gguf.fields(location.file)):
+            return gguf.tokenizer_of(own)
+        tokenizer = AutoTokenizer.from_pretrained(location.path, **location.load_args)
+        if location.gguf:
+            as_llama_cpp_splits(tokenizer, gguf.pre_tokenizer(location.file))
+        return tokenizer
+
+
+def load_config(location: Location) -> Any:
+    """The transformers config of a checkpoint, without its weights."""
+    from transformers import AutoConfig
+
+    _check_files(location, weights=False)
+    with _named_errors(location):
+        if location.gguf and (own := gguf.fields(location.file)):
+            return gguf.config_of(own)
+        return AutoConfig.from_pretrained(location.path, **location.load_args)
 
 
 def load_info(location: Location) -> dict[str, Any]:
     """sftflow.json of a checkpoint: {} where there is none. Raises CheckpointError where it is damaged."""
+    if location.gguf:
+        with _named_errors(location):
+            own = gguf.fields(location.file)
+        return {"format": own[gguf.FORMAT]} if own else {}
     path = Path(location.path) / "sftflow.json"
     return read_record(path, COPY_AGAIN) if path.is_file() else {}
 
@@ -146,8 +173,10 @@ def load_model(location: Location) -> tuple[Any, dict[str, Any]]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    info = _check_files(location)
+    info = load_info(location) if location.gguf else _check_files(location)
     with _named_errors(location):
+        if location.gguf and (own := gguf.fields(location.file)):
+            return gguf.model_of(location.file, own), info
         model = AutoModelForCausalLM.from_pretrained(location.path, dtype=torch.float32, **location.load_args)
         if location.gguf:
             # The de-quantised model remembers its quantisation and refuses to be saved; a fresh one does not.

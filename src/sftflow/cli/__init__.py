@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import sys
 
-from sftflow.cli import data, measure, talk, train  # noqa: F401  each adds its commands
+from sftflow.cli import data, export, measure, talk, train  # noqa: F401  each adds its commands
 from sftflow.cli.common import app
 from sftflow.errors import RunError, SftflowError
 from sftflow.runtime import out_of_memory
 
-ORDER = ("demo", "base", "render", "mix", "train", "eval", "compare", "chat", "serve", "doctor")
+ORDER = ("demo", "base", "render", "mix", "train", "eval", "compare", "chat", "serve", "export", "doctor")
 app.registered_commands.sort(key=lambda c: ORDER.index(c.name or getattr(c.callback, "__name__", "")))
 
 OUT_OF_MEMORY = RunError(

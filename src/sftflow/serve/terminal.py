@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TextIO, TypedDict
 from sftflow.chat.schema import Conversation, Message, Part, text_message
 from sftflow.errors import CheckpointError, SftflowError
 from sftflow.serve import transcript
-from sftflow.serve.lines import keyboard, read_message, whole
+from sftflow.serve.lines import Typed, keyboard, read_message, whole
 
 if TYPE_CHECKING:
     from sftflow.checkpoint import Assistant
@@ -86,20 +86,19 @@ CONTROLS = (
 
 
 def _stream(
-    assistant: Assistant, conversation: Conversation, out: TextIO, seed: int | None = None
+    assistant: Assistant, conversation: Conversation, out: TextIO, seed: int, stop: Callable[[], bool]
 ) -> tuple[Message | None, str]:
-    """Write the reply as it comes. Returns (the reply as a message, or None where nothing came; why it ended). A reply
-    that did not end by itself has weight 0."""
+    """Write the reply as it comes, until `stop()`. Returns (the reply as a message, or None where nothing came; why it
+    ended). A reply that did not end by itself has weight 0."""
     from sftflow.generate.engine import Request
 
     ids = tuple(assistant.renderer.render(conversation, reply=True).ids.tolist())
     room = max(1, min(LONGEST_REPLY, assistant.engine.context - len(ids)))
-    seed = secrets.randbits(63) if seed is None else seed
     request = Request(prompt_ids=ids, max_new_tokens=room, seed=seed, **own_sampling(assistant))
     written, ended, message = "", "interrupted", None
     table = CONTROLS if out.isatty() else {}
     try:
-        with _stoppable() as stop, closing(assistant.engine.stream(request)) as deltas:  # type: ignore[type-var]
+        with closing(assistant.engine.stream(request)) as deltas:  # type: ignore[type-var]
             for delta in deltas:
                 out.write(delta.text.translate(table))
                 out.flush()
@@ -134,25 +133,26 @@ class _Talk:
     base: Assistant | None = None
     seed: int = 0
 
-    def _conversation(self, messages: list[Message]) -> Conversation:
+    def conversation(self, messages: list[Message]) -> Conversation:
         opening = [text_message("system", self.system)] if self.system else []
         return Conversation((*opening, *messages), source="chat")
 
     def ask(self, turn: list[Message]) -> None:
         """Answer the last message of `turn`; where that fails, the conversation stays as it was."""
         seed = secrets.randbits(63)
-        try:
-            message, ended = _stream(self.assistant, self._conversation(turn), self.out, seed)
-        except SftflowError as error:
-            self.note(f"error: {error}" + ("" if len(turn) == 1 else " (or /reset)"))
-            return
-        self.asked, self.seed = turn, seed
-        # A question that nobody answered is not part of the conversation: roles take turns.
-        self.history = [*turn, message] if message is not None else turn[:-1]
-        if ended == "length":
-            self.note("[cut: the reply did not end by itself]")
-        elif ended == "interrupted":
-            self.note("[stopped]" if message is not None else "[stopped before the first word; /retry asks again]")
+        with _stoppable() as stop:  # to the end, for a late Ctrl-C must not lose the reply
+            try:
+                message, ended = _stream(self.assistant, self.conversation(turn), self.out, seed, stop)
+            except SftflowError as error:
+                self.note(f"error: {error}" + ("" if len(turn) == 1 else " (or /reset)"))
+                return
+            self.asked, self.seed = turn, seed
+            # A question that nobody answered is not part of the conversation: roles take turns.
+            self.history = [*turn, message] if message is not None else turn[:-1]
+            if ended == "length":
+                self.note("[cut: the reply did not end by itself]")
+            elif ended == "interrupted":
+                self.note("[stopped]" if message is not None else "[stopped before the first word; /retry asks again]")
 
     def retry(self) -> None:
         if not self.asked:
@@ -172,7 +172,8 @@ class _Talk:
             if self.base is None:
                 self.base = self.load_base()
             self.note(f"{self.base.name}:")
-            _, ended = _stream(self.base, self._conversation(self.asked), self.out, self.seed)
+            with _stoppable() as stop:
+                _, ended = _stream(self.base, self.conversation(self.asked), self.out, self.seed, stop)
         except SftflowError as error:
             self.note(f"error: {error}")
             return
@@ -193,6 +194,15 @@ class _Talk:
                 return
             cut = " (replies that were cut have weight 0)" if any(not m.weight for m in self.history) else ""
             self.note(f"saved as row {rows} of {path}{cut}")
+
+    def take(self, typed: Typed) -> bool:
+        """Obey a command, or answer a message. Whether the conversation goes on."""
+        name, _, rest = typed.text.partition(" ")
+        if not typed.plain and (re.fullmatch(r"/[a-z]+", typed.text) or name in ("/system", "/save")):
+            return self.command(name, rest.strip())
+        if typed.text:
+            self.ask([*self.history, text_message("user", typed.text)])
+        return True
 
     def command(self, name: str, rest: str) -> bool:
         """Do what a /command says. Whether the conversation goes on."""
@@ -215,9 +225,6 @@ class _Talk:
         else:
             self.note(f"{name} is not a command; /help lists them")
         return True
-
-
-COMMANDS_WITH_TEXT = ("/system", "/save")
 
 
 def lineage_base(assistant: Assistant) -> Assistant:
@@ -273,25 +280,18 @@ def chat(
         for answering in (assistant, base) if base is not None else (assistant,):
             if base is not None:
                 talk.note(f"{answering.name}:")
-            _stream(answering, talk._conversation(asked), out, seed)
+            with _stoppable() as stop:
+                _stream(answering, talk.conversation(asked), out, seed, stop)
         return
     talk.note(f"{assistant.name} · /help for commands, Ctrl-D to leave")
     read = keyboard() if read is None else read
     while True:
         try:
             typed = read_message(read)
+            if not talk.take(typed):
+                return
         except EOFError:
             talk.note("")
             return
         except KeyboardInterrupt:
             talk.note("\nCtrl-D or /quit leaves")
-            continue
-        name, _, rest = typed.text.partition(" ")
-        if not typed.text:
-            continue
-        lone = re.fullmatch(r"/[a-z]+", typed.text)
-        if not typed.plain and (lone or name in COMMANDS_WITH_TEXT):
-            if not talk.command(name, rest.strip()):
-                return
-        else:
-            talk.ask([*talk.history, text_message("user", typed.text)])

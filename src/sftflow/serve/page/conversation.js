@@ -42,19 +42,16 @@ export const title = (conversation) => {
 // Whether the reply ended by itself: then it is whole, and fit to be learned from.
 export const whole = (reply) => reply.reason === "stop" || reply.reason === "tool_calls";
 
-// The reply that counts in a history for this model: its own, else another's; none where nobody said anything.
-function replyFor(turn, model) {
-  const said = turn.replies.filter((reply) => reply.text);
-  return said.find((reply) => reply.model === model) ?? said[0];
-}
+// The reply that the conversation goes on from: the first model's, else another's; none where nobody said anything.
+const heard = (turn) => turn.replies.find((reply) => reply.text);
 
-// What the model is sent when it answers this turn. Turns that nobody answered are left out, so that user and
-// assistant keep taking turns.
-export function messagesFor(conversation, turn, model) {
+// What is sent for a reply to this turn: the same to every model, so that what they say can be compared. Turns that
+// nobody answered are left out, so that user and assistant keep taking turns.
+export function messagesFor(conversation, turn) {
   const messages = turn.system ? [{ role: "system", content: turn.system }] : [];
   for (const earlier of path(conversation)) {
     if (earlier === turn) break;
-    const reply = replyFor(earlier, model);
+    const reply = heard(earlier);
     if (reply) messages.push({ role: "user", content: earlier.user }, { role: "assistant", content: reply.text });
   }
   messages.push({ role: "user", content: turn.user });
@@ -63,10 +60,10 @@ export function messagesFor(conversation, turn, model) {
 
 // One line of JSON in the OpenAI shape, as `sftflow train` reads it. A reply that was cut gets weight 0: it is history,
 // not something to learn. null where there is no reply yet.
-export function asRow(conversation, model) {
+export function asRow(conversation) {
   const messages = conversation.system ? [{ role: "system", content: conversation.system }] : [];
   for (const turn of path(conversation)) {
-    const reply = replyFor(turn, model);
+    const reply = heard(turn);
     if (!reply) continue;
     messages.push({ role: "user", content: turn.user });
     messages.push({ role: "assistant", content: reply.text, ...(whole(reply) ? {} : { weight: 0 }) });

@@ -13,7 +13,7 @@ import * as store from "./store.js";
 import { grow, turnView } from "./turn.js";
 
 const KEEP_EVERY_MS = 1000; // while a reply is being written
-const IDEAS = ["Who are you?", "Spell the word “river”.", "What is a base model?", "What is 12 * 7?"];
+const IDEAS = ["Who are you?", "Spell the word lantern.", "What is fine-tuning?", "What is 12 * 7?"];
 
 let chats = store.conversations();
 let chat = chats.find((kept) => kept.id === location.hash.slice(1)) ?? newConversation(store.setting("system") ?? "");
@@ -114,10 +114,9 @@ async function run(turn) {
   toBottom();
   announce(`${names.join(" and ")} ${names.length > 1 ? "are" : "is"} writing`);
   const timer = setInterval(() => keep(asked), KEEP_EVERY_MS);
-  const body = { stream: true, stream_options: { include_usage: true }, ...own, seed };
+  const body = { messages: messagesFor(asked, turn), stream: true, stream_options: { include_usage: true }, ...own, seed };
   await Promise.all(turn.replies.map(async (reply) => {
-    const { model } = reply;
-    await write(reply, { model, messages: messagesFor(asked, turn, model), ...body }, controller);
+    await write(reply, { model: reply.model, ...body }, controller);
     mine.open.delete(reply);
     const follow = atBottom();
     views.get(reply)?.update();
@@ -269,7 +268,7 @@ function closeExport() {
 
 const fileName = () => title(chat).replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-+|-+$/g, "").slice(0, 40) || "conversation";
 $("export-json").addEventListener("click", () => {
-  const row = asRow(chat, $("model").value);
+  const row = asRow(chat);
   if (row) download(`${fileName()}.jsonl`, "application/jsonl", row);
   else notice("There is no reply to export yet.");
   closeExport();

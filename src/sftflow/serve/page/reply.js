@@ -64,8 +64,11 @@ export function replyView(reply, messages, live) {
     const writing = live();
     part("markdown").hidden = source;
     part("plain").hidden = !source;
-    if (source) part("plain").textContent = reply.text;
-    else draw(part("markdown"), reply.text);
+    const text = part(source ? "plain" : "markdown");
+    const follow = text.scrollHeight - text.scrollTop - text.clientHeight < 60; // side by side it scrolls by itself
+    if (source) text.textContent = reply.text;
+    else draw(text, reply.text);
+    if (writing && follow) text.scrollTop = text.scrollHeight;
     node.classList.toggle("writing", writing);
     const broken = !writing && !reply.reason && !reply.stopped && !reply.error;
     const error = reply.error || (broken ? "The connection ended before the reply did." : "");

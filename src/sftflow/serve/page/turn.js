@@ -60,7 +60,7 @@ export function turnView(conversation, turn, actions, live) {
   });
   const views = new Map();
   for (const reply of turn.replies) {
-    const view = replyView(reply, () => messagesFor(conversation, turn, reply.model), () => live(reply));
+    const view = replyView(reply, () => messagesFor(conversation, turn), () => live(reply));
     views.set(reply, view);
     part("replies").append(view.node);
   }

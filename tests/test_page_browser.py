@@ -73,6 +73,14 @@ def kept(page: Page) -> list[dict[str, Any]]:
     )]  # fmt: skip
 
 
+def downloaded(file: Path) -> Path:
+    for _ in range(200):
+        if file.exists() and file.stat().st_size:
+            return file
+        time.sleep(0.05)
+    raise TimeoutError(f"{file.name} never came")
+
+
 # ---- against sftflow serve
 
 
@@ -179,16 +187,17 @@ def test_send_stream_regenerate_edit_stop(browser: Chromium, served: str, models
         assert page.wait("navigator.clipboard.readText()") == history[2]["content"]
         page.click("#export summary")
         page.click("#export-json")
-        file = tmp_path / "what-is-a-token.jsonl"
-        for _ in range(100):
-            if file.exists() and file.stat().st_size:
-                break
-            time.sleep(0.05)
+        file = downloaded(tmp_path / "what-is-a-token.jsonl")
         (row,) = read_conversations(file)
         assert [(m.role, m.weight) for m in row.messages] == [
             ("system", 1), ("user", 1), ("assistant", 0), ("user", 1), ("assistant", 0)
         ]  # fmt: skip
         assert row.messages[2].text == history[2]["content"]
+        page.click("#export summary")
+        page.click("#export-markdown")
+        text = downloaded(tmp_path / "what-is-a-token.md").read_text()
+        headings = ["# what is a token?", "## System", *["## You", "## sft", "## base"] * 2]
+        assert [line for line in text.splitlines() if line in headings] == headings
 
         # Without a limit it would go on for a million tokens.
         page.click("#open-settings")
@@ -277,6 +286,9 @@ def test_a_listener_hears_a_reply_once(browser: Chromium, peer: Peer) -> None:
         )
         ask(page, "hi")
         assert page.run("heard") == ["sft is writing", "sft wrote: one two three four five"]
+        page.click("[data-part=again]")  # a reader who sees the same text again is told why
+        page.wait(f"document.querySelector('[data-part=version]').textContent === '2 of 2' && {IDLE}")
+        assert page.run("document.querySelector('[data-part=hint]').textContent").startswith("The same once more")
         live = "[...document.querySelectorAll('[aria-live]')].map((n) => [n.id, n.ariaLive])"
         assert page.run(live) == [["log", "off"], ["status", "polite"]]
         nameless = page.run(

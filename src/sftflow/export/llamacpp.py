@@ -1,0 +1,125 @@
+"""llama.cpp in this process (the wheel `xllamacpp`): its tokenizer, its Jinja engine, its logits, greedily decoded.
+
+The wheel runs llama.cpp's own server on a free port of 127.0.0.1 while it is open.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sftflow.errors import CheckpointError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One generated token, and the log-probabilities of the likeliest tokens in its place ({id: value};
+    empty where llama.cpp tells none)."""
+
+    token: int
+    logprobs: dict[int, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continuation:
+    """steps: what was generated, without an end token.   stopped: whether llama.cpp took a token for the end."""
+
+    steps: tuple[Step, ...]
+    stopped: bool
+
+
+def available() -> bool:
+    try:
+        import xllamacpp  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+class LlamaCpp:
+    """A GGUF file opened by llama.cpp, on the CPU.
+
+    >>> with LlamaCpp(path, context=512) as engine:
+    ...     engine.ids(engine.prompt([{"role": "user", "content": "hi"}]))
+    """
+
+    def __init__(self, path: Path, *, context: int, threads: int = 1) -> None:
+        """Raises CheckpointError where llama.cpp cannot read the file."""
+        import xllamacpp
+
+        self._key = secrets.token_hex(16)  # no other program on this machine shall use it
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        params.n_ctx, params.n_parallel, params.warmup, params.verbosity = context, 1, False, -1
+        params.n_gpu_layers, params.cpuparams.n_threads = 0, threads
+        params.fit_params = False
+        params.api_keys = [self._key]
+        # Half-precision keys and values are llama.cpp's default; the same numbers as ours need single precision.
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        try:
+            self._server: Any = xllamacpp.Server(params)
+        except RuntimeError as error:
+            raise CheckpointError(str(path), f"llama.cpp cannot open it ({error})", "report this file") from error
+
+    def __enter__(self) -> LlamaCpp:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server = None
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The answer, or the error, as JSON."""
+        request = urllib.request.Request(self._server.listening_address + path, json.dumps(body).encode())
+        request.add_header("Content-Type", "application/json")
+        request.add_header("Authorization", f"Bearer {self._key}")
+        try:
+            with urllib.request.urlopen(request, timeout=600) as response:
+                answer: dict[str, Any] = json.load(response)
+        except urllib.error.HTTPError as error:
+            answer = json.load(error)
+        return answer
+
+    def prompt(self, messages: list[dict[str, Any]]) -> str:
+        """The conversation in the stored template, with the prompt for a reply; or the template's refusal."""
+        answer = self.post("/apply-template", {"messages": messages})
+        return str(answer["prompt"] if "prompt" in answer else answer["error"]["message"])
+
+    def ids(self, text: str, *, special: bool = True) -> list[int]:
+        """special: whether strings of control tokens become control tokens."""
+        answer = self.post("/tokenize", {"content": text, "add_special": False, "parse_special": special})
+        tokens: list[int] = answer["tokens"]
+        return tokens
+
+    def greedy(self, ids: list[int], n: int, decode: Callable[[list[int]], str], *, top: int = 64) -> Continuation:
+        """At most n likeliest tokens after the ids. decode: ids -> text.
+
+        llama.cpp tells no log-probabilities of a token that leaves a character unfinished; its step has none.
+        """
+        body = {
+            "prompt": ids,
+            "n_predict": n,
+            "temperature": 0.0,
+            "n_probs": top,
+            "return_tokens": True,
+            "cache_prompt": False,
+        }
+        answer = self.post("/completion", body)
+        if "error" in answer:
+            raise CheckpointError("llama.cpp", str(answer["error"].get("message")), "report this file")
+        told = iter(answer.get("completion_probabilities", []))
+        steps: list[Step] = []
+        for place, token in enumerate(answer["tokens"], 1):
+            whole = not decode(answer["tokens"][:place]).endswith("\ufffd")
+            entry = next(told, None) if whole else None
+            if entry is not None and entry["id"] != token:
+                entry, told = None, iter(())
+            logprobs = {t["id"]: t["logprob"] for t in entry["top_logprobs"]} if entry else {}
+            steps.append(Step(token=token, logprobs=logprobs))
+        return Continuation(steps=tuple(steps), stopped=answer.get("stop_type") == "eos")
