@@ -14,6 +14,8 @@ from contextlib import aclosing
 from typing import Any, Protocol
 
 from fastapi import Request
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from sftflow.generate.request import Delta, Reply
 from sftflow.generate.request import Request as Asked
@@ -107,8 +109,8 @@ class Answering:
         }
         self._replies: dict[int, Reply] = {}
 
-    async def _chunks(self, request: Request | None) -> AsyncIterator[tuple[int, dict[str, Any]]]:
-        """(index, chunk) of all choices. Raises Gone where the client left before all had ended."""
+    async def _deltas(self, request: Request | None) -> AsyncGenerator[tuple[int, Delta]]:
+        """(index, piece) of all replies. Raises Gone where the client left before all had ended."""
         first = self.jobs[0].streamed  # else the first piece is the last one, and tells nothing of the first token
         async with aclosing(merged(self.jobs, request)) as pieces:
             async for index, delta in pieces:
@@ -118,8 +120,7 @@ class Answering:
                 if delta.reply is not None:
                     self._replies[index] = delta.reply
                     self.record.n_generated += len(delta.reply.ids)
-                for chunk in self.choices[index].feed(delta):
-                    yield index, chunk
+                yield index, delta
         if len(self._replies) < len(self.jobs):
             raise Gone
 
@@ -127,18 +128,23 @@ class Answering:
         n_prompt, n_completion = self.answer.n_prompt, sum(len(r.ids) for r in self._replies.values())
         return {"prompt_tokens": n_prompt, "completion_tokens": n_completion, "total_tokens": n_prompt + n_completion}
 
-    async def whole(self, request: Request) -> dict[str, Any]:
-        """The answer to a request that does not stream. Raises ApiError or Gone."""
-        chunks: list[list[dict[str, Any]]] = [[] for _ in self.choices]
+    async def whole(self, request: Request) -> bytes:
+        """The answer to a request that does not stream, as JSON. Raises ApiError or Gone."""
         try:
-            async for index, chunk in self._chunks(request):
-                chunks[index].append(chunk)
+            async with aclosing(self._deltas(request)) as deltas:
+                pieces = [piece async for piece in deltas]
         except Gone:
             raise
         except Exception as error:
             raise internal(error) from None
+        return await asyncio.to_thread(self._json, pieces)  # log-probabilities of long prompts take their time
+
+    def _json(self, pieces: Sequence[tuple[int, Delta]]) -> bytes:
+        chunks: list[list[dict[str, Any]]] = [[] for _ in self.choices]
+        for index, delta in pieces:
+            chunks[index] += self.choices[index].feed(delta)
         done = [{"index": i, **c.whole(chunks[i])} for i, c in enumerate(self.choices)]
-        return {**self.head, "object": self.answer.whole_object, "choices": done, "usage": self._usage()}
+        return to_json({**self.head, "object": self.answer.whole_object, "choices": done, "usage": self._usage()})
 
     async def events(self, include_usage: bool) -> AsyncIterator[str]:
         """The OpenAI event stream. An error in the middle is an event of its own, on which the clients raise; the
@@ -157,8 +163,10 @@ class Answering:
             for index, choice in enumerate(self.choices):
                 for chunk in choice.opening():
                     yield piece(index, chunk)
-            async for index, chunk in self._chunks(None):
-                yield piece(index, chunk)
+            async with aclosing(self._deltas(None)) as deltas:
+                async for index, delta in deltas:
+                    for chunk in self.choices[index].feed(delta):
+                        yield piece(index, chunk)
         except Gone:
             return
         except Exception as error:
@@ -167,3 +175,23 @@ class Answering:
         if include_usage:
             yield event({**head, "choices": [], "usage": self._usage()})
         yield "data: [DONE]\n\n"
+
+
+class EventStream(StreamingResponse):
+    """Sends the events of an answer, and gives up its jobs when the client hangs up: before the first event, too."""
+
+    def __init__(self, made: Answering, include_usage: bool) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(made.events(include_usage), media_type="text/event-stream", headers=headers)
+        self._jobs = made.jobs
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for job in self._jobs:
+                job.cancel()
+
+
+def to_json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
