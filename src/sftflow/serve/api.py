@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from sftflow.serve.answer import Answer, Answering, Gone
+from sftflow.serve.answer import Answer, Answering, EventStream, Gone, to_json
 from sftflow.serve.body import SamplingBody, parse_json, read_body
 from sftflow.serve.chat import ChatAnswer, ChatBody, RenderBody, render_ids
 from sftflow.serve.completions import TextAnswer, TextBody
@@ -136,17 +135,18 @@ def make_app(
         return card(find(model))
 
     @app.post("/v1/render")
-    async def render(request: Request) -> dict[str, Any]:
+    async def render(request: Request) -> Response:
         data = await read_body(request)
 
-        def tokens() -> list[dict[str, Any]]:
+        def tokens() -> bytes:
             body = RenderBody.read(parse_json(data))
             served = find(body.model)
             ids = render_ids(served, body.messages, body.tools or [])
             texts = token_texts(served.assistant.tokenizer, ids)
-            return [{"id": i, "text": t, "special": i in served.silent} for i, t in zip(ids, texts, strict=True)]
+            told = [{"id": i, "text": t, "special": i in served.silent} for i, t in zip(ids, texts, strict=True)]
+            return to_json({"tokens": told})
 
-        return {"tokens": await asyncio.to_thread(tokens)}
+        return Response(await asyncio.to_thread(tokens), media_type="application/json")
 
     async def answered(request: Request, read: Callable[[dict[str, Any]], tuple[Answer, SamplingBody]]) -> Response:
         data = await read_body(request)
@@ -154,14 +154,12 @@ def make_app(
         worker, record = answer.served.worker, request.state.record
         record.model, record.n_prompt = answer.served.name, answer.n_prompt
         worker.check_room(len(answer.requests))
-        jobs = [worker.submit(asked) for asked in answer.requests]
-        made = Answering(answer, jobs, record, lambda seconds: metrics.first_token(answer.served.name, seconds))
+        jobs = [worker.submit(asked, streamed=bool(body.stream)) for asked in answer.requests]
+        made = Answering(answer, jobs, record, metrics)
         if body.stream:
-            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-            events = made.events(request, body.include_usage)
-            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+            return EventStream(made, body.include_usage)
         try:
-            return JSONResponse(await made.whole(request))
+            return Response(await made.whole(request), media_type="application/json")
         except Gone:
             return Response(status_code=499)  # nobody reads this
 
