@@ -340,6 +340,12 @@ def test_what_cannot_be_exported_is_refused_by_name(tmp_path: Path, tokenizer_di
         assert not (tmp_path / "out").exists()
 
 
+def test_an_adapter_is_to_be_merged_first(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="it is an adapter, not a model; merge it first"):
+        export_gguf(str(tmp_path), tmp_path / "m.gguf", "f32", say=silent)
+
+
 def test_out_is_ours_or_new(tmp_path: Path, sft: Path) -> None:
     for name, words in [("m.bin", "no .gguf file name"), ("taken.gguf", "something else than an export")]:
         (tmp_path / "taken.gguf").write_text("mine")

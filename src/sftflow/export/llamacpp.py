@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sftflow.errors import CheckpointError
+from sftflow.errors import ProofError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class LlamaCpp:
     """
 
     def __init__(self, path: Path, *, context: int, threads: int = 1) -> None:
-        """Raises CheckpointError where llama.cpp cannot read the file."""
+        """Raises ProofError where llama.cpp cannot read the file."""
         import xllamacpp
 
         self._key = secrets.token_hex(16)  # no other program on this machine shall use it
@@ -80,7 +80,7 @@ class LlamaCpp:
         try:
             self._server: Any = xllamacpp.Server(params)
         except RuntimeError as error:
-            raise CheckpointError(str(path), f"llama.cpp cannot open it ({error})", "report this file") from error
+            raise ProofError(str(path), f"llama.cpp cannot open it ({error})", "do not trust this file") from error
 
     def __enter__(self) -> LlamaCpp:
         return self
@@ -126,7 +126,7 @@ class LlamaCpp:
         }
         answer = self.post("/completion", body)
         if "error" in answer:
-            raise CheckpointError("llama.cpp", str(answer["error"].get("message")), "report this file")
+            raise ProofError("llama.cpp", str(answer["error"].get("message")), "do not trust this file")
         told = iter(answer.get("completion_probabilities", []))
         steps: list[Step] = []
         written = b""
