@@ -1,6 +1,6 @@
 """The same items under EleutherAI's lm-evaluation-harness, answer by answer beside ours.
 
-    python benchmarks/harness.py --model DIR --peer-python PY [--gsm8k 50] [--arc 100] [--tokens 256]
+    python benchmarks/harness.py --model DIR --peer-python PY [--gsm8k 50] [--arc 100] [--tokens 256] [--served]
 
 DIR is what `sftflow train` wrote (or any chat checkpoint); the harness loads it as its `hf` model with the chat
 template applied, fp32, greedy. It is wanted nowhere else, so it gets an environment of its own that borrows this one's
@@ -10,6 +10,12 @@ packages:
     .venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \\
         > $(/tmp/harness-venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth
     /tmp/harness-venv/bin/pip install --no-deps lm-eval==0.4.13 sacrebleu portalocker tabulate colorama lxml
+
+With `--served` the harness asks `sftflow serve` instead, as any other server: `local-chat-completions` for GSM8K,
+`local-completions` with the prompt's own ids, `echo` and `logprobs` for ARC-Easy; and its `hf` model scores ARC-Easy
+besides, every letter's log-likelihood to be within 1e-3. That wants three packages more:
+
+    /tmp/harness-venv/bin/pip install aiohttp tenacity requests
 
 GSM8K: the replies' texts must be equal. ARC-Easy: the letter with the highest probability must be the same. Where one
 differs, both are printed, and whether our engine had reported a near-tie (two logits, or two letters, within 1e-4).
@@ -26,15 +32,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from load import serve_command, served
+
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 PEER = """
 import json, sys
 import lm_eval
-model, tasks, out = sys.argv[1], json.load(open(sys.argv[2])), sys.argv[3]
+kind, arguments, tasks, out = sys.argv[1], sys.argv[2], json.load(open(sys.argv[3])), sys.argv[4]
+device = {"device": "cpu", "batch_size": 8} if kind == "hf" else {}
 done = lm_eval.simple_evaluate(
-    model="hf", model_args=f"pretrained={model},dtype=float32", device="cpu", batch_size=8, tasks=tasks,
-    apply_chat_template=True, log_samples=True, bootstrap_iters=0,
+    model=kind, model_args=arguments, tasks=tasks, apply_chat_template=True, log_samples=True, bootstrap_iters=0,
+    **device,
 )
 kept = {name: [[s["doc"]["id"], s["resps"], s["arguments"]] for s in rows] for name, rows in done["samples"].items()}
 json.dump({"results": done["results"], "samples": kept}, open(out, "w"), default=str)
@@ -70,6 +79,38 @@ def tasks_of(folder: Path, tokens: int) -> list[dict[str, Any]]:
     return [generated, chosen]
 
 
+def ask_harness(python: str, kind: str, options: dict[str, Any], tasks: list[dict[str, Any]], folder: Path) -> Any:
+    """What the harness's model class `kind` answers: {"results", "samples": {task: [[id, responses, arguments]]}}."""
+    (folder / "tasks.json").write_text(json.dumps(tasks))
+    arguments = ",".join(f"{k}={v}" for k, v in options.items())
+    command = [python, "-c", PEER, kind, arguments, str(folder / "tasks.json"), str(folder / "out.json")]
+    subprocess.run(command, check=True)
+    return json.loads((folder / "out.json").read_text())
+
+
+def ask_served(python: str, model: str, path: Path, context: int, tasks: list[dict[str, Any]], folder: Path) -> Any:
+    """The same from `sftflow serve`, through the harness's two classes for servers."""
+    generated, chosen = tasks
+    with served(serve_command(model)) as server:
+        common = {"model": server.model, "num_concurrent": 8, "max_retries": 1}
+        chat = {**common, "base_url": f"{server.url}/v1/chat/completions"}
+        theirs = ask_harness(python, "local-chat-completions", chat, [generated], folder)
+        plain = {**common, "base_url": f"{server.url}/v1/completions", "tokenizer": path, "max_length": context}
+        other = ask_harness(
+            python, "local-completions", {**plain, "tokenizer_backend": "huggingface"}, [chosen], folder
+        )
+    return {name: theirs[name] | other[name] for name in ("results", "samples")}
+
+
+def logprobs_of(samples: list[Any]) -> dict[str, list[float]]:
+    """By item: the log-likelihood of each of its choices."""
+    return {i: [float(r[0][0]) for r in responses] for i, responses, _ in samples}
+
+
+def furthest(mine: dict[str, list[float]], other: dict[str, list[float]]) -> float:
+    return max(abs(a - b) for i in mine for a, b in zip(mine[i], other[i], strict=True))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", required=True)
@@ -77,16 +118,20 @@ def main() -> int:
     parser.add_argument("--gsm8k", type=int, default=50)
     parser.add_argument("--arc", type=int, default=100)
     parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--served", action="store_true", help="ask a server of ours through the harness's API classes")
     args = parser.parse_args()
 
     from sftflow.checkpoint import load_assistant, resolve
-    from sftflow.evals.ask import open_tasks
+    from sftflow.evals.ask import open_tasks, prompts_of
+    from sftflow.evals.choices import letter_scores
     from sftflow.evals.run import evaluate
 
     assistant = load_assistant(args.model)
+    path = resolve(args.model).path
     (gsm8k,) = open_tasks([f"gsm8k={SHARED / 'gsm8k' / 'test.jsonl'}"], args.gsm8k)
     (arc,) = open_tasks([f"arc_easy={SHARED / 'multiple_choice' / 'ARC-Easy' / 'test.jsonl'}"], args.arc)
     gsm8k.task.max_new_tokens = args.tokens
+    bad = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for run in (gsm8k, arc):
@@ -101,15 +146,30 @@ def main() -> int:
                 for i in run.items
             ]
             (folder / f"{run.name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-        (folder / "tasks.json").write_text(json.dumps(tasks_of(folder, args.tokens)))
+        tasks = tasks_of(folder, args.tokens)
         ours = {run.name: evaluate(assistant, run, "chat", folder) for run in (gsm8k, arc)}
-        command = [args.peer_python, "-c", PEER, resolve(args.model).path, folder / "tasks.json", folder / "out.json"]
-        subprocess.run([str(c) for c in command], check=True)
-        theirs = json.loads((folder / "out.json").read_text())
-    bad = 0
+        loaded = {"pretrained": path, "dtype": "float32"}
+        if args.served:
+            context = assistant.engine.context
+            theirs = ask_served(args.peer_python, args.model, path, context, tasks, folder)
+            scores: dict[str, list[float]] = {}
+            letter_scores(
+                assistant.engine,
+                prompts_of(assistant, arc, "chat"),
+                lambda k, of: scores.update({arc.items[k].id: [of[c] for c in arc.items[k].choices]}),
+            )
+            hf = logprobs_of(ask_harness(args.peer_python, "hf", loaded, tasks[1:], folder)["samples"]["arc_ours"])
+            told = logprobs_of(theirs["samples"]["arc_ours"])
+            for what, other in (("the harness's hf model", hf), ("our evaluation", scores)):
+                off = furthest(told, other)
+                bad += off > 1e-3
+                print(f"log-likelihoods over the server beside {what}: at most {off:.1e} apart, {len(told)} items")
+        else:
+            theirs = ask_harness(args.peer_python, "hf", loaded, tasks, folder)
     texts = {i: resps[0][0] for i, resps, _ in theirs["samples"]["gsm8k_ours"]}
     letters = {
-        i: "ABCDE"[max(range(len(r)), key=lambda k: float(r[k][0][0]))] for i, r, _ in theirs["samples"]["arc_ours"]
+        i: "ABCDE"[max(range(len(r)), key=lambda k: r[k])]
+        for i, r in logprobs_of(theirs["samples"]["arc_ours"]).items()
     }
     for name, said in (("gsm8k", texts), ("arc_easy", letters)):
         rows = ours[name].rows
