@@ -242,8 +242,8 @@ def test_unknown_addresses_and_methods_have_the_error_shape(http: TestClient) ->
 
 def test_health_ready_and_metrics(http: TestClient) -> None:
     assert http.get("/health").json() == {"status": "ok"}
-    assert http.get("/ready").json() == {"status": "ready"}
-    http.post(CHAT, json=ask())
+    http.post(CHAT, json=ask(stream=True))
+    assert http.get("/ready").json() == {"status": "ready"}  # the model has answered
     http.get("/made/up/" + "x" * 50)
     answer = http.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")

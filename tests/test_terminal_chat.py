@@ -131,6 +131,21 @@ def test_retry_asks_the_same_with_another_seed(assistant: Assistant, capsys: pyt
     assert "there is no question yet" in notes and "the same again" in notes
 
 
+def test_a_retry_that_is_stopped_at_once(assistant: Assistant, capsys: pytest.CaptureFixture[str]) -> None:
+    class Stopped(Recorded):
+        def stream(self, request: Request) -> Iterator[Delta]:
+            if len(self.requests) == 1:
+                self.requests.append(request)
+                raise KeyboardInterrupt
+            yield from super().stream(request)
+
+    engine = Stopped(assistant.engine)
+    feed = iter(["hi", "/retry", "/retry", "/quit"])
+    chat(replace(assistant, engine=engine), out=io.StringIO(), read=lambda _: next(feed))  # type: ignore[arg-type]
+    assert len({r.prompt_ids for r in engine.requests}) == 1 and len(engine.requests) == 3
+    assert "stopped before the first word" in capsys.readouterr().err
+
+
 def test_base_answers_the_last_question_beside_it(assistant: Assistant, capsys: pytest.CaptureFixture[str]) -> None:
     base = replace(assistant, name="the base", engine=Recorded(assistant.engine))  # type: ignore[arg-type]
     out, engine = talk(assistant, ["/base", "/system be kind", "hi", "/base", "on"], base=base)

@@ -66,7 +66,14 @@ def serve(
 
 
 def _model_id(name: str) -> str:
-    path = Path(name.rstrip("/"))
+    """What clients call a model by: the directory's name, or the hub id as it is.
+
+    >>> _model_id("HuggingFaceTB/SmolLM2-135M"), _model_id("builtin:tiny")
+    ('HuggingFaceTB/SmolLM2-135M', 'builtin:tiny')
+    """
+    if not Path(name).exists():
+        return name
+    path = Path(name).resolve()
     return path.parent.name if path.name == "checkpoint" else path.name
 
 

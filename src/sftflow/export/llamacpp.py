@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sftflow.errors import CheckpointError
+from sftflow.errors import ProofError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,20 @@ class Continuation:
     stopped: bool
 
 
+TOP = 64
+"""log-probabilities asked for at each place"""
+
+
+def _unfinished(text: bytes) -> bool:
+    """Whether the text ends inside a character, by the rule that llama.cpp's server holds tokens back by: the last
+    leading byte promises more bytes than follow."""
+    for back, byte in enumerate(reversed(text[-4:]), 1):
+        if byte & 0xC0 != 0x80:
+            length = 2 if byte & 0xE0 == 0xC0 else 3 if byte & 0xF0 == 0xE0 else 4 if byte & 0xF8 == 0xF0 else 1
+            return length > back
+    return False
+
+
 def available() -> bool:
     try:
         import xllamacpp  # noqa: F401
@@ -50,7 +64,7 @@ class LlamaCpp:
     """
 
     def __init__(self, path: Path, *, context: int, threads: int = 1) -> None:
-        """Raises CheckpointError where llama.cpp cannot read the file."""
+        """Raises ProofError where llama.cpp cannot read the file."""
         import xllamacpp
 
         self._key = secrets.token_hex(16)  # no other program on this machine shall use it
@@ -66,7 +80,7 @@ class LlamaCpp:
         try:
             self._server: Any = xllamacpp.Server(params)
         except RuntimeError as error:
-            raise CheckpointError(str(path), f"llama.cpp cannot open it ({error})", "report this file") from error
+            raise ProofError(str(path), f"llama.cpp cannot open it ({error})", "do not trust this file") from error
 
     def __enter__(self) -> LlamaCpp:
         return self
@@ -97,8 +111,8 @@ class LlamaCpp:
         tokens: list[int] = answer["tokens"]
         return tokens
 
-    def greedy(self, ids: list[int], n: int, decode: Callable[[list[int]], str], *, top: int = 64) -> Continuation:
-        """At most n likeliest tokens after the ids. decode: ids -> text.
+    def greedy(self, ids: list[int], n: int, spell: Callable[[list[int]], list[bytes]]) -> Continuation:
+        """At most n likeliest tokens after the ids. spell: the bytes that each of some ids writes.
 
         llama.cpp tells no log-probabilities of a token that leaves a character unfinished; its step has none.
         """
@@ -106,17 +120,19 @@ class LlamaCpp:
             "prompt": ids,
             "n_predict": n,
             "temperature": 0.0,
-            "n_probs": top,
+            "n_probs": TOP,
             "return_tokens": True,
             "cache_prompt": False,
         }
         answer = self.post("/completion", body)
         if "error" in answer:
-            raise CheckpointError("llama.cpp", str(answer["error"].get("message")), "report this file")
+            raise ProofError("llama.cpp", str(answer["error"].get("message")), "do not trust this file")
         told = iter(answer.get("completion_probabilities", []))
         steps: list[Step] = []
-        for place, token in enumerate(answer["tokens"], 1):
-            whole = not decode(answer["tokens"][:place]).endswith("\ufffd")
+        written = b""
+        for token, part in zip(answer["tokens"], spell(answer["tokens"]), strict=True):
+            written += part
+            whole = not _unfinished(written)
             entry = next(told, None) if whole else None
             if entry is not None and entry["id"] != token:
                 entry, told = None, iter(())

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sftflow.chat.inspect import token_bytes
 from sftflow.checkpoint import Assistant
 from sftflow.export.llamacpp import Continuation, LlamaCpp
 from sftflow.export.prompts import Case
@@ -144,7 +145,7 @@ def _compare(
     if problem:
         found.failures.append(_failure(case.id, "ids", problem))
     ids = rendered.ids.tolist()
-    reply = engine.greedy(ids, TOKENS, renderer.decode)
+    reply = engine.greedy(ids, TOKENS, lambda tokens: _spelled(assistant, tokens))
     difference, likeliest = _difference(assistant.model, ids, reply)
     greedy_equal, near, detail = _greedy(reply, likeliest, ours, renderer.stop_ids())
     if kind == "f32" and not greedy_equal:
@@ -163,6 +164,13 @@ def _compare(
         "tokens": [s.token for s in reply.steps],
         "logit_difference": difference,
     }
+
+
+def _spelled(assistant: Assistant, ids: list[int]) -> list[bytes]:
+    """The bytes that llama.cpp writes for each id: none for a control token."""
+    control = set(assistant.renderer.special.values())
+    spelled = token_bytes(assistant.tokenizer, ids)
+    return [b"" if i in control else b for i, b in zip(ids, spelled, strict=True)]
 
 
 def _ids_problem(case: Case, assistant: Assistant, engine: LlamaCpp) -> str:

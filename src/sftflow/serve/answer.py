@@ -9,16 +9,19 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
 from fastapi import Request
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from sftflow.generate.request import Delta, Reply
 from sftflow.generate.request import Request as Asked
 from sftflow.serve.errors import internal
 from sftflow.serve.guard import Record
+from sftflow.serve.metrics import Metrics
 from sftflow.serve.served import Served
 from sftflow.serve.worker import Job
 
@@ -50,20 +53,31 @@ class Gone(Exception):
     """The client has left; nobody reads an answer."""
 
 
-async def merged(jobs: Sequence[Job], request: Request) -> AsyncGenerator[tuple[int, Delta]]:
-    """(number of the job, a piece of its reply), as they come. Closing it gives up what still runs."""
+async def merged(jobs: Sequence[Job], request: Request | None = None) -> AsyncGenerator[tuple[int, Delta]]:
+    """(number of the job, a piece of its reply), as they come. Closing it gives up what still runs.
+
+    request: the client's, whose body has been read: when it hangs up, all jobs are given up.
+    """
     queue: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue()
 
     async def pump(number: int, job: Job) -> None:
         try:
-            async with aclosing(job.deltas(request)) as deltas:
+            async with aclosing(job.deltas()) as deltas:
                 async for delta in deltas:
                     queue.put_nowait((number, delta))
             queue.put_nowait((number, None))
         except Exception as error:
             queue.put_nowait((number, error))
 
+    async def watch(request: Request) -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        for job in jobs:
+            job.cancel()
+
     tasks = [asyncio.create_task(pump(i, job)) for i, job in enumerate(jobs)]
+    if request is not None:
+        tasks.append(asyncio.create_task(watch(request)))
     ended = 0
     try:
         while ended < len(jobs):
@@ -75,17 +89,18 @@ async def merged(jobs: Sequence[Job], request: Request) -> AsyncGenerator[tuple[
             else:
                 yield number, item
     finally:
-        for task, job in zip(tasks, jobs, strict=True):
+        for job in jobs:
             job.cancel()  # a task that has not begun would not
+        for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class Answering:
-    """One answer being made. told(seconds) hears of its first token."""
+    """One answer being made."""
 
-    def __init__(self, answer: Answer, jobs: Sequence[Job], record: Record, told: Callable[[float], None]) -> None:
-        self.answer, self.jobs, self.record, self.told = answer, jobs, record, told
+    def __init__(self, answer: Answer, jobs: Sequence[Job], record: Record, metrics: Metrics) -> None:
+        self.answer, self.jobs, self.record, self.metrics = answer, jobs, record, metrics
         self.choices = [answer.choice(i) for i in range(len(jobs))]
         self.head = {
             "id": f"{answer.id_prefix}-{uuid.uuid4().hex}",
@@ -94,19 +109,18 @@ class Answering:
         }
         self._replies: dict[int, Reply] = {}
 
-    async def _chunks(self, request: Request) -> AsyncIterator[tuple[int, dict[str, Any]]]:
-        """(index, chunk) of all choices. Raises Gone where the client left before all had ended."""
-        first = True
+    async def _deltas(self, request: Request | None) -> AsyncGenerator[tuple[int, Delta]]:
+        """(index, piece) of all replies. Raises Gone where the client left before all had ended."""
+        first = self.jobs[0].streamed  # else the first piece is the last one, and tells nothing of the first token
         async with aclosing(merged(self.jobs, request)) as pieces:
             async for index, delta in pieces:
                 if first:
                     first = False
-                    self.told(time.perf_counter() - self.record.began)
+                    self.metrics.first_token(self.answer.served.name, time.perf_counter() - self.record.began)
                 if delta.reply is not None:
                     self._replies[index] = delta.reply
                     self.record.n_generated += len(delta.reply.ids)
-                for chunk in self.choices[index].feed(delta):
-                    yield index, chunk
+                yield index, delta
         if len(self._replies) < len(self.jobs):
             raise Gone
 
@@ -114,22 +128,27 @@ class Answering:
         n_prompt, n_completion = self.answer.n_prompt, sum(len(r.ids) for r in self._replies.values())
         return {"prompt_tokens": n_prompt, "completion_tokens": n_completion, "total_tokens": n_prompt + n_completion}
 
-    async def whole(self, request: Request) -> dict[str, Any]:
-        """The answer to a request that does not stream. Raises ApiError or Gone."""
-        chunks: list[list[dict[str, Any]]] = [[] for _ in self.choices]
+    async def whole(self, request: Request) -> bytes:
+        """The answer to a request that does not stream, as JSON. Raises ApiError or Gone."""
         try:
-            async for index, chunk in self._chunks(request):
-                chunks[index].append(chunk)
+            async with aclosing(self._deltas(request)) as deltas:
+                pieces = [piece async for piece in deltas]
         except Gone:
             raise
         except Exception as error:
             raise internal(error) from None
-        done = [{"index": i, **c.whole(chunks[i])} for i, c in enumerate(self.choices)]
-        return {**self.head, "object": self.answer.whole_object, "choices": done, "usage": self._usage()}
+        return await asyncio.to_thread(self._json, pieces)  # log-probabilities of long prompts take their time
 
-    async def events(self, request: Request, include_usage: bool) -> AsyncIterator[str]:
+    def _json(self, pieces: Sequence[tuple[int, Delta]]) -> bytes:
+        chunks: list[list[dict[str, Any]]] = [[] for _ in self.choices]
+        for index, delta in pieces:
+            chunks[index] += self.choices[index].feed(delta)
+        done = [{"index": i, **c.whole(chunks[i])} for i, c in enumerate(self.choices)]
+        return to_json({**self.head, "object": self.answer.whole_object, "choices": done, "usage": self._usage()})
+
+    async def events(self, include_usage: bool) -> AsyncIterator[str]:
         """The OpenAI event stream. An error in the middle is an event of its own, on which the clients raise; the
-        status line is long gone."""
+        status line is long gone. (Whoever sends the events closes this when the client hangs up.)"""
         head = {**self.head, "object": self.answer.piece_object}
         no_usage = {"usage": None} if include_usage else {}
 
@@ -144,8 +163,10 @@ class Answering:
             for index, choice in enumerate(self.choices):
                 for chunk in choice.opening():
                     yield piece(index, chunk)
-            async for index, chunk in self._chunks(request):
-                yield piece(index, chunk)
+            async with aclosing(self._deltas(None)) as deltas:
+                async for index, delta in deltas:
+                    for chunk in self.choices[index].feed(delta):
+                        yield piece(index, chunk)
         except Gone:
             return
         except Exception as error:
@@ -154,3 +175,23 @@ class Answering:
         if include_usage:
             yield event({**head, "choices": [], "usage": self._usage()})
         yield "data: [DONE]\n\n"
+
+
+class EventStream(StreamingResponse):
+    """Sends the events of an answer, and gives up its jobs when the client hangs up: before the first event, too."""
+
+    def __init__(self, made: Answering, include_usage: bool) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(made.events(include_usage), media_type="text/event-stream", headers=headers)
+        self._jobs = made.jobs
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for job in self._jobs:
+                job.cancel()
+
+
+def to_json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()

@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from sftflow.serve.answer import Answer, Answering, Gone
+from sftflow.serve.answer import Answer, Answering, EventStream, Gone, to_json
 from sftflow.serve.body import SamplingBody, parse_json, read_body
 from sftflow.serve.chat import ChatAnswer, ChatBody, RenderBody, render_ids
 from sftflow.serve.completions import TextAnswer, TextBody
@@ -34,7 +33,7 @@ from sftflow.serve.listen import Server, config, is_loopback, open_socket
 from sftflow.serve.metrics import CONTENT_TYPE, Metrics
 from sftflow.serve.served import Served
 from sftflow.serve.tokens import token_texts
-from sftflow.serve.worker import Worker
+from sftflow.serve.worker import MAX_WAITING, SLOTS, Worker
 
 if TYPE_CHECKING:
     from sftflow.checkpoint import Assistant
@@ -58,14 +57,16 @@ def make_app(
     api_key: str | None = None,
     allow_origin: str | None = None,
     hosts: frozenset[str] | None = LOOPBACK,
-    max_waiting: int = 64,
+    slots: int = SLOTS,
+    max_waiting: int = MAX_WAITING,
 ) -> FastAPI:
     """The app that serves these models under their names.
 
     hosts: the Host names it answers to (for a loopback address, where only a rebound DNS name would bring another);
-    None answers to all.   max_waiting: replies that may stand in line for each model.
+    None answers to all.   slots: replies of each model that run side by side.   max_waiting: those that may stand in
+    line besides.
     """
-    models = {name: Served(name, Worker(a, max_waiting=max_waiting)) for name, a in assistants.items()}
+    models = {name: Served(name, Worker(a, slots=slots, max_waiting=max_waiting)) for name, a in assistants.items()}
     metrics = Metrics()
     created = int(time.time())
 
@@ -134,17 +135,18 @@ def make_app(
         return card(find(model))
 
     @app.post("/v1/render")
-    async def render(request: Request) -> dict[str, Any]:
+    async def render(request: Request) -> Response:
         data = await read_body(request)
 
-        def tokens() -> list[dict[str, Any]]:
+        def tokens() -> bytes:
             body = RenderBody.read(parse_json(data))
             served = find(body.model)
             ids = render_ids(served, body.messages, body.tools or [])
             texts = token_texts(served.assistant.tokenizer, ids)
-            return [{"id": i, "text": t, "special": i in served.silent} for i, t in zip(ids, texts, strict=True)]
+            told = [{"id": i, "text": t, "special": i in served.silent} for i, t in zip(ids, texts, strict=True)]
+            return to_json({"tokens": told})
 
-        return {"tokens": await asyncio.to_thread(tokens)}
+        return Response(await asyncio.to_thread(tokens), media_type="application/json")
 
     async def answered(request: Request, read: Callable[[dict[str, Any]], tuple[Answer, SamplingBody]]) -> Response:
         data = await read_body(request)
@@ -152,14 +154,12 @@ def make_app(
         worker, record = answer.served.worker, request.state.record
         record.model, record.n_prompt = answer.served.name, answer.n_prompt
         worker.check_room(len(answer.requests))
-        jobs = [worker.submit(asked) for asked in answer.requests]
-        made = Answering(answer, jobs, record, lambda seconds: metrics.first_token(answer.served.name, seconds))
+        jobs = [worker.submit(asked, streamed=bool(body.stream)) for asked in answer.requests]
+        made = Answering(answer, jobs, record, metrics)
         if body.stream:
-            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-            events = made.events(request, body.include_usage)
-            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+            return EventStream(made, body.include_usage)
         try:
-            return JSONResponse(await made.whole(request))
+            return Response(await made.whole(request), media_type="application/json")
         except Gone:
             return Response(status_code=499)  # nobody reads this
 

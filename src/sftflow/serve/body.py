@@ -51,12 +51,12 @@ def parse_json(data: bytes) -> dict[str, Any]:
     it), a key twice in one object (readers differ in which they take), a number of thousands of digits."""
 
     def no_constant(name: str) -> Any:
-        raise ValueError(f"{name} is not JSON")
+        raise _not_json(f"{name} is no number of JSON")
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            raise ValueError("a key stands twice in one object")
+            raise _not_json("a key stands twice in one object")
         return found
 
     try:
@@ -67,15 +67,20 @@ def parse_json(data: bytes) -> dict[str, Any]:
         raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
     except UnicodeError:
         raise ApiError(400, "the body is not text in UTF-8", code="invalid_json") from None
-    except ValueError as error:
-        raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
+    except json.JSONDecodeError as error:
+        raise _not_json(f"{error.msg} at character {error.pos}") from None
+    except ValueError:
+        raise _not_json("a number has thousands of digits") from None
     if not isinstance(value, dict):
         raise ApiError(400, "the body is not a JSON object", code="invalid_json")
     return value
 
 
+def _not_json(fact: str) -> ApiError:
+    return ApiError(400, f"the body is not valid JSON: {fact}", code="invalid_json")
+
+
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=200)]  # an empty stop text would end every reply
-Integer = Annotated[int, Field(strict=True)]
 
 
 class StreamOptions(BaseModel):

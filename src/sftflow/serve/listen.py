@@ -85,6 +85,10 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """What h11 cannot read, in our shape."""
+        if len(self.conn.trailing_data[0]) > MAX_HEADERS:
+            fact = f"the headers are larger than {MAX_HEADERS >> 10} KB"
+            self._refuse(ApiError(431, fact, code="headers_too_large"))
+            return
         self._refuse(ApiError(400, "this is not a valid HTTP request", code="invalid_http"))
 
     def _refuse(self, error: ApiError) -> None:

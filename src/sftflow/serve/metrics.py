@@ -89,7 +89,7 @@ class Metrics:
         family(name, "counter", "Replies ended, by how.", lines)
         name = "sftflow_time_to_first_token_seconds"
         lines = [x for model, h in self.first_tokens.items() for x in h.lines(name, {"model": model})]
-        family(name, "histogram", "From the request's arrival to its first token.", lines)
+        family(name, "histogram", "From a streamed request's arrival to its first text.", lines)
         name = "sftflow_request_duration_seconds"
         lines = [x for route, h in sorted(self.durations.items()) for x in h.lines(name, {"route": route})]
         family(name, "histogram", "From the request's arrival to the end of its answer.", lines)

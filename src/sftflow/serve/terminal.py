@@ -160,7 +160,7 @@ class _Talk:
             return
         before = self.history[-1] if len(self.history) > len(self.asked) else None
         self.ask(self.asked)
-        if before is not None and self.history[-1] == before and not own_sampling(self.assistant)["temperature"]:
+        if before in self.history[-1:] and not own_sampling(self.assistant)["temperature"]:
             self.note("[the same again: this checkpoint asks for its likeliest tokens, not for a draw]")
 
     def beside(self) -> None:
@@ -269,7 +269,7 @@ def chat(
     talk = _Talk(
         assistant,
         out,
-        note=lambda text: notes.print(Text(text, style="dim")),
+        note=lambda text: notes.print(Text(text, style="dim"), soft_wrap=True),
         load_base=lambda: lineage_base(assistant),
         system=whole(system) if system else None,
         base=base,

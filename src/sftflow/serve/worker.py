@@ -199,11 +199,11 @@ class Worker:
         ):
             leaving.callback(self._count, session, idle=True)
             while not self._closed:
-                gone = [n for n, job in running.items() if job.cancelled]
-                session.cancel(gone)
-                for number in gone:
-                    del running[number]
-                self.stats.finished["cancelled"] += len(gone)
+                if gone := [n for n, job in running.items() if job.cancelled]:
+                    session.cancel(gone)
+                    for number in gone:
+                        del running[number]
+                    self.stats.finished["cancelled"] += len(gone)
                 refused = self._enter(session, running, long)
                 self.stats.finished["error"] += len(refused)
                 self._tell(refused)

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from sftflow.errors import CheckpointError
 from sftflow.files import check_hashes, read_record
 from sftflow.train.loop import Trainer
+from sftflow.train.muon import Muon
 from sftflow.train.resume import saved_states
 
-STATE = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon: {"momentum_buffer"}}
+STATE = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}
 REMEDY = "set train.warm_start: false"
 
 

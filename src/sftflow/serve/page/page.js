@@ -164,7 +164,7 @@ const stop = () => running?.controller.abort();
 // ---- conversations
 
 function open(conversation) {
-  stop();
+  if (conversation !== chat) stop();
   chat = conversation;
   $("system").value = chat.system;
   draw();

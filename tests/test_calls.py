@@ -1,0 +1,222 @@
+"""Tool calls: how a format writes them is learnt from its template, and read back however the text is cut."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import SHARED, TEXT
+from sftflow.base.tokenizer import train_tokenizer
+from sftflow.chat.call_format import learn_calls
+from sftflow.chat.calls import Call, CallFormat, CallReader, JsonEntry, NamedEntry, TaggedEntry, read_calls
+from sftflow.chat.format import ChatFormat
+from sftflow.chat.render import Renderer
+from sftflow.chat.schema import parse_row
+
+# Templates written for these tests, in the ways that well-known ones write calls.
+FRONT = """{%- for t in tools or [] %}{{ '<|im_start|>tools\n' + (t | tojson) + '<|im_end|>\n' }}{% endfor -%}
+{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') -}}"""
+BACK = (
+    """{{- '<|im_end|>\n' -}}{%- endfor -%}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif -%}"""
+)
+CHATML = (
+    FRONT
+    + """{%- for c in m.tool_calls or [] -%}
+{{- '\n<tool_call>\n{"name": "' + c.function.name + '", "arguments": ' + (c.function.arguments | tojson)
+    + '}\n</tool_call>' -}}{%- endfor -%}"""
+    + BACK
+)
+NAMED = (
+    FRONT
+    + """{%- if m.tool_calls -%}{{- '[CALLS]' -}}{%- for c in m.tool_calls -%}
+{{- '[NAME]' + c.function.name + '[ID]' + c.id + '[ARGS]' + (c.function.arguments | tojson) -}}{%- endfor -%}
+{{- '[/CALLS]' -}}{%- endif -%}"""
+    + BACK
+)
+TAGGED = (
+    FRONT
+    + """{%- if m.tool_calls -%}{{- '<calls>' -}}{%- for c in m.tool_calls -%}
+{{- '<function=' + c.function.name + '>\n' -}}{%- for k, v in c.function.arguments.items() -%}
+{{- '<parameter=' + k + '>\n' + (v if v is string else v | tojson) + '\n</parameter>\n' -}}{%- endfor -%}
+{{- '</function>' -}}{%- endfor -%}{{- '</calls>' -}}{%- endif -%}"""
+    + BACK
+)
+NESTED = (
+    FRONT
+    + """{%- for c in m.tool_calls or [] -%}{{- 'Action: ' + ({'function': {'id': c.id, 'called': c.function.name,
+    'with': c.function.arguments | tojson}} | tojson) + '\n' -}}{%- endfor -%}"""
+    + BACK
+)
+SINGLE = (
+    FRONT
+    + """{%- if m.tool_calls -%}
+{%- if m.tool_calls | length > 1 -%}{{- raise_exception('one call only') -}}{%- endif -%}
+{%- set c = m.tool_calls[0] -%}
+{{- '{"name": "' + c.function.name + '", "parameters": ' + (c.function.arguments | tojson) + '}' -}}{%- endif -%}"""
+    + BACK
+)
+DROPS = FRONT + BACK
+TEMPLATES = {"chatml": CHATML, "named": NAMED, "tagged": TAGGED, "nested": NESTED, "single": SINGLE}
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": "d",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string"}, "days": {"type": "integer"}, "more": {"type": "object"}},
+            },
+        },
+    }
+    for name in ("weather", "weather_at", "clock")
+]
+PARIS = {"city": "Paris, 2nd", "days": 3, "more": {"a": [1, None, "é"]}}
+
+
+def renderer_of(template: str) -> Renderer:
+    tokenizer = train_tokenizer(TEXT, 400, 256)
+    control = sorted(set(re.findall(r"<\|[\w ]+?\|>|<｜[^｜]+｜>|\[/?[A-Z_]+\]", template)))
+    tokenizer.add_special_tokens({"additional_special_tokens": control})
+    tokenizer.bos_token, tokenizer.eos_token = "<s>", "</s>"
+    return Renderer(tokenizer, ChatFormat(name="own", template=template))
+
+
+@pytest.fixture(scope="module")
+def learnt() -> dict[str, tuple[Renderer, CallFormat]]:
+    out = {}
+    for name, template in TEMPLATES.items():
+        renderer = renderer_of(template)
+        found = learn_calls(renderer)
+        assert found is not None, name
+        out[name] = (renderer, found)
+    return out
+
+
+def written(renderer: Renderer, content: str, calls: list[tuple[str, dict[str, Any]]]) -> str:
+    """What the engine's text would be if the model made these calls: the template's rendering of the turn, without
+    control tokens."""
+    made = [
+        {"id": f"call{n:05}", "type": "function", "function": {"name": name, "arguments": json.dumps(arguments)}}
+        for n, (name, arguments) in enumerate(calls)
+    ]
+    user = {"role": "user", "content": "u"}
+    row = {"messages": [user, {"role": "assistant", "content": content, "tool_calls": made}], "tools": TOOLS}
+    prompt = renderer.text(parse_row({"messages": [user], "tools": TOOLS}, "x"), reply=True)
+    text = renderer.text(parse_row(row, "x"))
+    assert text.startswith(prompt)
+    return renderer.special_re.sub("", text[len(prompt) :]).removesuffix("\n")
+
+
+def test_what_is_learnt(learnt: dict[str, tuple[Renderer, CallFormat]]) -> None:
+    found = {name: call_format for name, (_, call_format) in learnt.items()}
+    assert found["chatml"].open.strip() == "<tool_call>"
+    assert found["chatml"].entry == JsonEntry(("name",), ("arguments",))
+    assert found["named"].open == "" and isinstance(found["named"].entry, NamedEntry)
+    assert isinstance(found["tagged"].entry, TaggedEntry)
+    assert found["nested"].entry == JsonEntry(("function", "called"), ("function", "with"))
+    assert found["single"] == CallFormat("", JsonEntry(("name",), ("parameters",)), None, "")
+    assert learn_calls(renderer_of(DROPS)) is None
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_calls_are_read_back_however_the_text_is_cut(name: str, learnt: dict[str, tuple[Renderer, CallFormat]]) -> None:
+    renderer, call_format = learnt[name]
+    content = "" if call_format.open == "" else "Let me look."
+    lists: list[list[tuple[str, dict[str, Any]]]] = [[("weather", PARIS)], [("clock", {})]]
+    if call_format.between is not None:
+        lists += [[("weather_at", PARIS), ("weather", {}), ("clock", {"city": "a\nb"})], [("clock", {}), ("clock", {})]]
+    random_cuts = random.Random(0)
+    for calls in lists:
+        text = written(renderer, content, calls)
+        assert read_calls(call_format, TOOLS, text) == (content, calls), text
+        for _ in range(20):
+            cuts = sorted(random_cuts.choices(range(len(text) + 1), k=random_cuts.randint(1, len(text))))
+            reader = CallReader(call_format, TOOLS)
+            pieces: list[str | Call] = []
+            for left, right in zip([0, *cuts], [*cuts, len(text)], strict=True):
+                pieces += reader.feed(text[left:right])
+            pieces += reader.feed("", final=True)
+            assert "".join(p for p in pieces if isinstance(p, str)) == content
+            assert [(p.name, p.arguments) for p in pieces if isinstance(p, Call)] == calls
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "  \n",
+        "Just text with <tool_call> in it.",
+        "<tool_call>\nnot json\n</tool_call> and more",
+        '<tool_call>\n{"name": "nobody", "arguments": {}}\n</tool_call>',
+        '<tool_call>\n{"name": "weather", "arguments": [1]}\n</tool_call>',
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "Par',
+        '<tool_call>{"name": 5}</tool_call>  ',
+        "<tool_c",
+        "a < b",
+        "{" * 5000,
+        '<tool_call>\n{"name": "weather", "arguments": {"days": NaN}}\n</tool_call>',
+        '<tool_call>\n{"name": "weather", "arguments": ' + '{"a":' * 3000,
+        '{"answer": 5}',
+        "weather is fine",
+        "<function=nobody></function>",
+    ],
+)
+def test_what_is_no_call_stays_text(text: str, learnt: dict[str, tuple[Renderer, CallFormat]]) -> None:
+    for _, call_format in learnt.values():
+        assert read_calls(call_format, TOOLS, text) == (text, [])
+        reader = CallReader(call_format, TOOLS)
+        pieces = [p for c in text[:200] for p in reader.feed(c)] + reader.feed(text[200:], final=True)
+        assert "".join(map(str, pieces)) == text
+
+
+def test_text_around_calls_is_given_out_as_it_comes(learnt: dict[str, tuple[Renderer, CallFormat]]) -> None:
+    reader = CallReader(learnt["chatml"][1], TOOLS)
+    assert reader.feed("Let me look.\n") == ["Let me look."]
+    assert reader.feed("<tool") == []
+    assert reader.feed('_call>\n{"arguments": {"city": "x"},') == []
+    assert reader.feed(' "name": "clock"}\n</tool_call>') == []
+    assert reader.feed("\nDone") == [Call("clock", {"city": "x"}), "Done"]
+    assert reader.feed(".", final=True) == ["."]
+
+
+def test_a_call_may_end_with_the_reply(learnt: dict[str, tuple[Renderer, CallFormat]]) -> None:
+    text = '<tool_call>{"name":"clock","arguments":{}}'
+    assert read_calls(learnt["chatml"][1], TOOLS, text) == ("", [("clock", {})])
+
+
+# What the published templates write, read from their source by hand.
+PUBLISHED = {
+    "Qwen-Qwen2.5-7B-Instruct": "<tool_call>",
+    "Qwen-Qwen3-0.6B": "<tool_call>",
+    "Qwen-QwQ-32B": "<tool_call>",
+    "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use": "<tool_call>",
+    "GLM-4.6": "<tool_call>",
+    "meta-llama-Llama-3.1-8B-Instruct": "",
+    "meta-llama-Llama-3.2-3B-Instruct": "",
+    "mistralai-Mistral-Nemo-Instruct-2407": "[",
+    "deepseek-ai-DeepSeek-V3.1": "",
+}
+
+
+@pytest.mark.parametrize(
+    "path", sorted((SHARED / "fixtures/chat_templates/llamacpp").glob("*.jinja")), ids=lambda p: p.stem
+)
+def test_published_templates(path: Path) -> None:
+    renderer = renderer_of(path.read_text(encoding="utf-8"))
+    call_format = learn_calls(renderer)
+    if path.stem not in PUBLISHED:
+        assert call_format is None
+        return
+    assert call_format is not None and call_format.open.strip() == PUBLISHED[path.stem]
+    if path.stem == "Qwen-QwQ-32B":
+        return  # its prompt is no prefix of its own rendering
+    calls = [("weather", PARIS)]
+    text = re.sub(r"(?s)^\s*<think>\s*</think>\s*", "", written(renderer, "", calls))
+    assert read_calls(call_format, TOOLS, text) == ("", calls)

@@ -1,0 +1,97 @@
+"""One conversation has the same prompt ids wherever it goes: training row, evaluation, server, terminal, GGUF."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import SHARED
+from sftflow import checkpoint
+from sftflow.chat.schema import parse_row
+from sftflow.export import gguf as exporting
+from sftflow.export import llamacpp
+from sftflow.export.gguf import export_gguf
+from sftflow.export.llamacpp import LlamaCpp
+
+pytest.importorskip("gguf")
+pytestmark = pytest.mark.skipif(not llamacpp.available(), reason="llama.cpp: pip install xllamacpp")
+
+
+def conversations(n: int) -> list[list[dict[str, str]]]:
+    """Real dialogues of several turns: user and assistant by turns, ending with a user turn."""
+    path = SHARED / "topical_chat" / "valid_freq.json"
+    if not path.exists():
+        pytest.skip("public data absent: topical_chat")
+    out = []
+    for row in json.loads(path.read_text(encoding="utf-8")).values():
+        texts = [turn["message"] for turn in row["content"]]
+        length = 1 + 2 * (len(out) % 4)
+        if len(texts) >= length + 1:
+            out.append(
+                [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts[: length + 1])]
+            )
+        if len(out) == n:
+            break
+    return out
+
+
+def everywhere(model: str, path: Path, n: int) -> dict[str, int]:
+    """Compare; {"rows", "splits": rows where our renderer encodes two sides of a boundary apart, which llama.cpp does
+    not}."""
+    assistant = checkpoint.load_assistant(model)
+    of_file = checkpoint.load_assistant(str(path)).renderer
+    renderer = assistant.renderer
+    splits = 0
+    rows = conversations(n)
+    with LlamaCpp(path, context=64) as engine:
+        for messages in rows:
+            trained = renderer.render(parse_row({"messages": messages}, "row"))
+            asked = renderer.render(parse_row({"messages": messages[:-1]}, "row"), reply=True)
+            ids = asked.ids.tolist()
+            assert trained.ids[: len(ids)].tolist() == ids  # training's row begins with what is asked
+            assert trained.mask[len(ids)] == 1
+            # Evaluation, server and terminal all ask for `render(reply=True)`; the exported file's own renderer:
+            assert of_file.render(parse_row({"messages": messages[:-1]}, "row"), reply=True).ids.tolist() == ids
+            text = engine.prompt(messages[:-1])
+            assert text == asked.text
+            theirs = engine.ids(text)
+            if asked.boundary_splits:
+                splits += 1
+                assert theirs == assistant.tokenizer(text, add_special_tokens=False)["input_ids"]
+            else:
+                assert theirs == ids
+    return {"rows": len(rows), "splits": splits}
+
+
+@pytest.mark.parametrize("format_name", ["sftflow", "chatml"])
+def test_a_hundred_conversations(tmp_path: Path, format_name: str) -> None:
+    assistant = checkpoint.load_assistant("builtin:tiny", format=format_name)
+    renderer = assistant.renderer
+    import torch
+
+    checkpoint.save(tmp_path / "sft", assistant.model, assistant.tokenizer, renderer, dtype=torch.float32, meta={})
+    model = checkpoint.load_assistant(str(tmp_path / "sft"))
+    exporting.write(exporting.plan_of(model, "f16"), tmp_path / "m.gguf")
+    found = everywhere(str(tmp_path / "sft"), tmp_path / "m.gguf", 100)
+    assert found["rows"] == 100
+    assert found["splits"] == 0, found
+
+
+@pytest.mark.slow
+def test_smollm2(tmp_path: Path) -> None:
+    """A real checkpoint: SFTFLOW_SMOLLM2 is the path of SmolLM2-135M-Instruct, a directory or a .gguf file."""
+    model = os.environ.get("SFTFLOW_SMOLLM2", "")
+    if not Path(model).exists() or not model:
+        pytest.skip("SFTFLOW_SMOLLM2 names no checkpoint")
+    found = export_gguf(model, tmp_path / "m.gguf", "f32", say=lambda _: None)
+    assert found["passed"], found["failures"][:3]
+    assert found["prompts"] == found["ids_equal"] == found["greedy_equal"] == 50
+    with LlamaCpp(tmp_path / "m.gguf", context=256) as engine:
+        body: dict[str, Any] = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
+        choice = engine.post("/v1/chat/completions", {**body, "temperature": 0, "max_tokens": 60})["choices"][0]
+    assert "Paris" in choice["message"]["content"] and choice["finish_reason"] == "stop"
+    assert everywhere(model, tmp_path / "m.gguf", 100)["rows"] == 100

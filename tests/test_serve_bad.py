@@ -1,0 +1,364 @@
+"""Bad requests to a real `sftflow serve` process: the right status, a small error in the one shape, and it lives on."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from serving import ASK, local, refusal, running, tiny
+from sftflow.checkpoint import Assistant
+from sftflow.serve import api, listen
+
+CHAT, TEXT, RENDER = "/v1/chat/completions", "/v1/completions", "/v1/render"
+KEY = {"Authorization": "Bearer k", "Content-Type": "application/json"}
+
+
+@dataclass(frozen=True)
+class Bad:
+    """One bad request. body: bytes as they are, else JSON."""
+
+    status: int
+    body: Any = b""
+    path: str = CHAT
+    method: str = "POST"
+    headers: dict[str, Any] = field(default_factory=dict)
+    param: str | None = None
+    code: str | None = None
+
+
+def chat(status: int, *, param: str | None = None, code: str | None = None, **fields: Any) -> Bad:
+    return Bad(status, {"model": "tiny", "messages": ASK, "max_tokens": 2, **fields}, param=param, code=code)
+
+
+def text(status: int, *, param: str | None = None, code: str | None = None, **fields: Any) -> Bad:
+    return Bad(status, {"model": "tiny", "prompt": "a", "max_tokens": 2, **fields}, TEXT, param=param, code=code)
+
+
+def said(*messages: Any, param: str | None = None) -> Bad:
+    return chat(400, messages=list(messages), param=param)
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+USER = {"role": "user", "content": "a"}
+TOO_LONG = "context_length_exceeded"
+BAD = [
+    # bodies
+    Bad(400, b"", code="invalid_json"),
+    Bad(400, b"{", code="invalid_json"),
+    Bad(400, b"hello", code="invalid_json"),
+    Bad(400, b"[]", code="invalid_json"),
+    Bad(400, b'"a"', code="invalid_json"),
+    Bad(400, b"\xff\xfe{}", code="invalid_json"),
+    Bad(400, b'{"model": "\\udc00"}', code="invalid_json"),
+    Bad(400, b'{"model": "tiny", "messages": [], "messages": []}', code="invalid_json"),
+    Bad(400, b'{"n": 1' + b"0" * 10_000 + b"}", code="invalid_json"),
+    Bad(400, b"[" * 1_000_000, code="invalid_json"),
+    Bad(400, b'{"a":' * 300_000, code="invalid_json"),
+    Bad(400, b'{"model": "tiny", "temperature": NaN}', code="invalid_json"),
+    Bad(400, b'{"model": "tiny", "temperature": Infinity}', code="invalid_json"),
+    Bad(400, b'{"model": "tiny", "messages": [{"role": "user", "content": "a"}], "temperature": 1e999}',
+        param="temperature"),
+    Bad(400, b'{"model": "tiny"}', param="messages"),
+    Bad(400, {"messages": ASK}, param="model"),
+    Bad(413, b"x" * (2 * 1024 * 1024 + 1), code="body_too_large"),
+    Bad(413, b"x" * 100_000_000, code="body_too_large"),
+    Bad(413, b"", headers={"Content-Length": "99999999999999999999"}, code="body_too_large"),
+    # types and values
+    chat(400, temperature="1", param="temperature"),
+    chat(400, temperature=-1, param="temperature"),
+    chat(400, temperature=[], param="temperature"),
+    chat(400, top_p=2, param="top_p"),
+    chat(400, top_k=1.5, param="top_k"),
+    chat(400, n=10**6, param="n"),
+    chat(400, n=-1, param="n"),
+    chat(400, n="2", param="n"),
+    chat(400, seed=10**30, param="seed"),
+    chat(400, seed="a", param="seed"),
+    chat(400, max_tokens=-5, param="max_tokens"),
+    chat(400, max_tokens=10**400, param="max_tokens"),
+    chat(400, max_completion_tokens=0, param="max_completion_tokens"),
+    chat(400, stop=[[]], param="stop"),
+    chat(400, stop="x" * 1000, param="stop"),
+    chat(400, stream=1, param="stream"),
+    chat(400, stream_options="usage", param="stream_options"),
+    chat(400, logprobs="yes", param="logprobs"),
+    chat(400, logprobs=True, top_logprobs=100, param="top_logprobs"),
+    chat(400, frequency_penalty=99, param="frequency_penalty"),
+    chat(400, response_format={"type": "json_schema"}, param="response_format", code="unsupported_parameter"),
+    chat(400, logit_bias={"1": 100}, param="logit_bias", code="unsupported_parameter"),
+    chat(400, tools=[{"type": "function", "function": {"name": "f"}}], param="tools", code="unsupported_parameter"),
+    chat(400, tools=[{"type": "web_search"}], param="tools[0]"),
+    chat(400, tools=[{"type": "function", "function": {"name": "a b"}}], param="tools[0].function.name"),
+    chat(400, tools="all", param="tools"),
+    chat(400, tool_choice="required", param="tool_choice"),
+    chat(400, model=5, param="model"),
+    chat(404, model="nobody", param="model", code="model_not_found"),
+    chat(404, model="../../etc/passwd", param="model", code="model_not_found"),
+    chat(404, model="x" * 100_000, param="model", code="model_not_found"),
+    # messages
+    said(param="messages"),
+    said("hi"),
+    said(nested(500)),
+    said({"role": "robot", "content": "a"}),
+    said({"role": ["user"], "content": "a"}),
+    said({"role": "user"}),
+    said({"role": "user", "content": 1}),
+    said({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}),
+    said({"role": "user", "content": [{"type": "input_audio"}]}),
+    said({"role": "tool", "content": "a"}),
+    said(USER, USER),
+    said({"role": "assistant", "content": "a"}),
+    said(*[USER] * 10_000, param="messages"),
+    said(*[USER, {"role": "assistant", "content": "b"}] * 900, USER, param="messages"),
+    chat(400, messages={"role": "user"}, param="messages"),
+    chat(400, messages=[{"role": "user", "content": "zq" * 900_000}], param="messages", code=TOO_LONG),
+    # plain completions
+    text(400, prompt=None, param="prompt"),
+    text(400, prompt=[-1], param="prompt"),
+    text(400, prompt=[2**31], param="prompt"),
+    text(400, prompt=[[1], "a"], param="prompt"),
+    text(400, prompt=nested(900), param="prompt"),
+    text(400, prompt=["a"] * 1000, param="prompt"),
+    text(400, prompt="zq" * 900_000, param="prompt", code=TOO_LONG),
+    text(400, max_tokens=10_000, param="max_tokens", code=TOO_LONG),
+    text(400, logprobs=-1, param="logprobs"),
+    text(400, suffix="b", param="suffix"),
+    # who and where
+    Bad(401, chat(0).body, headers={"Authorization": ""}, code="invalid_api_key"),
+    Bad(401, chat(0).body, headers={"Authorization": "Bearer wrong"}, code="invalid_api_key"),
+    Bad(401, path=RENDER, headers={"Authorization": "Basic azpr"}, code="invalid_api_key"),
+    Bad(401, path="/metrics", method="GET", headers={"Authorization": ""}, code="invalid_api_key"),
+    Bad(403, chat(0).body, headers={"Origin": "https://evil.example"}, code="origin_not_allowed"),
+    Bad(403, chat(0).body, headers={"Origin": "null"}, code="origin_not_allowed"),
+    Bad(403, chat(0).body, headers={"Origin": "http://["}, code="origin_not_allowed"),
+    Bad(403, chat(0).body, headers={"Host": "evil.example"}, code="host_not_allowed"),
+    Bad(403, chat(0).body, headers={"Host": "127.0.0.1.evil.example"}, code="host_not_allowed"),
+    Bad(415, chat(0).body, headers={"Content-Type": "text/plain"}, code="unsupported_media_type"),
+    Bad(415, b"model=tiny", headers={"Content-Type": "application/x-www-form-urlencoded"}),
+    Bad(415, chat(0).body, headers={"Content-Encoding": "gzip"}),
+    Bad(404, path="/v1/nothing", method="GET"),
+    Bad(404, path="/v1/models/nobody", method="GET", code="model_not_found"),
+    Bad(404, path="/..%2f..%2fetc/passwd", method="GET"),
+    Bad(404, path="/page.js/../../pyproject.toml", method="GET"),
+    Bad(405, method="GET"),
+    Bad(405, method="DELETE"),
+    Bad(405, path="/health", method="POST"),
+    Bad(405, method="BREW"),
+    Bad(431, method="GET", path="/health", headers={f"x-{i}": "y" * 1000 for i in range(40)}),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of a `sftflow serve` process with a key."""
+    directory = tmp_path_factory.mktemp("bad") / "tiny"
+    tiny(directory, 256)
+    command = [sys.executable, "-m", "sftflow", "serve", str(directory), "--port", "0", "--api-key", "k"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    line = next(x for x in process.stderr if x.startswith("serving "))
+    log: list[str] = []
+    reader = threading.Thread(target=lambda: log.extend(process.stderr or ()), daemon=True)
+    reader.start()
+    try:
+        yield int(line.split(":")[2].split()[0])
+        assert process.poll() is None
+    finally:
+        process.terminate()
+        process.wait(20)
+        reader.join(5)
+    assert not [x for x in log if "Traceback" in x or "Exception" in x], log[-30:]
+
+
+def send(port: int, bad: Bad) -> httpx.Response:
+    body = bad.body if isinstance(bad.body, bytes) else json.dumps(bad.body).encode()
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    headers = {**KEY, **bad.headers}
+    try:
+        connection.putrequest(bad.method, bad.path, skip_host="Host" in headers, skip_accept_encoding=True)
+        for name, value in headers.items():
+            connection.putheader(name, value)
+        if bad.method != "GET" and "Content-Length" not in headers:
+            connection.putheader("Content-Length", str(len(body)))
+        connection.endheaders(body if bad.method != "GET" else None)
+        answer = connection.getresponse()
+        return httpx.Response(answer.status, headers=answer.getheaders(), content=answer.read())
+    finally:
+        connection.close()
+
+
+def test_bad_requests(server: int) -> None:
+    assert len(BAD) >= 60
+    for number, bad in enumerate(BAD):
+        began = time.monotonic()
+        answer = send(server, bad)
+        label = f"{number}: {bad.method} {bad.path} {str(bad.body)[:80]} {str(bad.headers)[:80]}"
+        assert answer.status_code == bad.status, (label, answer.text)
+        error = refusal(answer, bad.status)
+        assert bad.param in (None, error["param"]), (label, error)
+        assert bad.code in (None, error["code"]), (label, error)
+        assert "/" not in error["message"].replace("application/json", ""), (label, error)  # no paths
+        assert time.monotonic() - began < 10, label
+    good = chat(0).body
+    answer = httpx.post(f"http://127.0.0.1:{server}{CHAT}", json=good, headers=KEY, timeout=20)
+    assert answer.status_code == 200, answer.text
+
+
+RAW = {
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03": 400,  # TLS
+    b"GARBAGE\r\n\r\n": 400,
+    b"GET / HTTP/9.9\r\nHost: localhost\r\n\r\n": 400,
+    b"GET / HTTP/1.1\r\n\r\n": 400,  # no Host
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n": 400,
+    b"GET / HTTP/1.0\r\n\r\n": 403,
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n": 400,
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n": 400,
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer k\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\nzz\r\n": 400,
+    b"GET /" + b"a" * 40_000 + b" HTTP/1.1\r\n": 431,
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 40_000: 431,
+}
+
+
+def answer_to(port: int, sent: bytes) -> tuple[int, dict[str, Any]]:
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
+        raw.sendall(sent)
+        data = b""
+        while piece := raw.recv(65536):
+            data += piece
+    head, _, body = data.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)
+
+
+def test_what_is_not_http(server: int) -> None:
+    for sent, status in RAW.items():
+        got, body = answer_to(server, sent)
+        assert got == status, (sent[:60], got, body)
+        assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert httpx.get(f"http://127.0.0.1:{server}/health").status_code == 200
+
+
+class Quick(listen.Connection):
+    header_seconds = 0.6
+    body_seconds = 0.6
+    write_seconds = 0.6
+    most = 4
+
+
+HEAD = b"POST /v1/render HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize(
+    ("first", "drip"),
+    [
+        (b"", b""),  # a connection that says nothing
+        (b"G", b"E"),
+        (HEAD, b"X: y\r\n"),
+        (HEAD + b"Content-Length: 1000\r\n\r\n{", b" "),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /heal", b"t"),  # the second on one connection
+    ],
+)
+def test_what_drips_is_cut_off(assistant: Assistant, first: bytes, drip: bytes) -> None:
+    with running(api.make_app({"tiny": assistant}), Quick) as url:
+        began = time.monotonic()
+        with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])), timeout=5) as raw:
+            raw.sendall(first)
+            data = b""
+            raw.settimeout(0.1)
+            while time.monotonic() - began < 5:
+                try:
+                    piece = raw.recv(65536)
+                    data += piece
+                    if not piece:
+                        break
+                except TimeoutError:
+                    raw.sendall(drip)
+                except OSError:
+                    break
+        assert 0.5 < time.monotonic() - began < 3
+        assert b" 408 " in data and b"request_timeout" in data
+        assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_a_slow_client_that_is_within_the_limits_is_served(assistant: Assistant) -> None:
+    body = json.dumps({"model": "tiny", "messages": ASK}).encode()
+    sent = HEAD + f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body
+    with (
+        running(api.make_app({"tiny": assistant}), Quick) as url,
+        socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])), timeout=5) as raw,
+    ):
+        for left in range(0, len(sent), 40):
+            raw.sendall(sent[left : left + 40])
+            time.sleep(0.05)
+        assert raw.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+def test_connections_are_counted(assistant: Assistant) -> None:
+    with running(api.make_app({"tiny": assistant}), Quick) as url:
+        port = int(url.rsplit(":", 1)[1])
+        idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(4)]
+        time.sleep(0.2)
+        status, body = answer_to(port, b"")
+        assert status == 503 and body["error"]["code"] == "too_many_connections"
+        for raw in idle:
+            raw.close()
+        time.sleep(0.2)
+        assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_large_bodies_do_not_hold_up_the_others(endless: Assistant) -> None:
+    """2 MB of prompt are parsed, rendered and encoded while /health is asked again and again."""
+    words = " ".join(f"word{i}" for i in range(200_000))[:1_900_000]
+    body = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": words}]})
+    waited: list[float] = []
+    answers: list[httpx.Response] = []
+    with running(api.make_app({"tiny": endless})) as url:
+
+        def large() -> None:
+            json_type = {"Content-Type": "application/json"}
+            answers.append(httpx.post(f"{url}{CHAT}", content=body, headers=json_type, timeout=60))
+
+        thread = threading.Thread(target=large)
+        thread.start()
+        with httpx.Client() as client:
+            while thread.is_alive():
+                began = time.monotonic()
+                assert client.get(f"{url}/health", timeout=20).status_code == 200
+                waited.append(time.monotonic() - began)
+        thread.join()
+    refusal(answers[0], 400, "messages", TOO_LONG)
+    assert max(waited) < 1.0
+
+
+def test_ten_thousand_short_messages_in_a_large_context_answer_in_bounded_time(endless: Assistant) -> None:
+    http_client = local(endless)
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    began = time.monotonic()
+    refusal(http_client.post(RENDER, json={"model": "tiny", "messages": turn * 5_000}), 400, "messages")
+    assert time.monotonic() - began < 2
+
+
+def test_no_file_of_the_package_is_reachable_but_the_page(assistant: Assistant) -> None:
+    client = local(assistant)
+    for name in ("../api.py", "..%2fapi.py", "page/index.html", "page/../api.py", ".git/config"):
+        assert client.get(f"/{name}").status_code == 404
+    assert {f for f, _ in api.PAGE.values()} <= {p.name for p in (Path(api.__file__).parent / "page").iterdir()}
