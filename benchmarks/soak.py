@@ -9,7 +9,7 @@ then all of `--leavers` at once, each hanging up at its first text. Everything i
     errors        none, but 503 with Retry-After, after which the client asks again
     /health       99th percentile under 100 ms while all ask
     throughput    at least 3 times the tokens a second of one client
-    memory        resident at the end within 5% + 16 MiB of what it was when the load had run for a sixth of its time
+    memory        resident at the end within 5% + 16 MiB of what it was after the warm-up: two replies a client
     hang-ups      every slot free, nobody in line, the replies counted as cancelled, the next answered in under 5 s
 
 Exits 1 where one fails. Linux (memory is read from /proc).
@@ -60,10 +60,9 @@ def bodies(server: Server, tokens: int) -> list[dict[str, Any]]:
 
 
 async def ask_for(
-    server: Server, asked: list[dict[str, Any]], clients: int, seconds: float
-) -> tuple[list[Streamed], Any]:
-    """So many clients for so long: (all that they heard, tokens a second)."""
-    heard: list[Streamed] = []
+    server: Server, asked: list[dict[str, Any]], clients: int, seconds: float, heard: list[Streamed]
+) -> float:
+    """So many clients for so long; all that they hear goes to `heard`. Returns tokens a second."""
     until = time.monotonic() + seconds
     async with client(clients) as web:
 
@@ -75,15 +74,17 @@ async def ask_for(
 
         began = time.perf_counter()
         await asyncio.gather(*(one(i) for i in range(clients)))
-        return heard, sum(h.tokens for h in heard) / (time.perf_counter() - began)
+        return sum(h.tokens for h in heard) / (time.perf_counter() - began)
 
 
-async def watch_memory(server: Server, seconds: float) -> list[float]:
-    """Resident MiB, twice a second, without the first sixth of the time (warm-up)."""
-    await asyncio.sleep(seconds / 6)
+async def watch_memory(server: Server, seconds: float, heard: list[Streamed], warm: int) -> list[float]:
+    """Resident MiB, twice a second, from when `warm` answers have been heard: every slot has held long replies then,
+    and the allocator has what it needs."""
+    until = time.monotonic() + seconds
     seen = []
-    while len(seen) < 2 * seconds * 5 / 6:
-        seen.append(server.resident_mib())
+    while time.monotonic() < until:
+        if len(heard) >= warm:
+            seen.append(server.resident_mib())
         await asyncio.sleep(0.5)
     return seen
 
@@ -100,13 +101,16 @@ def gauges(server: Server) -> Counter[str]:
 
 
 def loaded(server: Server, asked: list[dict[str, Any]], clients: int, seconds: float) -> None:
-    _, alone = asyncio.run(ask_for(server, asked, 1, min(10.0, seconds)))
+    alone = asyncio.run(ask_for(server, asked, 1, min(10.0, seconds), []))
+    heard: list[Streamed] = []
 
-    async def both() -> tuple[Any, list[float]]:
-        return await asyncio.gather(ask_for(server, asked, clients, seconds), watch_memory(server, seconds))
+    async def both() -> tuple[float, list[float]]:
+        return await asyncio.gather(
+            ask_for(server, asked, clients, seconds, heard), watch_memory(server, seconds, heard, 2 * clients)
+        )
 
     with HealthProbe(server.url) as probe:
-        (heard, together), memory = asyncio.run(both())
+        together, memory = asyncio.run(both())
     kinds = Counter(h.status for h in heard)
     wrong = [h for h in heard if h.error and not (h.status == 503 and h.retry_after is not None)]
     told = ", ".join(f"{n} x {status}" for status, n in sorted(kinds.items()))
@@ -114,8 +118,12 @@ def loaded(server: Server, asked: list[dict[str, Any]], clients: int, seconds: f
     check("/health", percentile(probe.seconds, 0.99) < 0.1, probe.told())
     told = f"{together:,.0f} tokens/s with {clients} clients, {alone:,.0f} with one: {together / alone:.2f} times"
     check("throughput", together >= 3 * alone, told)
+    if len(memory) < 20:
+        check("memory", False, f"{len(memory)} readings after {2 * clients} replies are too few; give more --seconds")
+        return
     begin, end = max(memory[:10]), max(memory[-10:])
-    check("memory", end <= 1.05 * begin + 16, f"{begin:,.0f} MiB after the warm-up, {end:,.0f} at the end")
+    told = f"{begin:,.0f} MiB after the warm-up, {end:,.0f} at the end, {len(memory) / 2:.0f} s later"
+    check("memory", end <= 1.05 * begin + 16, told)
 
 
 def left(server: Server, asked: list[dict[str, Any]], leavers: int) -> None:
@@ -166,7 +174,7 @@ def main() -> int:
     args = parser.parse_args()
     with served(serve_command(args.model)) as server:
         asked = bodies(server, args.tokens)
-        asyncio.run(ask_for(server, asked, 2, 0.5))
+        asyncio.run(ask_for(server, asked, 2, 0.5, []))
         loaded(server, asked, args.clients, args.seconds)
         left(server, [{**body, "max_tokens": 400} for body in asked], args.leavers)
     print(f"failed: {', '.join(failed)}" if failed else "all good")
