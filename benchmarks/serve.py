@@ -5,7 +5,8 @@ see it: streamed chat replies over HTTP on this machine.
 
     sftflow                    `sftflow serve DIR`
     transformers               `transformers serve DIR`: its replies are computed one after another
-    transformers continuous    the same with `--continuous-batching`
+    transformers continuous    the same with `--continuous-batching` and a cache of CACHE (on a CPU its own choice is
+                               most of the memory, and 5.23 does not answer)
 
 `transformers serve` needs what transformers[serving] names; the extra `dev` of this project has it. One server runs at
 a time, in rounds whose order turns. At each number of clients every client asks its questions one after another, 4 in
@@ -42,6 +43,7 @@ from load import (
 )
 
 WAYS = ("sftflow", "transformers", "transformers continuous")
+CACHE = ("--cb-block-size", "32", "--cb-num-blocks", "512", "--cb-max-batch-tokens", "512", "--no-cb-use-cuda-graph")
 
 
 @dataclass
@@ -77,7 +79,7 @@ def command(way: str, model: str, port: int) -> list[str]:
         return serve_command(model)
     # The console script of the interpreter that runs this.
     script = str(Path(sys.executable).parent / "transformers")
-    options = ["--continuous-batching"] if way.endswith("continuous") else []
+    options = ["--continuous-batching", *CACHE] if way.endswith("continuous") else []
     return [script, "serve", model, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu",
             "--dtype", "float32", *options]  # fmt: skip
 
