@@ -30,6 +30,7 @@ from typing import Any
 import httpx
 
 START_SECONDS = 180.0
+TRIES = 24
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,6 @@ async def stream_chat(web: httpx.AsyncClient, url: str, body: dict[str, Any], *,
     began = time.perf_counter()
     got: dict[str, Any] = {}
     text: list[str] = []
-    done = False
     try:
         async with web.stream("POST", f"{url}/v1/chat/completions", json={**body, "stream": True}) as response:
             got["status"] = response.status_code
@@ -135,8 +135,7 @@ async def stream_chat(web: httpx.AsyncClient, url: str, body: dict[str, Any], *,
                     continue
                 data = line[5:].strip()
                 if data == "[DONE]":
-                    done = True
-                    break
+                    continue  # read on to the end, else the connection is not kept
                 chunk = json.loads(data)
                 if "error" in chunk:
                     got["error"] = json.dumps(chunk["error"])
@@ -151,9 +150,6 @@ async def stream_chat(web: httpx.AsyncClient, url: str, body: dict[str, Any], *,
                     got["tokens"] = chunk["usage"]["completion_tokens"]
                 if leave and text:
                     break
-            if done:
-                async for _ in response.aiter_raw():  # the connection is kept only where it was read to its end
-                    pass
     except httpx.HTTPError as error:
         got["error"] = f"{type(error).__name__}: {error}"
     if not (got.get("finish") or leave or "error" in got):
@@ -221,13 +217,16 @@ def _probe(url: str, every: float, stop: Event, out: Any) -> None:
 
 
 async def retried(web: httpx.AsyncClient, url: str, body: dict[str, Any], *, leave: bool = False) -> list[Streamed]:
-    """Ask until it is answered, waiting as long as a refusal with 503 and Retry-After says: all that was heard."""
+    """Ask until it is answered, waiting as long as a refusal with 503 and Retry-After says, TRIES times at most: all
+    that was heard."""
     heard: list[Streamed] = []
-    while True:
+    while len(heard) < TRIES:
         heard.append(await stream_chat(web, url, body, leave=leave))
-        if heard[-1].status != 503 or heard[-1].retry_after is None:
-            return heard
-        await asyncio.sleep(heard[-1].retry_after)
+        wait = heard[-1].retry_after
+        if heard[-1].status != 503 or wait is None:
+            break
+        await asyncio.sleep(wait)
+    return heard
 
 
 def questions(n: int) -> list[list[dict[str, str]]]:
