@@ -45,13 +45,13 @@ def learn_by_heart(assistant: Assistant, rows: list[dict[str, Any]]) -> None:
             logits = assistant.model(torch.tensor(row.ids)[None]).logits[0, :-1]
             wanted = torch.tensor(row.mask[1:] == 1)
             loss = loss + torch.nn.functional.cross_entropy(logits[wanted], torch.tensor(row.ids[1:])[wanted])
-        if float(loss) < 0.01:
+        if loss.item() < 0.01:
             break
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assistant.model.eval()
-    assert float(loss) < 0.05
+    assert loss.item() < 0.05
 
 
 @pytest.fixture(scope="module")
