@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,9 +67,15 @@ def request(assistant: Assistant, n: int, **options: Any) -> Request:
     return Request(prompt_ids=tuple(ids.tolist()), max_new_tokens=n, **(options or DRAW))
 
 
+@functools.cache
+def twin(directory: str) -> Assistant:
+    """The same model once more: an engine runs one session at a time, and the server's thread may hold it."""
+    return load_assistant(directory)
+
+
 def own(assistant: Assistant, n: int, **options: Any) -> Reply:
     """The engine's own reply to ASK."""
-    return assistant.engine.generate([request(assistant, n, **options)])[0]
+    return twin(assistant.name).engine.generate([request(assistant, n, **options)])[0]
 
 
 def refusal(response: Any, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:

@@ -83,8 +83,7 @@ PARIS = {"city": "Paris, 2nd", "days": 3, "more": {"a": [1, None, "é"]}}
 def renderer_of(template: str) -> Renderer:
     tokenizer = train_tokenizer(TEXT, 400, 256)
     control = sorted(set(re.findall(r"<\|[\w ]+?\|>|<｜[^｜]+｜>|\[/?[A-Z_]+\]", template)))
-    tokenizer.add_special_tokens({"additional_special_tokens": control})
-    tokenizer.bos_token, tokenizer.eos_token = "<s>", "</s>"
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>", "additional_special_tokens": control})
     return Renderer(tokenizer, ChatFormat(name="own", template=template))
 
 
@@ -120,7 +119,7 @@ def test_what_is_learnt(learnt: dict[str, tuple[Renderer, CallFormat]]) -> None:
     assert found["chatml"].entry == JsonEntry(("name",), ("arguments",))
     assert found["named"].open == "" and isinstance(found["named"].entry, NamedEntry)
     assert isinstance(found["tagged"].entry, TaggedEntry)
-    assert found["nested"].entry == JsonEntry(("function", "called"), ("function", "with"))
+    assert found["nested"].entry == JsonEntry(("called",), ("with",))
     assert found["single"] == CallFormat("", JsonEntry(("name",), ("parameters",)), None, "")
     assert learn_calls(renderer_of(DROPS)) is None
 
@@ -188,7 +187,9 @@ def test_text_around_calls_is_given_out_as_it_comes(learnt: dict[str, tuple[Rend
 
 def test_a_call_may_end_with_the_reply(learnt: dict[str, tuple[Renderer, CallFormat]]) -> None:
     text = '<tool_call>{"name":"clock","arguments":{}}'
-    assert read_calls(learnt["chatml"][1], TOOLS, text) == ("", [("clock", {})])
+    for end in ("", "\n", "</", "\n</tool_call"):
+        assert read_calls(learnt["chatml"][1], TOOLS, text + end) == ("", [("clock", {})])
+    assert read_calls(learnt["chatml"][1], TOOLS, text + " so") == ("so", [("clock", {})])
 
 
 # What the published templates write, read from their source by hand.

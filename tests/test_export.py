@@ -104,7 +104,7 @@ def test_f32_is_the_model_itself_in_llama_cpp(tmp_path: Path, tokenizer_dir: Pat
     assert found["passed"], found["failures"][:3]
     assert found["prompts"] == found["rendered_equal"] == found["ids_equal"] == found["greedy_equal"] == 24
     assert found["largest_logit_difference"] < 1e-4
-    assert found["look_alikes"] == 2
+    assert found["look_alikes"] >= 2
     assert len({tuple(r["tokens"]) for r in found["rows"]}) > 12  # not the same reply everywhere
     assert json.loads((tmp_path / "m.parity.json").read_text())["sha256"] == found["sha256"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "m.parity.json", "sft", "sft-tokenizer"]

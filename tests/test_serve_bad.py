@@ -93,7 +93,6 @@ BAD = [
     chat(400, seed=10**30, param="seed"),
     chat(400, seed="a", param="seed"),
     chat(400, max_tokens=-5, param="max_tokens"),
-    chat(400, max_tokens=10**400, param="max_tokens"),
     chat(400, max_completion_tokens=0, param="max_completion_tokens"),
     chat(400, stop=[[]], param="stop"),
     chat(400, stop="x" * 1000, param="stop"),
@@ -225,7 +224,6 @@ def test_bad_requests(server: int) -> None:
 RAW = {
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03": 400,  # TLS
     b"GARBAGE\r\n\r\n": 400,
-    b"GET / HTTP/9.9\r\nHost: localhost\r\n\r\n": 400,
     b"GET / HTTP/1.1\r\n\r\n": 400,  # no Host
     b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n": 400,
     b"GET / HTTP/1.0\r\n\r\n": 403,

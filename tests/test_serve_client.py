@@ -12,14 +12,14 @@ import httpx
 import openai
 import pytest
 
-from serving import ASK, DRAW, ask, own, request, running
-from sftflow.checkpoint import Assistant
+from serving import ASK, DRAW, ask, own, request, running, twin
+from sftflow.checkpoint import Assistant, load_assistant
 from sftflow.serve import api
 
 
 @pytest.fixture(scope="session")
 def address(assistant: Assistant) -> Iterator[str]:
-    with running(api.make_app({"tiny": assistant, "runs/other": assistant})) as url:
+    with running(api.make_app({"tiny": assistant, "runs/other": load_assistant(assistant.name)})) as url:
         yield url
 
 
@@ -96,7 +96,7 @@ def test_seed_repeats_and_temperature_varies(client: openai.OpenAI) -> None:
 def test_stop_text_is_cut_plain_and_streamed(client: openai.OpenAI, assistant: Assistant) -> None:
     """The stop text crosses the border of two deltas, and nothing of it is ever shown."""
     full = own(assistant, 40)
-    deltas = [d.text for d in assistant.engine.stream(request(assistant, 40)) if d.text]
+    deltas = [d.text for d in twin(assistant.name).engine.stream(request(assistant, 40)) if d.text]
     ends = [sum(map(len, deltas[: i + 1])) for i in range(1, len(deltas) - 1)]
     at = next(end for end in ends if full.text.find(full.text[end - 1 : end + 1]) == end - 1)
     stop = full.text[at - 1 : at + 1]

@@ -10,7 +10,7 @@ import openai
 import pytest
 import torch
 
-from serving import ASK, DRAW, own, request, running
+from serving import ASK, DRAW, own, request, running, twin
 from sftflow.checkpoint import Assistant
 from sftflow.evals.ask import plain_ids
 from sftflow.serve import api
@@ -28,7 +28,7 @@ def client(assistant: Assistant) -> Iterator[openai.OpenAI]:
 def reference(assistant: Assistant, ids: Any) -> torch.Tensor:
     """(n, vocabulary): log-probabilities of the token after each."""
     with torch.no_grad():
-        return assistant.model(torch.tensor([list(ids)])).logits[0].float().log_softmax(-1)
+        return twin(assistant.name).model(torch.tensor([list(ids)])).logits[0].float().log_softmax(-1)
 
 
 def test_chat_logprobs_are_the_models_own(client: openai.OpenAI, assistant: Assistant) -> None:

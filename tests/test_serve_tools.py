@@ -45,13 +45,13 @@ def learn_by_heart(assistant: Assistant, rows: list[dict[str, Any]]) -> None:
             logits = assistant.model(torch.tensor(row.ids)[None]).logits[0, :-1]
             wanted = torch.tensor(row.mask[1:] == 1)
             loss = loss + torch.nn.functional.cross_entropy(logits[wanted], torch.tensor(row.ids[1:])[wanted])
-        if float(loss) < 0.01:
+        if loss.item() < 0.01:
             break
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assistant.model.eval()
-    assert float(loss) < 0.05
+    assert loss.item() < 0.05
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def client(caller: Assistant) -> Iterator[openai.OpenAI]:
 
 def create(client: openai.OpenAI, messages: Any, **options: Any) -> Any:
     return client.chat.completions.create(
-        model="caller", messages=messages, tools=[WEATHER], temperature=0, max_tokens=60, **options
+        model="caller", messages=messages, tools=[WEATHER], temperature=0, max_tokens=100, **options
     )
 
 
@@ -117,14 +117,14 @@ def test_a_call_is_streamed_as_it_is_answered_whole(client: openai.OpenAI) -> No
 def test_none_means_that_no_tool_is_offered(client: openai.OpenAI) -> None:
     with_none = create(client, ASK, tool_choice="none")
     assert with_none.choices[0].message.tool_calls is None
-    plain = client.chat.completions.create(model="caller", messages=ASK, temperature=0, max_tokens=60)
+    plain = client.chat.completions.create(model="caller", messages=ASK, temperature=0, max_tokens=100)
     assert with_none.choices[0].message.content == plain.choices[0].message.content
     assert with_none.usage.prompt_tokens == plain.usage.prompt_tokens
 
 
 def test_an_unknown_tool_in_the_reply_stays_text(client: openai.OpenAI) -> None:
     other = {"type": "function", "function": {**WEATHER["function"], "name": "clock"}}
-    got = client.chat.completions.create(model="caller", messages=ASK, tools=[other], temperature=0, max_tokens=60)
+    got = client.chat.completions.create(model="caller", messages=ASK, tools=[other], temperature=0, max_tokens=100)
     assert got.choices[0].finish_reason in ("stop", "length") and got.choices[0].message.tool_calls is None
 
 

@@ -146,8 +146,10 @@ class CallReader:
         at = cursor.at
         try:
             cursor.words(self._format.close)
-        except _NotACall:
-            cursor.at = at  # the reply's end closes it as well
+        except _NotACall:  # the reply's end closes it as well, in the middle of a word too
+            rest = self._format.close.split()
+            cut = "".join(rest).startswith("".join(cursor.text[at:].split()))
+            cursor.at = len(cursor.text) if cut else at
         return calls
 
     def _entry(self, cursor: _Cursor) -> Call:

@@ -39,12 +39,12 @@ TOP = 64
 
 
 def _unfinished(text: bytes) -> bool:
-    """Whether the text ends inside a character, by the rule that llama.cpp's server holds tokens back by: the last
-    leading byte promises more bytes than follow."""
+    """Whether llama.cpp's server takes the text's last character for unfinished: one of the last four bytes leads a
+    character that needs more bytes than follow, whatever those are."""
     for back, byte in enumerate(reversed(text[-4:]), 1):
-        if byte & 0xC0 != 0x80:
-            length = 2 if byte & 0xE0 == 0xC0 else 3 if byte & 0xF0 == 0xE0 else 4 if byte & 0xF8 == 0xF0 else 1
-            return length > back
+        length = 2 if byte & 0xE0 == 0xC0 else 3 if byte & 0xF0 == 0xE0 else 4 if byte & 0xF8 == 0xF0 else 1
+        if length > back:
+            return True
     return False
 
 

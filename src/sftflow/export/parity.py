@@ -244,8 +244,8 @@ def _greedy(
     for place in range(min(TOKENS, max(len(tokens), len(mine)) + 1)):
         a = tokens[place] if place < len(tokens) else "end" if ended else None
         b = mine[place] if place < len(mine) else "end" if mine_ended else None
-        c = theirs[place] if place < len(theirs) else None
-        c = "end" if c in stops else c
+        next_id = theirs[place] if place < len(theirs) else None
+        c = "end" if next_id in stops else next_id
         if a == b == c:
             if a == "end":
                 break
