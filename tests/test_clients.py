@@ -1,7 +1,7 @@
 """Clients that others wrote, against `sftflow serve` as a process: curl, the Vercel AI SDK, lm-evaluation-harness.
 
-The model is a tiny one that has learnt two conversations by heart, one of them with a tool call. The last two are slow,
-and skip where what they need is absent; docs/clients.md says how to run them by hand.
+The AI SDK meets a tiny model that has learnt two conversations by heart, one of them with a tool call. It and the
+harness are slow, and skip where what they need is absent; docs/clients.md says how to run them by hand.
 """
 
 from __future__ import annotations
@@ -66,19 +66,26 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A 0.1M model, trained through the command line on ROWS and nothing else, until it knows them."""
-    folder = tmp_path_factory.mktemp("taught")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random 0.1M model with a template that writes tool calls."""
+    folder = tmp_path_factory.mktemp("clients") / "base"
     tokenizer = train_tokenizer([*TEXT, *[json.dumps(r) for r in ROWS] * 20], 600, 4096)
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
     tokenizer.chat_template = TEMPLATE
     spec = BaseSpec(params="0.1M", context=4096, seed=3)
-    build_model(spec, len(tokenizer), tokenizer.bos_token_id).save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
+    build_model(spec, len(tokenizer), tokenizer.bos_token_id).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def taught(base: Path) -> Path:
+    """The same, trained through the command line on ROWS and nothing else, until it knows them."""
+    folder = base.parent
     (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ROWS))
     train = {"out": str(folder / "run"), "max_length": 512, "tokens_per_step": 512, "steps": 150, "lr": 0.01}
     recipe = {
-        "base": str(folder / "base"),
+        "base": str(base),
         "mixture": [{"source": "rows.jsonl", "repeat": 150}],
         "validation": 0,
         "train": {**train, "epochs": 100, "precision": "fp32", "optimizer": "adamw", "compile": False},
@@ -121,8 +128,8 @@ def running(model: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def address(taught: Path) -> Iterator[str]:
-    with running(taught) as url:
+def address(base: Path) -> Iterator[str]:
+    with running(base) as url:
         yield url
 
 
@@ -135,9 +142,9 @@ def script(*command: str, timeout: float = 60) -> str:
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl on the PATH")
 def test_curl(address: str) -> None:
-    said = script("sh", str(CLIENTS / "curl.sh"), address, "run")
+    said = script("sh", str(CLIENTS / "curl.sh"), address, "base")
     models, reply, stream, text, error = re.split(r"^# .*$", said, flags=re.M)[1:]
-    assert json.loads(models)["data"][0]["id"] == "run"
+    assert json.loads(models)["data"][0]["id"] == "base"
     whole = json.loads(reply)
     chunks = [json.loads(c) for c in re.findall(r"^data: (\{.*\})$", stream, re.M)]
     assert stream.rstrip().endswith("data: [DONE]")
@@ -157,7 +164,7 @@ def test_curl_shows_a_stream_as_it_comes(address: str) -> None:
     """curl -N prints the first events while the reply is still being computed."""
     if shutil.which("curl") is None:
         pytest.skip("no curl on the PATH")
-    body = {"model": "run", "messages": [{"role": "user", "content": "What is a token?"}], "stream": True}
+    body = {"model": "base", "messages": [{"role": "user", "content": "What is a token?"}], "stream": True}
     body |= {"max_tokens": 3000, "temperature": 1.0, "seed": 1, "ignore_eos": True}
     command = ["curl", "-sS", "-N", f"{address}/v1/chat/completions", "-H", "Content-Type: application/json",
                "-d", json.dumps(body)]  # fmt: skip
@@ -181,9 +188,9 @@ def replies(address: str, state: str) -> int:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("npm") is None, reason="no npm on the PATH")
-def test_vercel_ai_sdk(address: str) -> None:
-    said = script("sh", str(CLIENTS / "ai_sdk.sh"), address, "run", timeout=200)
-    print(said)
+def test_vercel_ai_sdk(taught: Path) -> None:
+    with running(taught) as address:
+        said = script("sh", str(CLIENTS / "ai_sdk.sh"), address, "run", timeout=200)
     assert 'ok      a tool round trip: "It is sunny in Paris."' in said
     assert said.rstrip().endswith("all good") and "FAILED" not in said
 
