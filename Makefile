@@ -26,8 +26,9 @@ setup: $(VENV)/.ready-dev
 demo: $(VENV)/.ready
 	$(BIN)/sftflow demo --out $(OUT)
 
+# Two processes of one thread each: torch's threads would wait for each other.
 test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -m slow

@@ -207,11 +207,11 @@ def test_send_stream_regenerate_edit_stop(browser: Chromium, served: str, models
         page.wait("[...document.querySelectorAll('.turn')].at(-1).querySelector('.markdown').textContent.length > 4")
         page.press("Escape")
         page.wait(IDLE)
-        assert page.run("[...document.querySelectorAll('.meta')].at(-1).textContent").startswith("stopped by you")
+        assert "stopped by you" in page.run("[...document.querySelectorAll('.meta')].at(-1).textContent")
         began = time.monotonic()
         body = {"model": "sft", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
         assert httpx.post(f"{served}v1/chat/completions", json=body, timeout=10).status_code == 200
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 10
 
 
 # ---- against a peer

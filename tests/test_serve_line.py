@@ -51,7 +51,7 @@ def test_a_full_line_answers_503_and_leaving_frees_it(endless: Assistant) -> Non
 
 def test_stopping_the_server_ends_running_replies(endless: Assistant) -> None:
     began = time.monotonic()
-    with httpx.Client(timeout=5) as http:
+    with httpx.Client(timeout=60) as http:
         with running(api.make_app({"tiny": endless})) as url:
             sent = http.build_request("POST", f"{url}/v1/chat/completions", json={**ENDLESS, "stream": True})
             answer = http.send(sent, stream=True)
@@ -59,4 +59,4 @@ def test_stopping_the_server_ends_running_replies(endless: Assistant) -> None:
             assert '"role": "assistant"' in next(pieces)
         rest = "".join(pieces)
     assert '"code": "stopping"' in rest and "[DONE]" not in rest
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30  # it would go on for a million tokens
