@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
@@ -10,12 +11,16 @@ from typing import Any
 import pytest
 
 from conftest import SHARED
+from serving import local
 from sftflow import checkpoint
-from sftflow.chat.schema import parse_row
+from sftflow.chat.schema import parse_row, text_message
+from sftflow.evals.ask import chat_prompt
 from sftflow.export import gguf as exporting
 from sftflow.export import llamacpp
 from sftflow.export.gguf import export_gguf
 from sftflow.export.llamacpp import LlamaCpp
+from sftflow.mixture.tasks import Item
+from sftflow.serve.terminal import _Talk
 
 pytest.importorskip("gguf")
 pytestmark = pytest.mark.skipif(not llamacpp.available(), reason="llama.cpp: pip install xllamacpp")
@@ -47,6 +52,8 @@ def everywhere(model: str, path: Path, n: int) -> dict[str, int]:
     renderer = assistant.renderer
     splits = 0
     rows = conversations(n)
+    server = local(assistant)
+    terminal = _Talk(assistant, io.StringIO(), print, lambda: assistant)
     with LlamaCpp(path, context=64) as engine:
         for messages in rows:
             trained = renderer.render(parse_row({"messages": messages}, "row"))
@@ -54,7 +61,13 @@ def everywhere(model: str, path: Path, n: int) -> dict[str, int]:
             ids = asked.ids.tolist()
             assert trained.ids[: len(ids)].tolist() == ids  # training's row begins with what is asked
             assert trained.mask[len(ids)] == 1
-            # Evaluation, server and terminal all ask for `render(reply=True)`; the exported file's own renderer:
+            turns = tuple(text_message(m["role"], m["content"]) for m in messages[:-1])  # type: ignore[arg-type]
+            assert list(chat_prompt(assistant, Item(id="row", messages=turns, answer=""))) == ids  # evaluation
+            served = server.post("/v1/render", json={"model": "tiny", "messages": messages[:-1]}).json()
+            assert [t["id"] for t in served["tokens"]] == ids
+            typed = terminal.conversation(list(turns))
+            assert renderer.render(typed, reply=True).ids.tolist() == ids
+            # The exported file's own renderer, and llama.cpp with the template and the tokenizer inside the file:
             assert of_file.render(parse_row({"messages": messages[:-1]}, "row"), reply=True).ids.tolist() == ids
             text = engine.prompt(messages[:-1])
             assert text == asked.text
