@@ -357,6 +357,57 @@ def test_out_is_ours_or_new(tmp_path: Path, sft: Path) -> None:
         export_gguf(str(tmp_path / "m.gguf"), tmp_path / "m.gguf", "f32", say=silent)
 
 
+def test_out_in_a_file_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    result = run("/no/such/model", "--to", "gguf", "--out", str(tmp_path / "file" / "sub" / "m.gguf"))
+    assert isinstance(result.exception, RecipeError) and result.exception.exit_code == 2
+    assert f"{tmp_path / 'file'} is a file" in str(result.exception)
+
+
+def test_a_file_with_only_some_of_our_keys_is_not_ours(tmp_path: Path, sft: Path) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "llama")
+    writer.add_string("sftflow.config", "{}")
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    before = (tmp_path / "m.gguf").read_bytes()
+    result = run(str(sft), "--to", "gguf", "--out", str(tmp_path / "m.gguf"))
+    assert isinstance(result.exception, RecipeError) and "something else than an export" in str(result.exception)
+    assert (tmp_path / "m.gguf").read_bytes() == before
+    with pytest.raises(CheckpointError, match=r"cannot be loaded .*it has sftflow.config and no sftflow.format"):
+        checkpoint.load_assistant(str(tmp_path / "m.gguf"))
+
+
+@pytest.mark.parametrize("when", ["loading", "writing"])
+def test_sigterm_leaves_the_old_file_and_its_certificate(
+    tmp_path: Path, sft: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """The signal comes while a library loads, whose errors become our own, or between two tensors of the file."""
+    import signal
+
+    import transformers
+
+    monkeypatch.setattr(llamacpp, "available", lambda: False)
+    args = (str(sft), "--to", "gguf", "--out", str(tmp_path / "m.gguf"))
+    assert run(*args).exit_code == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert sorted(before) == ["m.gguf", "m.parity.json"]
+    owner, name = (transformers.AutoModelForCausalLM, "from_pretrained") if when == "loading" else (writing, "_encoded")
+    real = getattr(owner, name)
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        assert when == "loading" or any(path.suffix == ".tmp" for path in tmp_path.iterdir())
+        signal.raise_signal(signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    result = run(*args, "--type", "f32")
+    assert result.exit_code == 143 and "stopped; " in result.output
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_numbers_beyond_f16_are_refused(tmp_path: Path, sft: Path) -> None:
     assistant = checkpoint.load_assistant(str(sft))
     with torch.no_grad():

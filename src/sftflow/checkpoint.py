@@ -200,7 +200,7 @@ class _named_errors:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None or isinstance(error, (CheckpointError, KeyboardInterrupt, MemoryError)):
+        if not isinstance(error, Exception) or isinstance(error, (CheckpointError, MemoryError)):
             return
         if self.location.gguf and (isinstance(error, ImportError) or "pip install" in str(error)):
             raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,6 +28,17 @@ def export(
     prompts: Annotated[int, typer.Option(min=1, max=70, help="gguf: prompts of the parity certificate")] = 50,
 ) -> None:
     """Write a GGUF file with its parity certificate, or merge a LoRA adapter into its base."""
+    from sftflow.train.stop import Signals, Stopped
+
+    try:
+        with Signals():
+            _export(model, to, out, kind, base, prompts)
+    except Stopped as stopped:
+        print(f"stopped; {out} is as it was, or whole" + (" and not proven" if to == "gguf" else ""), file=sys.stderr)
+        raise typer.Exit(stopped.exit_code) from None
+
+
+def _export(model: str, to: str, out: Path, kind: str | None, base: str | None, prompts: int) -> None:
     quiet()
     from sftflow.console import stderr
     from sftflow.errors import ProofError, RecipeError

@@ -42,8 +42,7 @@ def export_gguf(name: str, out: Path, kind: str, *, prompts: int = parity.PROMPT
     assistant = load_assistant(name)
     plan = plan_of(assistant, kind)
     proof = out.with_suffix(".parity.json")
-    proof.unlink(missing_ok=True)  # a certificate never lies beside another file than its own
-    write(plan, out)
+    write(plan, out, before=lambda: proof.unlink(missing_ok=True))  # it never lies beside another file than its own
     say(f"export: wrote {out} ({out.stat().st_size / 1e6:,.1f} MB, {kind})")
     if not llamacpp.available():
         found = parity.not_checked(out, kind, name, "the package xllamacpp is not installed")
@@ -89,6 +88,9 @@ def _check_target(out: Path, name: str) -> None:
     """A file of ours may be replaced, another's may not."""
     if out.suffix != ".gguf":
         raise RecipeError(f"--out {out}", "it is no .gguf file name", "write for example --out model.gguf")
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise RecipeError(f"--out {out}", f"{folder} is a file", "name a folder")
     if not out.exists():
         return
     if out.is_file() and Path(name).exists() and out.samefile(name):
@@ -109,9 +111,9 @@ def summary(found: dict[str, Any]) -> list[str]:
     lines = [
         f"parity with llama.cpp and transformers, {n} prompts: {'passed' if found['passed'] else 'FAILED'}",
         f"  same rendered text {found['rendered_equal']}/{n}, same ids {found['ids_equal']}/{n}, "
-        f"same {found['tokens_each']} greedy tokens {found['greedy_equal']}/{n}"
-        + (f" ({found['near_ties']} up to a near tie)" if found["near_ties"] else ""),
-        f"  largest logit difference {found['largest_logit_difference']:.2g}",
+        f"same {found['tokens_each']} greedy tokens {found['greedy_equal']}/{n}" + _ties(found),
+        f"  largest logit difference {found['largest_logit_difference']:.2g}, "
+        f"over {found['logit_places']} of {found['generated']} generated places",
     ]
     if found["look_alikes"]:
         lines.append(
@@ -119,3 +121,9 @@ def summary(found: dict[str, Any]) -> list[str]:
             "takes them for control tokens, sftflow does not"
         )
     return [*lines, *(f"  note: {note}" for note in found["notes"])]
+
+
+def _ties(found: dict[str, Any]) -> str:
+    if not found["near_ties"]:
+        return ""
+    return f" ({found['near_ties']} near ties, {found['greedy_uncompared']} tokens behind them not compared)"

@@ -6,6 +6,7 @@ The wheel runs llama.cpp's own server on a free port of 127.0.0.1 while it is op
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import urllib.error
 import urllib.request
@@ -46,6 +47,11 @@ def _unfinished(text: bytes) -> bool:
         if length > back:
             return True
     return False
+
+
+def _number(value: float | None) -> float:
+    """A log-probability as llama.cpp's JSON has it: null is one that is no number."""
+    return math.nan if value is None else value
 
 
 def available() -> bool:
@@ -136,6 +142,6 @@ class LlamaCpp:
             entry = next(told, None) if whole else None
             if entry is not None and entry["id"] != token:
                 entry, told = None, iter(())
-            logprobs = {t["id"]: t["logprob"] for t in entry["top_logprobs"]} if entry else {}
+            logprobs = {t["id"]: _number(t["logprob"]) for t in entry["top_logprobs"]} if entry else {}
             steps.append(Step(token=token, logprobs=logprobs))
         return Continuation(steps=tuple(steps), stopped=answer.get("stop_type") == "eos")

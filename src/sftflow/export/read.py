@@ -17,16 +17,20 @@ def fields(path: Path) -> dict[str, Any] | None:
 
     {"sftflow.config": {...}, "sftflow.format": {...}, "sftflow.special_tokens": {...},
      "tokenizer.huggingface.json": "...", "tokenizer.chat_template": "..."}
+
+    Raises ValueError where it has only some of them: another program has changed it.
     """
     import gguf
 
     found = gguf.GGUFReader(path).fields
     if CONFIG not in found:
         return None
+    plain = (gguf.Keys.Tokenizer.HF_JSON, gguf.Keys.Tokenizer.CHAT_TEMPLATE)
+    missing = [key for key in (FORMAT, NAMES, *plain) if key not in found]
+    if missing:
+        raise ValueError(f"it has {CONFIG} and no {missing[0]}")
     out: dict[str, Any] = {key: json.loads(found[key].contents()) for key in (CONFIG, FORMAT, NAMES)}
-    for key in (gguf.Keys.Tokenizer.HF_JSON, gguf.Keys.Tokenizer.CHAT_TEMPLATE):
-        out[key] = found[key].contents()
-    return out
+    return {**out, **{key: found[key].contents() for key in plain}}
 
 
 def pre_tokenizer(path: Path) -> str | None:

@@ -48,8 +48,11 @@ def stored_kind(kind: str, shape: tuple[int, ...]) -> str:
     return "f16" if kind == "q8_0" and shape[-1] % 32 else kind
 
 
-def write(plan: Plan, target: Path) -> None:
-    """Raises CheckpointError where a number of the weights does not fit the type."""
+def write(plan: Plan, target: Path, *, before: Callable[[], None] = lambda: None) -> None:
+    """before: called when the whole file is written, just before it takes its place.
+
+    Raises CheckpointError where a number of the weights does not fit the type.
+    """
     import gguf
 
     types = gguf.GGMLQuantizationType
@@ -79,6 +82,7 @@ def write(plan: Plan, target: Path) -> None:
         for file in writer.fout or ():
             os.fsync(file.fileno())
         writer.close()
+        before()
         beside.replace(target)
     finally:
         writer.close()

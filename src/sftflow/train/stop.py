@@ -14,8 +14,11 @@ from typing import Any
 EXIT_SIGTERM = 143  # 128 + the signal's number, as shells have it
 
 
-class Stopped(Exception):
-    """A signal came, and the run has stopped. saved: whether its state was saved just now."""
+class Stopped(BaseException):
+    """A signal came, and the run has stopped. saved: whether its state was saved just now.
+
+    Like KeyboardInterrupt no Exception, so that no code on its way out takes it for an error of its own.
+    """
 
     def __init__(self, number: int = signal.SIGTERM, *, saved: bool = False) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
