@@ -195,11 +195,32 @@ def test_save_writes_rows_that_train(assistant: Assistant, tmp_path: Path, capsy
     assert "/save needs a file" in notes and "nothing to save yet" in notes and "row 2 of" in notes.replace("\n", " ")
 
 
+def test_a_row_has_the_system_prompt_that_its_replies_had(
+    assistant: Assistant, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.jsonl"
+    save = f"/save {file}"
+    _, engine = talk(
+        assistant, ["/system be kind", "hi", "/system be rude", save, "on", save, "/system", "/retry", save, "/reset",
+                    "/system last", "hi", save]
+    )  # fmt: skip
+    rows = [[(m.role, m.text, m.weight) for m in row.messages if m.role != "user"] for row in read_conversations(file)]
+    hi, on, again, last = (r.text for r in engine.replies)
+    assert rows == [
+        [("system", "be kind", 1), ("assistant", hi, 1)],  # not what was set after it
+        [("system", "be rude", 1), ("assistant", hi, 0), ("assistant", on, 1)],
+        [("assistant", hi, 0), ("assistant", again, 1)],
+        [("system", "last", 1), ("assistant", last, 1)],
+    ]
+    notes = " ".join(capsys.readouterr().err.split())
+    assert notes.count("(replies that were made under another system prompt have weight 0)") == 2
+
+
 def test_a_row_keeps_calculator_calls_and_marks_what_was_cut() -> None:
     reply = Message(
         "assistant", (Part("text", "It is "), Part("python", "48/2"), Part("python_output", "24")), weight=0
     )
-    row = transcript.row(None, [text_message("user", "48/2?"), reply])
+    row = transcript.row([None], [text_message("user", "48/2?"), reply])
     assert row["messages"][1] == {
         "role": "assistant",
         "content": [{"type": "text", "text": "It is "}, {"type": "python", "text": "48/2"},
@@ -213,12 +234,12 @@ def test_save_leaves_other_files_alone(tmp_path: Path, content: str) -> None:
     file = tmp_path / "other"
     file.write_text(content)
     with pytest.raises(DataError) as caught:
-        transcript.append(file, transcript.row(None, [text_message("user", "hi"), text_message("assistant", "yo")]))
+        transcript.append(file, transcript.row([None], [text_message("user", "hi"), text_message("assistant", "yo")]))
     assert "no JSONL file of conversations" in str(caught.value) and file.read_text() == content
 
 
 def test_save_where_nothing_can_be_written(tmp_path: Path) -> None:
-    row = transcript.row(None, [text_message("user", "hi"), text_message("assistant", "yo")])
+    row = transcript.row([None], [text_message("user", "hi"), text_message("assistant", "yo")])
     for path in (tmp_path, tmp_path / "no" / "folder.jsonl"):
         with pytest.raises(DataError):
             transcript.append(path, row)
@@ -305,6 +326,18 @@ def test_in_a_terminal(endless: Path, tmp_path: Path) -> None:
     replies = [m for m in row.messages if m.role == "assistant"]
     assert users == ["first line\nsecond línea"] * 2
     assert all(m.text and m.weight == 0 for m in replies)
+
+
+def test_ctrl_c_in_one_shot_exits_130(endless: Path) -> None:
+    terminal = Terminal(str(endless), "--prompt", "hi")
+    try:
+        terminal.wait("\N{SYMBOL FOR ESCAPE}{12}")
+        terminal.send("\x03")
+        assert terminal.process.wait(20) == 130
+    finally:
+        if terminal.process.poll() is None:
+            os.killpg(terminal.process.pid, signal.SIGKILL)
+        os.close(terminal.master)
 
 
 def test_piped_and_not_utf8(tiny_base: Path) -> None:

@@ -45,9 +45,11 @@ def test_one_shot_writes_the_reply_and_nothing_else(
     assistant: Assistant, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = own(assistant, 1000, temperature=0.0)
+    capsys.readouterr()
     chat(assistant, prompt=ASK[0]["content"])
     captured = capsys.readouterr()
-    assert captured.out.removesuffix("\n") == expected.text.removesuffix("\n") and captured.err == ""
+    assert captured.out.removesuffix("\n") == expected.text.removesuffix("\n") and expected.finish_reason == "length"
+    assert captured.err == "[cut: the reply did not end by itself]\n"
     with pytest.raises(ContextError):
         chat(assistant, prompt="zq" * 500)
 

@@ -66,6 +66,21 @@ class Speech:
     def text(self, ids: Sequence[int]) -> str:
         return "".join(p.text for p in self.parts(ids) if p.kind == "text")
 
+    def whole(self, ids: Sequence[int]) -> Sequence[int]:
+        """Generated ids up to a calculator call that is not finished yet, or whose result is not."""
+        if self.python is None:
+            return ids
+        start, end, *_ = self.python
+        last = max((i for i, token in enumerate(ids) if token == start), default=None)
+        if last is None:
+            return ids
+        call = ids[last + 1 :]
+        if end in call:
+            at = list(call).index(end)
+            if len(call) - at - 1 >= len(self.result(call[:at])):
+                return ids
+        return ids[:last]
+
     def result(self, call: Sequence[int]) -> list[int]:
         """The ids that follow a calculator call: its value between the output tokens; none where it has no value."""
         value = calculate(self.renderer.tokenizer.decode(list(call)))
@@ -146,10 +161,11 @@ class Draft:
         assert self._spoken is not None
         ends = self.finish is not None
         tokens: tuple[TokenLogprob, ...] = ()
+        ids: tuple[int, ...] = ()
         if ends or not self._spoken.waits:
-            tokens = tuple(self.logprobs[self._told :])
-            self._told += len(tokens)
-        return Delta(self._spoken.take(), self.finish, self.reply() if ends else None, tokens)
+            tokens, ids = tuple(self.logprobs[self._told :]), tuple(self.ids[self._told :])
+            self._told = len(self.ids)
+        return Delta(self._spoken.take(), self.finish, self.reply() if ends else None, tokens, ids)
 
     def reply(self) -> Reply:
         assert self.finish is not None

@@ -81,9 +81,11 @@ class Delta:
 
     tokens: the log-probabilities, where asked, of the tokens that this piece brings to an end: those of all pieces,
     joined, are the reply's `logprobs`.
+    ids: those of the tokens that it brings to an end: of all pieces of `Engine.stream`, joined, they are the reply's.
     """
 
     text: str
     finish_reason: FinishReason | None = None
     reply: Reply | None = None
     tokens: tuple[TokenLogprob, ...] = ()
+    ids: tuple[int, ...] = ()

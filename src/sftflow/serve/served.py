@@ -12,7 +12,7 @@ from sftflow.chat.call_format import learn_calls
 from sftflow.chat.calls import CallFormat
 from sftflow.generate.request import Request
 from sftflow.serve.body import SamplingBody
-from sftflow.serve.terminal import own_sampling
+from sftflow.serve.sampling import own_sampling
 from sftflow.serve.tokens import TokenTable
 
 if TYPE_CHECKING:
@@ -68,8 +68,10 @@ class Drawing:
             temperature=temperature if temperature >= 1e-4 else 0.0,  # the limit of ever smaller ones
             top_p=max(top_p, 1e-6),
             top_k=max(own["top_k"] if body.top_k is None else body.top_k, 0),  # -1 is vLLM's "off"
-            min_p=body.min_p or 0.0,
-            repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+            min_p=own["min_p"] if body.min_p is None else body.min_p,
+            repetition_penalty=own["repetition_penalty"]
+            if body.repetition_penalty is None
+            else body.repetition_penalty,
             presence_penalty=body.presence_penalty or 0.0,
             frequency_penalty=body.frequency_penalty or 0.0,
             stop_texts=body.stops,

@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO, TypedDict
+from typing import TYPE_CHECKING, TextIO
 
-from sftflow.chat.schema import Conversation, Message, Part, text_message
+from sftflow.chat.schema import Conversation, Message, text_message
 from sftflow.errors import CheckpointError, SftflowError
 from sftflow.serve import transcript
 from sftflow.serve.lines import Typed, keyboard, read_message, whole
+from sftflow.serve.sampling import own_sampling
 
 if TYPE_CHECKING:
     from sftflow.checkpoint import Assistant
@@ -28,35 +29,15 @@ if TYPE_CHECKING:
 HELP = '''/system TEXT   set the system prompt (without TEXT: remove it)
 /retry         answer the last question again, with another seed
 /base          let the base answer the last question, too
-/save FILE     add the conversation to a JSONL file, as a row to train on
+/save FILE     add the conversation to a JSONL file, as a row to train on, with the system prompt of its last reply;
+               replies that were cut, or made under another one, have weight 0
 /reset         forget the conversation
 /quit          leave (so does Ctrl-D)
 Ctrl-C stops a reply. A \\ at a line's end goes on in the next line; """ begins and ends a block of lines.'''
 
 # A greedy model that has begun to repeat itself would fill a context of thousands of tokens.
 LONGEST_REPLY = 1024
-
-
-class Sampling(TypedDict):
-    """How tokens are drawn; temperature 0 is greedy, top_p 1 and top_k 0 are off."""
-
-    temperature: float
-    top_p: float
-    top_k: int
-
-
-def own_sampling(assistant: Assistant) -> Sampling:
-    """What the checkpoint's generation_config.json asks for where it asks for sampling; else greedy, as in
-    evaluation, so that what one sees is what was measured."""
-    config = getattr(assistant.model, "generation_config", None)
-    if config is None or not getattr(config, "do_sample", False):
-        return {"temperature": 0.0, "top_p": 1.0, "top_k": 0}
-
-    def value(key: str, otherwise: float) -> float:
-        found = getattr(config, key, None)
-        return otherwise if found is None else float(found)
-
-    return {"temperature": value("temperature", 1.0), "top_p": value("top_p", 1.0), "top_k": int(value("top_k", 0))}
+CUT = "[cut: the reply did not end by itself]"
 
 
 @contextmanager
@@ -89,13 +70,16 @@ def _stream(
     assistant: Assistant, conversation: Conversation, out: TextIO, seed: int, stop: Callable[[], bool]
 ) -> tuple[Message | None, str]:
     """Write the reply as it comes, until `stop()`. Returns (the reply as a message, or None where nothing came; why it
-    ended). A reply that did not end by itself has weight 0."""
+    ended). A reply that did not end by itself has weight 0; one that was stopped inside a calculator call ends in front
+    of that call."""
+    from sftflow.generate.draft import Speech
     from sftflow.generate.engine import Request
 
     ids = tuple(assistant.renderer.render(conversation, reply=True).ids.tolist())
     room = max(1, min(LONGEST_REPLY, assistant.engine.context - len(ids)))
     request = Request(prompt_ids=ids, max_new_tokens=room, seed=seed, **own_sampling(assistant))
     written, ended, message = "", "interrupted", None
+    said: list[int] = []
     table = CONTROLS if out.isatty() else {}
     try:
         with closing(assistant.engine.stream(request)) as deltas:  # type: ignore[type-var]
@@ -103,6 +87,7 @@ def _stream(
                 out.write(delta.text.translate(table))
                 out.flush()
                 written += delta.text
+                said += delta.ids
                 if delta.reply is not None:
                     # Its parts keep the calculator's calls, which the next turn's prompt must hold, too.
                     ended = delta.reply.finish_reason
@@ -111,8 +96,11 @@ def _stream(
                     break
     except KeyboardInterrupt:
         pass
-    if ended == "interrupted" and written:
-        message = Message("assistant", (Part("text", written),), weight=0)
+    if ended == "interrupted":
+        speech = Speech(assistant.renderer)
+        parts = speech.parts(speech.whole(said))
+        if any(part.text for part in parts):
+            message = Message("assistant", parts, weight=0)
     if not written.endswith("\n"):
         out.write("\n")
         out.flush()
@@ -121,7 +109,8 @@ def _stream(
 
 @dataclass
 class _Talk:
-    """A conversation as it stands. asked: the last question, and what stood in front of it, for /retry and /base."""
+    """A conversation as it stands. systems: the system prompt that each reply of the history was made under.
+    asked: the last question, and what stood in front of it, for /retry and /base."""
 
     assistant: Assistant
     out: TextIO
@@ -129,6 +118,7 @@ class _Talk:
     load_base: Callable[[], Assistant]
     system: str | None = None
     history: list[Message] = field(default_factory=list)
+    systems: list[str | None] = field(default_factory=list)
     asked: list[Message] = field(default_factory=list)
     base: Assistant | None = None
     seed: int = 0
@@ -149,8 +139,10 @@ class _Talk:
             self.asked, self.seed = turn, seed
             # A question that nobody answered is not part of the conversation: roles take turns.
             self.history = [*turn, message] if message is not None else turn[:-1]
+            before = self.systems[: sum(m.role == "assistant" for m in turn)]
+            self.systems = [*before, self.system] if message is not None else before
             if ended == "length":
-                self.note("[cut: the reply did not end by itself]")
+                self.note(CUT)
             elif ended == "interrupted":
                 self.note("[stopped]" if message is not None else "[stopped before the first word; /retry asks again]")
 
@@ -178,7 +170,7 @@ class _Talk:
             self.note(f"error: {error}")
             return
         if ended != "stop":
-            self.note("[cut: the reply did not end by itself]" if ended == "length" else "[stopped]")
+            self.note(CUT if ended == "length" else "[stopped]")
 
     def save(self, name: str) -> None:
         if not name:
@@ -188,12 +180,15 @@ class _Talk:
         else:
             path = Path(name).expanduser()
             try:
-                rows = transcript.append(path, transcript.row(self.system, self.history))
+                rows = transcript.append(path, transcript.row(self.systems, self.history))
             except SftflowError as error:
                 self.note(f"error: {error}")
                 return
-            cut = " (replies that were cut have weight 0)" if any(not m.weight for m in self.history) else ""
-            self.note(f"saved as row {rows} of {path}{cut}")
+            why = ["were cut"] if any(not m.weight for m in self.history) else []
+            why += ["were made under another system prompt"] if len(set(self.systems)) > 1 else []
+            self.note(
+                f"saved as row {rows} of {path}" + (f" (replies that {' or '.join(why)} have weight 0)" if why else "")
+            )
 
     def take(self, typed: Typed) -> bool:
         """Obey a command, or answer a message. Whether the conversation goes on."""
@@ -211,7 +206,7 @@ class _Talk:
         if name == "/help":
             self.note(HELP)
         elif name == "/reset":
-            self.history, self.asked = [], []
+            self.history, self.systems, self.asked = [], [], []
             self.note("the conversation is forgotten")
         elif name == "/system":
             self.system = rest or None
@@ -255,7 +250,8 @@ def chat(
 
     base: what /base asks; where it is left out, the base that the checkpoint names, loaded when it is first asked for.
     out: where replies go (standard output).   read: asks for a line, given the prompt to show, as `input` does.
-    Raises SftflowError where a one-shot prompt cannot be rendered or does not fit; in a conversation it is shown.
+    Raises SftflowError where a one-shot prompt cannot be rendered or does not fit, and KeyboardInterrupt where Ctrl-C
+    stopped its reply; in a conversation both are shown.
     """
     out = sys.stdout if out is None else out
     reconfigure = getattr(out, "reconfigure", None)
@@ -281,7 +277,11 @@ def chat(
             if base is not None:
                 talk.note(f"{answering.name}:")
             with _stoppable() as stop:
-                _stream(answering, talk.conversation(asked), out, seed, stop)
+                _, ended = _stream(answering, talk.conversation(asked), out, seed, stop)
+            if ended == "interrupted":
+                raise KeyboardInterrupt
+            if ended == "length":
+                talk.note(CUT)
         return
     talk.note(f"{assistant.name} · /help for commands, Ctrl-D to leave")
     read = keyboard() if read is None else read

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,18 @@ from sftflow.chat.schema import Message, parse_line, parse_row, read_lines, text
 from sftflow.errors import DataError, SftflowError
 
 
-def row(system: str | None, messages: Sequence[Message]) -> dict[str, Any]:
-    """The OpenAI shape. Calculator calls stay parts; a reply that was cut has weight 0: history, nothing to learn.
+def row(systems: Sequence[str | None], messages: Sequence[Message]) -> dict[str, Any]:
+    """The OpenAI shape. systems: the system prompt that each reply was made under, the last one's being the row's.
 
-    >>> row("Be brief.", [text_message("user", "hi")])["messages"][1]
-    {'role': 'user', 'content': 'hi'}
+    Calculator calls stay parts. A reply that was cut has weight 0, and so has one made under another system prompt than
+    the row's: history, nothing to learn.
+
+    >>> row(["Be brief."], [text_message("user", "hi"), text_message("assistant", "Hi.")])["messages"][0]
+    {'role': 'system', 'content': 'Be brief.'}
     """
+    system = systems[-1]
+    under = iter(systems)
+    messages = [replace(m, weight=0) if m.role == "assistant" and next(under) != system else m for m in messages]
     out = []
     for message in [*([text_message("system", system)] if system else []), *messages]:
         content: Any = [{"type": p.kind, "text": p.text} for p in message.parts]

@@ -58,24 +58,33 @@ export function messagesFor(conversation, turn) {
   return messages;
 }
 
-// One line of JSON in the OpenAI shape, as `sftflow train` reads it. A reply that was cut gets weight 0: it is history,
-// not something to learn. null where there is no reply yet.
+// One line of JSON in the OpenAI shape, as `sftflow train` reads it, with the system prompt of its last reply. A reply
+// that was cut, or made under another one, gets weight 0: it is history, not something to learn. null where there is no
+// reply yet.
 export function asRow(conversation) {
-  const messages = conversation.system ? [{ role: "system", content: conversation.system }] : [];
-  for (const turn of path(conversation)) {
+  const turns = path(conversation).filter(heard);
+  if (!turns.length) return null;
+  const { system } = turns.at(-1);
+  const messages = system ? [{ role: "system", content: system }] : [];
+  for (const turn of turns) {
     const reply = heard(turn);
-    if (!reply) continue;
+    const learned = whole(reply) && turn.system === system;
     messages.push({ role: "user", content: turn.user });
-    messages.push({ role: "assistant", content: reply.text, ...(whole(reply) ? {} : { weight: 0 }) });
+    messages.push({ role: "assistant", content: reply.text, ...(learned ? {} : { weight: 0 }) });
   }
-  return messages.some((m) => m.role === "assistant") ? `${JSON.stringify({ messages })}\n` : null;
+  return `${JSON.stringify({ messages })}\n`;
 }
 
-// To be read by people: every model's reply.
+// Whether its replies were made under different system prompts.
+export const mixed = (conversation) => new Set(path(conversation).filter(heard).map((turn) => turn.system)).size > 1;
+
+// To be read by people: every model's reply, under the system prompt that it was made under.
 export function asMarkdown(conversation) {
   const parts = [`# ${title(conversation)}`];
-  if (conversation.system) parts.push("## System", conversation.system);
+  let system = "";
   for (const turn of path(conversation)) {
+    if (turn.replies.length && turn.system !== system) parts.push("## System", turn.system || "(none)");
+    if (turn.replies.length) system = turn.system;
     parts.push("## You", turn.user);
     for (const reply of turn.replies) parts.push(`## ${reply.model}`, reply.text || `(${reply.error || "no text"})`);
   }

@@ -2,7 +2,7 @@
 //
 //   conversation.js  what was said, as a tree    store.js  kept in this browser    server.js, models.js  over HTTP
 //   turn.js, reply.js, sidebar.js, settings.js   what is shown        markdown.js, inline.js  Markdown as DOM nodes
-import { addTurn, asMarkdown, asRow, messagesFor, newConversation, parentOf, path, title } from "./conversation.js";
+import { addTurn, asMarkdown, asRow, messagesFor, mixed, newConversation, parentOf, path, title } from "./conversation.js";
 import { $, announce, confirmed, download, make, notice } from "./dom.js";
 import { announceReply } from "./reply.js";
 import { anyModel, askKey, chosen, keepModels, loadModels, lost } from "./models.js";
@@ -271,6 +271,7 @@ $("export-json").addEventListener("click", () => {
   const row = asRow(chat);
   if (row) download(`${fileName()}.jsonl`, "application/jsonl", row);
   else notice("There is no reply to export yet.");
+  if (mixed(chat)) notice("Replies made under another system prompt than the last one’s have weight 0 in the row.", true);
   closeExport();
 });
 $("export-markdown").addEventListener("click", () => {

@@ -1,0 +1,60 @@
+"""What a checkpoint's generation_config.json asks for, in the terminal and in the server, as transformers reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from serving import ASK, local, request
+from sftflow.checkpoint import Assistant
+from sftflow.serve.chat import ChatBody
+from sftflow.serve.sampling import own_sampling
+from sftflow.serve.served import Drawing
+from sftflow.serve.terminal import chat
+
+OFF = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+
+
+def asks_for(assistant: Assistant, monkeypatch: pytest.MonkeyPatch, **values: Any) -> None:
+    from transformers import GenerationConfig
+
+    ends = {"eos_token_id": assistant.renderer.stop_ids(), "pad_token_id": 0}
+    monkeypatch.setattr(assistant.model, "generation_config", GenerationConfig(**ends, **values))
+
+
+def test_what_the_checkpoint_asks_for(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
+    asks_for(assistant, monkeypatch)
+    assert own_sampling(assistant) == OFF
+    own = {"temperature": 0.5, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.2}
+    asks_for(assistant, monkeypatch, do_sample=True, **own)
+    assert own_sampling(assistant) == own
+    drawing = Drawing.of(assistant, ChatBody(model="tiny", messages=ASK))
+    assert {key: getattr(drawing, key) for key in own} == own
+    body = ChatBody(model="tiny", messages=ASK, min_p=0.0, repetition_penalty=1.0)  # a request's own values count
+    assert (Drawing.of(assistant, body).min_p, Drawing.of(assistant, body).repetition_penalty) == (0.0, 1.0)
+    asks_for(assistant, monkeypatch, do_sample=False, repetition_penalty=1.2)
+    assert own_sampling(assistant) == {**OFF, "repetition_penalty": 1.2}
+
+
+def test_a_penalty_counts_in_greedy_decoding_as_in_transformers(
+    assistant: Assistant, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = torch.tensor([request(assistant, 1).prompt_ids])
+    n = assistant.engine.context - prompt.shape[1]
+
+    def by_transformers() -> str:
+        ids = assistant.model.generate(prompt, max_new_tokens=n)[0, prompt.shape[1] :].tolist()
+        return assistant.renderer.decode([i for i in ids if i not in assistant.renderer.special.values()])
+
+    asks_for(assistant, monkeypatch)
+    plain = by_transformers()
+    asks_for(assistant, monkeypatch, repetition_penalty=8.0)
+    expected = by_transformers()
+    assert expected != plain
+    chat(assistant, prompt=ASK[0]["content"])
+    assert capsys.readouterr().out.removesuffix("\n") == expected.removesuffix("\n")
+    with local(assistant) as http:
+        answer = http.post("/v1/chat/completions", json={"model": "tiny", "messages": ASK, "max_tokens": n})
+    assert answer.json()["choices"][0]["message"]["content"] == expected
