@@ -241,6 +241,40 @@ def test_hostile_replies_are_inert(browser: Chromium, peer: Peer) -> None:
         assert page.run("document.querySelectorAll('#log img, #log script').length") == 0
 
 
+def test_a_row_has_the_system_prompt_that_its_replies_had(browser: Chromium, peer: Peer, tmp_path: Path) -> None:
+    peer.models = ["sft"]
+
+    def under(page: Page, system: str) -> None:
+        page.click("#open-settings")
+        page.run("document.querySelector('#system').value = ''")
+        page.click("#system")
+        page.type(system)
+        page.press("Escape")
+
+    def exported(page: Page) -> list[tuple[str, str, int]]:
+        (tmp_path / "hi.jsonl").unlink(missing_ok=True)
+        page.click("#export summary")
+        page.click("#export-json")
+        (row,) = read_conversations(downloaded(tmp_path / "hi.jsonl"))
+        return [(m.role, m.text, m.weight) for m in row.messages if m.role != "user"]
+
+    noted = "document.querySelector('#notice').hidden ? '' : document.querySelector('#notice').textContent"
+    with opened(browser, peer.url, downloads=tmp_path) as page:
+        under(page, "Be kind.")
+        ask(page, "hi")
+        under(page, "Be rude.")
+        assert exported(page) == [("system", "Be kind.", 1), ("assistant", "Hello.", 1)]
+        assert page.run(noted) == ""
+        ask(page, "on")
+        assert exported(page) == [("system", "Be rude.", 1), ("assistant", "Hello.", 0), ("assistant", "Hello.", 1)]
+        assert "another system prompt" in page.run(noted) and "weight 0" in page.run(noted)
+        page.click("#export summary")
+        page.click("#export-markdown")
+        parts = downloaded(tmp_path / "hi.md").read_text().strip().split("\n\n")
+        assert parts == ["# hi", "## System", "Be kind.", "## You", "hi", "## sft", "Hello.",
+                         "## System", "Be rude.", "## You", "on", "## sft", "Hello."]  # fmt: skip
+
+
 def test_keys_alone(browser: Chromium, peer: Peer) -> None:
     peer.delay, peer.say = 0.02, "word " * 400
     with opened(browser, peer.url) as page:
