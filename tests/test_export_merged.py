@@ -90,3 +90,5 @@ def test_another_folder_is_not_replaced(tmp_path: Path, adapter: tuple[Path, tor
     result = run(str(directory), "--to", "merged", "--out", str(tmp_path / "mine"))
     assert isinstance(result.exception, RecipeError)
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+    result = run(str(directory), "--to", "merged", "--out", str(tmp_path / "mine" / "notes.txt" / "merged"))
+    assert isinstance(result.exception, RecipeError) and "notes.txt is a file" in str(result.exception)

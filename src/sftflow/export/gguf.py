@@ -13,6 +13,7 @@ from sftflow.errors import CheckpointError, RecipeError
 from sftflow.export import layout, llamacpp, parity, read
 from sftflow.export.layout import Array
 from sftflow.export.prompts import cases
+from sftflow.export.target import check_folder
 from sftflow.export.vocab import vocabulary_of
 from sftflow.export.write import TYPES, Plan, write
 from sftflow.files import write_json
@@ -88,9 +89,7 @@ def _check_target(out: Path, name: str) -> None:
     """A file of ours may be replaced, another's may not."""
     if out.suffix != ".gguf":
         raise RecipeError(f"--out {out}", "it is no .gguf file name", "write for example --out model.gguf")
-    folder = next(parent for parent in out.absolute().parents if parent.exists())
-    if not folder.is_dir():
-        raise RecipeError(f"--out {out}", f"{folder} is a file", "name a folder")
+    check_folder(out)
     if not out.exists():
         return
     if out.is_file() and Path(name).exists() and out.samefile(name):

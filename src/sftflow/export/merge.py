@@ -10,6 +10,7 @@ from typing import Any
 from sftflow import checkpoint
 from sftflow.checkpoint import Location
 from sftflow.errors import CheckpointError, RecipeError
+from sftflow.export.target import check_folder
 from sftflow.files import read_record
 
 ADAPTER = "adapter_config.json"
@@ -63,6 +64,7 @@ def _adapter_directory(name: str) -> Path:
 
 def _check_target(out: Path, adapter: Path) -> None:
     """A merged checkpoint of ours may be replaced; another directory may not."""
+    check_folder(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     try:
