@@ -1,6 +1,7 @@
 """The addresses of the server: an OpenAI-compatible API, our own `/v1/render`, health and metrics, and the page.
 
-    client -> Watch, Guard -> route -> ChatAnswer or TextAnswer (a checked body, its prompts) -> worker -> Answering
+    client -> Watch, Catch, Guard -> route -> ChatAnswer or TextAnswer (a checked body, its prompts)
+           -> worker -> Answering
 
 The event loop only waits: bodies are read into prompts in threads, replies are computed in each model's own thread.
 """
@@ -13,7 +14,7 @@ import logging
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Container, Iterable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,13 +24,14 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from sftflow.serve.allowed import LOOPBACK, check_origin, host_names
 from sftflow.serve.answer import Answer, Answering, EventStream, Gone, to_json
 from sftflow.serve.body import SamplingBody, parse_json, read_body
 from sftflow.serve.chat import ChatAnswer, ChatBody, RenderBody, render_ids
 from sftflow.serve.completions import TextAnswer, TextBody
 from sftflow.serve.errors import ApiError
-from sftflow.serve.guard import LOOPBACK, Guard, Watch, access
-from sftflow.serve.listen import Server, config, is_loopback, open_socket
+from sftflow.serve.guard import Catch, Guard, Watch, access
+from sftflow.serve.listen import Server, config, open_socket
 from sftflow.serve.metrics import CONTENT_TYPE, Metrics
 from sftflow.serve.served import Served
 from sftflow.serve.tokens import token_texts
@@ -56,15 +58,14 @@ def make_app(
     *,
     api_key: str | None = None,
     allow_origin: str | None = None,
-    hosts: frozenset[str] | None = LOOPBACK,
+    hosts: Container[str] = LOOPBACK,
     slots: int = SLOTS,
     max_waiting: int = MAX_WAITING,
 ) -> FastAPI:
     """The app that serves these models under their names.
 
-    hosts: the Host names it answers to (for a loopback address, where only a rebound DNS name would bring another);
-    None answers to all.   slots: replies of each model that run side by side.   max_waiting: those that may stand in
-    line besides.
+    hosts: the Host names it answers to, see `host_names`.   slots: replies of each model that run side by side.
+    max_waiting: those that may stand in line besides.
     """
     models = {name: Served(name, Worker(a, slots=slots, max_waiting=max_waiting)) for name, a in assistants.items()}
     metrics = Metrics()
@@ -85,6 +86,7 @@ def make_app(
     app.state.stop_workers = stop_workers
     free = frozenset({*HEALTH, *PAGE})
     app.add_middleware(Guard, api_key=api_key, allow_origin=allow_origin, hosts=hosts, free=free)
+    app.add_middleware(Catch)
     if allow_origin:  # outside the guard: a preflight has no key, and a refusal must be readable, too
         app.add_middleware(
             CORSMiddleware,
@@ -213,10 +215,6 @@ def _add_errors(app: FastAPI) -> None:
     async def gone(request: Request, error: ClientDisconnect) -> Response:
         return Response(status_code=499)
 
-    @app.exception_handler(Exception)
-    async def unforeseen(request: Request, error: Exception) -> Response:
-        return ApiError(500, "an internal error; the server's log says more", code="internal_error").response()
-
 
 def serve(
     assistants: Mapping[str, Assistant],
@@ -226,13 +224,16 @@ def serve(
     api_key: str | None = None,
     allow_origin: str | None = None,
     insecure: bool = False,
+    allow_hosts: Iterable[str] = (),
     say: Callable[[str], None] = print,
     sock: socket.socket | None = None,
 ) -> None:
-    """Serve until Ctrl-C. sock: from `open_socket`, where the caller opened it before loading the models."""
+    """Serve until Ctrl-C. sock: from `open_socket`, where the caller opened it before loading the models. Raises
+    ServeError."""
+    check_origin(allow_origin)
+    hosts = host_names(host, allow_hosts)
     sock = sock or open_socket(host, port, api_key=api_key, insecure=insecure)
     with sock:
-        hosts = LOOPBACK | {f"[{host}]" if ":" in host else host.lower()} if is_loopback(host) else None
         app = make_app(assistants, api_key=api_key, allow_origin=allow_origin, hosts=hosts)
         _log_access()
         shown = f"[{host}]" if ":" in host else host
