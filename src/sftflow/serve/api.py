@@ -24,6 +24,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from sftflow.errors import RunError, SftflowError
 from sftflow.serve.allowed import LOOPBACK, check_origin, host_names
 from sftflow.serve.answer import Answer, Answering, EventStream, Gone, to_json
 from sftflow.serve.body import SamplingBody, parse_json, read_body
@@ -35,7 +36,7 @@ from sftflow.serve.listen import Server, config, open_socket
 from sftflow.serve.metrics import CONTENT_TYPE, Metrics
 from sftflow.serve.served import Served
 from sftflow.serve.tokens import token_texts
-from sftflow.serve.worker import MAX_WAITING, SLOTS, Worker
+from sftflow.serve.worker import MAX_WAITING, SLOTS, Worker, unusable
 
 if TYPE_CHECKING:
     from sftflow.checkpoint import Assistant
@@ -84,6 +85,7 @@ def make_app(
         title="sftflow", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
     )
     app.state.stop_workers = stop_workers
+    app.state.unproven = lambda: next((s.worker.broken for s in models.values() if s.worker.unproven), None)
     free = frozenset({*HEALTH, *PAGE})
     app.add_middleware(Guard, api_key=api_key, allow_origin=allow_origin, hosts=hosts, free=free)
     app.add_middleware(Catch)
@@ -119,6 +121,8 @@ def make_app(
 
     @app.api_route("/ready", methods=["GET", "HEAD"])
     async def ready() -> dict[str, str]:
+        if any(served.worker.broken is not None for served in models.values()):
+            raise unusable()
         if not all(served.worker.ready for served in models.values()):
             raise ApiError(503, "the models are being prepared", code="not_ready", Retry_After="2")
         return {"status": "ready"}
@@ -229,7 +233,7 @@ def serve(
     sock: socket.socket | None = None,
 ) -> None:
     """Serve until Ctrl-C. sock: from `open_socket`, where the caller opened it before loading the models. Raises
-    ServeError."""
+    ServeError, and what kept a model from being proven (CheckpointError, else RunError)."""
     check_origin(allow_origin)
     hosts = host_names(host, allow_hosts)
     sock = sock or open_socket(host, port, api_key=api_key, insecure=insecure)
@@ -240,6 +244,12 @@ def serve(
         say(f"serving {', '.join(assistants)} at http://{shown}:{sock.getsockname()[1]} (Ctrl-C stops)")
         with contextlib.suppress(KeyboardInterrupt):
             Server(config(app)).run(sockets=[sock])
+        error = app.state.unproven()
+        if isinstance(error, SftflowError):
+            raise error
+        if error is not None:
+            said = (str(error).strip().splitlines() or [""])[0]
+            raise RunError("serve", f"the model cannot be generated from ({type(error).__name__}: {said})") from error
 
 
 def _log_access() -> None:

@@ -141,7 +141,11 @@ def config(app: Any, connection: type[Connection] = Connection) -> uvicorn.Confi
 
 
 class Server(uvicorn.Server):
-    """Ends running replies first when it is told to stop; uvicorn would wait for them."""
+    """Ends running replies first when it is told to stop, for uvicorn would wait for them; and ends by itself where a
+    model turns out not to be computable."""
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self.config.app.state.unproven() is not None  # type: ignore[union-attr]
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.config.app.state.stop_workers()  # type: ignore[union-attr]
