@@ -8,7 +8,6 @@ The event loop only waits: bodies are read into prompts in threads, replies are 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import socket
@@ -34,6 +33,7 @@ from sftflow.serve.errors import ApiError
 from sftflow.serve.guard import Catch, Guard, Watch, access
 from sftflow.serve.listen import Server, config, open_socket
 from sftflow.serve.metrics import CONTENT_TYPE, Metrics
+from sftflow.serve.reading import Reading
 from sftflow.serve.served import Served
 from sftflow.serve.tokens import token_texts
 from sftflow.serve.worker import MAX_WAITING, SLOTS, Worker, unusable
@@ -62,14 +62,15 @@ def make_app(
     hosts: Container[str] = LOOPBACK,
     slots: int = SLOTS,
     max_waiting: int = MAX_WAITING,
+    reading: Reading | None = None,
 ) -> FastAPI:
     """The app that serves these models under their names.
 
     hosts: the Host names it answers to, see `host_names`.   slots: replies of each model that run side by side.
-    max_waiting: those that may stand in line besides.
+    max_waiting: those that may stand in line besides.   reading: how many bodies are read at once; else as usual.
     """
     models = {name: Served(name, Worker(a, slots=slots, max_waiting=max_waiting)) for name, a in assistants.items()}
-    metrics = Metrics()
+    metrics, reading = Metrics(), reading or Reading()
     created = int(time.time())
 
     def stop_workers() -> None:
@@ -147,16 +148,17 @@ def make_app(
         def tokens() -> bytes:
             body = RenderBody.read(parse_json(data))
             served = find(body.model)
+            served.worker.check_room()
             ids = render_ids(served, body.messages, body.tools or [])
             texts = token_texts(served.assistant.tokenizer, ids)
             told = [{"id": i, "text": t, "special": i in served.silent} for i, t in zip(ids, texts, strict=True)]
             return to_json({"tokens": told})
 
-        return Response(await asyncio.to_thread(tokens), media_type="application/json")
+        return Response(await reading.run(tokens, len(data)), media_type="application/json")
 
     async def answered(request: Request, read: Callable[[dict[str, Any]], tuple[Answer, SamplingBody]]) -> Response:
         data = await read_body(request)
-        answer, body = await asyncio.to_thread(lambda: read(parse_json(data)))
+        answer, body = await reading.run(lambda: read(parse_json(data)), len(data))
         worker, record = answer.served.worker, request.state.record
         record.model, record.n_prompt = answer.served.name, answer.n_prompt
         worker.check_room(len(answer.requests))
