@@ -25,12 +25,13 @@ from starlette.requests import ClientDisconnect
 
 from sftflow.errors import RunError, SftflowError
 from sftflow.serve.allowed import LOOPBACK, check_origin, host_names
-from sftflow.serve.answer import Answer, Answering, EventStream, Gone, to_json
+from sftflow.serve.answer import Answer, Answering, EventStream, Gone
 from sftflow.serve.body import SamplingBody, parse_json, read_body
 from sftflow.serve.chat import ChatAnswer, ChatBody, RenderBody, render_ids
 from sftflow.serve.completions import TextAnswer, TextBody
 from sftflow.serve.errors import ApiError
 from sftflow.serve.guard import Catch, Guard, Watch, access
+from sftflow.serve.jsons import slices
 from sftflow.serve.listen import Server, config, open_socket
 from sftflow.serve.metrics import CONTENT_TYPE, Metrics
 from sftflow.serve.reading import Reading
@@ -152,7 +153,7 @@ def make_app(
             ids = render_ids(served, body.messages, body.tools or [])
             texts = token_texts(served.assistant.tokenizer, ids)
             told = [{"id": i, "text": t, "special": i in served.silent} for i, t in zip(ids, texts, strict=True)]
-            return to_json({"tokens": told})
+            return "".join(slices({"tokens": told})).encode()
 
         return Response(await reading.run(tokens, len(data)), media_type="application/json")
 
