@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import socket
@@ -18,8 +19,12 @@ import httpx
 import pytest
 
 from serving import ASK, local, refusal, running, tiny
+from sftflow.chat.render import Renderer
 from sftflow.checkpoint import Assistant
 from sftflow.serve import api, listen
+from sftflow.serve.errors import ApiError
+from sftflow.serve.prompt import conversation_of
+from sftflow.serve.reading import Reading
 
 CHAT, TEXT, RENDER = "/v1/chat/completions", "/v1/completions", "/v1/render"
 KEY = {"Authorization": "Bearer k", "Content-Type": "application/json"}
@@ -351,6 +356,64 @@ def test_ten_thousand_short_messages_in_a_large_context_answer_in_bounded_time(e
     began = time.monotonic()
     refusal(http_client.post(RENDER, json={"model": "tiny", "messages": turn * 5_000}), 400, "messages")
     assert time.monotonic() - began < 30  # rendering them would take minutes
+
+
+def empty(n: int) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": ""} for i in range(n)]
+
+
+def test_many_empty_messages_are_refused_before_they_are_rendered(
+    assistant: Assistant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rendered: list[Any] = []
+    monkeypatch.setattr(Renderer, "render", lambda *args, **more: rendered.append(args))
+    client = local(assistant)
+    for path in (CHAT, RENDER):
+        answer = client.post(path, json={"model": "tiny", "messages": empty(1999)})
+        refusal(answer, 400, "messages", TOO_LONG)
+    assert not rendered
+
+
+@pytest.mark.parametrize("content", ["", "a", "<|user_end|>", " <|bos|><|bos|>\n", "é🙂 1\n\n"])
+@pytest.mark.parametrize("n", [1, 7, 31])
+def test_what_fits_is_never_refused_early(assistant: Assistant, content: str, n: int) -> None:
+    conversation = conversation_of([{**m, "content": content} for m in empty(n)])
+    about, least = assistant.renderer.rough_length(conversation)
+    assert least <= len(assistant.renderer.render(conversation, reply=True).ids)
+    assert least <= about and (content or least > 2 * n)
+
+
+def test_few_requests_are_read_at_once_and_small_ones_do_not_wait_for_large_ones() -> None:
+    free, at_once, most = threading.Event(), 0, 0
+    lock = threading.Lock()
+
+    def work() -> int:
+        nonlocal at_once, most
+        with lock:
+            at_once += 1
+            most = max(most, at_once)
+        free.wait(10)
+        with lock:
+            at_once -= 1
+        return 1
+
+    async def scenario() -> None:
+        reading = Reading(small=1, large=2, seconds=0.2)
+        large = [asyncio.create_task(reading.run(work, 100_000)) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        assert await reading.run(lambda: 2, 100) == 2
+        with pytest.raises(ApiError) as caught:
+            await reading.run(work, 100_000)
+        assert caught.value.status == 503 and caught.value.headers["Retry-After"]
+        large[0].cancel()  # its thread goes on, and so its place is taken
+        with pytest.raises(ApiError):
+            await reading.run(work, 100_000)
+        free.set()
+        assert await large[1] == 1
+        assert await reading.run(work, 100_000) == 1
+
+    asyncio.run(scenario())
+    assert most == 2
 
 
 def test_no_file_of_the_package_is_reachable_but_the_page(assistant: Assistant) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 import torch
+from fastapi.testclient import TestClient
 
-from serving import ASK, DRAW, own, request, running, twin
+from serving import ASK, DRAW, local, own, refusal, request, running, twin
 from sftflow.checkpoint import Assistant
 from sftflow.evals.ask import plain_ids
 from sftflow.serve import api
+from sftflow.serve.jsons import EVENT, PLAIN, slices
 from sftflow.serve.served import derived_seed
+from sftflow.serve.tokens import TextLogprobs
 
 PROMPT = "the cat sat on 🙂 the mät"
 
@@ -178,3 +182,54 @@ def test_sampling_fields_reach_the_engine(client: openai.OpenAI, assistant: Assi
 def test_no_number_is_beyond_json(client: openai.OpenAI) -> None:
     raw = client.completions.with_raw_response.create(model="tiny", prompt=[5, 6], echo=True, logprobs=20, max_tokens=1)
     assert json.loads(raw.text, parse_constant=pytest.fail)
+
+
+def test_json_in_slices_is_json_at_once() -> None:
+    tokens = [{"token": f"ü{i}\u2028", "logprob": -i / 7, "top_logprobs": [{"bytes": [i]}] * 20} for i in range(100)]
+    value = {"a": {}, "b": [], "c": None, "choices": [{"logprobs": {"content": tokens, "refusal": None}, "x": '"'}]}
+    for encoder in (PLAIN, EVENT):
+        pieces = list(slices(value, encoder))
+        assert "".join(pieces) == encoder.encode(value)
+        choice = list(slices(value["choices"][0], encoder))  # type: ignore[index]
+        assert "".join(choice) == encoder.encode(value["choices"][0])  # type: ignore[index]
+        assert max(map(len, choice)) < sum(map(len, choice)) / 3
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_echo_with_log_probabilities_is_shaped_beside_the_event_loop(
+    assistant: Assistant, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """And a stream brings the same as a plain answer."""
+    shape, where = TextLogprobs.shape, []
+
+    def watched(*args: Any, **more: Any) -> dict[str, Any]:
+        where.append(threading.current_thread())
+        return shape(*args, **more)
+
+    monkeypatch.setattr(TextLogprobs, "shape", watched)
+    served = api.make_app({"tiny": assistant})
+    loops: list[threading.Thread] = []
+
+    @served.get("/loop")
+    async def loop() -> None:
+        loops.append(threading.current_thread())
+
+    body = {"model": "tiny", "prompt": PROMPT, "echo": True, "logprobs": 3, "max_tokens": 3, **DRAW}
+    with TestClient(served, base_url="http://127.0.0.1") as http:
+        http.get("/loop")
+        plain = http.post("/v1/completions", json=body).json()["choices"][0]
+        where.clear()
+        text = http.post("/v1/completions", json={**body, "stream": stream}).text
+    assert where and loops[0] not in where
+    if stream:
+        lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line.startswith("data: {")]
+        told = [json.loads(line)["choices"][0] for line in lines]
+        assert "".join(c["text"] for c in told) == plain["text"]
+        for key, values in plain["logprobs"].items():
+            assert [v for c in told for v in (c["logprobs"] or {key: []})[key]] == values
+
+
+def test_the_log_probabilities_of_prompts_are_bounded(endless: Assistant) -> None:
+    body = {"model": "tiny", "prompt": [[5] * 2_000] * 16, "echo": True, "logprobs": 20, "max_tokens": 0}
+    answer = local(endless).post("/v1/completions", json=body)
+    assert "500000" in refusal(answer, 400, "prompt")["message"]

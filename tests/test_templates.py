@@ -24,7 +24,7 @@ from sftflow.chat.format import TEMPLATE_NOW, choose_format
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import parse_row
 from sftflow.chat.settle import settle
-from sftflow.errors import FormatError, MaskError
+from sftflow.errors import FormatError, MaskError, SchemaError
 from shapes import SHAPES, WEATHER, Row
 
 FOLDER = SHARED / "fixtures" / "chat_templates"
@@ -421,3 +421,25 @@ def test_whole_product(path: Path, own_tokenizers: dict[str, Any]) -> None:
     """Every shape with every tokenizer, whether or not it has the template's tokens."""
     wrong = [w for name, tok in tokenizers_of(path, own_tokenizers) for w in run(path, name, tok, SHAPES).wrong]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("path", PATHS[::4], ids=lambda p: p.stem)
+def test_a_prompt_is_never_shorter_than_is_surely_said(path: Path) -> None:
+    """`rough_length` refuses requests before they are rendered, so what it says is sure must be."""
+    tokenizer = given_tokenizer(path)
+    renderer = Renderer(tokenizer, choose_format(str(path), tokenizer))
+    turns = [
+        [{"role": ("user", "assistant")[i % 2], "content": content} for i in range(21)]
+        for content in ("", "a", "\n", " x\n\n", "<|im_end|><|im_start|>", "</s></s>")
+    ]
+    checked = 0
+    for row in (*SHAPES.values(), *turns):
+        try:
+            conversation = parse_row(row, "shape:1")
+            n = len(renderer.render(conversation, reply=True).ids)
+        except (FormatError, MaskError, SchemaError):
+            continue
+        about, least = renderer.rough_length(conversation)
+        assert least <= min(n, about), row
+        checked += 1
+    assert checked or owns(path, tokenizer) is False

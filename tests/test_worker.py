@@ -12,9 +12,13 @@ from typing import Any
 import pytest
 import starlette.requests
 import torch
+from fastapi.testclient import TestClient
 
+from sftflow.errors import CheckpointError, RunError, SftflowError
 from sftflow.generate.engine import Delta, Engine, Reply
+from sftflow.serve import api
 from sftflow.serve import worker as module
+from sftflow.serve.errors import ApiError
 from sftflow.serve.worker import Job, Worker
 from test_session import ask, failing
 
@@ -194,11 +198,42 @@ def test_a_model_that_cannot_compute_says_so_to_everyone(broken: Any) -> None:
     async def scenario() -> None:
         async with working(broken) as worker:
             for _ in range(2):
-                with pytest.raises(Exception, match="it cannot compute a sequence"):
+                with pytest.raises(ApiError) as caught:
                     await read(worker.submit(ask(5, 5)))
-            assert not worker.ready
+                assert (caught.value.status, caught.value.body["error"]["code"]) == (503, "model_unusable")
+            assert not worker.ready and worker.unproven and "it cannot compute a sequence" in str(worker.broken)
 
     run(scenario)
+
+
+def test_a_server_whose_model_cannot_be_computed_ends_and_says_why(broken: Any) -> None:
+    for error in (NotImplementedError("no kernel for this"), ZeroDivisionError("a bug")):
+        broken.engine = Engine(broken.model, broken.renderer, broken.engine.runtime)
+        said: list[str] = []
+
+        def fail(*args: Any, error: Exception = error, **more: Any) -> Any:
+            raise error
+
+        broken.model.forward = fail
+        with pytest.raises(SftflowError) as caught:
+            api.serve({"tiny": broken}, port=0, say=said.append)
+        known = isinstance(error, NotImplementedError)
+        assert type(caught.value) is (CheckpointError if known else RunError)
+        assert caught.value.exit_code == (2 if known else 3)
+        assert str(error) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_broken_model_is_not_being_prepared(broken: Any) -> None:
+    with TestClient(api.make_app({"tiny": broken}), base_url="http://127.0.0.1") as http:
+        for _ in range(100):
+            answer = http.get("/ready")
+            if answer.json()["error"]["code"] != "not_ready":
+                break
+            time.sleep(0.05)
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "a"}]}
+        for told in (answer, http.post("/v1/chat/completions", json=body)):
+            assert (told.status_code, told.json()["error"]["code"]) == (503, "model_unusable")
+        assert http.get("/health").status_code == 200
 
 
 def test_closing_ends_every_reply(assistant: Any) -> None:

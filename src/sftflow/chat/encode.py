@@ -228,9 +228,10 @@ class Encoder:
         n = base + len(prompt)
         return n if part.ids[base:n] == prompt else None
 
-    def rough_length(self, text: str) -> int:
-        """About how many ids the text has, special-token strings being one each."""
-        return len(self._backend.plain(text))
+    def rough_length(self, text: str) -> tuple[int, int]:
+        """About how many ids the text has, special-token strings being one each; and how many of them are those."""
+        ids = self._backend.plain(text)
+        return len(ids), int(self._backend.is_special[ids].sum())
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids -> text, control tokens included."""

@@ -203,10 +203,19 @@ class Renderer:
         messages = [as_dict(m, keep_python=self._has_python) for m in conversation.messages]
         return self._template.text(messages, conversation.tools, reply, conversation.source)
 
-    def rough_length(self, conversation: Conversation) -> int:
-        """How many tokens the prompt for the next reply has, give or take one at each boundary between prompt and
-        reply: linear in the conversation's length, where `render` grows with the square of its turns."""
-        return self._encoder.rough_length(self.text(conversation, reply=True))
+    def rough_length(self, conversation: Conversation) -> tuple[int, int]:
+        """How many tokens the prompt for the next reply has (about, at least): linear in the conversation's length,
+        where `render` grows with the square of its turns.
+
+        The text is encoded as a whole, so it may be a token or two off at each boundary between prompt and reply. But
+        the template's control tokens are sure, and many short messages are hardly more than those.
+        """
+        about, control = self._encoder.rough_length(self.text(conversation, reply=True))
+        messages = [as_dict(m, keep_python=self._has_python) for m in conversation.messages]
+        said = json.dumps([messages, conversation.tools], ensure_ascii=False, default=str)
+        control -= sum(1 for _ in self.special_re.finditer(said))  # those are rendered as text
+        replies = sum(m.role == "assistant" for m in conversation.messages) + 1
+        return about, max(about - 4 * replies, control)
 
     def left_out(self, conversation: Conversation) -> list[str]:
         """Places of the conversation that the prompt for the next reply does not hold, as `messages[1].content`: what

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -34,19 +35,25 @@ def serve(
     base_model: Annotated[str | None, typer.Option("--base", help="serve this one beside it")] = None,
     host: Annotated[str, typer.Option()] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8008,
-    api_key: Annotated[str | None, typer.Option(envvar="SFTFLOW_API_KEY", help="ask clients for this key")] = None,
+    api_key: Annotated[str | None, typer.Option(help="ask clients for this key; else SFTFLOW_API_KEY")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="allow another host without a key")] = False,
     allow_origin: Annotated[str | None, typer.Option(help="one web origin that may call")] = None,
+    allow_host: Annotated[list[str] | None, typer.Option(help="another name that clients call it by")] = None,
 ) -> None:
     """An OpenAI-compatible server and a chat page."""
     quiet()
     from sftflow.checkpoint import load_assistant
     from sftflow.compare.run import base_format
     from sftflow.console import stderr
+    from sftflow.serve.allowed import check_origin, host_names
     from sftflow.serve.api import serve as run
     from sftflow.serve.listen import open_socket
 
-    sock = open_socket(host, port, api_key=api_key, insecure=insecure)  # before minutes are spent on loading
+    # All of it before minutes are spent on loading. (typer takes an empty variable for one that is not set.)
+    api_key = os.environ.get("SFTFLOW_API_KEY") if api_key is None else api_key
+    check_origin(allow_origin)
+    host_names(host, allow_host or ())
+    sock = open_socket(host, port, api_key=api_key, insecure=insecure)
     sft = load_assistant(model)
     assistants = {_model_id(model): sft}
     if base_model:
@@ -59,6 +66,7 @@ def serve(
         port=port,
         api_key=api_key,
         allow_origin=allow_origin,
+        allow_hosts=allow_host or (),
         insecure=insecure,
         sock=sock,
         say=lambda text: stderr().print(text, highlight=False, markup=False),

@@ -6,7 +6,6 @@ jobs -> merged (index, delta) -> each reply's choice (chat, completions) -> even
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -21,6 +20,7 @@ from sftflow.generate.request import Delta, Reply
 from sftflow.generate.request import Request as Asked
 from sftflow.serve.errors import internal
 from sftflow.serve.guard import Record
+from sftflow.serve.jsons import EVENT, slices, to_json
 from sftflow.serve.metrics import Metrics
 from sftflow.serve.served import Served
 from sftflow.serve.worker import Job
@@ -30,6 +30,10 @@ class Choice(Protocol):
     """One reply on its way into its shape."""
 
     def opening(self) -> list[dict[str, Any]]: ...
+
+    def is_large(self, delta: Delta) -> bool:
+        """Whether `feed` may take long, so that it belongs into a thread."""
+        ...
 
     def feed(self, delta: Delta) -> list[dict[str, Any]]: ...
 
@@ -140,11 +144,17 @@ class Answering:
         return await asyncio.to_thread(self._json, pieces)  # log-probabilities of long prompts take their time
 
     def _json(self, pieces: Sequence[tuple[int, Delta]]) -> bytes:
-        chunks: list[list[dict[str, Any]]] = [[] for _ in self.choices]
+        deltas: list[list[Delta]] = [[] for _ in self.choices]
         for index, delta in pieces:
-            chunks[index] += self.choices[index].feed(delta)
-        done = [{"index": i, **c.whole(chunks[i])} for i, c in enumerate(self.choices)]
-        return to_json({**self.head, "object": self.answer.whole_object, "choices": done, "usage": self._usage()})
+            deltas[index].append(delta)
+        frame = to_json({**self.head, "object": self.answer.whole_object, "choices": [], "usage": self._usage()})
+        before, _, after = frame.rpartition(b'"choices":[]')  # the last one: what precedes it has the model's name
+        out = [before, b'"choices":[']
+        for index, choice in enumerate(self.choices):  # one after the other: the shape takes more memory than its JSON
+            chunks = [chunk for delta in deltas[index] for chunk in choice.feed(delta)]
+            out.append(b"," if index else b"")
+            out += [text.encode() for text in slices({"index": index, **choice.whole(chunks)})]
+        return b"".join([*out, b"]", after])
 
     async def events(self, include_usage: bool) -> AsyncIterator[str]:
         """The OpenAI event stream. An error in the middle is an event of its own, on which the clients raise; the
@@ -153,11 +163,19 @@ class Answering:
         no_usage = {"usage": None} if include_usage else {}
 
         def event(data: dict[str, Any]) -> str:
-            # ASCII only: readers that split lines as Python does would break events at U+2028 and its like.
-            return f"data: {json.dumps(data)}\n\n"
+            return f"data: {EVENT.encode(data)}\n\n"
 
         def piece(index: int, chunk: dict[str, Any]) -> str:
             return event({**head, "choices": [{"index": index, **chunk}], **no_usage})
+
+        def large(index: int, delta: Delta) -> list[str]:
+            """The events of a piece that takes long, made in a thread."""
+            before, _, after = piece(index, {"logprobs": None}).rpartition('"logprobs": null')
+            out = []
+            for chunk in self.choices[index].feed(delta):
+                inside = "".join(slices(chunk, EVENT))[1:-1]
+                out.append(before + inside + after)
+            return out
 
         try:
             for index, choice in enumerate(self.choices):
@@ -165,6 +183,10 @@ class Answering:
                     yield piece(index, chunk)
             async with aclosing(self._deltas(None)) as deltas:
                 async for index, delta in deltas:
+                    if self.choices[index].is_large(delta):
+                        for text in await asyncio.to_thread(large, index, delta):
+                            yield text
+                        continue
                     for chunk in self.choices[index].feed(delta):
                         yield piece(index, chunk)
         except Gone:
@@ -191,7 +213,3 @@ class EventStream(StreamingResponse):
         finally:
             for job in self._jobs:
                 job.cancel()
-
-
-def to_json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()

@@ -1,19 +1,19 @@
 """The addresses of the server: an OpenAI-compatible API, our own `/v1/render`, health and metrics, and the page.
 
-    client -> Watch, Guard -> route -> ChatAnswer or TextAnswer (a checked body, its prompts) -> worker -> Answering
+    client -> Watch, Catch, Guard -> route -> ChatAnswer or TextAnswer (a checked body, its prompts)
+           -> worker -> Answering
 
 The event loop only waits: bodies are read into prompts in threads, replies are computed in each model's own thread.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Container, Iterable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,17 +23,21 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from sftflow.serve.answer import Answer, Answering, EventStream, Gone, to_json
+from sftflow.errors import RunError, SftflowError
+from sftflow.serve.allowed import LOOPBACK, check_origin, host_names
+from sftflow.serve.answer import Answer, Answering, EventStream, Gone
 from sftflow.serve.body import SamplingBody, parse_json, read_body
 from sftflow.serve.chat import ChatAnswer, ChatBody, RenderBody, render_ids
 from sftflow.serve.completions import TextAnswer, TextBody
 from sftflow.serve.errors import ApiError
-from sftflow.serve.guard import LOOPBACK, Guard, Watch, access
-from sftflow.serve.listen import Server, config, is_loopback, open_socket
+from sftflow.serve.guard import Catch, Guard, Watch, access
+from sftflow.serve.jsons import slices
+from sftflow.serve.listen import Server, config, open_socket
 from sftflow.serve.metrics import CONTENT_TYPE, Metrics
+from sftflow.serve.reading import Reading
 from sftflow.serve.served import Served
 from sftflow.serve.tokens import token_texts
-from sftflow.serve.worker import MAX_WAITING, SLOTS, Worker
+from sftflow.serve.worker import MAX_WAITING, SLOTS, Worker, unusable
 
 if TYPE_CHECKING:
     from sftflow.checkpoint import Assistant
@@ -56,18 +60,18 @@ def make_app(
     *,
     api_key: str | None = None,
     allow_origin: str | None = None,
-    hosts: frozenset[str] | None = LOOPBACK,
+    hosts: Container[str] = LOOPBACK,
     slots: int = SLOTS,
     max_waiting: int = MAX_WAITING,
+    reading: Reading | None = None,
 ) -> FastAPI:
     """The app that serves these models under their names.
 
-    hosts: the Host names it answers to (for a loopback address, where only a rebound DNS name would bring another);
-    None answers to all.   slots: replies of each model that run side by side.   max_waiting: those that may stand in
-    line besides.
+    hosts: the Host names it answers to, see `host_names`.   slots: replies of each model that run side by side.
+    max_waiting: those that may stand in line besides.   reading: how many bodies are read at once; else as usual.
     """
     models = {name: Served(name, Worker(a, slots=slots, max_waiting=max_waiting)) for name, a in assistants.items()}
-    metrics = Metrics()
+    metrics, reading = Metrics(), reading or Reading()
     created = int(time.time())
 
     def stop_workers() -> None:
@@ -83,8 +87,10 @@ def make_app(
         title="sftflow", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
     )
     app.state.stop_workers = stop_workers
+    app.state.unproven = lambda: next((s.worker.broken for s in models.values() if s.worker.unproven), None)
     free = frozenset({*HEALTH, *PAGE})
     app.add_middleware(Guard, api_key=api_key, allow_origin=allow_origin, hosts=hosts, free=free)
+    app.add_middleware(Catch)
     if allow_origin:  # outside the guard: a preflight has no key, and a refusal must be readable, too
         app.add_middleware(
             CORSMiddleware,
@@ -117,6 +123,8 @@ def make_app(
 
     @app.api_route("/ready", methods=["GET", "HEAD"])
     async def ready() -> dict[str, str]:
+        if any(served.worker.broken is not None for served in models.values()):
+            raise unusable()
         if not all(served.worker.ready for served in models.values()):
             raise ApiError(503, "the models are being prepared", code="not_ready", Retry_After="2")
         return {"status": "ready"}
@@ -141,16 +149,17 @@ def make_app(
         def tokens() -> bytes:
             body = RenderBody.read(parse_json(data))
             served = find(body.model)
+            served.worker.check_room()
             ids = render_ids(served, body.messages, body.tools or [])
             texts = token_texts(served.assistant.tokenizer, ids)
             told = [{"id": i, "text": t, "special": i in served.silent} for i, t in zip(ids, texts, strict=True)]
-            return to_json({"tokens": told})
+            return "".join(slices({"tokens": told})).encode()
 
-        return Response(await asyncio.to_thread(tokens), media_type="application/json")
+        return Response(await reading.run(tokens, len(data)), media_type="application/json")
 
     async def answered(request: Request, read: Callable[[dict[str, Any]], tuple[Answer, SamplingBody]]) -> Response:
         data = await read_body(request)
-        answer, body = await asyncio.to_thread(lambda: read(parse_json(data)))
+        answer, body = await reading.run(lambda: read(parse_json(data)), len(data))
         worker, record = answer.served.worker, request.state.record
         record.model, record.n_prompt = answer.served.name, answer.n_prompt
         worker.check_room(len(answer.requests))
@@ -213,10 +222,6 @@ def _add_errors(app: FastAPI) -> None:
     async def gone(request: Request, error: ClientDisconnect) -> Response:
         return Response(status_code=499)
 
-    @app.exception_handler(Exception)
-    async def unforeseen(request: Request, error: Exception) -> Response:
-        return ApiError(500, "an internal error; the server's log says more", code="internal_error").response()
-
 
 def serve(
     assistants: Mapping[str, Assistant],
@@ -226,19 +231,28 @@ def serve(
     api_key: str | None = None,
     allow_origin: str | None = None,
     insecure: bool = False,
+    allow_hosts: Iterable[str] = (),
     say: Callable[[str], None] = print,
     sock: socket.socket | None = None,
 ) -> None:
-    """Serve until Ctrl-C. sock: from `open_socket`, where the caller opened it before loading the models."""
+    """Serve until Ctrl-C. sock: from `open_socket`, where the caller opened it before loading the models. Raises
+    ServeError, and what kept a model from being proven (CheckpointError, else RunError)."""
+    check_origin(allow_origin)
+    hosts = host_names(host, allow_hosts)
     sock = sock or open_socket(host, port, api_key=api_key, insecure=insecure)
     with sock:
-        hosts = LOOPBACK | {f"[{host}]" if ":" in host else host.lower()} if is_loopback(host) else None
         app = make_app(assistants, api_key=api_key, allow_origin=allow_origin, hosts=hosts)
         _log_access()
         shown = f"[{host}]" if ":" in host else host
         say(f"serving {', '.join(assistants)} at http://{shown}:{sock.getsockname()[1]} (Ctrl-C stops)")
         with contextlib.suppress(KeyboardInterrupt):
             Server(config(app)).run(sockets=[sock])
+        error = app.state.unproven()
+        if isinstance(error, SftflowError):
+            raise error
+        if error is not None:
+            said = (str(error).strip().splitlines() or [""])[0]
+            raise RunError("serve", f"the model cannot be generated from ({type(error).__name__}: {said})") from error
 
 
 def _log_access() -> None:

@@ -114,6 +114,9 @@ class ChatChoice:
     def opening(self) -> list[dict[str, Any]]:
         return [{"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}]
 
+    def is_large(self, delta: Delta) -> bool:
+        return self._logprobs and len(self._tokens) + len(delta.tokens) > 32  # held back with the text of a call
+
     def feed(self, delta: Delta) -> list[dict[str, Any]]:
         """The chunks of one piece of the reply; the last one says why it ended."""
         self._tokens += [t for t in delta.tokens if t.id not in self._silent]

@@ -17,6 +17,9 @@ from sftflow.serve.prompt import plain_prompts, prompt_ids, too_long
 from sftflow.serve.served import Drawing, Served
 from sftflow.serve.tokens import TextLogprobs, token_texts
 
+MOST_TOLD = 500_000
+"""log-probabilities of the prompts that one request may ask for: about 20 MB of JSON"""
+
 
 class TextBody(SamplingBody):
     """POST /v1/completions."""
@@ -53,9 +56,13 @@ class TextAnswer:
         drawing = Drawing.of(served.assistant, body)
         self.requests: list[Request] = []
         self.n_prompt = 0
+        each = self._n * ((body.logprobs or 0) + 1) if body.echo and body.logprobs is not None else 0
         for prompt in self._prompts:
             ids = prompt_ids(served.assistant, prompt)
             self.n_prompt += len(ids)
+            if self.n_prompt * each > MOST_TOLD:
+                fact = f"at most {MOST_TOLD} log-probabilities of prompts are told: tokens x n x (logprobs + 1)"
+                raise wrong("prompt", f"{fact}; send fewer prompts at once")
             self.requests += drawing.requests(
                 body,
                 ids,
@@ -97,6 +104,10 @@ class TextChoice:
 
     def opening(self) -> list[dict[str, Any]]:
         return []
+
+    def is_large(self, delta: Delta) -> bool:
+        """The echo comes at once, and with log-probabilities so does all that waited for it."""
+        return not self._echoed and (self._body.logprobs is None or delta.reply is not None)
 
     def feed(self, delta: Delta) -> list[dict[str, Any]]:
         """The chunks of one piece of the reply; the last one says why it ended."""

@@ -1,6 +1,7 @@
-"""Around every route: who may ask (`Guard`), and what is remembered of it (`Watch`: request ids, access log, metrics).
+"""Around every route: who may ask (`Guard`), what is remembered of it (`Watch`: request ids, access log, metrics), and
+what is said where we fail (`Catch`).
 
-client -> Watch -> CORS, where an origin is allowed -> Guard -> route
+client -> Watch -> CORS, where an origin is allowed -> Catch -> Guard -> route
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -20,16 +21,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sftflow.serve.errors import ApiError
 from sftflow.serve.metrics import Metrics
 
-LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 MAX_HEADERS = 32 * 1024
-access = logging.getLogger("sftflow.access")
+log, access = logging.getLogger("sftflow.serve"), logging.getLogger("sftflow.access")
 _SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
 class Guard:
     """Refuses a request before any route sees it: by its Host, its Origin, its key.
 
-    free: paths that need no key.   hosts: Host names that are served; None: all.
+    free: paths that need no key.   hosts: Host names that are served.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Guard:
         *,
         api_key: str | None,
         allow_origin: str | None,
-        hosts: frozenset[str] | None,
+        hosts: Container[str],
         free: frozenset[str],
     ) -> None:
         self.app, self.api_key, self.allow_origin, self.hosts, self.free = app, api_key, allow_origin, hosts, free
@@ -56,18 +56,19 @@ class Guard:
         if sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEADERS:
             raise ApiError(431, f"the headers are larger than {MAX_HEADERS >> 10} KB", code="headers_too_large")
         host, origin = headers.get("host", "").lower(), headers.get("origin")
-        if self.hosts is not None:
-            # A page elsewhere can point its own name at 127.0.0.1 (DNS rebinding): its name then stands here.
-            name = host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
-            if name not in self.hosts:
-                raise ApiError(403, "this Host is not served here; use localhost or 127.0.0.1", code="host_not_allowed")
+        # A page elsewhere can point its own name at this machine (DNS rebinding): its name then stands here, and in its
+        # Origin, too.
+        name = host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
+        if name not in self.hosts:
+            fact = "this Host is not served here; use localhost or the server's address, or see --allow-host"
+            raise ApiError(403, fact, code="host_not_allowed")
         # Any page can post blindly to an address that its reader's browser reaches, without being able to read the
         # answer; its origin then stands here.
         if origin is not None and self.allow_origin not in ("*", origin) and _netloc(origin) != host:
             raise ApiError(403, "this Origin is not allowed; see --allow-origin", code="origin_not_allowed")
-        if self.api_key and path not in self.free:
+        if self.api_key is not None and path not in self.free:
             scheme, _, key = headers.get("authorization", "").partition(" ")
-            right = hmac.compare_digest(key.strip().encode("latin-1", "replace"), self.api_key.encode())
+            right = hmac.compare_digest(key.strip(" \t").encode("latin-1", "replace"), self.api_key.encode())
             if scheme.lower() != "bearer" or not right:
                 message = "a missing or wrong API key; send it as Authorization: Bearer KEY"
                 raise ApiError(401, message, code="invalid_api_key", WWW_Authenticate="Bearer")
@@ -78,6 +79,31 @@ def _netloc(origin: str) -> str | None:
         return urlsplit(origin).netloc.lower() or None
     except ValueError:
         return None
+
+
+class Catch:
+    """Answers where a route raises what nobody foresaw. It stands inside `Watch` and CORS, so that this answer has
+    their headers, too; starlette's own handler of such errors stands outside of both."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def watched(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        except Exception as error:
+            if started or scope["type"] != "http":
+                raise  # too late for an answer: the connection is cut, which tells the client
+            log.error("an unforeseen error", exc_info=error)
+            answer = ApiError(500, "an internal error; the server's log says more", code="internal_error").response()
+            await answer(scope, receive, send)
 
 
 @dataclass
@@ -121,6 +147,9 @@ class Watch:
 
         try:
             await self.app(scope, receive, watched)
+        except Exception:
+            status = 500  # whatever its first line said
+            raise
         finally:
             seconds = time.perf_counter() - record.began
             self.metrics.answered(getattr(scope.get("route"), "path", "none"), status, seconds)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import ipaddress
 import json
 import socket
 from typing import Any
@@ -18,6 +17,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sftflow.errors import ServeError
+from sftflow.serve.allowed import check_key, is_loopback
 from sftflow.serve.errors import ApiError
 from sftflow.serve.guard import MAX_HEADERS
 
@@ -141,35 +141,24 @@ def config(app: Any, connection: type[Connection] = Connection) -> uvicorn.Confi
 
 
 class Server(uvicorn.Server):
-    """Ends running replies first when it is told to stop; uvicorn would wait for them."""
+    """Ends running replies first when it is told to stop, for uvicorn would wait for them; and ends by itself where a
+    model turns out not to be computable."""
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self.config.app.state.unproven() is not None  # type: ignore[union-attr]
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.config.app.state.stop_workers()  # type: ignore[union-attr]
         await super().shutdown(sockets)
 
 
-def is_loopback(host: str) -> bool:
-    """Whether nobody but this machine can reach the address.
-
-    >>> is_loopback("127.0.0.1"), is_loopback("localhost"), is_loopback("0.0.0.0"), is_loopback("")
-    (True, True, False, False)
-    """
-    if not host:
-        return False
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-        return bool(found) and all(ipaddress.ip_address(str(f[4][0]).partition("%")[0]).is_loopback for f in found)
-    except (OSError, ValueError, UnicodeError):
-        return False
-
-
 def open_socket(host: str, port: int, *, api_key: str | None = None, insecure: bool = False) -> socket.socket:
     """The listening socket of a server, opened before anything slow is done.
 
-    Raises ServeError where the host is open to others without a key, or the port is not to be had.
+    Raises ServeError where the key cannot be sent, the host is open to others without one, or the port is not to be
+    had.
     """
-    if api_key is not None and (not api_key.isprintable() or api_key != api_key.strip()):
-        raise ServeError("--api-key", "it has blanks at its ends or control characters", "choose another")
+    check_key(api_key)
     if not (api_key or insecure or is_loopback(host)):
         fact = "this host is open to other machines and no API key is set"
         raise ServeError(host or "--host", fact, "give --api-key, or say --insecure")

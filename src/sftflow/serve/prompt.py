@@ -89,8 +89,8 @@ def _rendered(assistant: Assistant, conversation: Conversation) -> tuple[int, ..
     renderer, context = assistant.renderer, assistant.engine.context
     try:
         # First what is linear in the length: what does not fit is refused before anything else is done with it.
-        n = renderer.rough_length(conversation)
-        if n <= context + 4 * len(conversation.messages):
+        n, least = renderer.rough_length(conversation)
+        if least < context:
             for place in renderer.left_out(conversation):
                 fact = f"the {renderer.format.name} chat format leaves it out"
                 raise wrong(place, fact, "unsupported_parameter")

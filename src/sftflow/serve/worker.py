@@ -102,14 +102,15 @@ class Worker:
 
     slots: replies that run side by side.   max_waiting: requests that may stand in line besides.
     ready: whether the model has been proven (see `generate.prove`), so that a request is computed at once.
+    broken: what ended the thread, where it was not `close`.   unproven: it was the proof.
     """
 
     def __init__(self, assistant: Assistant, *, slots: int = SLOTS, max_waiting: int = MAX_WAITING) -> None:
         self.assistant, self.max_waiting = assistant, max_waiting
         self.slots = assistant.engine.slots = slots
         self.stats = Stats()
-        self.ready = False
-        self._broken: Exception | None = None
+        self._proven = False
+        self.broken: BaseException | None = None
         self._closed = False
         self._changed = threading.Condition()  # guards _line and _jobs; told of whatever the thread may wait for
         self._line: deque[Job] = deque()
@@ -117,10 +118,20 @@ class Worker:
         self._thread = threading.Thread(target=self._work, name="sftflow-engine", daemon=True)
         self._thread.start()
 
+    @property
+    def ready(self) -> bool:
+        return self._proven and self._thread.is_alive()
+
+    @property
+    def unproven(self) -> bool:
+        return self.broken is not None and not self._proven
+
     def check_room(self, n: int = 1) -> None:
-        """Raises ApiError 503 where `n` more would be too many."""
+        """Raises ApiError 503 where `n` more would be too many, or nobody is there to compute them."""
         if self._closed:
             raise _stopping()
+        if self.broken is not None:
+            raise unusable()
         if len(self._jobs) + n > self.slots + self.max_waiting:
             raise ApiError(503, "too many requests are waiting; try again soon", code="queue_full", Retry_After="5")
 
@@ -129,9 +140,9 @@ class Worker:
 
         streamed: whether the reply is wanted in pieces; else it comes as one delta, for less work.
         """
-        self.check_room()
         job = Job(self, request, streamed)
         with self._changed:
+            self.check_room()
             self._jobs.add(job)
             self._line.append(job)
             self.stats.waiting += 1
@@ -162,10 +173,20 @@ class Worker:
     def _work(self) -> None:
         try:
             self.assistant.engine.way(0)
-            self.ready = True
-        except Exception as error:
-            log.error("the model cannot be generated from", exc_info=error)
-            self._broken = error
+            self._proven = True
+            self._run()
+        except BaseException as error:
+            # Where the proof failed, `serve` ends with it in one line.
+            log.log(logging.ERROR if self._proven else logging.DEBUG, "the engine's thread ended", exc_info=error)
+            with self._changed:
+                self.broken = error  # from here on nobody gets in line
+                self._line.clear()
+                jobs = list(self._jobs)
+            self.stats.waiting = self.stats.running = 0
+            self.stats.finished["error"] += len(jobs)
+            self._tell([(job, unusable()) for job in jobs])
+
+    def _run(self) -> None:
         while not self._closed:
             with self._changed:
                 while not self._jobs and not self._closed:
@@ -185,8 +206,6 @@ class Worker:
     def _session(self) -> None:
         """Run a session until nothing is left for it to do; what it remembers is given back then."""
         engine = self.assistant.engine
-        if self._broken is not None:
-            raise self._broken
         with self._changed:
             if not self._line:
                 return
@@ -274,6 +293,10 @@ class Worker:
 def _put_all(items: list[tuple[Job, Item]]) -> None:
     for job, item in items:
         job.put(item)
+
+
+def unusable() -> ApiError:
+    return ApiError(503, "this model cannot be computed here; the server has to be mended", code="model_unusable")
 
 
 def _stopping() -> ApiError:
