@@ -143,6 +143,7 @@ class Encoder:
         """tokenizer: its tokenizer.json."""
         self._backend = _backend(tokenizer)
         self.special = self._backend.special
+        self.prepends = self._backend.prepends
         self.special_re = self._backend.special_re
         self._tails: dict[tuple[str, bool, bool], list[int]] = {}
 

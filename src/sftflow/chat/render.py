@@ -15,6 +15,7 @@ template.py turns messages into the text, encode.py the text into ids; here the 
 from __future__ import annotations
 
 import bisect
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -207,15 +208,27 @@ class Renderer:
         """How many tokens the prompt for the next reply has (about, at least): linear in the conversation's length,
         where `render` grows with the square of its turns.
 
-        The text is encoded as a whole, so it may be a token or two off at each boundary between prompt and reply. But
-        the template's control tokens are sure, and many short messages are hardly more than those.
+        The text is encoded as a whole, so it may be a token or two off at each boundary between prompt and reply, where
+        no control tokens stand there. And the template's control tokens are sure in any case.
         """
         about, control = self._encoder.rough_length(self.text(conversation, reply=True))
         messages = [as_dict(m, keep_python=self._has_python) for m in conversation.messages]
         said = json.dumps([messages, conversation.tools], ensure_ascii=False, default=str)
-        control -= sum(1 for _ in self.special_re.finditer(said))  # those are rendered as text
+        as_text = sum(1 for _ in self.special_re.finditer(said))  # control tokens to the whole text, text to `render`
         replies = sum(m.role == "assistant" for m in conversation.messages) + 1
-        return about, max(about - 4 * replies, control)
+        off = 0 if self._fenced and not as_text else 4 * replies
+        return about, max(about - off, control - as_text)
+
+    @functools.cached_property
+    def _fenced(self) -> bool:
+        """Whether a control token stands right before and right behind every reply: nothing merges across those."""
+        probe = parse_row([{"role": r, "content": f"zq{r}zq"} for r in ("user", "assistant", "user")], "probe")
+        try:
+            before, _, after = self.text(probe).partition("zqassistantzq")
+        except FormatError:
+            return False
+        fences = any(before.endswith(t) for t in self.special) and any(after.startswith(t) for t in self.special)
+        return fences and not self._encoder.prepends
 
     def left_out(self, conversation: Conversation) -> list[str]:
         """Places of the conversation that the prompt for the next reply does not hold, as `messages[1].content`: what
