@@ -347,7 +347,7 @@ def test_large_bodies_do_not_hold_up_the_others(endless: Assistant) -> None:
                 waited.append(time.monotonic() - began)
         thread.join()
     refusal(answers[0], 400, "messages", TOO_LONG)
-    assert len(waited) > 3 and max(waited) < sum(waited) / 2  # work in the event loop would be one long wait
+    assert max(waited) < 3  # reading it in the event loop would hold it up for longer
 
 
 def test_ten_thousand_short_messages_in_a_large_context_answer_in_bounded_time(endless: Assistant) -> None:
