@@ -356,3 +356,10 @@ def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
         if f"os error {errno.ENOSPC}" not in str(error):
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+    # transformers builds a Llama tokenizer anew on loading, by `legacy`, and forgets to save that: text behind control
+    # tokens would then be encoded otherwise than in training.
+    legacy = getattr(tokenizer, "legacy", None)
+    path = directory / "tokenizer_config.json"
+    if legacy is not None and path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**config, "legacy": legacy}, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,34 @@
+"""A saved checkpoint's tokenizer is the one it was trained with, whatever transformers leaves out on saving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sftflow import checkpoint
+
+TEXTS = ["Hello world", " two", "a<s>b", "x\n y", "</s> and on", "naïve 東京"]
+
+
+@pytest.mark.parametrize("name", ["hf_llama2", "hf_llama3_1", "hf_qwen3"])
+def test_saved_and_loaded(tmp_path: Path, real_tokenizers: dict[str, Path], name: str) -> None:
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    if name not in real_tokenizers:
+        pytest.skip("public data absent: tokenizers")
+    tokenizer: Any = AutoTokenizer.from_pretrained(real_tokenizers[name])
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    for file in real_tokenizers[name].iterdir():  # as it came, not as transformers saves it
+        (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
+    base = checkpoint.load_assistant(str(tmp_path / "base"))
+    checkpoint.save(tmp_path / "sft", base.model, base.tokenizer, base.renderer, dtype=torch.float32, meta={})
+    sft = checkpoint.load_assistant(str(tmp_path / "sft"))  # raises where the fingerprint differs
+    for text in TEXTS:
+        assert sft.tokenizer(text).input_ids == base.tokenizer(text).input_ids
