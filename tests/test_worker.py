@@ -268,6 +268,6 @@ def test_the_event_loop_stays_free(assistant: Any) -> None:
             ticking = asyncio.create_task(tick())
             await asyncio.gather(*(read(worker.submit(ask(20, 60, i, temperature=1.0, seed=i))) for i in range(64)))
             ticking.cancel()
-        assert sorted(late)[len(late) // 2] < 0.1
+        assert sorted(late)[int(len(late) * 0.9)] < 0.1
 
     run(scenario)
