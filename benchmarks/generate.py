@@ -38,20 +38,20 @@ Ids = list[tuple[int, ...]]
 
 
 def prompts_of(assistant: Any, data: Path, items: int) -> Ids:
-    from sftflow.evals.ask import chat_prompt, open_tasks
+    from sftflow.evaluation.prompts_for import chat_prompt, open_tasks
 
     (run,) = open_tasks([f"gsm8k={data}"], items)
     return [chat_prompt(assistant, item) for item in run.items]
 
 
 def ours(assistant: Any, slots: int, tokens: int) -> Callable[[Ids], tuple[Ids, list[int]]]:
-    from sftflow.generate.engine import Engine, Request
+    from sftflow.generation.engine import Engine, GenerationRequest
 
     engine = Engine(assistant.model, assistant.renderer, assistant.runtime, slots=slots)
     engine.way()  # proves the model and orders the weights, once
 
     def generate(prompts: Ids) -> tuple[Ids, list[int]]:
-        requests = [Request(prompt_ids=p, max_new_tokens=tokens, use_python=False) for p in prompts]
+        requests = [GenerationRequest(prompt_ids=p, max_new_tokens=tokens, use_python=False) for p in prompts]
         replies = engine.generate(requests)
         return [r.ids for r in replies], [min(r.near_ties, default=-1) for r in replies]
 

@@ -122,9 +122,9 @@ def main() -> int:
     args = parser.parse_args()
 
     from sftflow.checkpoint import load_assistant, resolve
-    from sftflow.evals.ask import open_tasks, prompts_of
-    from sftflow.evals.choices import letter_scores
-    from sftflow.evals.run import evaluate
+    from sftflow.evaluation.evaluate import evaluate
+    from sftflow.evaluation.multiple_choice import letter_scores
+    from sftflow.evaluation.prompts_for import open_tasks, prompts_of
 
     assistant = load_assistant(args.model)
     path = resolve(args.model).path

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from sftflow.checkpoint import BUILTIN_TINY, prepare, resolve
-from sftflow.mixture.mix import build_mixture
-from sftflow.packed.attention import use_packed_attention
-from sftflow.packed.pack import Example, best_fit, pack_batch
+from sftflow.data.mixture import build_mixture
+from sftflow.packing.attention import use_packed_attention
+from sftflow.packing.pack import Example, best_fit, pack_batch
 from sftflow.recipe import parse_recipe
 from sftflow.runtime import Runtime, detect
-from sftflow.train.loop import batch_loss
+from sftflow.training.trainer import batch_loss
 
 TOKENS = 4096
 IGNORE = -100

@@ -87,7 +87,7 @@ class Result:
 
 
 @dataclass
-class Way:
+class DecodeMode:
     """One line of the table."""
 
     name: str
@@ -104,7 +104,7 @@ class Way:
 
 def prepare_ours(job: Job) -> Result:
     from sftflow.checkpoint import open_renderer, resolve
-    from sftflow.mixture.mix import build_mixture
+    from sftflow.data.mixture import build_mixture
     from sftflow.recipe import parse_recipe
 
     recipe = parse_recipe(
@@ -308,7 +308,7 @@ def find_peer(python: str | None) -> tuple[str, str] | None:
     return command[0], done.stdout.strip()
 
 
-def measure_time(ways: list[Way], job: Job, rounds: int, work: Path) -> None:
+def measure_time(ways: list[DecodeMode], job: Job, rounds: int, work: Path) -> None:
     for number in range(rounds):
         for at, way in enumerate(ways):
             mine = replace(job, workers=way.workers, caching=way.caching)
@@ -318,7 +318,7 @@ def measure_time(ways: list[Way], job: Job, rounds: int, work: Path) -> None:
                     way.again.append(run_job(way.python, way.side, mine, cache))
 
 
-def print_times(ways: list[Way], rows: int, max_length: int) -> None:
+def print_times(ways: list[DecodeMode], rows: int, max_length: int) -> None:
     ours, *peers = ways
     medians = [statistics.median(r.seconds for r in way.cold) for way in ways]
     print(f"| {'way':<26} | cold rows/s | cold s | again s | ours is |")
@@ -404,15 +404,15 @@ def main() -> None:
             measure_memory(job, arguments.memory or [20_000, 200_000], arguments.data, work)
             return
         write_rows(arguments.data, Path(job.rows_file), arguments.rows)
-        ways = [Way("sftflow", sys.executable, "ours")]
+        ways = [DecodeMode("sftflow", sys.executable, "ours")]
         peer = find_peer(arguments.peer_python)
         if peer is None:
             print("TRL was not found (see --peer-python): only ours is timed")
         else:
             for workers in arguments.workers:
                 name = f"TRL, {workers} process{'es' if workers > 1 else ''}"
-                ways.append(Way(name, peer[0], "trl", workers))
-                ways.append(Way(f"{name}, no cache", peer[0], "trl", workers, caching=False))
+                ways.append(DecodeMode(name, peer[0], "trl", workers))
+                ways.append(DecodeMode(f"{name}, no cache", peer[0], "trl", workers, caching=False))
         measure_time(ways, job, arguments.rounds, work)
     print(f"{arguments.rows:,} rows, Qwen3 tokenizer, max_length {job.max_length}, {cores} cores", end="")
     print(f"{f', TRL {peer[1]}' if peer else ''}; medians of {arguments.rounds}\n")

@@ -141,7 +141,7 @@ class FixedPlan:
     def __init__(self, job: dict[str, Any]) -> None:
         import numpy as np
 
-        from sftflow.packed.pack import Example, best_fit
+        from sftflow.packing.pack import Example, best_fit
 
         every = [Example(ids=np.array(i), mask=np.array(m, np.int8)) for i, m in rows_of(job)]
         per_step = job["rows_per_step"]
@@ -159,8 +159,8 @@ class FixedPlan:
 
 def run_ours(job: dict[str, Any]) -> dict[str, Any]:
     from sftflow.runtime import detect
-    from sftflow.train.loop import Trainer
-    from sftflow.train.plan import LoopSpec
+    from sftflow.training.batch_plan import LoopSpec
+    from sftflow.training.trainer import Trainer
 
     model, _ = load(job)
     spec = LoopSpec(

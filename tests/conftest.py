@@ -41,7 +41,7 @@ def row_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a byte-level BPE tokenizer of 400 entries and no chat template."""
-    from sftflow.base.tokenizer import train_tokenizer
+    from sftflow.pretraining.tokenizer import train_tokenizer
 
     directory = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(TEXT, 400, 256).save_pretrained(directory)
@@ -53,7 +53,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> 
     """A random 100K-parameter Llama-layout base with that tokenizer, context 256."""
     from transformers import AutoTokenizer
 
-    from sftflow.base.run import BaseSpec, build_model
+    from sftflow.pretraining.pretrain import BaseSpec, build_model
 
     directory = tmp_path_factory.mktemp("base")
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)

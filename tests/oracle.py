@@ -259,7 +259,7 @@ class Case:
 
     def prompt(self, k: int) -> str | None:
         """What serving sends to get turn k."""
-        return self.reference.text(self.messages[:k], self.tools, self.kwargs, reply=True)
+        return self.reference.text(self.messages[:k], self.tools, self.kwargs, add_generation_prompt=True)
 
     def start(self, k: int, text: str) -> int | None:
         """Where the reply of turn k begins in `text`; None where the prompt is no prefix of it."""
@@ -271,7 +271,7 @@ class Case:
         # Nothing comes before the first message: its header is what the generation prompt adds to any conversation.
         probe = [{"role": "user", "content": "x"}]
         plain = self.reference.text(probe, self.tools, self.kwargs)
-        asked = self.reference.text(probe, self.tools, self.kwargs, reply=True)
+        asked = self.reference.text(probe, self.tools, self.kwargs, add_generation_prompt=True)
         if plain is None or asked is None or not asked.startswith(plain) or asked == plain:
             return None
         at = text.find(asked[len(plain) :])

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from sftflow.serve import api
+from sftflow.serving import api
 
 FILES = Path(api.__file__).parent / "page"
 

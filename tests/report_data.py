@@ -51,7 +51,7 @@ class Page(HTMLParser):
 
 
 def shipped_prompts() -> list[dict[str, Any]]:
-    lines = resources.files("sftflow.compare").joinpath("prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = resources.files("sftflow.comparison").joinpath("prompts.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines if line.strip()]
 
 

@@ -11,12 +11,13 @@ from typing import Any
 
 from fastapi.testclient import TestClient
 
-from sftflow.base.run import BaseSpec, build_model
-from sftflow.base.tokenizer import train_tokenizer
 from sftflow.chat.schema import parse_row
 from sftflow.checkpoint import Assistant, load_assistant
-from sftflow.generate.request import Reply, Request
-from sftflow.serve import api, listen
+from sftflow.generation.request import GenerationRequest, Reply
+from sftflow.pretraining.pretrain import BaseSpec, build_model
+from sftflow.pretraining.tokenizer import train_tokenizer
+from sftflow.serving import api
+from sftflow.serving import uvicorn_limits as listen
 
 SENTENCES = [
     "the cat sat on the mat and the dog ran over the hill",
@@ -62,9 +63,9 @@ def ask(**fields: Any) -> dict[str, Any]:
     return {"model": "tiny", "messages": ASK, "max_tokens": 4, **DRAW, **fields}
 
 
-def request(assistant: Assistant, n: int, **options: Any) -> Request:
-    ids = assistant.renderer.render(parse_row({"messages": ASK}, "x"), reply=True).ids
-    return Request(prompt_ids=tuple(ids.tolist()), max_new_tokens=n, **(options or DRAW))
+def request(assistant: Assistant, n: int, **options: Any) -> GenerationRequest:
+    ids = assistant.renderer.render(parse_row({"messages": ASK}, "x"), add_generation_prompt=True).ids
+    return GenerationRequest(prompt_ids=tuple(ids.tolist()), max_new_tokens=n, **(options or DRAW))
 
 
 @functools.cache

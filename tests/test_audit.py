@@ -24,14 +24,14 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from conftest import shared
-from sftflow.mixture import audit as package
-from sftflow.mixture.audit import Audit, audit, audit_page, audit_tables, item_parts
-from sftflow.mixture.audit.charts import histogram
-from sftflow.mixture.audit.lengths import length_edges, spread
-from sftflow.mixture.audit.near import AGREE, candidates, minhash
-from sftflow.mixture.audit.overlap import NGRAM, EvalIndex, template_limit
-from sftflow.mixture.audit.words import SHINGLE, mix64, split_words
-from sftflow.mixture.tasks import GENERATED, TaskSource, make_task
+from sftflow.data import audit as package
+from sftflow.data.audit import Audit, audit, audit_page, audit_tables, item_parts
+from sftflow.data.audit.charts import histogram
+from sftflow.data.audit.lengths import length_edges, spread
+from sftflow.data.audit.near_duplicates import AGREE, candidates, minhash
+from sftflow.data.audit.ngrams import SHINGLE, mix64, split_words
+from sftflow.data.audit.overlap import NGRAM, EvalIndex, template_limit
+from sftflow.tasks import GENERATED, TaskSource, make_task
 
 fixed = settings(derandomize=True, deadline=None, max_examples=60)
 WORDS = [f"w{i}" for i in range(5000)]
@@ -56,8 +56,8 @@ class Words:
 
 
 @dataclass
-class Rows:
-    """Rows in memory: (ids, mask) of each."""
+class AuditRows:
+    """AuditRows in memory: (ids, mask) of each."""
 
     name: str
     rows: list[tuple[NDArray[np.int32], NDArray[np.int8]]] = field(default_factory=list)
@@ -83,9 +83,9 @@ class Rows:
         return f"{self.name}:{i + 1}"
 
 
-def store(words: Words, name: str, texts: list[str]) -> Rows:
-    """Rows whose second half is supervised."""
-    out = Rows(name)
+def store(words: Words, name: str, texts: list[str]) -> AuditRows:
+    """AuditRows whose second half is supervised."""
+    out = AuditRows(name)
     for text in texts:
         ids = words.encode(text)
         out.rows.append((ids, (np.arange(len(ids)) >= len(ids) // 2).astype(np.int8)))
@@ -117,7 +117,7 @@ def similarity(a: str, b: str) -> float:
 
 
 def near_rows(texts: list[str]) -> set[int]:
-    """Rows, no exact copies, with an earlier near-duplicate."""
+    """AuditRows, no exact copies, with an earlier near-duplicate."""
     first = [i for i, t in enumerate(texts) if t not in texts[:i]]
     sets = {i: shingle_set(texts[i]) for i in first}
 
@@ -166,7 +166,7 @@ def test_examples_in_docstrings(name: str) -> None:
 
 def test_the_page_and_the_tables_are_loaded_when_asked_for() -> None:
     late = f"{package.__name__}.page", f"{package.__name__}.tables", "rich"
-    code = f"import sys; from sftflow.mixture.audit import audit; sys.exit(any(m in sys.modules for m in {late}))"
+    code = f"import sys; from sftflow.data.audit import audit; sys.exit(any(m in sys.modules for m in {late}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     with pytest.raises(AttributeError, match="audit_pages"):
         _ = package.audit_pages
@@ -260,7 +260,7 @@ def test_examples_name_the_first_places() -> None:
 
 
 def families(seed: int) -> list[str]:
-    """Rows of many lengths, most with copies that are cut or changed a little or a lot, and some tiny ones."""
+    """AuditRows of many lengths, most with copies that are cut or changed a little or a lot, and some tiny ones."""
     rng = random.Random(seed)
     texts = []
     for _ in range(80):
@@ -283,7 +283,7 @@ def test_near_duplicates_against_brute_force(seed: int, monkeypatch: pytest.Monk
     texts = families(seed)
     expected = near_rows(texts)
     assert len(expected) > 40
-    monkeypatch.setattr("sftflow.mixture.audit.near.EXAMPLES", len(texts))
+    monkeypatch.setattr("sftflow.data.audit.near_duplicates.EXAMPLES", len(texts))
     found = run(texts).overall.near_duplicates
     rows = {int(e.place.partition(":")[2]) - 1 for e in found.examples}
     assert len(rows) == found.rows
@@ -439,7 +439,7 @@ def test_a_hash_that_collides_is_no_overlap(monkeypatch: pytest.MonkeyPatch) -> 
         asked.append(args)
         return holds(self, *args)
 
-    monkeypatch.setattr("sftflow.mixture.audit.words.mix64", lambda x: mix64(x) & np.uint64(0xFFFF))
+    monkeypatch.setattr("sftflow.data.audit.ngrams.mix64", lambda x: mix64(x) & np.uint64(0xFFFF))
     monkeypatch.setattr(EvalIndex, "_holds", spy)
     rng = random.Random(6)
     items = [sentence(rng, 30) for _ in range(10)]
@@ -458,7 +458,7 @@ def test_special_tokens_do_not_glue_question_and_answer(tokenizer_dir: Path) -> 
     said = ["Be brief<|user|>Spell the word cat<|assistant|>", "c a t"]
     prompt, reply = (tokenizer(t, add_special_tokens=False).input_ids for t in said)
     mask = np.array([0] * len(prompt) + [1] * len(reply), np.int8)
-    rows = Rows("s", [(np.array(prompt + reply, np.int32), mask)])
+    rows = AuditRows("s", [(np.array(prompt + reply, np.int32), mask)])
 
     def decode(ids: list[list[int]]) -> list[str]:
         return [tokenizer.decode(i, skip_special_tokens=True) for i in ids]
@@ -527,7 +527,7 @@ def test_json_is_plain_and_deterministic() -> None:
 
 def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = example()[1].to_json()
-    monkeypatch.setattr("sftflow.mixture.audit.rows.CHUNK_TOKENS", 50)
+    monkeypatch.setattr("sftflow.data.audit.rows.CHUNK_TOKENS", 50)
     assert example()[1].to_json() == whole
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from conftest import SHARED, TEXT
-from sftflow.base.tokenizer import train_tokenizer
-from sftflow.chat.call_format import learn_calls
-from sftflow.chat.calls import Call, CallFormat, CallReader, JsonEntry, NamedEntry, TaggedEntry, read_calls
 from sftflow.chat.format import ChatFormat
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import parse_row
+from sftflow.chat.tool_format import learn_calls
+from sftflow.chat.tool_parser import Call, CallFormat, CallReader, JsonEntry, NamedEntry, TaggedEntry, read_calls
+from sftflow.pretraining.tokenizer import train_tokenizer
 
 # Templates written for these tests, in the ways that well-known ones write calls.
 FRONT = """{%- for t in tools or [] %}{{ '<|im_start|>tools\n' + (t | tojson) + '<|im_end|>\n' }}{% endfor -%}
@@ -107,7 +107,7 @@ def written(renderer: Renderer, content: str, calls: list[tuple[str, dict[str, A
     ]
     user = {"role": "user", "content": "u"}
     row = {"messages": [user, {"role": "assistant", "content": content, "tool_calls": made}], "tools": TOOLS}
-    prompt = renderer.text(parse_row({"messages": [user], "tools": TOOLS}, "x"), reply=True)
+    prompt = renderer.text(parse_row({"messages": [user], "tools": TOOLS}, "x"), add_generation_prompt=True)
     text = renderer.text(parse_row(row, "x"))
     assert text.startswith(prompt)
     return renderer.special_re.sub("", text[len(prompt) :]).removesuffix("\n")

@@ -16,14 +16,14 @@ from sftflow.chat.render import Renderer
 from sftflow.chat.schema import text_message
 from sftflow.checkpoint import Assistant
 from sftflow.errors import RunError, TaskError
-from sftflow.evals import choices
-from sftflow.evals.ask import TaskRun, open_tasks, plain_ids, prompts_of
-from sftflow.evals.choices import letter_scores, plain_letters
-from sftflow.evals.run import evaluate, evaluate_models
-from sftflow.generate.engine import Engine
-from sftflow.mixture.tasks import Item, TaskSource
-from sftflow.mixture.tasks.arc import MultipleChoice, prompt
+from sftflow.evaluation import multiple_choice as choices
+from sftflow.evaluation.evaluate import evaluate, evaluate_models
+from sftflow.evaluation.multiple_choice import letter_scores, plain_letters
+from sftflow.evaluation.prompts_for import TaskRun, open_tasks, plain_ids, prompts_of
+from sftflow.generation.engine import Engine
 from sftflow.runtime import Runtime
+from sftflow.tasks import Item, TaskSource
+from sftflow.tasks.multiple_choice import MultipleChoice, prompt
 
 FP32 = Runtime(device="cpu", precision="fp32", reason="test")
 QUESTIONS = (("Which one flies?", "a wren", "a mole", "a pike"), ("What is cold?", "ice", "fire"), ("1 + 1?", *"2345"))
@@ -70,7 +70,7 @@ def log_probability(model: Any, ids: Sequence[int], n_last: int) -> float:
 @pytest.fixture(scope="module", params=[257, 400])
 def spaced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Assistant:
     """257 entries: bytes alone, so that " A" is a space and a letter. 400: some letters have a token with the space."""
-    from sftflow.base.tokenizer import train_tokenizer
+    from sftflow.pretraining.tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer([f"{text} A A A A A A" for text in TEXT], request.param, 256).save_pretrained(folder)

@@ -21,8 +21,8 @@ import pytest
 
 from conftest import TEXT, shared
 from runs import sftflow
-from sftflow.base.run import BaseSpec, build_model
-from sftflow.base.tokenizer import train_tokenizer
+from sftflow.pretraining.pretrain import BaseSpec, build_model
+from sftflow.pretraining.tokenizer import train_tokenizer
 
 CLIENTS = Path(__file__).parent / "clients"
 ROOT = Path(__file__).parents[1]

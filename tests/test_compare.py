@@ -10,13 +10,13 @@ import pytest
 
 from runs import Quiet, digest, sftflow, write_recipe
 from sftflow.checkpoint import load_assistant
-from sftflow.compare.figures import change_of
-from sftflow.compare.prompts import load_prompts
-from sftflow.compare.run import base_format, compare_models
-from sftflow.evals.ask import open_tasks
-from sftflow.evals.during import Sampled
+from sftflow.comparison.compare import base_format, compare_models
+from sftflow.comparison.paired import change_of
+from sftflow.comparison.prompts import load_prompts
+from sftflow.evaluation.callback import Sampled
+from sftflow.evaluation.prompts_for import open_tasks
 from sftflow.recipe import load_recipe
-from sftflow.train.run import run_training
+from sftflow.training.run import run_training
 
 PROMPTS = ["What is 1+1?", {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "?"}]}]
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from sftflow import console
-from sftflow.console import Pace, Watch, fitted
+from sftflow.report import progress as console
+from sftflow.report.progress import Pace, ProgressDisplay, fitted
 from sftflow.runtime import Runtime, measure_peak, peak_memory
 
 FP32 = Runtime(device="cpu", precision="fp32", reason="test")
@@ -26,8 +26,8 @@ def step_log(step: int, **changes: Any) -> Any:
     return SimpleNamespace(**(values | changes))
 
 
-class Screen(Watch):
-    """A Watch that writes to memory, as a terminal of 80 columns or as a pipe."""
+class Screen(ProgressDisplay):
+    """A ProgressDisplay that writes to memory, as a terminal of 80 columns or as a pipe."""
 
     def __init__(self, live: bool, width: int = 80) -> None:
         super().__init__()

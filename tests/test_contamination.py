@@ -12,10 +12,10 @@ import pytest
 
 from conftest import shared
 from sftflow.checkpoint import load_assistant, open_renderer, resolve
-from sftflow.evals.ask import TaskRun, open_tasks
-from sftflow.evals.contamination import contamination, contamination_of_run
-from sftflow.mixture.audit import audit, item_parts
-from sftflow.mixture.mix import Mixture, build_mixture
+from sftflow.data.audit import audit, item_parts
+from sftflow.data.mixture import Mixture, build_mixture
+from sftflow.evaluation.contamination import contamination, contamination_of_run
+from sftflow.evaluation.prompts_for import TaskRun, open_tasks
 from sftflow.recipe import Recipe, parse_recipe
 
 NOUNS = ["apples", "pears", "books", "cups", "lamps", "chairs", "stones", "shells", "boats", "coins", "kites", "drums"]

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sftflow.errors import CheckpointError
-from sftflow.generate.decoder import PackedDecoder
-from sftflow.generate.engine import Engine, Request, Session, common_beginning
-from sftflow.generate.linear import OrderedWeights, ordered_weights
-from sftflow.generate.own import PaddedDecoder
-from sftflow.generate.prove import find_way
-from sftflow.generate.sampling import likeliest
+from sftflow.generation.check_decoder import find_decode_mode
+from sftflow.generation.decoder import PackedDecoder
+from sftflow.generation.engine import Engine, GenerationRequest, Scheduler, common_beginning
+from sftflow.generation.hf_decoders import PaddedDecoder
+from sftflow.generation.onednn import OrderedWeights, ordered_weights
+from sftflow.generation.sampling import likeliest
 from test_models import ARCHITECTURES, FP32, SMALL, VOCABULARY, tiny
 
 Ids = list[int]
@@ -73,7 +73,7 @@ def test_rows_that_come_and_go(name: str, ordered: bool) -> None:
         *["step"] * 3,
     ]
     weights = OrderedWeights(model) if ordered else None
-    decoder = PackedDecoder(model, FP32, held=held, ordered=weights)
+    decoder = PackedDecoder(model, FP32, shared_prefix=held, ordered=weights)
     try:
         got = drive(model, decoder, [], plan, rng)
     finally:
@@ -87,14 +87,14 @@ def test_rows_that_come_and_go(name: str, ordered: bool) -> None:
 def test_these_are_packed(name: str) -> None:
     model = tiny(name)
     before = [vars(model.config), [vars(m).get("sliding_window") for m in model.modules()]]
-    assert find_way(model, FP32) == "packed"
+    assert find_decode_mode(model, FP32) == "packed"
     assert before == [vars(model.config), [vars(m).get("sliding_window") for m in model.modules()]]
 
 
 def test_what_cannot_be_packed_is_found_out() -> None:
     broken = tiny("Llama")
     broken.model.layers[0].self_attn.layer_idx = 1  # two layers that would share one buffer
-    assert find_way(broken, FP32, ["packed"]) == "whole"
+    assert find_decode_mode(broken, FP32, ["packed"]) == "whole"
 
 
 # What each of these remembers, and so how it may be decoded.
@@ -150,7 +150,10 @@ def test_models_with_state_are_decoded_as_they_compute_themselves(name: str, tin
     assert engine.way() == STATEFUL[name][0]
     rng = np.random.default_rng(0)
     prompts = [draw(rng, n) for n in (11, 2, 7, 5)]
-    requests = [Request(prompt_ids=tuple(p), max_new_tokens=6, stop_ids=frozenset(), use_python=False) for p in prompts]
+    requests = [
+        GenerationRequest(prompt_ids=tuple(p), max_new_tokens=6, stop_ids=frozenset(), use_python=False)
+        for p in prompts
+    ]
     for prompt, reply in zip(prompts, engine.generate(requests), strict=True):
         ids = list(prompt)
         for _ in range(6):
@@ -165,7 +168,7 @@ def test_a_model_that_cannot_compute_is_refused() -> None:
     model = tiny("Llama")
     del model.model.layers[1].self_attn.q_proj
     with pytest.raises(CheckpointError, match="LlamaForCausalLM: it cannot compute a sequence"):
-        find_way(model, FP32)
+        find_decode_mode(model, FP32)
 
 
 def test_beyond_the_length_at_which_numbers_change_each_is_alone(tiny_base: Path) -> None:
@@ -215,10 +218,10 @@ def engine(tiny_base: Path) -> Engine:
     return loaded.engine
 
 
-def requests_of(seed: int, n: int, **more: Any) -> list[Request]:
+def requests_of(seed: int, n: int, **more: Any) -> list[GenerationRequest]:
     rng = np.random.default_rng(seed)
     return [
-        Request(
+        GenerationRequest(
             prompt_ids=tuple(draw(rng, int(rng.integers(1, 60)))),
             max_new_tokens=int(rng.integers(1, 30)),
             use_python=False,
@@ -247,11 +250,11 @@ def test_slots_change_no_answer(engine: Engine, seed: int, slots: int, padded: b
 
 
 def test_cancelling_frees_the_slot_and_disturbs_nobody(engine: Engine) -> None:
-    requests = [Request(prompt_ids=(5 + i, 7, 9), max_new_tokens=20, stop_ids=frozenset()) for i in range(5)]
+    requests = [GenerationRequest(prompt_ids=(5 + i, 7, 9), max_new_tokens=20, stop_ids=frozenset()) for i in range(5)]
     wanted = engine.generate(requests)
     small = Engine(engine.model, engine.renderer, engine.runtime, slots=3)
     done = {}
-    with Session(small) as session:
+    with Scheduler(small) as session:
         numbers = [session.submit(r) for r in requests]
         for turn in range(60):
             if turn == 4:
@@ -272,7 +275,7 @@ def test_near_ties_are_told() -> None:
 
 def test_a_near_tie_reaches_the_reply(engine: Engine) -> None:
     head = engine.model.get_output_embeddings()
-    request = Request(prompt_ids=(5, 6, 7), max_new_tokens=4, stop_ids=frozenset(), use_python=False)
+    request = GenerationRequest(prompt_ids=(5, 6, 7), max_new_tokens=4, stop_ids=frozenset(), use_python=False)
     (reply,) = engine.generate([request])
     twin = (reply.ids[0] + 1) % 300
     before = head.weight.detach().clone()

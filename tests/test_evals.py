@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
+from sftflow.atomic_io import write_json
 from sftflow.chat.schema import text_message
 from sftflow.errors import ContextError, TaskError
-from sftflow.evals.ask import TaskRun, open_tasks
-from sftflow.evals.run import CHATCORE, evaluate, evaluate_models, summary
-from sftflow.evals.store import prompt_hash, safe_name
-from sftflow.evals.weights import weights_hash
-from sftflow.files import write_json
-from sftflow.generate.engine import Engine
-from sftflow.mixture.tasks import Item
-from sftflow.mixture.tasks.words import words
+from sftflow.evaluation.evaluate import CHATCORE, evaluate, evaluate_models, summary
+from sftflow.evaluation.journal import prompt_hash, safe_name
+from sftflow.evaluation.prompts_for import TaskRun, open_tasks
+from sftflow.evaluation.weights import weights_hash
+from sftflow.generation.engine import Engine
+from sftflow.tasks import Item
+from sftflow.tasks.spelling import words
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_rows_hold_their_evidence(assistant: Any, run: TaskRun, tmp_path: Path) 
     rows = rows_of(tmp_path / "eval" / f"{name}.jsonl")
     assert sum(steps) == len(rows) == result.n == 7
     for item, row in zip(run.items, rows, strict=True):
-        from sftflow.evals.ask import chat_prompt
+        from sftflow.evaluation.prompts_for import chat_prompt
 
         ids = chat_prompt(assistant, item)
         assert row["id"] == item.id and row["prompt_sha256"] == prompt_hash(ids) and row["n_prompt"] == len(ids)

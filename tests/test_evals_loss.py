@@ -16,13 +16,12 @@ from hypothesis import strategies as st
 
 from conftest import make_renderer
 from runs import Quiet, write_recipe
-from sftflow.base.run import bits_per_byte as base_bits
 from sftflow.chat.schema import Conversation, parse_row
 from sftflow.checkpoint import Assistant, load_assistant
 from sftflow.errors import ContextError, DataError
-from sftflow.evals import loss as module
-from sftflow.evals import token_loss
-from sftflow.evals.loss import (
+from sftflow.evaluation import heldout_loss as module
+from sftflow.evaluation import token_loss
+from sftflow.evaluation.heldout_loss import (
     GROUPS,
     NO_REPLY,
     NOT_RENDERED,
@@ -36,10 +35,11 @@ from sftflow.evals.loss import (
     run_mixture,
     windows,
 )
-from sftflow.generate.engine import Engine
+from sftflow.generation.engine import Engine
+from sftflow.pretraining.pretrain import bits_per_byte as base_bits
 from sftflow.recipe import load_recipe
 from sftflow.runtime import Runtime
-from sftflow.train.run import run_training
+from sftflow.training.run import run_training
 from test_models import SMALL
 from test_settle import STRIPS, THOUGHTS, open_with
 

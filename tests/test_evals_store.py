@@ -17,17 +17,18 @@ from typing import Any
 import pytest
 import torch
 
-from sftflow import files
+from sftflow import atomic_io as files
 from sftflow.errors import RunError
-from sftflow.evals import choices, store
-from sftflow.evals.ask import TaskRun, open_tasks
-from sftflow.evals.run import evaluate
-from sftflow.evals.store import EvalRow, Journal, key_of, safe_name
-from sftflow.evals.weights import weights_hash
-from sftflow.generate.engine import Engine
-from sftflow.mixture.tasks import TaskSource
-from sftflow.mixture.tasks.humaneval import HumanEval
-from sftflow.mixture.tasks.ifeval import IFEval
+from sftflow.evaluation import journal as store
+from sftflow.evaluation import multiple_choice as choices
+from sftflow.evaluation.evaluate import evaluate
+from sftflow.evaluation.journal import EvalRow, Journal, key_of, safe_name
+from sftflow.evaluation.prompts_for import TaskRun, open_tasks
+from sftflow.evaluation.weights import weights_hash
+from sftflow.generation.engine import Engine
+from sftflow.tasks import TaskSource
+from sftflow.tasks.humaneval import HumanEval
+from sftflow.tasks.ifeval import IFEval
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def names(path: Path) -> list[str]:
     return [json.loads(line)["id"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def asked_of(assistant: Any, patch: pytest.MonkeyPatch) -> list[int]:
+def label_positions_of(assistant: Any, patch: pytest.MonkeyPatch) -> list[int]:
     """How many replies each call of the engine is asked for, from now on."""
     asked: list[int] = []
     generate = assistant.engine.generate
@@ -121,24 +122,24 @@ def test_evidence_names_what_graders_rest_on(assistant: Any, tmp_path: Path, mon
     assert result.rests_on["versions"] == {p: version(p) for p in ("sftflow", "torch", "transformers")}
     assert result.rests_on["grading"] == {}
     assert IFEval(TaskSource()).rests_on() == {"langdetect": version("langdetect")}
-    monkeypatch.setattr("sftflow.mixture.tasks.ifeval.language_package", lambda: None)
+    monkeypatch.setattr("sftflow.tasks.ifeval.language_package", lambda: None)
     assert IFEval(TaskSource()).rests_on() == {"langdetect": "absent"}
     from sftflow.sandbox import isolation_available
 
     assert HumanEval(TaskSource()).rests_on()["sandbox"] == isolation_available()[0]
-    monkeypatch.setattr("sftflow.mixture.tasks.humaneval.isolation_available", lambda: ("process",))
+    monkeypatch.setattr("sftflow.tasks.humaneval.isolation_available", lambda: ("process",))
     assert HumanEval(TaskSource()).rests_on()["sandbox"] == "process"
 
 
 def test_rows_graded_elsewhere_are_asked_again(assistant: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = opened(3)
     evaluate(assistant, run, "chat", tmp_path)
-    asked = asked_of(assistant, monkeypatch)
+    asked = label_positions_of(assistant, monkeypatch)
     evaluate(assistant, run, "chat", tmp_path)
     monkeypatch.setattr(run.task, "rests_on", lambda: {"sandbox": "process"}, raising=False)
     evaluate(assistant, run, "chat", tmp_path)
     monkeypatch.undo()
-    asked_again = asked_of(assistant, monkeypatch)
+    asked_again = label_positions_of(assistant, monkeypatch)
     evaluate(assistant, opened(3), "chat", tmp_path)  # the first ones were set aside, not thrown away
     assert (asked, asked_again) == ([0, 3], [0])
 
@@ -178,7 +179,7 @@ def test_a_smaller_limit_loses_no_rows(assistant: Any, tmp_path: Path, monkeypat
         (run,) = open_tasks([f"jsonl={source}"], limit)
         return evaluate(assistant, replace(run, task=_short(run.task)), "chat", tmp_path, model="m")
 
-    asked = asked_of(assistant, monkeypatch)
+    asked = label_positions_of(assistant, monkeypatch)
     path = tmp_path / "eval" / "m-jsonl.jsonl"
     eight = limited(8)
     three = limited(3)
@@ -209,7 +210,7 @@ def test_another_model_under_the_same_name_loses_no_rows(
     first = evaluate(assistant, run, "chat", tmp_path, model="base")
     second = evaluate(other, run, "chat", tmp_path, model="base")
     assert [r.ids for r in first.rows] != [r.ids for r in second.rows]
-    asked = [asked_of(assistant, monkeypatch), asked_of(other, monkeypatch)]
+    asked = [label_positions_of(assistant, monkeypatch), label_positions_of(other, monkeypatch)]
     assert evaluate(assistant, run, "chat", tmp_path, model="base").rows == first.rows
     assert evaluate(other, run, "chat", tmp_path, model="base").rows == second.rows
     assert asked == [[0], [0]]
@@ -300,7 +301,7 @@ def test_a_full_disk_ends_with_one_line_and_keeps_the_rows(
         evaluate(assistant, run, "chat", out, model="m")
     assert path.read_text() == text
     (small_disk / "ballast").unlink()
-    asked = asked_of(assistant, monkeypatch)
+    asked = label_positions_of(assistant, monkeypatch)
     again = evaluate(assistant, run, "chat", out, model="m")
     assert asked == [40 - n_kept]
     assert [(r.id, r.ids, r.score) for r in again.rows] == [(r.id, r.ids, r.score) for r in whole.rows]

@@ -15,16 +15,17 @@ from conftest import make_renderer, shared
 from sftflow import checkpoint
 from sftflow.chat.schema import parse_row
 from sftflow.errors import CheckpointError, RecipeError
-from sftflow.export import gguf as exporting
-from sftflow.export import layout, llamacpp, parity
-from sftflow.export import write as writing
-from sftflow.export.gguf import export_gguf
-from sftflow.export.layout import interleave, separate
-from sftflow.export.llamacpp import LlamaCpp
-from sftflow.export.prompts import cases
-from sftflow.export.vocab import CONTROL, UNUSED, vocabulary_of
-from sftflow.export.write import exported_template
-from sftflow.generate.request import Request
+from sftflow.exporting import llamacpp, parity
+from sftflow.exporting import to_gguf as exporting
+from sftflow.exporting.llamacpp import LlamaCpp
+from sftflow.exporting.parity_prompts import cases
+from sftflow.exporting.to_gguf import export_gguf
+from sftflow.generation.request import GenerationRequest
+from sftflow.gguf import architectures as layout
+from sftflow.gguf import writer as writing
+from sftflow.gguf.architectures import interleave, separate
+from sftflow.gguf.vocabulary import CONTROL, UNUSED, vocabulary_of
+from sftflow.gguf.writer import exported_template
 
 pytest.importorskip("gguf")
 needs_llama_cpp = pytest.mark.skipif(not llamacpp.available(), reason="llama.cpp: pip install xllamacpp")
@@ -257,7 +258,7 @@ def test_the_file_comes_back_as_what_it_was(tmp_path: Path, tokenizer_dir: Path,
     assert after.renderer.special == before.renderer.special
     one, two = cases(before.renderer, 30, 400), cases(after.renderer, 30, 400)
     assert [c.rendered.ids.tolist() for c in one] == [c.rendered.ids.tolist() for c in two]
-    asked = [Request(prompt_ids=tuple(c.rendered.ids.tolist()), max_new_tokens=12) for c in one[:6]]
+    asked = [GenerationRequest(prompt_ids=tuple(c.rendered.ids.tolist()), max_new_tokens=12) for c in one[:6]]
     assert [r.ids for r in before.engine.generate(asked)] == [r.ids for r in after.engine.generate(asked)]
 
 
@@ -290,8 +291,12 @@ def test_the_directory_generates_in_transformers(tmp_path: Path, tokenizer_dir: 
     directory = build(tmp_path / "sft", tokenizer_dir, "llama")
     assistant = checkpoint.load_assistant(str(directory))
     messages = [{"role": "user", "content": "What is it?"}]
-    prompt = assistant.renderer.render(parse_row({"messages": messages}, "t:1"), reply=True).ids.tolist()
-    (mine,) = assistant.engine.generate([Request(prompt_ids=tuple(prompt), max_new_tokens=20, use_python=False)])
+    prompt = assistant.renderer.render(
+        parse_row({"messages": messages}, "t:1"), add_generation_prompt=True
+    ).ids.tolist()
+    (mine,) = assistant.engine.generate(
+        [GenerationRequest(prompt_ids=tuple(prompt), max_new_tokens=20, use_python=False)]
+    )
     # Whatever comes fifth shall be the end of turn: its row and the end token's change places.
     model = AutoModelForCausalLM.from_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from sftflow.export.llamacpp import Continuation, Step
-from sftflow.export.parity import Agreement, _difference, _greedy
+from sftflow.exporting.llamacpp import Continuation, Step
+from sftflow.exporting.parity import Agreement, _difference, _greedy
 
 STOP = 7
 

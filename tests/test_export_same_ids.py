@@ -14,13 +14,13 @@ from conftest import SHARED
 from serving import local
 from sftflow import checkpoint
 from sftflow.chat.schema import parse_row, text_message
-from sftflow.evals.ask import chat_prompt
-from sftflow.export import gguf as exporting
-from sftflow.export import llamacpp
-from sftflow.export.gguf import export_gguf
-from sftflow.export.llamacpp import LlamaCpp
-from sftflow.mixture.tasks import Item
-from sftflow.serve.terminal import _Talk
+from sftflow.evaluation.prompts_for import chat_prompt
+from sftflow.exporting import llamacpp
+from sftflow.exporting import to_gguf as exporting
+from sftflow.exporting.llamacpp import LlamaCpp
+from sftflow.exporting.to_gguf import export_gguf
+from sftflow.tasks import Item
+from sftflow.terminal.repl import _Talk
 
 pytest.importorskip("gguf")
 pytestmark = pytest.mark.skipif(not llamacpp.available(), reason="llama.cpp: pip install xllamacpp")
@@ -57,7 +57,7 @@ def everywhere(model: str, path: Path, n: int) -> dict[str, int]:
     with LlamaCpp(path, context=64) as engine:
         for messages in rows:
             trained = renderer.render(parse_row({"messages": messages}, "row"))
-            asked = renderer.render(parse_row({"messages": messages[:-1]}, "row"), reply=True)
+            asked = renderer.render(parse_row({"messages": messages[:-1]}, "row"), add_generation_prompt=True)
             ids = asked.ids.tolist()
             assert trained.ids[: len(ids)].tolist() == ids  # training's row begins with what is asked
             assert trained.mask[len(ids)] == 1
@@ -66,9 +66,12 @@ def everywhere(model: str, path: Path, n: int) -> dict[str, int]:
             served = server.post("/v1/render", json={"model": "tiny", "messages": messages[:-1]}).json()
             assert [t["id"] for t in served["tokens"]] == ids
             typed = terminal.conversation(list(turns))
-            assert renderer.render(typed, reply=True).ids.tolist() == ids
+            assert renderer.render(typed, add_generation_prompt=True).ids.tolist() == ids
             # The exported file's own renderer, and llama.cpp with the template and the tokenizer inside the file:
-            assert of_file.render(parse_row({"messages": messages[:-1]}, "row"), reply=True).ids.tolist() == ids
+            assert (
+                of_file.render(parse_row({"messages": messages[:-1]}, "row"), add_generation_prompt=True).ids.tolist()
+                == ids
+            )
             text = engine.prompt(messages[:-1])
             assert text == asked.text
             theirs = engine.ids(text)

@@ -82,7 +82,7 @@ def row(messages: Messages) -> Conversation:
 
 
 def prompt_text(renderer: Renderer, messages: Messages) -> str:
-    return renderer.render(row(messages), reply=True).text
+    return renderer.render(row(messages), add_generation_prompt=True).text
 
 
 def by_transformers(renderer: Renderer, messages: Messages, template: str | None = None, **options: Any) -> Any:
@@ -123,7 +123,7 @@ def test_text_and_ids_are_transformers(tokenizers: dict[str, Path], name: str, w
         assert "None" not in rendered.text
         if rendered.boundary_splits == 0:
             assert rendered.ids.tolist() == by_transformers(renderer, messages), label
-        prompt = renderer.render(row(messages[:-1]), reply=True)
+        prompt = renderer.render(row(messages[:-1]), add_generation_prompt=True)
         assert prompt.text == by_transformers(renderer, messages[:-1], tokenize=False, add_generation_prompt=True)
         assert rendered.text.startswith(prompt.text), label
         assert rendered.ids[: len(prompt.ids)].tolist() == prompt.ids.tolist(), label
@@ -163,7 +163,7 @@ def test_any_content(tokenizers: dict[str, Path], name: str, pairs: list[tuple[s
     assert rendered.text == by_transformers(renderer, messages, tokenize=False)
     supervised = renderer.tokenizer.decode(rendered.ids[rendered.mask == 1])
     assert supervised == "".join(reply_text(name, a, str(renderer.end_token)) for _, a in pairs)
-    prompt = renderer.render(row(messages[:-1]), reply=True).ids.tolist()
+    prompt = renderer.render(row(messages[:-1]), add_generation_prompt=True).ids.tolist()
     assert rendered.ids[: len(prompt)].tolist() == prompt
     assert rendered.mask[len(prompt)] == 1
     end = renderer.special[str(renderer.end_token)]
@@ -346,7 +346,7 @@ def test_order_of_roles(tokenizer_dir: Path, name: str) -> None:
             renderer.render(row([y, x, y]))
         for messages in ([x, y], [system]):
             with pytest.raises(FormatError, match=r"a reply needs a user turn before it|begins with a user turn"):
-                renderer.render(row(messages), reply=True)
+                renderer.render(row(messages), add_generation_prompt=True)
     else:
         assert renderer.render(twice).n_supervised == 2
         assert renderer.render(row([x, y, y])).n_supervised == 4
@@ -468,7 +468,7 @@ def test_llama_cpp_renders_the_same(llama_cpp: tuple[str, Renderer, LlamaCpp]) -
     for label, messages in {**CHATS, "developer": developer}.items():
         ends = [i for i, m in enumerate(messages) if m["role"] == "user"]
         for end in ends:
-            rendered = renderer.render(row(messages[: end + 1]), reply=True)
+            rendered = renderer.render(row(messages[: end + 1]), add_generation_prompt=True)
             assert engine.prompt(messages[: end + 1]) == rendered.text, label
             if rendered.boundary_splits == 0:
                 assert engine.ids(rendered.text) == rendered.ids.tolist(), label

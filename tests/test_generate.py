@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sftflow.calculator import calculate
 from sftflow.chat.schema import parse_row
 from sftflow.errors import ContextError
-from sftflow.generate.calculator import calculate
-from sftflow.generate.engine import Request
+from sftflow.generation.engine import GenerationRequest
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def assistant(tiny_base: Path) -> Any:
 
 def prompt(assistant: Any, text: str) -> tuple[int, ...]:
     row = parse_row([{"role": "user", "content": text}], "p")
-    return tuple(int(i) for i in assistant.renderer.render(row, reply=True).ids)
+    return tuple(int(i) for i in assistant.renderer.render(row, add_generation_prompt=True).ids)
 
 
 PROMPTS = ["hi", "What is the answer to the question about the moon and the river?", "a cat", "1 2 3", "Hello!"]
@@ -38,7 +38,7 @@ PROMPTS = ["hi", "What is the answer to the question about the moon and the rive
 
 def test_greedy_equals_transformers_and_the_batch_changes_nothing(assistant: Any) -> None:
     requests = [
-        Request(prompt_ids=prompt(assistant, p), max_new_tokens=20, stop_ids=frozenset(), use_python=False)
+        GenerationRequest(prompt_ids=prompt(assistant, p), max_new_tokens=20, stop_ids=frozenset(), use_python=False)
         for p in PROMPTS
     ]
     together = assistant.engine.generate(requests)
@@ -60,7 +60,7 @@ def test_greedy_equals_transformers_and_the_batch_changes_nothing(assistant: Any
 
 def test_stream_is_the_reply_in_pieces(assistant: Any) -> None:
     for seed in range(4):
-        request = Request(prompt_ids=prompt(assistant, "hi"), max_new_tokens=40, temperature=1.5, seed=seed)
+        request = GenerationRequest(prompt_ids=prompt(assistant, "hi"), max_new_tokens=40, temperature=1.5, seed=seed)
         (reply,) = assistant.engine.generate([request])
         deltas = list(assistant.engine.stream(request))
         assert "".join(d.text for d in deltas) == reply.text
@@ -68,19 +68,19 @@ def test_stream_is_the_reply_in_pieces(assistant: Any) -> None:
 
 
 def test_seed_decides_and_the_batch_does_not(assistant: Any) -> None:
-    one = Request(prompt_ids=prompt(assistant, "hi"), max_new_tokens=12, temperature=1.0, seed=1)
-    two = Request(prompt_ids=prompt(assistant, "hi"), max_new_tokens=12, temperature=1.0, seed=2)
+    one = GenerationRequest(prompt_ids=prompt(assistant, "hi"), max_new_tokens=12, temperature=1.0, seed=1)
+    two = GenerationRequest(prompt_ids=prompt(assistant, "hi"), max_new_tokens=12, temperature=1.0, seed=2)
     first, second = assistant.engine.generate([one, two])
     assert assistant.engine.generate([one])[0].ids == first.ids != second.ids
 
 
 def test_calculator_runs_inside_the_reply(assistant: Any) -> None:
     """Force a call by hand: the engine writes output tokens right after the call ends."""
-    from sftflow.generate.draft import Draft
+    from sftflow.generation.sequence import ReplySequence
 
     engine, renderer = assistant.engine, assistant.renderer
     start, end, out_start, out_end = renderer.python_ids()
-    draft = Draft(Request(prompt_ids=(1,)), engine.speech, 100)
+    draft = ReplySequence(GenerationRequest(prompt_ids=(1,)), engine.speech, 100)
     for token in (start, *renderer.encode_plain("48/2"), end):
         draft.accept(token)
     assert list(draft.forced) == [out_start, *renderer.encode_plain("24"), out_end]
@@ -95,10 +95,12 @@ def test_calculator_runs_inside_the_reply(assistant: Any) -> None:
 
 
 def test_stop_text_ends_the_reply(assistant: Any) -> None:
-    plain = Request(prompt_ids=prompt(assistant, "hi"), max_new_tokens=30, stop_ids=frozenset())
+    plain = GenerationRequest(prompt_ids=prompt(assistant, "hi"), max_new_tokens=30, stop_ids=frozenset())
     (whole,) = assistant.engine.generate([plain])
     stop = whole.text[3:6]
-    stopped = Request(prompt_ids=plain.prompt_ids, max_new_tokens=30, stop_ids=frozenset(), stop_texts=(stop,))
+    stopped = GenerationRequest(
+        prompt_ids=plain.prompt_ids, max_new_tokens=30, stop_ids=frozenset(), stop_texts=(stop,)
+    )
     (reply,) = assistant.engine.generate([stopped])
     assert reply.finish_reason == "stop" and reply.text == whole.text[: whole.text.index(stop)]
     assert "".join(d.text for d in assistant.engine.stream(stopped)) == reply.text
@@ -106,7 +108,7 @@ def test_stop_text_ends_the_reply(assistant: Any) -> None:
 
 def test_a_prompt_longer_than_the_context_is_refused(assistant: Any) -> None:
     with pytest.raises(ContextError, match="context of 256"):
-        assistant.engine.generate([Request(prompt_ids=tuple([5] * 300))])
+        assistant.engine.generate([GenerationRequest(prompt_ids=tuple([5] * 300))])
 
 
 @pytest.mark.parametrize(

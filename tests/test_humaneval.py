@@ -12,9 +12,9 @@ import pytest
 
 from conftest import shared
 from sftflow.errors import SchemaError
-from sftflow.mixture.tasks import humaneval
-from sftflow.mixture.tasks.base import Item, TaskSource
-from sftflow.mixture.tasks.humaneval import HumanEval, body_of, code_of, program_of
+from sftflow.tasks import humaneval
+from sftflow.tasks.humaneval import HumanEval, body_of, code_of, program_of
+from sftflow.tasks.task import Item, TaskSource
 
 ROW = {
     "prompt": 'import math\n\ndef twice(x):\n    return 2 * x\n\n\ndef area(r: float):\n    """Area of a disc."""\n',

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from conftest import make_renderer
 from sftflow.chat.schema import parse_row
-from sftflow.evals.hygiene import (
+from sftflow.evaluation.journal import EvalRow
+from sftflow.evaluation.reply_checks import (
     FAULTS,
     Said,
     answers_itself,
@@ -25,9 +26,8 @@ from sftflow.evals.hygiene import (
     tool_calls,
     user_header,
 )
-from sftflow.evals.store import EvalRow
-from sftflow.generate.draft import Draft, Speech
-from sftflow.generate.engine import Reply, Request
+from sftflow.generation.engine import GenerationRequest, Reply
+from sftflow.generation.sequence import ReplyDecoder, ReplySequence
 
 CLEAN = [
     "The moon is 384,400 km away.",
@@ -39,7 +39,7 @@ CLEAN = [
     "Robot: Who is there?\nHuman: I am.",
     "> User: my screen is black\n\nTry another cable.",
     "Question: what is a question? A sentence that asks.",
-    "### Request\n\nGET /\n\n### Response\n\n200 OK",
+    "### GenerationRequest\n\nGET /\n\n### Response\n\n200 OK",
     "A template in ChatML:\n\n```\n<|im_start|>user\nhi<|im_end|>\n```\n\nThe mark `<|im_end|>` ends a turn.",
     "Strike it out: <s>old</s> new. In F#, xs |> map f, and f <| x.",
     "Row, row, row your boat, gently down the stream. No, no, no, no!",
@@ -57,7 +57,7 @@ def assistant(tiny_base: Path) -> Any:
 
 def prompt(assistant: Any, text: str) -> tuple[int, ...]:
     row = parse_row([{"role": "user", "content": text}], "p")
-    return tuple(int(i) for i in assistant.renderer.render(row, reply=True).ids)
+    return tuple(int(i) for i in assistant.renderer.render(row, add_generation_prompt=True).ids)
 
 
 def said(renderer: Any, *pieces: str | int, finish: str = "stop", end: bool = True) -> Said:
@@ -66,7 +66,7 @@ def said(renderer: Any, *pieces: str | int, finish: str = "stop", end: bool = Tr
     n = len(ids)
     if finish == "stop" and end:
         ids.append(renderer.stop_ids()[0])
-    parts = Speech(renderer).parts(ids)
+    parts = ReplyDecoder(renderer).parts(ids)
     text = "".join(p.text for p in parts if p.kind == "text")
     return Said(ids=tuple(ids), text=text, parts=parts, finish_reason=finish, n_generated=n)
 
@@ -145,13 +145,13 @@ def test_a_user_turn_of_the_format(tokenizer_dir: Path, name: str, header: str) 
     row = parse_row(
         [{"role": r, "content": c} for r, c in [("user", "q"), ("assistant", "Fine."), ("user", "And now?")]], "p"
     )
-    whole = [int(i) for i in renderer.render(row, reply=True).ids]
+    whole = [int(i) for i in renderer.render(row, add_generation_prompt=True).ids]
     text = renderer.decode(whole)
     assert text.count("Fine.") == 1
     stops = set(renderer.stop_ids())
     at = next(i for i, token in enumerate(whole) if "Fine." in renderer.decode(whole[: i + 1]))
     ids = tuple(i for i in whole[at + 1 :] if i not in stops)  # a model that does not know where to stop
-    parts = Speech(renderer).parts(ids)
+    parts = ReplyDecoder(renderer).parts(ids)
     reply = Said(ids=ids, text="Fine." + "".join(p.text for p in parts), parts=parts, finish_reason="length")
     found = faults(hygiene([reply, said(renderer, "Fine.")], renderer))
     assert found["self_turn"] == (0,) and found["role_leak"] == (0,)
@@ -234,7 +234,7 @@ def test_a_real_tokenizer_with_byte_fallback(real_tokenizers: dict[str, Path]) -
 
 def test_tool_calls(renderer: Any) -> None:
     start, end, out, out_end = renderer.python_ids()
-    engine_made = Draft(Request(prompt_ids=(1,)), Speech(renderer), 100)
+    engine_made = ReplySequence(GenerationRequest(prompt_ids=(1,)), ReplyDecoder(renderer), 100)
     for token in (start, *renderer.encode_plain("48/2"), end):
         engine_made.accept(token)
     while engine_made.forced:
@@ -254,7 +254,7 @@ def test_tool_calls(renderer: Any) -> None:
     found = hygiene(replies, renderer)
     assert found.tool_calls == {"calls": 8, "well_formed": 6, "answered": 4}
     assert faults(found) == {"tool_calls": (2, 3, 4, 5, 6), "empty": (2,)}
-    speech = Speech(renderer)
+    speech = ReplyDecoder(renderer)
     assert [tool_calls(r.ids, speech)[:3] for r in replies[:3]] == [(1, 1, 1), (2, 2, 2), (1, 0, 0)]
 
 
@@ -282,7 +282,7 @@ def test_replies_of_a_real_model(assistant: Any) -> None:
     """A random base: it runs to the limit, leaks control tokens and says bytes that are no characters."""
     texts = ["hi", "What is the answer?", "a cat", "1 2 3", "Hello!", "The moon"]
     requests = [
-        Request(prompt_ids=prompt(assistant, t), max_new_tokens=60, temperature=1.0, seed=i)
+        GenerationRequest(prompt_ids=prompt(assistant, t), max_new_tokens=60, temperature=1.0, seed=i)
         for i, t in enumerate(texts * 4)
     ]
     replies = assistant.engine.generate(requests)
@@ -305,7 +305,9 @@ def test_replies_of_a_real_model(assistant: Any) -> None:
 
 
 def test_greedy_replies_of_a_random_model_loop(assistant: Any) -> None:
-    request = Request(prompt_ids=prompt(assistant, "hi"), max_new_tokens=120, stop_ids=frozenset(), use_python=False)
+    request = GenerationRequest(
+        prompt_ids=prompt(assistant, "hi"), max_new_tokens=120, stop_ids=frozenset(), use_python=False
+    )
     (reply,) = assistant.engine.generate([request])
     assert len(set(reply.ids[-24:])) == 1  # the likeliest token again and again
     found = hygiene([reply], assistant.renderer)
@@ -313,7 +315,10 @@ def test_greedy_replies_of_a_random_model_loop(assistant: Any) -> None:
 
 
 def test_a_row_is_looked_at_as_its_reply(assistant: Any) -> None:
-    requests = [Request(prompt_ids=prompt(assistant, "hi"), max_new_tokens=40, temperature=1.0, seed=s) for s in (0, 1)]
+    requests = [
+        GenerationRequest(prompt_ids=prompt(assistant, "hi"), max_new_tokens=40, temperature=1.0, seed=s)
+        for s in (0, 1)
+    ]
     replies = assistant.engine.generate(requests)
     shared = {"question": "hi", "answer": None, "score": 0.0, "prompt_sha256": ""}
     same = ("finish_reason", "n_prompt", "n_generated", "seconds", "ids")

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from conftest import shared
 from sftflow.errors import SchemaError, TaskError
-from sftflow.mixture.tasks import Item, TaskSource, chance_of, make_task
-from sftflow.mixture.tasks.ifeval import IFEval, follows, loose_variants
-from sftflow.mixture.tasks.ifeval_checks import CHECKS, NEED_LANGUAGE, is_supported
-from sftflow.mixture.tasks.ifeval_text import count_capital_words, count_sentences, language_of, language_package
+from sftflow.tasks import Item, TaskSource, chance_of, make_task
+from sftflow.tasks.ifeval import IFEval, follows, loose_variants
+from sftflow.tasks.ifeval_checks import CHECKS, NEED_LANGUAGE, is_supported
+from sftflow.tasks.ifeval_text import count_capital_words, count_sentences, language_of, language_package
 
 ENGLISH = "The wren is a small bird that lives in gardens and sings loudly in the morning."
 GERMAN = "Der Zaunkönig ist ein kleiner Vogel, der in Gärten lebt und am Morgen laut singt."

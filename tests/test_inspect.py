@@ -19,10 +19,11 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from conftest import CHROMIUM, dom_of
-from sftflow.chat import inspect, inspect_html
-from sftflow.chat.inspect import Piece, pieces_of_row, terminal_lines, token_rows, turns_of_row
-from sftflow.chat.inspect_html import render_page, token_boxes, visible
 from sftflow.chat.render import Rendered, Renderer
+from sftflow.report import token_page as inspect_html
+from sftflow.report import token_view as inspect
+from sftflow.report.token_page import render_page, token_boxes, visible
+from sftflow.report.token_view import Piece, pieces_of_row, terminal_lines, token_rows, turns_of_row
 
 TEXT = "Hello 🙂, naïve مرحبا 世界 👩\u200d💻!\n\n  x = 1\tend"
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from conftest import shared
 from sftflow.errors import SchemaError, SftflowError
-from sftflow.mixture.tasks import Item, TaskSource, chance_of, make_task
-from sftflow.mixture.tasks.jsonl import GRADERS, Jsonl, is_contained, is_exact, is_number, parse
+from sftflow.tasks import Item, TaskSource, chance_of, make_task
+from sftflow.tasks.questions import GRADERS, Jsonl, is_contained, is_exact, is_number, parse
 
 
 def task_of(path: Path, *rows: Any) -> Jsonl:

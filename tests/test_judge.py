@@ -18,12 +18,13 @@ from typing import Any
 
 import pytest
 
-from sftflow.base.run import BaseSpec, build_model
 from sftflow.checkpoint import load_assistant
-from sftflow.compare import judge_client
-from sftflow.compare.judge import JudgeError, Pair, check_judge, judge_pairs, parse_verdict, question
-from sftflow.compare.judge_client import endpoint, retry_after, shown_url
-from sftflow.serve import api, listen
+from sftflow.comparison import judge_client
+from sftflow.comparison.judge import JudgeError, Pair, check_judge, judge_pairs, parse_verdict, question
+from sftflow.comparison.judge_client import endpoint, retry_after, shown_url
+from sftflow.pretraining.pretrain import BaseSpec, build_model
+from sftflow.serving import api
+from sftflow.serving import uvicorn_limits as listen
 
 ASK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 1+1?"}]
 PAIRS = [
@@ -361,7 +362,7 @@ def test_a_judge_whose_context_is_too_small_says_so(tmp_path: Path, tokenizer_di
 
 
 def test_the_examples_in_the_docstrings() -> None:
-    from sftflow.compare import judge
+    from sftflow.comparison import judge
 
     for module in (judge, judge_client):
         found = doctest.testmod(module)

@@ -18,8 +18,8 @@ import pytest
 
 from sftflow.errors import RecipeError
 from sftflow.recipe import Recipe, parse_recipe
-from sftflow.train import loggers
-from sftflow.train.loggers import LOGGERS, last_step, open_logger, require_logger
+from sftflow.training import loggers
+from sftflow.training.loggers import LOGGERS, last_step, open_logger, require_logger
 
 Points = dict[str, list[tuple[int, float]]]  # name -> (step, value), in the order written
 SAVE_EVERY, CRASH_AT, STEPS = 4, 7, 10
@@ -29,7 +29,7 @@ SAVE_EVERY, CRASH_AT, STEPS = 4, 7, 10
 TWO_RUNS = f"""
 import sys
 from sftflow.recipe import load_recipe
-from sftflow.train.run import run_training
+from sftflow.training.run import run_training
 
 class Listener:
     def __init__(self, crash_at):
@@ -162,7 +162,7 @@ def test_a_missing_package_is_refused_before_any_work(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sftflow.recipe import load_recipe
-    from sftflow.train.run import run_training
+    from sftflow.training.run import run_training
 
     monkeypatch.setitem(sys.modules, "trackio", None)  # what Python itself takes for "not there"
     calls: list[str] = []

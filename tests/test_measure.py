@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 
 from runs import Quiet, sftflow, write_recipe
+from sftflow.atomic_io import CHECKSUM, with_checksum, write_json
 from sftflow.checkpoint import load_assistant, load_info, resolve
 from sftflow.cli.measure import Asked, evaluate_all, run_of
-from sftflow.compare.beside import beside_run
-from sftflow.compare.run import base_format, kind_of
-from sftflow.evals.ask import open_tasks
-from sftflow.evals.during import Sampled
-from sftflow.files import CHECKSUM, with_checksum, write_json
-from sftflow.packed.attention import NAME, use_packed_attention
+from sftflow.comparison.compare import base_format, kind_of
+from sftflow.comparison.run_artifacts import beside_run
+from sftflow.evaluation.callback import Sampled
+from sftflow.evaluation.prompts_for import open_tasks
+from sftflow.packing.attention import NAME, use_packed_attention
 from sftflow.recipe import load_recipe
 from sftflow.runtime import detect
-from sftflow.train.run import run_training
-from sftflow.train.stop import Stopped
+from sftflow.training.run import run_training
+from sftflow.training.signals import Stopped
 
 CODE = {"prompt": "def one():\n", "entry_point": "one", "test": "def check(f):\n    assert f() == 1\n"}
 MEASURED = ("eval.json", "compare.json", "report.html")

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from sftflow.errors import CheckpointError
-from sftflow.packed.attention import use_packed_attention
-from sftflow.packed.pack import Example, pack_batch, pad_batch
+from sftflow.packing.attention import use_packed_attention
+from sftflow.packing.pack import Example, pack_batch, pad_batch
 from sftflow.runtime import Runtime
-from sftflow.train.loop import batch_loss
-from sftflow.train.optim import Rates, groups_of, muon
-from sftflow.train.prove import check_length, prove_forward
-from sftflow.train.settings import set_dropout
+from sftflow.training.check_model import check_length, prove_forward
+from sftflow.training.optimizers import Rates, groups_of, muon
+from sftflow.training.settings import set_dropout
+from sftflow.training.trainer import batch_loss
 
 FP32 = Runtime(device="cpu", precision="fp32", reason="test")
 VOCABULARY = 320
@@ -125,7 +125,7 @@ def test_packed_equals_unpacked(name: str, monkeypatch: pytest.MonkeyPatch) -> N
         batch = pack_batch(supervised, share=share, multiple=16)
         assert batch.n_supervised == sum(int(e.mask[1:].sum()) for e in examples)
         close(model, examples, lambda batch=batch: batch_loss(model, batch, FP32, scale=1.0), wanted)  # type: ignore[misc]
-        monkeypatch.setattr("sftflow.packed.attention.SMALL", 0)  # torch's own attention
+        monkeypatch.setattr("sftflow.packing.attention.SMALL", 0)  # torch's own attention
         close(model, examples, lambda batch=batch: batch_loss(model, batch, FP32, scale=1.0), wanted)  # type: ignore[misc]
         monkeypatch.undo()
     model.set_attn_implementation("eager")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sftflow.train import muon
-from sftflow.train.muon import Muon, orthogonalised
+from sftflow.training import muon
+from sftflow.training.muon import Muon, orthogonalised
 
 SETTINGS = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95, "nesterov": True}
 SHAPES = [(24, 64), (64, 24), (32, 32)]

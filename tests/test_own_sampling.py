@@ -9,10 +9,10 @@ import torch
 
 from serving import ASK, local, request
 from sftflow.checkpoint import Assistant
-from sftflow.serve.chat import ChatBody
-from sftflow.serve.sampling import own_sampling
-from sftflow.serve.served import Drawing
-from sftflow.serve.terminal import chat
+from sftflow.serving.chat import ChatBody
+from sftflow.serving.model_entry import SamplingParams
+from sftflow.serving.sampling import own_sampling
+from sftflow.terminal.repl import chat
 
 OFF = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
@@ -30,10 +30,13 @@ def test_what_the_checkpoint_asks_for(assistant: Assistant, monkeypatch: pytest.
     own = {"temperature": 0.5, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.2}
     asks_for(assistant, monkeypatch, do_sample=True, **own)
     assert own_sampling(assistant) == own
-    drawing = Drawing.of(assistant, ChatBody(model="tiny", messages=ASK))
+    drawing = SamplingParams.of(assistant, ChatBody(model="tiny", messages=ASK))
     assert {key: getattr(drawing, key) for key in own} == own
     body = ChatBody(model="tiny", messages=ASK, min_p=0.0, repetition_penalty=1.0)  # a request's own values count
-    assert (Drawing.of(assistant, body).min_p, Drawing.of(assistant, body).repetition_penalty) == (0.0, 1.0)
+    assert (SamplingParams.of(assistant, body).min_p, SamplingParams.of(assistant, body).repetition_penalty) == (
+        0.0,
+        1.0,
+    )
     asks_for(assistant, monkeypatch, do_sample=False, repetition_penalty=1.2)
     assert own_sampling(assistant) == {**OFF, "repetition_penalty": 1.2}
 

@@ -6,11 +6,11 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftflow.packed.pack import (
+from sftflow.packing.pack import (
     Example,
-    asked_of,
     best_fit,
     by_beginning,
+    label_positions_of,
     pack_batch,
     pad_batch,
     split_padded,
@@ -28,9 +28,9 @@ def test_worked_example() -> None:
     batch = pack_batch(rows, multiple=8)
     assert batch.input_ids.tolist() == [[s, s, a, b, d, f, 0, 0]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 2, 0, 0, 0]]
-    assert [p.tolist() for p in batch.paths] == [[0, 1, 2, 3], [0, 1, 4], [5]]
-    assert batch.owned == [4, 1, 1]
-    assert (batch.asked.tolist(), batch.targets.tolist()) == ([3, 4, 5], [c, e, g])
+    assert [p.tolist() for p in batch.segments] == [[0, 1, 2, 3], [0, 1, 4], [5]]
+    assert batch.n_own == [4, 1, 1]
+    assert (batch.label_positions.tolist(), batch.labels.tolist()) == ([3, 4, 5], [c, e, g])
     assert (batch.n_supervised, batch.n_tokens, batch.n_computed) == (3, 11, 6)
 
 
@@ -56,17 +56,17 @@ def test_every_path_spells_its_conversation(items: list[tuple[list[int], int]], 
         batch = pack_batch(part, share=share, multiple=8)
         ids, positions = batch.input_ids[0], batch.positions[0]
         assert len(ids) % 8 == 0 and batch.n_computed < len(ids)
-        assert sorted(np.unique(np.concatenate(batch.paths))) == list(range(batch.n_computed))
+        assert sorted(np.unique(np.concatenate(batch.segments))) == list(range(batch.n_computed))
         wanted = []
-        for e, path in zip(by_beginning(part) if share else part, batch.paths, strict=True):
+        for e, path in zip(by_beginning(part) if share else part, batch.segments, strict=True):
             assert ids[path].tolist() == e.ids[: len(path)].tolist()
             assert positions[path].tolist() == list(range(len(path)))
             wanted += [int(t) for t, m in zip(e.ids[1:], e.mask[1:], strict=True) if m]
-        assert batch.targets.tolist() == wanted
+        assert batch.labels.tolist() == wanted
         if share:  # no two slots stand for the same beginning
             seen = {
                 tuple(e.ids[: i + 1])
-                for e, p in zip(by_beginning(part), batch.paths, strict=True)
+                for e, p in zip(by_beginning(part), batch.segments, strict=True)
                 for i in range(len(p))
             }
             assert len(seen) == batch.n_computed
@@ -76,7 +76,7 @@ def test_every_path_spells_its_conversation(items: list[tuple[list[int], int]], 
 def test_a_step_is_cut_into_batches_that_fit_and_lose_nothing(items: list[tuple[list[int], int]], share: bool) -> None:
     examples = [example(ids, [bits >> i & 1 for i in range(len(ids))]) for ids, bits in items]
     parts = split_step(examples, 24, share)
-    asked = [e for e in examples if len(asked_of(e))]
+    asked = [e for e in examples if len(label_positions_of(e))]
     assert sorted(id(e) for part in parts for e in part) == sorted(map(id, asked))
     assert all(pack_batch(p, share=share).n_computed <= 24 for p in parts)
     padded = split_padded(examples, 24)

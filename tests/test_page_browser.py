@@ -19,9 +19,9 @@ import pytest
 from chromium import Chromium, Page
 from conftest import CHROMIUM
 from peer import Peer, serving
-from sftflow.base.run import BaseSpec, build_model
 from sftflow.chat.schema import parse_row, read_conversations
 from sftflow.checkpoint import open_renderer, resolve
+from sftflow.pretraining.pretrain import BaseSpec, build_model
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
 IDLE = "!document.body.classList.contains('busy')"
@@ -154,7 +154,10 @@ def test_send_stream_regenerate_edit_stop(browser: Chromium, served: str, models
         page.wait("document.querySelector('.tokens span')")
         shown = page.run("[...document.querySelectorAll('.tokens span')].map((n) => Number(n.title.split(/[ :]+/)[1]))")
         renderer = open_renderer(resolve(str(models[0])), "auto")
-        assert shown == renderer.render(parse_row({"messages": one["messages"]}, "x"), reply=True).ids.tolist()
+        assert (
+            shown
+            == renderer.render(parse_row({"messages": one["messages"]}, "x"), add_generation_prompt=True).ids.tolist()
+        )
 
         # Regenerated: another seed, another text; the first version is kept.
         page.click("[data-part=again]")

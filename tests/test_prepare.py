@@ -13,14 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conftest import make_renderer
-from sftflow.chat import words
+from sftflow.chat import fast_bpe as words
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import parse_row
 from sftflow.chat.verify import BOS, CONTROL, ENDS, PARITY, verify
+from sftflow.data import prepare
+from sftflow.data import render_pool as worker
+from sftflow.data.mixture import build_mixture, write_bad_rows
 from sftflow.errors import DataError, MaskError, RunError, SchemaError, SftflowError
-from sftflow.mixture import prepare, worker
-from sftflow.mixture.mix import build_mixture, write_bad_rows
-from sftflow.packed.pack import best_fit
+from sftflow.packing.pack import best_fit
 from sftflow.recipe import Recipe, parse_recipe
 
 

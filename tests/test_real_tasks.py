@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 
 from sftflow.chat.schema import Conversation, Part
 from sftflow.errors import DataError, SchemaError, SftflowError, TaskError
-from sftflow.mixture.tasks import make_task
-from sftflow.mixture.tasks.arc import MultipleChoice, first_letter, prompt
-from sftflow.mixture.tasks.base import Item, Task, TaskSource
-from sftflow.mixture.tasks.gsm8k import Gsm8k, final_number, split_marks
-from sftflow.mixture.tasks.humaneval import HumanEval
-from sftflow.mixture.tasks.mmlu import Mmlu
-from sftflow.mixture.tasks.smoltalk import SmolTalk
+from sftflow.tasks import make_task
+from sftflow.tasks.gsm8k import Gsm8k, final_number, split_marks
+from sftflow.tasks.humaneval import HumanEval
+from sftflow.tasks.mmlu import Mmlu
+from sftflow.tasks.multiple_choice import MultipleChoice, first_letter, prompt
+from sftflow.tasks.smoltalk import SmolTalk
+from sftflow.tasks.task import Item, Task, TaskSource
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 ALL: tuple[type[Task], ...] = (Gsm8k, Mmlu, MultipleChoice, HumanEval, SmolTalk)

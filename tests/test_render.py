@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conftest import make_renderer, shared
-from sftflow.chat.flatten import flatten_python
+from sftflow.chat.calculator_parts import flatten_python
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation, Message, Part, parse_row, text_message
 from sftflow.errors import FormatError, MaskError
@@ -52,7 +52,7 @@ def assert_parity(renderer: Renderer, row: Conversation) -> None:
     """prompt ids + supervised ids (and what the calculator wrote) = training ids, for the last turn."""
     full = renderer.render(row)
     last = max(i for i, m in enumerate(row.messages) if m.role == "assistant")
-    prompt = renderer.render(row.before(last), reply=True)
+    prompt = renderer.render(row.before(last), add_generation_prompt=True)
     n = len(prompt.ids)
     assert full.ids[:n].tolist() == prompt.ids.tolist()
     tail_ids, tail_mask = full.ids[n:], full.mask[n:]

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from report_data import HOSTILE, Page, demo, poisoned, shipped_prompts, task, tokens
-from sftflow.chat import inspect_html
-from sftflow.compare.report import render_report
+from sftflow.report import token_page as inspect_html
+from sftflow.report.comparison_page import render_report
 
 SECTIONS = (
     "scores", "weak", "prompts", "items", "hygiene", "forgetting", "held-out", "judge", "contamination", "ledger",
@@ -102,7 +102,7 @@ def test_policy_allows_the_script_by_hash_and_nothing_else() -> None:
     digest = base64.b64encode(hashlib.sha256(page.script.encode()).digest()).decode()
     assert "default-src 'none'" in policy and f"script-src 'sha256-{digest}';" in policy and "http" not in policy
     assert html.index("Content-Security-Policy") < html.index("<style>"), "the policy must come before what it governs"
-    assert page.script == resources.files("sftflow.compare").joinpath("report.js").read_text(encoding="utf-8")
+    assert page.script == resources.files("sftflow.report").joinpath("report.js").read_text(encoding="utf-8")
     assert not re.search(r"https?://|@import|url\(", page.script + page.style), "nothing is fetched"
     assert not [v for _, a in page.elements for v in a.values() if "http" in (v or "")], "an address is text, no link"
     assert not [a for _, a in page.elements if "src" in a or "style" in a]

@@ -10,7 +10,7 @@ import pytest
 
 from conftest import CHROMIUM, dom_of
 from report_data import HOSTILE, demo, shipped_prompts
-from sftflow.compare.report import render_report
+from sftflow.report.comparison_page import render_report
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 

@@ -9,12 +9,13 @@ import re
 import pytest
 
 from report_data import CHANGES, HOSTILE, Page, demo, item, tokens
-from sftflow.chat import inspect_html
-from sftflow.compare import charts, curve, words
-from sftflow.compare.page.items import MOST, fewer
-from sftflow.compare.page.parts import line
-from sftflow.compare.prompts import load_prompts
-from sftflow.compare.report import render_report
+from sftflow.comparison.prompts import load_prompts
+from sftflow.report import charts, curve
+from sftflow.report import token_page as inspect_html
+from sftflow.report import wording as words
+from sftflow.report.comparison_page import render_report
+from sftflow.report.page.items import MOST, fewer
+from sftflow.report.page.parts import line
 
 
 def test_forest_puts_zero_and_interval_to_scale() -> None:

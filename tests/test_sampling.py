@@ -13,8 +13,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sftflow.generate.engine import Engine, Request
-from sftflow.generate.sampling import Sampler, choose, draw, warped
+from sftflow.generation.engine import Engine, GenerationRequest
+from sftflow.generation.sampling import Sampler, choose, draw, warped
 from test_decoder import draw as draw_ids
 from test_decoder import stateful
 from test_models import ARCHITECTURES, FP32, tiny
@@ -34,11 +34,11 @@ def assistant(tiny_base: Path) -> Any:
     return loaded
 
 
-def request(**more: Any) -> Request:
-    return Request(**({"prompt_ids": (1, 2, 3), "temperature": 1.0} | more))
+def request(**more: Any) -> GenerationRequest:
+    return GenerationRequest(**({"prompt_ids": (1, 2, 3), "temperature": 1.0} | more))
 
 
-def scores_of(logits: torch.Tensor, ask: Request, generated: list[int]) -> torch.Tensor:
+def scores_of(logits: torch.Tensor, ask: GenerationRequest, generated: list[int]) -> torch.Tensor:
     sampler = Sampler(ask)
     for token in generated:
         sampler.note(token)
@@ -109,7 +109,7 @@ def test_presence_and_frequency_penalties(seed: int, generated: list[int], prese
 
 
 def test_penalties_hold_for_greedy_replies_too(assistant: Any) -> None:
-    plain = Request(prompt_ids=(5, 6, 7), max_new_tokens=40, stop_ids=frozenset(), use_python=False)
+    plain = GenerationRequest(prompt_ids=(5, 6, 7), max_new_tokens=40, stop_ids=frozenset(), use_python=False)
     processors = {"repetition_penalty": 1.5}
     (reply,) = assistant.engine.generate([replace(plain, **processors)])
     prompt = torch.tensor([plain.prompt_ids])
@@ -157,7 +157,7 @@ def test_seeds_of_either_sign_are_different() -> None:
 def test_sampled_replies_are_the_same_alone_and_in_a_full_batch(assistant: Any) -> None:
     rng = np.random.default_rng(0)
     asks = [
-        Request(
+        GenerationRequest(
             prompt_ids=tuple(draw_ids(rng, int(rng.integers(1, 40)))),
             max_new_tokens=16,
             seed=i,
@@ -170,7 +170,7 @@ def test_sampled_replies_are_the_same_alone_and_in_a_full_batch(assistant: Any) 
         assert assistant.engine.generate([ask])[0].ids == reply.ids
 
 
-def check_logprobs(model: Any, ask: Request, reply: Any) -> None:
+def check_logprobs(model: Any, ask: GenerationRequest, reply: Any) -> None:
     """Against one forward pass over prompt and reply, no cache."""
     whole = [*ask.prompt_ids, *reply.ids]
     model.set_attn_implementation("eager")
@@ -191,13 +191,13 @@ def check_logprobs(model: Any, ask: Request, reply: Any) -> None:
 def test_logprobs_are_the_models_own(name: str, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sftflow.checkpoint import load_assistant
 
-    monkeypatch.setattr("sftflow.generate.session.EVERY", 7)  # so that prompts are read in several parts
+    monkeypatch.setattr("sftflow.generation.scheduler.EVERY", 7)  # so that prompts are read in several parts
     model = tiny(name) if name in ARCHITECTURES else stateful(name)
     engine = Engine(model, load_assistant(str(tiny_base)).renderer, FP32, slots=4)
     rng = np.random.default_rng(1)
     shared = draw_ids(rng, 20)
     asks = [
-        Request(
+        GenerationRequest(
             prompt_ids=tuple([*shared, *draw_ids(rng, n)]),
             max_new_tokens=5,
             temperature=float(n % 2),
@@ -229,8 +229,10 @@ def test_what_the_calculator_writes_has_the_models_logprobs(assistant: Any, monk
         tokens, near = choose(logits, samplers)
         return [said.pop(0)] if said else tokens, near
 
-    monkeypatch.setattr("sftflow.generate.session.choose", dictate)
-    ask = Request(prompt_ids=(5, 6, 7), max_new_tokens=16, stop_ids=frozenset(), logprobs=2, prompt_logprobs=1)
+    monkeypatch.setattr("sftflow.generation.scheduler.choose", dictate)
+    ask = GenerationRequest(
+        prompt_ids=(5, 6, 7), max_new_tokens=16, stop_ids=frozenset(), logprobs=2, prompt_logprobs=1
+    )
     deltas = list(engine.stream(ask))
     reply = deltas[-1].reply
     assert reply is not None

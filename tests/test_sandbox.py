@@ -21,7 +21,8 @@ import pytest
 
 import sftflow
 from sftflow.errors import RunError
-from sftflow.sandbox import Isolation, Outcome, bubblewrap, isolation_available, run, run_python, why_no_bubblewrap
+from sftflow.sandbox import Isolation, Outcome, bubblewrap, isolation_available, run_python, why_no_bubblewrap
+from sftflow.sandbox import execute as run
 
 SOURCE = Path(sftflow.__file__).parent.parent
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="nothing is run on Windows")

@@ -21,10 +21,11 @@ import pytest
 from serving import ASK, local, refusal, running, tiny
 from sftflow.chat.render import Renderer
 from sftflow.checkpoint import Assistant
-from sftflow.serve import api, listen
-from sftflow.serve.errors import ApiError
-from sftflow.serve.prompt import conversation_of
-from sftflow.serve.reading import Reading
+from sftflow.serving import api
+from sftflow.serving import uvicorn_limits as listen
+from sftflow.serving.concurrency import Reading
+from sftflow.serving.errors import ApiError
+from sftflow.serving.prompt import conversation_of
 
 CHAT, TEXT, RENDER = "/v1/chat/completions", "/v1/completions", "/v1/render"
 KEY = {"Authorization": "Bearer k", "Content-Type": "application/json"}
@@ -379,7 +380,7 @@ def test_many_empty_messages_are_refused_before_they_are_rendered(
 def test_what_fits_is_never_refused_early(assistant: Assistant, content: str, n: int) -> None:
     conversation = conversation_of([{**m, "content": content} for m in empty(n)])
     about, least = assistant.renderer.rough_length(conversation)
-    assert least <= len(assistant.renderer.render(conversation, reply=True).ids)
+    assert least <= len(assistant.renderer.render(conversation, add_generation_prompt=True).ids)
     assert least <= about and (content or least > 2 * n)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from serving import ASK, DRAW, ask, own, request, running, twin
 from sftflow.checkpoint import Assistant, load_assistant
-from sftflow.serve import api
+from sftflow.serving import api
 
 
 @pytest.fixture(scope="session")

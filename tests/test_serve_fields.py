@@ -281,7 +281,7 @@ def test_control_tokens_in_content_stay_text(http: TestClient, assistant: Assist
 def test_render_shows_the_exact_prompt(http: TestClient, assistant: Assistant) -> None:
     messages = [{"role": "system", "content": "Be brief.\n"}, {"role": "user", "content": "naïve 🙂 ½ 日本"}]
     tokens = http.post("/v1/render", json={"model": "tiny", "messages": messages}).json()["tokens"]
-    rendered = assistant.renderer.render(parse_row({"messages": messages}, "x"), reply=True)
+    rendered = assistant.renderer.render(parse_row({"messages": messages}, "x"), add_generation_prompt=True)
     assert [t["id"] for t in tokens] == rendered.ids.tolist()
     assert "".join(t["text"] for t in tokens) == rendered.text
     asked = http.post(CHAT, json=ask()).json()["usage"]["prompt_tokens"]

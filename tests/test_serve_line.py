@@ -12,7 +12,7 @@ import pytest
 
 from serving import ASK, ask, refusal, running
 from sftflow.checkpoint import Assistant
-from sftflow.serve import api
+from sftflow.serving import api
 
 ENDLESS = {"model": "tiny", "messages": ASK, "temperature": 0}
 

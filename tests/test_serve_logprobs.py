@@ -14,11 +14,11 @@ from fastapi.testclient import TestClient
 
 from serving import ASK, DRAW, local, own, refusal, request, running, twin
 from sftflow.checkpoint import Assistant
-from sftflow.evals.ask import plain_ids
-from sftflow.serve import api
-from sftflow.serve.jsons import EVENT, PLAIN, slices
-from sftflow.serve.served import derived_seed
-from sftflow.serve.tokens import TextLogprobs
+from sftflow.evaluation.prompts_for import plain_ids
+from sftflow.serving import api
+from sftflow.serving.json_stream import EVENT, PLAIN, slices
+from sftflow.serving.logprobs import TextLogprobs
+from sftflow.serving.model_entry import derived_seed
 
 PROMPT = "the cat sat on 🙂 the mät"
 

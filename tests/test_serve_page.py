@@ -6,7 +6,7 @@ from pathlib import Path
 
 from serving import local
 from sftflow.checkpoint import Assistant
-from sftflow.serve import api
+from sftflow.serving import api
 
 
 def test_page_is_self_contained(assistant: Assistant) -> None:

@@ -12,8 +12,9 @@ from serving import ask, local, refusal
 from sftflow.checkpoint import Assistant
 from sftflow.cli import app
 from sftflow.errors import ServeError
-from sftflow.serve import api, listen
-from sftflow.serve.allowed import check_origin, host_names
+from sftflow.serving import api
+from sftflow.serving import uvicorn_limits as listen
+from sftflow.serving.host_check import check_origin, host_names
 
 KEYED = (
     ("GET", "/v1/models"),

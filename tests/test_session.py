@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from sftflow.generate.cache import ROOM
-from sftflow.generate.decoder import PackedDecoder
-from sftflow.generate.engine import Engine, Reply, Request, Session
+from sftflow.generation.decoder import PackedDecoder
+from sftflow.generation.engine import Engine, GenerationRequest, Reply, Scheduler
+from sftflow.generation.kv_cache import ROOM
 from test_decoder import draw, engine, requests_of  # noqa: F401
 
 
-def finish(session: Session, done: Callable[[Any], None] = lambda drafts: None, turns: int = 2000) -> dict[int, Reply]:
+def finish(
+    session: Scheduler, done: Callable[[Any], None] = lambda drafts: None, turns: int = 2000
+) -> dict[int, Reply]:
     out = {}
     for _ in range(turns):
         if not session.busy:
@@ -28,9 +30,9 @@ def finish(session: Session, done: Callable[[Any], None] = lambda drafts: None, 
     raise AssertionError("it does not end")
 
 
-def ask(n: int, new: int, number: int = 0, **more: Any) -> Request:
+def ask(n: int, new: int, number: int = 0, **more: Any) -> GenerationRequest:
     ids = tuple(draw(np.random.default_rng(number), n))
-    return Request(prompt_ids=ids, max_new_tokens=new, stop_ids=frozenset(), use_python=False, **more)
+    return GenerationRequest(prompt_ids=ids, max_new_tokens=new, stop_ids=frozenset(), use_python=False, **more)
 
 
 def test_a_long_prompt_does_not_keep_the_others_waiting(engine: Engine) -> None:  # noqa: F811
@@ -46,7 +48,7 @@ def test_a_long_prompt_does_not_keep_the_others_waiting(engine: Engine) -> None:
     engine.model.forward = forward
     first: dict[int, int] = {}
     try:
-        with Session(engine, prompt_tokens=32) as session:
+        with Scheduler(engine, prompt_tokens=32) as session:
             for request in requests:
                 session.submit(request)
             turn = 0
@@ -96,7 +98,7 @@ def test_a_prompt_that_fails_fails_alone(engine: Engine, prompt_tokens: int | No
     giant = 17
     requests = [ask(5, 12), ask(9, 12, 1), ask(180, 12, 2), ask(7, 12, 3)]
     requests[2] = ask(180, 12, 2)
-    bad = Request(prompt_ids=(*requests[2].prompt_ids[:100], giant, giant, giant), max_new_tokens=5)
+    bad = GenerationRequest(prompt_ids=(*requests[2].prompt_ids[:100], giant, giant, giant), max_new_tokens=5)
     wanted = engine.generate([requests[i] for i in (0, 1, 3)])
     errors: dict[int, Exception] = {}
 
@@ -106,7 +108,7 @@ def test_a_prompt_that_fails_fails_alone(engine: Engine, prompt_tokens: int | No
     def is_giant(ids: Any) -> bool:
         return bool((ids[0].unfold(0, 3, 1) == giant).all(-1).any()) if ids.shape[-1] >= 3 else False
 
-    with failing(engine.model, is_giant), Session(engine, prompt_tokens=prompt_tokens) as session:
+    with failing(engine.model, is_giant), Scheduler(engine, prompt_tokens=prompt_tokens) as session:
         session.submit(requests[0])
         session.advance()
         for request in (requests[1], bad, requests[3]):
@@ -132,7 +134,7 @@ def test_a_step_that_fails_ends_those_that_run_and_no_more(engine: Engine) -> No
         steps += 1
         return steps == 4
 
-    with failing(engine.model, fails), Session(small) as session:
+    with failing(engine.model, fails), Scheduler(small) as session:
         for request in requests:
             session.submit(request)
         replies = finish(session, lambda drafts: errors.extend(d.number for d in drafts if d.error is not None))
@@ -142,7 +144,7 @@ def test_a_step_that_fails_ends_those_that_run_and_no_more(engine: Engine) -> No
 
 
 def test_cancelling_a_prompt_that_is_being_read(engine: Engine) -> None:  # noqa: F811
-    with Session(engine, prompt_tokens=16) as session:
+    with Scheduler(engine, prompt_tokens=16) as session:
         numbers = [session.submit(ask(100, 5, i)) for i in range(2)]
         session.advance()
         assert session.running == 1
@@ -163,7 +165,7 @@ def test_a_session_that_is_kept_open_does_not_grow(engine: Engine) -> None:  # n
     sizes = []
     config = engine.model.config
     place = config.num_hidden_layers * config.num_key_value_heads * config.hidden_size // config.num_attention_heads
-    with Session(small, prompt_tokens=64) as session:
+    with Scheduler(small, prompt_tokens=64) as session:
         session.engine.context = 4096  # the tiny model takes any length; only its promise ends at 256
         session.submit(ask(900, 30))
         session.submit(ask(5, 200, 1))
@@ -185,7 +187,8 @@ def test_nothing_to_generate_is_a_reply_too(engine: Engine) -> None:  # noqa: F8
 def test_the_shared_beginning_is_told_too(engine: Engine, tiny_base: Path) -> None:  # noqa: F811
     shared = draw(np.random.default_rng(5), 30)
     requests = [
-        Request(prompt_ids=(*shared, 7 + i), max_new_tokens=2, prompt_logprobs=0, use_python=False) for i in range(3)
+        GenerationRequest(prompt_ids=(*shared, 7 + i), max_new_tokens=2, prompt_logprobs=0, use_python=False)
+        for i in range(3)
     ]
     for request, reply in zip(requests, engine.generate(requests), strict=True):
         (alone,) = engine.generate([request])

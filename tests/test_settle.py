@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from sftflow.chat.format import choose_format
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation, parse_row
-from sftflow.chat.settle import append_eos, settle, settled
+from sftflow.chat.template_options import append_eos, settle, settled
 from sftflow.errors import FormatError, MaskError
 
 HEAD = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -100,7 +100,7 @@ def test_append_eos(tokenizer_dir: Path) -> None:
     messages = [{"role": m.role, "content": m.text} for m in chat("a", " b ", "c", "").messages]
     ids = ended.tokenizer.apply_chat_template(messages, chat_template=ended.format.template, return_dict=False)
     assert ids == row.ids.tolist()
-    prompt = ended.render(chat("a", " b ", "c"), reply=True).ids
+    prompt = ended.render(chat("a", " b ", "c"), add_generation_prompt=True).ids
     assert row.ids[: len(prompt)].tolist() == prompt.tolist()
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sftflow.evals.statistics import (
+from sftflow.evaluation.statistics import (
     centred_mean,
     detectable,
     holm,

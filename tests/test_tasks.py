@@ -8,9 +8,9 @@ from collections import Counter
 import pytest
 
 from sftflow.errors import TaskError
-from sftflow.mixture.tasks import GENERATED, TaskSource, make_task
-from sftflow.mixture.tasks.base import load_data
-from sftflow.mixture.tasks.formatting import CHECKS
+from sftflow.tasks import GENERATED, TaskSource, make_task
+from sftflow.tasks.formatting import CHECKS
+from sftflow.tasks.task import load_data
 
 
 @pytest.mark.parametrize("name", GENERATED)

@@ -23,7 +23,7 @@ from oracle import Reference, accepts, check_rows, why_not
 from sftflow.chat.format import TEMPLATE_NOW, choose_format
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import parse_row
-from sftflow.chat.settle import settle
+from sftflow.chat.template_options import settle
 from sftflow.errors import FormatError, MaskError, SchemaError
 from shapes import SHAPES, WEATHER, Row
 
@@ -171,7 +171,9 @@ def controls(reference: Reference) -> set[str] | None:
     for tools in (None, [WEATHER]):  # one template is only for conversations with tools
         text = reference.text(PROBE, tools, {})
         if text is not None:
-            return set(CONTROL.findall(text + (reference.text(PROBE[:-1], tools, {}, reply=True) or "")))
+            return set(
+                CONTROL.findall(text + (reference.text(PROBE[:-1], tools, {}, add_generation_prompt=True) or ""))
+            )
     return None
 
 
@@ -436,7 +438,7 @@ def test_a_prompt_is_never_shorter_than_is_surely_said(path: Path) -> None:
     for row in (*SHAPES.values(), *turns):
         try:
             conversation = parse_row(row, "shape:1")
-            n = len(renderer.render(conversation, reply=True).ids)
+            n = len(renderer.render(conversation, add_generation_prompt=True).ids)
         except (FormatError, MaskError, SchemaError):
             continue
         about, least = renderer.rough_length(conversation)

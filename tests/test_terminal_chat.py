@@ -19,14 +19,14 @@ from typing import Any
 
 import pytest
 
-from sftflow.base.run import BaseSpec, build_model
 from sftflow.chat.schema import Conversation, Message, Part, read_conversations, text_message
 from sftflow.checkpoint import Assistant, load_assistant, save
 from sftflow.errors import DataError
-from sftflow.generate.engine import Delta, Reply, Request
-from sftflow.serve import transcript
-from sftflow.serve.lines import Typed, read_message
-from sftflow.serve.terminal import chat
+from sftflow.generation.engine import Delta, GenerationRequest, Reply
+from sftflow.pretraining.pretrain import BaseSpec, build_model
+from sftflow.terminal import save as transcript
+from sftflow.terminal.repl import chat
+from sftflow.terminal.repl_input import Typed, read_message
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +47,10 @@ class Recorded:
     def __init__(self, engine: Any, ending: str | None = "stop") -> None:
         self._engine, self._ending = engine, ending
         self.context = engine.context
-        self.requests: list[Request] = []
+        self.requests: list[GenerationRequest] = []
         self.replies: list[Reply] = []
 
-    def stream(self, request: Request) -> Iterator[Delta]:
+    def stream(self, request: GenerationRequest) -> Iterator[Delta]:
         self.requests.append(request)
         for delta in self._engine.stream(replace(request, max_new_tokens=6)):
             if delta.reply is not None and self._ending:
@@ -77,7 +77,7 @@ def talk(assistant: Assistant, lines: list[Any], **options: Any) -> tuple[str, R
 
 
 def prompt_of(assistant: Assistant, *messages: Message) -> tuple[int, ...]:
-    return tuple(assistant.renderer.render(Conversation(messages), reply=True).ids.tolist())
+    return tuple(assistant.renderer.render(Conversation(messages), add_generation_prompt=True).ids.tolist())
 
 
 # ---- what is typed
@@ -133,7 +133,7 @@ def test_retry_asks_the_same_with_another_seed(assistant: Assistant, capsys: pyt
 
 def test_a_retry_that_is_stopped_at_once(assistant: Assistant, capsys: pytest.CaptureFixture[str]) -> None:
     class Stopped(Recorded):
-        def stream(self, request: Request) -> Iterator[Delta]:
+        def stream(self, request: GenerationRequest) -> Iterator[Delta]:
             if len(self.requests) == 1:
                 self.requests.append(request)
                 raise KeyboardInterrupt

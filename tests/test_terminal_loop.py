@@ -13,8 +13,8 @@ from serving import ASK, own, request
 from sftflow.chat.schema import Conversation, Message, text_message
 from sftflow.checkpoint import Assistant
 from sftflow.errors import ContextError, FormatError
-from sftflow.generate.engine import Delta, Reply, Request
-from sftflow.serve.terminal import chat
+from sftflow.generation.engine import Delta, GenerationRequest, Reply
+from sftflow.terminal.repl import chat
 
 
 class Watched:
@@ -23,10 +23,10 @@ class Watched:
     def __init__(self, assistant: Assistant, failure: BaseException | None = None) -> None:
         self.engine, self.failure = assistant.engine, failure
         self.context = assistant.engine.context
-        self.requests: list[Request] = []
+        self.requests: list[GenerationRequest] = []
         self.replies: list[Reply] = []
 
-    def stream(self, request: Request) -> Iterator[Delta]:
+    def stream(self, request: GenerationRequest) -> Iterator[Delta]:
         self.requests.append(request)
         for delta in self.engine.stream(replace(request, max_new_tokens=12, temperature=1.0, seed=5)):
             yield delta
@@ -70,7 +70,7 @@ def talk(assistant: Assistant, lines: list[Any]) -> str:
 
 
 def prompt_of(assistant: Assistant, *messages: Message) -> tuple[int, ...]:
-    return tuple(assistant.renderer.render(Conversation(messages), reply=True).ids.tolist())
+    return tuple(assistant.renderer.render(Conversation(messages), add_generation_prompt=True).ids.tolist())
 
 
 def test_conversation_keeps_history_and_obeys_commands(

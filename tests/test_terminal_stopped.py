@@ -11,9 +11,9 @@ import pytest
 
 from sftflow.chat.schema import Conversation, Message, Part, text_message
 from sftflow.checkpoint import Assistant, load_assistant
-from sftflow.generate.draft import Draft, Speech
-from sftflow.generate.request import Delta, Request
-from sftflow.serve.terminal import chat
+from sftflow.generation.request import Delta, GenerationRequest
+from sftflow.generation.sequence import ReplyDecoder, ReplySequence
+from sftflow.terminal.repl import chat
 
 BEFORE, CALL, RESULT, AFTER = Part("text", "It is "), Part("python", "48/2"), Part("python_output", "24"), "ok"
 
@@ -36,13 +36,13 @@ class Stopped:
 
     def __init__(self, assistant: Assistant, n: int) -> None:
         self.context, self.n = assistant.engine.context, n
-        self.speech, self.written = Speech(assistant.renderer), tokens(assistant)
+        self.speech, self.written = ReplyDecoder(assistant.renderer), tokens(assistant)
         self.ids: list[int] = []
-        self.requests: list[Request] = []
+        self.requests: list[GenerationRequest] = []
 
-    def stream(self, request: Request) -> Iterator[Delta]:
+    def stream(self, request: GenerationRequest) -> Iterator[Delta]:
         self.requests.append(request)
-        draft, written = Draft(request, self.speech, 100, streamed=True), iter(self.written)
+        draft, written = ReplySequence(request, self.speech, 100, streamed=True), iter(self.written)
         for _ in range(self.n):
             draft.accept(draft.forced.popleft() if draft.forced else next(written))
             yield draft.take()
@@ -54,9 +54,9 @@ def test_a_reply_is_kept_up_to_a_call_that_is_not_whole(assistant: Assistant) ->
     start, end, _, output_end = assistant.renderer.python_ids() or (0, 0, 0, 0)
     whole = Stopped(assistant, len(tokens(assistant)) + len(assistant.renderer.encode_plain(RESULT.text)) + 2)
     with pytest.raises(KeyboardInterrupt):
-        list(whole.stream(Request(prompt_ids=(1,))))
+        list(whole.stream(GenerationRequest(prompt_ids=(1,))))
     before, result = whole.ids.index(start), whole.ids.index(output_end) + 1
-    speech, seen = Speech(assistant.renderer), set()
+    speech, seen = ReplyDecoder(assistant.renderer), set()
     for n in range(len(whole.ids) + 1):
         kept = list(speech.whole(whole.ids[:n]))
         assert kept == whole.ids[: before if before < n < result else n]
@@ -78,4 +78,6 @@ def test_the_next_prompt_has_the_calls_of_a_stopped_reply(
     chat(replace(assistant, engine=engine), out=out, read=lambda _: next(lines))  # type: ignore[arg-type]
     assert out.getvalue().splitlines() == ["".join(p.text for p in parts if p.kind == "text")] * 2
     said = (text_message("user", "48/2?"), Message("assistant", parts, weight=0), text_message("user", "on"))
-    assert engine.requests[1].prompt_ids == tuple(renderer.render(Conversation(said), reply=True).ids.tolist())
+    assert engine.requests[1].prompt_ids == tuple(
+        renderer.render(Conversation(said), add_generation_prompt=True).ids.tolist()
+    )

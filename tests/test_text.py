@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sftflow.generate.draft import Draft, Speech
-from sftflow.generate.engine import Request
-from sftflow.generate.text import LONGEST, Detokenizer, StopTexts, detokenize, hold_back
+from sftflow.generation.detokenize import LONGEST, Detokenizer, StopTexts, detokenize, hold_back
+from sftflow.generation.engine import GenerationRequest
+from sftflow.generation.sequence import ReplyDecoder, ReplySequence
 
 # Characters of every length in UTF-8, spaces that tokenizers treat in their own ways, and pieces of several characters.
 TEXTS = st.text(
@@ -114,15 +114,15 @@ def test_hold_back() -> None:
 
 
 @pytest.fixture(scope="module")
-def speech(tokenizer_dir: Path) -> Speech:
+def speech(tokenizer_dir: Path) -> ReplyDecoder:
     from conftest import make_renderer
 
-    return Speech(make_renderer(tokenizer_dir, "sftflow"))
+    return ReplyDecoder(make_renderer(tokenizer_dir, "sftflow"))
 
 
-def spoken(speech: Speech, ids: list[int], **more: Any) -> tuple[str, Any]:
+def spoken(speech: ReplyDecoder, ids: list[int], **more: Any) -> tuple[str, Any]:
     """(the deltas joined, the reply) of a draft that is given these ids."""
-    draft = Draft(Request(prompt_ids=(1,), use_python=False, **more), speech, len(ids), streamed=True)
+    draft = ReplySequence(GenerationRequest(prompt_ids=(1,), use_python=False, **more), speech, len(ids), streamed=True)
     text = ""
     for token in ids:
         draft.accept(token)
@@ -135,7 +135,7 @@ def spoken(speech: Speech, ids: list[int], **more: Any) -> tuple[str, Any]:
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_streamed_drafts_with_the_calculator_in_them(speech: Speech, data: Any) -> None:
+def test_streamed_drafts_with_the_calculator_in_them(speech: ReplyDecoder, data: Any) -> None:
     assert speech.python is not None
     plain = data.draw(st.lists(st.one_of(st.integers(0, 399), st.sampled_from(speech.python)), min_size=1, max_size=40))
     text, reply = spoken(speech, plain, stop_ids=frozenset())
@@ -151,7 +151,7 @@ def test_streamed_drafts_with_the_calculator_in_them(speech: Speech, data: Any) 
         assert stop not in speech.text(stopped.ids[:-1])
 
 
-def test_a_stop_text_across_a_call(speech: Speech) -> None:
+def test_a_stop_text_across_a_call(speech: ReplyDecoder) -> None:
     assert speech.python is not None
     start, end, out_start, out_end = speech.python
     encode = speech.renderer.encode_plain
@@ -160,7 +160,7 @@ def test_a_stop_text_across_a_call(speech: Speech) -> None:
     assert text == reply.text == "so " and reply.stopped_by == "then"
 
 
-def test_what_ends_a_reply_is_told(speech: Speech) -> None:
+def test_what_ends_a_reply_is_told(speech: ReplyDecoder) -> None:
     (stop, *_), a = sorted(speech.stop), speech.renderer.encode_plain("a")[0]
     text, reply = spoken(speech, [a, stop, a])
     assert (text, reply.finish_reason, reply.stopped_by, reply.n_generated) == ("a", "stop", stop, 1)
@@ -171,7 +171,9 @@ def test_engine_streams_stop_texts(tiny_base: Path) -> None:
     from sftflow.checkpoint import load_assistant
 
     engine = load_assistant(str(tiny_base)).engine
-    asks = [Request(prompt_ids=(5, 6), max_new_tokens=50, temperature=1.5, seed=s, logprobs=1) for s in range(6)]
+    asks = [
+        GenerationRequest(prompt_ids=(5, 6), max_new_tokens=50, temperature=1.5, seed=s, logprobs=1) for s in range(6)
+    ]
     for ask, whole in zip(asks, engine.generate(asks), strict=True):
         middle = len(whole.text) // 2
         stopping = replace(ask, stop_texts=(whole.text[middle : middle + 3],)) if whole.text else ask

@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runs import Quiet, write_recipe
-from sftflow.base.run import BaseSpec, build_model
 from sftflow.errors import RunError
-from sftflow.packed.pack import Example, best_fit
+from sftflow.packing.pack import Example, best_fit
+from sftflow.pretraining.pretrain import BaseSpec, build_model
 from sftflow.rounding import round_bf16
 from sftflow.runtime import Runtime
-from sftflow.train.loop import Trainer
-from sftflow.train.loss import Head, chunked_cross_entropy, fused_parts, loss_parts
-from sftflow.train.optim import lr_factor
-from sftflow.train.plan import LoopSpec, RowPlan
+from sftflow.training.batch_plan import LoopSpec, RowPlan
+from sftflow.training.loss import Head, chunked_cross_entropy, fused_parts, loss_parts
+from sftflow.training.optimizers import lr_factor
+from sftflow.training.trainer import Trainer
 from test_models import tiny
 
 FP32 = Runtime(device="cpu", precision="fp32", reason="test")
@@ -65,8 +65,8 @@ def spec(**changes: Any) -> LoopSpec:
 def test_chunked_loss_equals_full(
     bias: bool, softcap: float | None, scale: float, parts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sftflow.train.loss.LOGITS", 50 * 256)
-    monkeypatch.setattr("sftflow.train.loss.BLOCK", 50 * 100)
+    monkeypatch.setattr("sftflow.training.loss.LOGITS", 50 * 256)
+    monkeypatch.setattr("sftflow.training.loss.BLOCK", 50 * 100)
     torch.manual_seed(0)
     n = 700  # more than two chunks
     hidden = torch.randn(n, 16, dtype=torch.float32, requires_grad=True)
@@ -104,7 +104,7 @@ def test_an_epoch_is_packed_once_and_steps_do_not_hang_on_what_was_asked_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     packed: list[int] = []
-    monkeypatch.setattr("sftflow.train.plan.best_fit", lambda *a: packed.append(1) or best_fit(*a))
+    monkeypatch.setattr("sftflow.training.batch_plan.best_fit", lambda *a: packed.append(1) or best_fit(*a))
     s = spec(steps=None, epochs=4)
     rows = examples(100)
     plan = RowPlan(rows, s)
@@ -234,7 +234,7 @@ def test_the_checkpoint_is_a_hugging_face_one(tiny_base: Path, tmp_path: Path) -
 
     from sftflow.checkpoint import load_assistant, prepare, resolve
     from sftflow.recipe import load_recipe
-    from sftflow.train.run import run_training
+    from sftflow.training.run import run_training
 
     run_training(load_recipe(write_recipe(tmp_path, tiny_base, steps=2)), Quiet())
     directory = tmp_path / "run" / "checkpoint"
@@ -248,7 +248,12 @@ def test_the_checkpoint_is_a_hugging_face_one(tiny_base: Path, tmp_path: Path) -
     )
     from sftflow.chat.schema import parse_row
 
-    assert assistant.renderer.render(parse_row([{"role": "user", "content": "hi"}], ""), reply=True).ids.tolist() == ids
+    assert (
+        assistant.renderer.render(
+            parse_row([{"role": "user", "content": "hi"}], ""), add_generation_prompt=True
+        ).ids.tolist()
+        == ids
+    )
     assert tokenizer.convert_tokens_to_ids("<|assistant_end|>") in np.atleast_1d(model.generation_config.eos_token_id)
     base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     grown, _, _, _ = prepare(resolve(str(tiny_base)))

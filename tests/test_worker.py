@@ -15,11 +15,11 @@ import torch
 from fastapi.testclient import TestClient
 
 from sftflow.errors import CheckpointError, RunError, SftflowError
-from sftflow.generate.engine import Delta, Engine, Reply
-from sftflow.serve import api
-from sftflow.serve import worker as module
-from sftflow.serve.errors import ApiError
-from sftflow.serve.worker import Job, Worker
+from sftflow.generation.engine import Delta, Engine, Reply
+from sftflow.serving import api
+from sftflow.serving import engine_thread as module
+from sftflow.serving.engine_thread import Job, Worker
+from sftflow.serving.errors import ApiError
 from test_session import ask, failing
 
 ENDLESS = 230  # tokens

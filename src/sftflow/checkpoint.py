@@ -14,11 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import sftflow.export.read as gguf
-from sftflow.chat.format import ChatFormat, add_tokens, choose_format, fingerprint
-from sftflow.errors import CheckpointError
-from sftflow.export.vocab import as_llama_cpp_splits
-from sftflow.files import (
+import sftflow.gguf.reader as gguf
+from sftflow.atomic_io import (
     check_hashes,
     read_record,
     recover_directory,
@@ -27,11 +24,14 @@ from sftflow.files import (
     write_directory,
     write_json,
 )
+from sftflow.chat.format import ChatFormat, add_tokens, choose_format, fingerprint
+from sftflow.errors import CheckpointError
+from sftflow.gguf.vocabulary import as_llama_cpp_splits
 from sftflow.rounding import round_bf16
 
 if TYPE_CHECKING:
     from sftflow.chat.render import Renderer
-    from sftflow.generate.engine import Engine
+    from sftflow.generation.engine import Engine
 
 BUILTIN_TINY = "builtin:tiny"
 COPY_AGAIN = "copy the checkpoint again"
@@ -71,7 +71,7 @@ class Assistant:
 def resolve(name: str) -> Location:
     """Find the files behind a model name. Raises CheckpointError where there are none, or a shard is missing."""
     if name == BUILTIN_TINY:
-        return Location(name, str(Path(__file__).parent / "base" / "tiny"))
+        return Location(name, str(Path(__file__).parent / "pretraining" / "tiny"))
     if name.startswith("builtin:"):
         raise CheckpointError(name, "no such built-in base", f"use {BUILTIN_TINY}")
     path = Path(name)
@@ -274,7 +274,7 @@ def load_assistant(
     name: str, *, format: str = "auto", precision: str = "fp32", fallback: ChatFormat | None = None
 ) -> Assistant:
     """Load a checkpoint that answers in a chat format (its own, or the named one)."""
-    from sftflow.generate.engine import Engine
+    from sftflow.generation.engine import Engine
     from sftflow.runtime import detect
 
     location = resolve(name)

@@ -23,8 +23,8 @@ def examine(recipe: Path | None, math: bool) -> tuple[list[str], bool]:
     good = True
     if recipe is not None:
         from sftflow.checkpoint import open_renderer, resolve
-        from sftflow.evals.ask import open_tasks
-        from sftflow.mixture.mix import build_mixture
+        from sftflow.data.mixture import build_mixture
+        from sftflow.evaluation.prompts_for import open_tasks
         from sftflow.recipe import load_recipe
 
         loaded = load_recipe(recipe)
@@ -44,11 +44,11 @@ def _proofs() -> list[tuple[str, float, float]]:
     """Packed against unpacked, chunked against full loss, on a tiny random model in fp32."""
     import torch
 
-    from sftflow.base.run import BaseSpec, build_model
-    from sftflow.packed.attention import use_packed_attention
-    from sftflow.packed.pack import Example, pack_batch
+    from sftflow.packing.attention import use_packed_attention
+    from sftflow.packing.pack import Example, pack_batch
+    from sftflow.pretraining.pretrain import BaseSpec, build_model
     from sftflow.runtime import Runtime
-    from sftflow.train.loop import batch_loss
+    from sftflow.training.trainer import batch_loss
 
     model = build_model(BaseSpec(params="0.1M"), 320, 0).eval()
     rng = np.random.default_rng(0)

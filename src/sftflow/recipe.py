@@ -32,7 +32,7 @@ class SourceEntry(_Frozen):
         return self.name or (Path(self.source).stem if "/" in self.source or "." in self.source else self.source)
 
 
-class Identity(_Frozen):
+class AssistantIdentity(_Frozen):
     name: str = "Pico"
     maker: str = "the sftflow project"
 
@@ -118,7 +118,7 @@ class Recipe(_Frozen):
     format: str = "auto"
     append_eos: bool = False
     mixture: Annotated[tuple[SourceEntry, ...], Field(min_length=1)]
-    identity: Identity = Identity()
+    identity: AssistantIdentity = AssistantIdentity()
     on_bad_row: Literal["stop", "skip"] = "stop"
     validation: Annotated[float, Field(ge=0)] = 0.01
     train: Train = Train()
@@ -200,7 +200,7 @@ def apply_override(data: Any, override: str) -> None:
 
 def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     """Relative paths of data, base and prompts become absolute, seen from the recipe's folder."""
-    from sftflow.mixture.tasks import TASKS
+    from sftflow.tasks import TASKS
 
     def absolute(value: str) -> str:
         return value if value.startswith("hub:") or Path(value).is_absolute() else str(folder / value)

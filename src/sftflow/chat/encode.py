@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sftflow.chat.words import WordCache
+from sftflow.chat.fast_bpe import WordCache
 from sftflow.errors import MaskError
 
 Literal = tuple[int, int, str]  # (start, end, token): a special token the template itself wrote

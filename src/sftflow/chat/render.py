@@ -28,7 +28,7 @@ from sftflow.chat.encode import Encoded, Encoder, Literal, pieces_of
 from sftflow.chat.format import ChatFormat, tokenizer_text
 from sftflow.chat.schema import Conversation, Message, parse_row
 from sftflow.chat.shape import End, Marked, Shape
-from sftflow.chat.skeleton import Marker, Slot
+from sftflow.chat.skeleton import Marker, Placeholder
 from sftflow.chat.template import Messages, Template, as_dict
 from sftflow.errors import FormatError, MaskError
 
@@ -77,7 +77,7 @@ class Renderer:
     """Renders conversations with one tokenizer and one format.
 
     >>> renderer.render(conversation).ids              # a training example, with its mask
-    >>> renderer.render(conversation, reply=True).ids  # the prompt that evaluation and server send
+    >>> renderer.render(conversation, add_generation_prompt=True).ids  # the prompt that evaluation and server send
     """
 
     def __init__(self, tokenizer: Any, chat_format: ChatFormat) -> None:
@@ -118,21 +118,25 @@ class Renderer:
 
     # ---- the public part
 
-    def render(self, conversation: Conversation, *, reply: bool = False, turns: bool = False) -> Rendered:
-        """One conversation -> ids and mask. With reply=True, the prompt for the next assistant turn (mask all 0).
-        With turns=True, the row also says where its turns begin.
+    def render(
+        self, conversation: Conversation, *, add_generation_prompt: bool = False, turns: bool = False
+    ) -> Rendered:
+        """One conversation -> ids and mask. With add_generation_prompt=True, the prompt for the next assistant turn
+        (mask all 0). With turns=True, the row also says where its turns begin.
 
         Raises FormatError where the template refuses the conversation (its own message quoted) and MaskError where
         the mask cannot be proven.
         """
         place = conversation.source
         messages = [as_dict(m, keep_python=self._has_python) for m in conversation.messages]
-        text = self._template.text(messages, conversation.tools, reply, place)
-        supervised = [] if reply else [i for i, m in enumerate(conversation.messages) if _is_supervised(m)]
+        text = self._template.text(messages, conversation.tools, add_generation_prompt, place)
+        supervised = (
+            [] if add_generation_prompt else [i for i, m in enumerate(conversation.messages) if _is_supervised(m)]
+        )
         starts = self._reply_starts(conversation, messages, text, supervised)
         boundaries = sorted(set(starts.values()))
         if not supervised:
-            literals = self._prompt_literals(conversation, messages, text, reply)
+            literals = self._prompt_literals(conversation, messages, text, add_generation_prompt)
             encoded = self._encoder.encode(text, literals, boundaries, place)
             return Rendered(encoded.ids, np.zeros(len(encoded.ids), np.int8), text, place, encoded.splits)
         proof = self._prove(conversation, messages, text)
@@ -199,10 +203,10 @@ class Renderer:
         """What the tokenizer makes of a text, there and back: normalisers and decoders may change it."""
         return self._encoder.round_trip(text)
 
-    def text(self, conversation: Conversation, *, reply: bool = False) -> str:
+    def text(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> str:
         """The template's rendering of a conversation, or of the prompt for its next reply."""
         messages = [as_dict(m, keep_python=self._has_python) for m in conversation.messages]
-        return self._template.text(messages, conversation.tools, reply, conversation.source)
+        return self._template.text(messages, conversation.tools, add_generation_prompt, conversation.source)
 
     def rough_length(self, conversation: Conversation) -> tuple[int, int]:
         """How many tokens the prompt for the next reply has (about, at least): linear in the conversation's length,
@@ -211,7 +215,7 @@ class Renderer:
         The text is encoded as a whole, so it may be a token or two off at each boundary between prompt and reply, where
         no control tokens stand there. And the template's control tokens are sure in any case.
         """
-        about, control = self._encoder.rough_length(self.text(conversation, reply=True))
+        about, control = self._encoder.rough_length(self.text(conversation, add_generation_prompt=True))
         messages = [as_dict(m, keep_python=self._has_python) for m in conversation.messages]
         said = json.dumps([messages, conversation.tools], ensure_ascii=False, default=str)
         as_text = sum(1 for _ in self.special_re.finditer(said))  # control tokens to the whole text, text to `render`
@@ -306,7 +310,9 @@ class Renderer:
                 )
         return starts
 
-    def _prompt_literals(self, conversation: Conversation, messages: Messages, text: str, reply: bool) -> list[Literal]:
+    def _prompt_literals(
+        self, conversation: Conversation, messages: Messages, text: str, add_generation_prompt: bool
+    ) -> list[Literal]:
         """Special tokens in a text without supervised turns that the template wrote, not the content."""
         if not self._has_look_alike(conversation):
             return self._encoder.literals(text)
@@ -314,7 +320,7 @@ class Renderer:
             marked, values = self._mark(conversation, messages, words=words)
             try:
                 skeleton = marked.marker.skeleton(
-                    self._template.text(marked.messages, marked.tools, reply, conversation.source)
+                    self._template.text(marked.messages, marked.tools, add_generation_prompt, conversation.source)
                 )
             except FormatError:
                 continue
@@ -366,7 +372,7 @@ class Renderer:
 
     def _shape(
         self, conversation: Conversation, messages: Messages, *, words: bool
-    ) -> tuple[Shape | None, list[str], list[Slot]]:
+    ) -> tuple[Shape | None, list[str], list[Placeholder]]:
         """(the row's shape or None, its values, its slots). Shapes of whole contents are remembered."""
         key: Any = None
         if not words and not conversation.tools and all(len(m) == 2 and type(m["content"]) is str for m in messages):

@@ -28,7 +28,7 @@ Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class Placeholder:
     """A place of the row whose value must be found in the text.
 
     message: its index, -1 for the tool definitions.   required: whether it may not be left out.
@@ -53,7 +53,7 @@ class Skeleton:
     order: tuple[int, ...]
     starts: tuple[int, ...]
 
-    def fit(self, values: list[str], slots: list[Slot], text: str) -> list[tuple[int, int]] | None:
+    def fit(self, values: list[str], slots: list[Placeholder], text: str) -> list[tuple[int, int]] | None:
         """The span of every slot of `order` in the text, or None where the text is not this skeleton, filled."""
         parts = [self.pieces[0]]
         spans: list[tuple[int, int]] = []
@@ -68,7 +68,7 @@ class Skeleton:
             return spans
         return self._fit_forms(values, slots, text)
 
-    def _fit_forms(self, values: list[str], slots: list[Slot], text: str) -> list[tuple[int, int]] | None:
+    def _fit_forms(self, values: list[str], slots: list[Placeholder], text: str) -> list[tuple[int, int]] | None:
         """Depth-first over the forms that each value may have taken; mostly the first that fits is the one."""
         if not text.startswith(self.pieces[0]):
             return None
@@ -118,9 +118,9 @@ class Marker:
     def __init__(self, texts: str) -> None:
         free = [pair for pair in MARKS if pair[0] not in texts and pair[1] not in texts]
         self.pair = free[0] if free else None
-        self.slots: list[Slot] = []
+        self.slots: list[Placeholder] = []
 
-    def mark(self, slot: Slot) -> str:
+    def mark(self, slot: Placeholder) -> str:
         assert self.pair is not None
         self.slots.append(slot)
         return f"{self.pair[0]}{len(self.slots) - 1}{self.pair[1]}"
@@ -154,14 +154,14 @@ class Marker:
 
         def content(value: str) -> str:
             thoughts_may_go = message["role"] == "assistant" and not required
-            return self._text(Slot(i, f"{where}.content", value, True), words, thoughts_may_go)
+            return self._text(Placeholder(i, f"{where}.content", value, True), words, thoughts_may_go)
 
         if isinstance(message["content"], str):
             out["content"] = content(message["content"])
         else:
             out["content"] = [{**part, "text": content(part["text"])} for part in message["content"]]
         if message.get("reasoning_content"):
-            slot = Slot(i, f"{where}.reasoning_content", message["reasoning_content"], required)
+            slot = Placeholder(i, f"{where}.reasoning_content", message["reasoning_content"], required)
             out["reasoning_content"] = out["thinking"] = self._text(slot, words, False)
         if "tool_calls" in message:
             out["tool_calls"] = [
@@ -169,7 +169,7 @@ class Marker:
             ]
         return out
 
-    def _text(self, slot: Slot, words: bool, thoughts_may_go: bool) -> str:
+    def _text(self, slot: Placeholder, words: bool, thoughts_may_go: bool) -> str:
         if not slot.value.strip():
             return slot.value  # templates treat an empty content in their own way: leave it to them
         if not words:
@@ -184,12 +184,14 @@ class Marker:
             else:
                 # Text before a closing tag without an opening one is reasoning, too.
                 may_go = thoughts_may_go and (thinking or "</think" in slot.value.partition(piece)[2])
-                out.append(self.mark(Slot(slot.message, slot.where, piece, slot.required and not may_go, exact=True)))
+                out.append(
+                    self.mark(Placeholder(slot.message, slot.where, piece, slot.required and not may_go, exact=True))
+                )
         return "".join(out)
 
     def _call(self, i: int, where: str, call: dict[str, Any]) -> dict[str, Any]:
         function = dict(call["function"])
-        function["name"] = self.mark(Slot(i, where, function["name"], True))
+        function["name"] = self.mark(Placeholder(i, where, function["name"], True))
         function["arguments"] = self._values(i, f"{where}.arguments", function["arguments"])
         return {**call, "function": function}
 
@@ -197,12 +199,12 @@ class Marker:
         """Every key and every string of a call's arguments."""
         if isinstance(value, dict):
             return {
-                (self.mark(Slot(i, where, k, True)) if k.strip() else k): self._values(i, f"{where}.{k}", v)
+                (self.mark(Placeholder(i, where, k, True)) if k.strip() else k): self._values(i, f"{where}.{k}", v)
                 for k, v in value.items()
             }
         if isinstance(value, list):
             return [self._values(i, where, v) for v in value]
-        return self.mark(Slot(i, where, value, True)) if isinstance(value, str) and value.strip() else value
+        return self.mark(Placeholder(i, where, value, True)) if isinstance(value, str) and value.strip() else value
 
     def _tool(self, number: int, tool: dict[str, Any]) -> dict[str, Any]:
         """Its name, description, and the names of its parameters."""
@@ -213,12 +215,12 @@ class Marker:
         function = dict(inner)
         for key in ("name", "description"):
             if isinstance(function.get(key), str) and function[key].strip():
-                function[key] = self.mark(Slot(-1, f"{where}.{key}", function[key], True))
+                function[key] = self.mark(Placeholder(-1, f"{where}.{key}", function[key], True))
         parameters = function.get("parameters")
         if isinstance(parameters, dict) and isinstance(parameters.get("properties"), dict):
             names: dict[str, str] = {}
             for name in parameters["properties"]:
-                names[name] = self.mark(Slot(-1, f"{where}.parameters", name, True)) if name.strip() else name
+                names[name] = self.mark(Placeholder(-1, f"{where}.parameters", name, True)) if name.strip() else name
             parameters = {**parameters, "properties": {names[k]: v for k, v in parameters["properties"].items()}}
             if isinstance(parameters.get("required"), list):
                 parameters["required"] = [names.get(k, k) if isinstance(k, str) else k for k in parameters["required"]]

@@ -20,7 +20,7 @@ import jinja2.runtime
 import jinja2.sandbox
 import jinja2.utils
 
-from sftflow.chat.flatten import flatten_python
+from sftflow.chat.calculator_parts import flatten_python
 from sftflow.chat.format import ChatFormat
 from sftflow.chat.schema import Message
 from sftflow.errors import FormatError
@@ -156,12 +156,12 @@ class Template:
         except jinja2.TemplateError as error:
             raise FormatError(chat_format.name, f"the chat template does not compile ({error})", "mend it") from None
 
-    def text(self, messages: Messages, tools: Any, reply: bool, place: str) -> str:
-        """The rendering, with the generation prompt where `reply`. Raises FormatError in the template's own words."""
+    def text(self, messages: Messages, tools: Any, add_generation_prompt: bool, place: str) -> str:
+        """The rendering, where asked with the generation prompt. Raises FormatError in the template's own words."""
 
         def render(chat: Messages) -> str:
             return self._compiled.render(
-                self._context, messages=chat, tools=list(tools) or None, add_generation_prompt=reply
+                self._context, messages=chat, tools=list(tools) or None, add_generation_prompt=add_generation_prompt
             )
 
         try:

@@ -53,7 +53,7 @@ def verify(renderer: Renderer, conversation: Conversation, rendered: Rendered) -
 
 def _parity(renderer: Renderer, conversation: Conversation, turn: int, rendered: Rendered) -> str | None:
     try:
-        prompt = renderer.render(conversation.before(turn), reply=True).ids
+        prompt = renderer.render(conversation.before(turn), add_generation_prompt=True).ids
     except (FormatError, MaskError) as error:
         return f"no prompt ({error.fact})"
     n = len(prompt)

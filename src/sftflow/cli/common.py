@@ -33,7 +33,7 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="show the trace
 
 
 def split_tasks(tasks: str | None) -> list[str]:
-    from sftflow.mixture.tasks import GENERATED
+    from sftflow.tasks import GENERATED
 
     return [t for t in (tasks or ",".join(GENERATED)).split(",") if t.strip()]
 

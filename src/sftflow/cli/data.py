@@ -37,11 +37,11 @@ def render(
 ) -> None:
     """Show rows as the model sees them: tokens, and which of them are trained on."""
     quiet()
-    from sftflow.chat import settle as settling
-    from sftflow.chat.inspect import terminal_lines, token_rows
+    from sftflow.chat import template_options as settling
     from sftflow.chat.schema import read_conversations
     from sftflow.checkpoint import open_renderer, resolve
     from sftflow.errors import MaskError
+    from sftflow.report.token_view import terminal_lines, token_rows
 
     renderer = open_renderer(resolve(model), format)
     if append_eos:
@@ -67,8 +67,8 @@ def render(
     if index is not None and not rows and not refused:
         raise RecipeError(f"--index {index}", f"{data} has not so many rows", "give a smaller number")
     if html is not None:
-        from sftflow.chat.inspect_html import render_page
-        from sftflow.files import write_text
+        from sftflow.atomic_io import write_text
+        from sftflow.report.token_page import render_page
 
         page = render_page([*rows, *({"source": r["source"], "refused": r["reason"]} for r in refused)])
         write_text(html, page)
@@ -116,22 +116,22 @@ def mix(
     quiet()
     from rich.console import Console
 
-    from sftflow.chat.inspect import token_rows
-    from sftflow.chat.settle import settled
+    from sftflow.atomic_io import write_json, write_text
+    from sftflow.chat.template_options import settled
     from sftflow.checkpoint import open_renderer, resolve
-    from sftflow.console import Watch, ledger_table
-    from sftflow.evals.ask import open_tasks
-    from sftflow.files import write_json, write_text
-    from sftflow.mixture.audit import audit, audit_page, audit_tables, item_parts
-    from sftflow.mixture.mix import build_mixture, write_bad_rows
+    from sftflow.data.audit import audit, audit_page, audit_tables, item_parts
+    from sftflow.data.mixture import build_mixture, write_bad_rows
+    from sftflow.evaluation.prompts_for import open_tasks
     from sftflow.recipe import load_recipe
+    from sftflow.report.progress import ProgressDisplay, ledger_table
+    from sftflow.report.token_view import token_rows
 
     loaded = load_recipe(recipe)
     tasks = list(loaded.eval.tasks) if loaded.eval else []
     # Nothing is asked here, so nothing that a model wrote runs: its items are only compared with the rows.
     limit = loaded.eval.limit if loaded.eval else None
     evaluation = open_tasks(tasks, limit, loaded.identity.model_dump(), allow_code=True)
-    with Watch() as watch:
+    with ProgressDisplay() as watch:
         mixture = build_mixture(
             loaded, open_renderer(resolve(loaded.base), loaded.format), watch.rendering, every_row=True
         )

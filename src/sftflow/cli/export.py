@@ -28,7 +28,7 @@ def export(
     prompts: Annotated[int, typer.Option(min=1, max=70, help="gguf: prompts of the parity certificate")] = 50,
 ) -> None:
     """Write a GGUF file with its parity certificate, or merge a LoRA adapter into its base."""
-    from sftflow.train.stop import Signals, Stopped
+    from sftflow.training.signals import Signals, Stopped
 
     try:
         with Signals():
@@ -40,14 +40,14 @@ def export(
 
 def _export(model: str, to: str, out: Path, kind: str | None, base: str | None, prompts: int) -> None:
     quiet()
-    from sftflow.console import stderr
     from sftflow.errors import ProofError, RecipeError
+    from sftflow.report.progress import stderr
 
     def say(text: str) -> None:
         stderr().print(text, highlight=False, markup=False)
 
     if to == "merged":
-        from sftflow.export.merge import merge
+        from sftflow.exporting.merge import merge
 
         if kind == "q8_0":
             raise RecipeError("--type", "a checkpoint directory holds no q8_0", "use f32, f16 or bf16")
@@ -56,7 +56,7 @@ def _export(model: str, to: str, out: Path, kind: str | None, base: str | None, 
         return
     if base is not None:
         raise RecipeError("--base", "only --to merged has one", "leave it out")
-    from sftflow.export.gguf import export_gguf, summary
+    from sftflow.exporting.to_gguf import export_gguf, summary
 
     found = export_gguf(model, out, kind or "f16", prompts=prompts, say=say)
     for line in summary(found):

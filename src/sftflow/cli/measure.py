@@ -17,7 +17,7 @@ AllowCode = Annotated[bool, typer.Option("--allow-code", help="run code that the
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class EvalOptions:
     """What models are asked, from the command line or a recipe."""
 
     tasks: tuple[str, ...]
@@ -30,7 +30,7 @@ class Asked:
     judge_model: str | None = None
 
     @classmethod
-    def of_recipe(cls, recipe: Any, out: Path) -> Asked:
+    def of_recipe(cls, recipe: Any, out: Path) -> EvalOptions:
         measure, compare = recipe.eval, recipe.compare
         return cls(
             tasks=tuple(measure.tasks) if measure else (),
@@ -45,15 +45,15 @@ class Asked:
 
     def open(self, model: str) -> Any:
         """The tasks, with their items; `model` is the one that was taught who it is."""
-        from sftflow.evals.ask import open_tasks
+        from sftflow.evaluation.prompts_for import open_tasks
 
         identity = self.identity or identity_of(model)
         return open_tasks(self.tasks, self.limit, identity, allow_code=self.allow_code)
 
     def check_comparison(self) -> Any:
         """The fixed prompts, after asking the judge, where one is named, whether it is there."""
-        from sftflow.compare.judge import check_judge
-        from sftflow.compare.prompts import load_prompts
+        from sftflow.comparison.judge import check_judge
+        from sftflow.comparison.prompts import load_prompts
 
         if bool(self.judge) != bool(self.judge_model):
             raise RecipeError("--judge", "it needs --judge-model, and that needs --judge", "give both")
@@ -72,14 +72,14 @@ def identity_of(model: str) -> Any:
     return (info.get("recipe") or {}).get("identity")
 
 
-def evaluate_all(models: list[str], asked: Asked, watch: Any) -> None:
+def evaluate_all(models: list[str], asked: EvalOptions, watch: Any) -> None:
     """Score models, and show the scores."""
     from rich.console import Console
 
     from sftflow.checkpoint import load_assistant, open_renderer, resolve
-    from sftflow.console import eval_table
-    from sftflow.evals.ask import require_askable
-    from sftflow.evals.run import evaluate_models
+    from sftflow.evaluation.evaluate import evaluate_models
+    from sftflow.evaluation.prompts_for import require_askable
+    from sftflow.report.progress import eval_table
 
     runs = {name: asked.open(name) for name in models}  # each was taught who it is by its own recipe
     for name in models[1:]:  # the first is loaded, and checked, at once
@@ -98,13 +98,13 @@ def evaluate_all(models: list[str], asked: Asked, watch: Any) -> None:
     watch.say(f"rows and eval.json are in {asked.out}")
 
 
-def compare_two(base_name: str, sft_name: str, asked: Asked, watch: Any) -> None:
+def compare_two(base_name: str, sft_name: str, asked: EvalOptions, watch: Any) -> None:
     """Base versus SFT, and the verdicts."""
     from rich.console import Console
 
     from sftflow.checkpoint import load_assistant
-    from sftflow.compare.run import JudgeSpec, base_format, compare_models
-    from sftflow.console import score_table
+    from sftflow.comparison.compare import JudgeSpec, base_format, compare_models
+    from sftflow.report.progress import score_table
 
     runs = asked.open(sft_name)
     prompt_set = asked.check_comparison()
@@ -172,11 +172,11 @@ def eval_(
 ) -> None:
     """Score models on tasks; a row an item, and eval.json. A rerun goes on from finished rows."""
     quiet()
-    from sftflow.console import Watch
-    from sftflow.files import Lock
+    from sftflow.atomic_io import Lock
+    from sftflow.report.progress import ProgressDisplay
 
-    asked = Asked(tasks=tuple(split_tasks(tasks)), limit=limit, out=out, allow_code=allow_code)
-    with Watch() as watch, Lock(out):
+    asked = EvalOptions(tasks=tuple(split_tasks(tasks)), limit=limit, out=out, allow_code=allow_code)
+    with ProgressDisplay() as watch, Lock(out):
         evaluate_all(models, asked, watch)
 
 
@@ -196,10 +196,10 @@ def compare(
 ) -> None:
     """Base versus SFT on the same tasks and the same fixed prompts; compare.json and report.html."""
     quiet()
-    from sftflow.console import Watch
-    from sftflow.files import Lock
+    from sftflow.atomic_io import Lock
+    from sftflow.report.progress import ProgressDisplay
 
-    asked = Asked(
+    asked = EvalOptions(
         tasks=tuple(split_tasks(tasks)),
         limit=limit,
         out=out,
@@ -208,5 +208,5 @@ def compare(
         judge=judge,
         judge_model=judge_model,
     )
-    with Watch() as watch, Lock(out):
+    with ProgressDisplay() as watch, Lock(out):
         compare_two(base_model, sft, asked, watch)

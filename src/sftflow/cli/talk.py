@@ -21,8 +21,8 @@ def chat(
     """Talk to a model in the terminal."""
     quiet()
     from sftflow.checkpoint import load_assistant
-    from sftflow.compare.run import base_format
-    from sftflow.serve.terminal import chat as talk
+    from sftflow.comparison.compare import base_format
+    from sftflow.terminal.repl import chat as talk
 
     assistant = load_assistant(model)
     base = load_assistant(base_model, fallback=base_format(assistant)) if base_model else None
@@ -43,11 +43,11 @@ def serve(
     """An OpenAI-compatible server and a chat page."""
     quiet()
     from sftflow.checkpoint import load_assistant
-    from sftflow.compare.run import base_format
-    from sftflow.console import stderr
-    from sftflow.serve.allowed import check_origin, host_names
-    from sftflow.serve.api import serve as run
-    from sftflow.serve.listen import open_socket
+    from sftflow.comparison.compare import base_format
+    from sftflow.report.progress import stderr
+    from sftflow.serving.api import serve as run
+    from sftflow.serving.host_check import check_origin, host_names
+    from sftflow.serving.uvicorn_limits import open_socket
 
     # All of it before minutes are spent on loading. (typer takes an empty variable for one that is not set.)
     api_key = os.environ.get("SFTFLOW_API_KEY") if api_key is None else api_key

@@ -12,14 +12,14 @@ from typing import Annotated, Any
 import typer
 
 from sftflow.cli.common import Out, app, number, program, quiet
-from sftflow.cli.measure import Asked, compare_two, evaluate_all
+from sftflow.cli.measure import EvalOptions, compare_two, evaluate_all
 from sftflow.errors import RecipeError
 
 
 @app.command()
 def demo(out: Out = Path("runs/demo")) -> None:
     """The whole flow on the shipped base: SFT, comparison, report."""
-    from sftflow.files import Lock, clear_directory
+    from sftflow.atomic_io import Lock, clear_directory
     from sftflow.recipe import load_recipe
 
     path = Path(__file__).parents[1] / "recipes" / "demo.yaml"
@@ -48,13 +48,13 @@ def base(
 ) -> None:
     """Train a tokenizer and a tiny base model on plain text."""
     quiet()
-    from sftflow.base.run import BaseSpec, train_base
-    from sftflow.console import Watch
-    from sftflow.files import Lock
+    from sftflow.atomic_io import Lock
+    from sftflow.pretraining.pretrain import BaseSpec, train_base
+    from sftflow.report.progress import ProgressDisplay
     from sftflow.runtime import detect
 
     spec = BaseSpec(params=params, vocab=vocab, tokens=number(tokens, "--tokens"), lr=lr, seed=seed, compile=compile)
-    with Watch() as watch, Lock(out):
+    with ProgressDisplay() as watch, Lock(out):
         card = train_base(
             texts,
             out,
@@ -73,8 +73,8 @@ def _train(recipe: Any, *, resume: bool, lock: Any = None) -> None:
     """Train, then evaluate and compare where the recipe asks for it. lock: on train.out, where it is held already."""
     from contextlib import ExitStack
 
-    from sftflow.files import Lock
-    from sftflow.train.stop import Signals, Stopped
+    from sftflow.atomic_io import Lock
+    from sftflow.training.signals import Signals, Stopped
 
     out = Path(recipe.train.out)
     with ExitStack() as stack:
@@ -102,22 +102,22 @@ def _tell_of_waiting() -> None:
 
 def _train_and_measure(recipe: Any, out: Path, signals: Any, lock: Any, *, resume: bool) -> None:
     quiet()
-    from sftflow.console import Watch, stderr
-    from sftflow.train.run import run_training
+    from sftflow.report.progress import ProgressDisplay, stderr
+    from sftflow.training.run import run_training
 
     sampling = None
-    asked = Asked.of_recipe(recipe, out)
+    asked = EvalOptions.of_recipe(recipe, out)
     if recipe.compare is not None:
         asked.check_comparison()  # what is wrong with it is said before hours of training
     if recipe.eval is not None:
         asked.open(recipe.base)  # and what is wrong with the tasks
         if recipe.eval.every is not None:
-            from sftflow.evals.during import Sampled
+            from sftflow.evaluation.callback import Sampled
 
             sampling = Sampled(
                 replace(asked, limit=min(asked.limit or recipe.eval.sample, recipe.eval.sample)).open("")
             )
-    with Watch() as watch:
+    with ProgressDisplay() as watch:
         run = run_training(recipe, watch, resume=resume, signals=signals, lock=lock, sampling=sampling)
         if run.already_done:
             watch.say(f"{out}: this run is finished; nothing to resume")

@@ -1,0 +1,141 @@
+"""The audit of a rendered mixture: lengths, repeated rows, nearly repeated rows, rows that quote an evaluation set.
+
+`audit(sources, decode)` reads every row once, in chunks, and keeps about 110 bytes a row, so that a mixture larger
+than memory can be audited. Everything is deterministic: no random draw, only fixed constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from sftflow.data.audit.duplicates import Duplicates, digests_of, duplicates, first_copies
+from sftflow.data.audit.lengths import Spread, length_edges, spread
+from sftflow.data.audit.near_duplicates import BAND_ROWS, BANDS, NearDuplicates, minhash, near_duplicates, near_rows
+from sftflow.data.audit.ngrams import Index, split_words
+from sftflow.data.audit.overlap import EvalIndex, Parts, TaskOverlap
+from sftflow.data.audit.rows import AuditRows, Decode, SourceRows
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceAudit:
+    """edges (b + 1,), counts (b,): rows with edges[i] <= tokens < edges[i + 1].   share: supervised of all tokens."""
+
+    name: str
+    rows: int
+    lengths: Spread
+    edges: tuple[int, ...]
+    counts: tuple[int, ...]
+    supervised: Spread
+    share: float
+    duplicates: Duplicates
+    near_duplicates: NearDuplicates
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "lengths": {**asdict(self.lengths), "histogram": {"edges": list(self.edges), "counts": list(self.counts)}},
+            "supervised": {**asdict(self.supervised), "share": self.share},
+            "duplicates": asdict(self.duplicates),
+            "near_duplicates": asdict(self.near_duplicates),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """Of every source in the recipe's order, of all rows together, and of each evaluation task.
+
+    AuditRows count once, whatever their source's `repeat`.
+    """
+
+    sources: tuple[SourceAudit, ...]
+    overall: SourceAudit
+    overlap: tuple[TaskOverlap, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        found = {
+            "sources": [s.to_json() for s in self.sources],
+            **self.overall.to_json(),
+            "overlap": {t.task: t.to_json() for t in self.overlap},
+        }
+        return plain(found)
+
+    def into(self, ledger: Mapping[str, Any]) -> dict[str, Any]:
+        """The ledger with the audit's keys beside its own. `ledger["sources"]` are the audited ones, in order."""
+        found = self.to_json()
+        sources = [{**old, **new} for old, new in zip(ledger["sources"], found.pop("sources"), strict=True)]
+        return {**ledger, "sources": sources, **found}
+
+
+def plain(value: Any) -> Any:
+    """Tuples as lists, as JSON reads them back."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def audit(
+    sources: Sequence[SourceRows],
+    decode: Decode,
+    *,
+    eval_sets: Mapping[str, Iterable[str | Parts]] | None = None,
+    special_ids: Collection[int] = (),
+    progress: Progress | None = None,
+) -> Audit:
+    """Measure the rendered rows.
+
+    decode: lists of ids -> texts, without special tokens.   eval_sets: task -> its items, each a text or its parts
+    (question, answer); `item_parts` makes them.   special_ids: ids that end a word on both sides, as the role markers
+    do; a change of the mask does so in any case.   progress: called with (stage, done, total).
+    """
+    rows = AuditRows(sources, decode, special_ids)
+    say = progress or (lambda stage, done, total: None)
+    digests = digests_of(rows)
+    first, repeats_here = first_copies(rows, digests)
+    wanted = EvalIndex(eval_sets or {}, [s.name for s in sources])
+    signatures = np.zeros((rows.n, BANDS * BAND_ROWS), np.uint8)
+    worded = np.zeros(rows.n, bool)
+    # A row that repeats one of its own source has nothing new to say; one that repeats another source's row may still
+    # be that source's only overlap.
+    todo = np.flatnonzero(~repeats_here)
+    done = 0
+    for chunk in rows.chunks(todo):
+        found = split_words(rows.texts(chunk))
+        signatures[chunk], worded[chunk] = minhash(found)
+        wanted.search(found, rows, chunk)
+        done += len(chunk)
+        say("audit", done, len(todo))
+    own = np.flatnonzero(worded & (first == np.arange(rows.n)))
+    near = near_rows(rows, own, signatures[own])
+
+    edges = length_edges(rows.lengths)
+    measured = tuple(
+        _measure(rows, int(a), int(b), s.name, edges, first, near)
+        for s, a, b in zip(sources, rows.start[:-1], rows.start[1:], strict=True)
+    )
+    overall = _measure(rows, 0, rows.n, "all", edges, first, near)
+    return Audit(sources=measured, overall=overall, overlap=tuple(wanted.result()))
+
+
+def _measure(
+    rows: AuditRows, a: int, b: int, name: str, edges: tuple[int, ...], first: Index, near: dict[int, tuple[int, float]]
+) -> SourceAudit:
+    """AuditRows a to b, all of one source or all there are."""
+    lengths, supervised = rows.lengths[a:b], rows.supervised[a:b]
+    counts, _ = np.histogram(np.maximum(lengths, 1), np.array([*edges[:-1], edges[-1] - 0.5]))
+    tokens = int(lengths.sum(dtype=np.int64))
+    return SourceAudit(
+        name=name,
+        rows=b - a,
+        lengths=spread(lengths),
+        edges=edges,
+        counts=tuple(int(c) for c in counts),
+        supervised=spread(supervised),
+        share=round(int(supervised.sum(dtype=np.int64)) / max(1, tokens), 5),
+        duplicates=duplicates(rows, a, b, first),
+        near_duplicates=near_duplicates(rows, a, b, near),
+    )

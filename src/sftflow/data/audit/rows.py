@@ -1,0 +1,104 @@
+"""All sources' rendered rows under one numbering, and their texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sftflow.data.audit.ngrams import Index
+
+Ids = NDArray[np.int32]
+Decode = Callable[[list[list[int]]], list[str]]
+
+CHUNK_TOKENS = 1 << 16  # read and decoded at once: their hashes stay in the processor's cache
+EXAMPLES = 5  # of each finding, in the ledger
+
+
+class SourceRows(Protocol):
+    """The rendered rows of one source. lengths, supervised: (n,) tokens and supervised tokens of each row."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def lengths(self) -> Ids: ...
+    @property
+    def supervised(self) -> Ids: ...
+    def __len__(self) -> int: ...
+    def ids(self, i: int) -> Ids: ...
+    def mask(self, i: int) -> NDArray[np.int8]: ...
+    def place(self, i: int) -> str: ...
+
+
+class AuditRows:
+    """All sources' rows.
+
+    start (sources + 1,): the first row of each source.   lengths (n,): tokens of each row.
+    """
+
+    def __init__(self, sources: Sequence[SourceRows], decode: Decode, special_ids: Collection[int]) -> None:
+        self.sources, self.decode = sources, decode
+        self.start: Index = np.concatenate([[0], np.cumsum([len(s) for s in sources])]).astype(np.int64)
+        self.n = int(self.start[-1])
+        none = np.zeros(0, np.int32)
+        self.lengths: Ids = np.concatenate([none, *(s.lengths for s in sources)])
+        self.supervised: Ids = np.concatenate([none, *(s.supervised for s in sources)])
+        self.special = np.zeros(max(special_ids, default=-1) + 1, bool)
+        self.special[list(special_ids)] = True
+
+    def source_of(self, rows: Index) -> Index:
+        return np.searchsorted(self.start, rows, side="right").astype(np.int64) - 1
+
+    def find(self, row: int) -> tuple[SourceRows, int]:
+        s = int(np.searchsorted(self.start, row, side="right")) - 1
+        return self.sources[s], row - int(self.start[s])
+
+    def place(self, row: int) -> str:
+        source, i = self.find(row)
+        return source.place(i)
+
+    def elsewhere(self, pairs: list[tuple[int, int]]) -> int:
+        """How many (row, earlier row) are of two sources."""
+        if not pairs:
+            return 0
+        both = np.array(pairs, np.int64)
+        return int((self.source_of(both[:, 0]) != self.source_of(both[:, 1])).sum())
+
+    def chunks(self, rows: Index) -> Iterator[Index]:
+        """`rows` in order, cut so that a chunk has at most CHUNK_TOKENS tokens (a longer row is a chunk of its own)."""
+        ends = np.cumsum(self.lengths[rows], dtype=np.int64)
+        begin = 0
+        while begin < len(rows):
+            before = int(ends[begin - 1]) if begin else 0
+            end = max(begin + 1, int(np.searchsorted(ends, before + CHUNK_TOKENS, side="right")))
+            yield rows[begin:end]
+            begin = end
+
+    def texts(self, rows: Index) -> list[str]:
+        """The text of each row, what is prompt and what is reply on lines of their own.
+
+        A row decoded at once would glue a question's last word to the reply's first, where only special tokens stand
+        between them.
+        """
+        found = [self.find(int(r)) for r in rows]
+        ids = np.concatenate([s.ids(i) for s, i in found])
+        mask = np.concatenate([s.mask(i) for s, i in found])
+        row = np.repeat(np.arange(len(rows)), self.lengths[rows])
+        cut = np.ones(len(ids), bool)
+        cut[1:] = (mask[1:] != mask[:-1]) | (row[1:] != row[:-1])
+        special = np.zeros(len(ids), bool)
+        if len(self.special):
+            known = ids < len(self.special)
+            special[known] = self.special[ids[known]]
+            cut |= special
+            cut[1:] |= special[:-1]
+        begin = np.flatnonzero(cut)
+        end = np.append(begin[1:], len(ids))
+        begin, end = begin[~special[begin]], end[~special[begin]]
+        flat = ids.tolist()
+        pieces = self.decode([flat[a:b] for a, b in zip(begin.tolist(), end.tolist(), strict=True)])
+        bounds = np.searchsorted(row[begin], np.arange(len(rows) + 1)).tolist()
+        return ["\n".join(pieces[a:b]) for a, b in pairwise(bounds)]

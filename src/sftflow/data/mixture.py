@@ -1,0 +1,217 @@
+"""The task mixture: sources -> rendered examples, a ledger that accounts for every row, and held-out rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sftflow.atomic_io import write_text
+from sftflow.chat.render import Rendered, Renderer
+from sftflow.chat.template_options import append_eos, settle
+from sftflow.data.prepare import Progress, bad_rows, prepare_source, sample_conversation
+from sftflow.data.sources import sample_of
+from sftflow.data.store import Examples, RowStore
+from sftflow.errors import DataError, ProofError
+from sftflow.packing.pack import best_fit, padding_share
+from sftflow.recipe import Recipe
+
+SETTLE_ROWS = 64  # rows of a source that decide the template's arguments
+
+
+@dataclass
+class SourceLedger:
+    """What became of one source's rows. rows, tokens, supervised_tokens: training rows; tokens count repeats."""
+
+    name: str
+    repeat: int = 1
+    rows: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    cut: int = 0
+    dropped: int = 0
+    bad: int = 0
+    expanded: int = 0
+    validation_rows: int = 0
+    boundary_splits: int = 0
+    dropped_why: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """examples: training sequences, repeats included, unshuffled (the loop shuffles).   held_out: for the
+    validation loss.   rows: the rendered rows of each source, on disk.   samples: the first of each source, for the
+    mask view.   bad: the quarantined rows."""
+
+    examples: Examples
+    held_out: Examples
+    names: list[str]
+    sources: list[SourceLedger]
+    rows: list[RowStore]
+    samples: list[Rendered]
+    max_length: int
+    bad: list[dict[str, Any]]
+    renderer: Renderer
+
+    def ledger(self) -> dict[str, Any]:
+        lengths = self.examples.lengths.tolist()
+        packed = best_fit(lengths, self.max_length)
+        return {
+            "sources": [vars(s) for s in self.sources],
+            "rows": len(self.examples),
+            "tokens": sum(lengths),
+            "supervised_tokens": sum(s.supervised_tokens for s in self.sources),
+            "packed_rows": len(packed),
+            "padding_share": round(padding_share(lengths, packed, self.max_length), 5),
+            "validation_rows": len(self.held_out),
+            "max_length": self.max_length,
+            "format": self.renderer.format.name,
+            "template_arguments": self.renderer.format.kwargs,
+            "append_eos": self.renderer.format.append_eos,
+            "invariants": self.invariants(),
+            "bad_rows": [row["reason"] for row in self.bad[:100]],
+            "data_sha256": self.digest(),
+        }
+
+    def invariants(self) -> dict[str, dict[str, Any]]:
+        """How many rows each invariant was checked on, and how many failed it, over all sources."""
+        total: dict[str, dict[str, Any]] = {}
+        for rows in self.rows:
+            for name, mine in rows.meta["invariants"].items():
+                entry = total.setdefault(name, {"checked": 0, "failed": 0, "first": None})
+                entry["checked"] += mine["checked"]
+                entry["failed"] += mine["failed"]
+                entry["first"] = entry["first"] or mine["first"]
+        return total
+
+    def prove(self) -> None:
+        """Raises ProofError, naming the first row, where a verified row fails an invariant."""
+        for name, counts in self.invariants().items():
+            if counts["failed"]:
+                place, _, fact = counts["first"].partition(": ")
+                raise ProofError(
+                    place, f"{name}: {fact} ({counts['failed']:,} rows fail)", "remove the row, or use another --format"
+                )
+
+    def digest(self) -> str:
+        """One hash of every row's ids, in order, and of which are trained on."""
+        digest = hashlib.sha256()
+        for rows in self.rows:
+            digest.update(rows.table["digest"].tobytes())
+            digest.update(rows.table["supervised"].tobytes())
+        digest.update(self.examples.chosen.tobytes())
+        digest.update(self.held_out.chosen.tobytes())
+        return digest.hexdigest()[:16]
+
+
+def write_bad_rows(out: Path, mixture: Mixture) -> None:
+    """bad_rows.jsonl: the quarantined rows; none, no file."""
+    (out / "bad_rows.jsonl").unlink(missing_ok=True)
+    if mixture.bad:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in mixture.bad)
+        write_text(out / "bad_rows.jsonl", text)
+
+
+def settle_renderer(recipe: Recipe, renderer: Renderer) -> Renderer:
+    """The renderer that the recipe's data is rendered with: the end of text appended where the recipe asks for it,
+    and template arguments chosen by the first rows of each source."""
+    if recipe.append_eos:
+        renderer = append_eos(renderer)
+    if renderer.arguments() and not renderer.format.kwargs:
+        sample = [c for entry in recipe.mixture for c in sample_of(entry, recipe, SETTLE_ROWS)]
+        renderer = settle(renderer, sample)
+    if renderer.tokenizer is not None:
+        renderer.tokenizer.chat_template = renderer.format.template  # what the checkpoint will be saved with
+    return renderer
+
+
+def build_mixture(
+    recipe: Recipe, renderer: Renderer, progress: Progress | None = None, *, every_row: bool = False
+) -> Mixture:
+    """Render every source of the recipe. `progress(source, rows_done)` is called now and then.
+
+    every_row: verify the invariants on all rows; else on a sample of each source. Raises SchemaError, DataError,
+    FormatError or MaskError at the first bad row (on_bad_row: skip quarantines them instead), and ProofError where a
+    verified row fails.
+    """
+    renderer = settle_renderer(recipe, renderer)
+    sources: list[RowStore] = []
+    ledgers: list[SourceLedger] = []
+    train: list[NDArray[np.int32]] = []
+    held: list[NDArray[np.int32]] = []
+    for number, entry in enumerate(recipe.mixture):
+        rows = prepare_source(entry, number, recipe, renderer, every_row=every_row, progress=progress)
+        meta, name = rows.meta, entry.label
+        chosen = split_held_out(rows.table["digest"], recipe.validation, f"{name}:{recipe.train.seed}")
+        here, out = np.flatnonzero(~chosen), np.flatnonzero(chosen)
+        sources.append(rows)
+        train.append(np.tile(_index(number, here), (entry.repeat, 1)))
+        held.append(_index(number, out))
+        ledgers.append(
+            SourceLedger(
+                name=name,
+                repeat=entry.repeat,
+                rows=len(here),
+                tokens=entry.repeat * int(rows.lengths[here].sum()),
+                supervised_tokens=entry.repeat * int(rows.supervised[here].sum()),
+                cut=meta["cut"],
+                dropped=sum(meta["dropped"].values()) + meta["bad"],
+                bad=meta["bad"],
+                expanded=meta["expanded"],
+                validation_rows=len(out),
+                boundary_splits=meta["boundary_splits"],
+                dropped_why={**meta["dropped"], **({"bad row": meta["bad"]} if meta["bad"] else {})},
+            )
+        )
+    examples = Examples(sources, np.concatenate(train))
+    if not len(examples):
+        raise DataError("mixture", "no row is left to train on", "see the ledger's dropped rows")
+    firsts = [sample_conversation(rows) for rows in sources]
+    mixture = Mixture(
+        examples=examples,
+        held_out=Examples(sources, np.concatenate(held)),
+        names=[s.name for s in ledgers],
+        sources=ledgers,
+        rows=sources,
+        samples=[renderer.render(c, turns=True) for c in firsts if c is not None],
+        max_length=recipe.train.max_length,
+        bad=[row for rows in sources if rows.meta["bad"] for row in bad_rows(rows)],
+        renderer=renderer,
+    )
+    if not every_row:
+        mixture.prove()
+    return mixture
+
+
+def _index(number: int, rows: NDArray[np.int64]) -> NDArray[np.int32]:
+    return np.stack([np.full(len(rows), number), rows], axis=1).astype(np.int32)
+
+
+def split_held_out(digests: NDArray[np.uint64], validation: float, seed: str) -> NDArray[np.bool_]:
+    """Which rows of a source are held out: a share below 1, a count from 1 on. Equal rows stay on one side."""
+    n = len(digests)
+    held = np.zeros(n, bool)
+    if validation <= 0 or n < 2:
+        return held
+    wanted = min(int(validation) if validation >= 1 else max(1, round(n * validation)), n // 2)
+    order = list(range(n))
+    random.Random(seed).shuffle(order)
+    _, group, sizes = np.unique(digests, return_inverse=True, return_counts=True)
+    n_held = 0
+    for i in order:
+        if n_held >= wanted:
+            break
+        size = int(sizes[group[i]])
+        if not held[i] and n_held + size <= n // 2:  # never the whole source, however often its rows repeat
+            if size == 1:
+                held[i] = True
+            else:
+                held[group == group[i]] = True
+            n_held += size
+    return held

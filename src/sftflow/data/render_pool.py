@@ -1,0 +1,247 @@
+"""Rendering a block of rows, here or in a process of its own.
+
+The parent sends a Job, then blocks; each is answered by a Block. Only this package's own objects travel, between a
+parent and the children it started.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sftflow.chat.render import Renderer, RendererSpec
+from sftflow.chat.schema import Conversation, parse_line, parse_row
+from sftflow.chat.verify import INVARIANTS, verify
+from sftflow.data.store import ROW
+from sftflow.data.truncate import fit
+from sftflow.errors import DataError, FormatError, MaskError, RunError, SchemaError, SftflowError
+
+SourceItem = tuple[int, Any]  # (number in the source, a line's bytes, a parsed row, or a Conversation)
+
+
+@dataclass(frozen=True)
+class Job:
+    """How every block of a source is rendered. prefix: the source's name, as errors shall name it."""
+
+    spec: RendererSpec
+    prefix: str
+    max_length: int
+    overlong: str
+    on_bad_row: str
+
+
+@dataclass
+class Block:
+    """What became of a block of rows.
+
+    table: (n,) of ROW, `start` counted from the block's first token.   bad: (number, reason, row) of quarantined rows.
+    invariants: how often each was checked and failed, and the first failure.   error: what stopped the block.
+    """
+
+    ids: NDArray[np.int32]
+    mask: NDArray[np.int8]
+    table: NDArray[Any]
+    seen: int = 0
+    cut: int = 0
+    expanded: int = 0
+    boundary_splits: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    bad: list[tuple[int, str, Any]] = field(default_factory=list)
+    invariants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sample: Conversation | None = None
+    error: SftflowError | None = None
+
+
+def render_block(renderer: Renderer, job: Job, items: list[SourceItem], n_verified: int) -> Block:
+    """Render a block; its first `n_verified` rows are verified, all of them where it is negative."""
+    ids: list[NDArray[Any]] = []
+    masks: list[NDArray[np.int8]] = []
+    table: list[tuple[int, int, int, int, int]] = []
+    empty = np.empty(0, np.int32)
+    block = Block(empty, np.empty(0, np.int8), np.empty(0, ROW))
+    start = 0
+    for count, (number, payload) in enumerate(items):
+        block.seen += 1
+        try:
+            conversation = _conversation(payload, f"{job.prefix}:{number}")
+            fitted = fit(conversation, renderer, job.max_length, job.overlong)
+        except (DataError, SchemaError, FormatError, MaskError) as error:
+            if job.on_bad_row == "stop":
+                block.error = error
+                break
+            block.bad.append((number, str(error), _shown(payload)))
+            continue
+        if fitted.dropped:
+            block.dropped[fitted.dropped] = block.dropped.get(fitted.dropped, 0) + 1
+            continue
+        block.cut += fitted.cut
+        block.expanded += len(fitted.pairs) > 1
+        if block.sample is None:
+            block.sample = fitted.pairs[0][0]
+        for rendered_from, rendered in fitted.pairs:
+            if n_verified < 0 or count < n_verified:
+                _count(block.invariants, verify(renderer, rendered_from, rendered), conversation.source)
+            row = rendered.ids.astype(np.int32)
+            n = len(row)
+            digest = int.from_bytes(hashlib.blake2b(row.tobytes(), digest_size=8).digest(), "little")
+            table.append((start, n, int(rendered.mask[1:].sum()), number, digest))
+            block.boundary_splits += rendered.boundary_splits
+            ids.append(row)
+            masks.append(rendered.mask)
+            start += n
+    if ids:
+        block.ids, block.mask = np.concatenate(ids), np.concatenate(masks)
+    block.table = np.array(table, ROW)
+    return block
+
+
+def _conversation(payload: Any, place: str) -> Conversation:
+    if isinstance(payload, Conversation):
+        return payload
+    return parse_row(parse_line(payload, place) if isinstance(payload, bytes) else payload, place)
+
+
+def _shown(payload: Any) -> Any:
+    """A bad row for bad_rows.jsonl: as it stood."""
+    if isinstance(payload, Conversation):
+        return [{"role": m.role, "content": m.text} for m in payload.messages]
+    return payload.decode("utf-8", "replace").rstrip("\r\n") if isinstance(payload, bytes) else payload
+
+
+def _count(counts: dict[str, dict[str, Any]], wrong: dict[str, str], place: str) -> None:
+    for name in INVARIANTS:
+        entry = counts.setdefault(name, {"checked": 0, "failed": 0, "first": None})
+        entry["checked"] += 1
+        if name in wrong:
+            entry["failed"] += 1
+            entry["first"] = entry["first"] or f"{place}: {wrong[name]}"
+
+
+def n_cores() -> int:
+    """Cores this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        return os.cpu_count() or 1
+
+
+class Workers:
+    """Processes that render blocks. A subprocess with a pipe, not multiprocessing: it starts without importing the
+    caller's main module (a script without an `if __name__` guard works), and a fork after torch has started its
+    threads is not safe."""
+
+    def __init__(self, job: Job, n: int) -> None:
+        environment = {
+            **os.environ,
+            "TOKENIZERS_PARALLELISM": "false",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        }
+        self._processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", "from sftflow.data.render_pool import main; main()"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
+            )
+            for _ in range(n)
+        ]
+        self._threads = ThreadPoolExecutor(n)
+        self._free: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
+        for process in self._processes:
+            _send(process, job)
+            self._free.put(process)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            process.kill()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        for process in self._processes:
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    try:
+                        pipe.close()
+                    except BrokenPipeError:
+                        continue  # what was still to be written is of no use to anybody now
+            process.wait()
+
+    def render(
+        self,
+        blocks: Iterable[tuple[list[SourceItem], int]],
+        here: Callable[[tuple[list[SourceItem], int]], Block] | None = None,
+    ) -> Iterator[Block]:
+        """The blocks' results in order; a few blocks are under way at a time, so memory stays flat.
+
+        here: renders a block in this process, while the others have enough to do (and while they start).
+        """
+        n = len(self._processes)
+        pending: deque[Future[Block] | Block] = deque()
+        for block in blocks:
+            busy = sum(isinstance(p, Future) and not p.done() for p in pending)
+            if here is not None and busy >= 2 * n:
+                pending.append(here(block))
+            else:
+                pending.append(self._threads.submit(self._ask, block))
+            while pending and (len(pending) > 4 * n + 4 or _ready(pending[0])):
+                yield _result(pending.popleft())
+        while pending:
+            yield _result(pending.popleft())
+
+    def _ask(self, block: tuple[list[SourceItem], int]) -> Block:
+        process = self._free.get()
+        try:
+            _send(process, block)
+            assert process.stdout is not None
+            answer: Block = pickle.load(process.stdout)
+        except (EOFError, OSError, pickle.UnpicklingError):
+            raise RunError("rendering", "a worker process died", "is memory short? run with fewer cores") from None
+        finally:
+            self._free.put(process)
+        return answer
+
+
+def _ready(pending: Future[Block] | Block) -> bool:
+    return not isinstance(pending, Future) or pending.done()
+
+
+def _result(pending: Future[Block] | Block) -> Block:
+    return pending.result() if isinstance(pending, Future) else pending
+
+
+def _send(process: subprocess.Popen[bytes], value: Any) -> None:
+    assert process.stdin is not None
+    pickle.dump(value, process.stdin, pickle.HIGHEST_PROTOCOL)
+    process.stdin.flush()
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends us by closing the pipe
+    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    try:
+        job: Job = pickle.load(requests)
+        renderer = Renderer.from_spec(job.spec)
+        gc.freeze()  # the tokenizer's vocabulary need not be walked again and again
+        gc.set_threshold(50_000)
+        while True:
+            items, n_verified = pickle.load(requests)
+            pickle.dump(render_block(renderer, job, items, n_verified), answers, pickle.HIGHEST_PROTOCOL)
+            answers.flush()
+    except (EOFError, BrokenPipeError):
+        os._exit(0)  # the parent is done with us, or gone

@@ -1,0 +1,94 @@
+"""Where rendered rows are kept, and under which name.
+
+key = hash of (data, tokenizer, format, what the recipe asks, this code)
+$SFTFLOW_CACHE/rows/KEY/    default ~/.cache/sftflow; SFTFLOW_CACHE=off keeps nothing
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from sftflow import __version__
+from sftflow.atomic_io import sha256_file
+from sftflow.data.render_pool import Job
+from sftflow.recipe import Recipe, SourceEntry
+from sftflow.tasks import TASKS
+
+CACHE_BYTES = 20 << 30
+
+
+def cache_folder() -> Path | None:
+    """Where rendered rows are kept; None where SFTFLOW_CACHE=off."""
+    named = os.environ.get("SFTFLOW_CACHE", "")
+    if named.lower() == "off":
+        return None
+    base = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sftflow"
+    return base / "rows"
+
+
+@functools.cache
+def _code_version() -> str:
+    """One hash of the code and data that make rows."""
+    package = Path(__file__).parent.parent
+    digest = hashlib.sha256(__version__.encode())
+    for folder in ("chat", "data", "tasks"):
+        for path in sorted((package / folder).rglob("*")):
+            if path.suffix in (".py", ".jinja", ".json", ".jsonl", ".txt"):
+                digest.update(str(path.relative_to(package)).encode())
+                digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def cache_key(entry: SourceEntry, recipe: Recipe, job: Job) -> str | None:
+    """What the rows depend on, as one hash; None where the data cannot be hashed (a hub data set)."""
+    name = entry.path if entry.source in TASKS else entry.path or entry.source
+    data = ""
+    if name is not None:
+        if name.startswith("hub:"):
+            return None
+        path = Path(name)
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        try:
+            data = " ".join(f"{p}={sha256_file(p)}" for p in files)
+        except OSError:
+            return None  # reading the rows will say what is wrong
+    chat_format = job.spec.format
+    parts = [
+        entry.model_dump(mode="json", exclude={"repeat", "name"}),
+        data,
+        recipe.identity.model_dump(mode="json"),
+        recipe.train.seed,
+        job.prefix,
+        job.max_length,
+        job.overlong,
+        job.on_bad_row,
+        hashlib.sha256(job.spec.tokenizer.encode()).hexdigest(),
+        job.spec.names,
+        job.spec.eos,
+        chat_format.template,
+        chat_format.to_json(),
+        chat_format.end,
+        _code_version(),
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def prune(folder: Path, keep: Path) -> None:
+    """Remove what was not used for longest until the cache fits its limit."""
+    entries = []
+    for path in folder.iterdir():
+        with contextlib.suppress(OSError):  # another run may be removing it, too
+            entries.append((path.stat().st_mtime, sum(f.stat().st_size for f in path.iterdir()), path))
+    total = sum(size for _, size, _ in entries)
+    for _, size, path in sorted(entries):
+        if total <= CACHE_BYTES:
+            return
+        if path != keep:
+            shutil.rmtree(path, ignore_errors=True)
+            total -= size

@@ -1,0 +1,85 @@
+"""The rows of a mixture entry, as they stand: numbered, sampled where the entry has a limit, not yet parsed."""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from sftflow.chat.schema import Conversation, parse_line, parse_row, read_lines, read_rows
+from sftflow.data.render_pool import SourceItem
+from sftflow.errors import DataError, SftflowError
+from sftflow.recipe import Recipe, SourceEntry
+from sftflow.tasks import TASKS, TaskSource, make_task
+
+MANY_BYTES = 2 << 20  # a file of more lines than that is worth starting processes
+
+
+def items_of(entry: SourceEntry, recipe: Recipe) -> Iterator[SourceItem]:
+    """(number, payload) of each row of a mixture entry, a sample of `limit` of them where it asks for one."""
+    if entry.source in TASKS:
+        options = {"identity": recipe.identity.model_dump()}
+        source = TaskSource(path=entry.path, seed=recipe.train.seed, limit=entry.limit, options=options)
+        number = 0
+        for number, conversation in enumerate(make_task(entry.source, source, "mixture").conversations(entry.split), 1):
+            yield number, conversation
+        if not number:
+            raise DataError(entry.path or entry.source, "no rows in it", f"give a data file of {entry.source}")
+        return
+    name = entry.path or entry.source
+    rows = functools.partial(read_lines, name) if _is_lines(name) else functools.partial(_numbered, name)
+    chosen: frozenset[int] | None = None
+    if entry.limit is not None:
+        n = sum(1 for _ in rows())
+        if entry.limit < n:
+            chosen = frozenset(random.Random(recipe.train.seed).sample(range(n), entry.limit))
+    empty = True
+    for i, item in enumerate(rows()):
+        empty = False
+        if chosen is None or i in chosen:
+            yield item
+    if empty:
+        raise DataError(name, "no rows in it", "give a file with conversations")
+
+
+def is_many(entry: SourceEntry) -> bool:
+    name = entry.path or entry.source
+    return entry.source not in TASKS and entry.limit is None and _is_lines(name) and _size(name) > MANY_BYTES
+
+
+def _size(name: str) -> int:
+    try:
+        return os.path.getsize(name)
+    except OSError:
+        return 0  # reading it will say what is wrong
+
+
+def _is_lines(name: str) -> bool:
+    return not name.startswith("hub:") and Path(name).suffix not in (".json", ".parquet")
+
+
+def _numbered(name: str) -> Iterator[SourceItem]:
+    for place, row in read_rows(name):
+        yield int(place.rpartition(":")[2]), row
+
+
+def prefix_of(entry: SourceEntry) -> str:
+    return entry.source if entry.source in TASKS else entry.path or entry.source
+
+
+def sample_of(entry: SourceEntry, recipe: Recipe, n: int) -> list[Conversation]:
+    """The first `n` rows of an entry that can be read."""
+    out: list[Conversation] = []
+    for number, payload in islice(items_of(entry, recipe), n):
+        place = f"{prefix_of(entry)}:{number}"
+        try:
+            if isinstance(payload, Conversation):
+                out.append(payload)
+            else:
+                out.append(parse_row(parse_line(payload, place) if isinstance(payload, bytes) else payload, place))
+        except SftflowError:
+            continue  # it will be named, or skipped, when the rows are rendered
+    return out

@@ -1,0 +1,132 @@
+"""Rendered rows on disk: written once, front to back, and read through memory maps.
+
+ids.bin    int32   the ids of all rows, one after another
+mask.bin   int8    1 where supervised
+rows.npy   a table with a line a row (ROW)
+meta.json  what became of the source's rows
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sftflow.packing.pack import Example
+
+ROW = np.dtype(
+    [
+        ("start", "<i8"),  # index of its first token in ids.bin
+        ("length", "<i4"),  # tokens
+        ("supervised", "<i4"),  # supervised tokens, the first one never among them: nothing predicts it
+        ("number", "<i4"),  # line or row number in the source, from 1
+        ("digest", "<u8"),  # of its ids: equal rows have equal ones
+    ]
+)
+
+
+class RowWriter:
+    """Appends blocks of rows to a new store."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._ids = (directory / "ids.bin").open("wb")
+        self._mask = (directory / "mask.bin").open("wb")
+        self._tables: list[NDArray[Any]] = []
+        self._tokens = 0
+
+    def append(self, ids: NDArray[np.int32], mask: NDArray[np.int8], table: NDArray[Any]) -> None:
+        """RowStore whose `start` counts from the beginning of these ids."""
+        table = table.copy()
+        table["start"] += self._tokens
+        self._tables.append(table)
+        self._tokens += len(ids)
+        self._ids.write(ids.tobytes())
+        self._mask.write(mask.tobytes())
+
+    def abandon(self) -> None:
+        """Close the files without saying that the store is whole; after `close`, nothing."""
+        self._ids.close()
+        self._mask.close()
+
+    def close(self, meta: dict[str, Any]) -> None:
+        self.abandon()
+        table = np.concatenate(self._tables) if self._tables else np.empty(0, ROW)
+        np.save(self._directory / "rows.npy", table)
+        (self._directory / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
+
+
+class RowStore:
+    """The rows of one source.
+
+    number: index of the source in the mixture.   prefix: what a row's number is put behind, e.g. "data.jsonl".
+    """
+
+    def __init__(self, directory: Path, *, name: str, number: int, prefix: str) -> None:
+        self.directory, self.name, self.number, self._prefix = directory, name, number, prefix
+        self.table = np.load(directory / "rows.npy")
+        self.meta: dict[str, Any] = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        self._ids = _mapped(directory / "ids.bin", np.int32)
+        self._mask = _mapped(directory / "mask.bin", np.int8)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        out: NDArray[np.int32] = self.table["length"]
+        return out
+
+    @property
+    def supervised(self) -> NDArray[np.int32]:
+        out: NDArray[np.int32] = self.table["supervised"]
+        return out
+
+    def ids(self, i: int) -> NDArray[np.int32]:
+        start, length = int(self.table["start"][i]), int(self.table["length"][i])
+        return self._ids[start : start + length]
+
+    def mask(self, i: int) -> NDArray[np.int8]:
+        start, length = int(self.table["start"][i]), int(self.table["length"][i])
+        return self._mask[start : start + length]
+
+    def place(self, i: int) -> str:
+        """Where the row comes from, e.g. data.jsonl:17."""
+        return f"{self._prefix}:{int(self.table['number'][i])}"
+
+    def example(self, i: int) -> Example:
+        return Example(ids=self.ids(i).astype(np.int64), mask=np.asarray(self.mask(i)), source=self.number)
+
+
+def _mapped(path: Path, dtype: Any) -> NDArray[Any]:
+    if path.stat().st_size == 0:
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype, mode="r")
+
+
+class Examples(Sequence[Example]):
+    """Some rows of several sources, each possibly more than once, as a sequence of training examples.
+
+    index: (n, 2) of source number and row.
+    """
+
+    def __init__(self, sources: Sequence[RowStore], index: NDArray[np.int32]) -> None:
+        self._sources, self.chosen = sources, index
+        lengths = [s.lengths for s in sources]
+        self.lengths = np.empty(len(index), np.int32)
+        for number, mine in enumerate(lengths):
+            chosen = index[:, 0] == number
+            self.lengths[chosen] = mine[index[chosen, 1]]
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return Examples(self._sources, self.chosen[i])
+        source, row = self.chosen[i]
+        return self._sources[source].example(int(row))

@@ -1,0 +1,104 @@
+"""`sftflow export ADAPTER --to merged`: a LoRA adapter added into its base, as a checkpoint like any other."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from sftflow import checkpoint
+from sftflow.atomic_io import read_record
+from sftflow.checkpoint import Location
+from sftflow.errors import CheckpointError, RecipeError
+from sftflow.exporting.target import check_folder
+
+ADAPTER = "adapter_config.json"
+DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+
+
+def merge(name: str, out: Path, *, base: str | None = None, kind: str | None = None) -> None:
+    """Write the merged checkpoint: whole or not at all. kind: how weights are stored; as in the base where None.
+
+    Raises CheckpointError where `name` is no adapter, or its base cannot be found.
+    """
+    adapter = _adapter_directory(name)
+    if importlib.util.find_spec("peft") is None:
+        raise CheckpointError(name, "merging an adapter needs the package peft", "pip install 'sftflow[lora]'")
+    config = read_record(adapter / ADAPTER, "copy the adapter again")
+    _check_target(out, adapter)
+    base = base or config.get("base_model_name_or_path")
+    if not base:
+        raise CheckpointError(name, "the adapter names no base", "name it with --base")
+    try:
+        location = checkpoint.resolve(base)
+    except CheckpointError as error:
+        raise CheckpointError(base, f"{error.fact} (the adapter's base)", "name the base with --base") from None
+    model, info = checkpoint.load_model(location)
+    tokenizer_from = _with_tokenizer(adapter, location)
+    own = checkpoint.load_info(tokenizer_from)
+    renderer = checkpoint.open_renderer(tokenizer_from, "auto")
+    checkpoint.grow_embeddings(model, len(renderer.tokenizer))
+    merged = _merged(model, adapter, name)
+    import torch
+
+    dtype = getattr(torch, DTYPES[kind]) if kind else _base_dtype(location, info)
+    meta = {
+        **{k: v for k, v in own.items() if k in ("lineage", "metrics")},
+        "merged": {"adapter": str(name), "base": str(base), "peft_type": config.get("peft_type")},
+    }
+    checkpoint.save(out, merged, renderer.tokenizer, renderer, dtype=dtype, meta=meta)
+
+
+def _adapter_directory(name: str) -> Path:
+    path = Path(name)
+    inside = path / "checkpoint" if (path / "checkpoint").is_dir() else path
+    if not (inside / ADAPTER).is_file():
+        raise CheckpointError(
+            name, f"it is no adapter (no {ADAPTER} in it)", "a whole checkpoint needs no merging; use it as it is"
+        )
+    if not (inside / "adapter_model.safetensors").is_file():
+        raise CheckpointError(name, "no adapter_model.safetensors in it", "pickled weights are not loaded")
+    return inside
+
+
+def _check_target(out: Path, adapter: Path) -> None:
+    """A merged checkpoint of ours may be replaced; another directory may not."""
+    check_folder(out)
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        ours = "merged" in json.loads((out / "sftflow.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        ours = False
+    if not ours or out.samefile(adapter):
+        raise RecipeError(f"--out {out}", "it holds something else than a merged checkpoint", "name another folder")
+
+
+def _with_tokenizer(adapter: Path, base: Location) -> Location:
+    """Where the tokenizer is: with the adapter where it brings one (tokens may have been added), else with the base."""
+    has_own = (adapter / "tokenizer.json").is_file()
+    return Location(str(adapter), str(adapter)) if has_own else base
+
+
+def _merged(model: Any, adapter: Path, name: str) -> Any:
+    from peft import PeftModel
+
+    try:
+        wrapped = PeftModel.from_pretrained(model, str(adapter))
+        merged = wrapped.merge_and_unload(safe_merge=True)
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            name, f"it does not fit this base ({first})", "name the base it was trained on"
+        ) from error
+    merged.tie_weights()
+    return merged
+
+
+def _base_dtype(location: Location, info: dict[str, Any]) -> Any:
+    """What the base's weights are stored in."""
+    import torch
+
+    recorded = info.get("dtype") or getattr(checkpoint.load_config(location), "dtype", None) or torch.float32
+    return getattr(torch, recorded) if isinstance(recorded, str) else recorded

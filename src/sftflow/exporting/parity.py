@@ -1,0 +1,290 @@
+"""The parity certificate: that a GGUF file says in llama.cpp what its checkpoint says here and in transformers.
+
+The same prompts go through our renderer and engine, through transformers (template, tokenizer, the model's own forward
+pass) and through llama.cpp (its Jinja engine on the stored template, its tokenizer, its own arithmetic). Text and ids
+must be equal whatever the type; in f32 the greedy tokens, too, and logits to TOLERANCE.
+
+llama.cpp shows log-probabilities, not logits: they are compared over the likeliest tokens of every generated place
+where it tells them. What could not be compared is counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sftflow.atomic_io import sha256_file
+from sftflow.checkpoint import Assistant
+from sftflow.exporting.llamacpp import Continuation, LlamaCpp
+from sftflow.exporting.parity_prompts import Case
+from sftflow.generation.request import GenerationRequest
+from sftflow.gguf.writer import exported_template
+from sftflow.report.token_view import token_bytes
+
+PROMPTS, TOKENS = 50, 24
+TOLERANCE = 1e-3
+"""of a log-probability in f32: two orders above what single precision loses in 30 layers"""
+NEAR = 1e-4
+"""two tokens this close in log-probability: rounding chose between them"""
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Findings:
+    """What the prompts showed. rows: one a prompt.   failures: what must not be, in the order it was found."""
+
+    rows: list[Row] = field(default_factory=list)
+    failures: list[dict[str, str]] = field(default_factory=list)
+
+    def count(self, key: str) -> int:
+        return sum(bool(row[key]) for row in self.rows)
+
+
+def certificate(
+    path: Path,
+    kind: str,
+    assistant: Assistant,
+    prompts: list[Case],
+    *,
+    notes: tuple[str, ...] = (),
+    say: Callable[[str], None] = lambda _: None,
+    threads: int = 1,
+) -> dict[str, Any]:
+    """The certificate of a GGUF file as JSON; "passed" says whether it holds."""
+    import transformers
+    import xllamacpp
+
+    context = max(len(c.rendered.ids) for c in prompts) + TOKENS + 8
+    found = Findings()
+    ours = _ours(assistant, prompts)
+    with LlamaCpp(path, context=context, threads=threads) as engine:
+        ends = [i for i in assistant.renderer.stop_ids() if not _ends_at(engine, i)]
+        if ends:
+            found.failures.append(_failure("stop ids", "stop", f"llama.cpp does not stop at {ends}"))
+        for n, case in enumerate(prompts, 1):
+            found.rows.append(_compare(case, kind, ours[n - 1], assistant, engine, found))
+            if n % 10 == 0:
+                say(f"parity: {n} of {len(prompts)} prompts")
+    rows = found.rows
+    return {
+        "passed": not found.failures,
+        "file": path.name,
+        "sha256": sha256_file(path),
+        "type": kind,
+        "model": assistant.name,
+        "llama_cpp": f"xllamacpp {xllamacpp.__version__}",
+        "transformers": transformers.__version__,
+        "prompts": len(rows),
+        "tokens_each": TOKENS,
+        "rendered_equal": found.count("rendered_equal"),
+        "ids_equal": found.count("ids_equal"),
+        "look_alikes": found.count("look_alike"),
+        "boundary_splits": sum(r["boundary_splits"] for r in rows),
+        "greedy_equal": found.count("greedy_equal"),
+        "near_ties": sum(r["near_ties"] for r in rows),
+        "greedy_uncompared": sum(r["greedy_uncompared"] for r in rows),
+        "stop_ids": assistant.renderer.stop_ids(),
+        "largest_logit_difference": max(r["logit_difference"] for r in rows),
+        "logit_places": sum(r["logit_places"] for r in rows),
+        "generated": sum(len(r["tokens"]) for r in rows),
+        "tolerance": TOLERANCE if kind == "f32" else None,
+        "notes": list(notes),
+        "failures": found.failures,
+        "rows": rows,
+    }
+
+
+def not_checked(path: Path, kind: str, name: str, why: str) -> dict[str, Any]:
+    """The certificate where llama.cpp is not there to be asked."""
+    return {
+        "passed": None,
+        "file": path.name,
+        "sha256": sha256_file(path),
+        "type": kind,
+        "model": name,
+        "llama_cpp": f"not checked: {why}",
+    }
+
+
+def _failure(prompt: str, check: str, detail: str) -> dict[str, str]:
+    return {"prompt": prompt, "check": check, "detail": detail}
+
+
+def _ours(assistant: Assistant, prompts: list[Case]) -> list[tuple[list[int], bool]]:
+    """(generated ids without the end, whether it ended by itself) of our engine."""
+    stops = frozenset(assistant.renderer.stop_ids())
+    requests = [
+        GenerationRequest(prompt_ids=tuple(c.rendered.ids.tolist()), max_new_tokens=TOKENS, use_python=False)
+        for c in prompts
+    ]
+    out = []
+    for reply in assistant.engine.generate(requests):
+        ids = list(reply.ids)
+        ended = bool(ids) and ids[-1] in stops
+        out.append((ids[:-1] if ended else ids, ended))
+    return out
+
+
+def _ends_at(engine: LlamaCpp, token: int) -> bool:
+    """Whether llama.cpp takes this token for the end of a reply, asked by making it the likeliest."""
+    body = {"prompt": [token], "n_predict": 1, "temperature": 0.0, "logit_bias": [[token, 1e4]]}
+    return engine.post("/completion", body).get("stop_type") == "eos"
+
+
+def _compare(
+    case: Case, kind: str, ours: tuple[list[int], bool], assistant: Assistant, engine: LlamaCpp, found: Findings
+) -> Row:
+    renderer, rendered = assistant.renderer, case.rendered
+    theirs = engine.prompt(case.messages)
+    in_transformers = assistant.tokenizer.apply_chat_template(
+        case.messages, chat_template=exported_template(renderer), tokenize=False, add_generation_prompt=True
+    )
+    rendered_equal = rendered.text == theirs == in_transformers
+    if not rendered_equal:
+        who, other = ("llama.cpp", theirs) if theirs != rendered.text else ("transformers", in_transformers)
+        found.failures.append(_failure(case.id, "rendered", f"{who} renders {_apart(rendered.text, other)}"))
+    problem = _ids_problem(case, assistant, engine)
+    if problem:
+        found.failures.append(_failure(case.id, "ids", problem))
+    ids = rendered.ids.tolist()
+    reply = engine.greedy(ids, TOKENS, lambda tokens: _spelled(assistant, tokens))
+    likeliest = _likeliest(assistant.model, ids, reply)
+    difference, places = _difference(likeliest, reply)
+    greedy = _greedy(reply, likeliest, ours, renderer.stop_ids())
+    if kind == "f32" and greedy.parted:
+        found.failures.append(_failure(case.id, "greedy", greedy.parted))
+    if kind == "f32" and reply.steps and not places:
+        found.failures.append(_failure(case.id, "logits", "llama.cpp told no log-probabilities, so none are compared"))
+    if kind == "f32" and not difference <= TOLERANCE:
+        found.failures.append(_failure(case.id, "logits", f"they differ by {difference:.2g}, allowed are {TOLERANCE}"))
+    return {
+        "id": case.id,
+        "n_prompt": len(ids),
+        "rendered_equal": rendered_equal,
+        "ids_equal": not problem,
+        "look_alike": case.look_alike,
+        "boundary_splits": rendered.boundary_splits,
+        "greedy_equal": not greedy.parted,
+        "near_ties": greedy.near_ties,
+        "greedy_uncompared": greedy.uncompared,
+        "tokens": [s.token for s in reply.steps],
+        "logit_difference": difference,
+        "logit_places": places,
+    }
+
+
+def _spelled(assistant: Assistant, ids: list[int]) -> list[bytes]:
+    """The bytes that llama.cpp writes for each id: none for a control token."""
+    control = set(assistant.renderer.special.values())
+    spelled = token_bytes(assistant.tokenizer, ids)
+    return [b"" if i in control else b for i, b in zip(ids, spelled, strict=True)]
+
+
+def _ids_problem(case: Case, assistant: Assistant, engine: LlamaCpp) -> str:
+    """How llama.cpp's ids differ from ours; "" where they do not.
+
+    llama.cpp's server takes control strings in content for control tokens, which ours keeps as text: there the text
+    between the control tokens is compared. Where ours encodes two sides of a boundary apart, llama.cpp is compared
+    with transformers, which does not.
+    """
+    rendered, tokenizer = case.rendered, assistant.tokenizer
+    ids = rendered.ids.tolist()
+    if case.look_alike:
+        for part in _between(ids, set(assistant.renderer.special.values())):
+            text = assistant.renderer.decode(part)
+            if (got := engine.ids(text, special=False)) != part:
+                return f"{text!r} is {got} in llama.cpp, {part} here"
+        return ""
+    got = engine.ids(rendered.text)
+    plain = tokenizer(rendered.text, add_special_tokens=False)["input_ids"]
+    if plain != ids and not rendered.boundary_splits:
+        return f"transformers: {_apart(ids, plain)}"
+    return "" if got == plain else f"llama.cpp: {_apart(plain, got)}"
+
+
+def _between(ids: list[int], special: set[int]) -> list[list[int]]:
+    parts: list[list[int]] = [[]]
+    for i in ids:
+        if i in special:
+            parts.append([])
+        else:
+            parts[-1].append(i)
+    return [p for p in parts if p]
+
+
+def _apart(ours: Any, theirs: Any) -> str:
+    """Where two sequences part, in words."""
+    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    return f"{theirs[at : at + 8]!r} where {ours[at : at + 8]!r} is right (at {at})"
+
+
+def _likeliest(model: Any, ids: list[int], reply: Continuation) -> Any:
+    """(n + 1, vocabulary) log-probabilities of transformers' own forward pass over what llama.cpp wrote."""
+    import torch
+
+    tokens = [s.token for s in reply.steps]
+    with torch.inference_mode():
+        row = torch.tensor([[*ids, *tokens]], device=model.device)
+        logits = model(input_ids=row, use_cache=False, logits_to_keep=len(tokens) + 1).logits[0]
+    return logits.float().log_softmax(-1).cpu()
+
+
+def _difference(likeliest: Any, reply: Continuation) -> tuple[float, int]:
+    """(the largest difference of a log-probability, infinite where one is no number; the places compared)."""
+    import torch
+
+    gap, places = 0.0, 0
+    for place, step in enumerate(reply.steps):
+        if not step.logprobs:
+            continue
+        places += 1
+        theirs = torch.tensor(list(step.logprobs.values()))
+        here = float((likeliest[place, list(step.logprobs)] - theirs).abs().max())
+        gap = max(gap, here if math.isfinite(here) else math.inf)  # max(0.0, nan) would be 0.0
+    return gap, places
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Greedy tokens side by side. parted: where they differ by more than a near tie; "" where they do not.
+    near_ties: the places where rounding chose.   uncompared: the places behind one that parted llama.cpp and us: from
+    there on they answer different texts."""
+
+    parted: str = ""
+    near_ties: int = 0
+    uncompared: int = 0
+
+
+def _greedy(reply: Continuation, likeliest: Any, ours: tuple[list[int], bool], stops: list[int]) -> Agreement:
+    tokens = [s.token for s in reply.steps]
+    ended = reply.stopped
+    if tokens and tokens[-1] in stops:
+        tokens, ended = tokens[:-1], True
+    mine, mine_ended = ours
+    near_ties = 0
+    for place in range(min(TOKENS, max(len(tokens), len(mine)) + 1)):
+        a = tokens[place] if place < len(tokens) else "end" if ended else None
+        b = mine[place] if place < len(mine) else "end" if mine_ended else None
+        row = likeliest[place]
+        best = int(row.argmax())
+        c = "end" if best in stops else best
+        if not a == b == c:
+            if not (_near_best(a, row, stops) and _near_best(b, row, stops)):
+                detail = f"token {place}: llama.cpp {a}, sftflow {b}, transformers {c}"
+                return Agreement(detail, near_ties)
+            near_ties += 1
+            if a != b:
+                return Agreement("", near_ties, max(len(tokens), len(mine)) - place - 1)
+        if a == "end":
+            break
+    return Agreement("", near_ties)
+
+
+def _near_best(choice: int | str | None, row: Any, stops: list[int]) -> bool:
+    """Whether a token, or one of those that end a reply, is as good as the likeliest of (vocabulary,)."""
+    ids = stops if choice == "end" else [choice] if isinstance(choice, int) else []
+    return any(float(row.max() - row[i]) < NEAR for i in ids)

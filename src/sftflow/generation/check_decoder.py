@@ -1,0 +1,135 @@
+"""Which decoder is right for a model: found out on the very model, against its own forward pass without a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from sftflow.errors import CheckpointError
+from sftflow.generation.decoder import Decoder, PackedDecoder
+from sftflow.generation.hf_decoders import PaddedDecoder, SingleDecoder
+from sftflow.packing.length_limits import short_windows
+from sftflow.runtime import Runtime
+
+DecodeMode = Literal["packed", "padded", "single", "whole"]
+EXACT, COARSE, BF16 = 1e-4, 2e-3, 0.05
+"""of the largest logit, for: fp32 on a CPU; fp32 elsewhere, whose products may be rounded to 10 bits (TF32); bf16"""
+HELD = 3
+"""tokens that all sequences begin with"""
+BROKEN = (TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError, LookupError, AssertionError)
+
+
+def find_decode_mode(
+    model: Any, runtime: Runtime, modes: Sequence[DecodeMode] = ("packed", "padded", "single")
+) -> DecodeMode:
+    """The first of the modes that gives this model's own logits; else "whole", which is the model's own forward pass.
+
+    Holds for sequences up to `length_bound`. Raises CheckpointError where the model cannot be computed at all.
+    """
+    sequences = _sequences(model.get_input_embeddings().weight.shape[0])
+    truths = [(runtime, _truth(model, runtime, sequences))]
+    if runtime.precision == "bf16":
+        # bf16 hides what a weak state does to a token, fp32 hides what other kernels do in bf16: both must agree.
+        exact = replace(runtime, precision="fp32")
+        with suppress(CheckpointError):  # in the middle of training the weights may be bf16 copies: no fp32 to be had
+            truths.insert(0, (exact, _truth(model, exact, sequences)))
+    for way in modes:
+        if all(_holds(model, each, way, sequences, truth) for each, truth in truths):
+            return way
+    return "whole"
+
+
+def _sequences(vocabulary: int) -> list[list[int]]:
+    """Three of different length: all begin with the same HELD tokens, the first two with three more."""
+    draw = np.random.default_rng(0).integers
+    shared_prefix = draw(0, vocabulary, HELD).tolist()
+    first, second, third = ([*shared_prefix, *draw(0, vocabulary, n).tolist()] for n in (9, 4, 6))
+    second[HELD : HELD + 3] = first[HELD : HELD + 3]
+    return [first, second, third]
+
+
+def _truth(model: Any, runtime: Runtime, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Each sequence's logits by the model's own forward pass.   Raises CheckpointError."""
+    with _attention_left(model), short_windows(model):
+        model.set_attn_implementation("eager")
+        try:
+            return [_alone(model, runtime, ids) for ids in sequences]
+        except BROKEN as error:
+            said = (str(error).strip().splitlines() or [""])[0]
+            fact = f"it cannot compute a sequence ({type(error).__name__}: {said})"
+            raise CheckpointError(type(model).__name__, fact, "this model cannot be generated from") from error
+
+
+def _holds(
+    model: Any, runtime: Runtime, way: DecodeMode, sequences: Sequence[Sequence[int]], wanted: Sequence[torch.Tensor]
+) -> bool:
+    makers: dict[DecodeMode, Callable[[], Decoder]] = {
+        "packed": lambda: PackedDecoder(model, runtime, shared_prefix=sequences[0][:HELD]),
+        "padded": lambda: PaddedDecoder(model, runtime),
+        "single": lambda: SingleDecoder(model, runtime, cached=1 << 30),
+    }
+    with _attention_left(model), short_windows(model):
+        try:
+            gap = _gap(makers[way](), sequences, wanted)
+        except BROKEN:
+            return False
+    tolerance = BF16 if runtime.precision == "bf16" else EXACT if runtime.device == "cpu" else COARSE
+    if next(model.parameters()).dtype != torch.float32:
+        tolerance = BF16
+    return gap <= tolerance * max(float(w.nan_to_num().abs().max()) for w in wanted)
+
+
+@torch.inference_mode()
+def _gap(decoder: Decoder, sequences: Sequence[Sequence[int]], wanted: Sequence[torch.Tensor]) -> float:
+    """The largest difference of a logit, when sequences of different length start together, and, where the decoder can
+    do that, one joins the others while they run; then one leaves, the others change places and go on."""
+    try:
+        rows = [0, 1] if decoder.can_refill else [0, 1, 2]
+        known = [len(s) - 3 for s in sequences]
+        gap = _worst(decoder.add([sequences[i][: known[i]] for i in rows]), rows, known, wanted)
+
+        def step() -> float:
+            tokens = [sequences[i][known[i]] for i in rows]
+            for i in rows:
+                known[i] += 1
+            return _worst(decoder.step(tokens), rows, known, wanted)
+
+        gap = max(gap, step())
+        if decoder.can_refill:
+            gap = max(gap, _worst(decoder.add([sequences[2][: known[2]]]), [2], known, wanted))
+            rows = [*rows, 2]
+        gap = max(gap, step())
+        decoder.keep([2, 0])
+        rows = [2, 0]
+        return max(gap, step())
+    finally:
+        decoder.close()
+
+
+def _worst(logits: torch.Tensor, rows: Sequence[int], known: Sequence[int], wanted: Sequence[torch.Tensor]) -> float:
+    """Logits that are not numbers are held to be equal to such: whether a model has sound weights is not asked here."""
+    right = torch.stack([wanted[i][known[i] - 1] for i in rows])
+    return float((logits.nan_to_num() - right.nan_to_num()).abs().max())
+
+
+@contextmanager
+def _attention_left(model: Any) -> Iterator[None]:
+    """Puts the model's attention back as it was."""
+    before = model.config._attn_implementation
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@torch.inference_mode()
+def _alone(model: Any, runtime: Runtime, ids: Sequence[int]) -> torch.Tensor:
+    """(tokens, vocabulary)"""
+    with runtime.autocast():
+        logits = model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False).logits[0]
+    return torch.as_tensor(logits).float()

@@ -1,0 +1,266 @@
+"""Replies running side by side: who is let in, one more token for each, who leaves.
+
+First come, first served. A reply that ends makes room, which the next waiting prompt takes at once. Where
+`prompt_tokens` bounds what is read of prompts between two tokens, a long one is read in parts while the others go on.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from sftflow.errors import ContextError
+from sftflow.generation.decoder import EVERY, PackedDecoder
+from sftflow.generation.request import GenerationRequest
+from sftflow.generation.sampling import choose, token_logprobs
+from sftflow.generation.sequence import ReplySequence
+
+if TYPE_CHECKING:
+    from sftflow.generation.engine import Engine
+
+
+class Scheduler:
+    """Requests may be submitted, and given up, between any two tokens.
+
+    An error while a prompt is read ends that request alone (`ReplySequence.error`). An error in the step that computes
+    the next token ends all running replies. The scheduler stays usable after both.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        shared_prefix: Sequence[int] = (),
+        longest: int | None = None,
+        prompt_tokens: int | None = None,
+    ) -> None:
+        """shared_prefix: ids that every prompt of the session begins with.   longest: see `Engine.decoder`.
+        prompt_tokens: of prompts, at most so many are read between two tokens of the running replies."""
+        self.engine = engine
+        self._n_shared = len(shared_prefix)
+        self._decoder = engine.decoder(shared_prefix, longest)
+        self._bound = prompt_tokens
+        self._waiting: deque[ReplySequence] = deque()
+        self._reading: tuple[ReplySequence, int] | None = None  # a prompt that is read in parts, and how far
+        self._running: list[ReplySequence] = []
+        self._tokens: list[int] = []  # the running replies' last ones, which are still to be computed
+        self._logits: torch.Tensor | None = None  # of the running replies' next ones; only while `advance` runs
+        self._count = 0
+
+    def __enter__(self) -> Scheduler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._decoder.close()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting or self._running or self._reading)
+
+    @property
+    def running(self) -> int:
+        """Replies that have a slot."""
+        return len(self._running) + (self._reading is not None)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    def submit(self, request: GenerationRequest, *, streamed: bool = False) -> int:
+        """Put a request in line; its number, counted from 0. Raises ContextError where it has no room for a token.
+
+        streamed: its sequence's `take` will be asked for what has come.
+        """
+        room = self.engine.context - len(request.prompt_ids)
+        if room < min(1, request.max_new_tokens) or not request.prompt_ids:
+            fact = f"{len(request.prompt_ids)} tokens leave no room in a context of {self.engine.context}"
+            raise ContextError("prompt", fact if request.prompt_ids else "it has no tokens", "shorten or fill it")
+        room = min(room, request.max_new_tokens)
+        self._waiting.append(ReplySequence(request, self.engine.speech, room, number=self._count, streamed=streamed))
+        self._count += 1
+        return self._count - 1
+
+    def cancel(self, numbers: int | Iterable[int]) -> None:
+        """Give requests up; nothing where they have ended already."""
+        gone = {numbers} if isinstance(numbers, int) else set(numbers)
+        self._waiting = deque(d for d in self._waiting if d.number not in gone)
+        if self._reading is not None and self._reading[0].number in gone:
+            self._stop_reading()
+        kept = [i for i, d in enumerate(self._running) if d.number not in gone]
+        if len(kept) < len(self._running):
+            self._keep(kept)
+
+    def advance(self) -> list[ReplySequence]:
+        """One more token for every running reply. Returns those that got one, and those that have ended (`over`)."""
+        ended: list[ReplySequence] = []
+        self.engine.tick()
+        try:
+            self._logits = self._decoder.step(self._tokens) if self._tokens else None
+        except Exception as error:  # the weights are as they were, the replies are not to be saved
+            ended = self._running
+            self._decoder.keep([])
+            self._running, self._tokens = [], []
+            for sequence in ended:
+                sequence.error = error
+        ended += self._admit()
+        told = list(self._running)
+        if told:
+            self._choose()
+            n = sum(not d.over for d in told)
+            if n < len(told):
+                # Rows that go on stay where they are; the last ones move into the places that became free.
+                tail = deque(i for i in range(n, len(told)) if not told[i].over)
+                self._keep([tail.popleft() if told[i].over else i for i in range(n)])
+        self._logits = None
+        return ended + told
+
+    def _keep(self, rows: list[int]) -> None:
+        self._decoder.keep(rows)
+        self._running = [self._running[i] for i in rows]
+        self._tokens = [self._tokens[i] for i in rows]
+
+    def _choose(self) -> None:
+        """The next token of every running reply."""
+        assert self._logits is not None
+        tokens, near = choose(self._logits, [d.sampler for d in self._running])
+        for row, sequence in enumerate(self._running):
+            if sequence.forced:
+                tokens[row] = sequence.forced.popleft()
+            elif near[row]:
+                sequence.near_ties.append(len(sequence.ids))
+        asked = [row for row, d in enumerate(self._running) if d.request.logprobs is not None]
+        if asked:
+            top = [self._running[row].request.logprobs or 0 for row in asked]
+            found = token_logprobs(self._logits[asked], [tokens[row] for row in asked], top)
+            for row, logprob in zip(asked, found, strict=True):
+                self._running[row].logprobs.append(logprob)
+        for sequence, token in zip(self._running, tokens, strict=True):
+            sequence.accept(token)
+        self._tokens = tokens
+
+    def _admit(self) -> list[ReplySequence]:
+        """Let waiting requests in. Returns those that ended at the door."""
+        slots, left, ended = self.engine.slots, self._bound, []
+        if self._running and not self._decoder.can_refill:
+            return []
+        if left is None and self._running and slots - self.running < min(len(self._waiting), max(1, slots // 8)):
+            return []  # a few at a time, since each call computes few tokens alone
+        while left is None or left > 0:
+            if self._reading is not None:
+                done, read = self._read(left)
+                ended += done
+            elif not self._waiting or self.running >= slots:
+                break
+            elif self._in_parts(self._waiting[0]):
+                sequence, read = self._waiting.popleft(), 0
+                sequence.start()
+                whole = sequence.request.prompt_logprobs is not None
+                self._reading = (sequence, self._packed.open(whole=whole))
+            else:
+                group, read = self._group(slots - self.running, left)
+                if not group:
+                    break
+                ended += self._add(group)
+            if left is not None:
+                left -= read
+        return ended
+
+    @property
+    def _packed(self) -> PackedDecoder:
+        assert isinstance(self._decoder, PackedDecoder)
+        return self._decoder
+
+    def _in_parts(self, sequence: ReplySequence) -> bool:
+        """Whether its prompt is read in parts: a long one, or one whose own tokens are asked for."""
+        if not isinstance(self._decoder, PackedDecoder):
+            return False
+        own = len(sequence.request.prompt_ids) - self._n_shared
+        return sequence.request.prompt_logprobs is not None or (self._bound is not None and own > self._bound)
+
+    def _group(self, free: int, left: int | None) -> tuple[list[ReplySequence], int]:
+        """(requests from the head of the line that are computed together, their tokens)"""
+        group: list[ReplySequence] = []
+        tokens = 0
+        while self._waiting and len(group) < free and not self._in_parts(self._waiting[0]):
+            own = len(self._waiting[0].request.prompt_ids) - self._n_shared
+            if left is not None and tokens + own > left and (group or left < (self._bound or 0)):
+                break
+            tokens += own
+            group.append(self._waiting.popleft())
+        return group, tokens
+
+    def _add(self, group: list[ReplySequence]) -> list[ReplySequence]:
+        """Compute prompts, whose replies then run. Returns those that did not come to that."""
+        ended: list[ReplySequence] = []
+        for sequence in group:
+            sequence.start()
+            if sequence.request.prompt_logprobs is not None and not sequence.prompt_logprobs:
+                try:
+                    for logits in self._decoder.prompt_logits(sequence.request.prompt_ids):
+                        self._tell_prompt(sequence, logits)
+                except Exception as error:
+                    sequence.error = error
+            if sequence.room == 0 and sequence.error is None:
+                sequence.finish = "length"
+            if sequence.over:
+                ended.append(sequence)
+        group = [d for d in group if not d.over]
+        if not group:
+            return ended
+        try:
+            logits = self._decoder.add([d.request.prompt_ids for d in group])
+        except Exception as error:
+            if len(group) > 1 and self._decoder.can_refill:  # which of them is it?
+                return ended + [d for sequence in group for d in self._add([sequence])]
+            for sequence in group:
+                sequence.error = error
+            return ended + group
+        self._run(group, logits)
+        return ended
+
+    def _run(self, sequences: list[ReplySequence], logits: torch.Tensor) -> None:
+        """logits: of their first tokens."""
+        self._logits = logits if self._logits is None else torch.cat([self._logits, logits])
+        self._running += sequences
+
+    def _read(self, left: int | None) -> tuple[list[ReplySequence], int]:
+        """The next part of the prompt that is read in parts. Returns (the request where it has ended, tokens read)."""
+        assert self._reading is not None
+        sequence, at = self._reading
+        prompt, every = sequence.request.prompt_ids, sequence.request.prompt_logprobs is not None
+        size = len(prompt) - at if left is None else left
+        part = prompt[at : at + (min(size, EVERY) if every else size)]
+        try:
+            logits = self._packed.read(part, every=every)
+            if every:
+                self._tell_prompt(sequence, logits)
+            at += len(part)
+            if at < len(prompt):
+                self._reading = (sequence, at)
+                return [], len(part)
+            if sequence.room > 0:
+                self._packed.join()
+                self._run([sequence], logits[-1:])
+            else:
+                sequence.finish = "length"
+        except Exception as error:
+            sequence.error = error
+        self._stop_reading()
+        return ([sequence] if sequence.over else []), len(part)
+
+    def _stop_reading(self) -> None:
+        self._reading = None
+        self._packed.drop()
+
+    def _tell_prompt(self, sequence: ReplySequence, logits: torch.Tensor) -> None:
+        """(n, vocabulary) logits after the prompt's next n tokens tell of those that follow them."""
+        prompt, told = sequence.request.prompt_ids, sequence.prompt_logprobs
+        if not told:
+            told.append(None)
+        following = prompt[len(told) : len(told) + len(logits)]
+        if following:
+            top = [sequence.request.prompt_logprobs or 0] * len(following)
+            told += token_logprobs(logits[: len(following)], following, top)

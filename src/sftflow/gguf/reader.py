@@ -1,0 +1,86 @@
+"""Read a GGUF file that `write` wrote back into what it was: config, tokenizer, format and weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import sftflow.gguf.architectures as layout
+from sftflow.gguf.writer import CONFIG, FORMAT, NAMES
+
+__all__ = ["CONFIG", "FORMAT", "NAMES", "config_of", "fields", "model_of", "pre_tokenizer", "tokenizer_of"]
+
+
+def fields(path: Path) -> dict[str, Any] | None:
+    """The file's own words for what GGUF's fields cannot say, with `pre`; None where it is not one of ours.
+
+    {"sftflow.config": {...}, "sftflow.format": {...}, "sftflow.special_tokens": {...},
+     "tokenizer.huggingface.json": "...", "tokenizer.chat_template": "..."}
+
+    Raises ValueError where it has only some of them: another program has changed it.
+    """
+    import gguf
+
+    found = gguf.GGUFReader(path).fields
+    if CONFIG not in found:
+        return None
+    plain = (gguf.Keys.Tokenizer.HF_JSON, gguf.Keys.Tokenizer.CHAT_TEMPLATE)
+    missing = [key for key in (FORMAT, NAMES, *plain) if key not in found]
+    if missing:
+        raise ValueError(f"it has {CONFIG} and no {missing[0]}")
+    out: dict[str, Any] = {key: json.loads(found[key].contents()) for key in (CONFIG, FORMAT, NAMES)}
+    return {**out, **{key: found[key].contents() for key in plain}}
+
+
+def pre_tokenizer(path: Path) -> str | None:
+    """llama.cpp's name of the pre-tokenizer that the file asks for."""
+    import gguf
+
+    field = gguf.GGUFReader(path).fields.get(gguf.Keys.Tokenizer.PRE)
+    return str(field.contents()) if field else None
+
+
+def config_of(own: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    config = dict(own[CONFIG])
+    return AutoConfig.for_model(config.pop("model_type"), **config)
+
+
+def tokenizer_of(own: dict[str, Any]) -> Any:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(own["tokenizer.huggingface.json"]),
+        clean_up_tokenization_spaces=False,
+        **own[NAMES],
+    )
+    tokenizer.chat_template = own["tokenizer.chat_template"]
+    return tokenizer
+
+
+def model_of(path: Path, own: dict[str, Any]) -> Any:
+    """The model in fp32, with the weights as the file's type has rounded them."""
+    import gguf
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = config_of(own)
+    table = layout.layout_of(config, str(path))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    stored = {t.name: t for t in gguf.GGUFReader(path).tensors}
+    state = {}
+    for name, old in model.state_dict().items():
+        tensor = stored.get(str(layout.gguf_name(name)))
+        if tensor is None and name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        if tensor is None:
+            raise ValueError(f"no tensor {layout.gguf_name(name)} in it")
+        array = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(tuple(old.shape))
+        heads = layout.permuted(name, config, table)
+        state[name] = torch.from_numpy((layout.separate(array, heads) if heads else array).copy())
+    model.load_state_dict(state, strict=False)
+    model.tie_weights()
+    return model

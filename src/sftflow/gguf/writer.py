@@ -1,0 +1,164 @@
+"""Write a checkpoint as one GGUF file: whole or not at all, and a tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import sftflow.gguf.architectures as layout
+from sftflow.chat.format import ChatFormat, tokenizer_text
+from sftflow.chat.render import Renderer
+from sftflow.errors import CheckpointError
+from sftflow.gguf.architectures import Architecture, Array
+from sftflow.gguf.vocabulary import Vocabulary
+
+TYPES = ("f32", "f16", "bf16", "q8_0")
+CONFIG, FORMAT, NAMES = "sftflow.config", "sftflow.format", "sftflow.special_tokens"
+"""our own fields: config.json, the format of sftflow.json, and what the template calls tokens by"""
+
+Tensors = Callable[[], Iterator[tuple[str, Array]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is written. tensors: () -> (transformers' name, fp32 array), in the same order at every call; the output
+    head is left out where it is the embedding. shapes: of each, known before one is read."""
+
+    config: Any
+    layout: Architecture
+    vocabulary: Vocabulary
+    renderer: Renderer
+    name: str
+    kind: str
+    shapes: dict[str, tuple[int, ...]]
+    tensors: Tensors
+
+
+def stored_kind(kind: str, shape: tuple[int, ...]) -> str:
+    """How a tensor is stored: vectors (norms, biases) in f32 always; rows that 32-number blocks do not fit in f16."""
+    if len(shape) < 2:
+        return "f32"
+    return "f16" if kind == "q8_0" and shape[-1] % 32 else kind
+
+
+def write(plan: Plan, target: Path, *, before: Callable[[], None] = lambda: None) -> None:
+    """before: called when the whole file is written, just before it takes its place.
+
+    Raises CheckpointError where a number of the weights does not fit the type.
+    """
+    import gguf
+
+    types = gguf.GGMLQuantizationType
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    writer = gguf.GGUFWriter(str(beside), plan.layout.arch)
+    try:
+        _describe(writer, plan)
+        factors = layout.rope_factors(plan.config)
+        if factors is not None:
+            writer.add_tensor_info(layout.ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes, types.F32)
+        for name, shape in plan.shapes.items():
+            as_type = types[stored_kind(plan.kind, shape).upper()]
+            block, size = gguf.GGML_QUANT_SIZES[as_type]
+            n_bytes = int(np.prod(shape)) // block * size
+            writer.add_tensor_info(str(layout.gguf_name(name)), shape, np.dtype(np.float32), n_bytes, as_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        if factors is not None:
+            writer.write_tensor_data(factors)
+        for name, array in plan.tensors():
+            heads = layout.permuted(name, plan.config, plan.layout)
+            array = layout.interleave(array, heads) if heads else array
+            writer.write_tensor_data(_encoded(array, stored_kind(plan.kind, array.shape), name))
+        writer.flush()
+        for file in writer.fout or ():
+            os.fsync(file.fileno())
+        writer.close()
+        before()
+        beside.replace(target)
+    finally:
+        writer.close()
+        beside.unlink(missing_ok=True)
+
+
+def _encoded(array: Array, kind: str, name: str) -> Array:
+    import gguf
+
+    if not np.isfinite(array).all():
+        raise CheckpointError(name, "it holds numbers that are not finite", "this checkpoint is damaged; train again")
+    if kind == "f16" and float(np.abs(array).max(initial=0)) > 65504:
+        raise CheckpointError(name, "it holds numbers beyond what f16 reaches", "use --type bf16 or f32")
+    encoded: Array = gguf.quantize(np.ascontiguousarray(array, np.float32), gguf.GGMLQuantizationType[kind.upper()])
+    return encoded
+
+
+def _describe(writer: Any, plan: Plan) -> None:
+    """Everything but the weights."""
+    import gguf
+
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(plan.name)
+    writer.add_file_type(
+        {
+            "f32": gguf.LlamaFileType.ALL_F32,
+            "f16": gguf.LlamaFileType.MOSTLY_F16,
+            "bf16": gguf.LlamaFileType.MOSTLY_BF16,
+            "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+        }[plan.kind]
+    )
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    layout.add_shape(writer, plan.config)
+    writer.add_vocab_size(len(plan.vocabulary.tokens))
+    plan.vocabulary.write(writer)
+    _special_ids(writer, plan.renderer)
+    writer.add_chat_template(exported_template(plan.renderer))
+    # What GGUF's own fields cannot say exactly: for our own loader, and for programs that use the tokenizers library.
+    renderer = plan.renderer
+    writer.add_string(gguf.Keys.Tokenizer.HF_JSON, tokenizer_text(renderer.tokenizer))
+    config = {k: v for k, v in plan.config.to_dict().items() if k not in ("_name_or_path", "dtype")}
+    writer.add_string(CONFIG, json.dumps(config))
+    writer.add_string(FORMAT, json.dumps({**renderer.format.to_json(), "kwargs": {}, "append_eos": False}))
+    writer.add_string(NAMES, json.dumps(renderer.spec.names))
+
+
+def _special_ids(writer: Any, renderer: Renderer) -> None:
+    """bos and eos are what the template calls so; the ends of a turn are `eot` and `eom`: llama.cpp stops at all."""
+    special, names = renderer.special, renderer.spec.names
+    for name, add in (
+        ("bos_token", writer.add_bos_token_id),
+        ("unk_token", writer.add_unk_token_id),
+        ("pad_token", writer.add_pad_token_id),
+    ):
+        if names.get(name) in special:
+            add(special[names[name]])
+    ends = renderer.stop_ids()
+    eos = renderer.spec.eos if renderer.spec.eos is not None else ends[0]
+    writer.add_eos_token_id(eos)
+    for add, end in zip(
+        (writer.add_eot_token_id, writer.add_eom_token_id), [e for e in ends if e != eos], strict=False
+    ):
+        add(end)
+
+
+_CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+
+
+def exported_template(renderer: Renderer) -> str:
+    """The chat template as llama.cpp must read it: the date it was trained with written in, and no bos or eos where
+    the tokenizer has none (llama.cpp then takes token 11 for both)."""
+    chat_format: ChatFormat = renderer.format
+    template = _CLOCK.sub(lambda m: json.dumps(chat_format.clock(m[2])), chat_format.template)
+    front = "".join(
+        f"{{%- set {name} = '' -%}}"
+        for name in ("bos_token", "eos_token")
+        if name in template and not renderer.spec.names.get(name)
+    )
+    return front + template

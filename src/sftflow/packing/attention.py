@@ -1,0 +1,282 @@
+"""Isolation of packed conversations, on any backend, through transformers' attention interface.
+
+A packed row is computed as it is everywhere except inside attention. There each conversation's keys are gathered out
+of the row along its path (with the beginning that it shares with others), and its own queries attend to them causally:
+
+    row   s s a a b b b d .      ->   queries  s s a a     keys  s s a a      ->  written back to the queries' slots
+    paths (s s a a) (s s b b b)       of each  b b b       of    s s b b b
+          (s s d)                     its own  d           each  s s d
+
+Three ways, the same mathematics:
+
+- `_Small`: rectangles multiplied by hand, with the backward pass in closed form. For short conversations on CPU, where
+  torch's fused attention spends most of its time in the backward pass; also knows windows and soft-capped logits.
+- torch's `scaled_dot_product_attention` over the same rectangles, for long ones and other devices.
+- `torch.nn.attention.varlen` (FlashAttention) on CUDA in half precision, which needs no rectangles.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from sftflow.packing.layout import Bucket, Layout
+
+NAME = "sftflow_packed"
+SMALL = 256
+"""the widest keys that `_Small` takes: its scores are held whole"""
+
+
+def _gather(x: torch.Tensor, index: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """(slots, heads, size) -> (n * kv_heads, group * width, size), the heads that share keys side by side."""
+    n, width = index.shape
+    heads, size = x.shape[1:]
+    taken = x.reshape(len(x), -1).index_select(0, index.view(-1))
+    grouped = taken.view(n, width, kv_heads, heads // kv_heads, size).permute(0, 2, 3, 1, 4)
+    return grouped.reshape(n * kv_heads, -1, size)
+
+
+def _ungather(x: torch.Tensor, n: int, width: int, kv_heads: int) -> torch.Tensor:
+    """The way back: (n * kv_heads, group * width, size) -> (n * width, heads * size)."""
+    size = x.shape[-1]
+    return x.view(n, kv_heads, -1, width, size).permute(0, 3, 1, 2, 4).reshape(n * width, -1)
+
+
+class _Small(torch.autograd.Function):
+    """Attention of all buckets by plain products; (slots, heads, size) in and out.
+
+    P = softmax(mask + cap(scale * Q K^T)),  O = P V.  Backward (Dao et al. 2022, appendix B.4), P computed again:
+    dV = P^T dO,  dP = dO V^T,  dS = P * (dP - rowsum(P * dP)),  dQ = scale dS K,  dK = scale dS^T Q;
+    with soft-capping (cap * tanh(x / cap)) dS is also multiplied by 1 - (S / cap)^2.
+    Scores are computed in fp32 also under bf16: their error would be multiplied by the exponential. Gradients of keys
+    and values are summed in fp32, since a shared beginning collects those of every conversation.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layout: Layout,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.how = (layout, scale, window, softcap)
+        kv_heads = key.shape[1]
+        out = query.new_zeros(query.shape[0], query.shape[1] * value.shape[2])
+        for bucket in layout.buckets:
+            n, width = bucket.queries.shape
+            q, k, v = (
+                _gather(x, i, kv_heads) for x, i in ((query, bucket.queries), (key, bucket.keys), (value, bucket.keys))
+            )
+            weights, _ = _weights(q, k, bucket, scale, window, softcap)
+            attended = torch.bmm(weights.to(v.dtype), v)
+            out.index_copy_(0, bucket.queries.view(-1), _ungather(attended, n, width, kv_heads))
+        return out.view(*query.shape[:2], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        query, key, value = ctx.saved_tensors
+        layout, scale, window, softcap = ctx.how
+        kv_heads, dtype = key.shape[1], query.dtype
+        grad = grads[0].to(dtype)
+        d_query = query.new_zeros(query.shape[0], query[0].numel())
+        d_key = torch.zeros(key.shape[0], key[0].numel(), device=key.device)
+        d_value = torch.zeros(value.shape[0], value[0].numel(), device=key.device)
+        for bucket in layout.buckets:
+            n, width = bucket.queries.shape
+            wide = bucket.keys.shape[1]
+            q, k, v, g = (
+                _gather(x, i, kv_heads)
+                for x, i in (
+                    (query, bucket.queries),
+                    (key, bucket.keys),
+                    (value, bucket.keys),
+                    (grad, bucket.queries),
+                )
+            )
+            weights, slope = _weights(q, k, bucket, scale, window, softcap)
+            d_weights = torch.bmm(g, v.transpose(1, 2)).float()
+            mean = (weights * d_weights).sum(-1, keepdim=True)
+            d_scores = d_weights.sub_(mean).mul_(weights)
+            if slope is not None:
+                d_scores.mul_(slope)
+            d_scores = d_scores.mul_(scale).to(dtype)
+            d_v = torch.bmm(weights.to(dtype).transpose(1, 2), g)
+            d_k = torch.bmm(d_scores.transpose(1, 2), q)
+            d_query.index_copy_(0, bucket.queries.view(-1), _ungather(torch.bmm(d_scores, k), n, width, kv_heads))
+            for total, part in ((d_key, d_k), (d_value, d_v)):
+                total.index_add_(0, bucket.keys.view(-1), _ungather(part, n, wide, kv_heads).float())
+        shaped = (d_query.view_as(query), d_key.to(dtype).view_as(key), d_value.to(dtype).view_as(value))
+        return *shaped, None, None, None, None
+
+
+def _weights(
+    q: torch.Tensor, k: torch.Tensor, bucket: Bucket, scale: float, window: int | None, softcap: float | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(n * kv_heads, group * wq, wk) attention weights in fp32, and the soft-cap's slope."""
+    scores = torch.bmm(q.float() * scale, k.float().transpose(1, 2))
+    slope = None
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap)
+        slope = 1 - scores * scores
+        scores = scores * softcap
+    n, wide_q = bucket.queries.shape
+    mask = bucket.mask(window, scores.dtype)[:, None, None]
+    scores.view(n, -1, scores.shape[1] // wide_q, wide_q, scores.shape[2]).add_(mask)
+    return torch.softmax(scores, -1), slope
+
+
+def _rectangles(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: Layout,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    dropout: float,
+) -> torch.Tensor:
+    """The same through torch's own attention over the gathered rectangles, by autograd."""
+    out = query.new_zeros(query.shape[0], query.shape[1] * value.shape[2])
+    for bucket in layout.buckets:
+
+        def gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+            taken = x.reshape(len(x), -1).index_select(0, index.view(-1))
+            return taken.view(*index.shape, *x.shape[1:]).transpose(1, 2)
+
+        q, k, v = gather(query, bucket.queries), gather(key, bucket.keys), gather(value, bucket.keys)
+        plain = bucket.aligned and q.shape[2] == k.shape[2] and (window is None or k.shape[2] <= window)
+        mask = None if plain and softcap is None else bucket.mask(window, q.dtype)[:, None]
+        if softcap is None:
+            attended = F.scaled_dot_product_attention(
+                q, k, v, mask, dropout, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        else:
+            repeat = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+            scores = torch.tanh((q @ k.transpose(2, 3)).float() * scale / softcap) * softcap
+            weights = (scores + mask).softmax(-1).to(q.dtype)
+            attended = F.dropout(weights, dropout) @ v
+        attended = attended.transpose(1, 2).reshape(bucket.queries.numel(), -1)
+        out = out.index_copy(0, bucket.queries.view(-1), attended.to(out.dtype))
+    return out.view(*query.shape[:2], -1)
+
+
+def _flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, *, scale: float, window: int | None
+) -> torch.Tensor:
+    """FlashAttention over sequences of different length. Its causal mask is aligned at the end, so a conversation's
+    own queries see the shared beginning among its keys."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    options: dict[str, Any] = {"scale": scale}
+    known = inspect.signature(varlen_attn).parameters
+    if "window_size" in known:
+        options["window_size"] = (-1 if window is None else window - 1, 0)
+    else:
+        options["is_causal"] = True
+    if key.shape[1] != query.shape[1]:
+        if "enable_gqa" in known:
+            options["enable_gqa"] = True
+        else:
+            repeat = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+    n = layout.n_computed
+    k, v = key.index_select(0, layout.paths), value.index_select(0, layout.paths)
+    out: Any = varlen_attn(
+        query[:n], k, v, layout.starts_q, layout.starts_k, layout.longest_q, layout.longest_k, **options
+    )
+    return F.pad(out, (0, 0, 0, 0, 0, len(query) - n))
+
+
+def _can_flash(query: torch.Tensor, value: torch.Tensor, window: int | None) -> bool:
+    """Whether `torch.nn.attention.varlen` takes these: CUDA of capability 8.0 or more, half precision, sizes to 256."""
+    if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if query.shape[-1] != value.shape[-1] or query.shape[-1] > 256 or query.shape[-1] % 8:
+        return False
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    has_window = "window_size" in inspect.signature(varlen_attn).parameters
+    return torch.cuda.get_device_capability(query.device) >= (8, 0) and (window is None or has_window)
+
+
+def in_autocast_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """As torch's own attention does under autocast: rotary embedding leaves queries in fp32."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+
+
+@torch.compiler.disable
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    layout: Layout | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention signature: query (1, heads, slots, size) -> (1, slots, heads, size)."""
+    if layout is None:
+        raise ValueError("packed attention needs the batch's layout")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    q, k, v = in_autocast_dtype(q, k, v)
+    with torch.autocast(query.device.type, enabled=False):
+        rate = dropout if module.training else 0.0
+        out = attend(q, k, v, layout, scale, sliding_window, softcap, rate)
+    return out[None].contiguous(), None
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: Layout,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    rate: float,
+) -> torch.Tensor:
+    """Attention along the layout's paths, the fastest way that knows all that is asked.
+
+    q: (slots, heads, size).   k, v: (slots of the keys, kv heads, size).   The result: (slots, heads, size).
+    """
+    longest = max(b.keys.shape[1] for b in layout.buckets)
+    if softcap is None and rate == 0 and _can_flash(q, v, window):
+        return _flash(q, k, v, layout, scale=scale, window=window)
+    if rate == 0 and q.device.type == "cpu" and longest <= SMALL:
+        small: torch.Tensor = _Small.apply(q, k, v, layout, scale, window, softcap)
+        return small
+    return _rectangles(q, k, v, layout, scale=scale, window=window, softcap=softcap, dropout=rate)
+
+
+def use_packed_attention(model: Any) -> None:
+    """Make `model` (a transformers causal LM) attend through `packed_attention`."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, packed_attention)
+    model.set_attn_implementation(NAME)
+
+
+def plain_attention(model: Any) -> str:
+    """The name of the attention for rows that are not packed: what the model has, or torch's where that is ours."""
+    found = str(model.config._attn_implementation)
+    return found if found != NAME else "sdpa" if model._supports_sdpa else "eager"

@@ -1,0 +1,105 @@
+"""Where the conversations of a packed batch lie, as index tensors, made once per batch and not per layer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from sftflow.packing.pack import PackedBatch
+
+# Conversations are gathered into rectangles of these widths, so that the same kernels and memory blocks serve again.
+WIDTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+
+
+def width_for(n: int) -> int:
+    """The rectangle width for n tokens."""
+    return next((w for w in WIDTHS if n <= w), -(-n // 1024) * 1024)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Conversations of similar length, n of them.
+
+    queries: (n, wq) the slots that are a conversation's own.   keys: (n, wk) all its slots, shared ones too.
+    reach: (n, wq) how many keys lie before each query, itself not counted.   Filling points at the free slot, whose
+    state nobody reads.   aligned: every query i has reach i (nothing is shared), so plain causal masking does.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    reach: torch.Tensor
+    aligned: bool
+
+    _masks: dict[Any, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """(n or 1, wq, wk) zero where a query sees a key, else -inf; made once, every layer asks for it."""
+        if (window, dtype) not in self._masks:
+            device, wide_q, wide_k = self.keys.device, self.queries.shape[1], self.keys.shape[1]
+            reach = torch.arange(wide_q, device=device)[None] if self.aligned else self.reach
+            distance = reach[:, :, None] - torch.arange(wide_k, device=device)
+            seen = distance >= 0
+            if window is not None:
+                seen &= distance < window
+            mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
+            self._masks[window, dtype] = mask
+        return self._masks[window, dtype]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All buckets of a batch. paths: the keys' slots of all conversations on end; starts_q and starts_k: where each
+    conversation begins in the row and in `paths`, (n + 1,) int32, for variable-length kernels."""
+
+    buckets: tuple[Bucket, ...]
+    paths: torch.Tensor
+    starts_q: torch.Tensor
+    starts_k: torch.Tensor
+    longest_q: int
+    longest_k: int
+
+    @cached_property
+    def n_computed(self) -> int:
+        return int(self.starts_q[-1])
+
+
+def layout_of(batch: PackedBatch, device: torch.device | str = "cpu", n_shared: int = 0) -> Layout:
+    """The layout of a packed batch (one row; see `pack_batch`).
+
+    n_shared: keys that stand before the row's own and begin every conversation; their queries are not in the row.
+    """
+    free = batch.input_ids.size - 1
+    before = np.arange(n_shared)
+    paths = [np.concatenate([before, path + n_shared]) for path in batch.segments] if n_shared else batch.segments
+    grouped: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for number, (path, own) in enumerate(zip(paths, batch.n_own, strict=True)):
+        if own:  # one that is wholly a beginning of another asks only at shared slots
+            grouped[width_for(own), width_for(len(path))].append(number)
+    buckets = []
+    for (wide_q, wide_k), members in sorted(grouped.items()):
+        queries = np.full((len(members), wide_q), free)
+        keys = np.full((len(members), wide_k), free + n_shared)
+        reach = np.zeros((len(members), wide_q), np.int64)
+        for row, number in enumerate(members):
+            path, own = paths[number], batch.n_own[number]
+            queries[row, :own] = path[-own:] - n_shared
+            keys[row, : len(path)] = path
+            reach[row, :own] = np.arange(len(path) - own, len(path))
+        aligned = all(batch.n_own[i] == len(paths[i]) for i in members)
+        q, k, r = (torch.from_numpy(x).to(device) for x in (queries, keys, reach))
+        buckets.append(Bucket(queries=q, keys=k, reach=r, aligned=aligned))
+    given = [(p, o) for p, o in zip(paths, batch.n_own, strict=True) if o]
+    starts = [np.cumsum([0, *x], dtype=np.int32) for x in ([o for _, o in given], [len(p) for p, _ in given])]
+    return Layout(
+        buckets=tuple(buckets),
+        paths=torch.from_numpy(np.concatenate([p for p, _ in given])).to(device),
+        starts_q=torch.from_numpy(starts[0]).to(device),
+        starts_k=torch.from_numpy(starts[1]).to(device),
+        longest_q=max(o for _, o in given),
+        longest_k=max(len(p) for p, _ in given),
+    )

@@ -1,0 +1,65 @@
+"""What a client is told when something is wrong: always {"error": {"message", "type", "param", "code"}}.
+
+A user's mistake is a 4xx that names the field; what failed inside is a 500 that says nothing of the inside.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from fastapi.responses import JSONResponse
+
+from sftflow.errors import ContextError, SftflowError
+
+log = logging.getLogger("sftflow.serving")
+
+TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+MOST = 600
+"""characters of a message: what a client sent may be quoted, but a megabyte of it is not sent back"""
+
+
+class ApiError(Exception):
+    """An answer in the OpenAI error shape.
+
+    >>> ApiError(400, "it is -1", param="n", code="invalid_value", Retry_After="5").headers
+    {'Retry-After': '5'}
+    """
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, **headers: str
+    ) -> None:
+        super().__init__(message)
+        self.status, self.headers = status, {k.replace("_", "-"): v for k, v in headers.items()}
+        kind = TYPES.get(status) or ("invalid_request_error" if status < 500 else "server_error")
+        param = _clipped(param, 120) if param else param
+        self.body = {"error": {"message": _clipped(message, MOST), "type": kind, "param": param, "code": code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, self.headers)
+
+
+def _clipped(text: str, most: int) -> str:
+    """The text, no longer than that, and without half surrogate pairs, which no JSON in UTF-8 can hold."""
+    text = text if len(text) <= most else f"{text[: most - 2]} …"
+    return text.encode("utf-8", "replace").decode()
+
+
+def wrong(param: str, message: str, code: str = "invalid_value") -> ApiError:
+    """A 400 that names its field."""
+    return ApiError(400, f"{param}: {message}", param=param, code=code)
+
+
+def refused(error: SftflowError, place: str, param: str, code: str) -> ApiError:
+    """A 400 in an error's own words. place: what its place begins with; the rest of it is the field."""
+    where = error.place.removeprefix(place).lstrip(".") or param
+    return wrong(where, error.fact + (f"; {error.remedy}" if error.remedy else ""), code)
+
+
+def internal(error: Exception) -> ApiError:
+    """What a client may know of an engine failure; the log has the rest."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, ContextError):
+        return ApiError(400, error.fact, param="messages", code="context_length_exceeded")
+    log.error("generation failed", exc_info=error)
+    return ApiError(500, "the generation failed; the server's log says why", code="generation_failed")

@@ -1,0 +1,109 @@
+"""Tokens as clients see them: their text, their bytes, their log-probabilities, in the OpenAI shapes."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from typing import Any
+
+from sftflow.generation.request import TokenLogprob
+from sftflow.report.token_view import token_bytes
+
+LEAST = -9999.0
+"""what OpenAI writes for a log-probability that JSON has no number for"""
+
+
+class TokenTable:
+    """What each id of a tokenizer stands for, asked once."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[int, bytes] = {}
+
+    def bytes_of(self, ids: Sequence[int]) -> list[bytes]:
+        missing = [i for i in dict.fromkeys(ids) if i not in self._known]
+        if missing:
+            self._known.update(zip(missing, token_bytes(self._tokenizer, missing), strict=True))
+        return [self._known[i] for i in ids]
+
+    def learn(self, tokens: Sequence[TokenLogprob]) -> None:
+        """Ask for all ids of these at once, which is cheaper than one at a time."""
+        self.bytes_of([i for t in tokens for i in (t.id, *(j for j, _ in t.top))])
+
+    def text(self, token: int) -> str:
+        """The token's text, alone; U+FFFD for a part of a character."""
+        return self.bytes_of([token])[0].decode("utf-8", "replace")
+
+
+def chat_logprobs(table: TokenTable, tokens: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
+    """Tokens in the shape of choices[].logprobs.content of a chat completion."""
+    table.learn(tokens)
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        raw = table.bytes_of([token])[0]
+        return {"token": table.text(token), "logprob": max(logprob, LEAST), "bytes": list(raw)}
+
+    return [{**entry(t.id, t.logprob), "top_logprobs": [entry(i, p) for i, p in t.top]} for t in tokens]
+
+
+class TextLogprobs:
+    """Tokens in the shape of choices[].logprobs of a plain completion, piece by piece: {"tokens", "token_logprobs",
+    "top_logprobs", "text_offset"}.
+
+    An offset is the number of characters in front of the token's first; a part of a character has the offset of that
+    character. Tokens without text (BOS, the end token) take no characters.
+    """
+
+    def __init__(self, table: TokenTable, silent: frozenset[int]) -> None:
+        """silent: ids of control tokens."""
+        self.table, self.silent = table, silent
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._offset = 0
+
+    def shape(
+        self, ids: Sequence[int], tokens: Sequence[TokenLogprob | None], *, shown: bool = False
+    ) -> dict[str, Any]:
+        """ids: of these tokens, for the first of a prompt has no log-probability.   shown: whether control tokens
+        stand in the text, as they do in that of a prompt given as ids."""
+        self.table.learn([t for t in tokens if t is not None])
+        offsets = []
+        for raw, token in zip(self.table.bytes_of(ids), ids, strict=True):
+            offsets.append(self._offset)
+            if shown or token not in self.silent:
+                self._offset += len(self._decoder.decode(raw))
+        return {
+            "tokens": [self.table.text(i) for i in ids],
+            "token_logprobs": [None if t is None else max(t.logprob, LEAST) for t in tokens],
+            "top_logprobs": [None if t is None else self._top(t) for t in tokens],
+            "text_offset": offsets,
+        }
+
+    def _top(self, token: TokenLogprob) -> dict[str, float]:
+        """text -> log-probability: the likeliest, and the token itself. Of two tokens with one text (parts of
+        characters) the likelier stands."""
+        out: dict[str, float] = {}
+        for i, logprob in (*token.top, (token.id, token.logprob)):
+            text = self.table.text(i)
+            out[text] = max(logprob, out.get(text, LEAST))
+        return out
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text of each token; joined, they are the decoded prompt. A character that several tokens share stands with
+    the last of them, and the others are empty."""
+
+    def decode(some: list[int]) -> str:
+        return str(tokenizer.decode(some, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    texts: list[str] = []
+    before: list[int] = []  # the token in front, for some tokenizers drop the leading space of what they decode
+    pending: list[int] = []
+    for number, token in enumerate(ids):
+        pending.append(token)
+        text = decode(before + pending)[len(decode(before)) :]
+        if text.endswith("\ufffd") and len(pending) < 4 and number + 1 < len(ids):
+            texts.append("")
+        else:
+            texts.append(text)
+            before, pending = pending, []
+    return texts

@@ -1,0 +1,149 @@
+"""What the model is given: messages, tools or a plain prompt -> the exact ids, as in training and evaluation.
+
+All of it may take seconds for a large request, and runs in a thread.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from sftflow.chat.schema import Conversation, parse_row
+from sftflow.errors import FormatError, SftflowError
+from sftflow.evaluation.prompts_for import plain_ids
+from sftflow.serving.errors import ApiError, refused, wrong
+
+if TYPE_CHECKING:
+    from sftflow.checkpoint import Assistant
+
+MOST_MESSAGES = 2_000
+"""a conversation is rendered once for each of its replies, which grows with the square of their number"""
+MOST_TOOLS = 128
+MESSAGE_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content")
+_NAME = re.compile(r"[\w.:/-]{1,128}", re.ASCII)
+
+
+def conversation_of(messages: Sequence[Any], tools: Sequence[Any] | None = None) -> Conversation:
+    """OpenAI messages and tools in our schema. Raises ApiError 400 naming the message or the tool."""
+    if len(messages) > MOST_MESSAGES:
+        raise wrong("messages", f"{len(messages)} messages; at most {MOST_MESSAGES} are taken", "too_many_messages")
+    row = {"messages": [_known(m, f"messages[{i}]") for i, m in enumerate(messages)], "tools": _checked(tools or [])}
+    try:
+        return parse_row(row, "request")
+    except SftflowError as error:
+        raise refused(error, "request", "messages", "invalid_messages") from None
+
+
+def _known(message: Any, place: str) -> Any:
+    """A message with the fields that we know: clients send back what they got, with `refusal`, `annotations` and
+    whatever else a server once wrote."""
+    if not isinstance(message, dict):
+        return message
+    for field in ("function_call", "audio"):
+        if message.get(field):
+            raise wrong(f"{place}.{field}", "it is not supported here", "unsupported_parameter")
+    out = {k: v for k, v in message.items() if k in MESSAGE_KEYS and (k == "content" or v not in (None, []))}
+    if isinstance(out.get("content"), list):
+        out["content"] = [
+            {k: v for k, v in p.items() if k in ("type", "text")} if isinstance(p, dict) else p for p in out["content"]
+        ]
+    return out
+
+
+def _checked(tools: Sequence[Any]) -> list[dict[str, Any]]:
+    """Tools in the OpenAI shape. Raises ApiError 400."""
+    if len(tools) > MOST_TOOLS:
+        raise wrong("tools", f"{len(tools)} tools; at most {MOST_TOOLS} are taken")
+    for i, tool in enumerate(tools):
+        place = f"tools[{i}]"
+        if not isinstance(tool, dict) or tool.get("type") != "function" or not isinstance(tool.get("function"), dict):
+            raise wrong(place, 'not a function tool; write {"type": "function", "function": {"name": ...}}')
+        name = tool["function"].get("name")
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise wrong(f"{place}.function.name", "not a name of letters, digits, underscores and dashes")
+        if not isinstance(tool["function"].get("parameters") or {}, dict):
+            raise wrong(f"{place}.function.parameters", "not a JSON schema object")
+        if not isinstance(tool["function"].get("description") or "", str):
+            raise wrong(f"{place}.function.description", "not a text")
+    return [dict(tool) for tool in tools]
+
+
+def chat_ids(assistant: Assistant, conversation: Conversation) -> tuple[int, ...]:
+    """The prompt for the next reply. Raises ApiError 400: too long, refused by the format, or (nothing may vanish)
+    left out by it. A developer message in a format that has none is a system message."""
+    try:
+        return _rendered(assistant, conversation)
+    except ApiError as error:
+        if all(m.role != "developer" for m in conversation.messages):
+            raise
+        renamed = [replace(m, role="system") if m.role == "developer" else m for m in conversation.messages]
+        try:
+            return _rendered(assistant, replace(conversation, messages=tuple(renamed)))
+        except ApiError:
+            raise error from None
+
+
+def _rendered(assistant: Assistant, conversation: Conversation) -> tuple[int, ...]:
+    renderer, context = assistant.renderer, assistant.engine.context
+    try:
+        # First what is linear in the length: what does not fit is refused before anything else is done with it.
+        n, least = renderer.rough_length(conversation)
+        if least < context:
+            for place in renderer.left_out(conversation):
+                fact = f"the {renderer.format.name} chat format leaves it out"
+                raise wrong(place, fact, "unsupported_parameter")
+            ids = renderer.render(conversation, add_generation_prompt=True).ids.tolist()
+            n = len(ids)
+    except RecursionError:
+        raise ApiError(400, "the request is nested too deeply", code="invalid_json") from None
+    except FormatError as error:
+        plain = FormatError(error.place, error.fact)  # its remedy speaks of rows
+        raise refused(plain, "request", "messages", "invalid_messages") from None
+    except SftflowError as error:
+        raise refused(error, "request", "messages", "invalid_messages") from None
+    if n >= context:
+        raise too_long("messages", n, context)
+    return tuple(ids)
+
+
+def too_long(param: str, n_prompt: int, context: int) -> ApiError:
+    what, it = ("the messages are", "them") if param == "messages" else ("the prompt is", "it")
+    message = f"{what} {n_prompt} tokens, the model's context is {context}; shorten {it}"
+    return ApiError(400, message, param=param, code="context_length_exceeded")
+
+
+def plain_prompts(value: Any) -> list[str | list[int]]:
+    """The `prompt` of a plain completion: a text, a list of texts, token ids, or a list of lists of them.
+
+    >>> plain_prompts("hi"), plain_prompts([5, 6]), plain_prompts([[5], [6]])
+    (['hi'], [[5, 6]], [[5], [6]])
+    """
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list) or not value:
+        raise wrong("prompt", "give a text, a list of texts, token ids, or a list of lists of token ids")
+    if all(isinstance(v, str) for v in value):
+        return list(value)
+    if all(type(v) is int for v in value):
+        return [list(value)]
+    if all(isinstance(v, list) and v and all(type(i) is int for i in v) for v in value):
+        return [list(v) for v in value]
+    raise wrong("prompt", "texts and token ids are mixed, or an id is not an integer, or a list is empty")
+
+
+def prompt_ids(assistant: Assistant, prompt: str | list[int]) -> tuple[int, ...]:
+    """Ids of one plain prompt: text as the base was pretrained to read it, its control-token strings as text; ids as
+    they are. Raises ApiError 400."""
+    if isinstance(prompt, str):
+        ids = plain_ids(assistant, prompt)
+    else:
+        size = int(assistant.model.get_input_embeddings().weight.shape[0])
+        for i in prompt:
+            if not 0 <= i < size:
+                raise wrong("prompt", f"{str(i)[:40]} is no token id of this model; ids go from 0 to {size - 1}")
+        ids = tuple(prompt)
+    if not ids:
+        raise wrong("prompt", "it has no tokens")
+    return ids

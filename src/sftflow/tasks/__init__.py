@@ -1,0 +1,51 @@
+"""The table of built-in tasks. A new task is one file beside this one and one row here."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+from pathlib import Path
+
+from sftflow.errors import TaskError
+from sftflow.tasks.task import Item, Task, TaskSource, chance_of, is_pattern
+
+TASKS = {
+    "spelling": "spelling:Spelling",
+    "spelling_bee": "spelling:SpellingBee",
+    "arithmetic": "arithmetic:Arithmetic",
+    "identity": "identity:Identity",
+    "concepts": "concepts:Concepts",
+    "formatting": "formatting:Formatting",
+    "gsm8k": "gsm8k:Gsm8k",
+    "mmlu": "mmlu:Mmlu",
+    "arc": "multiple_choice:MultipleChoice",
+    "arc_easy": "multiple_choice:ArcEasy",
+    "arc_challenge": "multiple_choice:ArcChallenge",
+    "openbookqa": "multiple_choice:OpenBookQA",
+    "boolq": "questions:BoolQ",
+    "ifeval": "ifeval:IFEval",
+    "jsonl": "questions:Jsonl",
+    "humaneval": "humaneval:HumanEval",
+    "smoltalk": "smoltalk:SmolTalk",
+}
+GENERATED = ("spelling", "spelling_bee", "arithmetic", "identity", "concepts", "formatting")
+
+
+def make_task(name: str, source: TaskSource, place: str = "--tasks") -> Task:
+    """The named task over a source of rows. Raises TaskError for an unknown name or a missing path."""
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(TASKS)}"
+        raise TaskError(place, f"unknown task {name!r}", hint)
+    module, cls = TASKS[name].split(":")
+    if name not in GENERATED:
+        if source.path is None:
+            raise TaskError(place, f"the task {name} needs a path", f"write {name}=PATH, or path: in the recipe")
+        several = name == "mmlu" and is_pattern(source.path)
+        if not (source.path.startswith("hub:") or several or Path(source.path).exists()):
+            raise TaskError(place, f"{name}: no such file {source.path}", "check the path")
+    task: Task = getattr(import_module(f"sftflow.tasks.{module}"), cls)(source)
+    return task
+
+
+__all__ = ["GENERATED", "TASKS", "Item", "Task", "TaskSource", "chance_of", "make_task"]

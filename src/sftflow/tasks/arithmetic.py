@@ -1,0 +1,82 @@
+"""Arithmetic with the calculator tool. A pair of operands is either a training or a test pair, by its hash."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+
+from sftflow.calculator import calculate
+from sftflow.chat.schema import Conversation, Part
+from sftflow.tasks.task import Item, Task, ask, last_number
+
+QUESTIONS = (
+    "What is {a} {op} {b}?",
+    "Calculate {a} {op} {b}.",
+    "Compute {a} {op} {b}.",
+    "How much is {a} {op} {b}?",
+    "Please work out {a} {op} {b}.",
+    "{a} {op} {b} = ?",
+)
+WORDED = {
+    "+": (
+        "Add {a} and {b}.",
+        "What is {a} plus {b}?",
+        "I have {a} apples and get {b} more. How many do I have?",
+    ),
+    "-": ("What is {a} minus {b}?", "I have {a} coins and lose {b}. How many coins are left?"),
+    "*": ("Multiply {a} by {b}.", "What is {a} times {b}?", "There are {a} boxes with {b} pens each. How many pens?"),
+    "/": ("Divide {a} by {b}.", "What is {a} divided by {b}?"),
+}
+
+
+def _is_test(a: int, op: str, b: int) -> bool:
+    return hashlib.sha256(f"{a}{op}{b}".encode()).digest()[0] % 8 == 0
+
+
+class Arithmetic(Task):
+    """One operation on numbers of up to three digits."""
+
+    name = "arithmetic"
+    max_new_tokens = 64
+
+    def _cases(self, split: str, count: int) -> list[tuple[str, str, str]]:
+        """(question, expression, result)"""
+        rng = random.Random(f"{self.name}:{split}:{self.source.seed}")
+        out: list[tuple[str, str, str]] = []
+        while len(out) < count:
+            op = rng.choice("++--**/")
+            a, b = rng.randint(1, 999), rng.randint(1, 999)
+            if op == "*":
+                a, b = rng.randint(2, 99), rng.randint(2, 99)
+            if op == "/":
+                b = rng.randint(2, 25)
+                a = b * rng.randint(2, 40)
+            if op == "-" and b > a:
+                a, b = b, a
+            if _is_test(a, op, b) != (split != "train"):
+                continue
+            expression = f"{a}{op}{b}"
+            result = calculate(expression)
+            assert result is not None, expression
+            template = rng.choice(QUESTIONS if rng.random() < 0.6 else WORDED[op])
+            out.append((template.format(a=a, b=b, op=op), expression, result))
+        return out
+
+    def conversations(self, split: str = "train") -> list[Conversation]:
+        return [
+            ask(
+                question,
+                [Part("python", expression), Part("python_output", result), Part("text", f"The answer is {result}.")],
+                f"{self.name}:{number}",
+            )
+            for number, (question, expression, result) in enumerate(self._cases(split, self.source.limit or 3000), 1)
+        ]
+
+    def items(self, split: str = "test") -> list[Item]:
+        return [
+            Item(id=f"{self.name}:{expression}:{n}", messages=ask(question, "", "").messages[:1], answer=result)
+            for n, (question, expression, result) in enumerate(self._cases(split, self.source.limit or 200))
+        ]
+
+    def grade(self, item: Item, reply: str) -> float:
+        return float(last_number(reply) == item.answer)

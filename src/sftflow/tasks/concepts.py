@@ -1,0 +1,42 @@
+"""Short answers about how language models work. Held-out phrasings are graded, never trained on."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from sftflow.chat.schema import Conversation
+from sftflow.tasks.task import Item, Task, ask, load_data
+
+
+class Concepts(Task):
+    """Short answers about how language models work; graded by the key facts each answer must contain."""
+
+    name = "concepts"
+    max_new_tokens = 80
+
+    def conversations(self, split: str = "train") -> list[Conversation]:
+        entries: list[dict[str, Any]] = load_data("concepts.jsonl")
+        rows = [
+            (question, entry["answer"])
+            for entry in entries
+            for question in entry["train" if split == "train" else "held_out"]
+        ]
+        random.Random(f"{self.name}:{self.source.seed}").shuffle(rows)
+        rows = rows[: self.source.limit]
+        return [ask(q, a, f"{self.name}:{n}") for n, (q, a) in enumerate(rows, 1)]
+
+    def items(self, split: str = "test") -> list[Item]:
+        entries: list[dict[str, Any]] = load_data("concepts.jsonl")
+        items = [
+            Item(id=f"{self.name}:{entry['id']}:{n}", messages=ask(q, "", "").messages[:1], answer=entry["keys"])
+            for entry in entries
+            for n, q in enumerate(entry["train" if split == "train" else "held_out"])
+        ]
+        random.Random(self.source.seed).shuffle(items)
+        return items[: self.source.limit]
+
+    def grade(self, item: Item, reply: str) -> float:
+        """1 where every group of key facts is met by one of its wordings."""
+        text = " ".join(reply.lower().split())
+        return float(all(any(key in text for key in group) for group in item.answer))

@@ -1,0 +1,214 @@
+"""Verifiable instructions: code checks the form of the reply, whatever it says (after IFEval, Zhou et al. 2023).
+
+A (kind, subject, phrasing) is either a training or a test case, by its hash; a test case that stands inside a
+training question, or around one, is left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Callable
+from itertools import cycle
+from typing import Any
+
+from sftflow.chat.schema import Conversation
+from sftflow.tasks.task import Item, Task, ask, load_data
+
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+END_WORDS = ("done", "over", "thanks", "end", "bye", "finished")
+JSON_KEYS = ("animal", "color", "fruit", "number", "name", "food", "city", "day")
+NAMES = ("Ann", "Ben", "Eva", "Max", "Leo", "Mia", "Tom", "Zoe")
+CITIES = ("Paris", "Rome", "London", "Berlin", "Madrid", "Tokyo")
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+
+MAX_ITEMS = 120  # two kinds have not many more held-out cases than a sixth of this, and one_word has fewer
+TRIES = 1000  # after which a kind has run out of cases, and the next one has its turn
+
+Case = tuple[str, str, dict[str, Any]]  # question, reply, what the checker needs (with its "kind")
+
+
+def _bullets(rng: random.Random, data: Any) -> Case:
+    topic = rng.choice(sorted(data["sentences"]))
+    n = rng.choice((2, 3, 4))
+    ask_for = rng.choice(
+        (
+            "Give exactly {n} bullets about {t}.",
+            "Write exactly {n} bullet points about {t}.",
+            "Tell me about {t} in exactly {n} bullets.",
+            "Use exactly {n} bullets to describe {t}.",
+        )
+    )
+    lines = rng.sample(data["sentences"][topic], n)
+    return ask_for.format(n=NUMBERS[n], t=topic), "\n".join(f"- {x}" for x in lines), {"kind": "bullets", "n": n}
+
+
+def _commas(rng: random.Random, data: Any) -> Case:
+    what = rng.choice(sorted(data["lists"]))
+    n = rng.choice((2, 3, 4))
+    ask_for = rng.choice(
+        (
+            "Name {n} {t}, separated by commas.",
+            "List {n} {t} with commas between them.",
+            "Give me {n} {t} in one line with commas.",
+        )
+    )
+    picked = rng.sample(data["lists"][what], n)
+    return ask_for.format(n=NUMBERS[n], t=what), ", ".join(picked), {"kind": "commas", "n": n}
+
+
+def _json(rng: random.Random, data: Any) -> Case:
+    keys = rng.sample(JSON_KEYS, rng.choice((2, 2, 3)))
+    lists = data["lists"]
+    pools: dict[str, Any] = {
+        "animal": lists["animals"],
+        "color": lists["colors"],
+        "fruit": lists["fruits"],
+        "number": range(1, 10),
+        "name": NAMES,
+        "food": lists["fruits"],
+        "city": CITIES,
+        "day": DAYS,
+    }
+    value = {k: rng.choice(list(pools[k])) for k in keys}
+    named = " and ".join([", ".join(keys[:-1]), keys[-1]])
+    ask_for = rng.choice(
+        (
+            "Reply in JSON with the keys {k}.",
+            "Give me a JSON object with the keys {k}.",
+            "Answer only with JSON. Use the keys {k}.",
+        )
+    )
+    return ask_for.format(k=named), json.dumps(value), {"kind": "json", "keys": keys}
+
+
+def _one_word(rng: random.Random, data: Any) -> Case:
+    question, answer = rng.choice(data["one_word"])
+    ask_for = rng.choice(("Answer in one word: {q}", "{q} Answer with one word.", "In one word: {q}"))
+    return ask_for.format(q=question), answer, {"kind": "one_word", "answer": answer}
+
+
+def _capitals(rng: random.Random, data: Any) -> Case:
+    question, answer = rng.choice(data["one_word"])
+    ask_for = rng.choice(
+        ("Answer in capital letters: {q}", "{q} Use only capital letters.", "{q} Answer in all capitals.")
+    )
+    return ask_for.format(q=question), answer.upper(), {"kind": "capitals"}
+
+
+def _ends_with(rng: random.Random, data: Any) -> Case:
+    topic, word = rng.choice(sorted(data["sentences"])), rng.choice(END_WORDS)
+    ask_for = rng.choice(
+        (
+            "Tell me about {t} and end with the word {w}.",
+            "Describe {t}. The last word must be {w}.",
+            "Write about {t}. Finish with the word {w}.",
+        )
+    )
+    lines = " ".join(rng.sample(data["sentences"][topic], 2))
+    return ask_for.format(t=topic, w=word), f"{lines} {word}", {"kind": "ends_with", "word": word}
+
+
+def is_test(question: str) -> bool:
+    return hashlib.sha256(question.encode()).digest()[0] % 8 == 0
+
+
+def is_held_out(question: str) -> bool:
+    """Whether it is a test question, and so is every phrasing inside it or around it ("Answer in one word: X")."""
+    asked = question.removeprefix("Answer in one word: ").removeprefix("In one word: ")
+    nested = () if asked == question else (f"Answer in one word: {asked}", f"In one word: {asked}")
+    return all(map(is_test, (question, *nested)))
+
+
+MAKERS: tuple[Callable[[random.Random, Any], Case], ...] = (
+    _bullets,
+    _commas,
+    _json,
+    _one_word,
+    _capitals,
+    _ends_with,
+)
+
+
+def check_bullets(need: dict[str, Any], reply: str) -> bool:
+    lines = [x for x in reply.strip().split("\n") if x.strip()]
+    return len(lines) == need["n"] and all(re.match(r"[-*•] \S", x.strip()) for x in lines)
+
+
+def check_commas(need: dict[str, Any], reply: str) -> bool:
+    items = [x.strip(" .") for x in reply.strip().split(",")]
+    return "\n" not in reply.strip() and len(items) == need["n"] == len({x for x in items if x})
+
+
+def check_json(need: dict[str, Any], reply: str) -> bool:
+    try:
+        value = json.loads(reply.strip())
+    except ValueError:
+        return False
+    return isinstance(value, dict) and sorted(value) == sorted(need["keys"])
+
+
+def check_one_word(need: dict[str, Any], reply: str) -> bool:
+    """One word, and the right one: the questions have one-word answers that everybody knows."""
+    return reply.strip().rstrip(".!").lower() == need["answer"]
+
+
+def check_capitals(need: dict[str, Any], reply: str) -> bool:
+    return any(c.isalpha() for c in reply) and reply == reply.upper()
+
+
+def check_ends_with(need: dict[str, Any], reply: str) -> bool:
+    words = reply.strip().split()
+    return len(words) > 1 and words[-1].strip(".!").lower() == need["word"]
+
+
+CHECKS: dict[str, Callable[[dict[str, Any], str], bool]] = {
+    "bullets": check_bullets,
+    "commas": check_commas,
+    "json": check_json,
+    "one_word": check_one_word,
+    "capitals": check_capitals,
+    "ends_with": check_ends_with,
+}
+
+
+class Formatting(Task):
+    """Exactly two bullets, JSON with these keys, one word, capitals, a given last word."""
+
+    name = "formatting"
+    max_new_tokens = 96
+
+    def _cases(self, split: str, count: int) -> list[Case]:
+        data = load_data("topics.json")
+        rng = random.Random(f"{self.name}:{split}:{self.source.seed}")
+        out: list[Case] = []
+        seen: set[str] = set()
+        if split != "train":
+            count = min(count, MAX_ITEMS)
+        turns = cycle(MAKERS)
+        while len(out) < count:
+            maker = next(turns)
+            for _ in range(TRIES):
+                case = maker(rng, data)
+                fits = not is_test(case[0]) if split == "train" else is_held_out(case[0]) and case[0] not in seen
+                if fits:
+                    seen.add(case[0])
+                    out.append(case)
+                    break
+        return out
+
+    def conversations(self, split: str = "train") -> list[Conversation]:
+        cases = self._cases(split, self.source.limit or 2400)
+        return [ask(q, a, f"{self.name}:{n}") for n, (q, a, _) in enumerate(cases, 1)]
+
+    def items(self, split: str = "test") -> list[Item]:
+        cases = self._cases(split, self.source.limit or MAX_ITEMS)
+        return [
+            Item(id=f"{self.name}:{n}:{need['kind']}", messages=ask(q, "", "").messages[:1], answer=need)
+            for n, (q, _, need) in enumerate(cases)
+        ]
+
+    def grade(self, item: Item, reply: str) -> float:
+        return float(CHECKS[item.answer["kind"]](item.answer, reply))

@@ -1,0 +1,238 @@
+"""Your own questions as a task: a file of questions, answers and how to compare them. BoolQ, too.
+
+    {"question": "Which bird sings?", "answer": ["a wren", "wren"]}                      any of them, as the whole reply
+    {"question": "How many legs have 3 ants?", "answer": 18}                             the reply's last number
+    {"question": "Which one flies?", "answer": "a wren", "choices": ["a mole", "a wren"]}     the letter, here B
+    {"question": "Do moles fly?", "answer": false}                                       a choice of yes and no
+    {"question": "Name a bird.", "answer": "\\\\b(wren|owl)\\\\b", "grader": "regex"}          found in the reply
+
+Other keys of a row are ignored.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from sftflow.chat.schema import Conversation, text_message
+from sftflow.errors import SchemaError
+from sftflow.tasks.multiple_choice import LETTERS, first_letter, prompt
+from sftflow.tasks.task import Item, Task, ask, rows_of, sample, text_of
+
+SHAPE = '{"question": ..., "answer": ...}'
+LONG_WORDS = 20  # beyond, no reply will ever equal the answer word for word
+NUMBER = re.compile(r"(?:(?<![\w.])-)?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """place: FILE:LINE.   grader: its name, or "" for a long text that names none.   answers: any of them is right;
+    one letter where there are choices."""
+
+    place: str
+    question: str
+    grader: str
+    answers: tuple[str, ...]
+    choices: tuple[str, ...]
+
+    @property
+    def asked(self) -> str:
+        return prompt(self.question, self.choices) if self.choices else self.question
+
+
+class Jsonl(Task):
+    """Rows `{"question", "answer", "grader"?, "choices"?}` of any file `rows_of` reads. The file is its own split.
+
+    Without `grader` it is choice where there are choices or the answer is true or false, number where every answer is
+    a number, else exact; an answer of more than 20 words must name its grader.
+    """
+
+    name = "jsonl"
+    max_new_tokens = 256
+
+    def conversations(self, split: str = "train") -> list[Conversation]:
+        """The answer as the reply, the first of several; the letter where there are choices."""
+        return sample(self, (ask(row.asked, reply_of(row), row.place) for row in self._rows(split)))
+
+    def items(self, split: str = "test") -> list[Item]:
+        return sample(self, (self._item(row) for row in self._rows(split)))
+
+    def grade(self, item: Item, reply: str) -> float:
+        """1.0 where the reply is right by the row's grader (see GRADERS)."""
+        if item.choices:
+            return float(first_letter(reply, item.choices) == item.answer)
+        same = GRADERS[item.answer["grader"]]
+        return float(any(same(reply, answer) for answer in item.answer["answers"]))
+
+    def _rows(self, split: str) -> Iterator[Row]:
+        for place, row in rows_of(self, split):
+            yield parse(row, place)
+
+    def _item(self, row: Row) -> Item:
+        if not row.grader:
+            raise SchemaError(
+                row.place,
+                f"an answer of more than {LONG_WORDS} words and no grader",
+                f'add "grader": one of {", ".join(GRADERS)}, or shorten it',
+            )
+        free = {"grader": row.grader, "answers": list(row.answers)}
+        return Item(
+            id=f"{self.name}:{row.place.rpartition(':')[2]}",
+            messages=(text_message("user", row.asked),),
+            answer=row.answers[0] if row.choices else free,
+            choices=LETTERS[: len(row.choices)],
+        )
+
+
+class BoolQ(Jsonl):
+    """Rows `{"question", "answer": true|false}`, closed book: a passage beside them is not shown."""
+
+    name = "boolq"
+
+
+def normal(text: str) -> str:
+    """What exact and contains compare: without letter case, extra space, quotes or asterisks around, and a final . or !
+
+    >>> normal(' "A  Wren." ')
+    'a wren'
+    """
+    plain = " ".join(text.casefold().split())
+    return plain.strip("\"'“”*`").rstrip(".!").strip("\"'“”*` ") or plain
+
+
+def numbers_in(text: str) -> list[Decimal]:
+    """Every number, without thousands commas and units.
+
+    >>> numbers_in("-$1,080.50, 7-8, .5 and 20%")
+    [Decimal('-1080.50'), Decimal('7'), Decimal('8'), Decimal('0.5'), Decimal('20')]
+    """
+    return [Decimal(re.sub(r"[$,]", "", found)) for found in NUMBER.findall(text.replace("$-", "-$"))]
+
+
+def is_exact(reply: str, answer: str) -> bool:
+    """ "A wren." is "a wren"; "It is a wren" is not."""
+    return normal(reply) == normal(answer)
+
+
+def is_contained(reply: str, answer: str) -> bool:
+    """The answer stands in the reply as whole words: "no" is in "No, 3." but not in "I know"."""
+    return re.search(rf"(?<!\w){re.escape(normal(answer))}(?!\w)", normal(reply)) is not None
+
+
+def is_number(reply: str, answer: str) -> bool:
+    """The reply's last number has the answer's value: "so 72.00%" is 72."""
+    return numbers_in(reply)[-1:] == numbers_in(answer)[-1:]
+
+
+def is_found(reply: str, answer: str) -> bool:
+    """The pattern is found in the reply, letter case counting; write (?i) or ^...$ into it for other wishes."""
+    return re.search(answer, reply) is not None
+
+
+GRADERS: dict[str, Callable[[str, str], bool]] = {
+    "exact": is_exact,
+    "number": is_number,
+    "contains": is_contained,
+    "regex": is_found,
+}
+
+
+def parse(row: Any, place: str) -> Row:
+    """One row of a file. Raises SchemaError naming FILE:LINE."""
+    question = text_of(row, "question", place, SHAPE)
+    truth = isinstance(row.get("answer"), bool)
+    answers = answers_of(row.get("answer"), place)
+    named, choices = row.get("grader"), choices_of(row.get("choices"), place)
+    if named is not None and named not in (*GRADERS, "choice"):
+        raise SchemaError(place, f"unknown grader {named!r}", f"write one of {', '.join(GRADERS)}, choice")
+    if truth and not choices and named in (None, "choice"):
+        choices = ("yes", "no")
+    if named == "choice" and not choices:
+        raise SchemaError(place, "the grader choice without choices", 'add "choices": [...]')
+    if choices:
+        if named not in (None, "choice"):
+            raise SchemaError(place, f"choices with the grader {named}", "leave one of them out")
+        return Row(place, question, "choice", (letter_of(answers, choices, place),), choices)
+    return Row(place, question, grader_of(named, answers, place), answers, ())
+
+
+def answers_of(value: Any, place: str) -> tuple[str, ...]:
+    """The answers as texts.
+
+    >>> [answers_of(value, "x:1") for value in ("wren", 18, 0.5, False, ["a wren", "wren"])]
+    [('wren',), ('18',), ('0.5',), ('no',), ('a wren', 'wren')]
+    """
+    if value is None or value == "" or value == []:
+        raise SchemaError(place, "no answer", f"write {SHAPE}")
+    if isinstance(value, list):
+        return tuple(_text_of_answer(one, place) for one in value)
+    return (_text_of_answer(value, place),)
+
+
+def _text_of_answer(value: Any, place: str) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+        return format(Decimal(str(value)), "f")  # 1e-07 as 0.0000001
+    if isinstance(value, str) and value.strip():
+        return value
+    raise SchemaError(place, f"the answer {value!r} is no text, number, true or false", "correct it")
+
+
+def choices_of(value: Any, place: str) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
+        raise SchemaError(place, "choices that are not a list of texts", 'write "choices": ["...", "..."]')
+    if not 2 <= len(value) <= len(LETTERS):
+        raise SchemaError(place, f"the number of choices is {len(value)}", f"give 2 to {len(LETTERS)}")
+    if len(set(map(normal, value))) != len(value):
+        raise SchemaError(place, "two choices are the same", "give every choice its own text")
+    return tuple(value)
+
+
+def letter_of(answers: tuple[str, ...], choices: tuple[str, ...], place: str) -> str:
+    """The letter of the right choice, given as its text or, where no choice has that text, as the letter.
+
+    >>> letter_of(("a wren",), ("a mole", "a wren"), "x:1"), letter_of(("B",), ("a mole", "a wren"), "x:1")
+    ('B', 'B')
+    """
+    if len(answers) > 1:
+        raise SchemaError(place, f"{len(answers)} answers to one choice", "give one")
+    texts, letters = list(map(normal, choices)), LETTERS[: len(choices)]
+    if normal(answers[0]) in texts:
+        return letters[texts.index(normal(answers[0]))]
+    if answers[0].strip() in letters:
+        return answers[0].strip()
+    raise SchemaError(place, f"the answer {answers[0]!r} is not one of the choices", "write its text or its letter")
+
+
+def grader_of(named: str | None, answers: tuple[str, ...], place: str) -> str:
+    """The row's grader, its answers checked against it; "" for a long text that names none."""
+    numeric = all(NUMBER.fullmatch(text.strip().rstrip("% ")) for text in answers)
+    if named == "number" and not all(map(numbers_in, answers)):
+        raise SchemaError(place, "the grader number and an answer without one", "correct either")
+    if named == "regex":
+        for pattern in answers:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise SchemaError(
+                    place, f"the answer {pattern!r} is no regular expression ({error})", "correct it"
+                ) from None
+    if named:
+        return named
+    if numeric:
+        return "number"
+    return "exact" if all(len(text.split()) <= LONG_WORDS for text in answers) else ""
+
+
+def reply_of(row: Row) -> str:
+    """What a training conversation replies."""
+    if row.grader == "regex":
+        raise SchemaError(row.place, "its answer is a pattern, not a reply to learn", "leave the row out of training")
+    return row.answers[0]

@@ -1,0 +1,193 @@
+"""What a task is: a maker of training conversations and a grader of replies, side by side.
+
+A new task is one file with a `Task` subclass and one row in `sftflow.tasks.TASKS`.
+
+The steps every real set begins with are here, too: `rows_of` reads, `text_of` checks, `sample` limits.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sftflow.chat.schema import Conversation, Message, Part, read_rows, text_message
+from sftflow.errors import SchemaError, TaskError
+
+DATA = Path(__file__).parent / "data"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSource:
+    """Where a task's rows come from: a path or hub id for real sets, a seed and a count for generated ones."""
+
+    path: str | None = None
+    seed: int = 0
+    limit: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One graded question.
+
+    id: stable within the task.   messages: what the user asks.   answer: what the grader needs, JSON-able.
+    choices: the letters of a multiple-choice item ("A", "B", ...), empty where the reply is free text.
+    plain: the same question as plain text, for a base that knows no chat format; `plain_text` where the usual
+    "Question: ... Answer:" is not how such a text would stand in the world.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    answer: Any
+    choices: tuple[str, ...] = ()
+    plain_text: str | None = None
+
+    @property
+    def plain(self) -> str:
+        if self.plain_text is not None:
+            return self.plain_text
+        asked = "\n\n".join(m.text for m in self.messages if m.role != "assistant")
+        return f"Question: {asked}\nAnswer:"
+
+
+class Task:
+    """Base of all tasks. Train and test rows are disjoint by construction or by the set's own splits."""
+
+    name = ""
+    max_new_tokens = 64
+    runs_code = False
+    """whether grading executes what the model wrote; such tasks need `--allow-code`"""
+    plain_stops: tuple[str, ...] = ("\n\n", "\nQuestion:")
+    """where a reply in plain text ends: a base goes on with a question of its own"""
+
+    n_rows: int | None = None
+    """how many rows the split has without the limit, once `sample` has seen them"""
+
+    def __init__(self, source: TaskSource) -> None:
+        self.source = source
+
+    def conversations(self, split: str = "train") -> list[Conversation]:
+        """Training conversations, at most `source.limit`, deterministic in `source.seed`."""
+        raise NotImplementedError
+
+    def items(self, split: str = "test") -> list[Item]:
+        """Graded questions of the held-out split, at most `source.limit`, deterministic in `source.seed`."""
+        raise NotImplementedError
+
+    def grade(self, item: Item, reply: str) -> float:
+        """Score in 0..1 of a reply's text."""
+        raise NotImplementedError
+
+    def marks(self, item: Item, reply: str) -> dict[str, Any]:
+        """What a grader can say beside the score, JSON-able: {"strict": 0.0, "flexible": 1.0}."""
+        return {}
+
+    def rests_on(self) -> dict[str, str]:
+        """What of this machine a grade hangs on, as rows of another are not comparable: {"sandbox": "bubblewrap"}."""
+        return {}
+
+    def metrics(self, marks: Sequence[Mapping[str, Any]]) -> dict[str, float | int]:
+        """Figures of the whole task out of every row's marks: the mean of each that is a number.
+
+        A float is a share or another measure, an int a count. {} where there are no rows.
+        """
+        names = dict.fromkeys(k for row in marks for k, v in row.items() if isinstance(v, (int, float)))
+        return {k: sum(float(row.get(k, 0.0)) for row in marks) / len(marks) for k in names}
+
+
+def chance_of(items: Sequence[Item]) -> float:
+    """The score of guessing: mean of 1/choices over multiple-choice items, 0 for free text."""
+    if not items:
+        return 0.0
+    return sum(1 / len(i.choices) if i.choices else 0.0 for i in items) / len(items)
+
+
+def ask(question: str, reply: str | Sequence[Part], source: str) -> Conversation:
+    """A one-turn conversation."""
+    parts = (Part("text", reply),) if isinstance(reply, str) else tuple(reply)
+    return Conversation((text_message("user", question), Message("assistant", parts)), (), {}, source)
+
+
+def path_of(task: Task, split: str) -> str:
+    """The task's path; a hub id that names no split gets the one asked for.
+
+    hub:owner/set, split test  ->  hub:owner/set:test        data/test.jsonl  ->  data/test.jsonl
+    """
+    path = task.source.path
+    if not path:
+        raise TaskError(task.name, "it needs a path", f"write {task.name}=PATH, or path: in the recipe")
+    if path.startswith("hub:") and path.count(":") == 1:
+        return f"{path}:{split}"
+    return path
+
+
+def is_pattern(path: str) -> bool:
+    """Whether a path names several files: `test/high_*`. A file of that very name is meant itself."""
+    return any(c in path for c in "*?[") and not Path(path).exists()
+
+
+def rows_of(task: Task, split: str) -> Iterator[tuple[str, Any]]:
+    """(FILE:LINE, raw row) of the task's set. A file is its own split: only hub ids use `split`."""
+    return read_rows(path_of(task, split))
+
+
+def sample(task: Task, rows: Iterable[T]) -> list[T]:
+    """All rows, or `source.limit` of them drawn by task and seed, in the order of the file.
+
+    A row's chance is one key drawn as it passes, and the smallest keys stay: rows beyond the limit are never held,
+    and a larger limit keeps every row of a smaller one.
+    """
+    limit = task.source.limit
+    if limit is None:
+        return list(rows)
+    rng = random.Random(f"{task.name}:{task.source.seed}")
+    n_rows = 0
+
+    def key(_: tuple[int, T]) -> float:
+        nonlocal n_rows
+        n_rows += 1
+        return rng.random()
+
+    kept = heapq.nsmallest(limit, enumerate(rows), key=key)
+    task.n_rows = n_rows
+    return [row for _, row in sorted(kept, key=lambda pair: pair[0])]
+
+
+def text_of(row: Any, key: str, place: str, shape: str) -> str:
+    """row[key] as a text that is not blank; `shape` is the row the error asks for."""
+    value = row.get(key) if isinstance(row, dict) else None
+    if not isinstance(value, str) or not value.strip():
+        raise SchemaError(place, f"no text under {key!r}", f"write {shape}")
+    return value
+
+
+def load_data(name: str) -> Any:
+    """A JSON or JSONL file shipped with the package."""
+    text = (DATA / name).read_text(encoding="utf-8")
+    if name.endswith(".jsonl"):
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    return json.loads(text)
+
+
+def last_number(text: str) -> str | None:
+    """The last number in a text, without thousands commas and trailing zeros after the point.
+
+    >>> last_number("so 1,200 + 3 = 1,203.00.")
+    '1203'
+    """
+    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return normal_number(found[-1]) if found else None
+
+
+def normal_number(text: str) -> str:
+    value = text.replace(",", "").strip().rstrip(".").lstrip("$")
+    if "." in value:
+        value = value.rstrip("0").rstrip(".")
+    return value

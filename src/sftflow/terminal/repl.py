@@ -1,0 +1,297 @@
+"""Talking with an assistant in the terminal: one question, or a conversation.
+
+The reply is all that goes to standard output; prompts, notes and errors go to standard error. Prompts are rendered as
+in training; `lines` reads what is typed, `transcript` writes what was said.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from sftflow.chat.schema import Conversation, Message, text_message
+from sftflow.errors import CheckpointError, SftflowError
+from sftflow.serving.sampling import own_sampling
+from sftflow.terminal import save as transcript
+from sftflow.terminal.repl_input import Typed, keyboard, read_message, whole
+
+if TYPE_CHECKING:
+    from sftflow.checkpoint import Assistant
+
+HELP = '''/system TEXT   set the system prompt (without TEXT: remove it)
+/retry         answer the last question again, with another seed
+/base          let the base answer the last question, too
+/save FILE     add the conversation to a JSONL file, as a row to train on, with the system prompt of its last reply;
+               replies that were cut, or made under another one, have weight 0
+/reset         forget the conversation
+/quit          leave (so does Ctrl-D)
+Ctrl-C stops a reply. A \\ at a line's end goes on in the next line; """ begins and ends a block of lines.'''
+
+# A greedy model that has begun to repeat itself would fill a context of thousands of tokens.
+LONGEST_REPLY = 1024
+CUT = "[cut: the reply did not end by itself]"
+
+
+@contextmanager
+def _stoppable() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C asks to stop instead of breaking into a forward pass; asked twice, it breaks in. Gives `asked()`."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be taken
+        yield asked.is_set
+        return
+
+    def on_interrupt(*_: object) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# C0 and C1 but for tab and newline: a model's escape sequences must not steer the terminal.
+CONTROLS = (
+    {c: 0x2400 + c for c in range(32) if c not in (9, 10)} | {127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD)
+)
+
+
+def _stream(
+    assistant: Assistant, conversation: Conversation, out: TextIO, seed: int, stop: Callable[[], bool]
+) -> tuple[Message | None, str]:
+    """Write the reply as it comes, until `stop()`. Returns (the reply as a message, or None where nothing came; why it
+    ended). A reply that did not end by itself has weight 0; one that was stopped inside a calculator call ends in front
+    of that call."""
+    from sftflow.generation.engine import GenerationRequest
+    from sftflow.generation.sequence import ReplyDecoder
+
+    ids = tuple(assistant.renderer.render(conversation, add_generation_prompt=True).ids.tolist())
+    room = max(1, min(LONGEST_REPLY, assistant.engine.context - len(ids)))
+    request = GenerationRequest(prompt_ids=ids, max_new_tokens=room, seed=seed, **own_sampling(assistant))
+    written, ended, message = "", "interrupted", None
+    said: list[int] = []
+    table = CONTROLS if out.isatty() else {}
+    try:
+        with closing(assistant.engine.stream(request)) as deltas:  # type: ignore[type-var]
+            for delta in deltas:
+                out.write(delta.text.translate(table))
+                out.flush()
+                written += delta.text
+                said += delta.ids
+                if delta.reply is not None:
+                    # Its parts keep the calculator's calls, which the next turn's prompt must hold, too.
+                    ended = delta.reply.finish_reason
+                    message = Message("assistant", delta.reply.parts, weight=int(ended == "stop"))
+                elif stop():
+                    break
+    except KeyboardInterrupt:
+        pass
+    if ended == "interrupted":
+        speech = ReplyDecoder(assistant.renderer)
+        parts = speech.parts(speech.whole(said))
+        if any(part.text for part in parts):
+            message = Message("assistant", parts, weight=0)
+    if not written.endswith("\n"):
+        out.write("\n")
+        out.flush()
+    return message, ended
+
+
+@dataclass
+class _Talk:
+    """A conversation as it stands. systems: the system prompt that each reply of the history was made under.
+    asked: the last question, and what stood in front of it, for /retry and /base."""
+
+    assistant: Assistant
+    out: TextIO
+    note: Callable[[str], None]
+    load_base: Callable[[], Assistant]
+    system: str | None = None
+    history: list[Message] = field(default_factory=list)
+    systems: list[str | None] = field(default_factory=list)
+    asked: list[Message] = field(default_factory=list)
+    base: Assistant | None = None
+    seed: int = 0
+
+    def conversation(self, messages: list[Message]) -> Conversation:
+        opening = [text_message("system", self.system)] if self.system else []
+        return Conversation((*opening, *messages), source="chat")
+
+    def ask(self, turn: list[Message]) -> None:
+        """Answer the last message of `turn`; where that fails, the conversation stays as it was."""
+        seed = secrets.randbits(63)
+        with _stoppable() as stop:  # to the end, for a late Ctrl-C must not lose the reply
+            try:
+                message, ended = _stream(self.assistant, self.conversation(turn), self.out, seed, stop)
+            except SftflowError as error:
+                self.note(f"error: {error}" + ("" if len(turn) == 1 else " (or /reset)"))
+                return
+            self.asked, self.seed = turn, seed
+            # A question that nobody answered is not part of the conversation: roles take turns.
+            self.history = [*turn, message] if message is not None else turn[:-1]
+            before = self.systems[: sum(m.role == "assistant" for m in turn)]
+            self.systems = [*before, self.system] if message is not None else before
+            if ended == "length":
+                self.note(CUT)
+            elif ended == "interrupted":
+                self.note("[stopped]" if message is not None else "[stopped before the first word; /retry asks again]")
+
+    def retry(self) -> None:
+        if not self.asked:
+            self.note("there is no question yet")
+            return
+        before = self.history[-1] if len(self.history) > len(self.asked) else None
+        self.ask(self.asked)
+        if before in self.history[-1:] and not own_sampling(self.assistant)["temperature"]:
+            self.note("[the same again: this checkpoint asks for its likeliest tokens, not for a draw]")
+
+    def beside(self) -> None:
+        """The base's reply to the last question, with the same history and seed; it does not enter the conversation."""
+        if not self.asked:
+            self.note("there is no question yet")
+            return
+        try:
+            if self.base is None:
+                self.base = self.load_base()
+            self.note(f"{self.base.name}:")
+            with _stoppable() as stop:
+                _, ended = _stream(self.base, self.conversation(self.asked), self.out, self.seed, stop)
+        except SftflowError as error:
+            self.note(f"error: {error}")
+            return
+        if ended != "stop":
+            self.note(CUT if ended == "length" else "[stopped]")
+
+    def save(self, name: str) -> None:
+        if not name:
+            self.note("/save needs a file: /save mine.jsonl")
+        elif not self.history:
+            self.note("there is nothing to save yet")
+        else:
+            path = Path(name).expanduser()
+            try:
+                rows = transcript.append(path, transcript.row(self.systems, self.history))
+            except SftflowError as error:
+                self.note(f"error: {error}")
+                return
+            why = ["were cut"] if any(not m.weight for m in self.history) else []
+            why += ["were made under another system prompt"] if len(set(self.systems)) > 1 else []
+            self.note(
+                f"saved as row {rows} of {path}" + (f" (replies that {' or '.join(why)} have weight 0)" if why else "")
+            )
+
+    def take(self, typed: Typed) -> bool:
+        """Obey a command, or answer a message. Whether the conversation goes on."""
+        name, _, rest = typed.text.partition(" ")
+        if not typed.plain and (re.fullmatch(r"/[a-z]+", typed.text) or name in ("/system", "/save")):
+            return self.command(name, rest.strip())
+        if typed.text:
+            self.ask([*self.history, text_message("user", typed.text)])
+        return True
+
+    def command(self, name: str, rest: str) -> bool:
+        """Do what a /command says. Whether the conversation goes on."""
+        if name == "/quit":
+            return False
+        if name == "/help":
+            self.note(HELP)
+        elif name == "/reset":
+            self.history, self.systems, self.asked = [], [], []
+            self.note("the conversation is forgotten")
+        elif name == "/system":
+            self.system = rest or None
+            self.note("the system prompt is set" if self.system else "no system prompt")
+        elif name == "/retry":
+            self.retry()
+        elif name == "/base":
+            self.beside()
+        elif name == "/save":
+            self.save(rest)
+        else:
+            self.note(f"{name} is not a command; /help lists them")
+        return True
+
+
+def lineage_base(assistant: Assistant) -> Assistant:
+    """Load the base that a checkpoint was trained from. Raises CheckpointError where its sftflow.json names none."""
+    from sftflow.checkpoint import load_assistant
+    from sftflow.comparison.compare import base_format
+
+    name = (assistant.info.get("base") or {}).get("name")
+    if not name:
+        raise CheckpointError(assistant.name, "its sftflow.json names no base", "start with --base BASE")
+    try:
+        return load_assistant(name, fallback=base_format(assistant))
+    except CheckpointError as error:
+        fact = f"the base that it was trained from cannot be loaded ({error.place}: {error.fact})"
+        raise CheckpointError(assistant.name, fact, "start with --base BASE") from error
+
+
+def chat(
+    assistant: Assistant,
+    *,
+    prompt: str | None = None,
+    system: str | None = None,
+    base: Assistant | None = None,
+    out: TextIO | None = None,
+    read: Callable[[str], str] | None = None,
+) -> None:
+    """Answer one prompt, or talk until /quit or Ctrl-D.
+
+    base: what /base asks; where it is left out, the base that the checkpoint names, loaded when it is first asked for.
+    out: where replies go (standard output).   read: asks for a line, given the prompt to show, as `input` does.
+    Raises SftflowError where a one-shot prompt cannot be rendered or does not fit, and KeyboardInterrupt where Ctrl-C
+    stopped its reply; in a conversation both are shown.
+    """
+    out = sys.stdout if out is None else out
+    reconfigure = getattr(out, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks, and goes on
+
+    from rich.console import Console
+    from rich.text import Text
+
+    notes = Console(stderr=True, highlight=False)
+    talk = _Talk(
+        assistant,
+        out,
+        note=lambda text: notes.print(Text(text, style="dim"), soft_wrap=True),
+        load_base=lambda: lineage_base(assistant),
+        system=whole(system) if system else None,
+        base=base,
+    )
+    if prompt is not None:
+        asked = [text_message("user", whole(prompt))]
+        seed = secrets.randbits(63)
+        for answering in (assistant, base) if base is not None else (assistant,):
+            if base is not None:
+                talk.note(f"{answering.name}:")
+            with _stoppable() as stop:
+                _, ended = _stream(answering, talk.conversation(asked), out, seed, stop)
+            if ended == "interrupted":
+                raise KeyboardInterrupt
+            if ended == "length":
+                talk.note(CUT)
+        return
+    talk.note(f"{assistant.name} · /help for commands, Ctrl-D to leave")
+    read = keyboard() if read is None else read
+    while True:
+        try:
+            typed = read_message(read)
+            if not talk.take(typed):
+                return
+        except EOFError:
+            talk.note("")
+            return
+        except KeyboardInterrupt:
+            talk.note("\nCtrl-D or /quit leaves")

@@ -1,0 +1,101 @@
+"""The proof, on the very model and machine, that it can be trained packed.
+
+Sequences with a common beginning are computed packed, through our attention and our head, and alone through the
+model's own forward pass; the logits must agree. Architectures with state (Mamba), other heads or attention that ignores
+transformers' interface fail here and are refused by name, before anything is trained.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from sftflow.errors import CheckpointError
+from sftflow.packing.attention import use_packed_attention
+from sftflow.packing.layout import layout_of
+from sftflow.packing.length_limits import length_bound, short_windows
+from sftflow.packing.pack import Example, pack_batch, pad_batch
+from sftflow.training.loss import head_of, logits_of
+
+UNPACKED = "set train.packing: false (each conversation alone, padded), or use a decoder-only attention model"
+OTHER = "use a causal model whose logits are a projection of its last hidden states"
+TOLERANCE = 2e-3
+"""of the largest logit; fp32 products on a GPU may be rounded to 10 bits (TF32)"""
+
+
+def body_of(model: Any) -> Any:
+    """The part of a causal LM that ends with the last hidden states."""
+    return model.base_model if model.base_model is not model else model.get_decoder()
+
+
+def check_length(model: Any, max_length: int) -> None:
+    """Raises CheckpointError where the model computes conversations of up to `max_length` differently by length, which
+    the short sequences of `prove_forward` would not show."""
+    bound = length_bound(model)
+    if bound is not None and max_length > bound[0]:
+        raise CheckpointError(
+            "train.max_length",
+            f"{type(model).__name__}: {bound[1]} beyond {bound[0]} tokens",
+            f"lower it to {bound[0]} or less",
+        )
+
+
+@torch.no_grad()
+def prove_forward(model: Any, packed: bool = True) -> None:
+    """Raises CheckpointError, naming the architecture, where our logits are not those of the model's own forward pass.
+
+    packed: through `packed_attention`; else only the body and the head are compared.
+    """
+    name = type(model).__name__
+    refuse = f"{name} cannot be trained{' packed' if packed else ''}"
+    remedy = UNPACKED if packed else OTHER
+    was_training, implementation = model.training, model.config._attn_implementation
+    model.eval()
+    try:
+        with short_windows(model):
+            gap, size = _gap(model, packed)
+    except (TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError) as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise CheckpointError("base", f"{refuse}: {type(error).__name__}: {first}", remedy) from error
+    finally:
+        model.set_attn_implementation(implementation)
+        model.train(was_training)
+    if not np.isfinite(size):
+        return  # weights that are not finite prove nothing; training will say so
+    if not gap <= TOLERANCE * max(1.0, size):
+        raise CheckpointError("base", f"{refuse}: its logits and ours differ by {gap:.2g}", remedy)
+
+
+def _gap(model: Any, packed: bool) -> tuple[float, float]:
+    """(largest difference, largest logit) between our way and the model's own on a few sequences."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    rng = np.random.default_rng(0)
+    beginning = rng.integers(0, vocabulary, 5)
+    pieces = [np.concatenate([beginning, rng.integers(0, vocabulary, n)]) for n in (9, 4)]
+    pieces.append(rng.integers(0, vocabulary, 21))
+    if packed:
+        model.set_attn_implementation("eager")
+    alone = {tuple(p[:-1]): _alone(model, p[:-1]) for p in pieces}
+    examples = [Example(ids=p, mask=np.ones(len(p), np.int8)) for p in pieces]
+    batch = pack_batch(examples) if packed else pad_batch(examples)
+    extra: dict[str, Any] = {}
+    if packed:
+        use_packed_attention(model)
+        positions = torch.from_numpy(batch.positions).to(model.device)
+        extra = {"position_ids": positions, "layout": layout_of(batch, model.device)}
+    ids = torch.from_numpy(batch.input_ids).to(model.device)
+    hidden = body_of(model)(input_ids=ids, use_cache=False, **extra).last_hidden_state
+    ours = logits_of(hidden.reshape(-1, hidden.shape[-1]), head_of(model))
+    gap = size = 0.0
+    for path in batch.segments:
+        wanted = alone[tuple(batch.input_ids.ravel()[path])]
+        gap = max(gap, float((ours[torch.from_numpy(path).to(ours.device)] - wanted).abs().max()))
+        size = max(size, float(wanted.abs().max()))
+    return gap, size
+
+
+def _alone(model: Any, ids: Any) -> torch.Tensor:
+    logits: torch.Tensor = model(input_ids=torch.from_numpy(ids)[None].to(model.device), use_cache=False).logits
+    return logits[0].float()

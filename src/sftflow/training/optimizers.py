@@ -1,0 +1,128 @@
+"""Optimizers and learning-rate schedules.
+
+A new optimizer is one function in `OPTIMIZERS`: parameter groups in, a list of torch optimizers out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sftflow.training.muon import Muon
+
+Named = list[tuple[str, torch.nn.Parameter]]
+
+# Muon moves matrices by orthogonalised steps whose size does not depend on the gradient, so its learning rate
+# is a fixed multiple of AdamW's in one recipe; `lr` is always AdamW's for the embeddings, norms and biases.
+MUON_RATIO = 4.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Learning rates of the parameter groups, as multiples of the recipe's: matrices inside the blocks, embeddings
+    with the output projection, and the rest (norms, biases)."""
+
+    matrices: float = 1.0
+    embeddings: float = 1.0
+    rest: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """The trainable parameters of a model, by what they are."""
+
+    matrices: Named
+    embeddings: Named
+    rest: Named
+
+
+def groups_of(model: Any) -> Groups:
+    """Every trainable parameter in one group. Experts held as (experts, out, in) count as matrices."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    head = model.get_output_embeddings()
+    if head is not None:
+        tables.add(id(head.weight))
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    return Groups(
+        embeddings=[(n, p) for n, p in named if id(p) in tables],
+        matrices=[(n, p) for n, p in named if p.ndim >= 2 and id(p) not in tables],
+        rest=[(n, p) for n, p in named if p.ndim < 2 and id(p) not in tables],
+    )
+
+
+def _adamw(parts: Sequence[tuple[Named, float, float]]) -> list[torch.optim.Optimizer]:
+    """AdamW (Loshchilov and Hutter 2019) over (parameters, learning rate, weight decay)."""
+    groups = [{"params": [p for _, p in named], "lr": lr, "weight_decay": decay} for named, lr, decay in parts if named]
+    return [torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)] if groups else []
+
+
+def adamw(groups: Groups, rates: Rates, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
+    """AdamW for all; weight decay for matrices, none for norms, biases and embeddings."""
+    return _adamw(
+        [
+            (groups.matrices, lr * rates.matrices, weight_decay),
+            (groups.embeddings, lr * rates.embeddings, 0.0),
+            (groups.rest, lr * rates.rest, 0.0),
+        ]
+    )
+
+
+def muon(groups: Groups, rates: Rates, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al. 2024) for the matrices inside the blocks, AdamW for everything else (experts too)."""
+    out: list[torch.optim.Optimizer] = []
+    matrices = [p for _, p in groups.matrices if p.ndim == 2]
+    if matrices:
+        rate = lr * MUON_RATIO * rates.matrices
+        out.append(Muon(matrices, lr=rate, weight_decay=weight_decay, momentum=0.95, nesterov=True))
+    experts = [(n, p) for n, p in groups.matrices if p.ndim != 2]
+    out += _adamw(
+        [
+            (experts, lr * rates.matrices, weight_decay),
+            (groups.embeddings, lr * rates.embeddings, 0.0),
+            (groups.rest, lr * rates.rest, 0.0),
+        ]
+    )
+    return out
+
+
+OPTIMIZERS: dict[str, Callable[[Groups, Rates, float, float], list[torch.optim.Optimizer]]] = {
+    "adamw": adamw,
+    "muon": muon,
+}
+
+
+def make_optimizers(
+    model: Any, name: str, lr: float, weight_decay: float, rates: Rates | None = None
+) -> list[torch.optim.Optimizer]:
+    """The optimizers of all trainable parameters; each group remembers its peak rate as `peak_lr`."""
+    optimizers = OPTIMIZERS[name](groups_of(model), rates or Rates(), lr, weight_decay)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def lr_factor(step: int, total: int, *, kind: str, warmup: float, warmdown: float, final: float) -> float:
+    """The share of the peak learning rate at `step` (0-based) of `total`.
+
+    linear: rise over the first `warmup` share, hold, fall in a straight line to `final` over the last `warmdown`.
+    cosine: rise, then half a cosine to `final`.   constant: rise, then hold.
+
+    >>> [round(lr_factor(s, 10, kind="linear", warmup=0.2, warmdown=0.5, final=0.0), 2) for s in range(10)]
+    [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2]
+    """
+    rise = math.ceil(total * warmup)
+    if step < rise:
+        return (step + 1) / rise
+    if kind == "constant":
+        return 1.0
+    if kind == "cosine":
+        done = (step - rise) / max(1, total - rise)
+        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))
+    fall = max(1, round(total * warmdown))
+    left = total - step
+    return 1.0 if left >= fall else final + (1 - final) * left / fall

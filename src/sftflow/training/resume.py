@@ -1,0 +1,174 @@
+"""Saving and restoring a run between two steps, without pickle: tensors as safetensors, the rest as JSON.
+
+resume/step-00000200/   model.safetensors  optimizer.safetensors  state.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from sftflow.atomic_io import (
+    check_hashes,
+    read_record,
+    remove_directory,
+    sha256_file,
+    with_checksum,
+    write_directory,
+    write_text,
+)
+from sftflow.errors import CheckpointError
+from sftflow.training.trainer import Trainer
+
+
+def save_state(root: Path, trainer: Trainer, identity: dict[str, str], extra: dict[str, Any], keep: int) -> Path:
+    """Write `root/step-N` for the trainer's present step and drop all but the newest `keep`.
+
+    identity: what must not change on resume (recipe, data, tokenizer and format), compared by `load_state`.
+    """
+    target = root / f"step-{trainer.step:08d}"
+
+    def fill(directory: Path) -> None:
+        parameters = {n: p.detach().contiguous() for n, p in trainer.model.named_parameters()}
+        save_file(parameters, directory / "model.safetensors")
+        save_file(_optimizer_tensors(trainer) | _random_states(), directory / "optimizer.safetensors")
+        state = {
+            "step": trainer.step,
+            "bad_steps": trainer.bad_steps,
+            "identity": identity,
+            "extra": extra,
+            "sha256": {p.name: sha256_file(p) for p in sorted(directory.glob("*.safetensors"))},
+        }
+        (directory / "state.json").write_text(json.dumps(with_checksum(state), indent=2), encoding="utf-8")
+
+    write_directory(target, fill)
+    for old in saved_states(root)[:-keep] if keep else []:
+        remove_directory(old)
+    return target
+
+
+def saved_states(root: Path) -> list[Path]:
+    """The saved states, oldest first. They are whole, unless somebody damaged them since."""
+    return sorted(p for p in root.glob("step-*") if p.is_dir())
+
+
+def forget_states(root: Path) -> None:
+    """Remove all saved states: a run that starts anew must not find those of an earlier one."""
+    if root.is_dir():
+        remove_directory(root)
+
+
+def load_state(directory: Path, trainer: Trainer, identity: dict[str, str]) -> dict[str, Any]:
+    """Put a fresh trainer where the saved one was; returns the saved `extra`.
+
+    Raises CheckpointError where a file is damaged or missing, and where the run has changed since, naming all of it.
+    """
+    remedy = _without(directory)
+    state = read_record(directory / "state.json", remedy)
+    changes = changed(state["identity"], identity)
+    if changes:
+        fact = f"the run has changed since this was saved: {', '.join(changes)}"
+        raise CheckpointError(str(directory), fact, "undo that, or start in a new train.out")
+    check_hashes(directory, state["sha256"], remedy)
+    _load_parameters(directory, trainer)
+    tensors = load_file(directory / "optimizer.safetensors")
+    torch.set_rng_state(tensors.pop("rng"))
+    if "cuda_rng" in tensors:
+        cuda = tensors.pop("cuda_rng")
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state(cuda)
+    for number, optimizer in enumerate(trainer.optimizers):
+        whole = optimizer.state_dict()
+        per_parameter: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in tensors.items():
+            n, index, name = key.split("/")
+            if int(n) == number:
+                per_parameter.setdefault(int(index), {})[name] = value
+        whole["state"] = per_parameter
+        optimizer.load_state_dict(whole)
+    trainer.step, trainer.bad_steps = state["step"], state["bad_steps"]
+    return dict(state["extra"])
+
+
+def changed(was: dict[str, str], now: dict[str, str]) -> list[str]:
+    """What differs, a piece a key, in the order of the keys:
+
+    {"recipe.train.lr": "0.008", ...}, {"recipe.train.lr": "0.004", ...}  ->  ["recipe.train.lr: 0.008 -> 0.004"]
+    """
+    return [
+        f"{key}: {was.get(key, 'absent')} -> {now.get(key, 'absent')}"
+        for key in dict.fromkeys([*now, *was])
+        if was.get(key) != now.get(key)
+    ]
+
+
+def truncate_log(path: Path, last_step: int) -> None:
+    """Drop the log rows after `last_step`: a killed run wrote them, and the resumed one writes them again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            break  # the line that the kill, or a full disk, cut short
+    write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def last_logged(path: Path) -> int | None:
+    """The step of a log's last row, after `truncate_log`; None where it has none."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return int(json.loads(lines[-1])["step"]) if lines else None
+
+
+def flush_to_disk(file: Any) -> None:
+    """A log must not fall behind the state that is saved next, not even in a power cut."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _optimizer_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The optimizers' states: OPTIMIZER/PARAMETER/NAME -> tensor."""
+    out = {}
+    for number, optimizer in enumerate(trainer.optimizers):
+        for index, state in optimizer.state_dict()["state"].items():
+            for key, value in state.items():
+                out[f"{number}/{index}/{key}"] = torch.as_tensor(value).contiguous()
+    return out
+
+
+def _random_states() -> dict[str, torch.Tensor]:
+    out = {"rng": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        out["cuda_rng"] = torch.cuda.get_rng_state()
+    return out
+
+
+def _load_parameters(directory: Path, trainer: Trainer) -> None:
+    saved = load_file(directory / "model.safetensors")
+    parameters = dict(trainer.model.named_parameters())
+    wrong = [
+        name
+        for name in sorted({*saved, *parameters})
+        if name not in saved or name not in parameters or saved[name].shape != parameters[name].shape
+    ]
+    if wrong:
+        fact = f"{len(wrong)} tensors are not those of the base's model, the first: {wrong[0]}"
+        raise CheckpointError(str(directory), fact, "resume on the base that the run was started from")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[name])
+    trainer.refresh()
+
+
+def _without(directory: Path) -> str:
+    """How to go on where a saved state is damaged."""
+    older = [p.name for p in saved_states(directory.parent) if p.name < directory.name]
+    go_on = f"goes on from {older[-1]}" if older else "starts from the beginning (no older state is kept)"
+    return f"remove the folder {directory}; --resume then {go_on}"

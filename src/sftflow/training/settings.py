@@ -1,0 +1,125 @@
+"""What a recipe leaves to `auto`, decided and written down before training starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sftflow.checkpoint import BUILTIN_TINY
+from sftflow.recipe import Recipe
+from sftflow.runtime import Runtime
+
+if TYPE_CHECKING:
+    from sftflow.training.batch_plan import LoopSpec
+
+SMALL_MODEL = 20_000_000
+"""parameters below which a base is treated as the tiny one"""
+
+# lr: auto. The tiny base's values were tuned on the demo (docs/decisions.md has the runs); those for real checkpoints
+# are the field's habit for full fine-tuning.
+AUTO_LR_TINY = {"adamw": 3e-3, "muon": 8e-3}
+AUTO_LR_REAL = {"adamw": 2e-5, "muon": 1e-5}
+
+# micro_tokens: null. What one forward pass takes: enough for efficient matrix products, and no more, since activations
+# grow with it (about 0.7 MB a token in a 135M model, compiled).
+AUTO_MICRO = {"small": 8192, "cpu": 1024, "cuda": 8192, "mps": 1024}
+
+# compile: auto. Compiling takes half a minute on two cores (seconds, when cached); it is worth it for runs of more
+# work than this. In floating-point operations and not seconds, so that the choice does not hang on the machine's mood.
+WORTH_COMPILING = {"cpu": 2e14, "cuda": 2e16}
+
+
+def resolve_recipe(recipe: Recipe, runtime: Runtime, n_parameters: int) -> tuple[Recipe, dict[str, Any]]:
+    """Fill in what was left to `auto`, but `compile`; the notes say how each was decided."""
+    train = recipe.train
+    small = recipe.base == BUILTIN_TINY or n_parameters < SMALL_MODEL
+    update: dict[str, Any] = {"precision": runtime.precision}
+    notes = {"precision": runtime.reason, "device": runtime.device}
+    if train.lr == "auto":
+        update["lr"] = (AUTO_LR_TINY if small else AUTO_LR_REAL)[train.optimizer]
+        notes["lr"] = "auto: " + ("tuned for the tiny base" if small else "full fine-tuning of a real checkpoint")
+    if train.micro_tokens is None:
+        wanted = AUTO_MICRO["small" if small else runtime.device]
+        update["micro_tokens"] = min(train.tokens_per_step, max(wanted, train.max_length))
+    if train.epochs is None and train.steps is None:
+        update["epochs"] = 1.0
+    return recipe.model_copy(update={"train": train.model_copy(update=update)}), notes
+
+
+def settle_compile(recipe: Recipe, runtime: Runtime, n_parameters: int, steps: int) -> tuple[Recipe, str]:
+    """The recipe with `train.compile` true or false, and why. Raises RecipeError where it cannot do what is asked."""
+    from sftflow.errors import RecipeError
+    from sftflow.training.compile import can_compile
+
+    asked = recipe.train.compile
+    missing = can_compile(runtime.device)
+    if asked is True and missing:
+        raise RecipeError("train.compile", f"torch.compile cannot work here: {missing}", "install it, or set auto")
+    work = 6.0 * n_parameters * steps * recipe.train.tokens_per_step
+    worth = work >= WORTH_COMPILING.get(runtime.device, float("inf"))
+    decided = asked is True or (asked == "auto" and worth and missing is None)
+    if asked != "auto":
+        why = "asked for"
+    elif missing:
+        why = f"auto: {missing}"
+    else:
+        why = f"auto: {work:.0e} floating-point operations are {'' if worth else 'not '}worth it"
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": decided})}), why
+
+
+def loop_spec(recipe: Recipe) -> LoopSpec:
+    """The loop's view of a resolved recipe."""
+    from sftflow.training.batch_plan import LoopSpec
+    from sftflow.training.optimizers import Rates
+
+    t = recipe.train
+    assert t.micro_tokens is not None and isinstance(t.lr, float)
+    return LoopSpec(
+        max_length=t.max_length,
+        tokens_per_step=t.tokens_per_step,
+        micro_tokens=t.micro_tokens,
+        steps=t.steps,
+        epochs=t.epochs,
+        optimizer=t.optimizer,
+        lr=t.lr,
+        weight_decay=t.weight_decay,
+        clip=t.clip,
+        schedule=t.schedule.kind,
+        warmup=t.schedule.warmup,
+        warmdown=t.schedule.warmdown,
+        final=t.schedule.final,
+        dropout=t.dropout,
+        seed=t.seed,
+        compile=t.compile is True,
+        packing=t.packing,
+        share_prefixes=t.share_prefixes,
+        gradient_checkpointing=t.gradient_checkpointing,
+        rates=Rates(**t.lr_scale.model_dump()),
+    )
+
+
+def stored_dtype(location: Any) -> Any:
+    """The dtype the base is stored in; the checkpoint is written in the same."""
+    import torch
+
+    config = Path(location.path) / "config.json"
+    if location.gguf or location.is_hub or not config.is_file():
+        return torch.bfloat16  # what real checkpoints are published in
+    data = json.loads(config.read_text(encoding="utf-8"))
+    name = data.get("dtype") or data.get("torch_dtype") or "float32"
+    found = getattr(torch, str(name), torch.float32)
+    return found if found in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
+
+
+def set_dropout(model: Any, rate: float) -> None:
+    """Dropout is 0 unless the recipe asks: set every dropout of the model, however it is kept."""
+    import torch
+
+    for place in (*model.modules(), model.config):
+        if isinstance(place, torch.nn.Dropout):
+            place.p = rate
+        for key, value in list(vars(place).items()):
+            named = "dropout" in key or key in ("attn_pdrop", "resid_pdrop", "embd_pdrop")
+            if named and isinstance(value, (int, float)) and not isinstance(value, bool):
+                setattr(place, key, rate)

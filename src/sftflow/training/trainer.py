@@ -1,0 +1,241 @@
+"""The training loop, for base pretraining and supervised fine-tuning alike: only the masks differ.
+
+Loss of a step = sum over supervised tokens / number of supervised tokens of the whole step, floor 1. Each
+micro-batch adds its SUM divided by the step's count, so accumulation cannot change the gradient.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sftflow.errors import RunError
+from sftflow.packing.attention import use_packed_attention
+from sftflow.packing.layout import layout_of
+from sftflow.packing.pack import Example, PackedBatch
+from sftflow.runtime import Runtime, keep_freed_memory
+from sftflow.training.batch_plan import LoopSpec, RowPlan, StepLog
+from sftflow.training.bf16_weights import WorkingWeights, release
+from sftflow.training.check_model import body_of, check_length, prove_forward
+from sftflow.training.compile import compile_layers, compiled
+from sftflow.training.loss import Head, Parts, chunked_cross_entropy, fused_parts, head_of, loss_parts
+from sftflow.training.optimizers import groups_of, lr_factor, make_optimizers
+
+MAX_BAD_STEPS = 3
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+Float = NDArray[np.float64]
+Int = NDArray[np.int64]
+
+
+class Trainer:
+    """Iterate to train: `for log in Trainer(...): ...`. Between two steps its state may be saved.
+
+    model: a transformers causal LM in fp32 whose weights are trained in place.
+    """
+
+    def __init__(
+        self, model: Any, plan: RowPlan, spec: LoopSpec, runtime: Runtime, source_names: Sequence[str] = ()
+    ) -> None:
+        self.model, self.plan, self.spec, self.runtime = model, plan, spec, runtime
+        self.source_names = list(source_names)
+        self.step = 0
+        self.bad_steps = 0
+        torch.manual_seed(spec.seed)
+        keep_freed_memory()
+        release(model)
+        check_length(model, spec.max_length)
+        prove_forward(model, packed=spec.packing)
+        if spec.packing:
+            use_packed_attention(model)
+        self.optimizers = make_optimizers(model, spec.optimizer, spec.lr, spec.weight_decay, spec.rates)
+        if spec.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.working = WorkingWeights(model) if runtime.precision == "bf16" else None
+        self.parts: Parts = loss_parts
+        if spec.compile:
+            compile_layers(model)
+            self.parts = compiled(fused_parts)
+        self.n_body, self.n_head = matrix_sizes(model)
+        lasting_gradients(model)
+
+    def __iter__(self) -> Iterator[StepLog]:
+        while self.step < self.plan.total_steps:
+            yield self.train_step()
+
+    def train_step(self) -> StepLog:
+        """One optimizer step over `rows_per_step` packed rows.
+
+        Raises RunError after three steps in a row whose loss or gradient is not finite; such a step's update is
+        skipped and its log says so.
+        """
+        started = time.perf_counter()
+        examples = [e for row in self.plan.step_rows(self.step) for e in row]
+        batches = self.spec.batches(examples)
+        losses, sources = self._backward(batches)
+        norm = self._clip()
+        factor = self._set_rates()
+        loss_sum = float(losses.sum(dtype=np.float64))
+        finite = math.isfinite(loss_sum) and math.isfinite(norm)
+        if finite:
+            for optimizer in self.optimizers:
+                optimizer.step()
+            self.refresh()
+        self.bad_steps = 0 if finite else self.bad_steps + 1
+        self.model.zero_grad(set_to_none=False)
+        self.step += 1
+        n_computed = sum(b.n_computed for b in batches)
+        log = StepLog(
+            step=self.step,
+            loss=loss_sum / max(1, len(losses)),
+            lr=self.spec.lr * factor,
+            grad_norm=norm,
+            tokens=sum(len(e.ids) for e in examples),
+            supervised_tokens=len(losses),
+            seconds=time.perf_counter() - started,
+            padding_share=1 - n_computed / max(1, sum(b.input_ids.size for b in batches)),
+            computed_tokens=n_computed,
+            flops=6.0 * (self.n_body * n_computed + self.n_head * len(losses)),
+            source_loss={self._source(int(s)): float(losses[sources == s].mean()) for s in np.unique(sources)},
+            skipped=not finite,
+        )
+        if self.bad_steps >= MAX_BAD_STEPS:
+            raise NotFinite(log)
+        return log
+
+    def refresh(self) -> None:
+        """After every change of the weights: what is derived from them follows."""
+        if self.working is not None:
+            self.working.refresh()
+
+    def loss(self, batch: PackedBatch, scale: float | None = None) -> torch.Tensor:
+        """(n,) loss per supervised token; with `scale`, the gradient of scale * their sum is added up too."""
+        head = head_of(self.model, None if self.working is None else self.working.head)
+        packed = self.spec.packing
+        return batch_loss(self.model, batch, self.runtime, packed=packed, parts=self.parts, scale=scale, head=head)
+
+    @torch.no_grad()
+    def evaluate(self, examples: Sequence[Example]) -> tuple[float, list[float | None], int]:
+        """Held-out loss: nats per supervised token over all examples, per source, and the number of tokens."""
+        self.model.eval()
+        n_sources = max([len(self.source_names), *(e.source + 1 for e in examples)])
+        sums, counts = np.zeros(n_sources), np.zeros(n_sources, np.int64)
+        for batch in self.spec.batches(list(examples)):
+            sums += np.bincount(batch.sources, self.loss(batch).cpu().double().numpy(), n_sources)
+            counts += np.bincount(batch.sources, minlength=n_sources)
+        self.model.train()
+        by_source = [float(s / c) if c else None for s, c in zip(sums, counts, strict=True)]
+        return float(sums.sum() / max(1, counts.sum())), by_source, int(counts.sum())
+
+    def _backward(self, batches: Sequence[PackedBatch]) -> tuple[Float, Int]:
+        """Add up the gradients of (loss sum / supervised tokens of the step); (losses, sources) of every token."""
+        scale = 1 / max(1, sum(b.n_supervised for b in batches))
+        self.model.train()
+        losses, sources = [np.zeros(0)], [np.zeros(0, np.int64)]
+        for batch in batches:
+            losses.append(self.loss(batch, scale).cpu().double().numpy())
+            sources.append(batch.sources)
+        return np.concatenate(losses), np.concatenate(sources)
+
+    def _clip(self) -> float:
+        """Clip the whole gradient's norm (0: measure only); the norm before."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        bound = self.spec.clip if self.spec.clip > 0 else math.inf
+        return float(torch.nn.utils.clip_grad_norm_(parameters, bound))
+
+    def _set_rates(self) -> float:
+        spec = self.spec
+        factor = lr_factor(
+            self.step,
+            self.plan.total_steps,
+            kind=spec.schedule,
+            warmup=spec.warmup,
+            warmdown=spec.warmdown,
+            final=spec.final,
+        )
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+        return factor
+
+    def _source(self, number: int) -> str:
+        return self.source_names[number] if number < len(self.source_names) else str(number)
+
+
+class NotFinite(RunError):
+    """Three steps in a row whose loss or gradient is not finite; `log` is the last one's."""
+
+    def __init__(self, log: StepLog) -> None:
+        self.log = log
+        super().__init__(
+            f"step {log.step}",
+            f"loss or gradient not finite {MAX_BAD_STEPS} steps in a row (loss {log.loss}, norm {log.grad_norm})",
+            "lower train.lr, or look at the base's weights and the rows of these steps; the last saved state is kept",
+        )
+
+
+def lasting_gradients(model: Any) -> None:
+    """Allocate every gradient once and for all.
+
+    Made anew each step among activations that come and go, they leave the heap full of holes. And since each is there
+    before the backward pass, that of the token embedding can be sparse: added in place, row by row, and not as a
+    second tensor of the vocabulary's size.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, torch.nn.Embedding) and embedding.weight.device.type == "cpu":
+        embedding.sparse = True
+
+
+def matrix_sizes(model: Any) -> tuple[int, int]:
+    """(parameters in the blocks' matrices, in the output projection): what products are counted by. Of experts those
+    that a token uses."""
+    config = model.config.get_text_config()
+    experts = next((n for k in EXPERTS if (n := getattr(config, k, None))), 1)
+    active = (getattr(config, "num_experts_per_tok", None) or experts) / experts
+    matrices = [p for _, p in groups_of(model).matrices]
+    body = sum(p.numel() * (active if p.ndim == 3 else 1) for p in matrices)
+    return int(body), model.get_output_embeddings().weight.numel()
+
+
+def hidden_states(model: Any, batch: PackedBatch, *, packed: bool = True) -> torch.Tensor:
+    """The last hidden states, (slots, width), before the output projection.
+
+    packed: through `packed_attention`; else the rows are plain sequences, right-padded, for the model's own forward.
+    """
+    ids = torch.from_numpy(batch.input_ids).to(model.device)
+    extra: dict[str, Any] = {}
+    if packed:
+        positions = torch.from_numpy(batch.positions).to(model.device)
+        extra = {"position_ids": positions, "layout": layout_of(batch, model.device)}
+    out: torch.Tensor = body_of(model)(input_ids=ids, use_cache=False, **extra).last_hidden_state
+    return out.reshape(-1, out.shape[-1])
+
+
+def batch_loss(
+    model: Any,
+    batch: PackedBatch,
+    runtime: Runtime,
+    *,
+    packed: bool = True,
+    parts: Parts = loss_parts,
+    scale: float | None = None,
+    head: Head | None = None,
+) -> torch.Tensor:
+    """(n,) loss per supervised token (`batch.sources` tells their sources), without gradient.
+
+    scale: also add the gradient of scale * their sum to the parameters' `.grad`.
+    """
+    with runtime.autocast(), torch.set_grad_enabled(scale is not None):
+        hidden = hidden_states(model, batch, packed=packed)
+        wanted = hidden.index_select(0, torch.from_numpy(batch.label_positions).to(model.device))
+    targets = torch.from_numpy(batch.labels).to(model.device)
+    dtype = torch.bfloat16 if runtime.precision == "bf16" else None
+    return chunked_cross_entropy(wanted, head or head_of(model), targets, dtype=dtype, parts=parts, scale=scale)
