@@ -56,14 +56,18 @@ class Reference:
         longest_first = sorted(self.special.values(), key=len, reverse=True)
         self.lookalike = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
-    def text(self, messages: Messages, tools: Any, kwargs: dict[str, Any], reply: bool = False) -> str | None:
-        """The rendering, up to the place where a reply begins with `reply`; None where the template refuses."""
-        key = json.dumps([messages, tools, kwargs, reply])
+    def text(
+        self, messages: Messages, tools: Any, kwargs: dict[str, Any], add_generation_prompt: bool = False
+    ) -> str | None:
+        """The rendering, where asked with the generation prompt; None where the template refuses."""
+        key = json.dumps([messages, tools, kwargs, add_generation_prompt])
         if key not in self._texts:
-            self._texts[key] = self._render(messages, tools, kwargs, reply)
+            self._texts[key] = self._render(messages, tools, kwargs, add_generation_prompt)
         return self._texts[key]
 
-    def _render(self, messages: Messages, tools: Any, kwargs: dict[str, Any], reply: bool) -> str | None:
+    def _render(
+        self, messages: Messages, tools: Any, kwargs: dict[str, Any], add_generation_prompt: bool
+    ) -> str | None:
         try:
             with frozen_clock(self.now):
                 if not messages:  # apply_chat_template declines an empty list, the template itself may not
@@ -71,7 +75,7 @@ class Reference:
                         conversations=[[]],
                         tools=tools,
                         chat_template=self.template,
-                        add_generation_prompt=reply,
+                        add_generation_prompt=add_generation_prompt,
                         **{**self.tokenizer.special_tokens_map, **kwargs},
                     )
                     return str(texts[0])
@@ -81,7 +85,7 @@ class Reference:
                         tools=tools,
                         chat_template=self.template,
                         tokenize=False,
-                        add_generation_prompt=reply,
+                        add_generation_prompt=add_generation_prompt,
                         **kwargs,
                     )
                 )

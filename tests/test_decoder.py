@@ -147,7 +147,7 @@ def test_models_with_state_are_decoded_as_they_compute_themselves(name: str, tin
 
     model = stateful(name)
     engine = Engine(model, load_assistant(str(tiny_base)).renderer, FP32, slots=3)
-    assert engine.way() == STATEFUL[name][0]
+    assert engine.decode_mode() == STATEFUL[name][0]
     rng = np.random.default_rng(0)
     prompts = [draw(rng, n) for n in (11, 2, 7, 5)]
     requests = [
@@ -183,7 +183,7 @@ def test_beyond_the_length_at_which_numbers_change_each_is_alone(tiny_base: Path
     fresh = type(model)(dynamic).eval()
     fresh.load_state_dict(model.state_dict())
     engine = Engine(fresh, load_assistant(str(tiny_base)).renderer, FP32)
-    assert (engine.way(32), engine.way()) == ("packed", "single")
+    assert (engine.decode_mode(32), engine.decode_mode()) == ("packed", "single")
     rng = np.random.default_rng(0)
     prompts = [draw(rng, n) for n in (28, 40, 3)]
     decoder = engine.decoder(longest=64)
@@ -239,7 +239,7 @@ def test_slots_change_no_answer(engine: Engine, seed: int, slots: int, padded: b
     one = Engine(engine.model, engine.renderer, engine.runtime, slots=1)
     many = Engine(engine.model, engine.renderer, engine.runtime, slots=slots)
     if padded:
-        many._ways = {True: "padded", False: "padded"}
+        many._modes = {True: "padded", False: "padded"}
     finished: list[int] = []
     got = many.generate(requests, lambda i, reply: finished.append(i))
     assert sorted(finished) == list(range(11))

@@ -15,7 +15,7 @@ import pytest
 from runs import Quiet, sftflow, write_recipe
 from sftflow.atomic_io import CHECKSUM, with_checksum, write_json
 from sftflow.checkpoint import load_assistant, load_info, resolve
-from sftflow.cli.measure import Asked, evaluate_all, run_of
+from sftflow.cli.measure import EvalOptions, evaluate_all, run_of
 from sftflow.comparison.compare import base_format, kind_of
 from sftflow.comparison.run_artifacts import beside_run
 from sftflow.evaluation.callback import Sampled
@@ -123,7 +123,7 @@ def test_every_model_is_asked_for_its_own_name(run: Path, tmp_path: Path) -> Non
         write_json(tmp_path / name / "checkpoint" / "sftflow.json", with_checksum(info))
         names.append(str(tmp_path / name))
     out = tmp_path / "out"
-    evaluate_all(names, Asked(tasks=("identity",), limit=4, out=out), Quiet())
+    evaluate_all(names, EvalOptions(tasks=("identity",), limit=4, out=out), Quiet())
     for name, other in (("Ada", "Bo"), ("Bo", "Ada")):
         (path,) = (out / "eval").glob(f"*{name}*identity.jsonl")
         said = path.read_text()

@@ -354,7 +354,7 @@ def test_many_at_once(way: Isolation) -> None:
 def test_a_program_ends_with_the_process_that_started_it(way: Isolation, nothing_left: str, tmp_path: Path) -> None:
     code = f"""
 import tempfile
-from sftflow.sandbox import run
+from sftflow.sandbox import execute as run
 run.TAG, tempfile.tempdir = {nothing_left!r}, {str(tmp_path)!r}
 run.run_python("while True: pass", seconds=100, isolation={way!r})
 """

@@ -99,7 +99,7 @@ def test_replies_are_the_engines_and_join_those_that_run(assistant: Any) -> None
 def test_models_that_cannot_let_others_join_take_turns(assistant: Any) -> None:
     requests = [ask(5 + i, 10, i) for i in range(7)]
     padded = Engine(assistant.model, assistant.renderer, assistant.engine.runtime)
-    padded._ways = {True: "padded", False: "padded"}
+    padded._modes = {True: "padded", False: "padded"}
     wanted = assistant.engine.generate(requests)
     before, assistant.engine = assistant.engine, padded
 

@@ -1,7 +1,8 @@
 """Which architectures go into a GGUF file, and under which names and numbers llama.cpp looks for theirs.
 
 A new architecture of the Llama family is one row of ARCHITECTURES. A config that asks for something its row does not
-say (another activation, windowed attention, another rope scaling) is refused, because llama.cpp would compute otherwise.
+say (another activation, windowed attention, another rope scaling) is refused, because llama.cpp would compute
+otherwise.
 """
 
 from __future__ import annotations
