@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from runs import Quiet, digest, sftflow, write_recipe
-from sftflow.checkpoint import load_assistant
-from sftflow.comparison.compare import base_format, compare_models
+from sftflow.checkpoint import base_format, load_assistant
+from sftflow.comparison.compare import compare_models
 from sftflow.comparison.paired import change_of
 from sftflow.comparison.prompts import load_prompts
 from sftflow.evaluation.callback import Sampled

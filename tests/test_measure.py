@@ -14,9 +14,9 @@ import pytest
 
 from runs import Quiet, sftflow, write_recipe
 from sftflow.atomic_io import CHECKSUM, with_checksum, write_json
-from sftflow.checkpoint import load_assistant, load_info, resolve
+from sftflow.checkpoint import base_format, load_assistant, load_info, resolve
 from sftflow.cli.measure import EvalOptions, evaluate_all, run_of
-from sftflow.comparison.compare import base_format, kind_of
+from sftflow.comparison.compare import kind_of
 from sftflow.comparison.run_artifacts import beside_run
 from sftflow.evaluation.callback import Sampled
 from sftflow.evaluation.prompts_for import open_tasks

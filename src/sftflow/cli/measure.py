@@ -102,8 +102,8 @@ def compare_two(base_name: str, sft_name: str, asked: EvalOptions, watch: Any) -
     """Base versus SFT, and the verdicts."""
     from rich.console import Console
 
-    from sftflow.checkpoint import load_assistant
-    from sftflow.comparison.compare import JudgeSpec, base_format, compare_models
+    from sftflow.checkpoint import base_format, load_assistant
+    from sftflow.comparison.compare import JudgeSpec, compare_models
     from sftflow.report.progress import score_table
 
     runs = asked.open(sft_name)
