@@ -1,4 +1,4 @@
-"""`chat`, `serve` and `doctor`."""
+"""`serve`: an OpenAI-compatible server."""
 
 from __future__ import annotations
 
@@ -9,24 +9,6 @@ from typing import Annotated
 import typer
 
 from sftflow.cli.common import Model, app, quiet
-
-
-@app.command()
-def chat(
-    model: Model,
-    prompt: Annotated[str | None, typer.Option(help="ask once and print the reply")] = None,
-    system: Annotated[str | None, typer.Option(help="a system message")] = None,
-    base_model: Annotated[str | None, typer.Option("--base", help="what /base asks; else the one trained from")] = None,
-) -> None:
-    """Talk to a model in the terminal."""
-    quiet()
-    from sftflow.checkpoint import load_assistant
-    from sftflow.comparison.compare import base_format
-    from sftflow.terminal.repl import chat as talk
-
-    assistant = load_assistant(model)
-    base = load_assistant(base_model, fallback=base_format(assistant)) if base_model else None
-    talk(assistant, prompt=prompt, system=system, base=base)
 
 
 @app.command()
@@ -42,8 +24,7 @@ def serve(
 ) -> None:
     """An OpenAI-compatible server and a chat page."""
     quiet()
-    from sftflow.checkpoint import load_assistant
-    from sftflow.comparison.compare import base_format
+    from sftflow.checkpoint import base_format, load_assistant
     from sftflow.report.progress import stderr
     from sftflow.serving.api import serve as run
     from sftflow.serving.host_check import check_origin, host_names
@@ -83,22 +64,3 @@ def _model_id(name: str) -> str:
         return name
     path = Path(name).resolve()
     return path.parent.name if path.name == "checkpoint" else path.name
-
-
-@app.command()
-def doctor(
-    recipe: Annotated[Path | None, typer.Argument(help="check this recipe too")] = None,
-    math: Annotated[bool, typer.Option("--math", help="prove packing and loss on this machine")] = False,
-) -> None:
-    """Say what this machine can do, and whether a recipe would run."""
-    quiet()
-    from rich.console import Console
-
-    from sftflow.doctor import examine
-
-    lines, good = examine(recipe, math)
-    console = Console(highlight=False)
-    for line in lines:
-        console.print(line, markup=False)
-    if not good:
-        raise typer.Exit(1)
