@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sftflow.serving.engine_thread import Worker
+    from sftflow.serving.engine_thread import Stats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -61,14 +61,15 @@ class Metrics:
     def first_token(self, model: str, seconds: float) -> None:
         self.first_tokens.setdefault(model, Histogram()).observe(seconds)
 
-    def text(self, workers: Mapping[str, Worker]) -> str:
+    def text(self, stats: Mapping[str, Stats]) -> str:
+        """The whole answer. stats: by model."""
         out: list[str] = []
 
         def family(name: str, kind: str, help_text: str, lines: list[str]) -> None:
             out.extend([f"# HELP {name} {help_text}", f"# TYPE {name} {kind}", *lines])
 
         def per_model(name: str, field: str) -> list[str]:
-            return [f"{name}{_labels({'model': m})} {getattr(w.stats, field)}" for m, w in workers.items()]
+            return [f"{name}{_labels({'model': m})} {getattr(s, field)}" for m, s in stats.items()]
 
         name = "sftflow_requests_total"
         lines = [f"{name}{_labels({'route': r, 'status': s})} {n}" for (r, s), n in sorted(self.requests.items())]
@@ -83,8 +84,8 @@ class Metrics:
         name = "sftflow_replies_total"
         lines = [
             f"{name}{_labels({'model': m, 'ended': ended})} {n}"
-            for m, w in workers.items()
-            for ended, n in sorted(w.stats.finished.items())
+            for m, s in stats.items()
+            for ended, n in sorted(s.finished.items())
         ]
         family(name, "counter", "Replies ended, by how.", lines)
         name = "sftflow_time_to_first_token_seconds"

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, TextIO
 
 from sftflow.chat.schema import Conversation, Message, text_message
 from sftflow.errors import CheckpointError, SftflowError
-from sftflow.serving.sampling import own_sampling
 from sftflow.terminal import save as transcript
 from sftflow.terminal.repl_input import Typed, keyboard, read_message, whole
 
@@ -72,12 +71,9 @@ def _stream(
     """Write the reply as it comes, until `stop()`. Returns (the reply as a message, or None where nothing came; why it
     ended). A reply that did not end by itself has weight 0; one that was stopped inside a calculator call ends in front
     of that call."""
-    from sftflow.generation.engine import GenerationRequest
     from sftflow.generation.sequence import ReplyDecoder
 
-    ids = tuple(assistant.renderer.render(conversation, add_generation_prompt=True).ids.tolist())
-    room = max(1, min(LONGEST_REPLY, assistant.engine.context - len(ids)))
-    request = GenerationRequest(prompt_ids=ids, max_new_tokens=room, seed=seed, **own_sampling(assistant))
+    request = assistant.request(conversation, max_tokens=LONGEST_REPLY, seed=seed)
     written, ended, message = "", "interrupted", None
     said: list[int] = []
     table = CONTROLS if out.isatty() else {}
@@ -152,7 +148,7 @@ class _Talk:
             return
         before = self.history[-1] if len(self.history) > len(self.asked) else None
         self.ask(self.asked)
-        if before in self.history[-1:] and not own_sampling(self.assistant)["temperature"]:
+        if before in self.history[-1:] and not self.assistant.sampling["temperature"]:
             self.note("[the same again: this checkpoint asks for its likeliest tokens, not for a draw]")
 
     def beside(self) -> None:
@@ -224,8 +220,7 @@ class _Talk:
 
 def lineage_base(assistant: Assistant) -> Assistant:
     """Load the base that a checkpoint was trained from. Raises CheckpointError where its sftflow.json names none."""
-    from sftflow.checkpoint import load_assistant
-    from sftflow.comparison.compare import base_format
+    from sftflow.checkpoint import base_format, load_assistant
 
     name = (assistant.info.get("base") or {}).get("name")
     if not name:
