@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from serving import ASK, local, request
+from helpers.serving import ASK, local, request
 from sftflow.checkpoint import Assistant
 from sftflow.serving.prompt import requests_for
 from sftflow.serving.schemas import ChatBody
