@@ -12,7 +12,6 @@ import torch
 
 from helpers.architectures import ARCHITECTURES, FP32, REFUSED, SMALL, VOCABULARY, tiny
 from sftflow.errors import CheckpointError
-from sftflow.packing.attention import use_packed_attention
 from sftflow.packing.pack import Example, pack_batch, pad_batch
 from sftflow.training.check_model import check_length, prove_forward
 from sftflow.training.optimizers import Rates, groups_of, muon
@@ -69,7 +68,6 @@ def test_packed_equals_unpacked(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     """Loss and every gradient, by each of the ways that run here."""
     model, examples = tiny(name), rows()
     wanted = full_logits(model, examples)
-    use_packed_attention(model)
     model.train()
     supervised = [e for e in examples if e.mask[1:].any()]
     for share in (True, False):
@@ -99,7 +97,6 @@ def test_a_trained_model_saves_and_loads(name: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model, examples = tiny(name), rows()
-    use_packed_attention(model)
     batch = pack_batch([e for e in examples if e.mask[1:].any()])
     batch_loss(model, batch, FP32, scale=1.0)
     torch.optim.SGD(model.parameters(), 1e-3).step()

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 from fastapi import Request
 
-from sftflow.generation import engine as generation
+from sftflow.generation.request import Delta, GenerationRequest
+from sftflow.generation.scheduler import Scheduler
 from sftflow.serving.errors import ApiError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ MAX_RUNNING, MAX_WAITING = 32, 64
 PROMPT_TOKENS = 512
 """at most so many tokens of prompts are read between two tokens of the running replies"""
 log = logging.getLogger("sftflow.serving")
-Piece = generation.Delta | Exception
+Piece = Delta | Exception
 
 
 @dataclass
@@ -54,7 +55,7 @@ class Job:
 
     owner: Generations
     index: int
-    request: generation.GenerationRequest
+    request: GenerationRequest
     began: bool = False
 
 
@@ -65,13 +66,13 @@ class Generations:
     """
 
     def __init__(
-        self, thread: EngineThread, requests: Sequence[generation.GenerationRequest], *, streamed: bool
+        self, thread: EngineThread, requests: Sequence[GenerationRequest], *, streamed: bool
     ) -> None:
         self.jobs = [Job(self, index, request) for index, request in enumerate(requests)]
         self.streamed, self.cancelled = streamed, False
         self.loop = asyncio.get_running_loop()
         self._thread = thread
-        self._queue: asyncio.Queue[tuple[int, generation.Delta] | Exception | None] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[int, Delta] | Exception | None] = asyncio.Queue()
 
     def put(self, index: int, piece: Piece) -> None:
         """On the event loop."""
@@ -84,7 +85,7 @@ class Generations:
             self._thread.leave(self.jobs)
             self._queue.put_nowait(None)
 
-    async def deltas(self, request: Request | None = None) -> AsyncGenerator[tuple[int, generation.Delta]]:
+    async def deltas(self, request: Request | None = None) -> AsyncGenerator[tuple[int, Delta]]:
         """(index of the reply, a piece of it), as they come; the last piece of each has the reply. Ends early where the
         replies were cancelled. Raises what ended one of them. Leaving it cancels those that still run.
 
@@ -121,7 +122,7 @@ class EngineThread:
 
     def __init__(self, assistant: Assistant, *, max_running: int = MAX_RUNNING, max_waiting: int = MAX_WAITING) -> None:
         self.assistant, self.max_waiting = assistant, max_waiting
-        self.max_running = assistant.engine.slots = max_running
+        self.max_running = assistant.engine.max_running = max_running
         self.stats = Stats()
         self._proven = False
         self.broken: BaseException | None = None
@@ -149,7 +150,7 @@ class EngineThread:
         if len(self._jobs) + n > self.max_running + self.max_waiting:
             raise ApiError(503, "too many requests are waiting; try again soon", code="queue_full", Retry_After="5")
 
-    def submit(self, requests: Sequence[generation.GenerationRequest], *, streamed: bool = True) -> Generations:
+    def submit(self, requests: Sequence[GenerationRequest], *, streamed: bool = True) -> Generations:
         """Put requests in line, from the event loop. Raises ApiError 503 where there is no room for all of them."""
         made = Generations(self, requests, streamed=streamed)
         with self._changed:
@@ -221,9 +222,7 @@ class EngineThread:
             long = self._is_long(self._line[0])
         running: dict[int, Job] = {}
         with (
-            generation.Scheduler(
-                self.assistant.engine, longest=None if long else 0, prompt_tokens=PROMPT_TOKENS
-            ) as scheduler,
+            self.assistant.engine.scheduler(longest=None if long else 0, prompt_tokens=PROMPT_TOKENS) as scheduler,
             contextlib.ExitStack() as leaving,
         ):
             leaving.callback(self._count, None)
@@ -242,9 +241,9 @@ class EngineThread:
     def _is_long(self, job: Job) -> bool:
         """Whether its reply may grow beyond the length up to which this model's rows may be computed side by side.
         Such requests and others take turns."""
-        return len(job.request.prompt_ids) + job.request.max_new_tokens > self.assistant.engine.bound
+        return len(job.request.prompt_ids) + job.request.max_new_tokens > self.assistant.engine.length_limit
 
-    def _enter(self, scheduler: generation.Scheduler, running: dict[int, Job], long: bool) -> None:
+    def _enter(self, scheduler: Scheduler, running: dict[int, Job], long: bool) -> None:
         """Let the line's head into the scheduler while there is room, in order."""
         refused: list[tuple[Job, Piece]] = []
         with self._changed:
@@ -271,13 +270,10 @@ class EngineThread:
                 self.stats.finished["error" if sequence.error is not None else str(sequence.finish)] += 1
             if sequence.error is not None:
                 brought.append((job, sequence.error))
-            elif job.owner.streamed:
+            else:
                 delta = sequence.take()
                 if delta.text or delta.tokens or delta.reply is not None:
                     brought.append((job, delta))
-            elif sequence.finish is not None:
-                reply = sequence.reply()
-                brought.append((job, generation.Delta(reply.text, sequence.finish, reply, reply.logprobs)))
         self._tell(brought)
 
     def _tell(self, brought: list[tuple[Job, Piece]]) -> None:
@@ -290,7 +286,7 @@ class EngineThread:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(_put_all, mine)
 
-    def _count(self, scheduler: generation.Scheduler | None) -> None:
+    def _count(self, scheduler: Scheduler | None) -> None:
         with self._changed:
             self.stats.running = scheduler.running if scheduler else 0
             self.stats.waiting = len(self._line) + (scheduler.waiting if scheduler else 0)

@@ -94,7 +94,7 @@ def _stream(
         pass
     if ended == "interrupted":
         speech = ReplyDecoder(assistant.renderer)
-        parts = speech.parts(speech.whole(said))
+        parts = speech.parts(speech.without_open_call(said))
         if any(part.text for part in parts):
             message = Message("assistant", parts, weight=0)
     if not written.endswith("\n"):
