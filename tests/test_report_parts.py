@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from report_data import CHANGES, HOSTILE, Page, demo, item, tokens
+from helpers.report_data import CHANGES, HOSTILE, Page, demo, item, tokens
 from sftflow.chat.token_rows import TokenRow
 from sftflow.comparison.prompts import load_prompts
 from sftflow.report import charts, line_charts, pages, token_page
