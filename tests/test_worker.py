@@ -217,7 +217,7 @@ def test_a_server_whose_model_cannot_be_computed_ends_and_says_why(broken: Any) 
 
         broken.model.forward = fail
         with pytest.raises(SftflowError) as caught:
-            api.serve({"tiny": broken}, port=0, say=said.append)
+            api.serve(lambda: {"tiny": broken}, port=0, say=said.append)
         known = isinstance(error, NotImplementedError)
         assert type(caught.value) is (CheckpointError if known else RunError)
         assert caught.value.exit_code == (2 if known else 3)

@@ -24,32 +24,27 @@ def serve(
 ) -> None:
     """An OpenAI-compatible server and a chat page."""
     quiet()
-    from sftflow.checkpoint import base_format, load_assistant
+    from sftflow.checkpoint import Assistant, base_format, load_assistant
     from sftflow.report.progress import stderr
     from sftflow.serving.api import serve as run
-    from sftflow.serving.host_check import check_origin, host_names
-    from sftflow.serving.uvicorn_limits import open_socket
 
-    # All of it before minutes are spent on loading. (typer takes an empty variable for one that is not set.)
-    api_key = os.environ.get("SFTFLOW_API_KEY") if api_key is None else api_key
-    check_origin(allow_origin)
-    host_names(host, allow_host or ())
-    sock = open_socket(host, port, api_key=api_key, insecure=insecure)
-    sft = load_assistant(model)
-    assistants = {_model_id(model): sft}
-    if base_model:
-        name = _model_id(base_model)
-        name = name if name not in assistants else f"{name}-base"
-        assistants[name] = load_assistant(base_model, fallback=base_format(sft))
+    def load() -> dict[str, Assistant]:
+        assistants = {_model_id(model): load_assistant(model)}
+        if base_model:
+            (sft,), name = assistants.values(), _model_id(base_model)
+            name = name if name not in assistants else f"{name}-base"
+            assistants[name] = load_assistant(base_model, fallback=base_format(sft))
+        return assistants
+
     run(
-        assistants,
+        load,
         host=host,
         port=port,
-        api_key=api_key,
+        # typer would take an empty variable for one that is not set
+        api_key=os.environ.get("SFTFLOW_API_KEY") if api_key is None else api_key,
         allow_origin=allow_origin,
         allow_hosts=allow_host or (),
         insecure=insecure,
-        sock=sock,
         say=lambda text: stderr().print(text, highlight=False, markup=False),
     )
 

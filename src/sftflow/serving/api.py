@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Container, Iterable, Mapping
@@ -225,7 +224,7 @@ def make_app(
 
 
 def serve(
-    assistants: Mapping[str, Assistant],
+    load: Callable[[], Mapping[str, Assistant]],
     *,
     host: str = "127.0.0.1",
     port: int = 8008,
@@ -234,14 +233,18 @@ def serve(
     insecure: bool = False,
     allow_hosts: Iterable[str] = (),
     say: Callable[[str], None] = print,
-    sock: socket.socket | None = None,
 ) -> None:
-    """Serve until Ctrl-C. sock: from `open_socket`, where the caller opened it before loading the models. Raises
-    ServeError, and what kept a model from being proven (CheckpointError, else RunError)."""
+    """Serve until Ctrl-C.
+
+    load: gives the models by their names; called when all else is known to be right and the port is taken, for it may
+    take minutes.
+
+    Raises ServeError, what `load` raises, and what kept a model from being proven (CheckpointError, else RunError).
+    """
     check_origin(allow_origin)
     hosts = host_names(host, allow_hosts)
-    sock = sock or open_socket(host, port, api_key=api_key, insecure=insecure)
-    with sock:
+    with open_socket(host, port, api_key=api_key, insecure=insecure) as sock:
+        assistants = load()
         app = make_app(assistants, api_key=api_key, allow_origin=allow_origin, hosts=hosts)
         _log_access()
         shown = f"[{host}]" if ":" in host else host
