@@ -88,11 +88,10 @@ def test_replies_are_the_engines_and_join_those_that_run(assistant: Any) -> None
             replies += [asyncio.create_task(read(worker.submit([r]))) for r in requests[30:]]
             for reply, right in zip(await asyncio.gather(*replies), wanted, strict=True):
                 assert (reply.ids, reply.text) == (right.ids, right.text) or right.near_ties
-            stats = worker.stats
-            await until(lambda: stats.running == 0)
-            assert stats.prompt_tokens == sum(len(r.prompt_ids) for r in requests)
-            assert stats.generated_tokens == sum(len(r.ids) for r in wanted)
-            assert stats.finished == {"stop": 0, "length": 40, "cancelled": 0, "error": 0} and stats.waiting == 0
+            await until(lambda: worker.running == 0)
+            assert worker.prompt_tokens == sum(len(r.prompt_ids) for r in requests)
+            assert worker.generated_tokens == sum(len(r.ids) for r in wanted)
+            assert worker.finished == {"stop": 0, "length": 40, "cancelled": 0, "error": 0} and worker.waiting == 0
 
     run(scenario)
 
@@ -122,13 +121,13 @@ def test_a_full_line_refuses_and_leaving_makes_room(assistant: Any) -> None:
             with pytest.raises(module.ApiError) as refused:
                 worker.submit([ask(5, 5)])
             assert refused.value.status == 503 and int(refused.value.headers["Retry-After"]) > 0
-            await until(lambda: worker.stats.running == 2 and worker.stats.waiting == 3)
+            await until(lambda: worker.running == 2 and worker.waiting == 3)
             for job in jobs[1:]:  # one that runs, three that wait
                 job.cancel()
             reply = await read(worker.submit([ask(9, 5)]))
             assert len(reply.ids) == 5
             assert all([d.reply is None async for _, d in jobs[1].deltas()])
-            assert worker.stats.finished["cancelled"] == 4
+            assert worker.finished["cancelled"] == 4
             assert len((await read(jobs[0])).ids) == ENDLESS
 
     run(scenario)
@@ -153,12 +152,12 @@ def test_a_client_that_hangs_up_takes_its_work_with_it(assistant: Any) -> None:
             gone.set()
             rest = [d async for _, d in deltas]
             assert all(d.reply is None for d in rest) and asked == 1
-            await until(lambda: worker.stats.finished["cancelled"] == 1 and worker.stats.running == 0)
+            await until(lambda: worker.finished["cancelled"] == 1 and worker.running == 0)
 
             early = worker.submit([ask(5, ENDLESS)]).deltas()
             await anext(early)
             await early.aclose()
-            await until(lambda: worker.stats.finished["cancelled"] == 2)
+            await until(lambda: worker.finished["cancelled"] == 2)
 
     run(scenario)
 
@@ -176,7 +175,7 @@ def test_what_fails_is_told_and_the_worker_goes_on(assistant: Any) -> None:
             with failing(assistant.model, lambda ids: True), pytest.raises(torch.OutOfMemoryError):
                 await read(worker.submit([ask(5, 100)]))
             assert len((await read(worker.submit([ask(5, 100)]))).ids) == 100
-            assert worker.stats.finished["error"] == 2
+            assert worker.finished["error"] == 2
 
     run(scenario)
 
@@ -241,7 +240,7 @@ def test_closing_ends_every_reply(assistant: Any) -> None:
     async def scenario() -> None:
         async with working(assistant, max_running=2) as worker:
             jobs = [worker.submit([ask(5, ENDLESS, i)]) for i in range(4)]
-            await until(lambda: worker.stats.running == 2)
+            await until(lambda: worker.running == 2)
             worker.close()
             for job in jobs:
                 with pytest.raises(module.ApiError) as stopped:

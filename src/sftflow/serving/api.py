@@ -103,8 +103,8 @@ async def ready(request: Request) -> dict[str, str]:
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     serving = _serving(request)
-    stats = {name: model.thread.stats for name, model in serving.models.items()}
-    return Response(serving.metrics.text(stats), media_type=CONTENT_TYPE)
+    threads = {name: model.thread for name, model in serving.models.items()}
+    return Response(serving.metrics.text(threads), media_type=CONTENT_TYPE)
 
 
 @router.get("/v1/models")

@@ -14,7 +14,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fastapi import Request
@@ -34,21 +34,6 @@ log = logging.getLogger("sftflow.serving")
 Piece = Delta | Exception
 
 
-@dataclass
-class Stats:
-    """What a thread has done since it began, for /metrics; written by the engine's thread, read by anyone.
-
-    prompt_tokens: of requests that have begun.   generated_tokens: of all replies, finished or not.
-    finished: requests by how they ended: "stop", "length", "cancelled" or "error".
-    """
-
-    waiting: int = 0
-    running: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    finished: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("stop", "length", "cancelled", "error"), 0))
-
-
 @dataclass(eq=False)
 class Job:
     """One reply of a request.   began: the engine has begun with it."""
@@ -65,9 +50,7 @@ class Generations:
     streamed: whether they are wanted in pieces; else each comes as one delta, for less work.
     """
 
-    def __init__(
-        self, thread: EngineThread, requests: Sequence[GenerationRequest], *, streamed: bool
-    ) -> None:
+    def __init__(self, thread: EngineThread, requests: Sequence[GenerationRequest], *, streamed: bool) -> None:
         self.jobs = [Job(self, index, request) for index, request in enumerate(requests)]
         self.streamed, self.cancelled = streamed, False
         self.loop = asyncio.get_running_loop()
@@ -118,24 +101,38 @@ class EngineThread:
     max_running: replies that are computed side by side.   max_waiting: those that may stand in line besides.
     ready: whether the model has been proven (see `generation.check_decoder`), so that a request is computed at once.
     broken: what ended the thread, where it was not `close`.   unproven: it was the proof.
+    For /metrics, since it began: prompt_tokens, of requests that have begun; generated_tokens, of all replies, finished
+    or not; finished, requests by how they ended.
     """
 
     def __init__(self, assistant: Assistant, *, max_running: int = MAX_RUNNING, max_waiting: int = MAX_WAITING) -> None:
         self.assistant, self.max_waiting = assistant, max_waiting
         self.max_running = assistant.engine.max_running = max_running
-        self.stats = Stats()
+        self.prompt_tokens = self.generated_tokens = 0
+        self.finished = {"stop": 0, "length": 0, "cancelled": 0, "error": 0}
         self._proven = False
         self.broken: BaseException | None = None
         self._closed = False
         self._changed = threading.Condition()  # guards _line and _jobs; told of whatever the thread may wait for
         self._line: deque[Job] = deque()
         self._jobs: set[Job] = set()  # all that are not over
+        self._scheduler: Scheduler | None = None  # while there is work
         self._thread = threading.Thread(target=self._run, name="sftflow-engine", daemon=True)
         self._thread.start()
 
     @property
     def ready(self) -> bool:
         return self._proven and self._thread.is_alive()
+
+    @property
+    def running(self) -> int:
+        scheduler = self._scheduler
+        return scheduler.running if scheduler else 0
+
+    @property
+    def waiting(self) -> int:
+        scheduler = self._scheduler
+        return len(self._line) + (scheduler.waiting if scheduler else 0)
 
     @property
     def unproven(self) -> bool:
@@ -157,7 +154,6 @@ class EngineThread:
             self.check_room(len(requests))
             self._jobs.update(made.jobs)
             self._line.extend(made.jobs)
-            self.stats.waiting += len(made.jobs)
             self._changed.notify()
         return made
 
@@ -168,18 +164,23 @@ class EngineThread:
             for job in jobs:
                 if job in self._line:
                     self._line.remove(job)
-                    self.stats.waiting -= 1
-                    self.stats.finished["cancelled"] += 1
+                    self.finished["cancelled"] += 1
 
     def close(self) -> None:
         """End every reply, at the latest after its next token."""
+        self._closed = True
+        self._end_all(_stopping())
+
+    def _end_all(self, error: Exception) -> int:
+        """Everything that waits or runs ends with this error. Returns how many replies those are."""
         with self._changed:
-            self._closed = True
-            for job in self._jobs:
-                with contextlib.suppress(RuntimeError):  # its loop is closed: nobody listens any more
-                    job.owner.loop.call_soon_threadsafe(job.owner.put, job.index, _stopping())
+            self._line.clear()
+            jobs = list(self._jobs)
+            for job in jobs:
                 job.owner.cancelled = True
             self._changed.notify()
+        self._tell([(job, error) for job in jobs])
+        return len(jobs)
 
     # What follows runs in the engine's thread.
 
@@ -192,27 +193,19 @@ class EngineThread:
                     self._compute()
                 except Exception as error:  # a fault of ours, or of the machine: none of them can be saved
                     log.error("generation failed", exc_info=error)
-                    self._fail(error)
+                    self.finished["error"] += self._end_all(error)
         except BaseException as error:
             # Where the proof failed, `serve` ends with it in one line.
             log.log(logging.ERROR if self._proven else logging.DEBUG, "the engine's thread ended", exc_info=error)
             self.broken = error  # from here on nobody gets in line
-            self._fail(unusable())
+            self.finished["error"] += self._end_all(unusable())
 
     def _wait(self) -> bool:
         """Until there is work; False: until the server stops."""
+        self._scheduler = None
         with self._changed:
             self._changed.wait_for(lambda: self._line or self._closed)
             return not self._closed
-
-    def _fail(self, error: Exception) -> None:
-        """Everything that waits or runs ends with this error."""
-        with self._changed:
-            self._line.clear()
-            jobs = list(self._jobs)
-        self._count(None)
-        self.stats.finished["error"] += len(jobs)
-        self._tell([(job, error) for job in jobs])
 
     def _compute(self) -> None:
         """Run a scheduler until nothing is left for it to do; the memory of its keys and values is given back then."""
@@ -221,22 +214,18 @@ class EngineThread:
                 return
             long = self._is_long(self._line[0])
         running: dict[int, Job] = {}
-        with (
-            self.assistant.engine.scheduler(longest=None if long else 0, prompt_tokens=PROMPT_TOKENS) as scheduler,
-            contextlib.ExitStack() as leaving,
-        ):
-            leaving.callback(self._count, None)
+        with self.assistant.engine.scheduler(longest=None if long else 0, prompt_tokens=PROMPT_TOKENS) as scheduler:
+            self._scheduler = scheduler
             while not self._closed:
                 if gone := [number for number, job in running.items() if job.owner.cancelled]:
                     scheduler.cancel(gone)
                     for number in gone:
                         del running[number]
-                    self.stats.finished["cancelled"] += len(gone)
+                    self.finished["cancelled"] += len(gone)
                 self._enter(scheduler, running, long)
                 if not scheduler.busy:
                     return
                 self._report(scheduler.advance(), running)
-                self._count(scheduler)
 
     def _is_long(self, job: Job) -> bool:
         """Whether its reply may grow beyond the length up to which this model's rows may be computed side by side.
@@ -253,7 +242,7 @@ class EngineThread:
                     running[scheduler.submit(job.request, streamed=job.owner.streamed)] = job
                 except Exception as error:
                     refused.append((job, error))
-        self.stats.finished["error"] += len(refused)
+        self.finished["error"] += len(refused)
         self._tell(refused)
 
     def _report(self, sequences: list[ReplySequence], running: dict[int, Job]) -> None:
@@ -263,11 +252,11 @@ class EngineThread:
             job = running[sequence.number]
             if not job.began:
                 job.began = True
-                self.stats.prompt_tokens += len(job.request.prompt_ids)
-            self.stats.generated_tokens += sequence.error is None and bool(sequence.ids)
+                self.prompt_tokens += len(job.request.prompt_ids)
+            self.generated_tokens += sequence.error is None and bool(sequence.ids)
             if sequence.over:
                 del running[sequence.number]
-                self.stats.finished["error" if sequence.error is not None else str(sequence.finish)] += 1
+                self.finished["error" if sequence.error is not None else str(sequence.finish)] += 1
             if sequence.error is not None:
                 brought.append((job, sequence.error))
             else:
@@ -285,11 +274,6 @@ class EngineThread:
             mine = [(job, piece) for job, piece in brought if job.owner.loop is loop]
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(_put_all, mine)
-
-    def _count(self, scheduler: Scheduler | None) -> None:
-        with self._changed:
-            self.stats.running = scheduler.running if scheduler else 0
-            self.stats.waiting = len(self._line) + (scheduler.waiting if scheduler else 0)
 
 
 def _put_all(brought: list[tuple[Job, Piece]]) -> None:
