@@ -23,7 +23,7 @@ from oracle import Reference, accepts, check_rows, why_not
 from sftflow.chat.format import TEMPLATE_NOW, choose_format
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import parse_row
-from sftflow.chat.template_options import settle
+from sftflow.chat.template_options import choose_arguments
 from sftflow.errors import FormatError, MaskError, SchemaError
 from shapes import SHAPES, WEATHER, Row
 
@@ -223,7 +223,7 @@ def run(path: Path, name: str, tokenizer: Any, shapes: dict[str, Row]) -> Line:
         where = f"{path.stem} / {name} / {shape}"
         try:
             conversation = parse_row(row, "shape:1")
-            settled = settle(renderer, [conversation])  # as for a data set that holds this one row
+            settled = choose_arguments(renderer, [conversation])  # as for a data set that holds this one row
             rows = settled.render_rows(conversation)
         except FormatError as error:
             line.declined += 1

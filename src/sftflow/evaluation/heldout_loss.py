@@ -27,8 +27,8 @@ from sftflow.chat.render import Rendered, Renderer
 from sftflow.chat.schema import ROLES, Conversation, parse_line, parse_row
 from sftflow.checkpoint import Assistant
 from sftflow.data.mixture import Mixture, build_mixture
-from sftflow.data.sources import items_of, prefix_of
-from sftflow.data.truncate import fit
+from sftflow.data.sources import place_of, rows_of_entry
+from sftflow.data.truncate import fit_to_length
 from sftflow.errors import ContextError, DataError, FormatError, MaskError, SftflowError
 from sftflow.evaluation.prompts_for import plain_ids
 from sftflow.evaluation.token_loss import Float, token_losses
@@ -184,12 +184,12 @@ def held_out_rows(mixture: Mixture, recipe: Recipe, limit: int | None = None) ->
         for row in picked.get(number, []):
             wanted.setdefault(int(rows.table["number"][row]), []).append(row)
         last = max(wanted, default=0)
-        for at, payload in items_of(entry, recipe) if wanted else ():
+        for at, payload in rows_of_entry(entry, recipe) if wanted else ():
             if at in wanted:
-                place = f"{prefix_of(entry)}:{at}"
+                place = f"{place_of(entry)}:{at}"
                 if not isinstance(payload, Conversation):
                     payload = parse_row(parse_line(payload, place) if isinstance(payload, bytes) else payload, place)
-                pairs = fit(payload, mixture.renderer, recipe.train.max_length, recipe.train.overlong).pairs
+                pairs = fit_to_length(payload, mixture.renderer, recipe.train.max_length, recipe.train.overlong).pairs
                 for row in wanted[at]:
                     found = [c for c, r in pairs if np.array_equal(r.ids, rows.ids(row))]
                     if not found:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from sftflow import __version__
 from sftflow.atomic_io import NO_SPACE, Lock, finite, reason, sweep, write_json, write_text
-from sftflow.chat.template_options import settled
+from sftflow.chat.template_options import options_note
 from sftflow.checkpoint import prepare, resolve, save
 from sftflow.data.mixture import build_mixture, write_bad_rows
 from sftflow.errors import CheckpointError, RunError
@@ -161,7 +161,7 @@ def _train(
     listener.say("rendering the mixture")
     mixture = build_mixture(recipe, renderer, listener.rendering)
     renderer = mixture.renderer
-    for note in (renderer.disagreement(), settled(renderer)):
+    for note in (renderer.disagreement(), options_note(renderer)):
         if note:
             listener.say(note)
     ledger = mixture.ledger()
