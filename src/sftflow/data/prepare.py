@@ -145,8 +145,7 @@ def _render(
         with (directory / "bad.jsonl").open("w", encoding="utf-8") as f:
             for n, reason, row in total.bad:
                 f.write(json.dumps({"source": f"{job.prefix}:{n}", "reason": reason, "row": row}) + "\n")
-        first = total.sample
-        sample = {"source": first.source, "row": first.to_row()} if first else None
+        sample = {"source": total.sample.source, "row": total.sample.to_row()} if total.sample else None
         (directory / "sample.json").write_text(json.dumps(sample), encoding="utf-8")
         writer.close(meta)
 

@@ -80,7 +80,7 @@ class Prover:
 
         Shapes of whole contents are remembered, so that the usual row needs no marks once its shape is known.
         """
-        key = None if words else row.shape_key
+        key: Any = None if words else row.shape_key
         if key is not None and key in self._shapes:
             shape = self._shapes[key]
             return shape, row.texts, [p.required for p in shape.placeholders]
