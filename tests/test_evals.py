@@ -13,9 +13,9 @@ from sftflow.atomic_io import write_json
 from sftflow.chat.schema import text_message
 from sftflow.errors import ContextError, TaskError
 from sftflow.evaluation.evaluate import CHATCORE, evaluate, evaluate_models, summary
-from sftflow.evaluation.journal import prompt_hash, safe_name
+from sftflow.evaluation.journal import safe_name
 from sftflow.evaluation.prompts_for import TaskRun, open_tasks
-from sftflow.evaluation.weights import weights_hash
+from sftflow.fingerprint import prompt_hash, weights_hash
 from sftflow.generation.engine import Engine
 from sftflow.tasks import Item
 from sftflow.tasks.spelling import words

@@ -24,7 +24,7 @@ from sftflow.evaluation import multiple_choice as choices
 from sftflow.evaluation.evaluate import evaluate
 from sftflow.evaluation.journal import EvalRow, Journal, key_of, safe_name
 from sftflow.evaluation.prompts_for import TaskRun, open_tasks
-from sftflow.evaluation.weights import weights_hash
+from sftflow.fingerprint import weights_hash
 from sftflow.generation.engine import Engine
 from sftflow.tasks import TaskSource
 from sftflow.tasks.humaneval import HumanEval

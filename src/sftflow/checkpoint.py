@@ -24,8 +24,9 @@ from sftflow.atomic_io import (
     write_directory,
     write_json,
 )
-from sftflow.chat.format import ChatFormat, add_tokens, choose_format, fingerprint
+from sftflow.chat.format import ChatFormat, add_tokens, choose_format
 from sftflow.errors import CheckpointError
+from sftflow.fingerprint import format_fingerprint
 from sftflow.gguf.vocabulary import as_llama_cpp_splits
 from sftflow.rounding import round_bf16
 
@@ -258,7 +259,7 @@ def prepare(
         chat_format = fallback
     stored = info.get("fingerprint")
     if stored and format_name == "auto":
-        now = fingerprint(tokenizer, chat_format)
+        now = format_fingerprint(tokenizer, chat_format)
         if now != stored:
             raise CheckpointError(
                 location.name,
@@ -337,7 +338,7 @@ def save(
             **meta,
             "kind": "sft",
             "format": chat_format.to_json(),
-            "fingerprint": fingerprint(tokenizer, chat_format),
+            "fingerprint": format_fingerprint(tokenizer, chat_format),
             "dtype": str(dtype).removeprefix("torch."),
             "sha256": {p.name: sha256_file(p) for p in files},
         }

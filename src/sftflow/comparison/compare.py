@@ -17,7 +17,6 @@ from typing import Any
 
 from sftflow import __version__
 from sftflow.atomic_io import write_json, write_text
-from sftflow.chat.format import fingerprint
 from sftflow.checkpoint import Assistant
 from sftflow.comparison.paired import PairedResult, flags_of, hygiene_of, item_rows, task_entries
 from sftflow.comparison.prompt_replies import PROMPT_TOKENS, PromptReply, answers, shown
@@ -25,9 +24,9 @@ from sftflow.comparison.prompts import PromptSet
 from sftflow.comparison.run_artifacts import beside_run, held_out_and_overlap, plain_text_loss
 from sftflow.errors import SftflowError
 from sftflow.evaluation.evaluate import evaluate, summary, weights_of
-from sftflow.evaluation.journal import code_hash, items_hash
 from sftflow.evaluation.prompts_for import TaskRun, require_askable
 from sftflow.evaluation.statistics import centred_mean
+from sftflow.fingerprint import GRADED_ROWS, code_hash, format_fingerprint, items_hash
 
 ROWS_IN_REPORT = 300
 
@@ -133,11 +132,11 @@ def compare_models(
             "p": "exact McNemar (fractional scores: sign flips); Holm over the tasks",
         },
         "fingerprints": {
-            "base": fingerprint(base.tokenizer, base.renderer.format),
-            "sft": fingerprint(sft.tokenizer, sft.renderer.format),
+            "base": format_fingerprint(base.tokenizer, base.renderer.format),
+            "sft": format_fingerprint(sft.tokenizer, sft.renderer.format),
             "base_weights": weights_of(base),
             "sft_weights": weights_of(sft),
-            "code": code_hash(),
+            "code": code_hash(GRADED_ROWS),
             "data": {a.run.name: items_hash(a.run.items) for a in arms},
         },
     }

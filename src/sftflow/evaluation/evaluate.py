@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from sftflow import __version__
 from sftflow.atomic_io import write_json
-from sftflow.chat.format import fingerprint
 from sftflow.checkpoint import Assistant
-from sftflow.evaluation.journal import EvalRow, Journal, code_hash, items_hash, key_of, safe_name, telling_full_disk
+from sftflow.evaluation.journal import EvalRow, Journal, key_of, safe_name, telling_full_disk
 from sftflow.evaluation.lm_eval_format import harness_results
 from sftflow.evaluation.prompts_for import Arm, Grading, Step, TaskRun, ask_items, prompts_of, require_askable
 from sftflow.evaluation.statistics import centred_mean, standard_error, wilson
-from sftflow.evaluation.weights import require_finite_weights, weights_hash
+from sftflow.fingerprint import (
+    GRADED_ROWS,
+    code_hash,
+    format_fingerprint,
+    items_hash,
+    require_finite_weights,
+    weights_hash,
+)
 from sftflow.tasks import chance_of
 
 CHATCORE = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spelling_bee")
@@ -119,9 +124,9 @@ def evidence(assistant: Assistant, run: TaskRun, arm: Arm) -> dict[str, Any]:
     return {
         "checkpoint": weights_of(assistant),
         "format": assistant.renderer.format.name if arm == "chat" else "plain text",
-        "format_sha256": fingerprint(assistant.tokenizer, assistant.renderer.format),
-        "code": code_hash(),
-        "versions": {name: version(name) for name in ("sftflow", "torch", "transformers")},
+        "format_sha256": format_fingerprint(assistant.tokenizer, assistant.renderer.format),
+        "code": code_hash(GRADED_ROWS),
+        "versions": GRADED_ROWS.versions(),
         "grading": run.task.rests_on(),
         "decoding": "letter probabilities" if run.by_letter else "greedy",
         "max_new_tokens": run.task.max_new_tokens,
@@ -135,7 +140,7 @@ def weights_of(assistant: Assistant) -> str:
     """The assistant's weights' fingerprint, computed once. Raises RunError where they are not finite."""
     known = assistant.info.get("weights_hash")
     if known is None:
-        require_finite_weights(assistant.model, assistant.name)
+        require_finite_weights(assistant.model, assistant.name, "give another checkpoint, or copy it again")
         known = assistant.info["weights_hash"] = weights_hash(assistant.model)
     return str(known)
 

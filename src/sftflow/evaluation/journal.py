@@ -16,19 +16,14 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-
 from sftflow.atomic_io import NO_SPACE, finite, reason, write_json, write_text
 from sftflow.errors import RunError
+from sftflow.fingerprint import hash_json, items_hash, prompt_hash
 from sftflow.tasks import Item
 
-PACKAGE = Path(__file__).parents[1]
-SCORING = ("chat", "evaluation", "generation", "calculator.py", "tasks", "packing", "sandbox", "rounding.py")
-"""the package's parts that a score hangs on"""
 KEPT = "kept"
 LONGEST_NAME = 100
 
@@ -71,34 +66,6 @@ def key_of(item: Item, prompt: Iterable[int]) -> Key:
     return item.id, prompt_hash(prompt), items_hash([item])
 
 
-def prompt_hash(ids: Iterable[int]) -> str:
-    return hashlib.sha256(np.asarray(list(ids), np.int64).tobytes()).hexdigest()[:16]
-
-
-def items_hash(items: Iterable[Item]) -> str:
-    """Of everything that is asked and graded."""
-    digest = hashlib.sha256()
-    for i in items:
-        said = [i.id, [[m.role, m.text] for m in i.messages], i.answer, i.choices]
-        digest.update(json.dumps(said, ensure_ascii=False).encode())
-    return digest.hexdigest()[:16]
-
-
-def evidence_hash(rests_on: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(rests_on, sort_keys=True).encode()).hexdigest()[:16]
-
-
-@cache
-def code_hash() -> str:
-    """Of the package's own code and chat formats that scores may change with."""
-    digest = hashlib.sha256()
-    parts = [PACKAGE / name for name in SCORING]
-    files = {p for part in parts for p in ([part] if part.is_file() else part.rglob("*"))}
-    for path in sorted(p for p in files if p.suffix in (".py", ".jinja")):
-        digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
-
-
 def safe_name(model: str) -> str:
     """A model's name as a part of a file's. One that must be changed gets a hash, so that no two models share a file.
 
@@ -118,7 +85,7 @@ class Journal:
     def __init__(self, path: Path, rests_on: Mapping[str, Any]) -> None:
         """Takes over the rows that are there where they rest on the same; sets the others aside."""
         self.path, self.kept = path, path.parent / KEPT / path.name
-        self._stamp = evidence_hash(rests_on)
+        self._stamp = hash_json(dict(rests_on))
         self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         here, whole = _read_rows(path)
