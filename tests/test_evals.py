@@ -57,7 +57,7 @@ def test_rows_hold_their_evidence(assistant: Any, run: TaskRun, tmp_path: Path) 
         assert row["finish_reason"] in ("stop", "length") and len(row["ids"]) >= row["n_generated"] > 0
         assert assistant.engine.speech.text(row["ids"]) == row["reply"]
     meta = json.loads((tmp_path / "eval" / f"{name}.meta.json").read_text())
-    assert {**meta, "data": result.rests_on["data"]} == result.rests_on
+    assert {**meta, "data": result.provenance["data"]} == result.provenance
     assert meta["checkpoint"] == weights_hash(assistant.model) and meta["decoding"] == "greedy"
 
 

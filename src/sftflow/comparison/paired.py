@@ -122,7 +122,7 @@ def hygiene_of(assistant: Assistant, said: Sequence[PromptReply], results: Seque
     """Over the replies to the fixed prompts, then those to the tasks that are answered in free text."""
     replies: list[Any] = [a.reply for a in said if a.reply is not None]
     for result in results:
-        if result.rests_on["decoding"] == "greedy":
+        if result.provenance["decoding"] == "greedy":
             replies += [said_of_row(r, assistant.engine.speech) for r in result.rows if r.finish_reason != "too_long"]
     return hygiene(replies, assistant.renderer)
 

@@ -31,7 +31,7 @@ CHATCORE = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spelling
 class EvalResult:
     """Scores of one model on one task in one arm, with their rows.
 
-    metrics: floats are shares or other measures, ints are counts.   rests_on: fingerprints and generation settings.
+    metrics: floats are shares or other measures, ints are counts.   provenance: fingerprints and generation settings.
     limit, available: as in `TaskRun`.
     """
 
@@ -40,7 +40,7 @@ class EvalResult:
     chance: float
     rows: tuple[EvalRow, ...]
     metrics: dict[str, float | int]
-    rests_on: dict[str, Any]
+    provenance: dict[str, Any]
     limit: int | None = None
     available: int | None = None
 
@@ -77,7 +77,7 @@ class EvalResult:
             "near_ties": self.near_ties,
             "too_long": sum(r.finish_reason == "too_long" for r in self.rows),
             "tokens": sum(r.n_generated for r in self.rows),
-            "rests_on": self.rests_on,
+            "rests_on": self.provenance,
         }
 
 
@@ -86,16 +86,16 @@ def evaluate(
 ) -> EvalResult:
     """Ask every item greedily and grade the replies; a row an item into `out/eval/`, as it finishes.
 
-    Rows of an earlier run that rest on the same are taken over. model: its name in the file's. Raises RunError where
+    Rows of an earlier run with the same provenance are taken over. model: its name in the file's. Raises RunError where
     the model's weights or logits are not finite, and where the disk is full (finished rows are kept).
     """
     prompts = prompts_of(assistant, run, arm)
     keys = [key_of(item, prompt.ids) for item, prompt in zip(run.items, prompts, strict=True)]
-    rests_on = evidence(assistant, run, arm)
+    provenance = provenance_of(assistant, run, arm)
     name = safe_name(model or assistant.name) + ("-plain" if arm == "plain" else "")
     step = progress or (lambda k: None)
     with telling_full_disk(out):
-        journal = Journal(out / "eval" / f"{name}-{run.name}.jsonl", rests_on)
+        journal = Journal(out / "eval" / f"{name}-{run.name}.jsonl", provenance)
         asked = None
         try:
             open_ones = [i for i, key in enumerate(keys) if key not in journal.rows]
@@ -111,15 +111,15 @@ def evaluate(
         arm=arm,
         chance=chance_of(run.items),
         rows=rows,
-        metrics=run.task.metrics([r.marks for r in rows]) if any(r.marks for r in rows) else {},
-        rests_on={**rests_on, "data": items_hash(run.items)},
+        metrics=run.task.metrics([r.details for r in rows]) if any(r.details for r in rows) else {},
+        provenance={**provenance, "data": items_hash(run.items)},
         limit=run.limit,
         available=run.available,
     )
 
 
-def evidence(assistant: Assistant, run: TaskRun, arm: Arm) -> dict[str, Any]:
-    """What a score rests on beside its items: with all of this equal it comes out the same (near-ties aside)."""
+def provenance_of(assistant: Assistant, run: TaskRun, arm: Arm) -> dict[str, Any]:
+    """What decides a score beside its items: with all of this equal it comes out the same (near-ties aside)."""
     engine = assistant.engine
     return {
         "checkpoint": weights_of(assistant),
@@ -127,7 +127,7 @@ def evidence(assistant: Assistant, run: TaskRun, arm: Arm) -> dict[str, Any]:
         "format_sha256": format_fingerprint(assistant.tokenizer, assistant.renderer.format),
         "code": code_hash(GRADED_ROWS),
         "versions": GRADED_ROWS.versions(),
-        "grading": run.task.rests_on(),
+        "grading": run.task.provenance(),
         "decoding": "letter probabilities" if run.by_letter else "greedy",
         "max_new_tokens": run.task.max_new_tokens,
         "stop": list(run.task.plain_stops) if arm == "plain" else [],
