@@ -25,7 +25,7 @@ from sftflow.atomic_io import (
     write_json,
 )
 from sftflow.chat.format import ChatFormat, add_tokens, choose_format, fingerprint
-from sftflow.errors import CheckpointError
+from sftflow.errors import CheckpointError, first_line
 from sftflow.gguf.vocabulary import as_llama_cpp_splits
 from sftflow.rounding import round_bf16
 
@@ -208,10 +208,9 @@ class _named_errors:
                 "reading .gguf needs the packages gguf and accelerate",
                 "pip install 'sftflow[gguf]'",
             ) from error
-        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         remedy = "check the id and the network" if self.location.is_hub else "check that the files are whole"
         raise CheckpointError(
-            self.location.name, f"cannot be loaded ({type(error).__name__}: {first})", remedy
+            self.location.name, f"cannot be loaded ({type(error).__name__}: {first_line(error)})", remedy
         ) from error
 
 
