@@ -25,7 +25,7 @@ from sftflow.atomic_io import (
     write_json,
 )
 from sftflow.chat.format import ChatFormat, add_tokens, choose_format, fingerprint
-from sftflow.errors import CheckpointError, first_line
+from sftflow.errors import CheckpointError, RunError, first_line
 from sftflow.gguf.vocabulary import as_llama_cpp_splits
 from sftflow.rounding import round_bf16
 
@@ -212,6 +212,13 @@ class _named_errors:
         raise CheckpointError(
             self.location.name, f"cannot be loaded ({type(error).__name__}: {first_line(error)})", remedy
         ) from error
+
+
+def require_finite_weights(model: Any, name: str, remedy: str = "give another checkpoint, or copy it again") -> None:
+    """Raises RunError naming the first weight with a NaN or an infinity in it: all that comes of it is NaN, too."""
+    for which, weight in model.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise RunError(name, f"its weights are not finite ({which})", remedy)
 
 
 def grow_embeddings(model: Any, n_tokens: int) -> int:
