@@ -31,7 +31,6 @@ from numpy.typing import NDArray
 
 from sftflow.atomic_io import sha256_file
 from sftflow.chat.format import ChatFormat, tokenizer_json
-from sftflow.errors import RunError
 
 if TYPE_CHECKING:
     import torch
@@ -237,10 +236,3 @@ def _bytes_hash(weight: torch.Tensor) -> str:
 
     flat = weight.detach().cpu().contiguous().reshape(-1)
     return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest()  # as bytes, for NumPy has no bf16
-
-
-def require_finite_weights(model: Any, name: str, remedy: str) -> None:
-    """Raises RunError naming the first weight with a NaN or an infinity in it."""
-    for which, weight in model.named_parameters():
-        if not bool(weight.isfinite().all()):
-            raise RunError(name, f"its weights are not finite ({which})", remedy)

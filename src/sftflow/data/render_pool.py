@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftflow.chat.render import Renderer, RendererSpec
-from sftflow.chat.schema import Conversation, parse_line, parse_row
+from sftflow.chat.schema import Conversation, conversation_of
 from sftflow.chat.verify import INVARIANTS, verify
 from sftflow.data.store import ROW
 from sftflow.data.truncate import fit
@@ -77,7 +77,7 @@ def render_block(renderer: Renderer, job: Job, items: list[SourceItem], n_verifi
     for count, (number, payload) in enumerate(items):
         block.seen += 1
         try:
-            conversation = _conversation(payload, f"{job.prefix}:{number}")
+            conversation = conversation_of(payload, f"{job.prefix}:{number}")
             fitted = fit(conversation, renderer, job.max_length, job.overlong)
         except (DataError, SchemaError, FormatError, MaskError) as error:
             if job.on_bad_row == "stop":
@@ -108,16 +108,10 @@ def render_block(renderer: Renderer, job: Job, items: list[SourceItem], n_verifi
     return block
 
 
-def _conversation(payload: Any, place: str) -> Conversation:
-    if isinstance(payload, Conversation):
-        return payload
-    return parse_row(parse_line(payload, place) if isinstance(payload, bytes) else payload, place)
-
-
 def _shown(payload: Any) -> Any:
     """A bad row for bad_rows.jsonl: as it stood."""
     if isinstance(payload, Conversation):
-        return [{"role": m.role, "content": m.text} for m in payload.messages]
+        return payload.to_row()["messages"]
     return payload.decode("utf-8", "replace").rstrip("\r\n") if isinstance(payload, bytes) else payload
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from sftflow import __version__
 from sftflow.atomic_io import write_json
-from sftflow.checkpoint import Assistant
+from sftflow.checkpoint import Assistant, require_finite_weights
 from sftflow.evaluation.journal import EvalRow, Journal, key_of, safe_name, telling_full_disk
 from sftflow.evaluation.lm_eval_format import harness_results
 from sftflow.evaluation.prompts_for import Arm, Grading, Step, TaskRun, ask_items, prompts_of, require_askable
@@ -19,7 +19,6 @@ from sftflow.fingerprint import (
     code_hash,
     format_fingerprint,
     items_hash,
-    require_finite_weights,
     weights_hash,
 )
 from sftflow.tasks import chance_of
@@ -140,7 +139,7 @@ def weights_of(assistant: Assistant) -> str:
     """The assistant's weights' fingerprint, computed once. Raises RunError where they are not finite."""
     known = assistant.info.get("weights_hash")
     if known is None:
-        require_finite_weights(assistant.model, assistant.name, "give another checkpoint, or copy it again")
+        require_finite_weights(assistant.model, assistant.name)
         known = assistant.info["weights_hash"] = weights_hash(assistant.model)
     return str(known)
 

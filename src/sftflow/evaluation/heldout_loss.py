@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from sftflow.chat.render import Rendered, Renderer
 from sftflow.chat.schema import ROLES, Conversation, parse_line, parse_row
 from sftflow.checkpoint import Assistant
+from sftflow.data.documents import read_documents
 from sftflow.data.mixture import Mixture, build_mixture
 from sftflow.data.sources import items_of, prefix_of
 from sftflow.data.truncate import fit
@@ -33,7 +34,6 @@ from sftflow.errors import ContextError, DataError, FormatError, MaskError, Sftf
 from sftflow.evaluation.prompts_for import plain_ids
 from sftflow.evaluation.token_loss import Float, token_losses
 from sftflow.packing.pack import Example
-from sftflow.pretraining.pretrain import read_documents
 from sftflow.recipe import Recipe
 
 GROUPS = (*ROLES, "end_of_turn")

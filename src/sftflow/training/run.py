@@ -19,10 +19,10 @@ from typing import Any, Protocol
 from sftflow import __version__
 from sftflow.atomic_io import NO_SPACE, Lock, finite, reason, sweep, write_json, write_text
 from sftflow.chat.template_options import settled
-from sftflow.checkpoint import prepare, resolve, save
+from sftflow.checkpoint import prepare, require_finite_weights, resolve, save
 from sftflow.data.mixture import build_mixture, write_bad_rows
 from sftflow.errors import CheckpointError, RunError
-from sftflow.fingerprint import require_finite_weights, run_identity
+from sftflow.fingerprint import run_identity
 from sftflow.recipe import Recipe, to_yaml
 from sftflow.report.token_view import token_rows
 from sftflow.runtime import Runtime, detect, out_of_memory, peak_memory
