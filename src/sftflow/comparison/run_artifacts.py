@@ -12,10 +12,9 @@ from typing import Any
 
 from sftflow.checkpoint import Assistant
 from sftflow.errors import SftflowError
-from sftflow.evaluation.contamination import contamination
-from sftflow.evaluation.heldout_loss import bits_per_byte, held_out_loss, held_out_rows, plain_texts, run_mixture
+from sftflow.evaluation.contamination import contamination_of_run
+from sftflow.evaluation.heldout_loss import bits_per_byte, held_out_conversations, held_out_loss, plain_texts
 from sftflow.evaluation.prompts_for import TaskRun
-from sftflow.recipe import load_recipe
 
 HELD_OUT_ROWS = 200
 
@@ -28,18 +27,15 @@ def held_out_and_overlap(
         why = {"not_checked": "the SFT checkpoint does not lie in a run directory"}
         return None, {r.name: why for r in runs}
     try:
-        recipe = load_recipe(run / "recipe.yaml")
-        ledger = _read_json(run / "ledger.json") or {}
-        mixture = run_mixture(recipe, sft.renderer, digest=ledger.get("data_sha256"))
-        rows = held_out_rows(mixture, recipe, HELD_OUT_ROWS)
-        overlap = contamination(runs, mixture.rows, mixture.renderer) if runs else {}
+        rows = held_out_conversations(run, HELD_OUT_ROWS)
+        overlap = {name: found.to_json() for name, found in contamination_of_run(runs, run, sft.renderer).items()}
     except SftflowError as error:
         why = {"not_checked": f"{error.place}: {error.fact}"}
         return why, {r.name: why for r in runs}
     if not rows:
         return None, overlap
     try:
-        losses = {"base": held_out_loss(base, rows), "sft": held_out_loss(sft, rows)}
+        losses = {"base": held_out_loss(base, rows).to_json(), "sft": held_out_loss(sft, rows).to_json()}
     except SftflowError as error:  # a model whose logits are not those of its head
         return {"not_checked": f"{error.place}: {error.fact}"}, overlap
     return {"rows": losses["sft"]["rows"], **losses}, overlap
@@ -54,9 +50,9 @@ def plain_text_loss(base: Assistant, sft: Assistant, file: Path | None) -> dict[
         return {"text": "", "bytes": 0, "base": None, "sft": None, "not_checked": f"{error.place}: {error.fact}"}
     return {
         "text": file.name if file else "the package's own sample",
-        "bytes": after["bytes"],
-        "base": before["bpb"],
-        "sft": after["bpb"],
+        "bytes": after.bytes,
+        "base": before.bpb,
+        "sft": after.bpb,
     }
 
 
