@@ -23,7 +23,7 @@ from sftflow.evaluation import journal as store
 from sftflow.evaluation import multiple_choice as choices
 from sftflow.evaluation.evaluate import evaluate
 from sftflow.evaluation.journal import EvalRow, Journal, key_of, safe_name
-from sftflow.evaluation.prompts_for import TaskRun, open_tasks
+from sftflow.evaluation.options import EvalTask, open_tasks
 from sftflow.fingerprint import weights_hash
 from sftflow.generation.engine import Engine
 from sftflow.tasks import TaskSource
@@ -38,7 +38,7 @@ def assistant(tiny_base: Path) -> Any:
     return load_assistant(str(tiny_base))
 
 
-def opened(limit: int) -> TaskRun:
+def opened(limit: int) -> EvalTask:
     (run,) = open_tasks(["arithmetic"], limit)
     return run
 

@@ -121,7 +121,7 @@ def mix(
     from sftflow.checkpoint import open_renderer, resolve
     from sftflow.data.audit import audit, audit_page, audit_tables, item_parts
     from sftflow.data.mixture import build_mixture, write_bad_rows
-    from sftflow.evaluation.prompts_for import open_tasks
+    from sftflow.evaluation.options import open_tasks
     from sftflow.recipe import load_recipe
     from sftflow.report.progress import ProgressDisplay, ledger_table
     from sftflow.report.token_view import token_rows

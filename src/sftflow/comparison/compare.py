@@ -23,8 +23,10 @@ from sftflow.comparison.prompt_replies import PROMPT_TOKENS, PromptReply, answer
 from sftflow.comparison.prompts import PromptSet
 from sftflow.comparison.run_artifacts import beside_run, held_out_and_overlap, plain_text_loss
 from sftflow.errors import SftflowError
-from sftflow.evaluation.evaluate import evaluate, summary, weights_of
-from sftflow.evaluation.prompts_for import TaskRun, require_askable
+from sftflow.evaluation.evaluate import evaluate, weights_of
+from sftflow.evaluation.options import EvalTask
+from sftflow.evaluation.prompts_for import require_askable
+from sftflow.evaluation.results import Evaluation, ModelScores
 from sftflow.evaluation.statistics import centred_mean
 from sftflow.fingerprint import GRADED_ROWS, code_hash, format_fingerprint, items_hash
 
@@ -54,7 +56,7 @@ Progress = Callable[[str, int, int], None]  # (what, done, total)
 def compare_models(
     base: Assistant,
     sft: Assistant,
-    runs: Sequence[TaskRun],
+    runs: Sequence[EvalTask],
     prompts: PromptSet,
     out: Path,
     *,
@@ -145,8 +147,8 @@ def compare_models(
     document["seconds"] = round(time.perf_counter() - began, 1)
     report = _report_data(document, arms, sft, run_directory)
     write_json(out / "compare.json", document)
-    models = {base.name: summary([a.better for a in arms]), sft.name: summary([a.sft for a in arms])}
-    write_json(out / "eval.json", {"version": __version__, "models": models})
+    scores = {base.name: ModelScores(tuple(a.better for a in arms)), sft.name: ModelScores(tuple(a.sft for a in arms))}
+    write_json(out / "eval.json", Evaluation(scores).to_json())
     write_text(out / "report.html", render_report(report))
     return Comparison(document=document, report=report)
 

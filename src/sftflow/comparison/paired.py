@@ -9,10 +9,10 @@ from typing import Any
 
 from sftflow.checkpoint import Assistant
 from sftflow.comparison.prompt_replies import PromptReply
-from sftflow.evaluation.evaluate import EvalResult
 from sftflow.evaluation.journal import EvalRow
-from sftflow.evaluation.prompts_for import TaskRun
-from sftflow.evaluation.reply_checks import Hygiene, hygiene, said_of_row
+from sftflow.evaluation.options import EvalTask
+from sftflow.evaluation.reply_checks import ReplyChecks, check_replies
+from sftflow.evaluation.results import EvalResult
 from sftflow.evaluation.statistics import detectable, holm, paired_interval, task_p_value, verdict, wilson
 
 
@@ -20,7 +20,7 @@ from sftflow.evaluation.statistics import detectable, holm, paired_interval, tas
 class PairedResult:
     """One task's three results: the base in chat format and as plain text, and the SFT model."""
 
-    run: TaskRun
+    run: EvalTask
     chat: EvalResult
     plain: EvalResult
     sft: EvalResult
@@ -118,19 +118,19 @@ def _answer_text(row: EvalRow) -> str:
 # ---- hygiene
 
 
-def hygiene_of(assistant: Assistant, said: Sequence[PromptReply], results: Sequence[EvalResult]) -> Hygiene:
+def hygiene_of(assistant: Assistant, said: Sequence[PromptReply], results: Sequence[EvalResult]) -> ReplyChecks:
     """Over the replies to the fixed prompts, then those to the tasks that are answered in free text."""
     replies: list[Any] = [a.reply for a in said if a.reply is not None]
     for result in results:
         if result.provenance["decoding"] == "greedy":
-            replies += [said_of_row(r, assistant.engine.speech) for r in result.rows if r.finish_reason != "too_long"]
-    return hygiene(replies, assistant.renderer)
+            replies += [r for r in result.rows if r.finish_reason != "too_long"]
+    return check_replies(replies, assistant.renderer)
 
 
-def flags_of(said: Sequence[PromptReply], found: Hygiene) -> list[list[str]]:
+def flags_of(said: Sequence[PromptReply], found: ReplyChecks) -> list[list[str]]:
     """For each fixed prompt, in words, what hygiene has against its reply."""
     numbers: dict[int, int] = {}
     for i, answer in enumerate(said):
         if answer.reply is not None:
             numbers[i] = len(numbers)
-    return [found.against(numbers[i]) if i in numbers else [] for i in range(len(said))]
+    return [found.faults_of(numbers[i]) if i in numbers else [] for i in range(len(said))]

@@ -9,7 +9,7 @@ from typing import Any
 from sftflow.checkpoint import Assistant
 from sftflow.comparison.prompts import PromptSet
 from sftflow.errors import SftflowError
-from sftflow.evaluation.prompts_for import PLAIN_STOPS, Arm, plain_ids
+from sftflow.evaluation.options import PLAIN_STOPS, Arm
 from sftflow.generation.engine import GenerationRequest, Reply
 
 PROMPT_TOKENS = 96
@@ -37,7 +37,7 @@ def answers(assistant: Assistant, prompts: PromptSet, arm: Arm, step: Callable[[
                     int(t) for t in assistant.renderer.render(prompt.conversation, add_generation_prompt=True).ids
                 )
             else:
-                ids = plain_ids(assistant, prompt.plain)
+                ids = assistant.plain_ids(prompt.plain)
         except SftflowError as error:
             out[i] = PromptReply(f"[not asked: {error.fact}]", "error")
             step(1)

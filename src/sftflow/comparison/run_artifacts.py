@@ -14,13 +14,13 @@ from sftflow.checkpoint import Assistant
 from sftflow.errors import SftflowError
 from sftflow.evaluation.contamination import contamination_of_run
 from sftflow.evaluation.heldout_loss import bits_per_byte, held_out_conversations, held_out_loss, plain_texts
-from sftflow.evaluation.prompts_for import TaskRun
+from sftflow.evaluation.options import EvalTask
 
 HELD_OUT_ROWS = 200
 
 
 def held_out_and_overlap(
-    base: Assistant, sft: Assistant, runs: Sequence[TaskRun], run: Path | None
+    base: Assistant, sft: Assistant, runs: Sequence[EvalTask], run: Path | None
 ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """(held-out loss of both models, overlap by task). What cannot be had says why under `not_checked`."""
     if run is None or not (run / "recipe.yaml").is_file():
