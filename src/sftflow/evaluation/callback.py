@@ -12,7 +12,7 @@ import torch
 
 from sftflow.chat.render import Renderer
 from sftflow.checkpoint import Assistant
-from sftflow.evaluation.grading import grade_in_memory
+from sftflow.evaluation.grading import grade_items
 from sftflow.evaluation.journal import EvalRow
 from sftflow.evaluation.options import EvalTask
 from sftflow.evaluation.reply_checks import check_replies
@@ -56,7 +56,7 @@ class EvalDuringTraining:
         with _generating(model):
             assistant = Assistant("", model, tokenizer, renderer, Engine(model, renderer, runtime, tick=tick), {})
             for task in self.tasks:
-                rows = grade_in_memory(assistant, task, "chat", step)
+                rows = grade_items(assistant, task, "chat", progress=step)
                 scores[task.name] = sum(r.score for r in rows) / len(rows)
                 if not task.by_letter:
                     replies += [r for r in rows if r.finish_reason != "too_long"]

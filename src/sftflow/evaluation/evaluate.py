@@ -8,11 +8,11 @@ from typing import Any
 
 from sftflow.atomic_io import write_json
 from sftflow.checkpoint import Assistant, require_finite_weights
-from sftflow.evaluation.grading import grade_in_memory, grade_items
-from sftflow.evaluation.journal import EvalRow, Journal, key_of, safe_name, telling_full_disk
+from sftflow.evaluation.grading import grade_items
+from sftflow.evaluation.journal import Journal, safe_name, telling_full_disk
 from sftflow.evaluation.lm_eval_format import harness_results
 from sftflow.evaluation.options import Arm, EvalTask
-from sftflow.evaluation.prompts_for import prompts_for, require_askable
+from sftflow.evaluation.prompts_for import require_askable
 from sftflow.evaluation.results import EvalResult, Evaluation, ModelScores
 from sftflow.fingerprint import GRADED_ROWS, code_hash, format_fingerprint, items_hash, weights_hash
 from sftflow.tasks import chance_of
@@ -36,11 +36,13 @@ def evaluate(
     """
     provenance = provenance_of(assistant, task, arm)
     if out is None:
-        rows = grade_in_memory(assistant, task, arm, progress)
+        rows = grade_items(assistant, task, arm, progress=progress)
     else:
         name = safe_name(model or assistant.name) + ("-plain" if arm == "plain" else "")
         path = out / "eval" / f"{name}-{task.name}.jsonl"
-        rows = _grade_into(path, assistant, task, arm, provenance, progress)
+        with telling_full_disk(out), Journal(path, provenance) as journal:
+            rows = grade_items(assistant, task, arm, finished=journal.rows, keep=journal.add, progress=progress)
+            journal.close([row.key for row in rows])
     return EvalResult(
         task=task.name,
         arm=arm,
@@ -51,29 +53,6 @@ def evaluate(
         limit=task.limit,
         available=task.available,
     )
-
-
-def _grade_into(
-    path: Path,
-    assistant: Assistant,
-    task: EvalTask,
-    arm: Arm,
-    provenance: dict[str, Any],
-    progress: Callable[[int], None],
-) -> list[EvalRow]:
-    """The rows of all items in their order, of which those that the journal holds are not asked again."""
-    prompts = prompts_for(assistant, task, arm)
-    keys = [key_of(item, prompt.ids) for item, prompt in zip(task.items, prompts, strict=True)]
-    with telling_full_disk(path.parents[1]), Journal(path, provenance) as journal:
-
-        def keep(row: EvalRow) -> None:
-            journal.add(row)
-            progress(1)
-
-        progress(sum(key in journal.rows for key in keys))
-        grade_items(assistant, task, arm, prompts, keep, finished=frozenset(journal.rows))
-        journal.close(keys)
-    return [journal.rows[key] for key in keys]
 
 
 def provenance_of(assistant: Assistant, task: EvalTask, arm: Arm) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from sftflow.checkpoint import Assistant
@@ -20,24 +21,36 @@ from sftflow.generation.sampling import NEAR
 from sftflow.tasks import Item, Task
 
 Asked = Sequence[tuple[Item, ItemPrompt]]
-Keep = Callable[[EvalRow], None]
+Grade = Callable[[Item, ItemPrompt, Reply | None], None]
 
 
 def grade_items(
     assistant: Assistant,
     task: EvalTask,
     arm: Arm,
-    prompts: Sequence[ItemPrompt],
-    keep: Keep,
     *,
-    finished: Container[Key] = (),
-) -> None:
-    """Ask the items, but for those whose row is `finished`, and tell `keep(row)` of each as it is graded (from several
-    threads where grading runs code).
+    finished: Mapping[Key, EvalRow] = MappingProxyType({}),
+    keep: Callable[[EvalRow], EvalRow] = lambda row: row,
+    progress: Callable[[int], None] = lambda k: None,
+) -> list[EvalRow]:
+    """The rows of all items in their order; those that are `finished` are not asked again.
 
-    Raises RunError where the model's logits are not finite, ContextError where no prompt fits the model's context.
+    keep: stores a row as it is graded, and gives it as it is stored; called from several threads where grading runs
+    code.   progress: told how many more rows there are.
+
+    Raises TaskError where the task cannot be asked in this format, ContextError where no prompt fits the model's
+    context, RunError where the model's logits are not finite.
     """
-    asked = [(i, p) for i, p in zip(task.items, prompts, strict=True) if key_of(i, p.ids) not in finished]
+    prompts = prompts_for(assistant, task, arm)
+    keys = [key_of(item, prompt.ids) for item, prompt in zip(task.items, prompts, strict=True)]
+    rows = {key: finished[key] for key in keys if key in finished}
+    asked = [(i, p) for key, i, p in zip(keys, task.items, prompts, strict=True) if key not in rows]
+    progress(len(keys) - len(asked))
+
+    def graded(row: EvalRow) -> None:
+        rows[row.key] = keep(row)
+        progress(1)
+
     context = assistant.engine.context
     fitting = [(item, prompt) for item, prompt in asked if len(prompt.ids) < context]
     if asked and not fitting:
@@ -45,85 +58,75 @@ def grade_items(
         raise ContextError(task.name, f"no prompt fits a context of {context} tokens (shortest: {shortest})", "drop it")
     most = 1 if task.by_letter else task.task.max_new_tokens
     longest = max((len(prompt.ids) + most for _, prompt in fitting), default=0)
-    with Grading(task.task, keep) as grading:
+    with _grader(task.task, graded) as grade:
         for item, prompt in asked:
             if len(prompt.ids) >= context:
-                grading.grade(item, prompt, None)
+                grade(item, prompt, None)
         assistant.engine.decode_mode(longest)  # found out before logits are looked at: it may try ways that give none
         with finite_logits(assistant.model, f"{assistant.name}: {task.name}"):
             if task.by_letter:
-                _choose(assistant, fitting, grading)
+                _choose(assistant, fitting, grade)
             else:
-                _generate(assistant, task.task, arm, fitting, grading)
+                _generate(assistant, task.task, arm, fitting, grade)
+    return [rows[key] for key in keys]
 
 
-def grade_in_memory(assistant: Assistant, task: EvalTask, arm: Arm, progress: Callable[[int], None]) -> list[EvalRow]:
-    """The rows of all items in their order, without a file. progress: told how many are new."""
-    prompts = prompts_for(assistant, task, arm)
-    rows: dict[Key, EvalRow] = {}
+@contextmanager
+def _grader(task: Task, keep: Callable[[EvalRow], None]) -> Iterator[Grade]:
+    """Gives the function that grades a reply and tells `keep` of its row; for tasks that run code it does so beside the
+    generation, on every core, and an error in grading shows at the next reply."""
 
-    def keep(row: EvalRow) -> None:
-        rows[row.key] = row
-        progress(1)
+    def finish(item: Item, prompt: ItemPrompt, reply: Reply | None) -> None:
+        keep(_row(task, item, prompt, reply))
 
-    grade_items(assistant, task, arm, prompts, keep)
-    return [rows[key_of(item, prompt.ids)] for item, prompt in zip(task.items, prompts, strict=True)]
+    if not task.runs_code:
+        yield finish
+        return
+    pending: list[Future[None]] = []
 
-
-class Grading:
-    """Grades replies and tells `keep` of their rows; tasks that run code grade beside the generation, on every core."""
-
-    def __init__(self, task: Task, keep: Keep) -> None:
-        self._task, self._keep = task, keep
-        self._pool = ThreadPoolExecutor(os.cpu_count() or 1) if task.runs_code else None
-        self._pending: list[Future[None]] = []
-
-    def __enter__(self) -> Grading:
-        return self
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=kind is not None)
-            for future in self._pending if kind is None else []:
+    def grade(item: Item, prompt: ItemPrompt, reply: Reply | None) -> None:
+        for future in pending:
+            if future.done():
                 future.result()
+        pending.append(pool.submit(finish, item, prompt, reply))
 
-    def grade(self, item: Item, prompt: ItemPrompt, reply: Reply | None) -> None:
-        """Grade a reply, at once or soon; None: its prompt was too long. An error in grading shows at the next one."""
-        if self._pool is None:
-            self._keep(self._row(item, prompt, reply))
-            return
-        finished = [future for future in self._pending if future.done()]
-        self._pending = [future for future in self._pending if future not in finished]
-        for future in finished:
-            future.result()
-        self._pending.append(self._pool.submit(lambda: self._keep(self._row(item, prompt, reply))))
-
-    def _row(self, item: Item, prompt: ItemPrompt, reply: Reply | None) -> EvalRow:
-        text = reply.text if reply else ""
-        _, prompt_sha256, item_sha256 = key_of(item, prompt.ids)
-        return EvalRow(
-            id=item.id,
-            question="\n\n".join(m.text for m in item.messages),
-            answer=item.answer,
-            reply=text,
-            score=self._task.grade(item, text) if reply else 0.0,
-            finish_reason=reply.finish_reason if reply else "too_long",
-            n_prompt=len(prompt.ids),
-            n_generated=reply.n_generated if reply else 0,
-            seconds=round(reply.seconds, 3) if reply else 0.0,
-            prompt_sha256=prompt_sha256,
-            item_sha256=item_sha256,
-            near_ties=len(reply.near_ties) if reply else 0,
-            details=self._task.details(item, text),
-            ids=reply.ids if reply else (),
-        )
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        try:
+            yield grade
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    for future in pending:
+        future.result()
 
 
-def _generate(assistant: Assistant, task: Task, arm: Arm, asked: Asked, grading: Grading) -> None:
+def _row(task: Task, item: Item, prompt: ItemPrompt, reply: Reply | None) -> EvalRow:
+    """reply None: the prompt does not fit the model's context."""
+    text = reply.text if reply else ""
+    _, prompt_sha256, item_sha256 = key_of(item, prompt.ids)
+    return EvalRow(
+        id=item.id,
+        question="\n\n".join(m.text for m in item.messages),
+        answer=item.answer,
+        reply=text,
+        score=task.grade(item, text) if reply else 0.0,
+        finish_reason=reply.finish_reason if reply else "too_long",
+        n_prompt=len(prompt.ids),
+        n_generated=reply.n_generated if reply else 0,
+        seconds=round(reply.seconds, 3) if reply else 0.0,
+        prompt_sha256=prompt_sha256,
+        item_sha256=item_sha256,
+        near_ties=len(reply.near_ties) if reply else 0,
+        details=task.details(item, text),
+        ids=reply.ids if reply else (),
+    )
+
+
+def _generate(assistant: Assistant, task: Task, arm: Arm, asked: Asked, grade: Grade) -> None:
     def done(number: int, reply: Reply) -> None:
         if arm == "plain":  # without the space around it; code keeps its first line's indentation
             reply = replace(reply, text=reply.text.rstrip() if task.runs_code else reply.text.strip())
-        grading.grade(*asked[number], reply)
+        grade(*asked[number], reply)
 
     requests = [
         GenerationRequest(
@@ -137,7 +140,7 @@ def _generate(assistant: Assistant, task: Task, arm: Arm, asked: Asked, grading:
     assistant.engine.generate(requests, done)
 
 
-def _choose(assistant: Assistant, asked: Asked, grading: Grading) -> None:
+def _choose(assistant: Assistant, asked: Asked, grade: Grade) -> None:
     """Multiple choice: the item's own letter with the highest probability."""
 
     def done(number: int, scores: dict[str, float]) -> None:
@@ -154,7 +157,7 @@ def _choose(assistant: Assistant, asked: Asked, grading: Grading) -> None:
             seconds=0.0,
             near_ties=(0,) if scores[best] - scores[second] < NEAR else (),
         )
-        grading.grade(item, prompt, reply)
+        grade(item, prompt, reply)
 
     letter_scores(assistant.engine, [prompt for _, prompt in asked], done)
 

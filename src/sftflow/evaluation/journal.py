@@ -110,7 +110,6 @@ class Journal:
         found = {(row.provenance, row.key): row for row in [*_read_rows(self.kept)[0], *here]}
         self.rows = {key: row for (stamp, key), row in found.items() if stamp == self._stamp}
         self._others = [row for (stamp, _), row in found.items() if stamp != self._stamp]
-        self.taken_over = len(self.rows)
         # What is set aside is written before the file is cut, so that each row is in one of the two at any time.
         foreign = any(row.provenance != self._stamp for row in here)
         if foreign:
@@ -126,8 +125,8 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def add(self, row: EvalRow) -> None:
-        """Append a row: whole, or not at all where the disk is full."""
+    def add(self, row: EvalRow) -> EvalRow:
+        """Append a row, stamped with the provenance: whole, or not at all where the disk is full."""
         row = replace(row, provenance=self._stamp)
         with self._lock:
             end = os.fstat(self._file.fileno()).st_size
@@ -139,6 +138,7 @@ class Journal:
                 os.ftruncate(self._file.fileno(), end)
                 raise
             self.rows[row.key] = row
+        return row
 
     def close(self, asked: Sequence[Key] | None = None) -> None:
         """asked: the keys of all items in their order, once their rows are there. Other rows are set aside."""

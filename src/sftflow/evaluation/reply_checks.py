@@ -14,13 +14,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation, text_message
 from sftflow.errors import SftflowError
+from sftflow.evaluation.journal import EvalRow
+from sftflow.generation.request import Reply
 from sftflow.generation.sequence import ReplyDecoder
 from sftflow.report.token_view import token_bytes
 
@@ -51,20 +53,6 @@ CODE = re.compile(r"^ {0,3}(```+|~~~+).*?(?:^ {0,3}\1|\Z)|(`+)[^`\n]+\2", re.MUL
 HTML_LIKE = re.compile(r"</?[A-Za-z]+>")
 # Chinese and Japanese write no spaces: there a character counts as a word.
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|(?:(?![\u3040-\u30ff\u3400-\u9fff])\w)+(?:['\u2019]\w+)*")
-
-
-class FinishedReply(Protocol):
-    """What is looked at of a reply: `generation.Reply` and a graded row have it. ids: generated ones, the end token
-    included."""
-
-    @property
-    def ids(self) -> tuple[int, ...]: ...
-    @property
-    def text(self) -> str: ...
-    @property
-    def finish_reason(self) -> str: ...
-    @property
-    def n_generated(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +92,7 @@ class ReplyChecks:
         }
 
 
-def check_replies(replies: Sequence[FinishedReply], renderer: Renderer) -> ReplyChecks:
+def check_replies(replies: Sequence[Reply | EvalRow], renderer: Renderer) -> ReplyChecks:
     """Check replies that were generated in the renderer's format."""
     decoder = ReplyDecoder(renderer)
     control = frozenset(renderer.special.values()) - decoder.stop - frozenset(decoder.python or ())
