@@ -29,7 +29,7 @@ class FixedPrompt:
         if all(m.role != "assistant" for m in messages):
             asked = "\n\n".join(m.text for m in messages)
             return f"Question: {asked}\nAnswer:"
-        names = {"user": "Question", "assistant": "PromptReply"}
+        names = {"user": "Question", "assistant": "Answer"}
         lines = [f"{names.get(m.role, '')}: {m.text}".lstrip(": ") for m in messages]
         return "\n".join([*lines, "Answer:"])
 
