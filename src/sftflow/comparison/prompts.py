@@ -44,6 +44,9 @@ class PromptSet:
     sha256: str
     prompts: tuple[FixedPrompt, ...]
 
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "version": self.version, "sha256": self.sha256}
+
 
 def load_prompts(source: str = "default") -> PromptSet:
     """The default set, or a file with one prompt a line: any accepted dialect, or {"prompt": TEXT}."""
