@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from sftflow.comparison.results import Comparison, Overlap
 
-FORGOT = 0.02
-"""plain text this much worse, relative, counts as forgetting"""
 SMALL_MODEL = 50_000_000
 
 
@@ -15,10 +13,9 @@ def remarks(comparison: Comparison) -> list[str]:
     if comparison.continued:
         out.append("the starting checkpoint was already instruction-tuned: this is continued SFT, not base versus SFT")
     plain = comparison.forgetting
-    if plain.base and plain.sft:
-        change = plain.sft / plain.base - 1
-        text = f"plain text: {plain.base:.3f} -> {plain.sft:.3f} bits per byte ({change:+.1%}"
-        out.append(text + (", it forgot some of its reading)" if change > FORGOT else ")"))
+    if plain.change is not None:
+        text = f"plain text: {plain.base:.3f} -> {plain.sft:.3f} bits per byte ({plain.change:+.1%}"
+        out.append(text + (", it forgot some of its reading)" if plain.forgot else ")"))
     for name, task in comparison.tasks.items():
         overlap = task.contamination
         if isinstance(overlap, Overlap) and overlap.contaminated:

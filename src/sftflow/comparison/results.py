@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import datetime
 from typing import Any, Generic, TypeVar
 
-from sftflow.comparison.judge import Judged
+from sftflow.comparison.judge import Judged, Verdict
 from sftflow.comparison.prompts import PromptSet
 from sftflow.comparison.run_artifacts import RunArtifacts
 from sftflow.evaluation.journal import EvalRow
@@ -20,6 +20,8 @@ from sftflow.evaluation.reply_checks import Hygiene
 from sftflow.generation.engine import Reply
 
 T = TypeVar("T")
+FORGOT = 0.02
+"""plain text this much worse, relative, counts as forgetting"""
 NOT_IN_FILE = {"in_file": False}
 CONTINUED = "continued SFT"
 
@@ -31,8 +33,9 @@ class Both(Generic[T]):
     base: T
     sft: T
 
-    def __iter__(self) -> Any:
-        return iter((self.base, self.sft))
+    @property
+    def any(self) -> bool:
+        return bool(self.base or self.sft)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +146,11 @@ class PromptComparison:
     base_plain: PromptReply
     sft: PromptReply
 
+    @property
+    def asked(self) -> str:
+        """What the user said last."""
+        return next((m["content"] for m in reversed(self.messages) if m["role"] == "user"), self.id)
+
     def to_json(self) -> dict[str, Any]:
         replies = {"base": self.base, "base_plain": self.base_plain, "sft": self.sft}
         return {
@@ -203,6 +211,10 @@ class Forgetting:
         """Relative; more is worse:  2.0 -> 2.1 bits per byte is 0.05"""
         return round(self.sft / self.base - 1, 4) if self.base and self.sft is not None else None
 
+    @property
+    def forgot(self) -> bool:
+        return self.change is not None and self.change > FORGOT
+
 
 # ---- the whole
 
@@ -245,6 +257,11 @@ class Comparison:
     @property
     def continued(self) -> bool:
         return self.kind == CONTINUED
+
+    @property
+    def verdicts(self) -> Sequence[Verdict]:
+        """The judge's, prompt by prompt; none where no judge was asked."""
+        return self.judge.rows if isinstance(self.judge, Judged) else ()
 
     def to_json(self) -> dict[str, Any]:
         """compare.json"""

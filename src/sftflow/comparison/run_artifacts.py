@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from sftflow.chat.token_rows import TokenRow
+
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerSource:
@@ -57,15 +59,14 @@ class SampledScores:
 class RunArtifacts:
     """None or empty: the run has none, or its file is not whole.
 
-    losses: (step, nats per supervised token).   mask_example: {"source", "tokens", "turns"}, of mask_example.json.
-    recipe: as YAML.
+    losses: (step, nats per supervised token).   mask_example: a training row with its mask.   recipe: as YAML.
     """
 
     ledger: Ledger | None = None
     losses: Sequence[tuple[int, float | None]] = ()
     validation: Sequence[ValidationLoss] = ()
     sampled: Sequence[SampledScores] = ()
-    mask_example: Mapping[str, Any] | None = None
+    mask_example: TokenRow | None = None
     recipe: str | None = None
     train_seconds: float | None = None
 
@@ -82,7 +83,7 @@ def read_run(run: Path | None) -> RunArtifacts:
     """What the files of a run directory say; nothing where there is none."""
     if run is None:
         return RunArtifacts()
-    examples = _read_json(run / "mask_example.json")
+    examples = [TokenRow.from_json(row) for row in _read_json(run / "mask_example.json") or ()]
     steps = _read_lines(run / "metrics.jsonl")
     recipe = run / "recipe.yaml"
     return RunArtifacts(
@@ -96,7 +97,7 @@ def read_run(run: Path | None) -> RunArtifacts:
             SampledScores(step=r["step"], tasks=r.get("tasks") or {}, hygiene=r.get("hygiene") or {})
             for r in _read_lines(run / "evals.jsonl")
         ],
-        mask_example=max(examples, key=_interest) if examples else None,
+        mask_example=max(examples, key=_interest, default=None),
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
         train_seconds=sum(r["seconds"] for r in steps) if steps else None,
     )
@@ -111,11 +112,9 @@ def _ledger(told: Any) -> Ledger | None:
     return Ledger(sources=sources, **{k: told[k] for k in own})
 
 
-def _interest(example: Mapping[str, Any]) -> tuple[int, int]:
+def _interest(row: TokenRow) -> tuple[bool, int]:
     """The mask example worth showing: one with a calculator call, of moderate length."""
-    tokens = example["tokens"]
-    has_tool = any(t["special"] and "output" in t["text"] for t in tokens)
-    return (int(has_tool), -abs(len(tokens) - 60))
+    return any(t.special and "output" in t.text for t in row.tokens), -abs(len(row.tokens) - 60)
 
 
 def _read_json(path: Path) -> Any:
