@@ -13,9 +13,9 @@ from sftflow.atomic_io import write_json
 from sftflow.chat.schema import text_message
 from sftflow.errors import ContextError, TaskError
 from sftflow.evaluation.evaluate import CHATCORE, evaluate, evaluate_models, summary
-from sftflow.evaluation.journal import prompt_hash, safe_name
+from sftflow.evaluation.journal import safe_name
 from sftflow.evaluation.prompts_for import TaskRun, open_tasks
-from sftflow.evaluation.weights import weights_hash
+from sftflow.fingerprint import prompt_hash, weights_hash
 from sftflow.generation.engine import Engine
 from sftflow.tasks import Item
 from sftflow.tasks.spelling import words
@@ -57,7 +57,7 @@ def test_rows_hold_their_evidence(assistant: Any, run: TaskRun, tmp_path: Path) 
         assert row["finish_reason"] in ("stop", "length") and len(row["ids"]) >= row["n_generated"] > 0
         assert assistant.engine.speech.text(row["ids"]) == row["reply"]
     meta = json.loads((tmp_path / "eval" / f"{name}.meta.json").read_text())
-    assert {**meta, "data": result.rests_on["data"]} == result.rests_on
+    assert {**meta, "data": result.provenance["data"]} == result.provenance
     assert meta["checkpoint"] == weights_hash(assistant.model) and meta["decoding"] == "greedy"
 
 

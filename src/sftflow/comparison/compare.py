@@ -19,10 +19,9 @@ from typing import Any
 
 from sftflow import __version__
 from sftflow.atomic_io import write_json
-from sftflow.chat.format import fingerprint
 from sftflow.checkpoint import Assistant
 from sftflow.comparison.judge import Judged, Pair, check_judge, judge_pairs
-from sftflow.comparison.losses import forgetting, held_out_and_overlap
+from sftflow.comparison.losses import forgetting, held_out_comparison, overlap_with_training
 from sftflow.comparison.paired import PairedResult, check_replies, task_comparisons
 from sftflow.comparison.prompt_replies import PROMPT_TOKENS, prompt_comparisons, prompt_replies, with_faults
 from sftflow.comparison.prompts import PromptSet, load_prompts
@@ -30,9 +29,9 @@ from sftflow.comparison.results import CONTINUED, Both, Comparison, NotJudged, P
 from sftflow.comparison.run_artifacts import read_run
 from sftflow.errors import RecipeError, SftflowError
 from sftflow.evaluation.evaluate import evaluate, summary, weights_of
-from sftflow.evaluation.journal import code_hash, items_hash
 from sftflow.evaluation.prompts_for import TaskRun, require_askable
 from sftflow.evaluation.statistics import centred_mean
+from sftflow.fingerprint import GRADED_ROWS, code_hash, format_fingerprint, items_hash
 
 JUDGE_KEY = "SFTFLOW_JUDGE_KEY"
 """environment variable of the judge's API key"""
@@ -104,8 +103,7 @@ def compare_models(
         check_replies(base, chat, [r.chat for r in results]), check_replies(sft, after, [r.sft for r in results])
     )
     say("held-out loss, forgetting, overlap with the training rows")
-    held_out, overlap = held_out_and_overlap(base, sft, runs, run_directory)
-    tasks = task_comparisons(results, overlap)
+    tasks = task_comparisons(results, overlap_with_training(runs, sft, run_directory))
     chances = [t.chance for t in tasks.values()]
     comparison = Comparison(
         version=__version__,
@@ -119,7 +117,7 @@ def compare_models(
         prompt_set=prompts,
         prompts=prompt_comparisons(prompts, with_faults(chat, checks.base), plain, with_faults(after, checks.sft)),
         hygiene=checks,
-        held_out_loss=held_out,
+        held_out_loss=held_out_comparison(base, sft, run_directory),
         forgetting=forgetting(base, sft, plain_text),
         settings=_settings(sft, runs),
         fingerprints=_fingerprints(base, sft, runs),
@@ -193,11 +191,11 @@ def _settings(sft: Assistant, runs: Sequence[TaskRun]) -> dict[str, Any]:
 
 def _fingerprints(base: Assistant, sft: Assistant, runs: Sequence[TaskRun]) -> dict[str, Any]:
     return {
-        "base": fingerprint(base.tokenizer, base.renderer.format),
-        "sft": fingerprint(sft.tokenizer, sft.renderer.format),
+        "base": format_fingerprint(base.tokenizer, base.renderer.format),
+        "sft": format_fingerprint(sft.tokenizer, sft.renderer.format),
         "base_weights": weights_of(base),
         "sft_weights": weights_of(sft),
-        "code": code_hash(),
+        "code": code_hash(GRADED_ROWS),
         "data": {r.name: items_hash(r.items) for r in runs},
     }
 

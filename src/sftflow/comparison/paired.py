@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sftflow.checkpoint import Assistant
-from sftflow.comparison.results import Both, ItemComparison, NotChecked, Overlap, PromptReply, TaskComparison
+from sftflow.comparison.results import Both, ItemComparison, NotChecked, PromptReply, TaskComparison
+from sftflow.evaluation.contamination import Overlap
 from sftflow.evaluation.evaluate import EvalResult
 from sftflow.evaluation.prompts_for import TaskRun
 from sftflow.evaluation.reply_checks import Hygiene, hygiene, said_of_row
@@ -101,7 +102,7 @@ def check_replies(assistant: Assistant, replies: Sequence[PromptReply], results:
     """Over the replies to the fixed prompts, then those to the tasks that are answered in free text."""
     checked: list[Any] = [r.reply for r in replies if r.reply is not None]
     for result in results:
-        if result.rests_on["decoding"] == "greedy":
+        if result.provenance["decoding"] == "greedy":
             rows = (row for row in result.rows if row.finish_reason != "too_long")
             checked += [said_of_row(row, assistant.engine.speech) for row in rows]
     return hygiene(checked, assistant.renderer)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sftflow.comparison.results import Comparison, Overlap
+from sftflow.comparison.results import Comparison
+from sftflow.evaluation.contamination import Overlap
 
 SMALL_MODEL = 50_000_000
 

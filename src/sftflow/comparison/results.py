@@ -14,6 +14,8 @@ from typing import Any, Generic, TypeVar
 from sftflow.comparison.judge import Judged, Verdict
 from sftflow.comparison.prompts import PromptSet
 from sftflow.comparison.run_artifacts import RunArtifacts
+from sftflow.evaluation.contamination import Overlap
+from sftflow.evaluation.heldout_loss import HeldOutLoss
 from sftflow.evaluation.journal import EvalRow
 from sftflow.evaluation.prompts_for import Arm
 from sftflow.evaluation.reply_checks import Hygiene
@@ -59,21 +61,6 @@ class ItemComparison:
     base_plain: EvalRow
     sft: EvalRow
     change: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Overlap:
-    """How many of a task's items stand in the training rows, by `ngram` words in a row.
-
-    unchecked: items that are too short for it.   examples: {"item", "source", "place", "words"} each.
-    """
-
-    ngram: int
-    items: int
-    contaminated: int
-    share: float
-    unchecked: int
-    examples: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,23 +151,6 @@ class PromptComparison:
 
 
 # ---- losses
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeldOutLoss:
-    """Nats per token on conversations kept out of training; None where there is no such token.
-
-    tokens: supervised ones.   all: of these.   skipped: {why: rows}.   first_skipped: the first one's error.
-    """
-
-    rows: int
-    tokens: int
-    all: float | None
-    end_of_turn: float | None
-    roles: Mapping[str, float | None]
-    sources: Mapping[str, float | None]
-    skipped: Mapping[str, int] = field(default_factory=dict)
-    first_skipped: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

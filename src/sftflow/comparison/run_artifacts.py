@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from sftflow.atomic_io import read_log
 from sftflow.chat.token_rows import TokenRow
 
 
@@ -84,18 +84,18 @@ def read_run(run: Path | None) -> RunArtifacts:
     if run is None:
         return RunArtifacts()
     examples = [TokenRow.from_json(row) for row in _read_json(run / "mask_example.json") or ()]
-    steps = _read_lines(run / "metrics.jsonl")
+    steps = read_log(run / "metrics.jsonl")
     recipe = run / "recipe.yaml"
     return RunArtifacts(
         ledger=_ledger(_read_json(run / "ledger.json")),
         losses=[(r["step"], r["loss"]) for r in steps],
         validation=[
             ValidationLoss(step=r["step"], loss=r["loss"], sources=r.get("sources") or {})
-            for r in _read_lines(run / "validation.jsonl")
+            for r in read_log(run / "validation.jsonl")
         ],
         sampled=[
             SampledScores(step=r["step"], tasks=r.get("tasks") or {}, hygiene=r.get("hygiene") or {})
-            for r in _read_lines(run / "evals.jsonl")
+            for r in read_log(run / "evals.jsonl")
         ],
         mask_example=max(examples, key=_interest, default=None),
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
@@ -123,13 +123,3 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """A log's rows; a line that a kill or a full disk cut short is none."""
-    rows = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]

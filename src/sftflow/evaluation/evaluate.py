@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from sftflow import __version__
 from sftflow.atomic_io import write_json
-from sftflow.chat.format import fingerprint
-from sftflow.checkpoint import Assistant
-from sftflow.evaluation.journal import EvalRow, Journal, code_hash, items_hash, key_of, safe_name, telling_full_disk
+from sftflow.checkpoint import Assistant, require_finite_weights
+from sftflow.evaluation.journal import EvalRow, Journal, key_of, safe_name, telling_full_disk
 from sftflow.evaluation.lm_eval_format import harness_results
 from sftflow.evaluation.prompts_for import Arm, Grading, Step, TaskRun, ask_items, prompts_of, require_askable
 from sftflow.evaluation.statistics import centred_mean, standard_error, wilson
-from sftflow.evaluation.weights import require_finite_weights, weights_hash
+from sftflow.fingerprint import (
+    GRADED_ROWS,
+    code_hash,
+    format_fingerprint,
+    items_hash,
+    weights_hash,
+)
 from sftflow.tasks import chance_of
 
 CHATCORE = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spelling_bee")
@@ -26,7 +30,7 @@ CHATCORE = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spelling
 class EvalResult:
     """Scores of one model on one task in one arm, with their rows.
 
-    metrics: floats are shares or other measures, ints are counts.   rests_on: fingerprints and generation settings.
+    metrics: floats are shares or other measures, ints are counts.   provenance: fingerprints and generation settings.
     limit, available: as in `TaskRun`.
     """
 
@@ -35,7 +39,7 @@ class EvalResult:
     chance: float
     rows: tuple[EvalRow, ...]
     metrics: dict[str, float | int]
-    rests_on: dict[str, Any]
+    provenance: dict[str, Any]
     limit: int | None = None
     available: int | None = None
 
@@ -72,7 +76,7 @@ class EvalResult:
             "near_ties": self.near_ties,
             "too_long": sum(r.finish_reason == "too_long" for r in self.rows),
             "tokens": sum(r.n_generated for r in self.rows),
-            "rests_on": self.rests_on,
+            "rests_on": self.provenance,
         }
 
 
@@ -81,16 +85,16 @@ def evaluate(
 ) -> EvalResult:
     """Ask every item greedily and grade the replies; a row an item into `out/eval/`, as it finishes.
 
-    Rows of an earlier run that rest on the same are taken over. model: its name in the file's. Raises RunError where
+    Rows of an earlier run with the same provenance are taken over. model: its name in the file's. Raises RunError where
     the model's weights or logits are not finite, and where the disk is full (finished rows are kept).
     """
     prompts = prompts_of(assistant, run, arm)
     keys = [key_of(item, prompt.ids) for item, prompt in zip(run.items, prompts, strict=True)]
-    rests_on = evidence(assistant, run, arm)
+    provenance = provenance_of(assistant, run, arm)
     name = safe_name(model or assistant.name) + ("-plain" if arm == "plain" else "")
     step = progress or (lambda k: None)
     with telling_full_disk(out):
-        journal = Journal(out / "eval" / f"{name}-{run.name}.jsonl", rests_on)
+        journal = Journal(out / "eval" / f"{name}-{run.name}.jsonl", provenance)
         asked = None
         try:
             open_ones = [i for i, key in enumerate(keys) if key not in journal.rows]
@@ -106,23 +110,23 @@ def evaluate(
         arm=arm,
         chance=chance_of(run.items),
         rows=rows,
-        metrics=run.task.metrics([r.marks for r in rows]) if any(r.marks for r in rows) else {},
-        rests_on={**rests_on, "data": items_hash(run.items)},
+        metrics=run.task.metrics([r.details for r in rows]) if any(r.details for r in rows) else {},
+        provenance={**provenance, "data": items_hash(run.items)},
         limit=run.limit,
         available=run.available,
     )
 
 
-def evidence(assistant: Assistant, run: TaskRun, arm: Arm) -> dict[str, Any]:
-    """What a score rests on beside its items: with all of this equal it comes out the same (near-ties aside)."""
+def provenance_of(assistant: Assistant, run: TaskRun, arm: Arm) -> dict[str, Any]:
+    """What decides a score beside its items: with all of this equal it comes out the same (near-ties aside)."""
     engine = assistant.engine
     return {
         "checkpoint": weights_of(assistant),
         "format": assistant.renderer.format.name if arm == "chat" else "plain text",
-        "format_sha256": fingerprint(assistant.tokenizer, assistant.renderer.format),
-        "code": code_hash(),
-        "versions": {name: version(name) for name in ("sftflow", "torch", "transformers")},
-        "grading": run.task.rests_on(),
+        "format_sha256": format_fingerprint(assistant.tokenizer, assistant.renderer.format),
+        "code": code_hash(GRADED_ROWS),
+        "versions": GRADED_ROWS.versions(),
+        "grading": run.task.provenance(),
         "decoding": "letter probabilities" if run.by_letter else "greedy",
         "max_new_tokens": run.task.max_new_tokens,
         "stop": list(run.task.plain_stops) if arm == "plain" else [],

@@ -32,7 +32,7 @@ def harness_results(assistant: Assistant, results: Sequence[EvalResult]) -> dict
     return {
         "results": {r.task: {"alias": r.task, "sample_len": r.n, **figures(r)} for r in results},
         "group_subtasks": {name: [] for name in tasks},
-        "configs": {r.task: {"task": r.task, "num_fewshot": 0, "metadata": r.rests_on} for r in results},
+        "configs": {r.task: {"task": r.task, "num_fewshot": 0, "metadata": r.provenance} for r in results},
         "versions": {name: __version__ for name in tasks},
         "n-shot": {name: 0 for name in tasks},
         "higher_is_better": {r.task: {key.split(",")[0]: True for key in figures(r)} for r in results},

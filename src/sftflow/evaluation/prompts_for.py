@@ -173,7 +173,7 @@ class Grading:
                 prompt_sha256=self.keys[i][1],
                 item_sha256=self.keys[i][2],
                 near_ties=near_ties,
-                marks=self.run.task.marks(item, text),
+                details=self.run.task.details(item, text),
                 ids=ids,
             )
             self.keep(row)

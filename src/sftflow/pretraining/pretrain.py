@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import lzma
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from sftflow.atomic_io import sweep, write_directory, write_json
+from sftflow.data.documents import read_documents
 from sftflow.errors import CheckpointError, DataError, RecipeError
 from sftflow.packing.pack import Example
 from sftflow.runtime import Runtime
@@ -44,28 +44,6 @@ class BaseSpec:
     lr: float = 5e-3
     seed: int = 0
     compile: bool = False
-
-
-def read_documents(path: Path) -> Iterator[str]:
-    """The documents of a text file: .txt (blank-line free chunks are one document) or .jsonl with `text`,
-    either of them also .xz."""
-    name = path.name.removesuffix(".xz")
-    if not path.is_file():
-        raise DataError(str(path), "no such file", "give a .txt, .jsonl or .jsonl.xz file")
-    opener: Any = lzma.open if path.suffix == ".xz" else open
-    with opener(path, "rt", encoding="utf-8") as f:
-        if not name.endswith(".jsonl"):
-            text = f.read()
-            if text.strip():
-                yield text
-            return
-        for number, line in enumerate(f, 1):
-            try:
-                yield str(json.loads(line)["text"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(
-                    f"{path}:{number}", f"not a JSON object with `text` ({error})", "fix the line"
-                ) from None
 
 
 def build_model(spec: BaseSpec, vocab_size: int, bos: int) -> Any:

@@ -20,13 +20,13 @@ from sftflow import __version__
 from sftflow.atomic_io import NO_SPACE, Lock, finite, reason, sweep, write_json, write_text
 from sftflow.chat.template_options import settled
 from sftflow.chat.token_rows import token_row
-from sftflow.checkpoint import prepare, resolve, save
+from sftflow.checkpoint import prepare, require_finite_weights, resolve, save
 from sftflow.data.mixture import build_mixture, write_bad_rows
 from sftflow.errors import CheckpointError, RunError
+from sftflow.fingerprint import run_identity
 from sftflow.recipe import Recipe, to_yaml
 from sftflow.runtime import Runtime, detect, out_of_memory, peak_memory
 from sftflow.training.loggers import open_logger, require_logger
-from sftflow.training.run_identity import flat_recipe, identity_of
 from sftflow.training.settings import loop_spec, resolve_recipe, set_dropout, settle_compile, stored_dtype
 from sftflow.training.signals import Signals, Stopped
 
@@ -148,7 +148,7 @@ def _train(
     location = resolve(recipe.base)
     listener.say(f"loading {recipe.base}")
     model, tokenizer, renderer, base_info = prepare(location, format_name=recipe.format)
-    _require_finite(model, recipe.base)
+    require_finite_weights(model, recipe.base, "give another base, or copy this one again")
     runtime = detect(recipe.train.precision)
     base_dtype = stored_dtype(location)
     recipe, notes = resolve_recipe(recipe, runtime, model.num_parameters())
@@ -170,7 +170,7 @@ def _train(
     spec = loop_spec(recipe)
     model.to(runtime.device)
     trainer = Trainer(model, plan, spec, runtime, mixture.names)
-    identity = {**flat_recipe(recipe), **identity_of(mixture, tokenizer)}
+    identity = run_identity(recipe, tokenizer, renderer.format, mixture.rows)
     states = saved_states(out / "resume")
     extra: dict[str, Any] = {"best": None, "checkpoint": None, "seconds": 0.0}
     if resume and states:
@@ -285,13 +285,6 @@ def _cannot_write(out: Path, error: Exception) -> RunError:
     full = why in {os.strerror(number) for number in NO_SPACE}
     remedy = "free space" if full else "check the disk and its permissions"
     return RunError(str(out), f"cannot write ({why})", f"{remedy}; --resume goes on")
-
-
-def _require_finite(model: Any, base: str) -> None:
-    """Raises RunError where a weight of the base is NaN or infinite: every loss would be."""
-    for name, parameter in model.named_parameters():
-        if not bool(parameter.isfinite().all()):
-            raise RunError(base, f"its weights are not finite ({name})", "give another base, or copy this one again")
 
 
 def _after_divergence(out: Path, extra: dict[str, Any]) -> str:
