@@ -18,16 +18,15 @@ from sftflow.comparison.results import (
     Comparison,
     Forgetting,
     HeldOutComparison,
-    HeldOutLoss,
     ItemComparison,
     NotChecked,
-    Overlap,
-    OverlapExample,
     PromptComparison,
     PromptReply,
     TaskComparison,
 )
 from sftflow.comparison.run_artifacts import Ledger, LedgerSource, RunArtifacts, SampledScores, ValidationLoss
+from sftflow.evaluation.contamination import Overlap, OverlapExample
+from sftflow.evaluation.heldout_loss import HeldOutLoss
 from sftflow.evaluation.journal import EvalRow
 from sftflow.evaluation.reply_checks import FAULTS, Hygiene
 
@@ -125,19 +124,18 @@ def token_row() -> TokenRow:
 
 def checks(stop: float, loops: float, counts: list[int], n: int = 200) -> Hygiene:
     """n replies of which these shares ended by themselves and repeat themselves."""
-    shares = {"stop": stop, "limit": 1 - stop, "looping": loops, "role_leak": 0.01, "self_turn": 0.02}
+    shares = {"stop": stop, "limit": 1 - stop, "looping": loops, "role_leak": 0.03, "self_turn": 0.2}
     replies = {name: tuple(range(round(shares.get(name, 0.0) * n))) for name in ("stop", *FAULTS)}
     return Hygiene(
-        n=n, replies=replies, distinct=(0.5, 0.75, None), tool_calls={"calls": 9, "well_formed": 8, "answered": 7},
-        length={"mean": 33.25, "median": 20.0, "p90": 96.0, "max": 96, "edges": [0, 1, 2, 4, 8, 16, 32, 64],
-                "counts": counts},
+        n=n, replies=replies, distinct=(0.31, 0.62, 0.74), tool_calls={"calls": 12, "well_formed": 11, "answered": 11},
+        length={"mean": 31.4, "median": 22, "p90": 64, "max": 96, "edges": [0, 4, 8, 16, 32, 64, 96], "counts": counts},
     )  # fmt: skip
 
 
 def held_out(words: float, end: float) -> HeldOutLoss:
     return HeldOutLoss(
-        rows=98, tokens=900, all=words * 1.1, end_of_turn=end,
-        roles={"assistant": words, "user": words + 1, "system": words + 2, "tool": None},
+        rows=98, tokens=900, all=words * 1.02, end_of_turn=end,
+        roles={"assistant": words, "user": words + 1, "system": None, "developer": None, "tool": None},
         sources={"spelling": words / 2, "mine": words + 0.3}, skipped={}, first_skipped=None,
     )  # fmt: skip
 
@@ -224,8 +222,8 @@ def demo() -> Comparison:
     prompts = tuple(prompt(i, row) for i, row in enumerate(shipped_prompts()))
     return Comparison(
         version="0.1.0", kind="base-versus-SFT", names=Both("builtin:tiny", "runs/demo"), tasks=tasks(),
-        centred_mean=Both(0.021, 0.634), prompt_set=PromptSet(name="default", version=2, sha256="ab12" * 16, prompts=()),
-        prompts=prompts,
+        centred_mean=Both(0.021, 0.634), prompts=prompts,
+        prompt_set=PromptSet(name="default", version=2, sha256="ab12" * 16, prompts=()),
         hygiene=Both(checks(0.02, 0.71, [0, 0, 1, 2, 4, 9, 180]), checks(0.93, 0.01, [4, 60, 90, 30, 9, 3, 0])),
         held_out_loss=HeldOutComparison(rows=98, base=held_out(3.1, 9.8), sft=held_out(0.42, 0.003)),
         forgetting=Forgetting(text="the package's own sample", bytes=21_450, base=1.912, sft=1.998),
@@ -234,6 +232,11 @@ def demo() -> Comparison:
         judge=judged([p.id for p in prompts]), seconds=60.0, n_parameters=3_400_000,
         finished=datetime(2026, 11, 23, 6, 10, tzinfo=UTC), run=run_artifacts(),
     )  # fmt: skip
+
+
+def with_run(comparison: Comparison, **artifacts: Any) -> Comparison:
+    """The same with other artifacts of its run."""
+    return replace(comparison, run=replace(comparison.run, **artifacts))
 
 
 def poisoned(value: Any) -> Any:
@@ -249,6 +252,6 @@ def poisoned(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(poisoned(v) for v in value)
     if isinstance(value, dict):
-        free = not value.keys() & {"role", "stop", "mean", "calls"}
-        return {poisoned(k) if free else k: v if k == "role" and v == "user" else poisoned(v) for k, v in value.items()}
+        free = not value.keys() & {"role", "stop", "mean", "calls"}  # else our own keys
+        return {poisoned(k) if free else k: poisoned(v) for k, v in value.items()}
     return value
