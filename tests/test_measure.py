@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from runs import Quiet, sftflow, write_recipe
+from helpers.runs import Quiet, sftflow, write_recipe
 from sftflow.atomic_io import CHECKSUM, with_checksum, write_json
 from sftflow.checkpoint import load_assistant, load_info, resolve
-from sftflow.cli.measure import EvalOptions, evaluate_all, run_of
+from sftflow.cli.measure import EvalOptions, evaluate_all
 from sftflow.comparison.compare import base_format, kind_of
-from sftflow.comparison.run_artifacts import beside_run
+from sftflow.comparison.run_artifacts import read_run, run_of
 from sftflow.evaluation.callback import EvalDuringTraining
 from sftflow.evaluation.options import open_tasks
 from sftflow.packing.attention import NAME, use_packed_attention
@@ -70,8 +70,9 @@ def test_a_torn_line_of_a_log_costs_only_itself(run: Path, tmp_path: Path, torn:
     with (tmp_path / "run" / "metrics.jsonl").open("a") as f:
         f.write(torn)
     (tmp_path / "run" / "mask_example.json").write_text("[")
-    beside = beside_run(tmp_path / "run")
-    assert beside["loss"]["step"] == [1, 2] and beside["mask_example"] is None and beside["ledger"]["rows"] > 0
+    found = read_run(tmp_path / "run")
+    assert [step for step, _ in found.losses] == [1, 2] and found.mask_example is None
+    assert found.ledger and found.ledger.rows > 0
 
 
 def test_a_ledger_elsewhere_makes_no_run_directory(run: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from serving import ASK, DRAW, local, own, refusal, request, running, twin
+from helpers.serving import ASK, DRAW, local, own, refusal, request, running, twin
 from sftflow.checkpoint import Assistant
 from sftflow.serving import api
 from sftflow.serving.json_stream import EVENT, PLAIN, slices

@@ -108,7 +108,7 @@ def _train_and_measure(recipe: Any, out: Path, signals: Any, lock: Any, *, resum
     sampling = None
     asked = EvalOptions.of_recipe(recipe, out)
     if recipe.compare is not None:
-        asked.check_comparison()  # what is wrong with it is said before hours of training
+        asked.compared_with().check()  # what is wrong with it is said before hours of training
     if recipe.eval is not None:
         asked.open(recipe.base)  # and what is wrong with the tasks
         if recipe.eval.every is not None:

@@ -20,11 +20,11 @@ import numpy as np
 
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation, text_message
+from sftflow.chat.token_rows import token_bytes
 from sftflow.errors import SftflowError
 from sftflow.evaluation.journal import EvalRow
 from sftflow.generation.request import Reply
 from sftflow.generation.sequence import ReplyDecoder
-from sftflow.report.token_view import token_bytes
 
 LOOP_TIMES, LOOP_TOKENS, LOOP_END = 3, 24, 2
 FAULTS = {

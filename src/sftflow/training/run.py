@@ -19,12 +19,12 @@ from typing import Any, Protocol
 from sftflow import __version__
 from sftflow.atomic_io import NO_SPACE, Lock, finite, reason, sweep, write_json, write_text
 from sftflow.chat.template_options import settled
+from sftflow.chat.token_rows import token_row
 from sftflow.checkpoint import prepare, require_finite_weights, resolve, save
 from sftflow.data.mixture import build_mixture, write_bad_rows
 from sftflow.errors import CheckpointError, RunError
 from sftflow.fingerprint import run_identity
 from sftflow.recipe import Recipe, to_yaml
-from sftflow.report.token_view import token_rows
 from sftflow.runtime import Runtime, detect, out_of_memory, peak_memory
 from sftflow.training.loggers import open_logger, require_logger
 from sftflow.training.settings import loop_spec, resolve_recipe, set_dropout, settle_compile, stored_dtype
@@ -185,7 +185,7 @@ def _train(
     write_text(out / "recipe.yaml", to_yaml(recipe))
     write_json(out / "ledger.json", ledger)
     write_bad_rows(out, mixture)
-    write_json(out / "mask_example.json", [token_rows(r, tokenizer) for r in mixture.samples])
+    write_json(out / "mask_example.json", [token_row(r, tokenizer).to_json() for r in mixture.samples])
 
     meta = {
         "version": __version__,
