@@ -192,10 +192,10 @@ def test_a_signal_does_not_wait_for_a_sample(tmp_path: Path, tiny_base: Path) ->
         return sampled(*args)
 
     with pytest.raises(Stopped) as stopped:
-        run_training(recipe, Quiet(), sampling=sampling)
+        run_training(recipe, Quiet(), callback=sampling)
     assert stopped.value.saved and stopped.value.exit_code == 143
     log = tmp_path / "run" / "evals.jsonl"
     assert [json.loads(x)["step"] for x in log.read_text().splitlines()] == [0]
-    assert run_training(recipe, Quiet(), sampling=sampling, resume=True).directory.is_dir()
+    assert run_training(recipe, Quiet(), callback=sampling, resume=True).directory.is_dir()
     assert [json.loads(x)["step"] for x in log.read_text().splitlines()] == [0, 2]
     assert len(calls) == 3

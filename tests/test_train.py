@@ -16,9 +16,10 @@ from runs import Quiet, write_recipe
 from sftflow.errors import RunError
 from sftflow.packing.pack import Example, best_fit
 from sftflow.pretraining.pretrain import BaseSpec, build_model
+from sftflow.recipe import Schedule, Train
 from sftflow.rounding import round_bf16
 from sftflow.runtime import Runtime
-from sftflow.training.batch_plan import LoopSpec, RowPlan
+from sftflow.training.batch_plan import RowPlan
 from sftflow.training.loss import Head, chunked_cross_entropy, fused_parts, loss_parts
 from sftflow.training.optimizers import lr_factor
 from sftflow.training.trainer import Trainer
@@ -37,25 +38,12 @@ def examples(count: int, seed: int = 0, longest: int = 40) -> list[Example]:
     return out
 
 
-def spec(**changes: Any) -> LoopSpec:
+def spec(**changes: Any) -> Train:
+    """Settings of six steps."""
     values: dict[str, Any] = dict(
-        max_length=64,
-        tokens_per_step=512,
-        micro_tokens=512,
-        steps=6,
-        epochs=None,
-        optimizer="adamw",
-        lr=3e-3,
-        weight_decay=0.0,
-        clip=1.0,
-        schedule="linear",
-        warmup=0.2,
-        warmdown=0.5,
-        final=0.0,
-        dropout=0.0,
-        seed=0,
+        max_length=64, tokens_per_step=512, micro_tokens=512, steps=6, lr=3e-3, schedule=Schedule(warmup=0.2)
     )
-    return LoopSpec(**(values | changes))
+    return Train(**(values | changes))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -194,7 +182,7 @@ def test_bf16_follows_fp32_where_plain_autocast_does_not(name: str) -> None:
         with torch.no_grad():
             for p in model.parameters():
                 p.copy_(p.bfloat16().float())
-        s = spec(steps=12, lr=1e-4, schedule="constant", warmup=0.0)
+        s = spec(steps=12, lr=1e-4, schedule=Schedule(kind="constant", warmup=0.0))
         trainer = Trainer(model, RowPlan(shared_rows()[:24], s), s, runtime)
         if not working:
             for layer in trainer.working.modules if trainer.working else []:
@@ -210,7 +198,8 @@ def test_bf16_follows_fp32_where_plain_autocast_does_not(name: str) -> None:
 
 
 def test_schedule() -> None:
-    linear = [round(lr_factor(s, 10, kind="linear", warmup=0.2, warmdown=0.5, final=0.0), 2) for s in range(10)]
+    schedule = Schedule(kind="linear", warmup=0.2, warmdown=0.5, final=0.0)
+    linear = [round(lr_factor(s, 10, schedule), 2) for s in range(10)]
     assert linear == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2]
 
 
