@@ -138,7 +138,7 @@ def test_without_packing_it_is_the_same(assistant: Assistant, monkeypatch: pytes
     packed = held_out_loss(assistant, conversations)
     monkeypatch.setattr(token_loss, "MICRO_TOKENS", 40)  # several batches
     several = held_out_loss(assistant, conversations)
-    monkeypatch.setattr(token_loss, "length_bound", lambda model: (20, "test"))  # what is longer stands alone
+    monkeypatch.setattr(token_loss, "length_limit", lambda model: (20, "test"))  # what is longer stands alone
     alone = held_out_loss(assistant, conversations)
     for key in ("roles", "sources"):
         assert several[key] == pytest.approx(packed[key], abs=1e-5) and alone[key] == pytest.approx(

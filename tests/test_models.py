@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from sftflow.errors import CheckpointError
-from sftflow.packing.attention import use_packed_attention
 from sftflow.packing.pack import Example, pack_batch, pad_batch
 from sftflow.recipe import Train
 from sftflow.runtime import Runtime
@@ -119,7 +118,6 @@ def test_packed_equals_unpacked(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     """Loss and every gradient, by each of the ways that run here."""
     model, examples = tiny(name), rows()
     wanted = full_logits(model, examples)
-    use_packed_attention(model)
     model.train()
     supervised = [e for e in examples if e.mask[1:].any()]
     for share in (True, False):
@@ -149,7 +147,6 @@ def test_a_trained_model_saves_and_loads(name: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model, examples = tiny(name), rows()
-    use_packed_attention(model)
     batch = pack_batch([e for e in examples if e.mask[1:].any()])
     batch_loss(model, batch, FP32, scale=1.0)
     torch.optim.SGD(model.parameters(), 1e-3).step()

@@ -126,7 +126,7 @@ def compare_models(
             "decoding": "greedy; multiple choice by the probability of its letters",
             "precision": sft.engine.runtime.precision,
             "device": sft.engine.runtime.device,
-            "replies side by side": sft.engine.slots,
+            "replies side by side": sft.engine.max_running,
             "tokens a prompt": PROMPT_TOKENS,
             "tokens a task": {a.run.name: a.run.task.max_new_tokens for a in arms},
             "interval": "95%, paired bootstrap, 10,000 resamples",

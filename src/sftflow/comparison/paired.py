@@ -123,7 +123,9 @@ def hygiene_of(assistant: Assistant, said: Sequence[PromptReply], results: Seque
     replies: list[Any] = [a.reply for a in said if a.reply is not None]
     for result in results:
         if result.rests_on["decoding"] == "greedy":
-            replies += [said_of_row(r, assistant.engine.speech) for r in result.rows if r.finish_reason != "too_long"]
+            replies += [
+                said_of_row(r, assistant.engine.reply_decoder) for r in result.rows if r.finish_reason != "too_long"
+            ]
     return hygiene(replies, assistant.renderer)
 
 

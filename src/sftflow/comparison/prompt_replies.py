@@ -10,7 +10,7 @@ from sftflow.checkpoint import Assistant
 from sftflow.comparison.prompts import PromptSet
 from sftflow.errors import SftflowError
 from sftflow.evaluation.prompts_for import PLAIN_STOPS, Arm, plain_ids
-from sftflow.generation.engine import GenerationRequest, Reply
+from sftflow.generation.request import GenerationRequest, Reply
 
 PROMPT_TOKENS = 96
 

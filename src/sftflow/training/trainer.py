@@ -16,14 +16,13 @@ import torch
 from numpy.typing import NDArray
 
 from sftflow.errors import RunError
-from sftflow.packing.attention import use_packed_attention
-from sftflow.packing.layout import layout_of
+from sftflow.packing.attending import attending
 from sftflow.packing.pack import Example, PackedBatch
 from sftflow.recipe import Train
 from sftflow.runtime import Runtime, keep_freed_memory
 from sftflow.training.batch_plan import RowPlan, StepLog, micro_batches
 from sftflow.training.bf16_weights import WorkingWeights, release
-from sftflow.training.check_model import body_of, check_length, prove_forward
+from sftflow.training.check_model import check_length, hidden_states, prove_forward
 from sftflow.training.compile import compile_layers, compiled
 from sftflow.training.loss import Head, Parts, chunked_cross_entropy, fused_parts, head_of, loss_parts
 from sftflow.training.optimizers import groups_of, lr_factor, make_optimizers
@@ -52,8 +51,6 @@ class Trainer:
         release(model)
         check_length(model, settings.max_length)
         prove_forward(model, packed=settings.packing)
-        if settings.packing:
-            use_packed_attention(model)
         self.optimizers = make_optimizers(model, settings)
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -176,15 +173,11 @@ def lasting_gradients(model: Any) -> None:
     """Allocate every gradient once and for all.
 
     Made anew each step among activations that come and go, they leave the heap full of holes. And since each is there
-    before the backward pass, that of the token embedding can be sparse: added in place, row by row, and not as a
-    second tensor of the vocabulary's size.
+    before the backward pass, that of the token embedding can be sparse (see `attending`).
     """
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    embedding = model.get_input_embeddings()
-    if isinstance(embedding, torch.nn.Embedding) and embedding.weight.device.type == "cpu":
-        embedding.sparse = True
 
 
 def matrix_sizes(model: Any) -> tuple[int, int]:
@@ -196,20 +189,6 @@ def matrix_sizes(model: Any) -> tuple[int, int]:
     matrices = [p for _, p in groups_of(model).matrices]
     body = sum(p.numel() * (active if p.ndim == 3 else 1) for p in matrices)
     return int(body), model.get_output_embeddings().weight.numel()
-
-
-def hidden_states(model: Any, batch: PackedBatch, *, packed: bool = True) -> torch.Tensor:
-    """The last hidden states, (slots, width), before the output projection.
-
-    packed: through `packed_attention`; else the rows are plain sequences, right-padded, for the model's own forward.
-    """
-    ids = torch.from_numpy(batch.input_ids).to(model.device)
-    extra: dict[str, Any] = {}
-    if packed:
-        positions = torch.from_numpy(batch.positions).to(model.device)
-        extra = {"position_ids": positions, "layout": layout_of(batch, model.device)}
-    out: torch.Tensor = body_of(model)(input_ids=ids, use_cache=False, **extra).last_hidden_state
-    return out.reshape(-1, out.shape[-1])
 
 
 def batch_loss(
@@ -224,11 +203,12 @@ def batch_loss(
 ) -> torch.Tensor:
     """(n,) loss per supervised token (`batch.sources` tells their sources), without gradient.
 
-    scale: also add the gradient of scale * their sum to the parameters' `.grad`.
+    scale: also add the gradient of scale * their sum to the parameters' `.grad`.   The model is left as it was found.
     """
-    with runtime.autocast(), torch.set_grad_enabled(scale is not None):
-        hidden = hidden_states(model, batch, packed=packed)
-        wanted = hidden.index_select(0, torch.from_numpy(batch.label_positions).to(model.device))
     targets = torch.from_numpy(batch.labels).to(model.device)
     dtype = torch.bfloat16 if runtime.precision == "bf16" else None
-    return chunked_cross_entropy(wanted, head or head_of(model), targets, dtype=dtype, parts=parts, scale=scale)
+    with attending(model, "packed" if packed else "own", sparse_embedding=scale is not None):
+        with runtime.autocast(), torch.set_grad_enabled(scale is not None):
+            hidden = hidden_states(model, batch, packed=packed)
+            wanted = hidden.index_select(0, torch.from_numpy(batch.label_positions).to(model.device))
+        return chunked_cross_entropy(wanted, head or head_of(model), targets, dtype=dtype, parts=parts, scale=scale)
