@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from sftflow.report import progress as console
+from sftflow.report import progress, tables
 from sftflow.report.progress import Pace, ProgressDisplay, fitted
 from sftflow.runtime import Runtime, measure_peak, peak_memory
 
@@ -49,7 +49,7 @@ class Screen(ProgressDisplay):
 
 
 def test_documented_examples() -> None:
-    assert doctest.testmod(console).failed == 0 < doctest.testmod(console).attempted
+    assert doctest.testmod(progress).failed == 0 < doctest.testmod(progress).attempted
 
 
 @pytest.mark.parametrize("width", [80, 60])
@@ -170,7 +170,7 @@ def test_scores_as_a_table_tell_counts_from_shares() -> None:
     tasks = {"ifeval": {**task, "metrics": {"prompt_loose": 1.0, "unsupported": 1}}}
     document = {"models": {"m": {"tasks": tasks, "centred_mean": 0.5}, "none": {"tasks": {}, "centred_mean": None}}}
     out = io.StringIO()
-    Console(file=out, width=80).print(console.eval_table(document))
+    Console(file=out, width=80).print(tables.eval_table(document))
     lines = [line.split() for line in out.getvalue().splitlines()]
     assert ["prompt_loose", "1.000"] in lines and ["unsupported", "1"] in lines
     assert ["m", "centred", "mean", "0.500"] in lines and not any(line[:1] == ["none"] for line in lines)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from runs import Quiet, digest, sftflow
+from helpers.runs import Quiet, digest, sftflow
 from sftflow.checkpoint import load_assistant
 from sftflow.errors import CheckpointError, DataError
 from sftflow.pretraining.pretrain import BaseSpec, read_corpus, train_base

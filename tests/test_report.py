@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from report_data import HOSTILE, Page, demo, poisoned, shipped_prompts, task, tokens
-from sftflow.report import token_page as inspect_html
+from helpers.report_data import HOSTILE, Page, demo, poisoned, shipped_prompts, task, tokens
+from sftflow.chat.token_rows import TokenRow
 from sftflow.report.comparison_page import render_report
+from sftflow.report.token_page import token_page
 
 SECTIONS = (
     "scores", "weak", "prompts", "items", "hygiene", "forgetting", "held-out", "judge", "contamination", "ledger",
@@ -90,8 +91,8 @@ def test_hostile_strings_stay_text() -> None:
     assert not [a for _, attrs in page.elements for a in attrs if a.startswith("on")]
     assert page.text.count("onerror=alert(2)") > 200, "the text itself is shown, not dropped"
     assert "\x00" not in html and html.encode("utf-8")
-    rows = [{"source": HOSTILE, "tokens": poisoned(tokens())}, {"source": HOSTILE, "refused": HOSTILE}]
-    weird = Page(inspect_html.render_page(rows))
+    rows = [TokenRow.from_json({"source": HOSTILE, "tokens": poisoned(tokens())}), TokenRow(HOSTILE, refused=HOSTILE)]
+    weird = Page(token_page(rows))
     assert weird.count("img") == weird.count("script") == 0 and "alert(2)" in weird.text
 
 

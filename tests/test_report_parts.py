@@ -8,10 +8,10 @@ import re
 
 import pytest
 
-from report_data import CHANGES, HOSTILE, Page, demo, item, tokens
+from helpers.report_data import CHANGES, HOSTILE, Page, demo, item, tokens
+from sftflow.chat.token_rows import TokenRow
 from sftflow.comparison.prompts import load_prompts
-from sftflow.report import charts, curve
-from sftflow.report import token_page as inspect_html
+from sftflow.report import charts, line_charts, pages, token_page
 from sftflow.report import wording as words
 from sftflow.report.comparison_page import render_report
 from sftflow.report.page.items import MOST, fewer
@@ -19,19 +19,18 @@ from sftflow.report.page.parts import line
 
 
 def test_forest_puts_zero_and_interval_to_scale() -> None:
-    tasks = [{"delta": 0.5, "ci95": [0.25, 0.75]}, {"delta": -0.1, "ci95": [-0.2, 0.0]}]
-    assert charts.scale(tasks) == (-0.25, 0.75)
-    svg = charts.forest(tasks[0], 0.0, 1.0)
+    assert charts.forest_scale([(0.5, 0.25, 0.75), (-0.1, -0.2, 0.0)]) == (-0.25, 0.75)
+    svg = charts.forest(0.5, (0.25, 0.75), (0.0, 1.0), "better", "")
     assert '<line class="zero" x1="20.0"' in svg and 'cx="160.0"' in svg and "M90.0 10H230.0" in svg
-    assert charts.scale([]) == (0.0, 0.25)
+    assert charts.forest_scale([]) == (0.0, 0.25)
 
 
 def test_lengths_are_shares_of_the_replies_to_one_scale() -> None:
-    svg = charts.lengths([0, 4, 8], [3, 1], 0.75, False, "lengths")
+    svg = charts.reply_lengths([0, 4, 8], [3, 1], 0.75, False, "lengths")
     assert re.findall(r'height="([\d.]+)"', svg) == ["72.0", "24.0"]
     assert "0 to 4 tokens: 3 of 4 replies" in svg and "4 to 8 tokens" in svg
-    assert "4 to more tokens" in charts.lengths([0, 4], [0, 2], 1.0, True, "lengths")
-    assert "<rect" not in charts.lengths([], [], 0.0, True, "lengths")
+    assert "4 to more tokens" in charts.reply_lengths([0, 4], [0, 2], 1.0, True, "lengths")
+    assert "<rect" not in charts.reply_lengths([], [], 0.0, True, "lengths")
 
 
 def test_counts_are_no_shares() -> None:
@@ -174,14 +173,14 @@ def test_loss_skips_values_that_are_no_numbers_and_stays_small() -> None:
     html = render_report(data)
     assert Page(html) and len(html) < 1_000_000
     assert not re.search(r'd="[^"]*(nan|inf)', html)
-    assert curve.smooth([4.0, 2.0, 3.0], 1) == [4.0, 3.0, 2.5]
-    assert curve.smooth([1.0, 2.0], 0) == [1.0, 2.0]
-    assert curve.ticks(0.2, 3.1, 5) == [1.0, 2.0, 3.0]
+    assert line_charts.smooth([4.0, 2.0, 3.0], 1) == [4.0, 3.0, 2.5]
+    assert line_charts.smooth([1.0, 2.0], 0) == [1.0, 2.0]
+    assert line_charts.ticks(0.2, 3.1, 5) == [1.0, 2.0, 3.0]
 
 
 def test_token_boxes_say_mask_id_bytes_and_whitespace() -> None:
-    row = {"source": "d.jsonl:3", "tokens": tokens()}
-    page = Page(inspect_html.render_page([row, {"source": "d.jsonl:4", "refused": "two user turns <in> a row"}]))
+    row = TokenRow.from_json({"source": "d.jsonl:3", "tokens": tokens()})
+    page = Page(token_page.token_page([row, TokenRow("d.jsonl:4", refused="two user turns <in> a row")]))
     boxes = [a for t, a in page.elements if t == "span" and "title" in a]
     assert len(boxes) == len(tokens())
     assert [a["class"] for a in boxes[-2:]] == ["t s", "t s x"] and boxes[0]["class"] == "t x"
@@ -189,9 +188,9 @@ def test_token_boxes_say_mask_id_bytes_and_whitespace() -> None:
     assert "part of a character" in str(boxes[11]["title"])
     assert "↵" in page.text and "⇥r" in page.text and "·pear" in page.text and "U+200B" in page.text
     assert "two user turns <in> a row" in page.text and "14 tokens, 7 supervised, 1 refused" in page.text
-    assert Page(inspect_html.render_page([])).count("h1") == 1
+    assert Page(token_page.token_page([])).count("h1") == 1
 
 
-@pytest.mark.parametrize("module", [inspect_html, charts, curve, words])
+@pytest.mark.parametrize("module", [pages, token_page, charts, line_charts, words])
 def test_examples_in_docstrings(module: object) -> None:
     assert doctest.testmod(module).failed == 0  # type: ignore[arg-type]

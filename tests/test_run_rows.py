@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runs import Quiet, digest, write_recipe
+from helpers.runs import Quiet, digest, write_recipe
 from sftflow.checkpoint import prepare, resolve
 from sftflow.data import run_rows
 from sftflow.data.mixture import Mixture, build_mixture

@@ -79,7 +79,7 @@ def evaluate_all(models: list[str], asked: EvalOptions, watch: Any) -> None:
     from sftflow.checkpoint import load_assistant, open_renderer, resolve
     from sftflow.evaluation.evaluate import evaluate_models
     from sftflow.evaluation.prompts_for import require_askable
-    from sftflow.report.progress import eval_table
+    from sftflow.report.tables import eval_table
 
     runs = {name: asked.open(name) for name in models}  # each was taught who it is by its own recipe
     for name in models[1:]:  # the first is loaded, and checked, at once
@@ -104,7 +104,7 @@ def compare_two(base_name: str, sft_name: str, asked: EvalOptions, watch: Any) -
 
     from sftflow.checkpoint import load_assistant
     from sftflow.comparison.compare import JudgeSpec, base_format, compare_models
-    from sftflow.report.progress import score_table
+    from sftflow.report.tables import score_table
 
     runs = asked.open(sft_name)
     prompt_set = asked.check_comparison()

@@ -20,10 +20,10 @@ import numpy as np
 
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation, Part, text_message
+from sftflow.chat.token_rows import token_bytes
 from sftflow.errors import SftflowError
 from sftflow.evaluation.journal import EvalRow
 from sftflow.generation.sequence import ReplyDecoder
-from sftflow.report.token_view import token_bytes
 
 if TYPE_CHECKING:
     from sftflow.generation.request import Reply

@@ -7,7 +7,7 @@ Model output is hostile text: every string goes through `esc`, and no data is pu
 
 from __future__ import annotations
 
-from importlib import resources
+from markupsafe import Markup
 
 from sftflow.report.page.items import items
 from sftflow.report.page.judge_and_overlap import contamination, judge
@@ -16,7 +16,7 @@ from sftflow.report.page.reply_checks import forgetting, held_out, hygiene
 from sftflow.report.page.scores import scores
 from sftflow.report.page.training import ledger, loss, made, mask
 from sftflow.report.page.verdict import verdict
-from sftflow.report.token_page import PAGE_CSS, esc, page
+from sftflow.report.pages import esc, render
 from sftflow.report.wording import Data, words
 
 
@@ -47,6 +47,4 @@ def render_report(data: Data) -> str:
     parts += [f'<section id="{anchor}"><h2>{name}</h2>{body}</section>' for anchor, name, body in kept]
     told = " · ".join(f"{w} {v}" for w, v in (("sftflow", data.get("version")), ("", data.get("generated"))) if v)
     parts.append(f"<footer>{esc(told)}</footer>")
-    assets = resources.files("sftflow.report")
-    css, script = (assets.joinpath(name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
-    return page(f"{data.get('title', 'sftflow')}: comparison", PAGE_CSS + css, "\n".join(parts), script)
+    return render("comparison", name=data.get("title", "sftflow"), body=Markup("\n".join(parts)))

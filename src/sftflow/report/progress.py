@@ -1,4 +1,4 @@
-"""What a person sees: progress with ETA and tables, on stderr; plain lines where stderr is no terminal."""
+"""What a person sees while something runs: progress with its ETA, on stderr; plain lines where that is no terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from rich.text import Text
 
 from sftflow.runtime import Runtime, measure_peak, peak_memory
@@ -233,87 +232,3 @@ class ProgressDisplay:
 
     def counted(self, stage: str, done: int, total: int, note: str = "") -> None:
         self._show(stage, done, total, note[:34])
-
-
-def eval_table(document: dict[str, Any]) -> Table:
-    """eval.json as a table that fits 80 columns."""
-    table = Table(box=None, pad_edge=False)
-    for name in ("model", "task", "n", "score", "std. error", "95% interval", "chance"):
-        table.add_column(name, justify="left" if name in ("model", "task") else "right", overflow="fold")
-    for model, entry in document["models"].items():
-        for task, t in entry["tasks"].items():
-            low, high = t["wilson95"]
-            between = f"{low:.3f} to {high:.3f}"
-            row = (str(t["n"]), f"{t['score']:.3f}", f"{t['stderr']:.3f}", between, f"{t['chance']:.2f}")
-            table.add_row(model, task, *row)
-            for name, value in t["metrics"].items():
-                table.add_row("", f"  {name}", "", str(value) if isinstance(value, int) else f"{value:.3f}")
-        if entry["centred_mean"] is not None:
-            table.add_row(model, "centred mean", "", f"{entry['centred_mean']:.3f}")
-        if "chatcore" in entry:
-            table.add_row(model, "ChatCORE", "", f"{entry['chatcore']:.3f}")
-    return table
-
-
-def score_table(document: dict[str, Any]) -> Table:
-    """compare.json's tasks as a table that fits 80 columns."""
-    continued = document.get("kind") == "continued SFT"
-    before, after = ("before", "after") if continued else ("base", "SFT")
-    table = Table(title=None, box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for name, justify in (
-        ("task", "left"),
-        ("n", "right"),
-        ("chance", "right"),
-        (before, "right"),
-        (after, "right"),
-        ("gain", "right"),
-        ("95% interval", "right"),
-        ("verdict", "left"),
-    ):
-        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    for name, t in document["tasks"].items():
-        low, high = t["ci95"]
-        colour = {"better": "green", "worse": "red"}.get(t["verdict"], "yellow")
-        table.add_row(
-            name,
-            str(t["n"]),
-            f"{t['chance']:.2f}",
-            f"{t['base']:.2f}",
-            f"{t['sft']:.2f}",
-            f"{t['delta']:+.2f}",
-            f"{low:+.2f} to {high:+.2f}",
-            f"[{colour}]{t['verdict']}[/]",
-        )
-    mean = document["centred_mean"]
-    table.add_section()
-    table.add_row(
-        "centred mean", "", "", f"{mean['base']:.2f}", f"{mean['sft']:.2f}", f"{mean['sft'] - mean['base']:+.2f}"
-    )
-    return table
-
-
-def ledger_table(ledger: dict[str, Any]) -> Table:
-    """ledger.json's sources as a table that fits 80 columns."""
-    table = Table(title=None, box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    columns = ("source", "rows", "repeat", "tokens", "superv.", "share", "cut", "dropped", "held")
-    for i, name in enumerate(columns):
-        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i > 0, overflow="fold")
-    for s in ledger["sources"]:
-        share = s["supervised_tokens"] / s["tokens"] if s["tokens"] else 0.0
-        table.add_row(
-            s["name"],
-            f"{s['rows']:,}",
-            f"x{s['repeat']}",
-            f"{s['tokens']:,}",
-            f"{s['supervised_tokens']:,}",
-            f"{share:.0%}",
-            str(s["cut"]),
-            str(s["dropped"]),
-            str(s.get("validation_rows", 0)),
-        )
-    table.add_section()
-    share = ledger["supervised_tokens"] / ledger["tokens"] if ledger["tokens"] else 0.0
-    table.add_row(
-        "all", f"{ledger['rows']:,}", "", f"{ledger['tokens']:,}", f"{ledger['supervised_tokens']:,}", f"{share:.0%}"
-    )
-    return table

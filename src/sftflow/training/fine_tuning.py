@@ -10,12 +10,12 @@ from typing import Any, Protocol
 from sftflow import __version__
 from sftflow.atomic_io import write_json, write_text
 from sftflow.chat.template_options import settled
+from sftflow.chat.token_rows import token_row
 from sftflow.checkpoint import prepare, require_finite_weights, resolve, save
 from sftflow.data.mixture import build_mixture, write_bad_rows
 from sftflow.data.run_rows import HELD_OUT, TRAINING_ROWS, write_run_rows
 from sftflow.errors import RunError
 from sftflow.recipe import Recipe, to_yaml
-from sftflow.report.token_view import token_rows
 from sftflow.runtime import Runtime, detect
 from sftflow.training.batch_plan import RowPlan, StepLog
 from sftflow.training.loggers import open_logger
@@ -126,7 +126,9 @@ class FineTuning(TrainingRun):
         write_text(self.out / "recipe.yaml", to_yaml(self.recipe))
         write_json(self.out / "ledger.json", self.mixture.ledger())
         write_bad_rows(self.out, self.mixture)
-        write_json(self.out / "mask_example.json", [token_rows(r, self.tokenizer) for r in self.mixture.samples])
+        write_json(
+            self.out / "mask_example.json", [token_row(r, self.tokenizer).to_json() for r in self.mixture.samples]
+        )
         if not (resumed and all((self.out / name).is_file() for name in (HELD_OUT, TRAINING_ROWS))):
             write_run_rows(self.out, self.mixture, self.recipe)
 

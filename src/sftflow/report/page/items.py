@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sftflow.report.page.parts import as_text, browse, entry, fold, line, note, plural, replies, tag, turns
-from sftflow.report.token_page import esc
+from sftflow.report.pages import esc
 from sftflow.report.wording import UNSTOPPED, Data, better_arm, change_of, number
 
 MOST = 300  # items a task: enough to read, and a page that still opens at once

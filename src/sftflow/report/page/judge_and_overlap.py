@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from sftflow.report.page.parts import cells, duo, fact, fold, note, plural
-from sftflow.report.token_page import esc
+from sftflow.report.pages import esc
 from sftflow.report.wording import Data, number, percent, share
 
 FAIR = 0.1  # a judge's share this far from a half is worth a word

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sftflow.report.token_page import esc
+from sftflow.report.pages import esc
 from sftflow.report.wording import UNASKED, UNSTOPPED, Data, number
 
 LONG = 700  # characters; a longer reply folds, so that one endless base reply does not bury its neighbours

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sftflow.report.page.parts import browse, entry, line, message, note, replies, reply, tag, turns
-from sftflow.report.token_page import esc
+from sftflow.report.pages import esc
 from sftflow.report.wording import UNSTOPPED, Data, flags_of, form_change, number
 
 JUDGED = {"a": "won", "b": "lost"}  # the side that the judge prefers: what that is for the model after

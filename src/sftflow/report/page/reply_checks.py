@@ -7,7 +7,7 @@ from typing import Any
 
 from sftflow.report import charts
 from sftflow.report.page.parts import duo, note
-from sftflow.report.token_page import esc
+from sftflow.report.pages import esc
 from sftflow.report.wording import Data, forgot, number, percent, share
 
 RATES = (
@@ -63,7 +63,7 @@ def _lengths(sides: list[Data], say: dict[str, str]) -> str:
         name = say["After" if after else "Before"]
         if s in drawn:
             label = f"Lengths of the {name} replies in tokens"
-            out.append(f"<h3>{name}</h3>{charts.lengths(s['edges'], s['counts'], tallest, after, label)}")
+            out.append(f"<h3>{name}</h3>{charts.reply_lengths(s['edges'], s['counts'], tallest, after, label)}")
     return f"<figure>{''.join(out)}<figcaption>share of replies by length in tokens</figcaption></figure>"
 
 

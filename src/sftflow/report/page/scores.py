@@ -7,7 +7,7 @@ from typing import Any
 
 from sftflow.report import charts
 from sftflow.report.page.parts import cells, duo, fold, note
-from sftflow.report.token_page import esc
+from sftflow.report.pages import esc
 from sftflow.report.wording import Data, better_arm, number, outcome, p_value, percent, share
 
 
@@ -32,19 +32,29 @@ def _verdict(task: Data) -> str:
 
 
 def _forest(tasks: Mapping[str, Data]) -> str:
-    low, high = charts.scale(tasks.values())
+    scale = charts.forest_scale(_shown(t) for t in tasks.values())
     rows = []
     for name, t in tasks.items():
         interval = _interval(t.get("ci95"), "+")
-        label = f"difference {percent(t.get('delta'), '+')}, 95% interval {interval}"
+        told = f"difference {percent(t.get('delta'), '+')}, 95% interval {interval}"
         rows.append(
-            f'<tr><th scope="row">{esc(name)}</th><td class="plot">{charts.forest(t, low, high, label)}</td>'
+            f'<tr><th scope="row">{esc(name)}</th><td class="plot">{_drawn(t, scale, told)}</td>'
             f'<td class="delta"><b>{percent(t.get("delta"), "+")}</b><small>{interval}</small></td>'
             f'<td class="verdict {outcome(t)}">{_verdict(t)}</td></tr>'
         )
-    drawn = f'<td class="plot">{charts.forest(None, low, high)}</td>'
+    drawn = f'<td class="plot">{charts.forest_axis(scale)}</td>'
     axis = f'<tr class="axis" aria-hidden="true"><th></th>{drawn}<td></td><td></td></tr>'
     return f'<table class="forest"><tbody>{"".join(rows)}{axis}</tbody></table>'
+
+
+def _shown(task: Data) -> list[float]:
+    return [*(task.get("ci95") or ()), task.get("delta") or 0.0]
+
+
+def _drawn(task: Data, scale: tuple[float, float], label: str) -> str:
+    if task.get("delta") is None:
+        return ""
+    return charts.forest(task["delta"], task.get("ci95"), scale, outcome(task), label)
 
 
 def _numbers(data: Data, tasks: Mapping[str, Data], say: dict[str, str]) -> str:
@@ -70,7 +80,7 @@ def _numbers(data: Data, tasks: Mapping[str, Data], say: dict[str, str]) -> str:
         )
         if tested:
             adjusted = f"<small>Holm {esc(p_value(t.get('p_holm')))}</small>" if holm else ""
-            columns.append(("p", esc(p_value(t.get("p_value"))) + adjusted))
+            columns.append(("p", f"{esc(p_value(t.get('p_value')))}{adjusted}"))
         if powered:
             columns.append(("detectable", f"±{percent(t['detectable'])}" if t.get("detectable") is not None else "–"))
         rows.append(

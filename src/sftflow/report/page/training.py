@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from sftflow.chat.token_rows import TokenRow
 from sftflow.report import charts
-from sftflow.report.curve import MOST_SOURCES, Points, ceiling, curve, shares, smooth
+from sftflow.report.line_charts import MOST_LINES, Points, ceiling, loss_by_step, scores_by_step, smooth
 from sftflow.report.page.parts import cells, duo, fold, note, pairs
-from sftflow.report.token_page import esc, legend, token_boxes
+from sftflow.report.pages import esc, macros
+from sftflow.report.token_page import token_boxes
 from sftflow.report.wording import Data, number, percent
 
 MOST_STEPS = 4
@@ -31,7 +33,7 @@ def ledger(data: Data) -> str:
         label = f"{100 * share:.0f}% of its tokens supervised"
         rows.append(
             f'<tr><th scope="row" class="left">{esc(s.get("name"))}</th>{cells(columns)}'
-            f'<td class="plot share">{charts.bar(share, label)}<small>{label}</small></td></tr>'
+            f'<td class="plot share">{charts.share_bar(share, label)}<small>{label}</small></td></tr>'
         )
     totals = [(k, number(told.get(k))) for k in ("rows", "tokens", "supervised_tokens", "packed_rows")]
     facts = [f"{value} {k.replace('_', ' ')}" for k, value in totals if told.get(k) is not None]
@@ -73,18 +75,18 @@ def loss(data: Data) -> str:
     said = f"Training loss {line[0][1]:.2f} → {line[-1][1]:.2f} (smoothed)"
     keys = '<span class="key k-raw">each step</span><span class="key">smoothed</span>'
     sources = _by_source(rows)
-    drawn = sources if 2 <= len(sources) <= MOST_SOURCES else {}
+    drawn = sources if 2 <= len(sources) <= MOST_LINES else {}
     if val:
         best = min(val, key=lambda v: v[1])
         said += f", validation {val[-1][1]:.2f} at the end, lowest {best[1]:.2f} at step {best[0]:,g}"
         keys += f'<span class="key k-val">validation{" (all, and each source)" if drawn else ""}</span>'
     said += ". Nats per supervised token."
-    if len(sources) > MOST_SOURCES:
+    if len(sources) > MOST_LINES:
         said += f" validation.jsonl has the validation loss of each of the {len(sources)} sources."
     top, highest = ceiling(raw, [val, *drawn.values()])
     if highest > top:
         said += f" The very first steps, up to {highest:.1f}, lie above the drawing."
-    curves = "".join(curve(raw, line, val, width, drawn) for width in (900, 340))
+    curves = loss_by_step(raw, line, val, drawn)
     return f'{note(said)}<figure>{curves}<div class="legend">{keys}</div></figure>{_during(data)}'
 
 
@@ -99,7 +101,7 @@ def _during(data: Data) -> str:
         for name, value in ({**stops, **(row.get("tasks") or {})}).items():
             if value is not None:
                 lines.setdefault(name, []).append((row["step"], value))
-    picture = "".join(shares(lines, width) for width in (900, 340)) if lines and len(rows) > 1 else ""
+    picture = scores_by_step(lines) if lines and len(rows) > 1 else ""
     last = len(rows) - 1
     chosen = [rows[i] for i in sorted({round(k * last / (MOST_STEPS - 1)) for k in range(MOST_STEPS)})]
     body: list[tuple[str, ...]] = []
@@ -126,7 +128,7 @@ def mask(data: Data) -> str:
         return ""
     supervised = sum(bool(t.get("supervised")) for t in tokens)
     said = f"{esc(example.get('source'))}: {len(tokens):,} tokens, {supervised:,} of them supervised."
-    return f"{note(said)}{legend()}{token_boxes(tokens, example.get('turns') or ())}"
+    return f"{note(said)}{macros('_tokens').legend()}{token_boxes(TokenRow.from_json(example))}"
 
 
 def made(data: Data) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sftflow.report.page.parts import fact
 from sftflow.report.page.prompts import weak_prompts
-from sftflow.report.token_page import esc
+from sftflow.report.pages import esc
 from sftflow.report.wording import (
     FORGOT,
     Data,
