@@ -139,7 +139,7 @@ def test_without_packing_it_is_the_same(assistant: Assistant, monkeypatch: pytes
     packed = held_out_loss(assistant, conversations)
     monkeypatch.setattr(token_loss, "MICRO_TOKENS", 40)  # several batches
     several = held_out_loss(assistant, conversations)
-    monkeypatch.setattr(token_loss, "length_bound", lambda model: (20, "test"))  # what is longer stands alone
+    monkeypatch.setattr(token_loss, "length_limit", lambda model: (20, "test"))  # what is longer stands alone
     alone = held_out_loss(assistant, conversations)
     for other in (several, alone):
         assert other.roles == pytest.approx(packed.roles, abs=1e-5)
@@ -244,10 +244,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
     recipe = json.loads(path.read_text())
     path.write_text(json.dumps(recipe | {"mixture": [{"source": "rows.jsonl"}, {"source": "more.jsonl"}]}))
     run_training(load_recipe(path), Quiet())
-    from sftflow.data.run_rows import write_run_rows  # TODO-merge
-
-    r = load_recipe(folder / "run" / "recipe.yaml")
-    write_run_rows(folder / "run", build_mixture(r, load_assistant(str(folder / "run")).renderer), r)
     return folder
 
 

@@ -23,7 +23,7 @@ from sftflow.evaluation.reply_checks import (
     tool_calls,
     user_header,
 )
-from sftflow.generation.engine import GenerationRequest, Reply
+from sftflow.generation.request import GenerationRequest, Reply
 from sftflow.generation.sequence import ReplyDecoder, ReplySequence
 
 CLEAN = [

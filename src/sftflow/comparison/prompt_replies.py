@@ -11,7 +11,7 @@ from sftflow.comparison.results import PromptComparison, PromptReply
 from sftflow.errors import ContextError, SftflowError
 from sftflow.evaluation.options import PLAIN_STOPS, Arm
 from sftflow.evaluation.reply_checks import ReplyChecks
-from sftflow.generation.engine import GenerationRequest, Reply
+from sftflow.generation.request import GenerationRequest, Reply
 
 PROMPT_TOKENS = 96
 

@@ -17,7 +17,6 @@ from sftflow.evaluation.journal import EvalRow
 from sftflow.evaluation.options import EvalTask
 from sftflow.evaluation.reply_checks import check_replies
 from sftflow.generation.engine import Engine
-from sftflow.packing.attention import plain_attention
 from sftflow.runtime import Runtime
 
 RATES = ("stop_rate", "empty_rate", "role_leak_rate", "self_turn_rate", "looping_rate")
@@ -67,17 +66,13 @@ class EvalDuringTraining:
 
 @contextmanager
 def _generating(model: Any) -> Iterator[None]:
-    """Without dropout, without compiling anew for the shapes of generation, and attending as the model does by itself:
-    training's way knows packed rows only, and a model that generates otherwise would be asked through it."""
-    training, attention = model.training, model.config._attn_implementation
-    random = torch.random.get_rng_state()
+    """Without dropout, and without compiling anew for the shapes of generation."""
+    training, random = model.training, torch.random.get_rng_state()
     model.eval()
-    model.set_attn_implementation(plain_attention(model))
     stance = torch.compiler.set_stance("force_eager")
     try:
         with stance:
             yield
     finally:
-        model.set_attn_implementation(attention)
         model.train(training)
         torch.random.set_rng_state(random)

@@ -16,7 +16,7 @@ from sftflow.evaluation.journal import EvalRow, Key, key_of
 from sftflow.evaluation.multiple_choice import ItemPrompt, letter_scores
 from sftflow.evaluation.options import Arm, EvalTask
 from sftflow.evaluation.prompts_for import prompts_for
-from sftflow.generation.engine import GenerationRequest, Reply
+from sftflow.generation.request import GenerationRequest, Reply
 from sftflow.generation.sampling import NEAR
 from sftflow.tasks import Item, Task
 
