@@ -60,7 +60,7 @@ def _task(name: str, task: Data, say: dict[str, str]) -> str:
 
 
 def _cost(row: Data) -> str:
-    told = [esc(row.get("id"))] if row.get("id") is not None else []
+    told = [str(esc(row.get("id")))] if row.get("id") is not None else []
     if row.get("sft_tokens") is not None:
         told.append(f"{number(row['sft_tokens'])} tokens")
     if row.get("sft_seconds"):
