@@ -6,6 +6,7 @@ than memory can be audited. Everything is deterministic: no random draw, only fi
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -35,7 +36,7 @@ class SourceAudit:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "lengths": {**asdict(self.lengths), "histogram": {"edges": list(self.edges), "counts": list(self.counts)}},
+            "lengths": {**asdict(self.lengths), "histogram": {"edges": self.edges, "counts": self.counts}},
             "supervised": {**asdict(self.supervised), "share": self.share},
             "duplicates": asdict(self.duplicates),
             "near_duplicates": asdict(self.near_duplicates),
@@ -59,20 +60,13 @@ class Audit:
             **self.overall.to_json(),
             "overlap": {t.task: t.to_json() for t in self.overlap},
         }
-        return plain(found)
+        return json.loads(json.dumps(found))  # tuples become lists
 
     def into(self, ledger: Mapping[str, Any]) -> dict[str, Any]:
         """The ledger with the audit's keys beside its own. `ledger["sources"]` are the audited ones, in order."""
         found = self.to_json()
         sources = [{**old, **new} for old, new in zip(ledger["sources"], found.pop("sources"), strict=True)]
         return {**ledger, "sources": sources, **found}
-
-
-def plain(value: Any) -> Any:
-    """Tuples as lists, as JSON reads them back."""
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
-    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def audit(
