@@ -142,7 +142,7 @@ def mix(
             lambda ids: tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=True),
             eval_sets={task.name: [item_parts(item) for item in task.items] for task in evaluation},
             special_ids=list(mixture.renderer.special.values()),
-            progress=lambda source, done, total: watch.counted("audit", done, total, source),
+            progress=lambda done, total: watch.counted("audit", done, total),
         )
         for note in (settled(mixture.renderer), mixture.renderer.disagreement()):
             if note:

@@ -7,12 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sftflow.chat.render import Renderer
 from sftflow.data.audit import SourceRows, item_parts
-from sftflow.data.audit.duplicates import digests_of, first_copies
-from sftflow.data.audit.ngrams import split_words
 from sftflow.data.audit.overlap import NGRAM, EvalIndex
 from sftflow.data.audit.rows import AuditRows
 from sftflow.data.run_rows import TRAINING_ROWS, read_training_rows
@@ -66,14 +62,8 @@ def contamination(
         special_ids=list(renderer.special.values()),
     )
     index = EvalIndex({r.name: [item_parts(i) for i in r.items] for r in tasks}, [s.name for s in sources])
-    _, repeats_here = first_copies(rows, digests_of(rows))
-    todo = np.flatnonzero(~repeats_here)
-    done = 0
-    for chunk in rows.chunks(todo):
-        index.search(split_words(rows.texts(chunk)), rows, chunk)
-        done += len(chunk)
-        if progress:
-            progress(done, len(todo))
+    for chunk, words in rows.words(progress):
+        index.search(words, rows, chunk)
     items = {r.name: r.items for r in tasks}
     return {
         found.task: Overlap(
