@@ -25,9 +25,10 @@ from sftflow.atomic_io import (
     write_directory,
     write_json,
 )
-from sftflow.chat.format import ChatFormat, add_tokens, choose_format, fingerprint
+from sftflow.chat.format import ChatFormat, add_tokens, choose_format
 from sftflow.chat.schema import Conversation
-from sftflow.errors import CheckpointError, first_line
+from sftflow.errors import CheckpointError, RunError, first_line
+from sftflow.fingerprint import format_fingerprint
 from sftflow.gguf.vocabulary import as_llama_cpp_splits
 from sftflow.rounding import round_bf16
 
@@ -274,6 +275,13 @@ class _named_errors:
         ) from error
 
 
+def require_finite_weights(model: Any, name: str, remedy: str = "give another checkpoint, or copy it again") -> None:
+    """Raises RunError naming the first weight with a NaN or an infinity in it: all that comes of it is NaN, too."""
+    for which, weight in model.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise RunError(name, f"its weights are not finite ({which})", remedy)
+
+
 def grow_embeddings(model: Any, n_tokens: int) -> int:
     """Give the model rows for the tokenizer's new tokens, each at the mean of the old rows; weights stay tied.
 
@@ -317,7 +325,7 @@ def prepare(
         chat_format = fallback
     stored = info.get("fingerprint")
     if stored and format_name == "auto":
-        now = fingerprint(tokenizer, chat_format)
+        now = format_fingerprint(tokenizer, chat_format)
         if now != stored:
             raise CheckpointError(
                 location.name,
@@ -402,7 +410,7 @@ def save(
             **meta,
             "kind": "sft",
             "format": chat_format.to_json(),
-            "fingerprint": fingerprint(tokenizer, chat_format),
+            "fingerprint": format_fingerprint(tokenizer, chat_format),
             "dtype": str(dtype).removeprefix("torch."),
             "sha256": {p.name: sha256_file(p) for p in files},
         }

@@ -37,7 +37,7 @@ def render(
 ) -> None:
     """Show rows as the model sees them: tokens, and which of them are trained on."""
     quiet()
-    from sftflow.chat import template_options as settling
+    from sftflow.chat import template_options
     from sftflow.chat.schema import read_conversations
     from sftflow.chat.token_rows import TokenRow, token_row
     from sftflow.checkpoint import open_renderer, resolve
@@ -46,10 +46,10 @@ def render(
 
     renderer = open_renderer(resolve(model), format)
     if append_eos:
-        renderer = settling.append_eos(renderer)
+        renderer = template_options.append_eos(renderer)
     if renderer.arguments():
-        renderer = settling.settle(renderer, _first(read_conversations(data), 200))
-    for note in (settling.settled(renderer), renderer.disagreement()):
+        renderer = template_options.choose_arguments(renderer, _first(read_conversations(data), 200))
+    for note in (template_options.options_note(renderer), renderer.disagreement()):
         if note:
             print(note, file=sys.stderr)
     tokenizer = renderer.tokenizer
@@ -116,12 +116,12 @@ def mix(
     from rich.console import Console
 
     from sftflow.atomic_io import write_json, write_text
-    from sftflow.chat.template_options import settled
+    from sftflow.chat.template_options import options_note
     from sftflow.chat.token_rows import token_row
     from sftflow.checkpoint import open_renderer, resolve
     from sftflow.data.audit import audit, item_parts
     from sftflow.data.mixture import build_mixture, write_bad_rows
-    from sftflow.evaluation.prompts_for import open_tasks
+    from sftflow.evaluation.options import open_tasks
     from sftflow.recipe import load_recipe
     from sftflow.report.audit_page import audit_page
     from sftflow.report.progress import ProgressDisplay
@@ -142,9 +142,9 @@ def mix(
             lambda ids: tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=True),
             eval_sets={task.name: [item_parts(item) for item in task.items] for task in evaluation},
             special_ids=list(mixture.renderer.special.values()),
-            progress=lambda source, done, total: watch.counted("audit", done, total, source),
+            progress=lambda done, total: watch.counted("audit", done, total),
         )
-        for note in (settled(mixture.renderer), mixture.renderer.disagreement()):
+        for note in (options_note(mixture.renderer), mixture.renderer.disagreement()):
             if note:
                 watch.say(note)
     ledger = found.into(mixture.ledger())
