@@ -31,9 +31,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from outside import data_path
+
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 Ids = list[tuple[int, ...]]
 
 
@@ -124,7 +125,7 @@ def compared(name: str, mine: Ids, other: Ids, ties: list[int]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", required=True, help="a checkpoint directory with a chat template")
-    parser.add_argument("--data", type=Path, default=SHARED / "gsm8k" / "test.jsonl")
+    parser.add_argument("--data", type=data_path, default="$SFTFLOW_TEST_DATA/gsm8k/test.jsonl")
     parser.add_argument("--items", type=int, default=64)
     parser.add_argument("--single", type=int, default=64, help="prompts for ours, one at a time")
     parser.add_argument("--peer-single", type=int, default=16, help="prompts for theirs, one at a time")

@@ -33,8 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from load import serve_command, served
-
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+from outside import data_path
 
 PEER = """
 import json, sys
@@ -118,6 +117,7 @@ def main() -> int:
     parser.add_argument("--gsm8k", type=int, default=50)
     parser.add_argument("--arc", type=int, default=100)
     parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--data", type=data_path, default="$SFTFLOW_TEST_DATA", help="folder of the outside data")
     parser.add_argument("--served", action="store_true", help="ask a server of ours through the harness's API classes")
     args = parser.parse_args()
 
@@ -128,8 +128,8 @@ def main() -> int:
 
     assistant = load_assistant(args.model)
     path = resolve(args.model).path
-    (gsm8k,) = open_tasks([f"gsm8k={SHARED / 'gsm8k' / 'test.jsonl'}"], args.gsm8k)
-    (arc,) = open_tasks([f"arc_easy={SHARED / 'multiple_choice' / 'ARC-Easy' / 'test.jsonl'}"], args.arc)
+    (gsm8k,) = open_tasks([f"gsm8k={args.data / 'gsm8k' / 'test.jsonl'}"], args.gsm8k)
+    (arc,) = open_tasks([f"arc_easy={args.data / 'multiple_choice' / 'ARC-Easy' / 'test.jsonl'}"], args.arc)
     gsm8k.task.max_new_tokens = args.tokens
     bad = 0
     with tempfile.TemporaryDirectory() as name:

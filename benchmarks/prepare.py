@@ -55,9 +55,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from outside import data_path
+
 READY = "ready"
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-TEMPLATE = SHARED / "fixtures" / "chat_templates" / "llamacpp" / "Qwen-Qwen3-0.6B.jinja"
+TEMPLATE = "$SFTFLOW_TEST_DATA/fixtures/chat_templates/llamacpp/Qwen-Qwen3-0.6B.jinja"
 MIB = 1 << 20
 
 
@@ -372,9 +373,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="TRL's process counts")
     parser.add_argument("--peer-python", help="an interpreter that has TRL (default: this one, where it has)")
     parser.add_argument("--memory", type=int, nargs="*", metavar="ROWS", help="peak memory of ours at these row counts")
-    parser.add_argument("--data", type=Path, default=SHARED / "gsm8k" / "train.jsonl")
-    parser.add_argument("--tokenizer", type=Path, default=SHARED / "fixtures" / "tokenizers" / "hf_qwen3")
-    parser.add_argument("--template", type=Path, default=TEMPLATE)
+    parser.add_argument("--data", type=data_path, default="$SFTFLOW_TEST_DATA/gsm8k/train.jsonl")
+    parser.add_argument("--tokenizer", type=data_path, default="$SFTFLOW_TEST_DATA/fixtures/tokenizers/hf_qwen3")
+    parser.add_argument("--template", type=data_path, default=TEMPLATE)
     parser.add_argument("--side", choices=("ours", "trl"), help=argparse.SUPPRESS)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -36,8 +36,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from outside import data_path
+
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared" / "data"
 MIB = 1 << 20
 ROWS_PER_MICRO = 16
 
@@ -283,7 +284,8 @@ def rate(results: list[dict[str, Any]], what: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a checkpoint directory or .gguf file")
-    parser.add_argument("--data", type=Path, default=SHARED / "rasbt_instruct" / "instruction-data.json")
+    default = "$SFTFLOW_TEST_DATA/rasbt_instruct/instruction-data.json"
+    parser.add_argument("--data", type=data_path, default=default)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4, help="the first is not timed")
     parser.add_argument("--rows-per-step", type=int, default=64)

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from rich.console import Console
 
-from conftest import shared
+from helpers.outside import outside
 from sftflow.data import audit as package
 from sftflow.data.audit import Audit, audit, audit_page, audit_tables, item_parts
 from sftflow.data.audit.charts import histogram
@@ -484,8 +484,8 @@ def test_generated_tasks_do_not_overlap_with_their_own_training_rows(name: str) 
 
 
 def test_gsm8k_train_and_test_share_three_items() -> None:
-    train = [json.loads(x) for x in shared("gsm8k", "train.jsonl").read_text(encoding="utf-8").splitlines()]
-    items = [item_parts(i) for i in make_task("gsm8k", TaskSource(path=str(shared("gsm8k", "test.jsonl")))).items()]
+    train = [json.loads(x) for x in outside("gsm8k", "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    items = [item_parts(i) for i in make_task("gsm8k", TaskSource(path=str(outside("gsm8k", "test.jsonl")))).items()]
     texts = [f"{row['question']}\n{row['answer']}" for row in train]
     found = run(texts, eval_sets={"gsm8k": items})
     overlap = found.overlap[0]

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from conftest import SHARED, TEXT
+from helpers.outside import each, outside_files
+from helpers.templates import BACK, CHATML, DROPS, FRONT
+from helpers.tiny import TEXT
 from sftflow.chat.format import ChatFormat
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import parse_row
@@ -18,19 +20,6 @@ from sftflow.chat.tool_format import learn_calls
 from sftflow.chat.tool_parser import Call, CallFormat, CallReader, JsonEntry, NamedEntry, TaggedEntry, read_calls
 from sftflow.pretraining.tokenizer import train_tokenizer
 
-# Templates written for these tests, in the ways that well-known ones write calls.
-FRONT = """{%- for t in tools or [] %}{{ '<|im_start|>tools\n' + (t | tojson) + '<|im_end|>\n' }}{% endfor -%}
-{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') -}}"""
-BACK = (
-    """{{- '<|im_end|>\n' -}}{%- endfor -%}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif -%}"""
-)
-CHATML = (
-    FRONT
-    + """{%- for c in m.tool_calls or [] -%}
-{{- '\n<tool_call>\n{"name": "' + c.function.name + '", "arguments": ' + (c.function.arguments | tojson)
-    + '}\n</tool_call>' -}}{%- endfor -%}"""
-    + BACK
-)
 NAMED = (
     FRONT
     + """{%- if m.tool_calls -%}{{- '[CALLS]' -}}{%- for c in m.tool_calls -%}
@@ -60,7 +49,6 @@ SINGLE = (
 {{- '{"name": "' + c.function.name + '", "parameters": ' + (c.function.arguments | tojson) + '}' -}}{%- endif -%}"""
     + BACK
 )
-DROPS = FRONT + BACK
 TEMPLATES = {"chatml": CHATML, "named": NAMED, "tagged": TAGGED, "nested": NESTED, "single": SINGLE}
 
 TOOLS = [
@@ -206,9 +194,7 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize(
-    "path", sorted((SHARED / "fixtures/chat_templates/llamacpp").glob("*.jinja")), ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("path", each(outside_files("fixtures/chat_templates/llamacpp", "*.jinja")))
 def test_published_templates(path: Path) -> None:
     renderer = renderer_of(path.read_text(encoding="utf-8"))
     call_format = learn_calls(renderer)

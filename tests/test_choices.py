@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import TEXT, make_renderer, shared
+from helpers.outside import outside
+from helpers.tiny import TEXT, make_renderer
 from sftflow.chat.format import ChatFormat
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import text_message
@@ -131,15 +132,13 @@ def test_what_letters_share_belongs_to_the_prompt() -> None:
 
 @pytest.fixture(scope="module")
 def qwen(real_tokenizers: dict[str, Path]) -> Any:
-    if "hf_qwen3" not in real_tokenizers:
-        pytest.skip("public data absent: the Qwen3 tokenizer")
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(real_tokenizers["hf_qwen3"])
 
 
 def qwen_template(name: str) -> str:
-    return shared("fixtures", "chat_templates", "llamacpp", name).read_text(encoding="utf-8")
+    return outside("fixtures", "chat_templates", "llamacpp", name).read_text(encoding="utf-8")
 
 
 def test_qwen3_is_asked_behind_its_empty_think_block(qwen: Any, tmp_path: Path) -> None:

@@ -2,52 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import re
 import shutil
 import socket
-import sys
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from helpers.runs import error_line, run
+
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@dataclass
-class Result:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def run(*args: str, cwd: Path | None = None) -> Result:
-    """The real entry point, in this process: a fresh interpreter would spend seconds on importing torch each time."""
-    from sftflow.cli import main
-
-    out, err = io.StringIO(), io.StringIO()
-    before, argv = os.getcwd(), sys.argv
-    try:
-        os.chdir(cwd or before)
-        sys.argv = ["sftflow", *args]
-        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as left:
-            main()
-    finally:
-        os.chdir(before)
-        sys.argv = argv
-    return Result(int(left.value.code or 0), out.getvalue(), err.getvalue())
-
-
-def error_line(result: Result, code: int = 2) -> str:
-    assert result.returncode == code, result.stderr
-    lines = [x for x in result.stderr.splitlines() if x.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
-    return lines[0]
 
 
 def recipe(folder: Path, checkpoint: Path, **changes: Any) -> Path:

@@ -19,8 +19,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from conftest import TEXT, shared
-from runs import sftflow
+from helpers.outside import outside
+from helpers.runs import sftflow
+from helpers.tiny import TEXT
 from sftflow.pretraining.pretrain import BaseSpec, build_model
 from sftflow.pretraining.tokenizer import train_tokenizer
 
@@ -99,8 +100,8 @@ def taught(base: Path) -> Path:
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped base in its chat format, as a checkpoint: replies of real words, though of no sense."""
-    shared("gsm8k", "test.jsonl")
-    shared("multiple_choice", "ARC-Easy", "test.jsonl")
+    outside("gsm8k", "test.jsonl")
+    outside("multiple_choice", "ARC-Easy", "test.jsonl")
     from sftflow.checkpoint import BUILTIN_TINY, prepare, resolve
 
     folder = tmp_path_factory.mktemp("demo") / "tiny"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from runs import Quiet, digest, sftflow, write_recipe
+from helpers.runs import Quiet, digest, sftflow, write_recipe
 from sftflow.checkpoint import load_assistant
 from sftflow.comparison.compare import base_format, compare_models
 from sftflow.comparison.paired import change_of

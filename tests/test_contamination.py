@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from conftest import shared
+from helpers.outside import outside
 from sftflow.checkpoint import load_assistant, open_renderer, resolve
 from sftflow.data.audit import audit, item_parts
 from sftflow.data.mixture import Mixture, build_mixture
@@ -133,7 +133,7 @@ def test_no_tasks_is_no_work(mixture: Mixture) -> None:
 
 
 def test_the_real_test_questions_stand_in_their_own_set(tiny_base: Path, tmp_path: Path) -> None:
-    test = shared("gsm8k", "test.jsonl")
+    test = outside("gsm8k", "test.jsonl")
     rows = test.read_text().splitlines()[:40]
     data = tmp_path / "leak.jsonl"
     data.write_text("\n".join(rows) + "\n")

@@ -12,6 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.architectures import ARCHITECTURES, FP32, STATEFUL, stateful, tiny
+from helpers.generation import Ids, draw, requests_of
 from sftflow.errors import CheckpointError
 from sftflow.generation.check_decoder import find_decode_mode
 from sftflow.generation.decoder import PackedDecoder
@@ -20,9 +22,6 @@ from sftflow.generation.hf_decoders import OwnDecoder
 from sftflow.generation.onednn import ordered_forwards
 from sftflow.generation.request import GenerationRequest
 from sftflow.generation.sampling import likeliest
-from test_models import ARCHITECTURES, FP32, SMALL, VOCABULARY, tiny
-
-Ids = list[int]
 
 
 def alone(model: Any, ids: Ids) -> torch.Tensor:
@@ -30,10 +29,6 @@ def alone(model: Any, ids: Ids) -> torch.Tensor:
     model.set_attn_implementation("eager")
     with torch.no_grad():
         return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].float()
-
-
-def draw(rng: Any, n: int) -> Ids:
-    return rng.integers(0, VOCABULARY, n).tolist()
 
 
 def drive(model: Any, decoder: Any, rows: list[Ids], plan: list[Any], rng: Any) -> list[tuple[Ids, torch.Tensor]]:
@@ -96,49 +91,6 @@ def test_what_cannot_be_packed_is_found_out() -> None:
     broken = tiny("Llama")
     broken.model.layers[0].self_attn.layer_idx = 1  # two layers that would share one buffer
     assert find_decode_mode(broken, FP32, ["packed"]) == "whole"
-
-
-# What each of these remembers, and so how it may be decoded.
-STATEFUL: dict[str, tuple[str, dict[str, Any]]] = {
-    "Mamba": ("single", {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
-    "Mamba2": (
-        "single",
-        {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
-        | {"num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 8},
-    ),
-    "Rwkv": (
-        "single",
-        {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32},
-    ),
-    "Jamba": (
-        "single",
-        SMALL
-        | {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2}
-        | {"expert_layer_period": 2, "mamba_d_state": 4},
-    ),
-    "Bamba": (
-        "single",
-        SMALL
-        | {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1}
-        | {"mamba_d_state": 8, "mamba_chunk_size": 8},
-    ),
-    "Lfm2": ("single", SMALL | {"layer_types": ["conv", "full_attention"]}),
-    # keeps its state inside the model, not in what it gives back
-    "RecurrentGemma": (
-        "whole",
-        SMALL | {"attention_window_size": 8, "block_types": ["recurrent", "attention"], "lru_width": 32},
-    ),
-    # its mask has a window that its attention is not told of; longer than any short proof
-    "Phimoe": ("padded", SMALL | {"num_local_experts": 4, "sliding_window": 64}),
-}
-
-
-def stateful(name: str) -> Any:
-    import transformers
-
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**STATEFUL[name][1])
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
 
 
 @pytest.mark.parametrize("name", STATEFUL)
@@ -205,31 +157,6 @@ def test_ordered_weights_only_where_they_are_the_same() -> None:
     model = tiny("Llama")
     assert ordered_forwards(model)
     assert not ordered_forwards(model.bfloat16())
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_base: Path) -> Engine:
-    from sftflow.checkpoint import load_assistant
-
-    loaded = load_assistant(str(tiny_base))
-    with torch.no_grad():  # a random model's logits are nearly flat; make its choices clear
-        for layer in loaded.model.model.layers:
-            layer.self_attn.o_proj.weight.mul_(20)
-            layer.mlp.down_proj.weight.mul_(20)
-    return loaded.engine
-
-
-def requests_of(seed: int, n: int, **more: Any) -> list[GenerationRequest]:
-    rng = np.random.default_rng(seed)
-    return [
-        GenerationRequest(
-            prompt_ids=tuple(draw(rng, int(rng.integers(1, 60)))),
-            max_new_tokens=int(rng.integers(1, 30)),
-            use_python=False,
-            **more,
-        )
-        for _ in range(n)
-    ]
 
 
 @settings(max_examples=6, deadline=None)

@@ -14,8 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import make_renderer
-from runs import Quiet, write_recipe
+from helpers.architectures import SMALL
+from helpers.runs import Quiet, write_recipe
+from helpers.templates import STRIPS, THOUGHTS, open_with
+from helpers.tiny import make_renderer
 from sftflow.chat.schema import Conversation, parse_row
 from sftflow.checkpoint import Assistant, load_assistant
 from sftflow.errors import ContextError, DataError
@@ -40,8 +42,6 @@ from sftflow.pretraining.pretrain import bits_per_byte as base_bits
 from sftflow.recipe import load_recipe
 from sftflow.runtime import Runtime
 from sftflow.training.run import run_training
-from test_models import SMALL
-from test_settle import STRIPS, THOUGHTS, open_with
 
 FP32 = Runtime(device="cpu", precision="fp32", reason="test")
 CALL = [

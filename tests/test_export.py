@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from conftest import make_renderer, shared
+from helpers.tiny import make_renderer
 from sftflow import checkpoint
 from sftflow.chat.schema import parse_row
 from sftflow.errors import CheckpointError, RecipeError
@@ -182,7 +182,6 @@ def test_interleaving_and_back() -> None:
     ["hf_llama2", *(pytest.param(w, marks=pytest.mark.slow) for w in ("hf_llama3_1", "hf_qwen3"))],
 )
 def test_real_tokenizers(tmp_path: Path, real_tokenizers: dict[str, Path], which: str) -> None:
-    shared("fixtures", "tokenizers", which)
     format_name = {"hf_llama2": "llama2", "hf_llama3_1": "llama3", "hf_qwen3": "chatml"}[which]
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = build(tmp_path / "sft", real_tokenizers[which], "llama tied", format_name, **small)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from conftest import SHARED
-from serving import local
+from helpers.outside import outside
+from helpers.serving import local
 from sftflow import checkpoint
 from sftflow.chat.schema import parse_row, text_message
 from sftflow.evaluation.prompts_for import chat_prompt
@@ -28,9 +28,7 @@ pytestmark = pytest.mark.skipif(not llamacpp.available(), reason="llama.cpp: pip
 
 def conversations(n: int) -> list[list[dict[str, str]]]:
     """Real dialogues of several turns: user and assistant by turns, ending with a user turn."""
-    path = SHARED / "topical_chat" / "valid_freq.json"
-    if not path.exists():
-        pytest.skip("public data absent: topical_chat")
+    path = outside("topical_chat", "valid_freq.json")
     out = []
     for row in json.loads(path.read_text(encoding="utf-8")).values():
         texts = [turn["message"] for turn in row["content"]]

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conftest import make_renderer, shared
+from helpers.outside import outside
+from helpers.tiny import make_renderer
 from sftflow.chat.format import BUILTIN, builtin_format
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation, parse_row
@@ -133,7 +134,6 @@ def test_text_and_ids_are_transformers(tokenizers: dict[str, Path], name: str, w
     ("name", "which"), [("llama2", "hf_llama2"), ("alpaca", "hf_llama2"), ("llama3", "hf_llama3_1")]
 )
 def test_on_the_familys_own_tokenizer(real_tokenizers: dict[str, Path], name: str, which: str) -> None:
-    shared("fixtures", "tokenizers", which)
     renderer = make_renderer(real_tokenizers[which], name)
     bare = make_renderer(real_tokenizers[which], "alpaca").tokenizer  # a format without tokens of its own
     assert len(renderer.tokenizer) == len(bare)
@@ -258,7 +258,7 @@ DIFFERENT = {
     ],
 )
 def test_text_is_the_published_templates(tokenizers: dict[str, Path], published: str, name: str, which: str) -> None:
-    path = shared("fixtures", "chat_templates", "chujiezheng", f"{published}.jinja")
+    path = outside("fixtures", "chat_templates", "chujiezheng", f"{published}.jinja")
     template = path.read_text(encoding="utf-8")
     if which == "no bos":
         template = template.replace("{{ bos_token }}", "")
@@ -276,7 +276,7 @@ def test_text_is_the_published_templates(tokenizers: dict[str, Path], published:
 def test_phi3_is_microsofts_but_for_its_trailing_eos(tokenizers: dict[str, Path]) -> None:
     """Microsoft's template puts the eos token behind a text without a generation prompt, where a further turn would
     stand, and leaves out an empty system message."""
-    path = shared("fixtures", "chat_templates", "llamacpp", "microsoft-Phi-3.5-mini-instruct.jinja")
+    path = outside("fixtures", "chat_templates", "llamacpp", "microsoft-Phi-3.5-mini-instruct.jinja")
     template = path.read_text(encoding="utf-8")
     renderer = cached(tokenizers["two"], "phi3")
     for label, messages in CHATS.items():

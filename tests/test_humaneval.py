@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from conftest import shared
+from helpers.outside import outside
 from sftflow.errors import SchemaError
 from sftflow.tasks import humaneval
 from sftflow.tasks.humaneval import HumanEval, body_of, code_of, program_of
@@ -156,7 +156,7 @@ def test_an_entry_point_is_a_name(tmp_path: Path) -> None:
 
 
 def published() -> tuple[HumanEval, list[Item], list[dict[str, Any]]]:
-    path = shared("humaneval", "HumanEval.jsonl.gz")
+    path = outside("humaneval", "HumanEval.jsonl.gz")
     task = HumanEval(TaskSource(path=str(path)))
     with gzip.open(path, "rt") as f:
         rows = [json.loads(line) for line in f]

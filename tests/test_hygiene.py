@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import make_renderer
+from helpers.tiny import make_renderer
 from sftflow.chat.schema import parse_row
 from sftflow.evaluation.journal import EvalRow
 from sftflow.evaluation.reply_checks import (
@@ -223,8 +223,6 @@ def test_broken_characters(renderer: Any) -> None:
 
 
 def test_a_real_tokenizer_with_byte_fallback(real_tokenizers: dict[str, Path]) -> None:
-    if "hf_llama2" not in real_tokenizers:
-        pytest.skip("public data absent: tokenizers")
     renderer = make_renderer(real_tokenizers["hf_llama2"], "llama2")
     face = renderer.encode_plain("🜁")
     replies = [said(renderer, *face), said(renderer, *face[:-1]), *(said(renderer, text) for text in CLEAN)]

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import shared
+from helpers.outside import outside
 from sftflow.errors import SchemaError, TaskError
 from sftflow.tasks import Item, TaskSource, chance_of, make_task
 from sftflow.tasks.ifeval import IFEval, follows, loose_variants
@@ -351,7 +351,7 @@ def test_a_bad_row_names_its_line(tmp_path: Path, change: dict[str, Any], said: 
 
 def test_published_prompts() -> None:
     """A model that repeats its prompt, word for word, scores as it does with lm-eval."""
-    path = shared("ifeval", "input_data.jsonl")
+    path = outside("ifeval", "input_data.jsonl")
     task = make_task("ifeval", TaskSource(path=str(path)))
     items = task.items()
     asked = [i["id"] for item in items for i in item.answer]

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from conftest import CHROMIUM, dom_of
+from helpers.chromium import CHROMIUM, dom_of
 from sftflow.chat.render import Rendered, Renderer
 from sftflow.report import token_page as inspect_html
 from sftflow.report import token_view as inspect
@@ -116,8 +116,6 @@ def test_boxes_of_a_split_character_concatenate_to_its_bytes(renderer: Renderer)
 
 @pytest.mark.parametrize("name", ["hf_llama2", "hf_llama3_1", "hf_qwen3"])
 def test_bytes_of_real_tokenizers(real_tokenizers: dict[str, Path], name: str) -> None:
-    if name not in real_tokenizers:
-        pytest.skip(f"public data absent: {name}")
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(real_tokenizers[name])
@@ -128,8 +126,6 @@ def test_bytes_of_real_tokenizers(real_tokenizers: dict[str, Path], name: str) -
 
 
 def test_llama_2_tokens_keep_their_leading_space(real_tokenizers: dict[str, Path]) -> None:
-    if "hf_llama2" not in real_tokenizers:
-        pytest.skip("public data absent: hf_llama2")
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(real_tokenizers["hf_llama2"])

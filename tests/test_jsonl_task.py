@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import shared
+from helpers.outside import outside
 from sftflow.errors import SchemaError, SftflowError
 from sftflow.tasks import Item, TaskSource, chance_of, make_task
 from sftflow.tasks.questions import GRADERS, Jsonl, is_contained, is_exact, is_number, parse
@@ -181,7 +181,7 @@ def test_any_number_is_read_in_its_usual_writings(value: int) -> None:
 
 @pytest.mark.parametrize(("split", "rows"), [("train", 9427), ("test", 3270)])
 def test_real_boolq(split: str, rows: int) -> None:
-    path = shared("multiple_choice", "boolq", f"{split}.jsonl")
+    path = outside("multiple_choice", "boolq", f"{split}.jsonl")
     raw = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     task = make_task("boolq", TaskSource(path=str(path)))
     items = task.items()
@@ -194,7 +194,7 @@ def test_real_boolq(split: str, rows: int) -> None:
 
 
 def test_real_openbookqa() -> None:
-    task = make_task("openbookqa", TaskSource(path=str(shared("multiple_choice", "openbookqa", "test.jsonl"))))
+    task = make_task("openbookqa", TaskSource(path=str(outside("multiple_choice", "openbookqa", "test.jsonl"))))
     items = task.items()
     assert (len(items), task.name, items[0].id) == (500, "openbookqa", "openbookqa:1")
     assert {i.choices for i in items} == {("A", "B", "C", "D")} and items[0].answer == "B"

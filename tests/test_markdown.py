@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from chromium import Chromium, Page
-from conftest import CHROMIUM
-from peer import Peer, serving
+from helpers.chromium import CHROMIUM, Chromium, Page
+from helpers.peer import Peer, serving
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from runs import Quiet, sftflow, write_recipe
+from helpers.runs import Quiet, sftflow, write_recipe
 from sftflow.atomic_io import CHECKSUM, with_checksum, write_json
 from sftflow.checkpoint import load_assistant, load_info, resolve
 from sftflow.cli.measure import EvalOptions, evaluate_all, run_of

@@ -11,64 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from helpers.architectures import ARCHITECTURES, FP32, REFUSED, SMALL, VOCABULARY, tiny
 from sftflow.errors import CheckpointError
 from sftflow.packing.attending import attending, own_logits
 from sftflow.packing.attention import NAME
 from sftflow.packing.pack import Example, pack_batch, pad_batch
-from sftflow.runtime import Runtime
 from sftflow.training.check_model import check_length, prove_forward
 from sftflow.training.optimizers import Rates, groups_of, muon
 from sftflow.training.settings import set_dropout
 from sftflow.training.trainer import batch_loss
-
-FP32 = Runtime(device="cpu", precision="fp32", reason="test")
-VOCABULARY = 320
-SMALL = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 64,
-    "pad_token_id": 0,
-}
-WINDOW = {"head_dim": 16, "sliding_window": 6}
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "Llama": SMALL | {"tie_word_embeddings": True},
-    "Qwen2": SMALL,
-    "Qwen3": SMALL | {"head_dim": 16},
-    "GPT2": {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4}
-    | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
-    "Mistral": SMALL | {"sliding_window": 6},
-    "Gemma2": SMALL | WINDOW | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0},
-    "Gemma3Text": SMALL | WINDOW,
-    "Olmo2": SMALL,
-    "Phi3": SMALL,
-    "SmolLM3": SMALL,
-    "NanoChat": SMALL,
-    # not in the promise, but what people bring
-    "Olmo3": SMALL | WINDOW,
-    "Granite": SMALL | {"logits_scaling": 4.0, "residual_multiplier": 0.5},
-    "Cohere2": SMALL | WINDOW | {"logit_scale": 0.25},
-    "GPTNeoX": {k: v for k, v in SMALL.items() if k != "num_key_value_heads"},
-    "Starcoder2": SMALL,
-}
-REFUSED: dict[str, dict[str, Any]] = {
-    "Mamba": {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
-}
-
-
-def tiny(name: str) -> Any:
-    import transformers
-
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**ARCHITECTURES.get(name, REFUSED.get(name, {})))
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # NanoChat starts with zeros, under which nothing would be tested
-            if parameter.ndim == 2:
-                parameter.normal_(0, 0.1)
-    return model
 
 
 def rows(count: int = 9, seed: int = 0) -> list[Example]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from serving import ASK, local, request
+from helpers.serving import ASK, local, request
 from sftflow.checkpoint import Assistant
 from sftflow.serving.chat import ChatBody
 from sftflow.serving.model_entry import SamplingParams

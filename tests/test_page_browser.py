@@ -16,9 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
-from chromium import Chromium, Page
-from conftest import CHROMIUM
-from peer import Peer, serving
+from helpers.chromium import CHROMIUM, Chromium, Page
+from helpers.peer import Peer, serving
 from sftflow.chat.schema import parse_row, read_conversations
 from sftflow.checkpoint import open_renderer, resolve
 from sftflow.pretraining.pretrain import BaseSpec, build_model

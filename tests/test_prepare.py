@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conftest import make_renderer
+from helpers.tiny import make_renderer
 from sftflow.chat import fast_bpe as words
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import parse_row

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conftest import make_renderer, shared
+from helpers.outside import outside
+from helpers.tiny import make_renderer
 from sftflow.chat.calculator_parts import flatten_python
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation, Message, Part, parse_row, text_message
@@ -290,7 +291,7 @@ SOUND = {  # template -> the tokenizer that has its tokens
 
 @pytest.mark.parametrize("template", sorted(SOUND))
 def test_real_templates_render_as_transformers_does(template: str, real_tokenizers: dict[str, Path]) -> None:
-    path = shared("fixtures", "chat_templates", *template.split("/"))
+    path = outside("fixtures", "chat_templates", *template.split("/"))
     renderer = make_renderer(real_tokenizers[SOUND[template]], str(path))
     rows = renderer.render_rows(PLAIN)
     for rendered, turn in zip(rows, (4,) if len(rows) == 1 else (2, 4), strict=True):
@@ -309,7 +310,7 @@ def test_real_templates_render_as_transformers_does(template: str, real_tokenize
 
 
 def test_tool_calls_of_a_real_template_are_supervised(real_tokenizers: dict[str, Path]) -> None:
-    path = shared("fixtures", "chat_templates", "llamacpp", "Qwen-Qwen2.5-7B-Instruct.jinja")
+    path = outside("fixtures", "chat_templates", "llamacpp", "Qwen-Qwen2.5-7B-Instruct.jinja")
     renderer = make_renderer(real_tokenizers["hf_qwen3"], str(path))
     call = {"type": "function", "function": {"name": "get_w", "arguments": '{"city": "Rome"}'}}
     row = parse_row(

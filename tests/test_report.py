@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from report_data import HOSTILE, Page, demo, poisoned, shipped_prompts, task, tokens
+from helpers.report_data import HOSTILE, Page, demo, poisoned, shipped_prompts, task, tokens
 from sftflow.report import token_page as inspect_html
 from sftflow.report.comparison_page import render_report
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from conftest import CHROMIUM, dom_of
-from report_data import HOSTILE, demo, shipped_prompts
+from helpers.chromium import CHROMIUM, dom_of
+from helpers.report_data import HOSTILE, demo, shipped_prompts
 from sftflow.report.comparison_page import render_report
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from report_data import CHANGES, HOSTILE, Page, demo, item, tokens
+from helpers.report_data import CHANGES, HOSTILE, Page, demo, item, tokens
 from sftflow.comparison.prompts import load_prompts
 from sftflow.report import charts, curve
 from sftflow.report import token_page as inspect_html

@@ -18,13 +18,12 @@ from typing import Any
 import pytest
 import torch
 
-from runs import Quiet, digest, sftflow, write_recipe
+from helpers.runs import Quiet, digest, error_line, run, sftflow, write_recipe
 from sftflow.atomic_io import Lock, sweep, write_directory
 from sftflow.errors import CheckpointError, RunError
 from sftflow.recipe import load_recipe
 from sftflow.training.run import run_training
 from sftflow.training.signals import Signals, Stopped
-from test_cli import error_line, run
 
 MEASURED = ("seconds", "memory")  # of the machine, not of the training
 
@@ -705,12 +704,12 @@ def test_steps_smaller_than_a_row_are_a_recipe_error(tiny_base: Path, tmp_path: 
 )
 def test_bf16_resumes_bit_for_bit(settings: dict[str, Any], tmp_path: Path) -> None:
     """Working weights are derived from the saved ones, and compiled code does not hang on the batch it was made for."""
+    from helpers.training import shared_rows, spec
     from sftflow.pretraining.pretrain import BaseSpec, build_model
     from sftflow.runtime import Runtime
     from sftflow.training.batch_plan import RowPlan
     from sftflow.training.resume import load_state, save_state
     from sftflow.training.trainer import Trainer
-    from test_train import shared_rows, spec
 
     def trainer() -> Trainer:
         model = build_model(BaseSpec(params="0.1M", context=64), 320, 0)

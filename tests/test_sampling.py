@@ -13,12 +13,11 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from helpers.architectures import ARCHITECTURES, FP32, stateful, tiny
+from helpers.generation import draw as draw_ids
 from sftflow.generation.engine import Engine
 from sftflow.generation.request import GenerationRequest
 from sftflow.generation.sampling import Sampler, choose, draw, warped
-from test_decoder import draw as draw_ids
-from test_decoder import stateful
-from test_models import ARCHITECTURES, FP32, tiny
 
 VOCABULARY = 50
 

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
-from serving import ASK, local, refusal, running, tiny
+from helpers.serving import ASK, local, refusal, running, tiny
 from sftflow.chat.render import Renderer
 from sftflow.checkpoint import Assistant
 from sftflow.serving import api

@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from serving import ASK, DRAW, ask, own, request, running, twin
+from helpers.serving import ASK, DRAW, ask, own, request, running, twin
 from sftflow.checkpoint import Assistant, load_assistant
 from sftflow.serving import api
 

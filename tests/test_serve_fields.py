@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from serving import ASK, ask, local, own, refusal, request
+from helpers.serving import ASK, ask, local, own, refusal, request
 from sftflow.chat.schema import parse_row
 from sftflow.checkpoint import Assistant
 

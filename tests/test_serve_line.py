@@ -10,7 +10,7 @@ import time
 import httpx
 import pytest
 
-from serving import ASK, ask, refusal, running
+from helpers.serving import ASK, ask, refusal, running
 from sftflow.checkpoint import Assistant
 from sftflow.serving import api
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from serving import ASK, DRAW, local, own, refusal, request, running, twin
+from helpers.serving import ASK, DRAW, local, own, refusal, request, running, twin
 from sftflow.checkpoint import Assistant
 from sftflow.evaluation.prompts_for import plain_ids
 from sftflow.serving import api

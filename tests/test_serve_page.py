@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from serving import local
+from helpers.serving import local
 from sftflow.checkpoint import Assistant
 from sftflow.serving import api
 

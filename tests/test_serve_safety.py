@@ -8,7 +8,7 @@ import socket
 import pytest
 from fastapi.testclient import TestClient
 
-from serving import ask, local, refusal
+from helpers.serving import ask, local, refusal
 from sftflow.checkpoint import Assistant
 from sftflow.cli import app
 from sftflow.errors import ServeError

@@ -10,14 +10,14 @@ import openai
 import pytest
 import torch
 
-from conftest import TEXT
-from serving import running
+from helpers.serving import running
+from helpers.templates import CHATML
+from helpers.tiny import TEXT
 from sftflow.chat.schema import parse_row
 from sftflow.checkpoint import Assistant, load_assistant
 from sftflow.pretraining.pretrain import BaseSpec, build_model
 from sftflow.pretraining.tokenizer import train_tokenizer
 from sftflow.serving import api
-from test_calls import CHATML
 
 WEATHER: Any = {
     "type": "function",

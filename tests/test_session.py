@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.generation import ask, draw, failing
 from sftflow.generation.decoder import PackedDecoder
 from sftflow.generation.engine import Engine
 from sftflow.generation.kv_cache import ROOM
 from sftflow.generation.request import GenerationRequest, Reply
 from sftflow.generation.scheduler import Scheduler
-from test_decoder import draw, engine, requests_of  # noqa: F401
 
 
 def finish(
@@ -32,12 +31,7 @@ def finish(
     raise AssertionError("it does not end")
 
 
-def ask(n: int, new: int, number: int = 0, **more: Any) -> GenerationRequest:
-    ids = tuple(draw(np.random.default_rng(number), n))
-    return GenerationRequest(prompt_ids=ids, max_new_tokens=new, stop_ids=frozenset(), use_python=False, **more)
-
-
-def test_a_long_prompt_does_not_keep_the_others_waiting(engine: Engine) -> None:  # noqa: F811
+def test_a_long_prompt_does_not_keep_the_others_waiting(engine: Engine) -> None:
     requests = [ask(5, 60), ask(200, 5, 1, prompt_logprobs=0), ask(150, 5, 2), ask(12, 5, 3), ask(10, 5, 4)]
     wanted = engine.generate(requests)
     read: list[int] = []
@@ -77,26 +71,8 @@ def test_a_long_prompt_does_not_keep_the_others_waiting(engine: Engine) -> None:
     assert told_of == pytest.approx([t.logprob for t in wanted[1].prompt_logprobs if t is not None], abs=1e-4)
 
 
-@contextmanager
-def failing(model: Any, fails: Callable[[Any], bool]) -> Iterator[None]:
-    """The forward pass runs out of memory where `fails(input_ids)`."""
-    own = model.forward
-
-    def forward(input_ids: Any, **more: Any) -> Any:
-        out = own(input_ids=input_ids, **more)  # it had begun to write into the cache
-        if fails(input_ids):
-            raise torch.OutOfMemoryError("out of memory")
-        return out
-
-    model.forward = forward
-    try:
-        yield
-    finally:
-        del model.forward
-
-
 @pytest.mark.parametrize("prompt_tokens", [None, 64])
-def test_a_prompt_that_fails_fails_alone(engine: Engine, prompt_tokens: int | None) -> None:  # noqa: F811
+def test_a_prompt_that_fails_fails_alone(engine: Engine, prompt_tokens: int | None) -> None:
     giant = 17
     requests = [ask(5, 12), ask(9, 12, 1), ask(180, 12, 2), ask(7, 12, 3)]
     requests[2] = ask(180, 12, 2)
@@ -123,7 +99,7 @@ def test_a_prompt_that_fails_fails_alone(engine: Engine, prompt_tokens: int | No
         assert finish(session)[again].ids == wanted[0].ids
 
 
-def test_a_step_that_fails_ends_those_that_run_and_no_more(engine: Engine) -> None:  # noqa: F811
+def test_a_step_that_fails_ends_those_that_run_and_no_more(engine: Engine) -> None:
     small = Engine(engine.model, engine.renderer, engine.runtime, max_running=2)
     requests = [ask(5, 12), ask(9, 12, 1), ask(7, 12, 3)]
     (wanted,) = engine.generate(requests[2:])
@@ -145,7 +121,7 @@ def test_a_step_that_fails_ends_those_that_run_and_no_more(engine: Engine) -> No
         engine.generate(requests)
 
 
-def test_cancelling_a_prompt_that_is_being_read(engine: Engine) -> None:  # noqa: F811
+def test_cancelling_a_prompt_that_is_being_read(engine: Engine) -> None:
     with engine.scheduler(prompt_tokens=16) as session:
         numbers = [session.submit(ask(100, 5, i)) for i in range(2)]
         session.advance()
@@ -154,7 +130,7 @@ def test_cancelling_a_prompt_that_is_being_read(engine: Engine) -> None:  # noqa
         assert list(finish(session)) == numbers[1:]
 
 
-def test_a_session_that_is_kept_open_does_not_grow(engine: Engine) -> None:  # noqa: F811
+def test_a_session_that_is_kept_open_does_not_grow(engine: Engine) -> None:
     """500 short requests after a long one: what the long one took is given back, and no more is taken."""
 
     def held() -> int:
@@ -178,7 +154,7 @@ def test_a_session_that_is_kept_open_does_not_grow(engine: Engine) -> None:  # n
     assert max(sizes[len(sizes) // 2 :]) <= 16 * ROOM * place  # rows are added a few at a time; its room is given back
 
 
-def test_nothing_to_generate_is_a_reply_too(engine: Engine) -> None:  # noqa: F811
+def test_nothing_to_generate_is_a_reply_too(engine: Engine) -> None:
     (reply,) = engine.generate([ask(5, 0)])
     assert (reply.ids, reply.text, reply.finish_reason) == ((), "", "length")
     context = engine.context
@@ -186,7 +162,7 @@ def test_nothing_to_generate_is_a_reply_too(engine: Engine) -> None:  # noqa: F8
     assert len(full.prompt_logprobs) == context
 
 
-def test_the_shared_beginning_is_told_too(engine: Engine, tiny_base: Path) -> None:  # noqa: F811
+def test_the_shared_beginning_is_told_too(engine: Engine, tiny_base: Path) -> None:
     shared = draw(np.random.default_rng(5), 30)
     requests = [
         GenerationRequest(prompt_ids=(*shared, 7 + i), max_new_tokens=2, prompt_logprobs=0, use_python=False)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from runs import Quiet, digest, write_recipe
+from helpers.runs import Quiet, digest, write_recipe
 from sftflow.errors import CheckpointError, RecipeError
 from sftflow.recipe import Recipe, load_recipe, parse_recipe
 from sftflow.runtime import Runtime

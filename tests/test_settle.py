@@ -8,21 +8,13 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from helpers.templates import HEAD, STRIPS, TAIL, THOUGHTS, chat, open_with
 from sftflow.chat.format import choose_format
 from sftflow.chat.render import Renderer
-from sftflow.chat.schema import Conversation, parse_row
+from sftflow.chat.schema import parse_row
 from sftflow.chat.template_options import append_eos, settle, settled
 from sftflow.errors import FormatError, MaskError
 
-HEAD = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-TAIL = "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
-STRIPS = (
-    HEAD
-    + "{% set c = m.content %}{% if m.role == 'assistant' and not loop.last and not keep_thoughts %}"
-    + "{% set c = c.split('</think>')[-1] %}{% endif %}{{ c }}"
-    + TAIL
-    + "{% endif %}"
-)
 PREFILLS = HEAD + "{{ m.content }}" + TAIL + "{% if enable_thinking is not false %}<think>\n{% endif %}{% endif %}"
 ENDLESS = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -35,22 +27,8 @@ MARKED = (
 )
 
 
-def open_with(directory: Path, template: str) -> Renderer:
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"], "eos_token": "<|eos|>"})
-    tokenizer.chat_template = template
-    return Renderer(tokenizer, choose_format("auto", tokenizer))
-
-
-def chat(*texts: str) -> Conversation:
-    return parse_row([{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)], "t:1")
-
-
 def supervised(renderer: Renderer, row: Any) -> str:
     return renderer.decode(row.ids[row.mask == 1].tolist())
-
-
-THOUGHTS = chat("a", "<think>hm</think>b", "c", "<think>so</think>d")
 
 
 def test_an_argument_that_keeps_history_is_found(tokenizer_dir: Path) -> None:

@@ -18,17 +18,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import SHARED, shared
-from oracle import Reference, accepts, check_rows, why_not
+from helpers.oracle import Reference, accepts, check_rows, why_not
+from helpers.outside import NOT_SET, each, outside, outside_files
+from helpers.shapes import SHAPES, WEATHER, Row
 from sftflow.chat.format import TEMPLATE_NOW, choose_format
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import parse_row
 from sftflow.chat.template_options import settle
 from sftflow.errors import FormatError, MaskError, SchemaError
-from shapes import SHAPES, WEATHER, Row
 
-FOLDER = SHARED / "fixtures" / "chat_templates"
-PATHS = sorted(FOLDER.glob("*/*.jinja"))
+PATHS = outside_files("fixtures/chat_templates", "*/*.jinja")
 
 # What each template closes an assistant's turn with, read from its source by hand: None where it writes nothing there.
 EOS = "eos_token"
@@ -143,7 +142,7 @@ def gpt2(*, bos: str = "<|endoftext|>", eos: str = "<|endoftext|>", special: tup
     from tokenizers.implementations import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
-    folder = shared("fixtures", "tokenizers", "gpt2")
+    folder = outside("fixtures", "tokenizers", "gpt2")
     encoder = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
     lines = (folder / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1 : MERGES + 1]
     vocab = {token: i for token, i in encoder.items() if i < 256 + MERGES}
@@ -162,7 +161,7 @@ def own_tokenizers(real_tokenizers: dict[str, Path]) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     if not real_tokenizers:
-        pytest.skip("public tokenizers absent")
+        pytest.skip(NOT_SET)
     return {"gpt2": gpt2(), **{name: AutoTokenizer.from_pretrained(path) for name, path in real_tokenizers.items()}}
 
 
@@ -279,12 +278,7 @@ def table() -> Iterator[list[Line]]:
             print(f"{label}: {right=} {declined=} {forced=} {avoidable=} ({share:.1f} %) {wrong=}")
 
 
-def paths() -> list[Any]:
-    return [pytest.param(path, id=path.stem) for path in PATHS]
-
-
-@pytest.mark.skipif(not PATHS, reason="public data absent: chat_templates")
-@pytest.mark.parametrize("path", paths())
+@pytest.mark.parametrize("path", each(PATHS))
 def test_every_row_is_right(path: Path, own_tokenizers: dict[str, Any], table: list[Line]) -> None:
     """No wrong row in any combination; all shapes where the tokenizer has the template's tokens, a few elsewhere."""
     wrong = []
@@ -296,7 +290,7 @@ def test_every_row_is_right(path: Path, own_tokenizers: dict[str, Any], table: l
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.skipif(not PATHS, reason="public data absent: chat_templates")
+@pytest.mark.skipif(not PATHS, reason=NOT_SET)
 def test_few_refusals(own_tokenizers: dict[str, Any], table: list[Line]) -> None:
     """Where tokens are owned, at most one in twenty of the conversations that a template can express is refused."""
     owned = [line for line in table if line.owned]
@@ -376,7 +370,7 @@ def _fault(name: str, rows: list[Any], tokenizer: Any) -> list[Any]:
 )
 def test_planted_faults_are_seen(fault: str, shape: str) -> None:
     """The checker is itself checked: each way in which a row can be wrong must be reported."""
-    path = shared("fixtures", "chat_templates", "llamacpp", "LFM2.5-Instruct.jinja")
+    path = outside("fixtures", "chat_templates", "llamacpp", "LFM2.5-Instruct.jinja")
     tokenizer = given_tokenizer(path)
     renderer = Renderer(tokenizer, choose_format(str(path), tokenizer))
     rows = renderer.render_rows(parse_row(SHAPES[shape], "shape:1"))
@@ -398,7 +392,7 @@ def test_planted_faults_are_seen(fault: str, shape: str) -> None:
 
 def test_weight_zero_fault_is_seen() -> None:
     """A row that teaches a turn of weight 0 is as wrong as one that leaves out a turn of weight 1."""
-    path = shared("fixtures", "chat_templates", "llamacpp", "LFM2.5-Instruct.jinja")
+    path = outside("fixtures", "chat_templates", "llamacpp", "LFM2.5-Instruct.jinja")
     tokenizer, unlike = given_tokenizer(path), SHAPES["weight_zero"]
     renderer = Renderer(tokenizer, choose_format(str(path), tokenizer))
     alike = {"messages": [{k: v for k, v in m.items() if k != "weight"} for m in unlike["messages"]]}
@@ -417,15 +411,14 @@ def test_weight_zero_fault_is_seen() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.skipif(not PATHS, reason="public data absent: chat_templates")
-@pytest.mark.parametrize("path", paths())
+@pytest.mark.parametrize("path", each(PATHS))
 def test_whole_product(path: Path, own_tokenizers: dict[str, Any]) -> None:
     """Every shape with every tokenizer, whether or not it has the template's tokens."""
     wrong = [w for name, tok in tokenizers_of(path, own_tokenizers) for w in run(path, name, tok, SHAPES).wrong]
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("path", PATHS[::4], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", each(PATHS[::4]))
 def test_a_prompt_is_never_shorter_than_is_surely_said(path: Path) -> None:
     """`rough_length` refuses requests before they are rendered, so what it says is sure must be."""
     tokenizer = given_tokenizer(path)

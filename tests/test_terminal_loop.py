@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from serving import ASK, own, request
+from helpers.serving import ASK, own, request
 from sftflow.chat.schema import Conversation, Message, text_message
 from sftflow.checkpoint import Assistant
 from sftflow.errors import ContextError, FormatError

@@ -116,7 +116,7 @@ def test_held_back() -> None:
 
 @pytest.fixture(scope="module")
 def speech(tokenizer_dir: Path) -> ReplyDecoder:
-    from conftest import make_renderer
+    from helpers.tiny import make_renderer
 
     return ReplyDecoder(make_renderer(tokenizer_dir, "sftflow"))
 

@@ -12,50 +12,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runs import Quiet, write_recipe
+from helpers.architectures import tiny
+from helpers.runs import Quiet, write_recipe
+from helpers.training import BF16, FP32, examples, shared_rows, spec
 from sftflow.errors import RunError
-from sftflow.packing.pack import Example, best_fit
+from sftflow.packing.pack import best_fit
 from sftflow.pretraining.pretrain import BaseSpec, build_model
 from sftflow.rounding import round_bf16
 from sftflow.runtime import Runtime
-from sftflow.training.batch_plan import LoopSpec, RowPlan
+from sftflow.training.batch_plan import RowPlan
 from sftflow.training.loss import Head, chunked_cross_entropy, fused_parts, loss_parts
 from sftflow.training.optimizers import lr_factor
 from sftflow.training.trainer import Trainer
-from test_models import tiny
-
-FP32 = Runtime(device="cpu", precision="fp32", reason="test")
-BF16 = Runtime(device="cpu", precision="bf16", reason="test")
-
-
-def examples(count: int, seed: int = 0, longest: int = 40) -> list[Example]:
-    rng = np.random.default_rng(seed)
-    out = []
-    for _ in range(count):
-        n = int(rng.integers(2, longest))
-        out.append(Example(ids=rng.integers(0, 320, n), mask=rng.integers(0, 2, n).astype(np.int8)))
-    return out
-
-
-def spec(**changes: Any) -> LoopSpec:
-    values: dict[str, Any] = dict(
-        max_length=64,
-        tokens_per_step=512,
-        micro_tokens=512,
-        steps=6,
-        epochs=None,
-        optimizer="adamw",
-        lr=3e-3,
-        weight_decay=0.0,
-        clip=1.0,
-        schedule="linear",
-        warmup=0.2,
-        warmdown=0.5,
-        final=0.0,
-        dropout=0.0,
-        seed=0,
-    )
-    return LoopSpec(**(values | changes))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -113,17 +81,6 @@ def test_an_epoch_is_packed_once_and_steps_do_not_hang_on_what_was_asked_before(
     fresh = RowPlan(rows, s)
     assert [[id(e) for e in row] for row in fresh.step_rows(plan.total_steps - 2)] == steps[-2]
     assert [[id(e) for e in row] for row in fresh.step_rows(1)] == steps[1]
-
-
-def shared_rows() -> list[Example]:
-    """Rows of which half begin alike."""
-    rng = np.random.default_rng(1)
-    beginning = rng.integers(0, 320, 12)
-    plain = examples(60)
-    return plain[:30] + [
-        Example(ids=np.concatenate([beginning, e.ids]), mask=np.concatenate([np.zeros(12, np.int8), e.mask]))
-        for e in plain[30:]
-    ]
 
 
 @pytest.mark.parametrize(("optimizer", "bound"), [("adamw", 1e-5), ("muon", 1e-3)])

@@ -14,6 +14,7 @@ import starlette.requests
 import torch
 from fastapi.testclient import TestClient
 
+from helpers.generation import ask, failing
 from sftflow.errors import CheckpointError, RunError, SftflowError
 from sftflow.generation.engine import Engine
 from sftflow.generation.request import Delta, Reply
@@ -21,7 +22,6 @@ from sftflow.serving import api
 from sftflow.serving import engine_thread as module
 from sftflow.serving.engine_thread import Job, Worker
 from sftflow.serving.errors import ApiError
-from test_session import ask, failing
 
 ENDLESS = 230  # tokens
 

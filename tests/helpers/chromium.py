@@ -14,13 +14,15 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import select
+import shutil
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
-from conftest import CHROMIUM
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 KEYS = {"Enter": 13, "Tab": 9, "Escape": 27, " ": 32, "ArrowDown": 40, "ArrowUp": 38}
 
@@ -203,3 +205,14 @@ class Page:
 
     def picture(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
+
+
+def dom_of(page: Path, profile: Path) -> str:
+    """What Chromium makes of a page, scripts run: the text of its first <output>."""
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+               "--allow-file-access-from-files", f"--user-data-dir={profile}", "--window-size=1400,900",
+               "--dump-dom", page.as_uri()]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.search(r"<output>(.+?)</output>", done.stdout)
+    assert found, done.stderr[-500:]
+    return found[1]

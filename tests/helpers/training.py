@@ -1,0 +1,57 @@
+"""Random examples, and the settings of a short training loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sftflow.packing.pack import Example
+from sftflow.runtime import Runtime
+from sftflow.training.batch_plan import LoopSpec
+
+FP32 = Runtime(device="cpu", precision="fp32", reason="test")
+
+
+BF16 = Runtime(device="cpu", precision="bf16", reason="test")
+
+
+def examples(count: int, seed: int = 0, longest: int = 40) -> list[Example]:
+    rng = np.random.default_rng(seed)
+    out = []
+    for _ in range(count):
+        n = int(rng.integers(2, longest))
+        out.append(Example(ids=rng.integers(0, 320, n), mask=rng.integers(0, 2, n).astype(np.int8)))
+    return out
+
+
+def spec(**changes: Any) -> LoopSpec:
+    values: dict[str, Any] = dict(
+        max_length=64,
+        tokens_per_step=512,
+        micro_tokens=512,
+        steps=6,
+        epochs=None,
+        optimizer="adamw",
+        lr=3e-3,
+        weight_decay=0.0,
+        clip=1.0,
+        schedule="linear",
+        warmup=0.2,
+        warmdown=0.5,
+        final=0.0,
+        dropout=0.0,
+        seed=0,
+    )
+    return LoopSpec(**(values | changes))
+
+
+def shared_rows() -> list[Example]:
+    """Rows of which half begin alike."""
+    rng = np.random.default_rng(1)
+    beginning = rng.integers(0, 320, 12)
+    plain = examples(60)
+    return plain[:30] + [
+        Example(ids=np.concatenate([beginning, e.ids]), mask=np.concatenate([np.zeros(12, np.int8), e.mask]))
+        for e in plain[30:]
+    ]
