@@ -138,7 +138,7 @@ def streamed(decoder: ReplyDecoder, ids: list[int], **more: Any) -> tuple[str, A
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_streamed_drafts_with_the_calculator_in_them(decoder: ReplyDecoder, data: Any) -> None:
+def test_streamed_replies_with_the_calculator_in_them(decoder: ReplyDecoder, data: Any) -> None:
     assert decoder.python is not None
     plain = data.draw(
         st.lists(st.one_of(st.integers(0, 399), st.sampled_from(decoder.python)), min_size=1, max_size=40)
