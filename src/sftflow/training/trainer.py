@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from sftflow.errors import RunError
 from sftflow.packing.attending import attending
 from sftflow.packing.pack import Example, PackedBatch
+from sftflow.recipe import Train
 from sftflow.runtime import Runtime, keep_freed_memory
-from sftflow.training.batch_plan import LoopSpec, RowPlan, StepLog
+from sftflow.training.batch_plan import RowPlan, StepLog, micro_batches
 from sftflow.training.bf16_weights import WorkingWeights, release
 from sftflow.training.check_model import check_length, hidden_states, prove_forward
 from sftflow.training.compile import compile_layers, compiled
@@ -35,27 +36,27 @@ Int = NDArray[np.int64]
 class Trainer:
     """Iterate to train: `for log in Trainer(...): ...`. Between two steps its state may be saved.
 
-    model: a transformers causal LM in fp32 whose weights are trained in place.
+    model: a transformers causal LM in fp32 whose weights are trained in place.   settings: of a resolved recipe.
     """
 
     def __init__(
-        self, model: Any, plan: RowPlan, spec: LoopSpec, runtime: Runtime, source_names: Sequence[str] = ()
+        self, model: Any, plan: RowPlan, settings: Train, runtime: Runtime, source_names: Sequence[str] = ()
     ) -> None:
-        self.model, self.plan, self.spec, self.runtime = model, plan, spec, runtime
+        self.model, self.plan, self.settings, self.runtime = model, plan, settings, runtime
         self.source_names = list(source_names)
         self.step = 0
         self.bad_steps = 0
-        torch.manual_seed(spec.seed)
+        torch.manual_seed(settings.seed)
         keep_freed_memory()
         release(model)
-        check_length(model, spec.max_length)
-        prove_forward(model, packed=spec.packing)
-        self.optimizers = make_optimizers(model, spec.optimizer, spec.lr, spec.weight_decay, spec.rates)
-        if spec.gradient_checkpointing:
+        check_length(model, settings.max_length)
+        prove_forward(model, packed=settings.packing)
+        self.optimizers = make_optimizers(model, settings)
+        if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.working = WorkingWeights(model) if runtime.precision == "bf16" else None
         self.parts: Parts = loss_parts
-        if spec.compile:
+        if settings.compile is True:
             compile_layers(model)
             self.parts = compiled(fused_parts)
         self.n_body, self.n_head = matrix_sizes(model)
@@ -73,7 +74,7 @@ class Trainer:
         """
         started = time.perf_counter()
         examples = [e for row in self.plan.step_rows(self.step) for e in row]
-        batches = self.spec.batches(examples)
+        batches = micro_batches(examples, self.settings)
         losses, sources = self._backward(batches)
         norm = self._clip()
         factor = self._set_rates()
@@ -90,7 +91,7 @@ class Trainer:
         log = StepLog(
             step=self.step,
             loss=loss_sum / max(1, len(losses)),
-            lr=self.spec.lr * factor,
+            lr=self.settings.peak_lr * factor,
             grad_norm=norm,
             tokens=sum(len(e.ids) for e in examples),
             supervised_tokens=len(losses),
@@ -113,7 +114,7 @@ class Trainer:
     def loss(self, batch: PackedBatch, scale: float | None = None) -> torch.Tensor:
         """(n,) loss per supervised token; with `scale`, the gradient of scale * their sum is added up too."""
         head = head_of(self.model, None if self.working is None else self.working.head)
-        packed = self.spec.packing
+        packed = self.settings.packing
         return batch_loss(self.model, batch, self.runtime, packed=packed, parts=self.parts, scale=scale, head=head)
 
     @torch.no_grad()
@@ -122,7 +123,7 @@ class Trainer:
         self.model.eval()
         n_sources = max([len(self.source_names), *(e.source + 1 for e in examples)])
         sums, counts = np.zeros(n_sources), np.zeros(n_sources, np.int64)
-        for batch in self.spec.batches(list(examples)):
+        for batch in micro_batches(list(examples), self.settings):
             sums += np.bincount(batch.sources, self.loss(batch).cpu().double().numpy(), n_sources)
             counts += np.bincount(batch.sources, minlength=n_sources)
         self.model.train()
@@ -142,19 +143,11 @@ class Trainer:
     def _clip(self) -> float:
         """Clip the whole gradient's norm (0: measure only); the norm before."""
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        bound = self.spec.clip if self.spec.clip > 0 else math.inf
+        bound = self.settings.clip if self.settings.clip > 0 else math.inf
         return float(torch.nn.utils.clip_grad_norm_(parameters, bound))
 
     def _set_rates(self) -> float:
-        spec = self.spec
-        factor = lr_factor(
-            self.step,
-            self.plan.total_steps,
-            kind=spec.schedule,
-            warmup=spec.warmup,
-            warmdown=spec.warmdown,
-            final=spec.final,
-        )
+        factor = lr_factor(self.step, self.plan.total_steps, self.settings.schedule)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
