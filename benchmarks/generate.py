@@ -49,7 +49,7 @@ def ours(assistant: Any, slots: int, tokens: int) -> Callable[[Ids], tuple[Ids, 
     from sftflow.generation.engine import Engine, GenerationRequest
 
     engine = Engine(assistant.model, assistant.renderer, assistant.runtime, slots=slots)
-    engine.way()  # proves the model and orders the weights, once
+    engine.decode_mode()  # proves the model and orders the weights, once
 
     def generate(prompts: Ids) -> tuple[Ids, list[int]]:
         requests = [GenerationRequest(prompt_ids=p, max_new_tokens=tokens, use_python=False) for p in prompts]

@@ -101,7 +101,7 @@ def test_a_step_that_fails_ends_those_that_run_and_no_more(engine: Engine) -> No
     small = Engine(engine.model, engine.renderer, engine.runtime, slots=2)
     requests = [ask(5, 12), ask(9, 12, 1), ask(7, 12, 3)]
     (wanted,) = engine.generate(requests[2:])
-    small.way()
+    small.decode_mode()
     errors: list[int] = []
     steps = 0
 
