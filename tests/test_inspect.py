@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from helpers.chromium import CHROMIUM, dom_of
+from helpers.chromium import dom_of, needs_chromium
 from sftflow.chat.render import Rendered, Renderer
 from sftflow.report import token_page as inspect_html
 from sftflow.report import token_view as inspect
@@ -347,7 +347,7 @@ onload = () => {
 };</script>"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+@needs_chromium
 @pytest.mark.parametrize(("width", "beside"), [(390, False), (1280, True)])
 def test_page_in_a_browser(tmp_path: Path, width: int, beside: bool) -> None:
     """A touched or focused box says its bytes without a script, and nothing scrolls sideways."""
