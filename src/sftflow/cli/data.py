@@ -37,29 +37,30 @@ def render(
 ) -> None:
     """Show rows as the model sees them: tokens, and which of them are trained on."""
     quiet()
-    from sftflow.chat import template_options as settling
+    from sftflow.chat import template_options
     from sftflow.chat.schema import read_conversations
+    from sftflow.chat.token_rows import TokenRow, token_row
     from sftflow.checkpoint import open_renderer, resolve
     from sftflow.errors import MaskError
-    from sftflow.report.token_view import terminal_lines, token_rows
+    from sftflow.report.token_view import terminal_lines
 
     renderer = open_renderer(resolve(model), format)
     if append_eos:
-        renderer = settling.append_eos(renderer)
+        renderer = template_options.append_eos(renderer)
     if renderer.arguments():
-        renderer = settling.settle(renderer, _first(read_conversations(data), 200))
-    for note in (settling.settled(renderer), renderer.disagreement()):
+        renderer = template_options.choose_arguments(renderer, _first(read_conversations(data), 200))
+    for note in (template_options.options_note(renderer), renderer.disagreement()):
         if note:
             print(note, file=sys.stderr)
     tokenizer = renderer.tokenizer
-    rows: list[dict[str, Any]] = []
+    rows: list[TokenRow] = []
     refused: list[dict[str, str]] = []
     for number, conversation in enumerate(read_conversations(data)):
         if index is not None and number != index:
             continue
         try:
             for rendered in renderer.render_rows(conversation, turns=True):
-                rows.append(token_rows(rendered, tokenizer))
+                rows.append(token_row(rendered, tokenizer))
         except MaskError as error:
             refused.append({"source": conversation.source, "reason": str(error)})
         if number == index:
@@ -68,18 +69,17 @@ def render(
         raise RecipeError(f"--index {index}", f"{data} has not so many rows", "give a smaller number")
     if html is not None:
         from sftflow.atomic_io import write_text
-        from sftflow.report.token_page import render_page
+        from sftflow.report.token_page import token_page
 
-        page = render_page([*rows, *({"source": r["source"], "refused": r["reason"]} for r in refused)])
-        write_text(html, page)
+        write_text(html, token_page([*rows, *(TokenRow(r["source"], refused=r["reason"]) for r in refused)]))
     if as_json:
         document = {
             "rows": [
                 {
-                    "source": r["source"],
-                    "ids": [t["id"] for t in r["tokens"]],
-                    "mask": [int(t["supervised"]) for t in r["tokens"]],
-                    "tokens": [t["text"] for t in r["tokens"]],
+                    "source": r.source,
+                    "ids": [t.id for t in r.tokens],
+                    "mask": [int(t.supervised) for t in r.tokens],
+                    "tokens": [t.text for t in r.tokens],
                 }
                 for r in rows
             ],
@@ -91,8 +91,7 @@ def render(
 
         console = Console(highlight=False)
         for row in rows:
-            supervised = sum(t["supervised"] for t in row["tokens"])
-            head = f"{row['source']}  {len(row['tokens'])} tokens, {supervised} supervised"
+            head = f"{row.source}  {len(row.tokens)} tokens, {row.n_supervised} supervised"
             console.print(head, style="bold underline", markup=False, soft_wrap=True)
             console.print(terminal_lines(row))
     for entry in refused:
@@ -117,14 +116,16 @@ def mix(
     from rich.console import Console
 
     from sftflow.atomic_io import write_json, write_text
-    from sftflow.chat.template_options import settled
+    from sftflow.chat.template_options import options_note
+    from sftflow.chat.token_rows import token_row
     from sftflow.checkpoint import open_renderer, resolve
-    from sftflow.data.audit import audit, audit_page, audit_tables, item_parts
+    from sftflow.data.audit import audit, item_parts
     from sftflow.data.mixture import build_mixture, write_bad_rows
-    from sftflow.evaluation.prompts_for import open_tasks
+    from sftflow.evaluation.options import open_tasks
     from sftflow.recipe import load_recipe
-    from sftflow.report.progress import ProgressDisplay, ledger_table
-    from sftflow.report.token_view import token_rows
+    from sftflow.report.audit_page import audit_page
+    from sftflow.report.progress import ProgressDisplay
+    from sftflow.report.tables import audit_tables, ledger_table
 
     loaded = load_recipe(recipe)
     tasks = list(loaded.eval.tasks) if loaded.eval else []
@@ -141,9 +142,9 @@ def mix(
             lambda ids: tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=True),
             eval_sets={task.name: [item_parts(item) for item in task.items] for task in evaluation},
             special_ids=list(mixture.renderer.special.values()),
-            progress=lambda source, done, total: watch.counted("audit", done, total, source),
+            progress=lambda done, total: watch.counted("audit", done, total),
         )
-        for note in (settled(mixture.renderer), mixture.renderer.disagreement()):
+        for note in (options_note(mixture.renderer), mixture.renderer.disagreement()):
             if note:
                 watch.say(note)
     ledger = found.into(mixture.ledger())
@@ -151,8 +152,7 @@ def mix(
         write_json(out / "ledger.json", ledger)
         write_bad_rows(out, mixture)
     if html is not None:
-        samples = [token_rows(r, tokenizer) for r in mixture.samples]
-        write_text(html, audit_page(ledger, samples))
+        write_text(html, audit_page(ledger, [token_row(r, tokenizer) for r in mixture.samples]))
     if as_json:
         print(json.dumps(ledger, ensure_ascii=False))
     else:

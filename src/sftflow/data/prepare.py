@@ -18,7 +18,7 @@ from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation, parse_row
 from sftflow.data.render_pool import Block, Job, SourceItem, Workers, n_cores, render_block
 from sftflow.data.row_cache import cache_folder, cache_key, prune
-from sftflow.data.sources import is_many, items_of, prefix_of
+from sftflow.data.sources import is_many, place_of, rows_of_entry
 from sftflow.data.store import RowStore, RowWriter
 from sftflow.errors import DataError, RunError
 from sftflow.recipe import Recipe, SourceEntry
@@ -39,12 +39,12 @@ def prepare_source(
 
     Raises the first bad row's error (on_bad_row: stop), or DataError where more than 5% of the rows are bad.
     """
-    prefix = prefix_of(entry)
+    prefix = place_of(entry)
     job = Job(renderer.spec, prefix, recipe.train.max_length, recipe.train.overlong, recipe.on_bad_row)
 
     def fill(directory: Path) -> None:
         _render(
-            items_of(entry, recipe),
+            rows_of_entry(entry, recipe),
             job,
             renderer,
             directory,
@@ -145,7 +145,8 @@ def _render(
         with (directory / "bad.jsonl").open("w", encoding="utf-8") as f:
             for n, reason, row in total.bad:
                 f.write(json.dumps({"source": f"{job.prefix}:{n}", "reason": reason, "row": row}) + "\n")
-        (directory / "sample.json").write_text(json.dumps(_to_json(total.sample)), encoding="utf-8")
+        sample = {"source": total.sample.source, "row": total.sample.to_row()} if total.sample else None
+        (directory / "sample.json").write_text(json.dumps(sample), encoding="utf-8")
         writer.close(meta)
 
 
@@ -191,25 +192,6 @@ class _Total:
 
 
 # ---- the sample conversation of a source
-
-
-def _to_json(conversation: Conversation | None) -> Any:
-    if conversation is None:
-        return None
-    messages = []
-    for m in conversation.messages:
-        message: dict[str, Any] = {"role": m.role, "content": [{"type": p.kind, "text": p.text} for p in m.parts]}
-        if not m.parts:
-            message["content"] = None
-        for key in ("tool_call_id", "name", "reasoning_content"):
-            if getattr(m, key) is not None:
-                message[key] = getattr(m, key)
-        if m.tool_calls:
-            message["tool_calls"] = list(m.tool_calls)
-        if m.role == "assistant":
-            message["weight"] = m.weight
-        messages.append(message)
-    return {"source": conversation.source, "row": {"messages": messages, "tools": list(conversation.tools)}}
 
 
 def sample_conversation(rows: RowStore) -> Conversation | None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from sftflow.chat.schema import Conversation, parse_line, parse_row, read_lines, read_rows
+from sftflow.chat.schema import Conversation, conversation_of, read_lines, read_rows
 from sftflow.data.render_pool import SourceItem
 from sftflow.errors import DataError, SftflowError
 from sftflow.recipe import Recipe, SourceEntry
@@ -18,7 +18,7 @@ from sftflow.tasks import TASKS, TaskSource, make_task
 MANY_BYTES = 2 << 20  # a file of more lines than that is worth starting processes
 
 
-def items_of(entry: SourceEntry, recipe: Recipe) -> Iterator[SourceItem]:
+def rows_of_entry(entry: SourceEntry, recipe: Recipe) -> Iterator[SourceItem]:
     """(number, payload) of each row of a mixture entry, a sample of `limit` of them where it asks for one."""
     if entry.source in TASKS:
         options = {"identity": recipe.identity.model_dump()}
@@ -66,20 +66,16 @@ def _numbered(name: str) -> Iterator[SourceItem]:
         yield int(place.rpartition(":")[2]), row
 
 
-def prefix_of(entry: SourceEntry) -> str:
+def place_of(entry: SourceEntry) -> str:
     return entry.source if entry.source in TASKS else entry.path or entry.source
 
 
 def sample_of(entry: SourceEntry, recipe: Recipe, n: int) -> list[Conversation]:
     """The first `n` rows of an entry that can be read."""
     out: list[Conversation] = []
-    for number, payload in islice(items_of(entry, recipe), n):
-        place = f"{prefix_of(entry)}:{number}"
+    for number, payload in islice(rows_of_entry(entry, recipe), n):
         try:
-            if isinstance(payload, Conversation):
-                out.append(payload)
-            else:
-                out.append(parse_row(parse_line(payload, place) if isinstance(payload, bytes) else payload, place))
+            out.append(conversation_of(payload, f"{place_of(entry)}:{number}"))
         except SftflowError:
             continue  # it will be named, or skipped, when the rows are rendered
     return out

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from sftflow.chat.schema import Conversation, parse_row
 from sftflow.errors import FormatError, SftflowError
-from sftflow.evaluation.prompts_for import plain_ids
 from sftflow.serving.errors import ApiError, refused, wrong
 
 if TYPE_CHECKING:
@@ -91,7 +90,7 @@ def _rendered(assistant: Assistant, conversation: Conversation) -> tuple[int, ..
         # First what is linear in the length: what does not fit is refused before anything else is done with it.
         n, least = renderer.rough_length(conversation)
         if least < context:
-            for place in renderer.left_out(conversation):
+            for place in renderer.missing_from_prompt(conversation):
                 fact = f"the {renderer.format.name} chat format leaves it out"
                 raise wrong(place, fact, "unsupported_parameter")
             ids = renderer.render(conversation, add_generation_prompt=True).ids.tolist()
@@ -137,7 +136,7 @@ def prompt_ids(assistant: Assistant, prompt: str | list[int]) -> tuple[int, ...]
     """Ids of one plain prompt: text as the base was pretrained to read it, its control-token strings as text; ids as
     they are. Raises ApiError 400."""
     if isinstance(prompt, str):
-        ids = plain_ids(assistant, prompt)
+        ids = assistant.plain_ids(prompt)
     else:
         size = int(assistant.model.get_input_embeddings().weight.shape[0])
         for i in prompt:

@@ -1,0 +1,138 @@
+"""What rows have in common that differ in their values only, learnt by rendering marks once: the template's words, and
+where in them replies end and turns begin."""
+
+from __future__ import annotations
+
+import bisect
+import re
+from dataclasses import dataclass
+
+from sftflow.chat.encode import Literal
+from sftflow.chat.proof.marks import MarkedRow
+from sftflow.chat.template import Template
+from sftflow.errors import FormatError
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The control token that ends a turn: in piece `piece` of the skeleton, characters [start, end) of it."""
+
+    piece: int
+    start: int
+    end: int
+    token: str
+
+
+class Shape:
+    """The skeleton of all rows with the same roles and fields, and where in it replies end and turns begin.
+
+    left_out: the marks that the template does not write.
+    """
+
+    def __init__(self, template: Template, special_re: re.Pattern[str], marked: MarkedRow, plain_end: str | None):
+        """plain_end: the token that ends ordinary replies, where it is known. Raises FormatError where the template
+        refuses the marks."""
+        self._template, self._special_re, self._marked, self._plain_end = template, special_re, marked, plain_end
+        self.placeholders = marked.placeholders
+        self.text = self._render(len(marked.messages))
+        self.skeleton = marked.skeleton(self.text)
+        self.left_out = sorted(set(range(len(self.placeholders))) - set(self.skeleton.order))
+        self._literals = [
+            (number, m.start(), m.end(), m.group())
+            for number, piece in enumerate(self.skeleton.pieces)
+            for m in special_re.finditer(piece)
+        ]
+        self._ends: dict[int, End | str] = {}
+        self._turns: list[tuple[int, int]] | None = None
+
+    def _render(self, n: int, *, add_generation_prompt: bool = False) -> str:
+        """The first n messages, with marks."""
+        messages = self._marked.messages[:n]
+        return self._template.text(messages, self._marked.tools, add_generation_prompt, "marked row")
+
+    def literals(self, piece_starts: list[int]) -> list[Literal]:
+        """The control tokens that the template wrote, at their places in a row's text."""
+        return [(piece_starts[p] + s, piece_starts[p] + e, token) for p, s, e, token in self._literals]
+
+    def end_of(self, turn: int) -> End | str:
+        """The control token that ends assistant turn number `turn`, or why that cannot be said."""
+        if turn not in self._ends:
+            try:
+                self._ends[turn] = self._find_end(turn)
+            except FormatError as error:
+                self._ends[turn] = f"it cannot be proven where this reply ends ({error.fact})"
+        return self._ends[turn]
+
+    def _find_end(self, turn: int) -> End | str:
+        """The first control token after the turn's last word; behind a call, the one that ends ordinary replies, for
+        others may close the call. The template must write it there, too, when the conversation stops with this turn:
+        then it belongs to this turn and is not the next one's header."""
+        message, name = self._marked.messages[turn], self._template.format.name
+        no_end = f"the {name} format writes no end-of-turn token after this reply: it could not learn to stop"
+        prompt, alone = self._render(turn, add_generation_prompt=True), self._render(turn + 1)
+        own = [number for number, mark in enumerate(self.skeleton.order) if self.placeholders[mark].message == turn]
+        if own:
+            piece, offset = own[-1] + 1, 0
+            stopped = self._marked.skeleton(alone)
+            last = [n for n, mark in enumerate(stopped.order) if mark == self.skeleton.order[own[-1]]]
+            after = stopped.pieces[last[-1] + 1] if last else ""
+        elif self.text.startswith(prompt) and alone.startswith(prompt):  # an empty reply
+            piece, offset = self._place(len(prompt))
+            after = alone[len(prompt) :]
+        else:
+            return f"the {name} format's prompt for this reply depends on the contents"
+        calls = bool(message.get("tool_calls")) or not isinstance(message["content"], str)
+        here, there = (list(self._special_re.finditer(*x)) for x in ((self.skeleton.pieces[piece], offset), (after, 0)))
+        both = [(a, b) for a, b in zip(here, there, strict=False) if a.group() == b.group()]
+        if not both or both[0] != (here[0], there[0]):
+            return no_end
+        found, found_alone = both[0]
+        if calls or not own:  # the first may close a call, or belong to the header of an empty reply
+            ordinary = [pair for pair in both if pair[0].group() == self._plain_end]
+            if not ordinary and not own:
+                return no_end
+            found, found_alone = ordinary[0] if ordinary else both[-1]
+        between = self.skeleton.pieces[piece][offset : found.start()]
+        if own and between != after[: found_alone.start()]:
+            return f"the {name} format ends this reply in another way when other turns follow"
+        if own and between.strip() and not calls:
+            return f"the {name} format ends this reply with {between.strip()!r}, which is no token of this tokenizer"
+        if self._opens_reply(turn, prompt, after):
+            return no_end
+        return End(piece, found.start(), found.end(), found.group())
+
+    def _opens_reply(self, turn: int, prompt: str, after: str) -> bool:
+        """Whether what follows the turn is the next reply's header, which the template writes unasked."""
+        if self._marked.messages[turn - 1]["role"] == "assistant":
+            return False  # what the prompt ends with is the end of the reply before
+        header = [m.start() for m in self._special_re.finditer(prompt)]
+        if not header or not after.endswith(prompt[header[-1] :]):
+            return False
+        return self._render(turn) == prompt
+
+    def turn_starts(self) -> list[tuple[int, int]]:
+        """Where each message begins, as (piece, character in it): where the text leaves that of the messages before."""
+        if self._turns is None:
+            places = [0]
+            for n in range(1, len(self._marked.messages)):
+                try:
+                    before = self._render(n)
+                except FormatError:
+                    before = ""
+                places.append(max(places[-1], _common(before, self.text)))
+            self._turns = [self._place(p) for p in places]
+        return self._turns
+
+    def _place(self, position: int) -> tuple[int, int]:
+        """(piece, character in it) of a position in the marked text; inside a mark, the end of the piece before."""
+        piece = bisect.bisect_right(self.skeleton.starts, position) - 1
+        return piece, min(position - self.skeleton.starts[piece], len(self.skeleton.pieces[piece]))
+
+
+def _common(a: str, b: str) -> int:
+    """Length of the common beginning of two strings."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[:middle] == b[:middle] else (low, middle - 1)
+    return low

@@ -1,0 +1,210 @@
+"""Charts of lines by step: the loss of training, and scores while it trained.
+
+Each is drawn twice, wide and narrow, because scaled text is unreadable on a phone; charts.css shows one of the two.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from sftflow.report.charts import round_step, svg, text
+
+Points = list[tuple[float, float]]
+Line = tuple[str, str, Points]  # name, class, points
+MOST_LINES = 6  # that can still be told apart
+WIDTHS = (900, 340)
+
+
+def smooth(values: Sequence[float], reach: int) -> list[float]:
+    """Mean over `reach` values on both sides.
+
+    >>> smooth([4, 2, 3], 1)
+    [4.0, 3.0, 2.5]
+
+    Centred, because a trailing mean lags and would draw a falling loss above its own points. It narrows at the steep
+    start, and is one-sided at the end, so that the last value is not one noisy step.
+    """
+    sums = [0.0, *itertools.accumulate(values)]
+    spans = [(i - min(reach, i), min(len(values), i + min(reach, i) + 1)) for i in range(len(values))]
+    return [(sums[b] - sums[a]) / (b - a) for a, b in spans]
+
+
+def ticks(low: float, high: float, wanted: int) -> list[float]:
+    """Round numbers inside [low, high], about as many as wanted.
+
+    >>> ticks(0.2, 3.1, 5)
+    [1.0, 2.0, 3.0]
+    """
+    step = round_step(max(high - low, 1e-9) / wanted)
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Places for labels near those wanted, at least `gap` apart, in the same order, inside [low, high].
+
+    >>> spread([10, 12, 50], 8, 0, 100)
+    [10, 18, 50]
+    >>> spread([97, 98], 8, 0, 100)
+    [92, 100]
+    """
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    places = [wanted[i] for i in order]
+    for i in range(len(places)):  # down from the top ...
+        places[i] = max(places[i], low if i == 0 else places[i - 1] + gap)
+    for i in reversed(range(len(places))):  # ... and up again from the foot
+        places[i] = min(places[i], high if i == len(places) - 1 else places[i + 1] - gap)
+    out = list(places)
+    for place, i in zip(places, order, strict=True):
+        out[i] = place
+    return out
+
+
+def clipped(points: Points, top: float) -> list[Points]:
+    """The pieces of a line that lie below `top`, cut where they cross it.
+
+    >>> clipped([(0, 4.0), (2, 2.0), (3, 1.0)], 3.0)
+    [[(1.0, 3.0), (2, 2.0), (3, 1.0)]]
+    """
+    pieces: list[Points] = []
+    above = True
+    for i, (x, y) in enumerate(points):
+        if i and above != (y > top):
+            x0, y0 = points[i - 1]
+            edge = (x0 + (x - x0) * (top - y0) / (y - y0), top)
+            pieces.append([edge]) if above else pieces[-1].append(edge)
+        elif i == 0 and y <= top:
+            pieces.append([])
+        above = y > top
+        if not above:
+            pieces[-1].append((x, y))
+    return pieces
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A line chart's window on its data: x0..x1, y0..y1 inside margins, in units of the drawing.
+
+    names: of lines that are named at their end, for which the right margin leaves room.
+    """
+
+    width: int
+    x0: float
+    x1: float
+    y0: float
+    y1: float
+    unit: str
+    names: Sequence[str] = ()
+    height: int = 280
+    left: int = 34
+    top: int = 28
+    bottom: int = 40
+
+    @property
+    def letters(self) -> int:
+        """The longest name that is written whole."""
+        return 9 if self.width < 500 else 18
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        right = 14 + 7 * min(self.letters, max(map(len, self.names))) if self.names else 12
+        across = (x - self.x0) / ((self.x1 - self.x0) or 1)
+        up = (y - self.y0) / ((self.y1 - self.y0) or 1)
+        return (
+            round(self.left + (self.width - self.left - right) * across, 1),
+            round(self.top + (self.height - self.top - self.bottom) * (1 - up), 1),
+        )
+
+    def path(self, points: Points, kind: str) -> str:
+        # At most about two points a pixel: a long run must not make a heavy page.
+        thin = points[:: max(1, len(points) // (2 * self.width))]
+        if thin and thin[-1] != points[-1]:
+            thin.append(points[-1])
+        pieces = ["L".join("{} {}".format(*self.at(x, y)) for x, y in piece) for piece in clipped(thin, self.y1)]
+        return f'<path class="{kind}" d="M{"M".join(pieces)}"/>' if pieces else ""
+
+    def axes(self) -> str:
+        out = []
+        for y in ticks(self.y0, self.y1, 5):
+            (a, height), (b, _) = self.at(self.x0, y), self.at(self.x1, y)
+            out.append(f'<path class="grid" d="M{a} {height}H{b}"/>')
+            out.append(text(a - 7, height + 4, "end", f"{y:g}"))
+        for x in ticks(self.x0, self.x1, 4 if self.width < 500 else 8):
+            out.append(text(self.at(x, self.y0)[0], self.height - self.bottom + 18, "middle", f"{x:,g}"))
+        out.append(text(2, 12, "start", self.unit))
+        out.append(text(self.at(self.x1, self.y0)[0], self.height - 4, "end", "step"))
+        return "".join(out)
+
+    def named_ends(self, lines: Sequence[Line]) -> str:
+        """Each line's name beside its last point, moved apart where they would cover each other."""
+        ends = [self.at(*points[-1]) for _, _, points in lines]
+        places = spread([y + 4 for _, y in ends], 13, self.top, self.height - self.bottom + 4)
+        out = []
+        for (name, kind, _), (x, _), place in zip(lines, ends, places, strict=True):
+            cut = name if len(name) <= self.letters else name[: self.letters - 1] + "…"
+            out.append(text(x + 8, round(place, 1), "start", cut, kind=f"name {kind}"))
+        return "".join(out)
+
+    def drawn(self, label: str, parts: Iterable[str]) -> Markup:
+        kind = "narrow" if self.width < 500 else "wide"
+        return svg(self.width, self.height, label, [self.axes(), *parts], kind)
+
+
+def ceiling(raw: Points, held_out: Iterable[Points]) -> tuple[float, float]:
+    """(the loss that the drawing ends at, the highest there is).
+
+    What follows the first twentieth of the run fits whole. A base that does not know the format yet begins so much
+    higher that all the rest would be a flat line.
+    """
+    points = [*raw, *itertools.chain.from_iterable(held_out)]
+    steps = [x for x, _ in raw]
+    early = min(steps) + (max(steps) - min(steps)) / 20
+    highest = max(y for _, y in points)
+    late = 1.15 * max((y for x, y in points if x > early), default=highest)
+    return (highest if highest < 1.5 * late else late), highest
+
+
+def loss_by_step(raw: Points, smoothed: Points, val: Points, sources: Mapping[str, Points] | None = None) -> Markup:
+    """The loss of every step, smoothed, and held-out, as (step, loss) points.
+
+    sources: held-out loss per source, thin lines with their names at the end, at most MOST_LINES of them.
+    """
+    lines: list[Line] = [(name, f"s{i}", points) for i, (name, points) in enumerate((sources or {}).items())]
+    held_out = [val, *(points for _, _, points in lines)]
+    named: list[Line] = [("all", "val", val), *lines] if val and lines else lines
+    xs = [x for x, _ in raw + val]
+    floor = min(0.0, min(y for points in (raw, *held_out) for _, y in points))
+    top, _ = ceiling(raw, held_out)
+    names = ["all", *(name for name, _, _ in lines)] if lines else []
+    out = []
+    for width in WIDTHS:
+        frame = Frame(width, min(xs), max(xs), floor, top, "nats per supervised token", names)
+        parts = [frame.path(raw, "raw")]
+        parts += [frame.path(points, f"source {kind}") for _, kind, points in lines]
+        parts += [frame.path(smoothed, "smooth"), frame.path(val, "val")]
+        parts += [_dot(frame, x, y) for x, y in val if y <= top]
+        out.append(frame.drawn("Loss by step", [*parts, frame.named_ends(named)]))
+    return Markup("").join(out)
+
+
+def _dot(frame: Frame, x: float, y: float) -> str:
+    px, py = frame.at(x, y)
+    said = f"step {x:,g}: validation loss {y:.4f}"
+    return f'<circle class="dot" r="3.5" cx="{px}" cy="{py}"><title>{said}</title></circle>'
+
+
+def scores_by_step(scores: Mapping[str, Points]) -> Markup:
+    """Shares in 0..1 by step, in percent; the first MOST_LINES of them."""
+    first = itertools.islice(scores.items(), MOST_LINES)
+    lines: list[Line] = [(name, f"s{i}", [(x, 100 * y) for x, y in points]) for i, (name, points) in enumerate(first)]
+    xs = [x for _, _, points in lines for x, _ in points]
+    names = [name for name, _, _ in lines]
+    out = []
+    for width in WIDTHS:
+        frame = Frame(width, min(xs), max(xs), 0.0, 100.0, "percent of a sample", names, height=220)
+        parts = [frame.path(points, f"source {kind}") for _, kind, points in lines]
+        out.append(frame.drawn("Scores by step", [*parts, frame.named_ends(lines)]))
+    return Markup("").join(out)

@@ -1,0 +1,156 @@
+"""Template arguments and a missing end of turn: found, built into the template, and the same for everybody after."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from helpers.templates import HEAD, STRIPS, TAIL, THOUGHTS, chat, open_with
+from sftflow.chat.format import choose_format
+from sftflow.chat.render import Renderer
+from sftflow.chat.schema import parse_row
+from sftflow.chat.template_options import append_eos, choose_arguments, options_note
+from sftflow.errors import FormatError, MaskError
+
+PREFILLS = HEAD + "{{ m.content }}" + TAIL + "{% if enable_thinking is not false %}<think>\n{% endif %}{% endif %}"
+ENDLESS = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}" + TAIL + "{% endif %}"
+)
+
+
+def supervised(renderer: Renderer, row: Any) -> str:
+    return renderer.decode(row.ids[row.mask == 1].tolist())
+
+
+def test_an_argument_that_keeps_history_is_found(tokenizer_dir: Path) -> None:
+    renderer = open_with(tokenizer_dir, STRIPS)
+    assert len(renderer.render_rows(THOUGHTS)) == 2  # without it, one example a turn
+    found = choose_arguments(renderer, [THOUGHTS])
+    assert found.format.kwargs == {"keep_thoughts": True}
+    assert options_note(found) == "built into the own template: keep_thoughts=true"
+    (row,) = found.render_rows(THOUGHTS)
+    assert supervised(found, row) == "<think>hm</think>b<|im_end|><think>so</think>d<|im_end|>"
+
+
+def test_an_argument_against_a_prefilled_reply_is_found(tokenizer_dir: Path) -> None:
+    renderer = open_with(tokenizer_dir, PREFILLS)
+    with pytest.raises(MaskError, match="not a prefix"):
+        renderer.render(chat("a", "b"))
+    found = choose_arguments(renderer, [chat("a", "b")])
+    assert found.format.kwargs == {"enable_thinking": False}
+    assert supervised(found, found.render(chat("a", "b"))) == "b<|im_end|>"
+    # thoughts that begin as the template pre-fills them need no argument: the model goes on from the prompt
+    thoughtful = chat("a", "<think>\nhm</think>b")
+    assert choose_arguments(renderer, [thoughtful]) is renderer
+    assert supervised(renderer, renderer.render(thoughtful)) == "hm</think>b<|im_end|>"
+
+
+def test_what_needs_no_argument_gets_none(tokenizer_dir: Path) -> None:
+    renderer = open_with(tokenizer_dir, STRIPS)
+    assert choose_arguments(renderer, [chat("a", "b", "c", "d")]) is renderer
+
+
+def test_transformers_renders_the_settled_template_alike(tokenizer_dir: Path) -> None:
+    """The argument is inside the template: nobody has to know of it."""
+    found = choose_arguments(open_with(tokenizer_dir, STRIPS), [THOUGHTS])
+    messages = [{"role": m.role, "content": m.text} for m in THOUGHTS.messages]
+    ids = found.tokenizer.apply_chat_template(messages, chat_template=found.format.template, return_dict=False)
+    assert ids == found.render(THOUGHTS).ids.tolist()
+
+
+def test_append_eos(tokenizer_dir: Path) -> None:
+    renderer = open_with(tokenizer_dir, ENDLESS)
+    with pytest.raises(MaskError, match="append_eos"):
+        renderer.render(chat("a", "b"))
+    ended = append_eos(renderer)
+    row = ended.render(chat("a", " b ", "c", ""))
+    assert supervised(ended, row) == " b <|eos|><|eos|>"
+    assert ended.format.append_eos and ended.stop_ids() == [ended.special["<|eos|>"]]
+    messages = [{"role": m.role, "content": m.text} for m in chat("a", " b ", "c", "").messages]
+    ids = ended.tokenizer.apply_chat_template(messages, chat_template=ended.format.template, return_dict=False)
+    assert ids == row.ids.tolist()
+    prompt = ended.render(chat("a", " b ", "c"), add_generation_prompt=True).ids
+    assert row.ids[: len(prompt)].tolist() == prompt.tolist()
+
+
+def test_append_eos_leaves_a_template_with_an_end_alone(tokenizer_dir: Path) -> None:
+    renderer = open_with(tokenizer_dir, STRIPS)
+    assert append_eos(renderer) is renderer
+
+
+def test_append_eos_without_such_a_token(tokenizer_dir: Path) -> None:
+    renderer = open_with(tokenizer_dir, ENDLESS)
+    renderer.spec.names.pop("eos_token")
+    with pytest.raises(FormatError, match="no end-of-text token"):
+        append_eos(renderer)
+
+
+def test_generation_marks_that_disagree_are_named(tokenizer_dir: Path) -> None:
+    note = open_with(tokenizer_dir, MARKED).disagreement()
+    assert note is not None and "'a<|im_end|>'" in note
+    agreeing = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    assert open_with(tokenizer_dir, agreeing).disagreement() is None
+    assert open_with(tokenizer_dir, STRIPS).disagreement() is None
+    picky = "{% if not tools %}{{ raise_exception('no tools') }}{% endif %}"
+    assert open_with(tokenizer_dir, picky + STRIPS).disagreement() is None
+    assert open_with(tokenizer_dir, picky + agreeing).disagreement() is None
+
+
+CALLS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}<|call|>{{ c.function.name }}{{ c.function.arguments | tojson }}<|/call|>"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("turns", [2, 4])
+def test_a_call_is_supervised_to_the_end_of_its_turn(tokenizer_dir: Path, turns: int) -> None:
+    """Control tokens that close a call are not the end of the turn."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    tokens = ["<|im_start|>", "<|im_end|>", "<|call|>", "<|/call|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    tokenizer.chat_template = CALLS
+    renderer = Renderer(tokenizer, choose_format("auto", tokenizer))
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": 'the "sky"', "n": 2}}}
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": None, "tool_calls": [call, call]},
+        {"role": "tool", "content": "blue"},
+        {"role": "assistant", "content": "It is blue."},
+    ]
+    row = renderer.render(parse_row(messages[:turns], "t:1"))
+    written = '<|call|>look{"at": "the \\"sky\\"", "n": 2}<|/call|>' * 2 + "<|im_end|>"
+    assert supervised(renderer, row) == written + ("It is blue.<|im_end|>" if turns == 4 else "")
+
+
+CHANNELS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'assistant' %}<|channel|>final{% endif %}<|call|>"
+    "{{ m.content }}{% if m.role == 'assistant' and loop.last %}<|/call|>{% else %}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+)
+
+
+@pytest.mark.parametrize("reply", ["b", "", " "])
+def test_an_empty_reply_ends_where_others_do(tokenizer_dir: Path, reply: str) -> None:
+    """The reply's own header holds control tokens, and the last reply ends with another token than earlier ones."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    tokens = ["<|im_start|>", "<|im_end|>", "<|call|>", "<|/call|>", "<|channel|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    tokenizer.chat_template = CHANNELS
+    renderer = Renderer(tokenizer, choose_format("auto", tokenizer))
+    rows = renderer.render_rows(chat("a", reply, "c", "d"))
+    written = [f"<|channel|>final<|call|>{text}<|/call|>" for text in (reply, "d")]
+    assert [supervised(renderer, row) for row in rows] == written
