@@ -8,6 +8,7 @@ An answer that is not streamed is made of the chunks that a stream would have se
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import time
 import uuid
@@ -130,11 +131,12 @@ class Responder:
         before = f'data: {EVENT.encode(head)[:-1]}, "choices": ['
         after = f"]{', ' + EVENT.encode({'usage': None})[1:-1] if self.shape.body.include_usage else ''}}}\n\n"
 
-        def event(index: int, chunk: Chunk) -> str:
-            return f"{before}{''.join(slices({'index': index, **chunk}, EVENT))}{after}"
+        def event(index: int, chunk: Chunk, *, large: bool = False) -> str:
+            choice = {"index": index, **chunk}
+            return f"{before}{''.join(slices(choice, EVENT)) if large else EVENT.encode(choice)}{after}"
 
-        def shaped(index: int, delta: Delta) -> list[str]:
-            return [event(index, chunk) for chunk in self.shape.choices[index].feed(delta)]
+        def shaped(index: int, delta: Delta, large: bool) -> list[str]:
+            return [event(index, chunk, large=large) for chunk in self.shape.choices[index].feed(delta)]
 
         try:
             for index, choice in enumerate(self.shape.choices):
@@ -143,7 +145,8 @@ class Responder:
             async with aclosing(self._deltas(None)) as deltas:
                 async for index, delta in deltas:
                     large = self.shape.choices[index].is_large(delta)
-                    for text in await asyncio.to_thread(shaped, index, delta) if large else shaped(index, delta):
+                    work = functools.partial(shaped, index, delta, large)
+                    for text in await asyncio.to_thread(work) if large else work():
                         yield text
         except ClientDisconnect:
             return
