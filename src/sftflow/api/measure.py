@@ -52,14 +52,14 @@ def evaluate(
     models: ModelLike | Sequence[ModelLike],
     tasks: Sequence[str] = (),
     *,
-    limit: int | None = None,
+    limit: int | None = 200,
     allow_code: bool = False,
     out: str | Path | None = None,
     watch: ProgressDisplay | None = None,
 ) -> Evaluation:
     """Score models on tasks, written as on the command line: `spelling`, `gsm8k=PATH`.
 
-    limit: items a task.   out: where the graded rows and eval.json stay, so that a rerun goes on from them.
+    limit: items a task, None for all.   out: where the graded rows and eval.json stay, so that a rerun goes on from them.
     allow_code: run code that the model wrote, in a sandbox.   Raises TaskError, CheckpointError; RunError where
     weights or logits are not finite.
     """
@@ -91,7 +91,7 @@ def compare(
     sft: ModelLike,
     tasks: Sequence[str] = (),
     *,
-    limit: int | None = None,
+    limit: int | None = 200,
     prompts: str = "default",
     allow_code: bool = False,
     judge: str | None = None,
