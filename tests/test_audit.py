@@ -24,13 +24,18 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from helpers.outside import outside
+from sftflow.chat.token_rows import Token, TokenRow
 from sftflow.data import audit as package
-from sftflow.data.audit import Audit, audit, audit_page, audit_tables, item_parts
-from sftflow.data.audit.charts import histogram
+from sftflow.data.audit import Audit, audit, item_parts
 from sftflow.data.audit.lengths import length_edges, spread
 from sftflow.data.audit.near_duplicates import AGREE, candidates, minhash
 from sftflow.data.audit.ngrams import SHINGLE, mix64, split_words
 from sftflow.data.audit.overlap import NGRAM, EvalIndex, template_limit
+from sftflow.data.mixture import SourceLedger
+from sftflow.data.store import ROW
+from sftflow.report.audit_page import audit_page
+from sftflow.report.charts import row_lengths
+from sftflow.report.tables import audit_tables
 from sftflow.tasks import GENERATED, TaskSource, make_task
 
 fixed = settings(derandomize=True, deadline=None, max_examples=60)
@@ -56,19 +61,18 @@ class Words:
 
 
 @dataclass
-class AuditRows:
-    """AuditRows in memory: (ids, mask) of each."""
+class MemoryRows:
+    """The rows of a source in memory: (ids, mask) of each."""
 
     name: str
     rows: list[tuple[NDArray[np.int32], NDArray[np.int8]]] = field(default_factory=list)
 
     @property
-    def lengths(self) -> NDArray[np.int32]:
-        return np.array([len(ids) for ids, _ in self.rows], np.int32)
-
-    @property
-    def supervised(self) -> NDArray[np.int32]:
-        return np.array([int(mask.sum()) for _, mask in self.rows], np.int32)
+    def table(self) -> NDArray[Any]:
+        lines = [
+            (0, len(ids), int(mask.sum()), i, hash(ids.tobytes()) % 2**64) for i, (ids, mask) in enumerate(self.rows)
+        ]
+        return np.array(lines, ROW)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -83,9 +87,9 @@ class AuditRows:
         return f"{self.name}:{i + 1}"
 
 
-def store(words: Words, name: str, texts: list[str]) -> AuditRows:
-    """AuditRows whose second half is supervised."""
-    out = AuditRows(name)
+def store(words: Words, name: str, texts: list[str]) -> MemoryRows:
+    """Rows whose second half is supervised."""
+    out = MemoryRows(name)
     for text in texts:
         ids = words.encode(text)
         out.rows.append((ids, (np.arange(len(ids)) >= len(ids) // 2).astype(np.int8)))
@@ -117,7 +121,7 @@ def similarity(a: str, b: str) -> float:
 
 
 def near_rows(texts: list[str]) -> set[int]:
-    """AuditRows, no exact copies, with an earlier near-duplicate."""
+    """Rows, no exact copies, with an earlier near-duplicate."""
     first = [i for i, t in enumerate(texts) if t not in texts[:i]]
     sets = {i: shingle_set(texts[i]) for i in first}
 
@@ -164,12 +168,10 @@ def test_examples_in_docstrings(name: str) -> None:
     assert doctest.testmod(module, extraglobs={"np": np}).failed == 0
 
 
-def test_the_page_and_the_tables_are_loaded_when_asked_for() -> None:
-    late = f"{package.__name__}.page", f"{package.__name__}.tables", "rich"
+def test_nothing_that_draws_is_loaded_with_the_audit() -> None:
+    late = ("sftflow.report", "rich", "jinja2")
     code = f"import sys; from sftflow.data.audit import audit; sys.exit(any(m in sys.modules for m in {late}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    with pytest.raises(AttributeError, match="audit_pages"):
-        _ = package.audit_pages
 
 
 @fixed
@@ -260,7 +262,7 @@ def test_examples_name_the_first_places() -> None:
 
 
 def families(seed: int) -> list[str]:
-    """AuditRows of many lengths, most with copies that are cut or changed a little or a lot, and some tiny ones."""
+    """Rows of many lengths, most with copies that are cut or changed a little or a lot, and some tiny ones."""
     rng = random.Random(seed)
     texts = []
     for _ in range(80):
@@ -458,7 +460,7 @@ def test_special_tokens_do_not_glue_question_and_answer(tokenizer_dir: Path) -> 
     said = ["Be brief<|user|>Spell the word cat<|assistant|>", "c a t"]
     prompt, reply = (tokenizer(t, add_special_tokens=False).input_ids for t in said)
     mask = np.array([0] * len(prompt) + [1] * len(reply), np.int8)
-    rows = AuditRows("s", [(np.array(prompt + reply, np.int32), mask)])
+    rows = MemoryRows("s", [(np.array(prompt + reply, np.int32), mask)])
 
     def decode(ids: list[list[int]]) -> list[str]:
         return [tokenizer.decode(i, skip_special_tokens=True) for i in ids]
@@ -506,11 +508,11 @@ def example() -> tuple[dict[str, Any], Audit]:
     items = {"t": [rows[5], sentence(rng, 20)], "clean": [sentence(rng, 20)]}
     found = run(rows, rows[3:9], eval_sets=items)
     sources = [
-        {"name": s.name, "rows": s.rows, "tokens": 100, "supervised_tokens": 40, "cut": 0, "dropped": 0, "repeat": 2}
-        for s in found.sources
+        vars(SourceLedger(name=s.name, rows=s.rows, tokens=100, supervised_tokens=40, repeat=2)) for s in found.sources
     ]
     ledger = {"sources": sources, "rows": 69, "tokens": 200, "supervised_tokens": 80, "packed_rows": 3}
-    return {**ledger, "padding_share": 0.25, "max_length": 64}, found
+    more = {"validation_rows": 0, "bad_rows": [], "data_sha256": "ab12"}
+    return {**ledger, **more, "padding_share": 0.25, "max_length": 64}, found
 
 
 def test_json_is_plain_and_deterministic() -> None:
@@ -541,15 +543,15 @@ def test_nothing_to_measure(sources: list[list[str]]) -> None:
 
 
 def test_progress_reaches_the_end() -> None:
-    seen: list[tuple[str, int, int]] = []
+    seen: list[tuple[int, int]] = []
     run(["a b c"] * 3 + ["d e"], progress=lambda *a: seen.append(a))
-    assert seen[-1] == ("audit", 2, 2)
+    assert seen[-1] == (2, 2)
 
 
 # ---- the page and the tables
 
 
-def page_of(ledger: dict[str, Any], samples: list[dict[str, Any]] | None = None) -> str:
+def page_of(ledger: dict[str, Any], *samples: TokenRow) -> str:
     page = audit_page(ledger, samples)
     assert "<script" not in page and "http://" not in page and "https://" not in page
     for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
@@ -566,8 +568,7 @@ def test_the_page_says_what_was_found() -> None:
         "one end": {"checked": 69, "failed": 0, "first": None},
         "never run": {"checked": 0, "failed": 0, "first": None},
     }
-    token = {"text": "<hi>", "id": 3, "supervised": True, "special": False}
-    page = page_of(merged, [{"source": "x:1", "name": "s0", "tokens": [token]}])
+    page = page_of(merged, TokenRow("x:1", (Token(3, "<hi>", b"<hi>", True),)))
     for said in (
         "3 longer than &lt;max&gt;",
         "&lt;b&gt;s0",
@@ -588,13 +589,13 @@ def test_the_page_says_what_was_found() -> None:
 
 def test_the_page_of_a_plain_ledger() -> None:
     ledger = example()[0]
-    page = page_of({k: v for k, v in ledger.items() if k not in ("packed_rows", "padding_share", "max_length")})
+    page = page_of(ledger)
     assert "<svg" not in page and "Overlap" not in page and "Invariants" not in page and "69 training rows" in page
 
 
 def test_histograms_hold_at_their_edges() -> None:
     for edges, counts, limit in (((1, 2), (1,), None), ((1, 2), (0,), 1), ((400, 500), (7,), 512), ((10, 13), (9,), 4)):
-        ElementTree.fromstring(histogram(edges, counts, limit, "<x>"))
+        ElementTree.fromstring(row_lengths(edges, counts, limit, "<x>"))
 
 
 def test_the_tables_fit_a_terminal() -> None:

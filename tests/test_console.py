@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from sftflow.report import progress as console
+from sftflow.report import progress, tables
 from sftflow.report.progress import Pace, ProgressDisplay, fitted
 from sftflow.runtime import Runtime, measure_peak, peak_memory
 
@@ -30,10 +30,10 @@ class Screen(ProgressDisplay):
     """A ProgressDisplay that writes to memory, as a terminal of 80 columns or as a pipe."""
 
     def __init__(self, live: bool, width: int = 80) -> None:
-        super().__init__()
         self.output = io.StringIO()
-        self.console = Console(file=self.output, force_terminal=live, width=width, highlight=False, soft_wrap=not live)
-        self.live = live
+        super().__init__(
+            Console(file=self.output, force_terminal=live, width=width, highlight=False, soft_wrap=not live)
+        )
 
     @property
     def lines(self) -> list[str]:
@@ -49,7 +49,7 @@ class Screen(ProgressDisplay):
 
 
 def test_documented_examples() -> None:
-    assert doctest.testmod(console).failed == 0 < doctest.testmod(console).attempted
+    assert doctest.testmod(progress).failed == 0 < doctest.testmod(progress).attempted
 
 
 @pytest.mark.parametrize("width", [80, 60])
@@ -92,9 +92,9 @@ def test_unknown_peak_or_work_is_left_out() -> None:
 def test_pace_forgets_the_first_step_and_old_ones() -> None:
     pace = Pace()
     pace.add(step_log(1, seconds=60.0))
-    assert pace.left(10) is None and pace.supervised_rate() == pytest.approx(100_000 / 60)
+    assert pace.left(10) is None and pace.rate("supervised_tokens") == pytest.approx(100_000 / 60)
     pace.add(step_log(2, seconds=2.0))
-    assert pace.left(10) == pytest.approx(20) and pace.supervised_rate() == pytest.approx(50_000)
+    assert pace.left(10) == pytest.approx(20) and pace.rate("supervised_tokens") == pytest.approx(50_000)
     for step in range(3, 40):
         pace.add(step_log(step, seconds=4.0, padding_share=0.5))
     assert pace.left(10) == pytest.approx(40) and pace.padding() == 0.5
@@ -170,7 +170,7 @@ def test_scores_as_a_table_tell_counts_from_shares() -> None:
     tasks = {"ifeval": {**task, "metrics": {"prompt_loose": 1.0, "unsupported": 1}}}
     document = {"models": {"m": {"tasks": tasks, "centred_mean": 0.5}, "none": {"tasks": {}, "centred_mean": None}}}
     out = io.StringIO()
-    Console(file=out, width=80).print(console.eval_table(document))
+    Console(file=out, width=80).print(tables.eval_table(document))
     lines = [line.split() for line in out.getvalue().splitlines()]
     assert ["prompt_loose", "1.000"] in lines and ["unsupported", "1"] in lines
     assert ["m", "centred", "mean", "0.500"] in lines and not any(line[:1] == ["none"] for line in lines)

@@ -6,6 +6,7 @@ import doctest
 import json
 import re
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
@@ -19,11 +20,13 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from helpers.chromium import CHROMIUM, dom_of
+from sftflow.chat import token_rows
 from sftflow.chat.render import Rendered, Renderer
-from sftflow.report import token_page as inspect_html
-from sftflow.report import token_view as inspect
-from sftflow.report.token_page import render_page, token_boxes, visible
-from sftflow.report.token_view import Piece, pieces_of_row, terminal_lines, token_rows, turns_of_row
+from sftflow.chat.token_rows import Token, TokenRow, token_row
+from sftflow.report import token_page as token_page_module
+from sftflow.report import token_view
+from sftflow.report.token_page import token_boxes, token_page, visible
+from sftflow.report.token_view import Piece, pieces_of_row, terminal_lines, turns_of_row
 
 TEXT = "Hello 🙂, naïve مرحبا 世界 👩\u200d💻!\n\n  x = 1\tend"
 
@@ -64,18 +67,18 @@ def hover_bytes(title: str) -> bytes:
     return bytes.fromhex(found[1]) if found else b""
 
 
-def row(*tokens: tuple[str | bytes, str], turns: tuple[tuple[int, str], ...] = ()) -> dict[str, Any]:
+def row(
+    *tokens: tuple[str | bytes, str], turns: tuple[tuple[int, str], ...] = (), source: str = "d.jsonl:1"
+) -> TokenRow:
     """A row of (text or bytes, marks) tokens; marks: s supervised, x special."""
     out = []
     for number, (what, marks) in enumerate(tokens):
         raw = what.encode() if isinstance(what, str) else what
-        text = raw.decode("utf-8", "backslashreplace")
-        kinds = {"supervised": "s" in marks, "special": "x" in marks}
-        out.append({"id": number, "text": text, "bytes": raw.hex()} | kinds)
-    return {"source": "d.jsonl:1", "tokens": out, "turns": [list(t) for t in turns]}
+        out.append(Token(number, raw.decode("utf-8", "backslashreplace"), raw, "s" in marks, "x" in marks))
+    return TokenRow(source, tuple(out), turns)
 
 
-def chat_row() -> dict[str, Any]:
+def chat_row() -> TokenRow:
     return row(
         ("<|bos|>", "x"), ("<|user_start|>", "x"), ("Say", ""), (" hi", ""), ("\n", ""), ("<|user_end|>", "x"),
         ("<|assistant_start|>", "x"), (" hi", "s"), (b"\xf0\x9f", "s"), (b"\x99\x82", "s"), (" ", "s"),
@@ -83,7 +86,7 @@ def chat_row() -> dict[str, Any]:
     )  # fmt: skip
 
 
-def printed(what: dict[str, Any], colour: bool = False, width: int = 80) -> str:
+def printed(what: TokenRow, colour: bool = False, width: int = 80) -> str:
     file = StringIO()
     system: Any = "truecolor" if colour else None
     console = Console(file=file, width=width, color_system=system, force_terminal=colour, highlight=False)
@@ -101,12 +104,12 @@ def rendered(tokenizer: Any, text: str, turns: tuple[tuple[int, str], ...] = ())
 
 
 def test_boxes_of_a_split_character_concatenate_to_its_bytes(renderer: Renderer) -> None:
-    data = token_rows(rendered(renderer.tokenizer, TEXT), renderer.tokenizer)
-    assert json.loads(json.dumps(data)) == data
-    page = Boxes(render_page([data]))
-    assert len(page.boxes) == len(data["tokens"])
+    data = token_row(rendered(renderer.tokenizer, TEXT), renderer.tokenizer)
+    assert TokenRow.from_json(json.loads(json.dumps(data.to_json()))) == data
+    page = Boxes(token_page([data]))
+    assert len(page.boxes) == len(data.tokens)
     assert b"".join(hover_bytes(title) for title, _, _ in page.boxes) == TEXT.encode()
-    assert b"".join(bytes.fromhex(t["bytes"]) for t in data["tokens"]) == TEXT.encode()
+    assert b"".join(t.raw or b"" for t in data.tokens) == TEXT.encode()
     smile = [(title, kinds, text) for title, kinds, text in page.boxes if "part of 🙂" in title]
     assert len(smile) == 4 and smile[0][2] == "🙂f0" and [text for *_, text in smile[1:]] == ["9f", "99", "82"]
     assert [kinds.endswith(" c") for _, kinds, _ in smile] == [False, True, True, True]
@@ -120,8 +123,8 @@ def test_bytes_of_real_tokenizers(real_tokenizers: dict[str, Path], name: str) -
 
     tokenizer = AutoTokenizer.from_pretrained(real_tokenizers[name])
     text = TEXT + " <0x41> \U00010348 𓀀"
-    data = token_rows(rendered(tokenizer, text), tokenizer)
-    joined = b"".join(bytes.fromhex(t["bytes"]) for t in data["tokens"]).decode()
+    data = token_row(rendered(tokenizer, text), tokenizer)
+    joined = b"".join(t.raw or b"" for t in data.tokens).decode()
     assert joined == (" " + text if name == "hf_llama2" else text), "Llama 2 writes a space before every text"
 
 
@@ -129,20 +132,20 @@ def test_llama_2_tokens_keep_their_leading_space(real_tokenizers: dict[str, Path
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(real_tokenizers["hf_llama2"])
-    data = token_rows(rendered(tokenizer, "The cat\n\U00010348"), tokenizer)
-    assert [t["text"] for t in data["tokens"][:3]] == [" The", " cat", "\n"]
-    assert [t["bytes"] for t in data["tokens"][3:]] == ["f0", "90", "8d", "88"], "byte tokens such as <0xF0>"
-    page = Boxes(render_page([data]))
+    data = token_row(rendered(tokenizer, "The cat\n\U00010348"), tokenizer)
+    assert [t.text for t in data.tokens[:3]] == [" The", " cat", "\n"]
+    assert [t.raw for t in data.tokens[3:]] == [b"\xf0", b"\x90", b"\x8d", b"\x88"], "byte tokens such as <0xF0>"
+    page = Boxes(token_page([data]))
     assert page.boxes[1][2] == "·cat" and "4 bytes: 20 63 61 74" in page.boxes[1][0]
-    bos = token_rows(Rendered(np.array([1, 2]), np.zeros(2, np.int8), ""), tokenizer)
-    assert [(t["text"], t["special"]) for t in bos["tokens"]] == [("<s>", True), ("</s>", True)]
+    bos = token_row(Rendered(np.array([1, 2]), np.zeros(2, np.int8), ""), tokenizer)
+    assert [(t.text, t.special) for t in bos["tokens"]] == [("<s>", True), ("</s>", True)]
 
 
 def test_special_tokens_and_ids_beyond_the_vocabulary(renderer: Renderer) -> None:
     special = renderer.special["<|assistant_start|>"]
-    data = token_rows(Rendered(np.array([special, 99_999]), np.zeros(2, np.int8), ""), renderer.tokenizer)
-    assert [(t["text"], t["special"]) for t in data["tokens"]] == [("<|assistant_start|>", True), ("", False)]
-    assert "∅" in token_boxes(data["tokens"]) and printed(data)
+    data = token_row(Rendered(np.array([special, 99_999]), np.zeros(2, np.int8), ""), renderer.tokenizer)
+    assert [(t.text, t.special) for t in data.tokens] == [("<|assistant_start|>", True), ("", False)]
+    assert "∅" in token_boxes(data) and printed(data)
 
 
 def test_a_decoder_unknown_here_is_asked() -> None:
@@ -153,26 +156,26 @@ def test_a_decoder_unknown_here_is_asked() -> None:
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.decoder = decoders.WordPiece()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
-    data = token_rows(rendered(tokenizer, "playing"), tokenizer)
-    assert len(data["tokens"]) == 2 and data["tokens"][0]["text"] == "play" and "ing" in data["tokens"][1]["text"]
+    data = token_row(rendered(tokenizer, "playing"), tokenizer)
+    assert len(data.tokens) == 2 and data.tokens[0].text == "play" and "ing" in data.tokens[1].text
 
 
 @given(st.lists(st.one_of(st.binary(max_size=6), st.text(max_size=4).map(lambda s: s.encode("utf-8", "replace")))))
 def test_pieces_hold_each_tokens_bytes_and_no_others(data: list[bytes]) -> None:
-    pieces = pieces_of_row([{"text": "", "bytes": raw.hex()} for raw in data])
+    pieces = pieces_of_row([Token(0, "", raw, False) for raw in data])
     assert [b"".join(p.part or p.text.encode() for p in mine) for mine in pieces] == data
 
 
 def test_pieces_name_the_character() -> None:
-    tokens = row((b" \xf0\x9f", ""), (b"\x99", ""), (b"\x82ok\xe2", ""), (b"\xff", ""), ("é", ""))["tokens"]
-    assert pieces_of_row(tokens) == [
+    strange = row((b" \xf0\x9f", ""), (b"\x99", ""), (b"\x82ok\xe2", ""), (b"\xff", ""), ("é", ""))
+    assert pieces_of_row(strange.tokens) == [
         [Piece(" "), Piece("🙂", b"\xf0\x9f")],
         [Piece("🙂", b"\x99", False)],
         [Piece("🙂", b"\x82", False), Piece("ok"), Piece("", b"\xe2")],
         [Piece("", b"\xff")],
         [Piece("é")],
     ]
-    titles = [title for title, _, _ in Boxes(token_boxes(tokens)).boxes]
+    titles = [title for title, _, _ in Boxes(token_boxes(strange)).boxes]
     assert titles[2] == "id 2 · 4 bytes: 82 6f 6b e2 · part of 🙂 · not UTF-8 · not supervised"
 
 
@@ -183,35 +186,35 @@ def test_2000_tokens_are_quick(renderer: Renderer) -> None:
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
-        data = token_rows(one, renderer.tokenizer)
+        data = token_row(one, renderer.tokenizer)
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 0.05
-    assert len(render_page([data])) < 500_000
+    assert len(token_page([data])) < 500_000
 
 
 # ---- turns
 
 
 def test_turns_cover_every_token() -> None:
-    tokens = [{}] * 5
-    assert turns_of_row({"tokens": tokens}) == turns_of_row({"tokens": tokens, "turns": []}) == [(None, 0, 5)]
-    assert turns_of_row({"tokens": tokens, "turns": [[0, "user"], [3, "assistant"]]}) == [
+    tokens = row(*[("a", "")] * 5).tokens
+    assert turns_of_row(TokenRow("", tokens)) == [(None, 0, 5)]
+    assert turns_of_row(TokenRow("", tokens, ((0, "user"), (3, "assistant")))) == [
         ("user", 0, 3),
         ("assistant", 3, 5),
     ]
-    strange = [[1, "system"], [1, "user"], [0, "back"], [9, "beyond"]]
-    assert turns_of_row({"tokens": tokens, "turns": strange}) == [("", 0, 1), ("user", 1, 5)]
-    assert turns_of_row({"tokens": [], "turns": [[0, "user"]]}) == [(None, 0, 0)]
+    strange = ((1, "system"), (1, "user"), (0, "back"), (9, "beyond"))
+    assert turns_of_row(TokenRow("", tokens, strange)) == [("", 0, 1), ("user", 1, 5)]
+    assert turns_of_row(TokenRow("", (), ((0, "user"),))) == [(None, 0, 0)]
 
 
 def test_rows_carry_the_turns(renderer: Renderer) -> None:
-    data = token_rows(rendered(renderer.tokenizer, "hello there", ((0, "user"), (2, "assistant"))), renderer.tokenizer)
-    assert data["turns"] == [[0, "user"], [2, "assistant"]]
-    assert token_rows(rendered(renderer.tokenizer, "hello"), renderer.tokenizer)["turns"] == []
+    data = token_row(rendered(renderer.tokenizer, "hello there", ((0, "user"), (2, "assistant"))), renderer.tokenizer)
+    assert data.turns == ((0, "user"), (2, "assistant"))
+    assert token_row(rendered(renderer.tokenizer, "hello"), renderer.tokenizer).turns == ()
 
 
 def test_page_sets_each_turn_beside_its_role() -> None:
-    html = render_page([chat_row()])
+    html = token_page([chat_row()])
     page = Boxes(html)
     gutters = re.findall(r'<div class="who">(.*?)</div>', html)
     assert [re.sub(r"<br>|<a.*?</a>", " ", g).split("<span>")[0] for g in gutters] == [
@@ -228,24 +231,24 @@ def test_page_sets_each_turn_beside_its_role() -> None:
 def test_old_rows_without_turns_and_bytes_still_show() -> None:
     tokens = [{"id": 1, "text": "hi", "supervised": True, "special": False}]
     tokens += [{"id": 2, "text": "\ufffd", "supervised": False, "special": False}]
-    old = {"source": "spelling:3", "tokens": tokens}
-    html = render_page([old])
+    old = TokenRow.from_json({"source": "spelling:3", "tokens": tokens})
+    html = token_page([old])
     assert 'class="who"' not in html and 'class="talk"' not in html and len(Boxes(html).boxes) == 2
     assert "2 bytes: 68 69" in html and "part of a character" in html
     assert printed(old).splitlines()[1:] == ["┃ hi", "  \ufffd"]
 
 
 def test_many_rows_have_an_index_and_ways_on() -> None:
-    rows = [chat_row() | {"source": f"data/mine.jsonl:{i + 1}"} for i in range(50)]
-    rows[10] = {"source": "data/mine.jsonl:11", "refused": "two user <turns> in a row"}
-    html = render_page(rows)
+    rows = [replace(chat_row(), source=f"data/mine.jsonl:{i + 1}") for i in range(50)]
+    rows[10] = TokenRow("data/mine.jsonl:11", refused="two user <turns> in a row")
+    html = token_page(rows)
     page = Boxes(html)
     ids = [a["id"] for _, a in page.elements if "id" in a]
     links = [str(a["href"])[1:] for t, a in page.elements if t == "a"]
     assert set(links) <= set(ids) and len(set(ids)) == len(ids) and {f"r{i + 1}" for i in range(50)} <= set(links)
     assert html.count("<li>") == 50 and "<span>mine.jsonl:50</span>" in html, "the folder that all share is left out"
     assert "two user <turns> in a row" in page.text and html.count("<b>refused</b>") == 1
-    assert 'href="#r12" aria-label="next' in html.split('id="r11"')[1] and "<li>" not in render_page(rows[:1])
+    assert 'href="#r12" aria-label="next' in html.split('id="r11"')[1] and "<li>" not in token_page(rows[:1])
 
 
 # ---- what must not act
@@ -254,7 +257,7 @@ def test_many_rows_have_an_index_and_ways_on() -> None:
 def test_nothing_of_a_row_acts() -> None:
     bad = '<img src=x onerror="a()">&\u202e\u200b\x1b[31m\x00'
     tokens = [("hi", "s"), (bad, "s"), (bad, "x")]
-    html = render_page([row(*tokens, turns=((0, bad), (1, "user"))) | {"source": bad}, {"refused": bad}])
+    html = token_page([row(*tokens, turns=((0, bad), (1, "user")), source=bad), TokenRow("", refused=bad)])
     page = Boxes(html)
     assert not [tag for tag, _ in page.elements if tag in ("img", "script")]
     assert not [a for _, attrs in page.elements for a in attrs if a.startswith("on")]
@@ -328,7 +331,8 @@ def test_terminal_with_colour() -> None:
 
 
 def test_examples_in_docstrings() -> None:
-    assert doctest.testmod(inspect).failed == doctest.testmod(inspect_html).failed == 0
+    for module in (token_rows, token_view, token_page_module):
+        assert doctest.testmod(module).failed == 0 < doctest.testmod(module).attempted
 
 
 # ---- in a browser
@@ -350,8 +354,8 @@ onload = () => {
 @pytest.mark.parametrize(("width", "beside"), [(390, False), (1280, True)])
 def test_page_in_a_browser(tmp_path: Path, width: int, beside: bool) -> None:
     """A touched or focused box says its bytes without a script, and nothing scrolls sideways."""
-    long = row(("w" * 400, "s"), ("\u200b" * 80, ""), turns=((0, "r" * 90),)) | {"source": "p" * 300}
-    (tmp_path / "page.html").write_text(render_page([chat_row(), long]), encoding="utf-8")
+    long = row(("w" * 400, "s"), ("\u200b" * 80, ""), turns=((0, "r" * 90),), source="p" * 300)
+    (tmp_path / "page.html").write_text(token_page([chat_row(), long]), encoding="utf-8")
     (tmp_path / "probe.html").write_text(PROBE % width, encoding="utf-8")
     assert json.loads(dom_of(tmp_path / "probe.html", tmp_path / "profile")) == {
         "before": "none", "said": '"id 9 · 2 bytes: 99 82 · part of 🙂 · supervised"', "beside": beside, "overflow": 0,

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from sftflow.atomic_io import sha256_file
+from sftflow.chat.token_rows import token_bytes
 from sftflow.checkpoint import Assistant
 from sftflow.exporting.llamacpp import Continuation, LlamaCpp
 from sftflow.exporting.parity_prompts import Case
 from sftflow.generation.request import GenerationRequest
 from sftflow.gguf.writer import exported_template
-from sftflow.report.token_view import token_bytes
 
 PROMPTS, TOKENS = 50, 24
 TOLERANCE = 1e-3

@@ -1,21 +1,22 @@
-"""Looking at rendered rows: as data, and in the terminal.
+"""A rendered row in the terminal, and what its drawings share: the characters that tokens make up, and the turns.
 
-A token is bytes first: a character may be spread over several of them. `token_rows` says each token's own bytes, and
-`pieces_of_row` tells which characters those bytes make up, for the terminal here and for the pages of `inspect_html`.
+A token is bytes first: a character may be spread over several of them. `pieces_of_row` tells which characters the
+tokens' bytes make up, for the terminal here and for the pages of token_page.py.
 """
 
 from __future__ import annotations
 
-import codecs
-import json
+import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions
-    from rich.text import Text
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions
+from rich.text import Text
+
+from sftflow.chat.token_rows import Token, TokenRow
 
 # What a reader cannot see, or what would act on the terminal or page that shows it: control characters but for
 # line ends and tabs, lone surrogates, odd spaces, zero-width and direction characters, variation selectors, tags.
@@ -34,88 +35,6 @@ def code_point(character: str) -> str:
     return f"U+{ord(character):04X}"
 
 
-# ---- rows as data
-
-
-def token_rows(rendered: Any, tokenizer: Any) -> dict[str, Any]:
-    """A rendered row as (id, text, bytes, supervised, special) tokens, for the terminal, the pages and --json.
-
-    Where a token is not whole characters, its text has `\\xNN` for the bytes of the part; `bytes` is always true.
-    """
-    ids = [int(i) for i in rendered.ids]
-    special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    tokens = [
-        {
-            "id": i,
-            "text": raw.decode("utf-8", "backslashreplace"),
-            "bytes": raw.hex(),
-            "supervised": bool(m),
-            "special": i in special,
-        }
-        for i, m, raw in zip(ids, rendered.mask, token_bytes(tokenizer, ids), strict=True)
-    ]
-    turns = [[int(start), str(role)] for start, role in rendered.turns]
-    return {"source": rendered.source, "tokens": tokens, "turns": turns}
-
-
-def token_bytes(tokenizer: Any, ids: Sequence[int]) -> list[bytes]:
-    """The bytes that each token stands for.
-
-    Not by decoding tokens one at a time: that gives U+FFFD for a part of a character, and SentencePiece tokenizers
-    strip the space that the first token begins with, which here would be every token.
-    """
-    added = {int(i): str(t.content).encode("utf-8", "replace") for i, t in tokenizer.added_tokens_decoder.items()}
-    turn_back = _turn_back(tokenizer)
-    known: dict[int, bytes] = {}
-    different = [i for i in dict.fromkeys(ids) if i not in added]
-    for i, piece in zip(different, tokenizer.convert_ids_to_tokens(different), strict=True):
-        if piece is None:  # an id beyond the vocabulary: the embedding may have more rows than the tokenizer words
-            known[i] = b""
-        elif turn_back is None:
-            known[i] = str(tokenizer.decode([i], skip_special_tokens=False)).encode("utf-8", "replace")
-        else:
-            known[i] = turn_back(piece)
-    return [added[i] if i in added else known[i] for i in ids]
-
-
-def _turn_back(tokenizer: Any) -> Callable[[str], bytes] | None:
-    """From a vocabulary entry to its bytes, as the tokenizer's own decoder does it; None for a decoder unknown here."""
-    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
-    if decoder is None:
-        return None
-    # The decoder's state alone: the whole tokenizer as JSON would be a hundred thousand entries for every row.
-    state = json.loads(decoder.__getstate__())
-    steps = state["decoders"] if state["type"] == "Sequence" else [state]
-    kinds = {step["type"] for step in steps}
-    if "ByteLevel" in kinds:
-        table = _byte_of_character()
-        return lambda piece: b"".join(bytes([table[c]]) if c in table else c.encode("utf-8", "replace") for c in piece)
-    if not kinds <= {"Replace", "Metaspace", "ByteFallback", "Fuse", "Strip"}:
-        return None  # Fuse and Strip work on the whole text, so that they change nothing of one token
-    replaced = [
-        (step["pattern"]["String"], step["content"])
-        for step in steps
-        if step["type"] == "Replace" and "String" in step["pattern"]
-    ]
-    replaced += [(step.get("replacement", "▁"), " ") for step in steps if step["type"] == "Metaspace"]
-
-    def sentence_piece(piece: str) -> bytes:
-        if "ByteFallback" in kinds and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", piece):
-            return bytes([int(piece[3:5], 16)])
-        for old, new in replaced:
-            piece = piece.replace(old, new)
-        return piece.encode("utf-8", "replace")
-
-    return sentence_piece
-
-
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's table: printable Latin-1 bytes stand for themselves, the others for the characters from U+0100 on."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in set(plain)]
-    return {chr(b): b for b in plain} | {chr(256 + n): b for n, b in enumerate(others)}
-
-
 # ---- from bytes to characters
 
 
@@ -128,99 +47,57 @@ class Piece(NamedTuple):
     first: bool = True
 
 
-def pieces_of_row(tokens: Sequence[Mapping[str, Any]]) -> list[list[Piece]]:
+def pieces_of_row(tokens: Sequence[Token]) -> list[list[Piece]]:
     """For each token its pieces; 🙂 over two tokens is Piece("🙂", f0 9f, first) and Piece("🙂", 99 82, not first).
 
-    Tokens without `bytes` (rows written by older versions) are taken by their text.
+    Tokens whose bytes are not known are taken by their text.
     """
-    data = [raw_bytes(t) for t in tokens]
-    out: list[list[Piece]] = []
-    while len(out) < len(tokens):
-        at = len(out)
-        raw = data[at]
-        if raw is None:
-            out.append([Piece(str(tokens[at]["text"]))])
-            continue
-        try:
-            out.append([Piece(raw.decode("utf-8"))])
-        except UnicodeDecodeError:
-            group = [raw]
-            decoder = codecs.getincrementaldecoder("utf-8")("replace")
-            decoder.decode(raw)
-            for later in range(at + 1, len(data)):
-                more = data[later]
-                if more is None or not decoder.getstate()[0]:  # nothing begun is left open
-                    break
-                decoder.decode(more)
-                group.append(more)
-            out.extend(_shared_characters(group))
-    return out
-
-
-def raw_bytes(token: Mapping[str, Any]) -> bytes | None:
-    """The token's bytes, or None where the row does not say them."""
-    said = token.get("bytes")
-    try:
-        return bytes.fromhex(said) if isinstance(said, str) else None
-    except ValueError:
-        return None
-
-
-def _shared_characters(group: Sequence[bytes]) -> list[list[Piece]]:
-    """The pieces of adjacent tokens that hold parts of characters."""
-    joined = b"".join(group)
-    ends, total = [], 0
-    for raw in group:
-        total += len(raw)
-        ends.append(total)
-    out: list[list[Piece]] = [[] for _ in group]
-    at = token = 0
-    while at < len(joined):
-        lead = joined[at]
-        length = 1 if lead < 0xC0 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
-        try:
-            character = joined[at : at + length].decode("utf-8")
-        except UnicodeDecodeError:
-            length, character = 1, ""
-        stop, first = at + length, True
-        while at < stop:
-            while ends[token] <= at:  # also past tokens of no bytes
+    data = [t.raw for t in tokens if t.raw is not None]
+    if len(data) < len(tokens):
+        return [[Piece(t.text)] for t in tokens]
+    out: list[list[Piece]] = [[] for _ in tokens]
+    token, room = -1, 0  # room: bytes of this token that are still to come
+    for character in b"".join(data).decode("utf-8", "surrogateescape"):  # a byte of no character is one from U+DC80 on
+        rest = character.encode("utf-8", "surrogateescape")
+        known, first = not "\udc80" <= character <= "\udcff", True
+        while rest:
+            while not room:
                 token += 1
-            here = min(stop, ends[token])
+                room = len(data[token])
+            part, rest = rest[:room], rest[room:]
+            room -= len(part)
             mine = out[token]
-            if character and here - at == length:
-                if mine and not mine[-1].part:
-                    mine[-1] = Piece(mine[-1].text + character)
+            last = mine[-1] if mine else None
+            if known and first and not rest:
+                if last and not last.part:
+                    mine[-1] = Piece(last.text + character)
                 else:
                     mine.append(Piece(character))
-            elif not character and mine and mine[-1].part and not mine[-1].text:
-                mine[-1] = Piece("", mine[-1].part + joined[at:here])
+            elif not known and last and last.part and not last.text:
+                mine[-1] = Piece("", last.part + part)
             else:
-                mine.append(Piece(character, joined[at:here], first))
-            at, first = here, False
+                mine.append(Piece(character if known else "", part, first))
+            first = False
     return out
 
 
-def turns_of_row(row: Mapping[str, Any]) -> list[tuple[str | None, int, int]]:
+def turns_of_row(row: TokenRow) -> list[tuple[str | None, int, int]]:
     """(role, first token, end) of each turn, all tokens covered. The role is "" for what the template wrote before
-    the first turn, and None for a whole row whose turns are not known.
+    the first turn, and None for a whole row whose turns are not known. Turns out of order or without tokens are
+    left out.
 
-    >>> turns_of_row({"tokens": [{}, {}, {}], "turns": [[1, "user"]]})
+    >>> turns_of_row(TokenRow("a row", (Token(5, "hi", b"hi", False),) * 3, turns=((1, "user"),)))
     [('', 0, 1), ('user', 1, 3)]
     """
-    n = len(row.get("tokens") or [])
-    starts: list[tuple[int, str]] = []
-    for start, role in row.get("turns") or ():
-        if (starts[-1][0] if starts else 0) <= start < n:
-            if starts and starts[-1][0] == start:  # a turn of no tokens
-                starts.pop()
-            starts.append((start, role))
+    n = len(row.tokens)
+    starts: dict[int, str] = {}
+    for start, role in row.turns:
+        if max(starts, default=0) <= start < n:
+            starts[start] = role  # a second turn at the same token: the first had none
     if not starts:
         return [(None, 0, n)]
-    if starts[0][0] > 0:
-        starts.insert(0, (0, ""))
-    ends = [start for start, _ in starts[1:]] + [n]
-    return [(role, start, end) for (start, role), end in zip(starts, ends, strict=True)]
+    starts = starts if 0 in starts else {0: "", **starts}
+    return [(role, start, end) for (start, role), end in zip(starts.items(), [*list(starts)[1:], n], strict=True)]
 
 
 # ---- the terminal
@@ -231,7 +108,7 @@ BAR = "┃"
 _OURS = re.compile(f"{UNSEEN.pattern[:-1]}↵⇥␣⟦⟧⟨⟩]")
 
 
-def terminal_lines(row: dict[str, Any]) -> TerminalRow:
+def terminal_lines(row: TokenRow) -> TerminalRow:
     """A rendered row for `rich`: turns with their role on the left, a bar beside every supervised line.
 
         user        ⟦<|user_start|>⟧hi⟦<|user_end|>⟧
@@ -250,11 +127,11 @@ def terminal_lines(row: dict[str, Any]) -> TerminalRow:
 class TerminalRow:
     """A row, drawn for the width and the colours of whichever console prints it."""
 
-    row: Mapping[str, Any]
+    row: TokenRow
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
         colour = console.color_system is not None and not console.no_color
-        tokens = self.row["tokens"]
+        tokens = self.row.tokens
         margin = 2 if turns_of_row(self.row)[0][0] is None else GUTTER + 3
         width = max(20, options.max_width - margin)
         lines = list(self._lines(console, width, margin, colour))
@@ -262,11 +139,8 @@ class TerminalRow:
         yield from lines
 
     def _lines(self, console: Console, width: int, margin: int, colour: bool) -> Iterator[Text]:
-        from rich.cells import cell_len
-        from rich.text import Text
-
         for role, start, end in turns_of_row(self.row):
-            tokens = self.row["tokens"][start:end]
+            tokens = self.row.tokens[start:end]
             left = [] if role is None else _gutter(role, tokens)
             lines = [
                 (supervised, line)
@@ -285,14 +159,12 @@ class TerminalRow:
                 yield out
 
 
-def _key(tokens: Sequence[Mapping[str, Any]], colour: bool, escapes: bool) -> Text:
+def _key(tokens: Sequence[Token], colour: bool, escapes: bool) -> Text:
     """What the signs mean: those that this row needs."""
-    from rich.text import Text
-
     key = Text(no_wrap=True, overflow="crop")
-    if any(t["supervised"] for t in tokens):
+    if any(t.supervised for t in tokens):
         key.append(f"{BAR} ", style="green").append("supervised   ", style="bold green" if colour else "")
-    if any(t["special"] for t in tokens):
+    if any(t.special for t in tokens):
         key.append("special" if colour else "⟦special⟧", style="cyan").append("   ")
     key.append("↵ line end", style="dim")
     if escapes:
@@ -300,34 +172,23 @@ def _key(tokens: Sequence[Mapping[str, Any]], colour: bool, escapes: bool) -> Te
     return key
 
 
-def _gutter(role: str, tokens: Sequence[Mapping[str, Any]]) -> list[str]:
-    from rich.text import Text
-
+def _gutter(role: str, tokens: Sequence[Token]) -> list[str]:
     name = Text(_OURS.sub("?", role.replace("\n", " ").replace("\t", " ")) or "template")
     name.truncate(GUTTER, overflow="ellipsis")
-    n, supervised = len(tokens), sum(bool(t["supervised"]) for t in tokens)
+    n, supervised = len(tokens), sum(t.supervised for t in tokens)
     counts = f"{supervised}/{n} sup" if supervised else f"{n} token{'s' * (n != 1)}"
     return [name.plain, counts if len(counts) <= GUTTER else counts.split()[0]]
 
 
-def _stretches(tokens: Sequence[Mapping[str, Any]], colour: bool) -> Iterator[tuple[bool, Text]]:
+def _stretches(tokens: Sequence[Token], colour: bool) -> Iterator[tuple[bool, Text]]:
     """Runs of tokens that are all supervised or all not, as (supervised, text)."""
-    from rich.text import Text
-
-    start = 0
-    for at in range(1, len(tokens) + 1):
-        supervised = bool(tokens[start]["supervised"])
-        if at < len(tokens) and bool(tokens[at]["supervised"]) == supervised:
-            continue
-        run, text = tokens[start:at], Text()
-        start = at
-        shown = [
-            [_shown(token, p, colour) for p in pieces] for token, pieces in zip(run, pieces_of_row(run), strict=True)
-        ]
+    for supervised, group in itertools.groupby(tokens, lambda t: t.supervised):
+        run, text = list(group), Text()
+        shown = [[_shown(t, piece, colour) for piece in mine] for t, mine in zip(run, pieces_of_row(run), strict=True)]
         _edges(shown)
         for number, (token, words) in enumerate(zip(run, shown, strict=True)):
             style = "bold green" if supervised else ""
-            if token["special"]:
+            if token.special:
                 style = "bold cyan" if supervised else "cyan"
             elif colour and number % 2:
                 style += " underline"
@@ -338,7 +199,7 @@ def _stretches(tokens: Sequence[Mapping[str, Any]], colour: bool) -> Iterator[tu
         yield supervised, text
 
 
-def _shown(token: Mapping[str, Any], piece: Piece, colour: bool) -> str:
+def _shown(token: Token, piece: Piece, colour: bool) -> str:
     """A piece as it stands in the terminal. A character over several tokens stands at the first of them: reading
     comes before the bytes here, which the page and --json have."""
     if piece.part:
@@ -346,7 +207,7 @@ def _shown(token: Mapping[str, Any], piece: Piece, colour: bool) -> str:
             return f"⟨{piece.part.hex(' ').upper()}⟩"
         return _seen(piece.text) if piece.first else ""
     shown = _seen(piece.text)
-    return f"⟦{shown}⟧" if token["special"] and not colour else shown
+    return f"⟦{shown}⟧" if token.special and not colour else shown
 
 
 def _seen(text: str) -> str:

@@ -6,8 +6,8 @@ import codecs
 from collections.abc import Sequence
 from typing import Any
 
+from sftflow.chat.token_rows import token_bytes
 from sftflow.generation.request import TokenLogprob
-from sftflow.report.token_view import token_bytes
 
 LEAST = -9999.0
 """what OpenAI writes for a log-probability that JSON has no number for"""

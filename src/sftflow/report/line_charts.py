@@ -1,23 +1,30 @@
-"""The loss curve as SVG: training, smoothed, held-out, and held-out per source where these can be told apart.
+"""Charts of lines by step: the loss of training, and scores while it trained.
 
-Line styles are classes of report.css; what is written in the drawing goes through `esc` or is a number.
+Each is drawn twice, wide and narrow, because scaled text is unreadable on a phone; charts.css shows one of the two.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from sftflow.report.token_page import esc
+from markupsafe import Markup
+
+from sftflow.report.charts import round_step, svg, text
 
 Points = list[tuple[float, float]]
-MOST_SOURCES = 6  # lines that can still be told apart
+Line = tuple[str, str, Points]  # name, class, points
+MOST_LINES = 6  # that can still be told apart
+WIDTHS = (900, 340)
 
 
 def smooth(values: Sequence[float], reach: int) -> list[float]:
-    """Mean over `reach` values on both sides:  ([4, 2, 3], 1) -> [4, 3, 2.5]
+    """Mean over `reach` values on both sides.
+
+    >>> smooth([4, 2, 3], 1)
+    [4.0, 3.0, 2.5]
 
     Centred, because a trailing mean lags and would draw a falling loss above its own points. It narrows at the steep
     start, and is one-sided at the end, so that the last value is not one noisy step.
@@ -28,10 +35,12 @@ def smooth(values: Sequence[float], reach: int) -> list[float]:
 
 
 def ticks(low: float, high: float, wanted: int) -> list[float]:
-    """Round numbers inside [low, high]:  (0.2, 3.1, 5) -> [1.0, 2.0, 3.0]"""
-    raw = max(high - low, 1e-9) / wanted
-    unit = 10.0 ** math.floor(math.log10(raw))
-    step = next(s * unit for s in (1, 2, 5, 10) if s * unit >= raw)
+    """Round numbers inside [low, high], about as many as wanted.
+
+    >>> ticks(0.2, 3.1, 5)
+    [1.0, 2.0, 3.0]
+    """
+    step = round_step(max(high - low, 1e-9) / wanted)
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
@@ -78,25 +87,34 @@ def clipped(points: Points, top: float) -> list[Points]:
 
 @dataclass(frozen=True)
 class Frame:
-    """A drawing's window on its data: x0..x1, y0..y1 inside margins, in units of the drawing."""
+    """A line chart's window on its data: x0..x1, y0..y1 inside margins, in units of the drawing.
+
+    names: of lines that are named at their end, for which the right margin leaves room.
+    """
 
     width: int
-    right: int
     x0: float
     x1: float
     y0: float
     y1: float
-    unit: str = "nats per supervised token"
+    unit: str
+    names: Sequence[str] = ()
     height: int = 280
     left: int = 34
     top: int = 28
     bottom: int = 40
 
+    @property
+    def letters(self) -> int:
+        """The longest name that is written whole."""
+        return 9 if self.width < 500 else 18
+
     def at(self, x: float, y: float) -> tuple[float, float]:
+        right = 14 + 7 * min(self.letters, max(map(len, self.names))) if self.names else 12
         across = (x - self.x0) / ((self.x1 - self.x0) or 1)
         up = (y - self.y0) / ((self.y1 - self.y0) or 1)
         return (
-            round(self.left + (self.width - self.left - self.right) * across, 1),
+            round(self.left + (self.width - self.left - right) * across, 1),
             round(self.top + (self.height - self.top - self.bottom) * (1 - up), 1),
         )
 
@@ -113,26 +131,35 @@ class Frame:
         for y in ticks(self.y0, self.y1, 5):
             (a, height), (b, _) = self.at(self.x0, y), self.at(self.x1, y)
             out.append(f'<path class="grid" d="M{a} {height}H{b}"/>')
-            out.append(_text(a - 7, height + 4, "end", f"{y:g}"))
+            out.append(text(a - 7, height + 4, "end", f"{y:g}"))
         for x in ticks(self.x0, self.x1, 4 if self.width < 500 else 8):
-            out.append(_text(self.at(x, self.y0)[0], self.height - self.bottom + 18, "middle", f"{x:,g}"))
-        out.append(_text(2, 12, "start", self.unit))
-        out.append(_text(self.at(self.x1, self.y0)[0], self.height - 4, "end", "step"))
+            out.append(text(self.at(x, self.y0)[0], self.height - self.bottom + 18, "middle", f"{x:,g}"))
+        out.append(text(2, 12, "start", self.unit))
+        out.append(text(self.at(self.x1, self.y0)[0], self.height - 4, "end", "step"))
         return "".join(out)
 
+    def named_ends(self, lines: Sequence[Line]) -> str:
+        """Each line's name beside its last point, moved apart where they would cover each other."""
+        ends = [self.at(*points[-1]) for _, _, points in lines]
+        places = spread([y + 4 for _, y in ends], 13, self.top, self.height - self.bottom + 4)
+        out = []
+        for (name, kind, _), (x, _), place in zip(lines, ends, places, strict=True):
+            cut = name if len(name) <= self.letters else name[: self.letters - 1] + "…"
+            out.append(text(x + 8, round(place, 1), "start", cut, kind=f"name {kind}"))
+        return "".join(out)
 
-def _text(x: float, y: float, anchor: str, text: str, kind: str = "") -> str:
-    named = f' class="{kind}"' if kind else ""
-    return f'<text{named} x="{x}" y="{y}" font-size="12" text-anchor="{anchor}">{esc(text)}</text>'
+    def drawn(self, label: str, parts: Iterable[str]) -> Markup:
+        kind = "narrow" if self.width < 500 else "wide"
+        return svg(self.width, self.height, label, [self.axes(), *parts], kind)
 
 
-def ceiling(raw: Points, held_out: Sequence[Points]) -> tuple[float, float]:
+def ceiling(raw: Points, held_out: Iterable[Points]) -> tuple[float, float]:
     """(the loss that the drawing ends at, the highest there is).
 
     What follows the first twentieth of the run fits whole. A base that does not know the format yet begins so much
     higher that all the rest would be a flat line.
     """
-    points = [*raw, *itertools.chain(*held_out)]
+    points = [*raw, *itertools.chain.from_iterable(held_out)]
     steps = [x for x, _ in raw]
     early = min(steps) + (max(steps) - min(steps)) / 20
     highest = max(y for _, y in points)
@@ -140,41 +167,27 @@ def ceiling(raw: Points, held_out: Sequence[Points]) -> tuple[float, float]:
     return (highest if highest < 1.5 * late else late), highest
 
 
-def curve(raw: Points, smoothed: Points, val: Points, width: int, sources: Mapping[str, Points] | None = None) -> str:
-    """The loss at one width: drawn twice, wide and narrow, because scaled text is unreadable on a phone.
+def loss_by_step(raw: Points, smoothed: Points, val: Points, sources: Mapping[str, Points] | None = None) -> Markup:
+    """The loss of every step, smoothed, and held-out, as (step, loss) points.
 
-    sources: validation per source, thin lines with their names at the end.
+    sources: held-out loss per source, thin lines with their names at the end, at most MOST_LINES of them.
     """
-    lines = sources or {}
+    lines: list[Line] = [(name, f"s{i}", points) for i, (name, points) in enumerate((sources or {}).items())]
+    held_out = [val, *(points for _, _, points in lines)]
+    named: list[Line] = [("all", "val", val), *lines] if val and lines else lines
     xs = [x for x, _ in raw + val]
-    held_out = [val, *lines.values()]
     floor = min(0.0, min(y for points in (raw, *held_out) for _, y in points))
-    letters = 9 if width < 500 else 18
-    right = 14 + 7 * min(letters, max(len("all"), *map(len, lines))) if lines else 12
-    frame = Frame(width, right, min(xs), max(xs), floor, ceiling(raw, held_out)[0])
-    drawn = [frame.axes(), frame.path(raw, "raw")]
-    drawn += [frame.path(points, f"source s{i}") for i, points in enumerate(lines.values())]
-    drawn += [frame.path(smoothed, "smooth"), frame.path(val, "val")]
-    drawn += [_dot(frame, x, y) for x, y in val if y <= frame.y1]
-    if lines:
-        named = [("all", "val", val)] if val else []
-        named += [(name, f"s{i}", points) for i, (name, points) in enumerate(lines.items())]
-        drawn.append(_names(frame, named, letters))
-    size = f'class="{"narrow" if width < 500 else "wide"}" viewBox="0 0 {width} {frame.height}"'
-    return f'<svg {size} role="img" aria-label="Loss by step">{"".join(drawn)}</svg>'
-
-
-def shares(lines: Mapping[str, Points], width: int) -> str:
-    """Shares in 0..1 by step, at most MOST_SOURCES of them, in percent: scores and manners while it trained."""
-    kept = {name: [(x, 100 * y) for x, y in points] for name, points in list(lines.items())[:MOST_SOURCES]}
-    xs = [x for points in kept.values() for x, _ in points]
-    letters = 9 if width < 500 else 18
-    right = 14 + 7 * min(letters, max(map(len, kept)))
-    frame = Frame(width, right, min(xs), max(xs), 0.0, 100.0, unit="percent of a sample", height=220)
-    drawn = [frame.axes(), *(frame.path(points, f"source s{i}") for i, points in enumerate(kept.values()))]
-    drawn.append(_names(frame, [(name, f"s{i}", points) for i, (name, points) in enumerate(kept.items())], letters))
-    size = f'class="{"narrow" if width < 500 else "wide"}" viewBox="0 0 {width} {frame.height}"'
-    return f'<svg {size} role="img" aria-label="Scores by step">{"".join(drawn)}</svg>'
+    top, _ = ceiling(raw, held_out)
+    names = ["all", *(name for name, _, _ in lines)] if lines else []
+    out = []
+    for width in WIDTHS:
+        frame = Frame(width, min(xs), max(xs), floor, top, "nats per supervised token", names)
+        parts = [frame.path(raw, "raw")]
+        parts += [frame.path(points, f"source {kind}") for _, kind, points in lines]
+        parts += [frame.path(smoothed, "smooth"), frame.path(val, "val")]
+        parts += [_dot(frame, x, y) for x, y in val if y <= top]
+        out.append(frame.drawn("Loss by step", [*parts, frame.named_ends(named)]))
+    return Markup("").join(out)
 
 
 def _dot(frame: Frame, x: float, y: float) -> str:
@@ -183,16 +196,15 @@ def _dot(frame: Frame, x: float, y: float) -> str:
     return f'<circle class="dot" r="3.5" cx="{px}" cy="{py}"><title>{said}</title></circle>'
 
 
-def _names(frame: Frame, lines: Sequence[tuple[str, str, Points]], letters: int) -> str:
-    """Each line's name beside its last point, moved apart where they would cover each other.
-
-    lines: name, class, points.
-    """
-    ends = [frame.at(*points[-1]) for _, _, points in lines]
-    places = spread([y + 4 for _, y in ends], 13, frame.top, frame.height - frame.bottom + 4)
-    return "".join(
-        _text(
-            x + 8, round(place, 1), "start", name if len(name) <= letters else name[: letters - 1] + "…", f"name {kind}"
-        )
-        for (name, kind, _), (x, _), place in zip(lines, ends, places, strict=True)
-    )
+def scores_by_step(scores: Mapping[str, Points]) -> Markup:
+    """Shares in 0..1 by step, in percent; the first MOST_LINES of them."""
+    first = itertools.islice(scores.items(), MOST_LINES)
+    lines: list[Line] = [(name, f"s{i}", [(x, 100 * y) for x, y in points]) for i, (name, points) in enumerate(first)]
+    xs = [x for _, _, points in lines for x, _ in points]
+    names = [name for name, _, _ in lines]
+    out = []
+    for width in WIDTHS:
+        frame = Frame(width, min(xs), max(xs), 0.0, 100.0, "percent of a sample", names, height=220)
+        parts = [frame.path(points, f"source {kind}") for _, kind, points in lines]
+        out.append(frame.drawn("Scores by step", [*parts, frame.named_ends(lines)]))
+    return Markup("").join(out)

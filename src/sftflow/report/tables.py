@@ -1,0 +1,120 @@
+"""Tables for the terminal that fit 80 columns: eval.json, compare.json, ledger.json and the audit in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+
+def _table(*columns: str, text: tuple[str, ...]) -> Table:
+    """text: the columns of running text, which fold; the others hold numbers."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in columns:
+        words = name in text
+        table.add_column(name, justify="left" if words else "right", no_wrap=not words, overflow="fold")
+    return table
+
+
+def eval_table(document: Mapping[str, Any]) -> Table:
+    """eval.json: each model's score in each task, and what else the task measured."""
+    table = _table("model", "task", "n", "score", "std. error", "95% interval", "chance", text=("model", "task"))
+    for model, entry in document["models"].items():
+        for task, t in entry["tasks"].items():
+            low, high = t["wilson95"]
+            between = f"{low:.3f} to {high:.3f}"
+            row = (str(t["n"]), f"{t['score']:.3f}", f"{t['stderr']:.3f}", between, f"{t['chance']:.2f}")
+            table.add_row(Text(model), Text(task), *row)
+            for name, value in t["metrics"].items():
+                table.add_row("", Text(f"  {name}"), "", str(value) if isinstance(value, int) else f"{value:.3f}")
+        if entry["centred_mean"] is not None:
+            table.add_row(Text(model), "centred mean", "", f"{entry['centred_mean']:.3f}")
+        if "chatcore" in entry:
+            table.add_row(Text(model), "ChatCORE", "", f"{entry['chatcore']:.3f}")
+    return table
+
+
+def score_table(document: Mapping[str, Any]) -> Table:
+    """compare.json: each task before and after, the gain and whether it can be told from chance."""
+    before, after = ("before", "after") if document.get("kind") == "continued SFT" else ("base", "SFT")
+    columns = ("task", "n", "chance", before, after, "gain", "95% interval", "verdict")
+    table = _table(*columns, text=("task", "verdict"))
+    for name, t in document["tasks"].items():
+        low, high = t["ci95"]
+        table.add_row(
+            Text(name),
+            str(t["n"]),
+            f"{t['chance']:.2f}",
+            f"{t['base']:.2f}",
+            f"{t['sft']:.2f}",
+            f"{t['delta']:+.2f}",
+            f"{low:+.2f} to {high:+.2f}",
+            Text(t["verdict"], {"better": "green", "worse": "red"}.get(t["verdict"], "yellow")),
+        )
+    mean = document["centred_mean"]
+    table.add_section()
+    gain = f"{mean['sft'] - mean['base']:+.2f}"
+    table.add_row("centred mean", "", "", f"{mean['base']:.2f}", f"{mean['sft']:.2f}", gain)
+    return table
+
+
+def ledger_table(ledger: Mapping[str, Any]) -> Table:
+    """ledger.json: what became of each source's rows."""
+    columns = ("source", "rows", "repeat", "tokens", "superv.", "share", "cut", "dropped", "held")
+    table = _table(*columns, text=("source",))
+
+    def counts(s: Mapping[str, Any], repeat: str) -> list[str]:
+        tokens, supervised = s["tokens"], s["supervised_tokens"]
+        share = supervised / tokens if tokens else 0.0
+        return [f"{s['rows']:,}", repeat, f"{tokens:,}", f"{supervised:,}", f"{share:.0%}"]
+
+    for s in ledger["sources"]:
+        lost = (s["cut"], s["dropped"], s.get("validation_rows", 0))
+        table.add_row(Text(s["name"]), *counts(s, f"x{s['repeat']}"), *map(str, lost))
+    table.add_section()
+    table.add_row("all", *counts(ledger, ""))
+    return table
+
+
+def audit_tables(ledger: Mapping[str, Any]) -> list[Table]:
+    """What `Audit.into` adds to a ledger: each source's lengths and repeats, overlap, invariants; what is there."""
+    drawn = (("duplicates", _lengths), ("overlap", _overlap), ("invariants", _invariants))
+    return [draw(ledger) for key, draw in drawn if ledger.get(key)]
+
+
+def _lengths(ledger: Mapping[str, Any]) -> Table:
+    columns = ("length", "p5", "median", "p95", "max", "superv.", "repeats", "near-repeats")
+    table = _table(*columns, text=("length",))
+
+    def add(name: str, s: Mapping[str, Any]) -> None:
+        lengths = (f"{s['lengths'][key]:,}" for key in ("p5", "p50", "p95", "max"))
+        repeats = (f"{s[key]['rows']:,}" for key in ("duplicates", "near_duplicates"))
+        table.add_row(Text(name), *lengths, f"{s['supervised']['share']:.0%}", *repeats)
+
+    for s in ledger["sources"]:
+        add(s["name"], s)
+    table.add_section()
+    add("all", ledger)
+    return table
+
+
+def _overlap(ledger: Mapping[str, Any]) -> Table:
+    columns = ("overlap with", "items", "found", "share", "not checked", "found in")
+    table = _table(*columns, text=("overlap with", "found in"))
+    for name, t in ledger["overlap"].items():
+        where = ", ".join(f"{s['name']} {s['items']:,}" for s in t["sources"] if s["items"])
+        found = Text(f"{t['contaminated']:,}", "red" if t["contaminated"] else "green")
+        table.add_row(Text(name), f"{t['items']:,}", found, f"{t['share']:.1%}", f"{t['unchecked']:,}", Text(where))
+    return table
+
+
+def _invariants(ledger: Mapping[str, Any]) -> Table:
+    columns = ("what must hold", "checked", "failed", "first failure")
+    table = _table(*columns, text=("what must hold", "first failure"))
+    for name, i in ledger["invariants"].items():
+        colour = "red" if i["failed"] else "green" if i["checked"] else "yellow"
+        failed = Text(f"{i['failed']:,}", colour)
+        table.add_row(Text(name), f"{i['checked']:,}", failed, Text(i.get("first") or ""))
+    return table
