@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from helpers.runs import Quiet, digest, sftflow, write_recipe
-from sftflow.checkpoint import load_assistant
-from sftflow.comparison.compare import base_format, compare_models
+from sftflow.checkpoint import base_format, load_assistant
+from sftflow.comparison.compare import compare_models
 from sftflow.comparison.losses import held_out_comparison
 from sftflow.comparison.paired import change_of
 from sftflow.comparison.prompts import load_prompts

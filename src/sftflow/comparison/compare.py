@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -173,13 +173,6 @@ def kind_of(base: Assistant) -> str:
     """A base that brings a chat template of its own has been instruction-tuned before."""
     tuned = base.info.get("own_template") or base.info.get("kind") == "sft"
     return CONTINUED if tuned else "base-versus-SFT"
-
-
-def base_format(sft: Assistant) -> Any:
-    """The SFT model's format, to be given to a base that has none: with the control tokens it needs."""
-    chat_format = sft.renderer.format
-    tokens = tuple(t for t in sft.renderer.special if t in chat_format.template)
-    return replace(chat_format, tokens=tokens)
 
 
 def _settings(sft: Assistant, runs: Sequence[EvalTask]) -> dict[str, Any]:

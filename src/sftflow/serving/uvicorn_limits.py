@@ -145,10 +145,10 @@ class Server(uvicorn.Server):
     model turns out not to be computable."""
 
     async def on_tick(self, counter: int) -> bool:
-        return await super().on_tick(counter) or self.config.app.state.unproven() is not None  # type: ignore[union-attr]
+        return await super().on_tick(counter) or self.config.app.state.serving.unproven() is not None  # type: ignore[union-attr]
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.config.app.state.stop_workers()  # type: ignore[union-attr]
+        self.config.app.state.serving.stop()  # type: ignore[union-attr]
         await super().shutdown(sockets)
 
 
