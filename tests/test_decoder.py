@@ -18,7 +18,7 @@ from sftflow.errors import CheckpointError
 from sftflow.generation.check_decoder import find_decode_mode
 from sftflow.generation.decoder import PackedDecoder
 from sftflow.generation.engine import Engine, shared_beginning
-from sftflow.generation.hf_decoders import PaddedDecoder
+from sftflow.generation.hf_decoders import OwnDecoder
 from sftflow.generation.onednn import ordered_forwards
 from sftflow.generation.request import GenerationRequest
 from sftflow.generation.sampling import likeliest
@@ -147,7 +147,7 @@ def test_beyond_the_length_at_which_numbers_change_each_is_alone(tiny_base: Path
 def test_padded_rows(name: str = "Llama") -> None:
     model = tiny(name)
     rng = np.random.default_rng(1)
-    decoder = PaddedDecoder(model, FP32)
+    decoder = OwnDecoder(model, FP32, padded=True)
     plan: list[Any] = [("add", [draw(rng, 7), draw(rng, 3), draw(rng, 5)]), "step", ("keep", [2, 1]), "step"]
     for ids, logits in drive(model, decoder, [], plan, rng):
         torch.testing.assert_close(logits, alone(model, ids), atol=2e-4, rtol=2e-4)
