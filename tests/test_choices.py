@@ -131,11 +131,11 @@ def test_what_letters_share_belongs_to_the_prompt() -> None:
 # ---- thinking templates
 
 
-@pytest.fixture(scope="module")
-def qwen(real_tokenizers: dict[str, Path]) -> Any:
+@pytest.fixture(scope="module", params=["own_qwen3", "hf_qwen3"])
+def qwen(request: pytest.FixtureRequest, known_tokenizers: dict[str, Path]) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(real_tokenizers["hf_qwen3"])
+    return AutoTokenizer.from_pretrained(known_tokenizers[request.param])
 
 
 def qwen_template(name: str) -> str:

@@ -130,12 +130,16 @@ def test_text_and_ids_are_transformers(tokenizers: dict[str, Path], name: str, w
         assert rendered.ids[: len(prompt.ids)].tolist() == prompt.ids.tolist(), label
 
 
+FAMILIES = (("llama2", "llama2"), ("alpaca", "llama2"), ("llama3", "llama3_1"))
+
+
 @pytest.mark.parametrize(
-    ("name", "which"), [("llama2", "hf_llama2"), ("alpaca", "hf_llama2"), ("llama3", "hf_llama3_1")]
+    ("name", "which"),
+    [(name, f"{whose}_{kind}") for whose in ("own", "hf") for name, kind in FAMILIES],
 )
-def test_on_the_familys_own_tokenizer(real_tokenizers: dict[str, Path], name: str, which: str) -> None:
-    renderer = make_renderer(real_tokenizers[which], name)
-    bare = make_renderer(real_tokenizers[which], "alpaca").tokenizer  # a format without tokens of its own
+def test_on_the_familys_own_tokenizer(known_tokenizers: dict[str, Path], name: str, which: str) -> None:
+    renderer = make_renderer(known_tokenizers[which], name)
+    bare = make_renderer(known_tokenizers[which], "alpaca").tokenizer  # a format without tokens of its own
     assert len(renderer.tokenizer) == len(bare)
     for label, messages in CHATS.items():
         rendered = renderer.render(row(messages))

@@ -6,6 +6,8 @@ Without it the tests that need them skip, with one reason.
 
 from __future__ import annotations
 
+import json
+import lzma
 import os
 from pathlib import Path
 from typing import Any
@@ -43,8 +45,38 @@ def each(files: list[Path]) -> list[Any]:
 
 
 class Tokenizers(dict[str, Path]):
-    """Directories of tokenizers by name: "hf_llama2", "hf_llama3_1", "hf_qwen3". Without outside data there are none,
-    and the test that asks for one skips."""
+    """Directories of tokenizers by name. A test that asks for one of the outside data that is not there skips."""
 
     def __missing__(self, name: str) -> Path:
-        return outside("fixtures", "tokenizers", name)
+        raise KeyError(name, outside("fixtures", "tokenizers", name))
+
+
+def unpack_tokenizer(source: Path, target: Path, entries: int | None = None) -> Path:
+    """Copy a tokenizer's two files, unpacked.
+
+    entries: keep so many of the vocabulary's first, all single characters and all added tokens, and give the ids
+    anew. That is a tokenizer of the same kind, with the same control tokens, and loads and saves many times faster.
+    """
+    packed = source / "tokenizer.json.xz"
+    whole = json.loads(lzma.decompress(packed.read_bytes()) if packed.exists() else
+                       (source / "tokenizer.json").read_bytes())  # fmt: skip
+    config = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
+    if entries is not None:
+        model = whole["model"]
+        added = {t["id"] for t in whole["added_tokens"]}
+        kept = [t for t, i in model["vocab"].items() if i < entries or len(t) == 1]
+        old = sorted({*(model["vocab"][t] for t in kept), *added})
+        new = {before: now for now, before in enumerate(old)}
+        model["vocab"] = {t: new[model["vocab"][t]] for t in kept}
+        pairs = [m if isinstance(m, list) else m.split(" ") for m in model["merges"]]
+        model["merges"] = [[a, b] for a, b in pairs if {a, b, a + b} <= model["vocab"].keys()]
+        for token in whole["added_tokens"]:
+            token["id"] = new[token["id"]]
+        for processor in [whole["post_processor"], *whole["post_processor"].get("processors", [])]:
+            for special in processor.get("special_tokens", {}).values():
+                special["ids"] = [new[i] for i in special["ids"]]
+        config["added_tokens_decoder"] = {str(new[int(i)]): t for i, t in config["added_tokens_decoder"].items()}
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "tokenizer.json").write_text(json.dumps(whole, ensure_ascii=False), encoding="utf-8")
+    (target / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
+    return target
