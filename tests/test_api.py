@@ -16,7 +16,12 @@ import sftflow as sf
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [
-    {"messages": [{"role": "user", "content": f"What is {n} + 1?"}, {"role": "assistant", "content": f"It is {n + 1}."}]}
+    {
+        "messages": [
+            {"role": "user", "content": f"What is {n} + 1?"},
+            {"role": "assistant", "content": f"It is {n + 1}."},
+        ]
+    }
     for n in range(40)
 ]
 
@@ -201,7 +206,9 @@ def test_evaluating_and_comparing(base: Any, run: Any, tmp_path: Path) -> None:
     assert "spelling" in str(comparison) and "<iframe" in comparison._repr_html_()
     comparison.save_html(tmp_path / "report.html")
     assert (tmp_path / "report.html").read_text() == (tmp_path / "compare" / "report.html").read_text()
-    assert json.loads((tmp_path / "compare" / "compare.json").read_text()) == json.loads(json.dumps(comparison.to_json()))
+    assert json.loads((tmp_path / "compare" / "compare.json").read_text()) == json.loads(
+        json.dumps(comparison.to_json())
+    )
 
 
 @pytest.mark.parametrize(

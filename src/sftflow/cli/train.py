@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sftflow.cli.common import app, print_table, program, say
+from sftflow.cli.common import app, program, say
 from sftflow.errors import RecipeError
 
 if TYPE_CHECKING:
