@@ -39,17 +39,19 @@ Ids = list[tuple[int, ...]]
 
 
 def prompts_of(assistant: Any, data: Path, items: int) -> Ids:
-    from sftflow.evaluation.prompts_for import chat_prompt, open_tasks
+    from sftflow.evaluation.options import open_tasks
+    from sftflow.evaluation.prompts_for import chat_prompt
 
     (run,) = open_tasks([f"gsm8k={data}"], items)
     return [chat_prompt(assistant, item) for item in run.items]
 
 
 def ours(assistant: Any, slots: int, tokens: int) -> Callable[[Ids], tuple[Ids, list[int]]]:
-    from sftflow.generation.engine import Engine, GenerationRequest
+    from sftflow.generation.engine import Engine
+    from sftflow.generation.request import GenerationRequest
 
-    engine = Engine(assistant.model, assistant.renderer, assistant.runtime, slots=slots)
-    engine.way()  # proves the model and orders the weights, once
+    engine = Engine(assistant.model, assistant.renderer, assistant.runtime, max_running=slots)
+    engine.decode_mode()  # proves the model and orders the weights, once
 
     def generate(prompts: Ids) -> tuple[Ids, list[int]]:
         requests = [GenerationRequest(prompt_ids=p, max_new_tokens=tokens, use_python=False) for p in prompts]

@@ -50,19 +50,23 @@ def _fsync(path: Path) -> None:
         os.close(fd)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file atomically."""
+def write_file(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
+    """Write a file atomically: `fill` gets it open for writing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with beside.open("w", encoding="utf-8") as f:
-            f.write(text)
+        with beside.open("wb") as f:
+            fill(f)
             f.flush()
             os.fsync(f.fileno())
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
     _fsync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_file(path, lambda file: file.write(text.encode()))
 
 
 def finite(value: Any) -> Any:
@@ -76,6 +80,17 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log of JSON lines; [] where there is no such file. A line that a kill or a full disk cut short is
+    left out."""
+    rows = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def write_json(path: Path, value: Any) -> None:

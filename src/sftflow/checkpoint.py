@@ -24,8 +24,9 @@ from sftflow.atomic_io import (
     write_directory,
     write_json,
 )
-from sftflow.chat.format import ChatFormat, add_tokens, choose_format, fingerprint
-from sftflow.errors import CheckpointError
+from sftflow.chat.format import ChatFormat, add_tokens, choose_format
+from sftflow.errors import CheckpointError, RunError, first_line
+from sftflow.fingerprint import format_fingerprint
 from sftflow.gguf.vocabulary import as_llama_cpp_splits
 from sftflow.rounding import round_bf16
 
@@ -66,6 +67,13 @@ class Assistant:
     renderer: Renderer
     engine: Engine
     info: dict[str, Any]
+
+    def plain_ids(self, text: str) -> tuple[int, ...]:
+        """Plain text as the base was pretrained to read it: with the tokenizer's own BOS, without control tokens."""
+        opening = self.tokenizer("").input_ids  # BOS where the tokenizer writes one
+        if opening and opening[-1] == self.tokenizer.eos_token_id != self.tokenizer.bos_token_id:
+            opening = opening[:-1]
+        return (*opening, *self.renderer.encode_plain(text))
 
 
 def resolve(name: str) -> Location:
@@ -208,11 +216,17 @@ class _named_errors:
                 "reading .gguf needs the packages gguf and accelerate",
                 "pip install 'sftflow[gguf]'",
             ) from error
-        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         remedy = "check the id and the network" if self.location.is_hub else "check that the files are whole"
         raise CheckpointError(
-            self.location.name, f"cannot be loaded ({type(error).__name__}: {first})", remedy
+            self.location.name, f"cannot be loaded ({type(error).__name__}: {first_line(error)})", remedy
         ) from error
+
+
+def require_finite_weights(model: Any, name: str, remedy: str = "give another checkpoint, or copy it again") -> None:
+    """Raises RunError naming the first weight with a NaN or an infinity in it: all that comes of it is NaN, too."""
+    for which, weight in model.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise RunError(name, f"its weights are not finite ({which})", remedy)
 
 
 def grow_embeddings(model: Any, n_tokens: int) -> int:
@@ -258,7 +272,7 @@ def prepare(
         chat_format = fallback
     stored = info.get("fingerprint")
     if stored and format_name == "auto":
-        now = fingerprint(tokenizer, chat_format)
+        now = format_fingerprint(tokenizer, chat_format)
         if now != stored:
             raise CheckpointError(
                 location.name,
@@ -337,7 +351,7 @@ def save(
             **meta,
             "kind": "sft",
             "format": chat_format.to_json(),
-            "fingerprint": fingerprint(tokenizer, chat_format),
+            "fingerprint": format_fingerprint(tokenizer, chat_format),
             "dtype": str(dtype).removeprefix("torch."),
             "sha256": {p.name: sha256_file(p) for p in files},
         }

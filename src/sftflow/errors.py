@@ -19,6 +19,15 @@ Every message is one line: `place: fact; remedy`.
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; "" where it says nothing.
+
+    >>> first_line(ValueError("no such key\\n  at line 3"))
+    'no such key'
+    """
+    return (str(error).strip().splitlines() or [""])[0]
+
+
 class SftflowError(Exception):
     """An error a user can act on: where it is, what is the case, what to do.
 

@@ -65,6 +65,23 @@ class Message:
     def uses_python(self) -> bool:
         return any(part.kind != "text" for part in self.parts)
 
+    def to_json(self) -> dict[str, Any]:
+        """The message in the OpenAI shape, as `parse_message` reads it: a text, or parts where it calls the calculator.
+
+        >>> text_message("user", "hi").to_json()
+        {'role': 'user', 'content': 'hi'}
+        """
+        content: Any = self.text if self.parts else None
+        if self.uses_python:
+            content = [{"type": part.kind, "text": part.text} for part in self.parts]
+        out: dict[str, Any] = {"role": self.role, "content": content}
+        if self.tool_calls:
+            out["tool_calls"] = list(self.tool_calls)
+        for key in ("tool_call_id", "name", "reasoning_content"):
+            if getattr(self, key) is not None:
+                out[key] = getattr(self, key)
+        return out if self.weight else {**out, "weight": 0}
+
 
 def text_message(role: str, text: str) -> Message:
     return Message(role, (Part("text", text),))
@@ -72,7 +89,10 @@ def text_message(role: str, text: str) -> Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One row. `source` is FILE:LINE (or task:number); `meta` keeps the row's other keys."""
+    """One row. `source` is FILE:LINE (or task:number); `meta` keeps the row's other keys.
+
+    `to_row` gives it back in the canonical shape, which `parse_row` reads.
+    """
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
@@ -82,6 +102,16 @@ class Conversation:
     def before(self, turn: int) -> Conversation:
         """The history in front of message number `turn`."""
         return replace(self, messages=self.messages[:turn])
+
+    @property
+    def supervised(self) -> list[int]:
+        """The messages that are trained on: those of the assistant, but for weight 0."""
+        return [i for i, m in enumerate(self.messages) if m.role == "assistant" and m.weight]
+
+    def to_row(self) -> dict[str, Any]:
+        """{"messages": [...]}, with "tools" where there are any; without `meta` and `source`."""
+        tools = {"tools": list(self.tools)} if self.tools else {}
+        return {"messages": [m.to_json() for m in self.messages], **tools}
 
 
 def _parts(content: Any, place: str) -> tuple[Part, ...]:
@@ -241,6 +271,13 @@ def parse_row(row: Any, place: str) -> Conversation:
         raise SchemaError(f"{place}.messages", "no messages", "give at least one")
     messages = tuple(parse_message(m, f"{place}.messages[{i}]") for i, m in enumerate(raw))
     return Conversation(messages, tuple(tools), meta, place)
+
+
+def conversation_of(payload: Any, place: str) -> Conversation:
+    """A row in any form that a source has it in: a Conversation (as it is), a JSONL line's bytes, or parsed JSON."""
+    if isinstance(payload, Conversation):
+        return payload
+    return parse_row(parse_line(payload, place) if isinstance(payload, bytes) else payload, place)
 
 
 def parse_line(line: bytes, place: str) -> Any:

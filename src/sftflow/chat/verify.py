@@ -27,7 +27,7 @@ def verify(renderer: Renderer, conversation: Conversation, rendered: Rendered) -
     """What is wrong with a row, by invariant; {} where nothing is. `conversation` is the one that was rendered."""
     wrong: dict[str, str] = {}
     ids, mask = rendered.ids, rendered.mask
-    turns = [i for i, m in enumerate(conversation.messages) if m.role == "assistant" and m.weight]
+    turns = conversation.supervised
     for turn in turns:
         fact = _parity(renderer, conversation, turn, rendered) if turn else None
         if fact:

@@ -121,7 +121,7 @@ def mix(
     from sftflow.checkpoint import open_renderer, resolve
     from sftflow.data.audit import audit, item_parts
     from sftflow.data.mixture import build_mixture, write_bad_rows
-    from sftflow.evaluation.prompts_for import open_tasks
+    from sftflow.evaluation.options import open_tasks
     from sftflow.recipe import load_recipe
     from sftflow.report.audit_page import audit_page
     from sftflow.report.progress import ProgressDisplay

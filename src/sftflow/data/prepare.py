@@ -145,7 +145,9 @@ def _render(
         with (directory / "bad.jsonl").open("w", encoding="utf-8") as f:
             for n, reason, row in total.bad:
                 f.write(json.dumps({"source": f"{job.prefix}:{n}", "reason": reason, "row": row}) + "\n")
-        (directory / "sample.json").write_text(json.dumps(_to_json(total.sample)), encoding="utf-8")
+        first = total.sample
+        sample = {"source": first.source, "row": first.to_row()} if first else None
+        (directory / "sample.json").write_text(json.dumps(sample), encoding="utf-8")
         writer.close(meta)
 
 
@@ -191,25 +193,6 @@ class _Total:
 
 
 # ---- the sample conversation of a source
-
-
-def _to_json(conversation: Conversation | None) -> Any:
-    if conversation is None:
-        return None
-    messages = []
-    for m in conversation.messages:
-        message: dict[str, Any] = {"role": m.role, "content": [{"type": p.kind, "text": p.text} for p in m.parts]}
-        if not m.parts:
-            message["content"] = None
-        for key in ("tool_call_id", "name", "reasoning_content"):
-            if getattr(m, key) is not None:
-                message[key] = getattr(m, key)
-        if m.tool_calls:
-            message["tool_calls"] = list(m.tool_calls)
-        if m.role == "assistant":
-            message["weight"] = m.weight
-        messages.append(message)
-    return {"source": conversation.source, "row": {"messages": messages, "tools": list(conversation.tools)}}
 
 
 def sample_conversation(rows: RowStore) -> Conversation | None:

@@ -7,7 +7,6 @@ parent and the children it started.
 from __future__ import annotations
 
 import gc
-import hashlib
 import os
 import pickle
 import queue
@@ -24,11 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftflow.chat.render import Renderer, RendererSpec
-from sftflow.chat.schema import Conversation, parse_line, parse_row
+from sftflow.chat.schema import Conversation, conversation_of
 from sftflow.chat.verify import INVARIANTS, verify
 from sftflow.data.store import ROW
 from sftflow.data.truncate import fit
 from sftflow.errors import DataError, FormatError, MaskError, RunError, SchemaError, SftflowError
+from sftflow.fingerprint import row_digest
 
 SourceItem = tuple[int, Any]  # (number in the source, a line's bytes, a parsed row, or a Conversation)
 
@@ -77,7 +77,7 @@ def render_block(renderer: Renderer, job: Job, items: list[SourceItem], n_verifi
     for count, (number, payload) in enumerate(items):
         block.seen += 1
         try:
-            conversation = _conversation(payload, f"{job.prefix}:{number}")
+            conversation = conversation_of(payload, f"{job.prefix}:{number}")
             fitted = fit(conversation, renderer, job.max_length, job.overlong)
         except (DataError, SchemaError, FormatError, MaskError) as error:
             if job.on_bad_row == "stop":
@@ -97,8 +97,7 @@ def render_block(renderer: Renderer, job: Job, items: list[SourceItem], n_verifi
                 _count(block.invariants, verify(renderer, rendered_from, rendered), conversation.source)
             row = rendered.ids.astype(np.int32)
             n = len(row)
-            digest = int.from_bytes(hashlib.blake2b(row.tobytes(), digest_size=8).digest(), "little")
-            table.append((start, n, int(rendered.mask[1:].sum()), number, digest))
+            table.append((start, n, int(rendered.mask[1:].sum()), number, row_digest(row)))
             block.boundary_splits += rendered.boundary_splits
             ids.append(row)
             masks.append(rendered.mask)
@@ -109,16 +108,10 @@ def render_block(renderer: Renderer, job: Job, items: list[SourceItem], n_verifi
     return block
 
 
-def _conversation(payload: Any, place: str) -> Conversation:
-    if isinstance(payload, Conversation):
-        return payload
-    return parse_row(parse_line(payload, place) if isinstance(payload, bytes) else payload, place)
-
-
 def _shown(payload: Any) -> Any:
     """A bad row for bad_rows.jsonl: as it stood."""
     if isinstance(payload, Conversation):
-        return [{"role": m.role, "content": m.text} for m in payload.messages]
+        return payload.to_row()["messages"]
     return payload.decode("utf-8", "replace").rstrip("\r\n") if isinstance(payload, bytes) else payload
 
 

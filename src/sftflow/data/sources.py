@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from sftflow.chat.schema import Conversation, parse_line, parse_row, read_lines, read_rows
+from sftflow.chat.schema import Conversation, conversation_of, read_lines, read_rows
 from sftflow.data.render_pool import SourceItem
 from sftflow.errors import DataError, SftflowError
 from sftflow.recipe import Recipe, SourceEntry
@@ -74,12 +74,8 @@ def sample_of(entry: SourceEntry, recipe: Recipe, n: int) -> list[Conversation]:
     """The first `n` rows of an entry that can be read."""
     out: list[Conversation] = []
     for number, payload in islice(items_of(entry, recipe), n):
-        place = f"{prefix_of(entry)}:{number}"
         try:
-            if isinstance(payload, Conversation):
-                out.append(payload)
-            else:
-                out.append(parse_row(parse_line(payload, place) if isinstance(payload, bytes) else payload, place))
+            out.append(conversation_of(payload, f"{prefix_of(entry)}:{number}"))
         except SftflowError:
             continue  # it will be named, or skipped, when the rows are rendered
     return out

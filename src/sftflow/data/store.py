@@ -60,18 +60,18 @@ class RowWriter:
         (self._directory / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
 
 
-class RowStore:
-    """The rows of one source.
+class Rows:
+    """The rendered rows of one source.
 
-    number: index of the source in the mixture.   prefix: what a row's number is put behind, e.g. "data.jsonl".
+    table: (rows,) of ROW.   ids, masks: those of all rows, one after another.   number: index of the source in the
+    mixture.   prefix: what a row's number is put behind, e.g. "data.jsonl".
     """
 
-    def __init__(self, directory: Path, *, name: str, number: int, prefix: str) -> None:
-        self.directory, self.name, self.number, self._prefix = directory, name, number, prefix
-        self.table = np.load(directory / "rows.npy")
-        self.meta: dict[str, Any] = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-        self._ids = _mapped(directory / "ids.bin", np.int32)
-        self._mask = _mapped(directory / "mask.bin", np.int8)
+    def __init__(
+        self, table: NDArray[Any], ids: NDArray[Any], masks: NDArray[np.int8], *, name: str, number: int, prefix: str
+    ) -> None:
+        self.table, self.all_ids, self.all_masks = table, ids, masks
+        self.name, self.number, self.prefix = name, number, prefix
 
     def __len__(self) -> int:
         return len(self.table)
@@ -88,18 +88,28 @@ class RowStore:
 
     def ids(self, i: int) -> NDArray[np.int32]:
         start, length = int(self.table["start"][i]), int(self.table["length"][i])
-        return self._ids[start : start + length]
+        return self.all_ids[start : start + length].astype(np.int32, copy=False)
 
     def mask(self, i: int) -> NDArray[np.int8]:
         start, length = int(self.table["start"][i]), int(self.table["length"][i])
-        return self._mask[start : start + length]
+        return self.all_masks[start : start + length]
 
     def place(self, i: int) -> str:
         """Where the row comes from, e.g. data.jsonl:17."""
-        return f"{self._prefix}:{int(self.table['number'][i])}"
+        return f"{self.prefix}:{int(self.table['number'][i])}"
 
     def example(self, i: int) -> Example:
         return Example(ids=self.ids(i).astype(np.int64), mask=np.asarray(self.mask(i)), source=self.number)
+
+
+class RowStore(Rows):
+    """The rows of one source on disk."""
+
+    def __init__(self, directory: Path, *, name: str, number: int, prefix: str) -> None:
+        self.directory = directory
+        self.meta: dict[str, Any] = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        ids, masks = _mapped(directory / "ids.bin", np.int32), _mapped(directory / "mask.bin", np.int8)
+        super().__init__(np.load(directory / "rows.npy"), ids, masks, name=name, number=number, prefix=prefix)
 
 
 def _mapped(path: Path, dtype: Any) -> NDArray[Any]:

@@ -28,7 +28,7 @@ def fit(conversation: Conversation, renderer: Renderer, max_length: int, overlon
 
     Raises SchemaError where the row holds nothing to supervise; FormatError and MaskError as the renderer does.
     """
-    if not any(m.role == "assistant" and m.weight for m in conversation.messages):
+    if not conversation.supervised:
         fact = (
             "no assistant turn to learn from" if _assistants(conversation) == 0 else "every assistant turn has weight 0"
         )

@@ -10,7 +10,7 @@ from typing import Any
 from sftflow import checkpoint
 from sftflow.atomic_io import read_record
 from sftflow.checkpoint import Location
-from sftflow.errors import CheckpointError, RecipeError
+from sftflow.errors import CheckpointError, RecipeError, first_line
 from sftflow.exporting.target import check_folder
 
 ADAPTER = "adapter_config.json"
@@ -88,10 +88,8 @@ def _merged(model: Any, adapter: Path, name: str) -> Any:
         wrapped = PeftModel.from_pretrained(model, str(adapter))
         merged = wrapped.merge_and_unload(safe_merge=True)
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            name, f"it does not fit this base ({first})", "name the base it was trained on"
-        ) from error
+        fact = f"it does not fit this base ({first_line(error) or type(error).__name__})"
+        raise CheckpointError(name, fact, "name the base it was trained on") from error
     merged.tie_weights()
     return merged
 
