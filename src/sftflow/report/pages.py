@@ -83,12 +83,6 @@ def asset(*names: str) -> Markup:
     return Markup("".join(files).replace("\r\n", "\n"))
 
 
-def scoped(*names: str) -> Markup:
-    """Style sheets that reach only what is inside an element of class `sftflow`: for a cell of a notebook."""
-    css = str(asset("theme.css", "cell.css", *names)).replace(":root", "&")
-    return Markup(f"<style>.sftflow {{\n{css}}}</style>")
-
-
 def script_source(script: str) -> Markup:
     """What the page's policy says of the script that may run: its hash, or none at all.
 
@@ -123,3 +117,17 @@ def render(template: str, **values: Any) -> str:
 def macros(template: str) -> Any:
     """The macros of `templates/TEMPLATE.html.jinja` as functions that give Markup."""
     return environment().get_template(f"{template}.html.jinja").module
+
+
+# ---- in a notebook
+
+
+def cell(body: Markup, *css: str) -> str:
+    """Markup for a notebook's cell, with these style sheets of ours; they reach nothing else in the notebook."""
+    rules = str(asset("theme.css", "cell.css", *css)).replace(":root", "&")
+    return f'<style>.sftflow {{\n{rules}}}</style><div class="sftflow">{body}</div>'
+
+
+def frame(page: str) -> str:
+    """A whole page for a notebook's cell, in a frame of its own."""
+    return f'<iframe srcdoc="{esc(page)}" sandbox="allow-scripts" style="width:100%;height:40rem;border:0"></iframe>'

@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from typing import Any
 
+from markupsafe import Markup
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from sftflow.report.pages import cell, macros
+
+
+def as_text(*drawn: RenderableType) -> str:
+    """Tables (or whatever rich can print) as plain text of 80 columns, an empty line between them."""
+    console = Console(file=io.StringIO(), width=80, color_system=None, highlight=False)
+    with console.capture() as captured:
+        for number, one in enumerate(drawn):
+            console.print(*([""] if number else []), one, sep="\n")
+    return captured.get().rstrip("\n")
+
+
+def as_html(*tables: Table) -> str:
+    """Tables for a notebook's cell."""
+    made = macros("_macros")
+    drawn = (made.plain_table(t.columns, list(zip(*(c.cells for c in t.columns), strict=True))) for t in tables)
+    return cell(Markup("").join(drawn))
 
 
 def _table(*columns: str, text: tuple[str, ...]) -> Table:
