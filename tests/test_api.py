@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = [
     {
         "messages": [
-            {"role": "user", "content": f"What is {n} + 1?"},
+            {"role": "user", "content": f"{n} + 1?"},
             {"role": "assistant", "content": f"It is {n + 1}."},
         ]
     }
@@ -56,9 +56,10 @@ def test_the_door_has_these_names() -> None:
 
 
 def test_importing_it_costs_nothing() -> None:
-    code = "import sys; before = set(sys.modules); import sftflow; print(len(set(sys.modules) - before))"
+    code = "import sys; before = set(sys.modules); import sftflow; print(*set(sys.modules) - before)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) <= 3  # the package, and typing where nobody had it
+    assert {m.split(".")[0] for m in done.stdout.split()} - set(sys.stdlib_module_names) == {"sftflow"}
+    assert not [m for m in done.stdout.split() if m.startswith("sftflow.")]
 
 
 def test_types_are_shipped() -> None:
@@ -66,7 +67,7 @@ def test_types_are_shipped() -> None:
 
 
 def test_the_readme_s_ten_lines(folder: Path) -> None:
-    """The README's example as it stands there, in a notebook user's namespace; less of everything is all that is changed."""
+    """The README's example as it stands there, in a notebook user's namespace, but with less of everything."""
     (block,) = re.findall(r"```python\n(import sftflow as sf\n.+?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
     assert not [line for line in block.splitlines() if "import" in line and line != "import sftflow as sf"]
     fewer, n = re.subn(r"steps=\d+", "steps=2", block)
@@ -206,9 +207,8 @@ def test_evaluating_and_comparing(base: Any, run: Any, tmp_path: Path) -> None:
     assert "spelling" in str(comparison) and "<iframe" in comparison._repr_html_()
     comparison.save_html(tmp_path / "report.html")
     assert (tmp_path / "report.html").read_text() == (tmp_path / "compare" / "report.html").read_text()
-    assert json.loads((tmp_path / "compare" / "compare.json").read_text()) == json.loads(
-        json.dumps(comparison.to_json())
-    )
+    written = json.loads((tmp_path / "compare" / "compare.json").read_text())
+    assert written == json.loads(json.dumps(comparison.to_json()))
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_evaluating_and_comparing(base: Any, run: Any, tmp_path: Path) -> None:
         (lambda: sf.load("./nowhere"), "./nowhere: no such checkpoint directory"),
         (lambda: sf.task("speling"), "unknown task 'speling'; did you mean 'spelling'?"),
         (lambda: sf.task("spelling", limits=3), "limits: unknown key; did you mean 'limit'?"),
-        (lambda: sf.train("builtin:tiny", recipe={"mixture": [{"source": "spelling"}]}, stepz=3), "stepz: unknown key; did"),
+        (lambda: sf.train(recipe={"mixture": [{"source": "spelling"}]}, stepz=3), "stepz: unknown key; did"),
         (lambda: sf.mix(["nowhere.jsonl"], "builtin:tiny"), "nowhere.jsonl: no such file"),
         (lambda: sf.evaluate("builtin:tiny", ["spelin"]), "unknown task 'spelin'; did you mean 'spelling'?"),
         (lambda: sf.export("builtin:tiny", "merged", "x", type="q8_0"), "--type: a checkpoint directory holds no q8_0"),

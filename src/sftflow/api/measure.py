@@ -11,25 +11,28 @@ from sftflow.api.assistant import load
 from sftflow.api.shared import ModelLike, name_of, parts_of, watching
 from sftflow.atomic_io import Lock, write_text
 from sftflow.checkpoint import base_format, load_assistant, open_renderer, resolve
-from sftflow.comparison import compare as comparison
+from sftflow.comparison import results as comparison
+from sftflow.comparison.compare import CompareOptions, compare_models
+from sftflow.comparison.remarks import remarks
 from sftflow.comparison.run_artifacts import run_of
-from sftflow.evaluation import evaluate as evaluation
+from sftflow.evaluation import results as evaluation
+from sftflow.evaluation.evaluate import evaluate_models
 from sftflow.evaluation.options import EvalOptions
 from sftflow.evaluation.prompts_for import require_askable
 from sftflow.report.comparison_page import comparison_page
 from sftflow.report.pages import frame
 from sftflow.report.progress import ProgressDisplay
-from sftflow.report.tables import as_text, eval_table, score_table
+from sftflow.report.tables import as_html, as_text, eval_table, score_table
 
 
 class Evaluation(evaluation.Evaluation):
     """Scores with their intervals and rows; prints as a table."""
 
     def __str__(self) -> str:
-        return as_text(eval_table(self))
+        return as_text(eval_table(self.to_json()))
 
     def _repr_html_(self) -> str:
-        return as_text(eval_table(self), html=True)
+        return as_html(eval_table(self.to_json()))
 
 
 class Comparison(comparison.Comparison):
@@ -39,8 +42,12 @@ class Comparison(comparison.Comparison):
         """The report: one page that loads nothing."""
         write_text(Path(path), comparison_page(self))
 
+    def remarks(self) -> list[str]:
+        """What a reader of the scores must know beside them."""
+        return remarks(self)
+
     def __str__(self) -> str:
-        return as_text(score_table(self)) if self.tasks else ""
+        return as_text(score_table(self.to_json())) if self.tasks else ""
 
     def _repr_html_(self) -> str:
         return frame(comparison_page(self))
@@ -57,18 +64,23 @@ def evaluate(
 ) -> Evaluation:
     """Score models on tasks, written as on the command line: `spelling`, `gsm8k=PATH`.
 
-    limit: items a task, None for all.   out: where the graded rows and eval.json stay, so that a rerun goes on from them.
-    allow_code: run code that the model wrote, in a sandbox.   Raises TaskError, CheckpointError; RunError where
-    weights or logits are not finite.
+    limit: items a task, None for all.   allow_code: run code that the model wrote, in a sandbox.
+    out: where the graded rows and eval.json stay, so that a rerun goes on from them.
+    Raises TaskError, CheckpointError; RunError where weights or logits are not finite.
     """
     wanted = [models] if isinstance(models, ModelLike) else list(models)
     return evaluate_all(wanted, EvalOptions(tasks=tuple(tasks), limit=limit, allow_code=allow_code), out, watch)
 
 
 def evaluate_all(
-    models: Sequence[ModelLike], options: EvalOptions, out: str | Path | None, watch: ProgressDisplay | None
+    models: Sequence[ModelLike],
+    options: EvalOptions,
+    out: str | Path | None,
+    watch: ProgressDisplay | None,
+    lock: Lock | None = None,
 ) -> Evaluation:
-    with watching(watch) as shown, _results(out) as folder:
+    """lock: on `out`, where it is held already."""
+    with watching(watch) as shown, _results(out, lock) as folder:
         runs = [options.open(name_of(m)) for m in models]  # each was taught who it is by its own recipe
         for model, mine in list(zip(models, runs, strict=True))[1:]:  # the first is loaded, and checked, at once
             if isinstance(model, str | Path):
@@ -80,7 +92,7 @@ def evaluate_all(
             done += k
             shown.counted("evaluate", done, total, f"{task}: {model}")
 
-        found = evaluation.evaluate_models(((load(m), r) for m, r in zip(models, runs, strict=True)), folder, tell)
+        found = evaluate_models(((load(m), r) for m, r in zip(models, runs, strict=True)), folder, tell)
     return Evaluation(**parts_of(found))
 
 
@@ -104,7 +116,7 @@ def compare(
     compare.json, eval.json and report.html stay.
     """
     options = EvalOptions(tasks=tuple(tasks), limit=limit, allow_code=allow_code)
-    how = comparison.CompareOptions(prompts=prompts, judge=judge, judge_model=judge_model)
+    how = CompareOptions(prompts=prompts, judge=judge, judge_model=judge_model)
     return compare_two(base, sft, options, how, out, watch)
 
 
@@ -112,7 +124,7 @@ def compare_two(
     base: ModelLike,
     sft: ModelLike,
     options: EvalOptions,
-    how: comparison.CompareOptions,
+    how: CompareOptions,
     out: str | Path | None,
     watch: ProgressDisplay | None,
     lock: Lock | None = None,
@@ -123,7 +135,7 @@ def compare_two(
         prompt_set = how.check()
         trained = load(sft)
         before = base if not isinstance(base, str | Path) else load_assistant(str(base), fallback=base_format(trained))
-        found = comparison.compare_models(
+        found = compare_models(
             before,
             trained,
             runs,

@@ -8,14 +8,13 @@ from typing import Any
 
 from sftflow import checkpoint
 from sftflow.api.rows import entry_of
-from sftflow.api.shared import ModelLike, RecipeLike, parts_of, recipe_of, watching
+from sftflow.api.shared import ModelLike, RecipeLike, eval_options, parts_of, recipe_of, watching
 from sftflow.atomic_io import write_json, write_text
 from sftflow.chat.render import Renderer
 from sftflow.chat.template_options import options_note
 from sftflow.chat.token_rows import TokenRow, token_row
 from sftflow.data import audit as data_audit
 from sftflow.data import mixture as data_mixture
-from sftflow.evaluation.options import EvalOptions
 from sftflow.recipe import Recipe
 from sftflow.report.audit_page import audit_page
 from sftflow.report.pages import frame
@@ -100,7 +99,7 @@ def audit(recipe: RecipeLike, *, watch: ProgressDisplay | None = None) -> Audit:
     made = recipe_of(recipe, None, (), {})
     with watching(watch) as shown:
         # Nothing is asked here, so nothing that a model wrote runs: the items are only compared with the rows.
-        tasks = replace(EvalOptions.of_recipe(made), allow_code=True).open(made.base)
+        tasks = replace(eval_options(made), allow_code=True).open(made.base)
         mixture = data_mixture.build_mixture(made, renderer_of(made), shown.rendering, every_row=True)
         tokenizer = mixture.renderer.tokenizer
         found = data_audit.audit(
@@ -108,7 +107,7 @@ def audit(recipe: RecipeLike, *, watch: ProgressDisplay | None = None) -> Audit:
             lambda ids: tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=True),
             eval_sets={t.name: [data_audit.item_parts(item) for item in t.items] for t in tasks},
             special_ids=list(mixture.renderer.special.values()),
-            progress=lambda source, done, total: shown.counted("audit", done, total, source),
+            progress=lambda done, total: shown.counted("audit", done, total),
         )
         for note in (options_note(mixture.renderer), mixture.renderer.disagreement()):
             if note:

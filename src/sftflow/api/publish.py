@@ -32,31 +32,25 @@ def serve(
     in use or the host is not safe, before a model is loaded.
     """
     from sftflow.serving.api import serve as run
-    from sftflow.serving.host_check import check_origin, host_names
-    from sftflow.serving.uvicorn_limits import open_socket
 
-    # All of it before minutes are spent on loading.
-    api_key = os.environ.get("SFTFLOW_API_KEY") if api_key is None else api_key
-    check_origin(allow_origin)
-    host_names(host, allow_hosts)
-    sock = open_socket(host, port, api_key=api_key, insecure=insecure)
-    with watching(watch) as shown:
-        trained: Assistant = load(model)
-        served = {_model_id(name_of(model)): trained}
+    def models() -> dict[str, Assistant]:
+        trained = load(model)
+        served: dict[str, Assistant] = {_model_id(name_of(model)): trained}
         if base is not None:
             name = _model_id(name_of(base))
-            name = name if name not in served else f"{name}-base"
             loaded = base if isinstance(base, Assistant) else load_assistant(str(base), fallback=base_format(trained))
-            served[name] = loaded
+            served[name if name not in served else f"{name}-base"] = loaded
+        return served
+
+    with watching(watch) as shown:
         run(
-            served,
+            models,
             host=host,
             port=port,
-            api_key=api_key,
+            api_key=os.environ.get("SFTFLOW_API_KEY") if api_key is None else api_key,
             allow_origin=allow_origin,
             allow_hosts=allow_hosts,
             insecure=insecure,
-            sock=sock,
             say=shown.say,
         )
 

@@ -22,7 +22,9 @@ from sftflow.chat.token_rows import TokenRow, token_row
 from sftflow.data.row_cache import cache_folder
 from sftflow.errors import DataError, MaskError, RecipeError, SftflowError
 from sftflow.recipe import SourceEntry, parse_recipe
-from sftflow.report.token_view import terminal_lines, token_html, token_page
+from sftflow.report.tables import as_text
+from sftflow.report.token_page import token_html, token_page
+from sftflow.report.token_view import terminal_lines
 
 Chat = str | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Conversation
 """one question, a row of any dialect, a list of messages, or a Conversation"""
@@ -130,7 +132,7 @@ def conversation_of_chat(chat: Chat, system: str | None = None) -> Conversation:
 
 @dataclass(frozen=True, kw_only=True)
 class Rendering:
-    """Rows as the model sees them; prints as text, and in a notebook every token is a box, the supervised ones coloured.
+    """Rows as the model sees them. It prints as text; in a notebook every token is a box, the supervised ones coloured.
 
     rows: one for each training example.   refused: rows whose mask cannot be proven: {"source", "reason"}.
     notes: what a reader must know of the template.
@@ -153,15 +155,19 @@ class Rendering:
         ]
         return {"rows": rows, "refused": list(self.refused)}
 
+    @property
+    def _refused(self) -> list[TokenRow]:
+        return [TokenRow(r["source"], refused=r["reason"]) for r in self.refused]
+
     def save_html(self, path: str | Path) -> None:
         """A page with every token as a box."""
-        write_text(Path(path), token_page(self.rows, self.refused))
+        write_text(Path(path), token_page([*self.rows, *self._refused]))
 
     def __str__(self) -> str:
-        return "\n".join(str(terminal_lines(row)) for row in self.rows)
+        return as_text(*map(terminal_lines, self.rows))
 
     def _repr_html_(self) -> str:
-        return token_html(self.rows, self.refused)
+        return token_html([*self.rows, *self._refused])
 
 
 def rendering_of(conversations: Iterable[Conversation], renderer: Renderer) -> Rendering:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -13,17 +15,19 @@ from typing import Any
 from sftflow.api.assistant import Assistant, load
 from sftflow.api.measure import Comparison, Evaluation, compare_two, evaluate_all
 from sftflow.api.mixture import Mixture
-from sftflow.api.shared import ModelLike, RecipeLike, recipe_of, watching
-from sftflow.atomic_io import Lock, clear_directory, read_log, write_text
+from sftflow.api.shared import ModelLike, RecipeLike, eval_options, parts_of, recipe_of, watching
+from sftflow.atomic_io import Lock, clear_directory, write_text
 from sftflow.comparison.compare import CompareOptions
-from sftflow.comparison.run_artifacts import RunArtifacts
+from sftflow.comparison.run_artifacts import read_run
 from sftflow.data.row_cache import cache_folder
 from sftflow.errors import RecipeError
-from sftflow.evaluation.callback import SampledEval
-from sftflow.evaluation.options import EvalOptions
+from sftflow.evaluation.callback import EvalDuringTraining
+from sftflow.pretraining.pretrain import BaseSpec, train_base
 from sftflow.recipe import Recipe, load_recipe, to_yaml
-from sftflow.report.charts import loss_curve
+from sftflow.report.comparison_page import loss_figure
+from sftflow.report.pages import cell
 from sftflow.report.progress import ProgressDisplay
+from sftflow.runtime import detect
 from sftflow.training import run as training_run
 from sftflow.training.signals import Signals
 
@@ -57,14 +61,10 @@ class Run(training_run.Run):
         """The trained model, loaded when first used."""
         return load(self.directory)
 
-    @property
-    def losses(self) -> list[float]:
-        """The loss of every step, in nats per supervised token."""
-        return [row["loss"] for row in read_log(self.directory / "metrics.jsonl")]
-
     def plot(self) -> Drawing:
         """The loss of every step, smoothed, and the held-out losses."""
-        return Drawing(loss_curve(RunArtifacts.read(self.directory)))
+        figure = loss_figure(read_run(self.directory))
+        return Drawing(cell(figure["chart"], "charts.css") if figure else "no step has a loss that is a number")
 
     def save_recipe(self, path: str | Path) -> None:
         """Write what was done as a recipe, with which `sftflow train` trains the same weights."""
@@ -114,17 +114,17 @@ def _train(recipe: Recipe, watch: ProgressDisplay, *, resume: bool, lock: Lock |
     """lock: on train.out, where it is held already."""
     out = Path(recipe.train.out)
     with ExitStack() as stack:
-        signals = stack.enter_context(Signals(watch.waiting))
+        signals = stack.enter_context(Signals(_tell_of_waiting))
         if lock is None and (not out.exists() or out.is_dir()):
             lock = stack.enter_context(Lock(out))
-        options, how, callback = EvalOptions.of_recipe(recipe), CompareOptions.of_recipe(recipe), None
+        options, how, callback = eval_options(recipe), CompareOptions.of_recipe(recipe), None
         if recipe.compare is not None:
             how.check()  # what is wrong with it is said before hours of training
         if recipe.eval is not None:
             options.open(recipe.base)  # and what is wrong with the tasks
             if recipe.eval.every is not None:
                 few = min(options.limit or recipe.eval.sample, recipe.eval.sample)
-                callback = SampledEval(replace(options, limit=few).open(""))
+                callback = EvalDuringTraining(replace(options, limit=few).open(""))
         run = training_run.run_training(recipe, watch, resume=resume, signals=signals, lock=lock, callback=callback)
         measured = "compare.json" if recipe.compare else "eval.json" if recipe.eval else None
         evaluation = comparison = None
@@ -141,7 +141,7 @@ def _train(recipe: Recipe, watch: ProgressDisplay, *, resume: bool, lock: Lock |
 
 
 def _kept_recipe(out: Path) -> Recipe:
-    """The run's resolved recipe; rows that came from memory are copied into the run, so that it can be trained again."""
+    """The resolved recipe. Rows that came from memory are copied into the run, so that it can be trained again."""
     recipe, memory = load_recipe(out / "recipe.yaml"), cache_folder("memory")
     entries = list(recipe.mixture)
     for number, entry in enumerate(entries):
@@ -153,10 +153,28 @@ def _kept_recipe(out: Path) -> Recipe:
     return recipe.model_copy(update={"mixture": tuple(entries)})
 
 
+def _tell_of_waiting() -> None:
+    """Called inside a signal handler, where nothing that buffers may be used."""
+    os.write(2, b"\nstopping after this step, which is then saved; Ctrl-C again stops at once\n")
+
+
 def pretrain(
     texts: Sequence[str | Path], out: str | Path, *, watch: ProgressDisplay | None = None, **keys: Any
 ) -> dict[str, Any]:
     """Train a tokenizer and a tiny base on plain text into `out`; returns the facts of its model card.
 
-    keys: those of `pretraining.pretrain.train_base` and its `BaseSpec`.
+    keys: the fields of `BaseSpec` (params, vocab, tokens, lr, seed, compile), `heldout` and `resume`.
     """
+    heldout, resume = keys.pop("heldout", ()), keys.pop("resume", False)
+    with watching(watch) as shown, Lock(Path(out)):
+        card = train_base(
+            [Path(t) for t in texts],
+            Path(out),
+            BaseSpec(**keys),
+            detect(),
+            shown,
+            resume=resume,
+            heldout=[Path(t) for t in heldout],
+        )
+        shown.say(f"{Path(out) / 'checkpoint'}: held-out bits per byte {json.dumps(card['bits_per_byte'])}")
+    return card

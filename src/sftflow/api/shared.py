@@ -10,13 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from sftflow.checkpoint import Assistant
-from sftflow.recipe import Recipe, SourceEntry, Train, load_recipe, parse_recipe, resolve_paths
-from sftflow.report.progress import ProgressDisplay, progress_display
+from sftflow.evaluation.options import EvalOptions
+from sftflow.recipe import Eval, Recipe, SourceEntry, Train, load_recipe, parse_recipe, resolve_paths
+from sftflow.report.progress import ProgressDisplay
 
 RecipeLike = Recipe | str | Path | Mapping[str, Any]
 """a recipe, the path of its YAML file, or its keys"""
 ModelLike = str | Path | Assistant
 """a model as the command line names it, or a loaded one"""
+
+
+def eval_options(recipe: Recipe) -> EvalOptions:
+    """What a recipe's models are asked."""
+    asked = recipe.eval or Eval(limit=None)
+    identity = recipe.identity.model_dump()
+    return EvalOptions(tasks=asked.tasks, limit=asked.limit, allow_code=asked.allow_code, identity=identity)
 
 
 def quiet() -> None:
@@ -38,7 +46,7 @@ def watching(watch: ProgressDisplay | None) -> Iterator[ProgressDisplay]:
     if watch is not None:
         yield watch
         return
-    with progress_display() as shown:
+    with ProgressDisplay() as shown:
         yield shown
 
 

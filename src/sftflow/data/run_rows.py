@@ -65,7 +65,7 @@ def write_run_rows(out: Path, mixture: Mixture, recipe: Recipe) -> None:
     conversations = held_out_conversations(mixture, recipe)
     lines = (_held_out_line(mixture, at, conversations[at]) for at in index)
     write_file(out / HELD_OUT, lambda file: file.writelines(lines))
-    write_file(out / TRAINING_ROWS, lambda file: np.savez_compressed(file, **_arrays(mixture)))
+    write_file(out / TRAINING_ROWS, lambda file: np.savez_compressed(file, allow_pickle=False, **_arrays(mixture)))
 
 
 def drawn_in_turn(chosen: NDArray[np.int32], seed: int) -> list[tuple[int, int]]:

@@ -121,8 +121,8 @@ def side_by_side(
     return [row for row in rows if row[1:] != (None, None)]
 
 
-FILTERS = {
-    f.__name__: f for f in (number, percent, share, interval, figure, size, p_value, duration, as_text, one_line)
-}
-FILTERS |= {f.__name__: f for f in (flattened, side_by_side)}
+_FUNCTIONS: tuple[Any, ...] = (
+    number, percent, share, interval, figure, size, p_value, duration, as_text, one_line, flattened, side_by_side,
+)  # fmt: skip
+FILTERS = {function.__name__: function for function in _FUNCTIONS}
 """what the templates know by these functions' names"""

@@ -1,1 +1,1 @@
-"""Talking with an assistant in the terminal: `repl_input` reads what is typed, `repl` answers, `save` writes it down."""
+"""The terminal chat: `repl_input` reads what is typed, `repl` answers, `save` writes it down."""

@@ -124,7 +124,7 @@ class FineTuning(TrainingRun):
         for name in (DONE, *MEASURED_LATER):
             (self.out / name).unlink(missing_ok=True)
         write_text(self.out / "recipe.yaml", to_yaml(self.recipe))
-        write_json(self.out / "ledger.json", self.mixture.ledger())
+        write_json(self.out / "ledger.json", self.mixture.ledger)
         write_bad_rows(self.out, self.mixture)
         write_json(
             self.out / "mask_example.json", [token_row(r, self.tokenizer).to_json() for r in self.mixture.samples]
@@ -180,7 +180,7 @@ class FineTuning(TrainingRun):
             "base": base,
             "recipe": self.recipe.model_dump(mode="json"),
             "notes": self.notes,
-            "data": self.mixture.ledger()["data_sha256"],
+            "data": self.mixture.ledger["data_sha256"],
             "step": self.trainer.step,
         }
         save(self.out / "checkpoint", self.trainer.model, self.tokenizer, self.renderer, dtype=self.dtype, meta=meta)
