@@ -126,12 +126,12 @@ def test_bad_rows_in_memory_are_named(folder: Path, base: Any) -> None:
 
 def test_rendering(base: Any) -> None:
     found = base.render(ROWS[0])
-    assert found.to_json() == sf.render(ROWS[0], base).to_json()
-    (row,) = found.to_json()["rows"]
+    (row,), (again,) = found.to_json()["rows"], sf.render(ROWS[0], base).to_json()["rows"]
+    assert row == {**again, "source": "row"}
     taught = "".join(t for t, m in zip(row["tokens"], row["mask"], strict=True) if m)
     assert taught == "It is 1.<|assistant_end|>"
     html = found._repr_html_()
-    assert "It" in html and "<script" not in html and "It is 1." in str(found).replace("\n", "")
+    assert "assistant_end" in html and "<script" not in html and "sup" in str(found) and "assistant_end" in str(found)
     hostile = base.render({"prompt": "<img src=x onerror=alert(1)>", "completion": "</div><script>alert(2)</script>"})
     assert "<img" not in hostile._repr_html_() and "<script" not in hostile._repr_html_()
 
@@ -198,7 +198,7 @@ def test_evaluating_and_comparing(base: Any, run: Any, tmp_path: Path) -> None:
     evaluation = sf.evaluate(run.assistant, ["spelling"], limit=4)
     (model,) = evaluation.models.values()
     result = model.tasks["spelling"]
-    low, high = result.wilson95
+    low, high = result.interval
     assert result.n == 4 and 0 <= low <= result.score <= high <= 1 and len(result.rows) == 4
     assert "spelling" in str(evaluation) and "<table" in evaluation._repr_html_()
     comparison = sf.compare(base, run.assistant, tasks=["spelling"], limit=4, out=tmp_path / "compare")
@@ -217,7 +217,7 @@ def test_evaluating_and_comparing(base: Any, run: Any, tmp_path: Path) -> None:
         (lambda: sf.load("./nowhere"), "./nowhere: no such checkpoint directory"),
         (lambda: sf.task("speling"), "unknown task 'speling'; did you mean 'spelling'?"),
         (lambda: sf.task("spelling", limits=3), "limits: unknown key; did you mean 'limit'?"),
-        (lambda: sf.train(recipe={"mixture": [{"source": "spelling"}]}, stepz=3), "stepz: unknown key; did"),
+        (lambda: sf.train(recipe={"mixture": [{"source": "spelling"}]}, stepz=3), "train.stepz: unknown key; did you mean 'steps'?"),
         (lambda: sf.mix(["nowhere.jsonl"], "builtin:tiny"), "nowhere.jsonl: no such file"),
         (lambda: sf.evaluate("builtin:tiny", ["spelin"]), "unknown task 'spelin'; did you mean 'spelling'?"),
         (lambda: sf.export("builtin:tiny", "merged", "x", type="q8_0"), "--type: a checkpoint directory holds no q8_0"),

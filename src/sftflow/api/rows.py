@@ -21,7 +21,7 @@ from sftflow.chat.schema import Conversation, parse_row, read_rows, text_message
 from sftflow.chat.token_rows import TokenRow, token_row
 from sftflow.data.row_cache import cache_folder
 from sftflow.errors import DataError, MaskError, RecipeError, SftflowError
-from sftflow.recipe import SourceEntry, parse_recipe
+from sftflow.recipe import SourceEntry, parse_recipe, resolve_paths
 from sftflow.report.tables import as_text
 from sftflow.report.token_page import token_html, token_page
 from sftflow.report.token_view import terminal_lines
@@ -117,7 +117,7 @@ def entry_of(source: Any) -> SourceEntry:
     if isinstance(source, SourceEntry):
         return source
     if isinstance(source, Mapping) and "source" in source:
-        return parse_recipe({"mixture": [dict(source)]}, "mixture").mixture[0]
+        return resolve_paths(parse_recipe({"mixture": [dict(source)]}, "recipe"), Path.cwd()).mixture[0]
     rows = read([source] if isinstance(source, Mapping) else source)
     return SourceEntry(source=rows.path, name=rows.name)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from sftflow.checkpoint import Assistant
+from sftflow.data.row_cache import cache_folder
+from sftflow.errors import SftflowError
 from sftflow.evaluation.options import EvalOptions
-from sftflow.recipe import Eval, Recipe, SourceEntry, Train, load_recipe, parse_recipe, resolve_paths
+from sftflow.recipe import Eval, Recipe, SourceEntry, load_recipe, parse_recipe, resolve_paths
 from sftflow.report.progress import ProgressDisplay
 
 RecipeLike = Recipe | str | Path | Mapping[str, Any]
@@ -41,13 +44,23 @@ def quiet() -> None:
 
 @contextmanager
 def watching(watch: ProgressDisplay | None) -> Iterator[ProgressDisplay]:
-    """The caller's display, or one of our own: a bar in a terminal or a notebook."""
+    """The caller's display, or one of our own: a bar in a terminal or a notebook.
+
+    An error that is raised inside and names a row from memory says the name of those rows, not the file they were
+    written to.
+    """
     quiet()
-    if watch is not None:
-        yield watch
-        return
-    with ProgressDisplay() as shown:
-        yield shown
+    try:
+        if watch is not None:
+            yield watch
+            return
+        with ProgressDisplay() as shown:
+            yield shown
+    except SftflowError as error:
+        place = re.sub(rf"^{re.escape(str(cache_folder('memory')))}/\w+/(.+)\.jsonl", r"\1", error.place)
+        if place == error.place:
+            raise
+        raise type(error)(place, error.fact, error.remedy) from None
 
 
 def parts_of(result: Any) -> dict[str, Any]:
@@ -74,8 +87,8 @@ def recipe_of(
     if entries:
         data["mixture"] = [entry.model_dump(mode="json") for entry in entries]
     for key, value in keys.items():
-        if key in Train.model_fields:
-            data["train"] = {**(data.get("train") or {}), key: value}
-        else:
+        if key in Recipe.model_fields:
             data[key] = value
+        else:  # one that is known nowhere, too: most options are those of `train`, and it is named by its neighbour there
+            data["train"] = {**(data.get("train") or {}), key: value}
     return resolve_paths(parse_recipe(data, "recipe"), Path.cwd())
