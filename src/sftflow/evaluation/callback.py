@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from sftflow.evaluation.journal import EvalRow
 from sftflow.evaluation.options import EvalTask
 from sftflow.evaluation.reply_checks import check_replies
 from sftflow.generation.engine import Engine
+from sftflow.packing.attending import changed
 from sftflow.runtime import Runtime
 
 RATES = ("stop_rate", "empty_rate", "role_leak_rate", "self_turn_rate", "looping_rate")
@@ -52,7 +52,9 @@ class EvalDuringTraining:
             if progress:
                 progress(done, total)
 
-        with _generating(model):
+        evaluating = changed((module, "training", False) for module in model.modules())  # no dropout
+        eager = torch.compiler.set_stance("force_eager")  # no compiling anew for the shapes of generation
+        with evaluating, eager, torch.random.fork_rng(devices=[]):
             assistant = Assistant("", model, tokenizer, renderer, Engine(model, renderer, runtime, tick=tick), {})
             for task in self.tasks:
                 rows = grade_items(assistant, task, "chat", progress=step)
@@ -62,17 +64,3 @@ class EvalDuringTraining:
         found = check_replies(replies, renderer).to_json() if replies else {}
         rates = {name: found[name] for name in RATES if name in found}
         return {"tasks": scores, "hygiene": rates, "seconds": round(time.perf_counter() - began, 2)}
-
-
-@contextmanager
-def _generating(model: Any) -> Iterator[None]:
-    """Without dropout, and without compiling anew for the shapes of generation."""
-    training, random = model.training, torch.random.get_rng_state()
-    model.eval()
-    stance = torch.compiler.set_stance("force_eager")
-    try:
-        with stance:
-            yield
-    finally:
-        model.train(training)
-        torch.random.set_rng_state(random)
