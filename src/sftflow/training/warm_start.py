@@ -9,12 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from sftflow.atomic_io import check_hashes, read_record
 from sftflow.errors import CheckpointError
 from sftflow.training.muon import Muon
-from sftflow.training.resume import saved_states
+from sftflow.training.resume import read_optimizers, saved_states
 from sftflow.training.trainer import Trainer
 
 STATE = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}
@@ -33,11 +32,7 @@ def warm_start(base: Path, trainer: Trainer) -> str:
         raise CheckpointError(str(run), "no optimizer state beside the base (resume/ is what holds it)", REMEDY)
     newest = states[-1]
     check_hashes(newest, read_record(newest / "state.json", REMEDY)["sha256"], REMEDY)
-    saved: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
-    for key, value in load_file(newest / "optimizer.safetensors").items():
-        if key.count("/") == 2:
-            number, index, name = key.split("/")
-            saved.setdefault((int(number), int(index)), {})[name] = value
+    saved, _ = read_optimizers(newest)
     wanted = {
         (number, index): parameter
         for number, optimizer in enumerate(trainer.optimizers)
