@@ -22,7 +22,7 @@ from sftflow.training.loggers import open_logger
 from sftflow.training.resume import forget_states
 from sftflow.training.run_identity import flat_recipe, identity_of
 from sftflow.training.run_log import RunLog
-from sftflow.training.settings import check_context, resolve_recipe, set_dropout, settle_compile, stored_dtype
+from sftflow.training.settings import check_context, resolve_recipe, set_dropout, decide_compile, stored_dtype
 from sftflow.training.signals import Signals, Stopped
 from sftflow.training.trainer import Trainer
 from sftflow.training.training_run import Listener, TrainingRun
@@ -84,7 +84,7 @@ class FineTuning(TrainingRun):
             if note:
                 listener.say(note)
         plan = RowPlan(self.mixture.examples, recipe.train)
-        self.recipe, self.notes["compile"] = settle_compile(recipe, runtime, model.num_parameters(), plan.total_steps)
+        self.recipe, self.notes["compile"] = decide_compile(recipe, runtime, model.num_parameters(), plan.total_steps)
         model.to(runtime.device)
         super().__init__(
             Path(recipe.train.out),

@@ -1,7 +1,7 @@
 """What a run tells TensorBoard, Weights & Biases or Trackio: `train.logger`, one word of the recipe.
 
     require_logger   the package is there, else a refusal before any work
-    open_logger      Logger.step, Logger.validation, Logger.close; no logger in the recipe: they do nothing
+    open_logger      a Logger: step, validation, evaluation; without a logger in the recipe they do nothing
 
 Packages are imported only when asked for. A logger that fails says so once, and the training goes on without it:
 metrics.jsonl and validation.jsonl hold the same numbers anyway. Everything is written inside train.out.
@@ -201,16 +201,13 @@ class Logger:
             values = {f"eval/{name}": score for name, score in figures["tasks"].items()}
             self._send(values | {f"hygiene/{name}": share for name, share in figures["hygiene"].items()}, step)
 
-    def close(self, failed: bool = False) -> None:
-        sink, self.sink = self.sink, None
-        if sink is not None:
-            self.attempt(lambda: sink.close(failed))
-
     def __enter__(self) -> Logger:
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        self.close(failed=kind is not None)
+        sink, self.sink = self.sink, None
+        if sink is not None:
+            self.attempt(lambda: sink.close(failed=kind is not None))
 
 
 def open_logger(recipe: Recipe, out: Path, say: Callable[[str], None], *, resumed_at: int | None) -> Logger:

@@ -45,7 +45,7 @@ def save_state(root: Path, trainer: Trainer, identity: dict[str, str], extra: di
         (directory / "state.json").write_text(json.dumps(with_checksum(state), indent=2), encoding="utf-8")
 
     write_directory(target, fill)
-    for old in saved_states(root)[:-keep] if keep else []:
+    for old in saved_states(root)[:-keep]:
         remove_directory(old)
     return target
 
@@ -71,7 +71,7 @@ def load_state(directory: Path, trainer: Trainer, identity: dict[str, str]) -> d
 
     Raises CheckpointError where a file is damaged or missing, and where the run has changed since, naming all of it.
     """
-    remedy = _without(directory)
+    remedy = _go_on_without(directory)
     state = read_record(directory / "state.json", remedy)
     changes = changed(state["identity"], identity)
     if changes:
@@ -147,7 +147,7 @@ def _load_parameters(directory: Path, trainer: Trainer) -> None:
     trainer.refresh()
 
 
-def _without(directory: Path) -> str:
+def _go_on_without(directory: Path) -> str:
     """How to go on where a saved state is damaged."""
     older = [p.name for p in saved_states(directory.parent) if p.name < directory.name]
     go_on = f"goes on from {older[-1]}" if older else "starts from the beginning (no older state is kept)"

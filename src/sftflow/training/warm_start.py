@@ -45,11 +45,11 @@ def warm_start(base: Path, trainer: Trainer) -> str:
         state = saved[number, index]
         if state.keys() != STATE[type(optimizer)]:
             raise CheckpointError(str(newest), f"its state is not that of {type(optimizer).__name__}", REMEDY)
-        optimizer.state[parameter] = {name: _fitted(value, parameter, newest) for name, value in state.items()}
+        optimizer.state[parameter] = {name: _with_new_rows(value, parameter, newest) for name, value in state.items()}
     return f"optimizer state taken over from {newest}"
 
 
-def _fitted(value: torch.Tensor, parameter: torch.Tensor, place: Path) -> torch.Tensor:
+def _with_new_rows(value: torch.Tensor, parameter: torch.Tensor, place: Path) -> torch.Tensor:
     """The moment in its parameter's shape: zeros for rows that were added to an embedding."""
     if value.ndim == 0:
         return value
