@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import pytest
 from helpers.runs import Quiet, digest, sftflow, write_recipe
 from sftflow.checkpoint import load_assistant
 from sftflow.comparison.compare import base_format, compare_models
+from sftflow.comparison.losses import held_out_comparison
 from sftflow.comparison.paired import change_of
 from sftflow.comparison.prompts import load_prompts
-from sftflow.evaluation.callback import Sampled
-from sftflow.evaluation.prompts_for import open_tasks
+from sftflow.comparison.results import to_json
+from sftflow.evaluation.callback import EvalDuringTraining
+from sftflow.evaluation.options import open_tasks
 from sftflow.recipe import load_recipe
+from sftflow.report.comparison_page import comparison_page
 from sftflow.training.run import run_training
 
 PROMPTS = ["What is 1+1?", {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "?"}]}]
@@ -48,9 +52,11 @@ def document(run: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactor
     sft = load_assistant(str(run))
     base = load_assistant(str(tiny_base), fallback=base_format(sft))
     runs = open_tasks([f"jsonl={own}", "arithmetic"], 6)
-    compare_models(base, sft, runs, load_prompts(str(prompts)), out, run_directory=run)
-    assert "<h1" in (out / "report.html").read_text(encoding="utf-8")
-    return json.loads((out / "compare.json").read_text(encoding="utf-8"))
+    found = compare_models(base, sft, runs, load_prompts(str(prompts)), out, run_directory=run)
+    assert "<h1" in comparison_page(found)
+    written = json.loads((out / "compare.json").read_text(encoding="utf-8"))
+    assert written == json.loads(json.dumps(found.to_json()))
+    return written
 
 
 def test_every_task_has_its_statistics(document: dict[str, Any]) -> None:
@@ -99,19 +105,36 @@ def test_what_cannot_be_checked_says_why(run: Path, tiny_base: Path, tmp_path: P
     base = load_assistant(str(tiny_base), fallback=base_format(sft))
     prompts = load_prompts(str(_file(tmp_path / "p.jsonl", PROMPTS[:1])))
     (task,) = open_tasks(["arithmetic"], 2)
-    done = compare_models(base, sft, [task], prompts, tmp_path / "alone").document
+    done = compare_models(base, sft, [task], prompts, tmp_path / "alone").to_json()
     assert done["held_out_loss"] is None
     assert done["tasks"]["arithmetic"]["contamination"] == {
         "not_checked": "the SFT checkpoint does not lie in a run directory"
     }
+    older = tmp_path / "older"
+    shutil.copytree(run, older)
+    for name in ("held_out.jsonl", "training_rows.npz"):
+        (older / name).unlink()
+    done = compare_models(base, sft, [task], prompts, tmp_path / "changed", run_directory=older).to_json()
+    for name, found in (
+        ("held_out.jsonl", done["held_out_loss"]),
+        ("training_rows.npz", done["tasks"]["arithmetic"]["contamination"]),
+    ):
+        assert found == {"not_checked": f"{older / name}: this file is missing: an older version trained this run"}
+
+
+def test_a_comparison_needs_no_data_but_the_run_s(
+    run: Path, tiny_base: Path, tmp_path: Path, document: dict[str, Any]
+) -> None:
+    """The recipe's files may be gone."""
+    sft = load_assistant(str(run))
+    base = load_assistant(str(tiny_base), fallback=base_format(sft))
     rows = run.parent / "rows.jsonl"
-    kept = rows.read_bytes()
-    rows.write_bytes(kept[: len(kept) // 2])
+    rows.rename(tmp_path / "gone.jsonl")
     try:
-        done = compare_models(base, sft, [task], prompts, tmp_path / "changed", run_directory=run).document
+        found = held_out_comparison(base, sft, run)
     finally:
-        rows.write_bytes(kept)
-    assert done["tasks"]["arithmetic"]["contamination"]["not_checked"].startswith("mixture: ")
+        (tmp_path / "gone.jsonl").rename(rows)
+    assert to_json(found) == document["held_out_loss"]
 
 
 def _file(path: Path, rows: list[Any]) -> Path:
@@ -120,7 +143,7 @@ def _file(path: Path, rows: list[Any]) -> Path:
 
 
 def test_evaluating_during_training_changes_nothing_of_it(tmp_path: Path, tiny_base: Path, run: Path) -> None:
-    sampled = Sampled(open_tasks(["arithmetic", "spelling"], 2))
+    sampled = EvalDuringTraining(open_tasks(["arithmetic", "spelling"], 2))
     other = trained(tmp_path, tiny_base, sampled)
     assert digest(other / "checkpoint" / "model.safetensors") == digest(run / "checkpoint" / "model.safetensors")
     rows = [json.loads(line) for line in (other / "evals.jsonl").read_text().splitlines()]
@@ -133,7 +156,7 @@ def test_evaluating_during_training_on_working_copies(tmp_path: Path, tiny_base:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     plain = trained(tmp_path / "a", tiny_base, precision="bf16", dropout=0.1)
-    sampling = Sampled(open_tasks(["arithmetic"], 2))
+    sampling = EvalDuringTraining(open_tasks(["arithmetic"], 2))
     sampled = trained(tmp_path / "b", tiny_base, sampling, precision="bf16", dropout=0.1)
     assert digest(plain / "checkpoint" / "model.safetensors") == digest(sampled / "checkpoint" / "model.safetensors")
 

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from helpers.outside import outside
-from sftflow.checkpoint import load_assistant, open_renderer, resolve
+from sftflow.checkpoint import open_renderer, resolve
 from sftflow.data.audit import audit, item_parts
 from sftflow.data.mixture import Mixture, build_mixture
+from sftflow.data.run_rows import write_run_rows
+from sftflow.errors import DataError
 from sftflow.evaluation.contamination import contamination, contamination_of_run
-from sftflow.evaluation.prompts_for import TaskRun, open_tasks
+from sftflow.evaluation.options import EvalTask, open_tasks
 from sftflow.recipe import Recipe, parse_recipe
 
 NOUNS = ["apples", "pears", "books", "cups", "lamps", "chairs", "stones", "shells", "boats", "coins", "kites", "drums"]
@@ -67,7 +69,7 @@ def recipe(tmp_path: Path, tiny_base: Path) -> Recipe:
 
 
 @pytest.fixture
-def runs(recipe: Recipe, tmp_path: Path) -> list[TaskRun]:
+def runs(recipe: Recipe, tmp_path: Path) -> list[EvalTask]:
     return open_tasks([f"gsm8k={tmp_path / 'test.jsonl'}", "spelling"], 12)
 
 
@@ -76,7 +78,7 @@ def mixture(recipe: Recipe) -> Mixture:
     return build_mixture(recipe, open_renderer(resolve(recipe.base), recipe.format))
 
 
-def test_copies_are_found_and_near_misses_are_not(runs: list[TaskRun], mixture: Mixture, tmp_path: Path) -> None:
+def test_copies_are_found_and_near_misses_are_not(runs: list[EvalTask], mixture: Mixture, tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     got = contamination(runs, mixture.rows, mixture.renderer, lambda done, total: told.append((done, total)))
     items = runs[0].items
@@ -84,21 +86,21 @@ def test_copies_are_found_and_near_misses_are_not(runs: list[TaskRun], mixture: 
     wanted = {i.id for i in items if any(shares(i.messages[0].text, t) for t in train)}
     assert len(wanted) == 3
     found = got["gsm8k"]
-    assert (found["ngram"], found["items"], found["contaminated"], found["share"]) == (13, 12, 3, 0.25)
-    assert found["unchecked"] == 1  # the question of one word
-    assert {e["item"] for e in found["examples"]} == wanted
-    for e in found["examples"]:
-        (item,) = [i for i in items if i.id == e["item"]]
-        line = int(e["place"].rpartition(":")[2])
-        row = (tmp_path / f"{e['source']}.jsonl").read_text().splitlines()[line - 1]
-        assert e["words"] in " ".join(words_of(item.messages[0].text))
-        assert e["words"] in " ".join(words_of(json.loads(row)["prompt"]))
-    assert {e["source"] for e in found["examples"]} == {"train", "other"}
-    assert got["spelling"]["contaminated"] == 0 and got["spelling"]["items"] == 12
+    assert (found.ngram, found.items, found.contaminated, found.share) == (13, 12, 3, 0.25)
+    assert found.unchecked == 1  # the question of one word
+    assert {e.item for e in found.examples} == wanted
+    for e in found.examples:
+        (item,) = [i for i in items if i.id == e.item]
+        line = int(e.place.rpartition(":")[2])
+        row = (tmp_path / f"{e.source}.jsonl").read_text().splitlines()[line - 1]
+        assert e.words in " ".join(words_of(item.messages[0].text))
+        assert e.words in " ".join(words_of(json.loads(row)["prompt"]))
+    assert {e.source for e in found.examples} == {"train", "other"}
+    assert got["spelling"].contaminated == 0 and got["spelling"].items == 12
     assert told[-1] == (32, 32)
 
 
-def test_it_is_what_the_audit_says(runs: list[TaskRun], mixture: Mixture) -> None:
+def test_it_is_what_the_audit_says(runs: list[EvalTask], mixture: Mixture) -> None:
     backend = mixture.renderer.tokenizer.backend_tokenizer
     whole = audit(
         mixture.rows,
@@ -109,23 +111,30 @@ def test_it_is_what_the_audit_says(runs: list[TaskRun], mixture: Mixture) -> Non
     got = contamination(runs, mixture.rows, mixture.renderer)
     for task, entry in got.items():
         for key in ("ngram", "items", "contaminated", "share", "unchecked"):
-            assert entry[key] == whole[task][key]
-        assert [e["words"] for e in entry["examples"]] == [e["words"] for e in whole[task]["examples"]]
+            assert entry.to_json()[key] == whole[task][key]
+        assert [e.words for e in entry.examples] == [e["words"] for e in whole[task]["examples"]]
 
 
-def test_a_run_whose_data_is_gone_is_not_checked(
-    runs: list[TaskRun], mixture: Mixture, recipe: Recipe, tmp_path: Path
+def test_a_run_is_checked_by_the_rows_that_it_holds(
+    runs: list[EvalTask], mixture: Mixture, recipe: Recipe, tmp_path: Path
 ) -> None:
-    renderer = load_assistant(recipe.base).renderer
-    got = contamination_of_run(runs, recipe, renderer, digest=mixture.digest())
-    assert got == contamination(runs, mixture.rows, mixture.renderer)
-    changed = contamination_of_run(runs, recipe, renderer, digest="0" * 16)
-    assert isinstance(changed, str) and changed.startswith(
-        "not checked: mixture: the data, the tokenizer or the format"
-    )
+    run = tmp_path / "run"
+    run.mkdir()
+    write_run_rows(run, mixture, recipe)
     (tmp_path / "other.jsonl").unlink()
-    gone = contamination_of_run(runs, recipe, renderer)
-    assert isinstance(gone, str) and "other.jsonl: no such file" in gone and "\n" not in gone
+    assert contamination_of_run(runs, run, mixture.renderer) == contamination(runs, mixture.rows, mixture.renderer)
+    (run / "training_rows.npz").unlink()
+    with pytest.raises(DataError, match=r"training_rows\.npz: this file is missing: an older version trained this run"):
+        contamination_of_run(runs, run, mixture.renderer)
+
+
+def test_a_run_of_too_many_rows_to_keep_says_so(
+    runs: list[EvalTask], mixture: Mixture, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sftflow.data.run_rows.MAX_TOKENS", 100)
+    write_run_rows(tmp_path, mixture, recipe)
+    with pytest.raises(DataError, match=r"training_rows\.npz: .* tokens are more than the 100 that are kept"):
+        contamination_of_run(runs, tmp_path, mixture.renderer)
 
 
 def test_no_tasks_is_no_work(mixture: Mixture) -> None:
@@ -148,5 +157,5 @@ def test_the_real_test_questions_stand_in_their_own_set(tiny_base: Path, tmp_pat
     mixture = build_mixture(recipe, open_renderer(resolve(recipe.base), recipe.format))
     (run,) = open_tasks([f"gsm8k={data}"], None)
     found = contamination([run], mixture.rows, mixture.renderer)["gsm8k"]
-    assert found["items"] == 40 and found["contaminated"] + found["unchecked"] == 40
-    assert found["contaminated"] >= 39
+    assert found.items == 40 and found.contaminated + found.unchecked == 40
+    assert found.contaminated >= 39

@@ -23,8 +23,8 @@ from sftflow.evaluation import journal as store
 from sftflow.evaluation import multiple_choice as choices
 from sftflow.evaluation.evaluate import evaluate
 from sftflow.evaluation.journal import EvalRow, Journal, key_of, safe_name
-from sftflow.evaluation.prompts_for import TaskRun, open_tasks
-from sftflow.evaluation.weights import weights_hash
+from sftflow.evaluation.options import EvalTask, open_tasks
+from sftflow.fingerprint import weights_hash
 from sftflow.generation.engine import Engine
 from sftflow.tasks import TaskSource
 from sftflow.tasks.humaneval import HumanEval
@@ -38,7 +38,7 @@ def assistant(tiny_base: Path) -> Any:
     return load_assistant(str(tiny_base))
 
 
-def opened(limit: int) -> TaskRun:
+def opened(limit: int) -> EvalTask:
     (run,) = open_tasks(["arithmetic"], limit)
     return run
 
@@ -119,16 +119,16 @@ def test_evidence_names_what_graders_rest_on(assistant: Any, tmp_path: Path, mon
     from importlib.metadata import version
 
     result = evaluate(assistant, opened(2), "chat", tmp_path)
-    assert result.rests_on["versions"] == {p: version(p) for p in ("sftflow", "torch", "transformers")}
-    assert result.rests_on["grading"] == {}
-    assert IFEval(TaskSource()).rests_on() == {"langdetect": version("langdetect")}
+    assert result.provenance["versions"] == {p: version(p) for p in ("sftflow", "torch", "transformers")}
+    assert result.provenance["grading"] == {}
+    assert IFEval(TaskSource()).provenance() == {"langdetect": version("langdetect")}
     monkeypatch.setattr("sftflow.tasks.ifeval.language_package", lambda: None)
-    assert IFEval(TaskSource()).rests_on() == {"langdetect": "absent"}
+    assert IFEval(TaskSource()).provenance() == {"langdetect": "absent"}
     from sftflow.sandbox import isolation_available
 
-    assert HumanEval(TaskSource()).rests_on()["sandbox"] == isolation_available()[0]
+    assert HumanEval(TaskSource()).provenance()["sandbox"] == isolation_available()[0]
     monkeypatch.setattr("sftflow.tasks.humaneval.isolation_available", lambda: ("process",))
-    assert HumanEval(TaskSource()).rests_on()["sandbox"] == "process"
+    assert HumanEval(TaskSource()).provenance()["sandbox"] == "process"
 
 
 def test_rows_graded_elsewhere_are_asked_again(assistant: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +136,7 @@ def test_rows_graded_elsewhere_are_asked_again(assistant: Any, tmp_path: Path, m
     evaluate(assistant, run, "chat", tmp_path)
     asked = label_positions_of(assistant, monkeypatch)
     evaluate(assistant, run, "chat", tmp_path)
-    monkeypatch.setattr(run.task, "rests_on", lambda: {"sandbox": "process"}, raising=False)
+    monkeypatch.setattr(run.task, "provenance", lambda: {"sandbox": "process"}, raising=False)
     evaluate(assistant, run, "chat", tmp_path)
     monkeypatch.undo()
     asked_again = label_positions_of(assistant, monkeypatch)
@@ -146,20 +146,27 @@ def test_rows_graded_elsewhere_are_asked_again(assistant: Any, tmp_path: Path, m
 
 @pytest.mark.parametrize("key", ["checkpoint", "code", "versions", "grading", "max_new_tokens", "precision"])
 def test_rows_that_rest_on_something_else_are_set_aside(key: str, tmp_path: Path) -> None:
-    rests_on = {"checkpoint": "x", "code": "y", "versions": {}, "grading": {}, "max_new_tokens": 9, "precision": "fp32"}
+    provenance = {
+        "checkpoint": "x",
+        "code": "y",
+        "versions": {},
+        "grading": {},
+        "max_new_tokens": 9,
+        "precision": "fp32",
+    }
     path = tmp_path / "m-t.jsonl"
-    journal = Journal(path, rests_on)
+    journal = Journal(path, provenance)
     journal.add(row_of(1))
     journal.close()
-    assert Journal(path, rests_on).taken_over == 1
-    other = Journal(path, {**rests_on, key: "another"})
-    assert other.taken_over == 0 and names(path) == [] and names(tmp_path / "kept" / "m-t.jsonl") == ["t:1"]
+    assert len(Journal(path, provenance).rows) == 1
+    other = Journal(path, {**provenance, key: "another"})
+    assert other.rows == {} and names(path) == [] and names(tmp_path / "kept" / "m-t.jsonl") == ["t:1"]
     other.add(row_of(1, score=0.0))
     other.close([row_of(1).key])
-    again = Journal(path, rests_on)
+    again = Journal(path, provenance)
     assert [row.score for row in again.rows.values()] == [1.0]
     again.close([row_of(1).key])
-    assert Journal(path, {**rests_on, key: "another"}).rows[row_of(1).key].score == 0.0
+    assert Journal(path, {**provenance, key: "another"}).rows[row_of(1).key].score == 0.0
 
 
 def test_an_item_whose_answer_changed_is_asked_again() -> None:
@@ -234,12 +241,12 @@ def test_what_a_kill_cut_off_is_no_row(tmp_path: Path) -> None:
     with path.open("rb+") as f:
         f.truncate(path.stat().st_size - 20)
     again = Journal(path, {"a": 1})
-    assert names(path) == ["t:1"] and again.taken_over == 1
+    assert names(path) == ["t:1"] and len(again.rows) == 1
     again.add(row_of(2))
     assert names(path) == ["t:1", "t:2"]
     with path.open("rb+") as f:
         f.truncate(path.stat().st_size - 1)  # only the end of the line is missing
-    assert Journal(path, {"a": 1}).taken_over == 2 and names(path) == ["t:1", "t:2"]
+    assert len(Journal(path, {"a": 1}).rows) == 2 and names(path) == ["t:1", "t:2"]
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ def item(task: HumanEval) -> Item:
     ],
 )
 def test_right_replies(task: HumanEval, item: Item, reply: str) -> None:
-    assert (task.grade(item, reply), task.marks(item, reply)) == (1.0, {"outcome": "passed", "error": ""})
+    assert (task.grade(item, reply), task.details(item, reply)) == (1.0, {"outcome": "passed", "error": ""})
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_wrong_replies(
     task: HumanEval, item: Item, reply: str, outcome: str, error: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(humaneval, "SECONDS", 1.0)
-    marks = task.marks(item, reply)
+    marks = task.details(item, reply)
     assert task.grade(item, reply) == 0.0
     assert (marks["outcome"], marks["error"][: len(error)]) == (outcome, error), marks
     assert error or not marks["error"]
@@ -124,7 +124,7 @@ def test_the_program() -> None:
 def test_score_and_marks_are_one_run(task: HumanEval, item: Item) -> None:
     reply = "import os\ndef area(r):\n    raise ValueError(os.urandom(8).hex())"
     with ThreadPoolExecutor(4) as pool:
-        marks = list(pool.map(lambda _: (task.grade(item, reply), task.marks(item, reply)["error"]), range(8)))
+        marks = list(pool.map(lambda _: (task.grade(item, reply), task.details(item, reply)["error"]), range(8)))
     assert len(set(marks)) == 1
     assert marks[0][0] == 0.0 and marks[0][1].startswith("ValueError: ")
 
@@ -132,10 +132,10 @@ def test_score_and_marks_are_one_run(task: HumanEval, item: Item) -> None:
 def test_a_reply_long_ago_is_run_again(task: HumanEval, item: Item, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(humaneval, "KEPT", 1)
     reply = "import os\ndef area(r):\n    raise ValueError(os.urandom(8).hex())"
-    first = task.marks(item, reply)
-    assert task.marks(item, reply) == first
+    first = task.details(item, reply)
+    assert task.details(item, reply) == first
     assert task.grade(item, RIGHT) == 1.0
-    assert task.marks(item, reply) != first
+    assert task.details(item, reply) != first
 
 
 def test_it_says_that_it_runs_code() -> None:

@@ -225,7 +225,7 @@ def test_language_is_the_same_every_time() -> None:
 def test_loose_takes_the_best_of_eight_variants() -> None:
     assert len(loose_variants("Sure:\n**a**\nBye")) == 8
     task, item = IFEval(TaskSource()), item_of(("startend:quotation", {}), ("punctuation:no_comma", {}))
-    marks = task.marks(item, 'Sure:\n*"a"*\nHope that helps')
+    marks = task.details(item, 'Sure:\n*"a"*\nHope that helps')
     assert marks == {
         "prompt_strict": 0.0,
         "prompt_loose": 1.0,
@@ -236,14 +236,14 @@ def test_loose_takes_the_best_of_eight_variants() -> None:
         "unsupported": [],
     }
     assert task.grade(item, 'Sure:\n"a"') == 0.0 and task.grade(item, '"a"') == 1.0
-    assert task.marks(item, 'Sure, "a"')["prompt_loose"] == 0.0
+    assert task.details(item, 'Sure, "a"')["prompt_loose"] == 0.0
 
 
 def test_metrics_pool_the_instructions() -> None:
     task = IFEval(TaskSource())
-    two = task.marks(item_of(("startend:quotation", {}), ("punctuation:no_comma", {})), "*a*")
-    one = task.marks(item_of(("startend:quotation", {})), '"a"')
-    other = task.marks(item_of(("detectable_format:haiku", {"lines": 3})), '"a"')
+    two = task.details(item_of(("startend:quotation", {}), ("punctuation:no_comma", {})), "*a*")
+    one = task.details(item_of(("startend:quotation", {})), '"a"')
+    other = task.details(item_of(("detectable_format:haiku", {"lines": 3})), '"a"')
     assert other["unsupported"] == ["detectable_format:haiku"] and other["prompt_loose"] == 0.0
     assert task.metrics([two, one, other]) == {
         "prompt_strict": 1 / 3,
@@ -259,7 +259,7 @@ def test_metrics_pool_the_instructions() -> None:
 def test_without_langdetect_its_instructions_are_unsupported(no_langdetect: None) -> None:
     task = IFEval(TaskSource())
     item = item_of(("change_case:english_lowercase", {}), ("punctuation:no_comma", {}))
-    marks = task.marks(item, ENGLISH.lower())
+    marks = task.details(item, ENGLISH.lower())
     assert [(i["strict"], i["loose"]) for i in marks["instructions"]] == [(False, False), (True, True)]
     assert marks["unsupported"] == ["change_case:english_lowercase"] and task.grade(item, ENGLISH.lower()) == 0.0
     assert not any(map(is_supported, NEED_LANGUAGE)) and sum(map(is_supported, CHECKS)) == 22
@@ -275,11 +275,11 @@ REPLIES = st.lists(PIECES | st.text(max_size=8), max_size=40).map("".join) | st.
 def test_no_text_raises_and_strict_implies_loose(reply: str) -> None:
     item = item_of(*((name, kwargs) for name, (kwargs, _, _) in CASES.items()))
     task = IFEval(TaskSource())
-    marks = task.marks(item, reply)
+    marks = task.details(item, reply)
     assert len(marks["instructions"]) == 25
     assert all(i["loose"] or not i["strict"] for i in marks["instructions"])
     assert marks["prompt_strict"] == task.grade(item, reply) <= marks["prompt_loose"]
-    assert marks == task.marks(item, reply) == json.loads(json.dumps(marks))
+    assert marks == task.details(item, reply) == json.loads(json.dumps(marks))
 
 
 # ---- rows
@@ -356,9 +356,9 @@ def test_published_prompts() -> None:
     items = task.items()
     asked = [i["id"] for item in items for i in item.answer]
     assert len(items) == 541 and len(asked) == 834 and set(asked) == CHECKS.keys()
-    assert task.metrics([task.marks(item, "") for item in items])["instruction_loose"] == 0.0
+    assert task.metrics([task.details(item, "") for item in items])["instruction_loose"] == 0.0
     need_language("language:response_language")
-    parrot = task.metrics([task.marks(item, item.messages[0].text) for item in items])
+    parrot = task.metrics([task.details(item, item.messages[0].text) for item in items])
     counts = {"prompt_strict": 134 / 541, "prompt_loose": 161 / 541, "instruction_strict": 300 / 834}
     # the instruction counts are lm-eval's without two rows that count "#" and "!", where it draws a random letter
     # each time; the parrot fails both

@@ -15,11 +15,11 @@ import pytest
 from helpers.runs import Quiet, sftflow, write_recipe
 from sftflow.atomic_io import CHECKSUM, with_checksum, write_json
 from sftflow.checkpoint import load_assistant, load_info, resolve
-from sftflow.cli.measure import EvalOptions, evaluate_all, run_of
+from sftflow.cli.measure import EvalOptions, evaluate_all
 from sftflow.comparison.compare import base_format, kind_of
-from sftflow.comparison.run_artifacts import beside_run
-from sftflow.evaluation.callback import Sampled
-from sftflow.evaluation.prompts_for import open_tasks
+from sftflow.comparison.run_artifacts import read_run, run_of
+from sftflow.evaluation.callback import EvalDuringTraining
+from sftflow.evaluation.options import open_tasks
 from sftflow.packing.attending import attending
 from sftflow.packing.attention import NAME
 from sftflow.recipe import load_recipe
@@ -71,8 +71,9 @@ def test_a_torn_line_of_a_log_costs_only_itself(run: Path, tmp_path: Path, torn:
     with (tmp_path / "run" / "metrics.jsonl").open("a") as f:
         f.write(torn)
     (tmp_path / "run" / "mask_example.json").write_text("[")
-    beside = beside_run(tmp_path / "run")
-    assert beside["loss"]["step"] == [1, 2] and beside["mask_example"] is None and beside["ledger"]["rows"] > 0
+    found = read_run(tmp_path / "run")
+    assert [step for step, _ in found.losses] == [1, 2] and found.mask_example is None
+    assert found.ledger and found.ledger.rows > 0
 
 
 def test_a_ledger_elsewhere_makes_no_run_directory(run: Path, tmp_path: Path) -> None:
@@ -157,7 +158,7 @@ def test_a_model_that_packs_only_in_training_is_sampled(tokenizer_dir: Path) -> 
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).train()
-    sampled = Sampled(open_tasks(["arithmetic", "spelling"], 2))
+    sampled = EvalDuringTraining(open_tasks(["arithmetic", "spelling"], 2))
     renderer = Renderer(tokenizer, chat_format)
     alone = sampled(model, tokenizer, renderer, detect("fp32"))
     with attending(model, "packed"):
@@ -183,7 +184,7 @@ def test_a_signal_does_not_wait_for_a_sample(tmp_path: Path, tiny_base: Path) ->
     recipe = load_recipe(
         short_recipe(tmp_path, tiny_base), ["train.steps=3", "eval.every=2", "eval.tasks=[arithmetic]"]
     )
-    sampled = Sampled(open_tasks(["arithmetic"], 2))
+    sampled = EvalDuringTraining(open_tasks(["arithmetic"], 2))
     calls: list[int] = []
 
     def sampling(*args: Any) -> dict[str, Any]:

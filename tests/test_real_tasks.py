@@ -134,7 +134,7 @@ def test_gsm8k_marks(tmp_path: Path, gold: str, reply: str, strict: int, flexibl
     row = {"question": "How many?", "answer": f"So it is.\n#### {gold}"}
     task = Gsm8k(TaskSource(path=jsonl(tmp_path / "sums.jsonl", row)))
     (item,) = task.items()
-    marks = task.marks(item, reply)
+    marks = task.details(item, reply)
     assert marks == {"strict": strict, "flexible": flexible}
     assert task.grade(item, reply) >= marks["strict"]
     assert task.metrics([marks, {"strict": 1.0, "flexible": 0.0}]) == {
@@ -146,7 +146,7 @@ def test_gsm8k_marks(tmp_path: Path, gold: str, reply: str, strict: int, flexibl
 @given(st.text(alphabet="0123456789 #.,$-%\nab"))
 def test_gsm8k_grade_is_strict_where_there_is_a_mark_else_flexible(reply: str) -> None:
     task, item = Gsm8k(TaskSource()), Item(id="x", messages=(), answer="7")
-    marks = task.marks(item, reply)
+    marks = task.details(item, reply)
     assert task.grade(item, reply) == marks["strict" if final_number(reply) is not None else "flexible"]
 
 

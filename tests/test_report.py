@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import base64
-import copy
 import hashlib
 import re
+from dataclasses import fields, replace
 from importlib import resources
 from typing import Any
 
 import pytest
 
-from helpers.report_data import HOSTILE, Page, demo, poisoned, shipped_prompts, task, tokens
+from helpers.report_data import HOSTILE, Page, checks, demo, poisoned, shipped_prompts, task, token_row
 from sftflow.chat.token_rows import TokenRow
-from sftflow.report.comparison_page import render_report
+from sftflow.comparison.judge import Judged
+from sftflow.comparison.results import (
+    Both,
+    Forgetting,
+    HeldOutComparison,
+    HeldOutLoss,
+    NotChecked,
+    NotJudged,
+)
+from sftflow.comparison.run_artifacts import RunArtifacts
+from sftflow.report.comparison_page import comparison_page
 from sftflow.report.token_page import token_page
 
 SECTIONS = (
@@ -24,15 +34,16 @@ SECTIONS = (
 
 def test_page_parses_and_names_everything() -> None:
     data = demo()
-    page = Page(render_report(data))
-    for name, t in data["tasks"].items():
+    page = Page(comparison_page(data))
+    for name, t in data.tasks.items():
         assert name in page.text
-        assert page.text.count(t["rows"][0]["question"]) >= len(data["tasks"]), "every task has its items"
-    for p in data["prompts"]:
-        assert p["id"] in page.text and p["messages"][-1]["content"] in page.text and p["sft"] in page.text
-        assert p["base"] in page.text and p["base_plain"] in page.text, "a folded reply is still whole"
-    for source in data["ledger"]["sources"]:
-        assert source["name"] in page.text
+        assert page.text.count(t.items[0].sft.question) >= len(data.tasks), "every task has its items"
+    for p in data.prompts:
+        assert p.id in page.text and p.messages[-1]["content"] in page.text and p.sft.text in page.text
+        assert p.base.text in page.text and p.base_plain.text in page.text, "a folded reply is still whole"
+    assert data.run.ledger
+    for source in data.run.ledger.sources:
+        assert source.name in page.text
     for said in (
         "83.0",
         "+82.0",
@@ -56,33 +67,29 @@ def test_page_parses_and_names_everything() -> None:
 
 
 def test_sections_come_in_order_and_links_lead_somewhere() -> None:
-    page = Page(render_report(demo()))
+    page = Page(comparison_page(demo()))
     assert [a["id"] for t, a in page.elements if t == "section"] == list(SECTIONS)
     assert len(set(page.ids)) == len(page.ids)
     assert {str(a["href"])[1:] for t, a in page.elements if t == "a"} <= set(page.ids)
 
 
 def test_without_the_script_all_is_there_and_nothing_is_hidden_but_the_bars() -> None:
-    hidden = [(t, a.get("class")) for t, a in Page(render_report(demo())).elements if "hidden" in a]
+    hidden = [(t, a.get("class")) for t, a in Page(comparison_page(demo())).elements if "hidden" in a]
     assert hidden == [("div", "bar")] * 7, "one for the prompts, one a task"
 
 
 def test_the_first_screen_tells_mean_tasks_stops_and_forgetting() -> None:
-    facts = re.findall(r'<div class="fact"><b.*?</b><span>(.*?)</span>', render_report(demo()))
+    facts = re.findall(r'<div class="fact"><b.*?</b><span>(.*?)</span>', comparison_page(demo()))
     assert [f.split(",")[0] for f in facts[:4]] == [
         "centred mean", "tasks better (0 worse", "of the replies end by themselves",
         "bits per byte of plain text: it forgot: 4.5% worse on plain text",
     ]  # fmt: skip
-    told = Page(render_report(demo() | {"hygiene": None}))
-    stopped = sum(p["sft_finish"] == "stop" for p in demo()["prompts"])
-    assert f"0→{stopped}of {len(shipped_prompts())} replies end by themselves" in told.text
+    assert "2%→93%of the replies end by themselves, base → SFT" in Page(comparison_page(demo())).text
 
 
 def test_hostile_strings_stay_text() -> None:
-    clean, data = Page(render_report(demo())), demo()
-    tasks = {name + HOSTILE: poisoned(t) for name, t in data["tasks"].items()}
-    settings = {key + HOSTILE: value for key, value in poisoned(data["settings"]).items()}
-    html = render_report(poisoned(data) | {"tasks": tasks, "settings": settings})
+    clean = Page(comparison_page(demo()))
+    html = comparison_page(poisoned(demo()))
     page = Page(html)
     allowed = {tag for tag, _ in clean.elements}
     assert {tag for tag, _ in page.elements} <= allowed
@@ -91,13 +98,12 @@ def test_hostile_strings_stay_text() -> None:
     assert not [a for _, attrs in page.elements for a in attrs if a.startswith("on")]
     assert page.text.count("onerror=alert(2)") > 200, "the text itself is shown, not dropped"
     assert "\x00" not in html and html.encode("utf-8")
-    rows = [TokenRow.from_json({"source": HOSTILE, "tokens": poisoned(tokens())}), TokenRow(HOSTILE, refused=HOSTILE)]
-    weird = Page(token_page(rows))
+    weird = Page(token_page([poisoned(token_row()), TokenRow(HOSTILE, refused=HOSTILE)]))
     assert weird.count("img") == weird.count("script") == 0 and "alert(2)" in weird.text
 
 
 def test_policy_allows_the_script_by_hash_and_nothing_else() -> None:
-    html = render_report(demo())
+    html = comparison_page(demo())
     page = Page(html)
     [policy] = [a["content"] or "" for t, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
     digest = base64.b64encode(hashlib.sha256(page.script.encode()).digest()).decode()
@@ -109,64 +115,86 @@ def test_policy_allows_the_script_by_hash_and_nothing_else() -> None:
     assert not [a for _, a in page.elements if "src" in a or "style" in a]
 
 
-@pytest.mark.parametrize(
-    "left_out",
-    sorted(demo().keys() - {"title", "kind"}),
-)
-@pytest.mark.parametrize("how", ["null", "absent"])
-def test_missing_parts_are_left_out(left_out: str, how: str) -> None:
-    data = demo()
-    data[left_out] = None
-    if how == "absent":
-        del data[left_out]
-    page = Page(render_report(data))
-    assert "None" not in page.text and not re.search(r"\bnan\b", page.text)
-    assert {str(a["href"])[1:] for t, a in page.elements if t == "a"} <= set(page.ids)
-    gone = {"mask_example": "mask", "tasks": "scores", "held_out_loss": "held-out"}
-    if gone.get(left_out, left_out) in SECTIONS and left_out != "weak":  # the open prompts remain
-        assert gone.get(left_out, left_out) not in page.ids
+NOT_MEASURED = {
+    "tasks": {"tasks": {}, "centred_mean": Both(None, None)},
+    "prompts": {"prompts": ()},
+    "hygiene": {"hygiene": Both(checks(0.0, 0.0, [], n=0), checks(0.0, 0.0, [], n=0))},
+    "held-out": {"held_out_loss": None},
+    "forgetting": {"forgetting": Forgetting(text="", bytes=0, base=None, sft=None)},
+    "judge": {"judge": None},
+    "made": {"settings": {}, "fingerprints": {}},
+}
 
 
-@pytest.mark.parametrize(
-    "left_out", sorted(demo()["tasks"]["spelling"].keys() - {"n", "chance", "base", "sft", "delta"})
-)
-def test_a_task_without_its_optional_parts(left_out: str) -> None:
+@pytest.mark.parametrize("left_out", NOT_MEASURED)
+def test_missing_parts_are_left_out(left_out: str) -> None:
+    page = Page(comparison_page(replace(demo(), **NOT_MEASURED[left_out])))
+    check_whole(page)
+    gone = {"tasks": "scores"}
+    assert left_out == "made" or gone.get(left_out, left_out) not in page.ids
+
+
+@pytest.mark.parametrize("left_out", [f.name for f in fields(RunArtifacts)])
+def test_what_the_run_does_not_have_is_left_out(left_out: str) -> None:
     data = demo()
-    for t in data["tasks"].values():
-        t[left_out] = None
-    page = Page(render_report(data))
-    assert "None" not in page.text and "82.0" in page.text
-    gone = {"rows": "items", "contamination": "contamination"}
+    page = Page(comparison_page(replace(data, run=replace(data.run, **{left_out: getattr(RunArtifacts(), left_out)}))))
+    check_whole(page)
+    gone = {"ledger": "ledger", "mask_example": "mask", "losses": "loss"}
     assert gone.get(left_out, "-") not in page.ids
 
 
-@pytest.mark.parametrize("part", ["hygiene", "held_out_loss", "forgetting", "judge"])
-def test_a_part_that_was_not_measured_is_no_error(part: str) -> None:
-    """A dash for what is null inside; nothing for what is null throughout."""
+def check_whole(page: Page) -> None:
+    """Nothing is shown for what is missing, and each link leads somewhere."""
+    assert "None" not in page.text and not re.search(r"\bnan\b", page.text)
+    assert {str(a["href"])[1:] for t, a in page.elements if t == "a"} <= set(page.ids)
+
+
+@pytest.mark.parametrize(
+    ("missing", "gone"),
+    [({"items": ()}, "items"), ({"contamination": None}, "contamination"), ({"metrics": Both({}, {})}, "-")],
+)
+def test_a_task_without_its_optional_parts(missing: dict[str, Any], gone: str) -> None:
     data = demo()
-    nulls: dict[str, Any] = {k: None for k in data[part]}
-    assert "None" not in Page(render_report(data | {part: nulls})).text
-    inner = {k: dict.fromkeys(v) if isinstance(v, dict) else v for k, v in data[part].items()}
-    assert "None" not in Page(render_report(data | {part: inner})).text
-    told = Page(render_report(data | {part: {"not_checked": "the run is <gone>"}})).text
-    assert part != "held_out_loss" or "Not measured: the run is <gone>." in told
+    page = Page(comparison_page(replace(data, tasks={name: replace(t, **missing) for name, t in data.tasks.items()})))
+    assert "None" not in page.text and "82.0" in page.text
+    assert gone not in page.ids
 
 
-def test_only_the_promised_keys_of_compare_json() -> None:
-    """compare.json promises few keys; a file with just these makes a page too."""
-    promised = {"n": 9, "chance": 0.5, "base": 0.5, "base_chat": 0.5, "base_plain": 0.4, "sft": 0.9, "delta": 0.4}
-    prompt = {"id": "a", "messages": [{"role": "user", "content": "hi"}], "base": "x", "base_plain": "y", "sft": "z"}
-    tasks = {"t": promised | {"ci95": [0.1, 0.7]}}
-    assert "compare 1 min 1 s" in Page(render_report({"seconds": 61.0})).text, "compare.json has its own time alone"
-    page = Page(render_report({"tasks": tasks, "centred_mean": {"base": 0.0, "sft": 0.8}, "prompts": [prompt]}))
-    assert "Yes: the base became" in page.text and "better" in page.text and "None" not in page.text
-    assert Page(render_report({})).count("h1") == 1
+def test_a_part_that_was_not_measured_is_no_error() -> None:
+    """A dash for what is null inside; a reason where there is one."""
+    nulls = HeldOutLoss(
+        rows=0, tokens=0, all=None, end_of_turn=None, roles={}, sources={}, skipped={}, first_skipped=None
+    )
+    judge = Judged(model="m", url="u", temperature=None, rows=())
+    one_side = Both(demo().hygiene.base, checks(0.0, 0.0, [], n=0))
+    for part in (
+        {"held_out_loss": HeldOutComparison(rows=0, base=nulls, sft=nulls)},
+        {"judge": judge},
+        {"hygiene": one_side},
+        {"forgetting": Forgetting(text="t", bytes=9, base=None, sft=2.0)},
+    ):
+        assert "None" not in Page(comparison_page(replace(demo(), **part))).text
+    why = "the run is <gone>"
+    for part in (
+        {"held_out_loss": NotChecked(not_checked=why)},
+        {"forgetting": Forgetting(text="", bytes=0, base=None, sft=None, not_checked=why)},
+    ):
+        assert "Not measured: the run is <gone>." in Page(comparison_page(replace(demo(), **part))).text
+    assert (
+        "Not judged: the run is <gone>." in Page(comparison_page(replace(demo(), judge=NotJudged(not_judged=why)))).text
+    )
+
+
+def test_the_smallest_comparison_makes_a_page() -> None:
+    nothing: dict[str, Any] = {key: value for part in NOT_MEASURED.values() for key, value in part.items()}
+    page = Page(comparison_page(replace(demo(), **nothing, run=RunArtifacts(), seconds=61.0)))
+    assert page.count("h1") == 1 and "compare 1 min 1 s" in page.text and "train" not in page.text.split("compare 1")[0]
+    check_whole(page)
 
 
 def outcomes(*verdicts: str, **changes: Any) -> str:
-    data = demo() | changes
-    data["tasks"] = {f"t{i}": task(50, 0.2, 0.5, 0.1, v) for i, v in enumerate(verdicts)}
-    [said] = re.findall(r'<h1 class="headline">(.*?)</h1>', render_report(data))
+    tasks = {f"t{i}": task(50, 0.2, 0.5, 0.1, v) for i, v in enumerate(verdicts)}
+    [said] = re.findall(r'<h1 class="headline">(.*?)</h1>', comparison_page(replace(demo(), tasks=tasks, **changes)))
     return str(said)
 
 
@@ -178,27 +206,29 @@ def test_the_headline_claims_no_more_than_the_tasks() -> None:
     assert outcomes("worse", "worse", "better").startswith("No: it got worse on 2 of 3")
     assert outcomes(unclear, unclear).startswith("Cannot tell")
     assert outcomes().startswith("No task was graded")
-    assert outcomes("better", centred_mean={"base": 0.0, "sft": 0.1}).startswith("Partly: better than the base")
-    endless = [p | {"sft_finish": "length"} for p in demo()["prompts"]]
+    assert outcomes("better", centred_mean=Both(0.0, 0.1)).startswith("Partly: better than the base")
+    endless = tuple(replace(p, sft=replace(p.sft, finish_reason="length")) for p in demo().prompts)
     assert outcomes("better", prompts=endless).startswith("Partly: better scores, but")
 
 
 def test_continued_sft_says_before_and_after() -> None:
-    page = Page(render_report(demo() | {"kind": "continued SFT"}))
+    page = Page(comparison_page(replace(demo(), kind="continued SFT")))
     assert "already instruction-tuned" in page.text and "Before, chat format" in page.text
     assert "SFT, chat" not in page.text and "became an assistant" not in page.text.replace("not whether it became", "")
     assert "Base, " not in page.text
 
 
-def test_weak_answers_are_open_prompts_and_named_ones() -> None:
-    html = render_report(demo())
+def test_weak_answers_are_those_to_open_prompts() -> None:
+    html = comparison_page(demo())
     weak = html[html.index('<section id="weak">') : html.index('<section id="prompts">')]
-    assert weak.count("<dt>") == 4 and "What is a KV cache?" in weak
-    assert "gives weak answers" in html and "still gives wrong answers" in render_report(demo() | {"parameters": 7e9})
+    asked = [p.asked for p in demo().prompts if p.kind == "open"]
+    assert weak.count("<dt>") == len(asked) == 3 and all(text in Page(weak).text for text in asked)
+    assert "gives weak answers" in html and "still gives wrong answers" in comparison_page(
+        replace(demo(), n_parameters=7_000_000_000)
+    )
 
 
 def test_data_is_left_as_it_was() -> None:
     data = demo()
-    before = copy.deepcopy(data)
-    assert render_report(data) == render_report(data)
-    assert data == before
+    assert comparison_page(data) == comparison_page(data)
+    assert data == demo()

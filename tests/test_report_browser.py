@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from helpers.chromium import CHROMIUM, dom_of
-from helpers.report_data import HOSTILE, demo, shipped_prompts
-from sftflow.report.comparison_page import render_report
+from helpers.report_data import HOSTILE, demo, shipped_prompts, with_run
+from sftflow.comparison.judge import Judged
+from sftflow.comparison.results import Both, Comparison, HeldOutComparison, NotChecked
+from sftflow.report.comparison_page import comparison_page
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 
@@ -55,28 +57,43 @@ onload = () => {
 };</script>"""
 
 
-def long_words() -> dict[str, Any]:
+def long_words() -> Comparison:
     """A long word without a space in every text that may be one, and markup in the kind of a prompt."""
     data = demo()
-    for p in data["prompts"]:
-        p["sft"] += "w" * 400
-        p["hygiene"]["sft"] = [*p["hygiene"]["sft"], "h" * 90] if p["hygiene"]["sft"] else []
-    data["prompts"][0]["kind"] += HOSTILE
-    data["tasks"]["t" * 90] = data["tasks"].pop("format")
-    data["settings"]["k" * 90] = data["title"] = data["names"]["sft"] = "v" * 300
-    data["mask_example"]["tokens"][3]["text"] = "x" * 300
-    data["ledger"]["sources"][0]["name"] = data["judge"]["model"] = data["judge"]["rows"][0]["id"] = "n" * 90
-    data["held_out_loss"]["sft"]["sources"]["m" * 90] = 1.0
-    data["tasks"]["spelling"]["contamination"] = {"not_checked": "o" * 120}
-    data["tasks"]["spelling"]["metrics"]["sft"]["q" * 90] = 0.5
-    data["forgetting"]["text"] = "p" * 90
-    return data
+    prompts = [
+        replace(p, sft=replace(p.sft, text=p.sft.text + "w" * 400, faults=p.sft.faults and (*p.sft.faults, "h" * 90)))
+        for p in data.prompts
+    ]
+    prompts[0] = replace(prompts[0], kind=prompts[0].kind + HOSTILE)
+    tasks = {("t" * 90 if name == "format" else name): t for name, t in data.tasks.items()}
+    spelling = tasks["spelling"]
+    tasks["spelling"] = replace(
+        spelling,
+        contamination=NotChecked(not_checked="o" * 120),
+        metrics=Both(spelling.metrics.base, {**spelling.metrics.sft, "q" * 90: 0.5}),
+    )
+    row, ledger, judge, loss = data.run.mask_example, data.run.ledger, data.judge, data.held_out_loss
+    assert row and ledger and isinstance(judge, Judged) and isinstance(loss, HeldOutComparison)
+    tokens = [replace(t, text="x" * 300) if i == 3 else t for i, t in enumerate(row.tokens)]
+    sources = (replace(ledger.sources[0], name="n" * 90), *ledger.sources[1:])
+    first = replace(judge.rows[0], pair=replace(judge.rows[0].pair, id="n" * 90))
+    changed = replace(
+        data,
+        names=Both(data.names.base, "v" * 300),
+        prompts=tuple(prompts),
+        tasks=tasks,
+        settings={**data.settings, "k" * 90: "v" * 300},
+        judge=replace(judge, model="n" * 90, rows=(first, *judge.rows[1:])),
+        held_out_loss=replace(loss, sft=replace(loss.sft, sources={**loss.sft.sources, "m" * 90: 1.0})),
+        forgetting=replace(data.forgetting, text="p" * 90),
+    )
+    return with_run(changed, mask_example=replace(row, tokens=tuple(tokens)), ledger=replace(ledger, sources=sources))
 
 
 @pytest.mark.parametrize(("width", "hostile"), [(360, False), (360, True), (780, True), (1000, True)])
 def test_filters_keys_and_width(tmp_path: Path, width: int, hostile: bool) -> None:
     """The policy lets our script run, lists are filtered and walked by keys, and nothing scrolls sideways."""
-    (tmp_path / "report.html").write_text(render_report(long_words() if hostile else demo()), encoding="utf-8")
+    (tmp_path / "report.html").write_text(comparison_page(long_words() if hostile else demo()), encoding="utf-8")
     (tmp_path / "probe.html").write_text(PROBE % width, encoding="utf-8")
     n = len(shipped_prompts())
     endless = len(range(4, n, 9))

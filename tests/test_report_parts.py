@@ -5,17 +5,18 @@ from __future__ import annotations
 import doctest
 import math
 import re
+from dataclasses import replace
 
 import pytest
 
-from helpers.report_data import CHANGES, HOSTILE, Page, demo, item, tokens
+from helpers.report_data import HOSTILE, Page, demo, item, judged, prompt, shipped_prompts, task, token_row, with_run
 from sftflow.chat.token_rows import TokenRow
 from sftflow.comparison.prompts import load_prompts
-from sftflow.report import charts, line_charts, pages, token_page
-from sftflow.report import wording as words
-from sftflow.report.comparison_page import render_report
-from sftflow.report.page.items import MOST, fewer
-from sftflow.report.page.parts import line
+from sftflow.comparison.results import Both, Forgetting, NotChecked
+from sftflow.comparison.run_artifacts import RunArtifacts, ValidationLoss
+from sftflow.report import charts, figures, line_charts, pages, token_page, wording
+from sftflow.report.comparison_page import MOST_ITEMS, comparison_page
+from sftflow.report.wording import form_change
 
 
 def test_forest_puts_zero_and_interval_to_scale() -> None:
@@ -34,8 +35,9 @@ def test_lengths_are_shares_of_the_replies_to_one_scale() -> None:
 
 
 def test_counts_are_no_shares() -> None:
-    metrics = {side: {"prompt_loose": 1.0, "unsupported": 1} for side in ("base", "sft")}
-    page = Page(render_report({**demo(), "tasks": {"ifeval": {"n": 9, "base": 0.5, "sft": 0.5, "metrics": metrics}}}))
+    metrics: dict[str, float | int] = {"prompt_loose": 1.0, "unsupported": 1}
+    counted = replace(task(9, 0.5, 0.5, 0.1, "cannot tell at n=9"), metrics=Both(metrics, metrics))
+    page = Page(comparison_page(replace(demo(), tasks={"ifeval": counted})))
     assert "prompt loose100.0%100.0%unsupported11" in page.text
 
 
@@ -51,33 +53,28 @@ def section(html: str, name: str) -> str:
     [(1.9, "It forgot nothing: 5.0% better"), (2.04, "It kept its plain text: +2.0%"), (2.1, "It forgot: 5.0% worse")],
 )
 def test_forgetting_in_words(after: float, said: str) -> None:
-    data = demo() | {"forgetting": {"text": "t", "bytes": 9, "base": 2.0, "sft": after}}
-    assert said in section(render_report(data), "forgetting")
+    data = replace(demo(), forgetting=Forgetting(text="t", bytes=9, base=2.0, sft=after))
+    assert said in section(comparison_page(data), "forgetting")
 
 
-@pytest.mark.parametrize(
-    ("interval", "said"),
-    [([0.51, 0.8], "prefers the SFT"), ([0.1, 0.4], "prefers the base"), ([0.4, 0.6], "cannot tell")],
-)
-def test_the_judge_is_told_with_its_leanings(interval: list[float], said: str) -> None:
-    data = demo()
-    data["judge"]["ci95"] = interval
-    told = section(render_report(data), "judge")
+@pytest.mark.parametrize(("wins", "said"), [(27, "prefers the SFT"), (2, "prefers the base"), (17, "cannot tell")])
+def test_the_judge_is_told_with_its_leanings(wins: int, said: str) -> None:
+    data = replace(demo(), judge=judged([p.id for p in demo().prompts], wins, 29 - wins))
+    told = section(comparison_page(data), "judge")
     assert said in told and "71.0% (leans)" in told and "52.0%" in told and "52.0% (leans)" not in told
     assert "no verdict" in told and "neither" in told
 
 
 def test_overlap_says_what_was_found_and_what_was_not_checked() -> None:
-    told = section(render_report(demo()), "contamination")
+    told = section(comparison_page(demo()), "contamination")
     assert "13 words in a row" in told and "which of these is not a planet at all" in told
     assert "not checked: its items have no text of their own" in told and "mine.jsonl:12" in told
 
 
 def test_overlap_that_was_checked_for_no_task_is_one_sentence() -> None:
+    why = NotChecked(not_checked="no run <directory>")
     data = demo()
-    for t in data["tasks"].values():
-        t["contamination"] = {"not_checked": "no run <directory>"}
-    html = render_report(data)
+    html = comparison_page(replace(data, tasks={name: replace(t, contamination=why) for name, t in data.tasks.items()}))
     assert "Not checked for any task: no run <directory>." in section(html, "contamination")
     assert "<table" not in html[html.index('id="contamination"') : html.index('id="ledger"')]
 
@@ -96,60 +93,64 @@ def test_the_default_prompts_cover_what_they_should() -> None:
 
 
 def test_held_out_loss_shows_what_was_measured() -> None:
-    told = section(render_report(demo()), "held-out")
+    told = section(comparison_page(demo()), "held-out")
     assert "end of turn9.8000.003−9.797" in told and "user4.1001.420−2.680" in told
     assert "tool" not in told.split("by role")[1].split("by source")[0], "measured in neither model"
 
 
 def test_scores_while_it_trained_are_told_at_few_steps() -> None:
-    page = render_report(demo())
+    page = comparison_page(demo())
     told = section(page, "loss")
     assert page.count('aria-label="Scores by step"') == 2, "drawn wide and narrow"
     assert "in percent, at step50250400600" in told, "the first, the last and two between"
     assert "spelling8.341.766.7100.0" in told and "4 of 12 times" in told and "stop rate" in told
-    assert "times" not in section(render_report(demo() | {"curves": demo()["curves"][:2]}), "loss")
+    assert "times" not in section(comparison_page(with_run(demo(), sampled=demo().run.sampled[:2])), "loss")
 
 
-def test_an_item_says_what_changed() -> None:
-    told = [words.change_of(item(i, c) | {"change": None}, "plain") for i, c in enumerate(CHANGES)]
-    assert told == list(CHANGES), "from its scores, where it is not told"
-    assert words.change_of({"base_score": 0.5, "sft_score": 0.5}, "chat") == "same wrong"
-    assert words.change_of({"base_score": None, "sft_score": 0.5}, "chat") == ""
-    assert words.form_change({"hygiene": {"base": ["empty"], "sft": ["empty", "looping"]}}) == "regressed"
-    assert words.form_change({"base_finish": "stop", "sft_finish": "stop"}) == ""
+def test_a_reply_whose_form_changed() -> None:
+    p = prompt(0, shipped_prompts()[0])
+    both = replace(p, base=replace(p.base, finish_reason="stop", faults=("empty",)))
+    assert form_change(replace(both, sft=replace(p.sft, faults=("empty", "looping")))) == "regressed"
+    assert form_change(replace(both, base=replace(p.sft))) == ""
+    assert form_change(p) == "improved"
 
 
 def test_of_very_many_items_those_that_changed_stay() -> None:
-    rows = [item(i, "improved" if i % 10 == 9 else "same right") for i in range(MOST + 200)]
-    kept = fewer(rows, "plain")
-    assert len(kept) == MOST and all(r["change"] == "improved" for r in kept[:50])
-    assert kept[50:] == [r for r in rows if r["change"] != "improved"][: MOST - 50]
-    assert fewer(rows[:MOST], "plain") == rows[:MOST], "in their own order where all of them fit"
+    changed = [item(i, "improved") for i in range(50)]
+    rest = [item(i, "same right") for i in range(50, MOST_ITEMS + 200)]
     data = demo()
-    data["tasks"]["counting"]["rows"] = rows
-    page = Page(render_report(data))
-    assert f"{len(rows) - MOST} items left out" in page.text and "194 items left out" in page.text
-    assert len(rows) - MOST == 200 and "0 items left out" not in page.text.replace("200 items", "")
+    many = replace(data.tasks["counting"], items=(*changed, *rest))
+    page = Page(comparison_page(replace(data, tasks=data.tasks | {"counting": many})))
+    assert page.count("details", class_="entry") == len(data.prompts) + 5 * 6 + MOST_ITEMS
+    assert "200 items left out" in page.text and page.text.count("left out") == 1
+    assert f"{MOST_ITEMS} of 200 items, 50 improved" in page.text
 
 
 def test_an_entry_has_one_short_line() -> None:
-    assert line("a\n b\t" + "c" * 999) == "a b " + "c" * 156 + "…"
-    assert "empty" in line(" \n") and line("<b>") == "&lt;b&gt;"
+    assert figures.one_line("a\n b\t" + "c" * 999) == "a b " + "c" * 156 + "…"
+    first = prompt(0, shipped_prompts()[0])
+    data = replace(
+        demo(), prompts=tuple(replace(first, messages=({"role": "user", "content": t},)) for t in (" \n", "<b>"))
+    )
+    heads = re.findall(r'<span class="head">(.*?)</span><span class="tags">', comparison_page(data))
+    assert heads[:2] == ['<span class="empty">(empty)</span>', "&lt;b&gt;"]
 
 
-def loss_of(sources: dict[str, float], first: float = 2.0) -> Page:
+def loss_of(sources: dict[str, float | None], first: float = 2.0) -> Page:
     """A page of 100 steps at loss 2 (the first at `first`) and validation at three steps, per source."""
-    rows = [{"step": s, "loss": 2.0 if s else first, "sources": sources} for s in (0, 50, 100)]
-    return Page(render_report({"loss": {"step": list(range(1, 101)), "loss": [2.0] * 100, "validation": rows}}))
+    rows = [ValidationLoss(step=s, loss=2.0 if s else first, sources=sources) for s in (0, 50, 100)]
+    run = RunArtifacts(losses=[(step, 2.0) for step in range(1, 101)], validation=rows)
+    html = comparison_page(replace(demo(), run=run))
+    return Page(html[html.index('<section id="loss">') : html.index('<section id="made">')])
 
 
 def test_loss_of_each_source_is_a_named_line_where_there_are_few() -> None:
-    page = loss_of({"one": 1.0, HOSTILE: 3.0, "never held out": None})  # type: ignore[dict-item]
+    page = loss_of({"one": 1.0, HOSTILE: 3.0, "never held out": None})
     for i in range(2):
         assert page.count("path", class_=f"source s{i}") == 2, "once in the wide drawing, once in the narrow"
         assert page.count("text", class_=f"name s{i}") == 2
     assert "one" in page.text and "all, and each source" in page.text and "never" not in page.text
-    assert page.count("script") == 1 and not page.count("img")
+    assert not page.count("script") and not page.count("img")
     many = loss_of({str(i): 1.0 for i in range(7)})
     assert "of each of the 7 sources" in many.text
     for sources in (many, loss_of({"only": 2.0})):
@@ -167,10 +168,8 @@ def test_a_loss_that_begins_far_up_does_not_flatten_the_rest() -> None:
 
 
 def test_loss_skips_values_that_are_no_numbers_and_stays_small() -> None:
-    data = demo()
-    n = 50_000
-    data["loss"] = {"step": list(range(n)), "loss": [math.nan, math.inf, None] + [2.0] * (n - 3), "validation": []}
-    html = render_report(data)
+    losses: list[float | None] = [math.nan, math.inf, None, *[2.0] * 49_997]
+    html = comparison_page(with_run(demo(), losses=list(enumerate(losses)), validation=[]))
     assert Page(html) and len(html) < 1_000_000
     assert not re.search(r'd="[^"]*(nan|inf)', html)
     assert line_charts.smooth([4.0, 2.0, 3.0], 1) == [4.0, 3.0, 2.5]
@@ -179,10 +178,10 @@ def test_loss_skips_values_that_are_no_numbers_and_stays_small() -> None:
 
 
 def test_token_boxes_say_mask_id_bytes_and_whitespace() -> None:
-    row = TokenRow.from_json({"source": "d.jsonl:3", "tokens": tokens()})
+    row = token_row()
     page = Page(token_page.token_page([row, TokenRow("d.jsonl:4", refused="two user turns <in> a row")]))
     boxes = [a for t, a in page.elements if t == "span" and "title" in a]
-    assert len(boxes) == len(tokens())
+    assert len(boxes) == len(row.tokens)
     assert [a["class"] for a in boxes[-2:]] == ["t s", "t s x"] and boxes[0]["class"] == "t x"
     assert boxes[2]["title"] == "id 102 · 5 bytes: 53 70 65 6c 6c · not supervised"
     assert "part of a character" in str(boxes[11]["title"])
@@ -191,6 +190,6 @@ def test_token_boxes_say_mask_id_bytes_and_whitespace() -> None:
     assert Page(token_page.token_page([])).count("h1") == 1
 
 
-@pytest.mark.parametrize("module", [pages, token_page, charts, line_charts, words])
+@pytest.mark.parametrize("module", [pages, token_page, charts, figures, line_charts, wording])
 def test_examples_in_docstrings(module: object) -> None:
     assert doctest.testmod(module).failed == 0  # type: ignore[arg-type]

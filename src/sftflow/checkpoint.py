@@ -24,8 +24,9 @@ from sftflow.atomic_io import (
     write_directory,
     write_json,
 )
-from sftflow.chat.format import ChatFormat, add_tokens, choose_format, fingerprint
+from sftflow.chat.format import ChatFormat, add_tokens, choose_format
 from sftflow.errors import CheckpointError, RunError, first_line
+from sftflow.fingerprint import format_fingerprint
 from sftflow.gguf.vocabulary import as_llama_cpp_splits
 from sftflow.rounding import round_bf16
 
@@ -66,6 +67,13 @@ class Assistant:
     renderer: Renderer
     engine: Engine
     info: dict[str, Any]
+
+    def plain_ids(self, text: str) -> tuple[int, ...]:
+        """Plain text as the base was pretrained to read it: with the tokenizer's own BOS, without control tokens."""
+        opening = self.tokenizer("").input_ids  # BOS where the tokenizer writes one
+        if opening and opening[-1] == self.tokenizer.eos_token_id != self.tokenizer.bos_token_id:
+            opening = opening[:-1]
+        return (*opening, *self.renderer.encode_plain(text))
 
 
 def resolve(name: str) -> Location:
@@ -264,7 +272,7 @@ def prepare(
         chat_format = fallback
     stored = info.get("fingerprint")
     if stored and format_name == "auto":
-        now = fingerprint(tokenizer, chat_format)
+        now = format_fingerprint(tokenizer, chat_format)
         if now != stored:
             raise CheckpointError(
                 location.name,
@@ -343,7 +351,7 @@ def save(
             **meta,
             "kind": "sft",
             "format": chat_format.to_json(),
-            "fingerprint": fingerprint(tokenizer, chat_format),
+            "fingerprint": format_fingerprint(tokenizer, chat_format),
             "dtype": str(dtype).removeprefix("torch."),
             "sha256": {p.name: sha256_file(p) for p in files},
         }

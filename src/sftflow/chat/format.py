@@ -5,7 +5,6 @@ A new built-in format is one file in formats/ and one row in BUILTIN.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -135,12 +134,3 @@ def tokenizer_json(tokenizer: Any) -> dict[str, Any]:
     data.pop("truncation", None)
     data.pop("padding", None)
     return data
-
-
-def fingerprint(tokenizer: Any, chat_format: ChatFormat) -> str:
-    """One hash of everything that turns a conversation into ids."""
-    digest = hashlib.sha256()
-    digest.update(json.dumps(tokenizer_json(tokenizer), sort_keys=True, ensure_ascii=False).encode())
-    digest.update(chat_format.template.encode())
-    digest.update(json.dumps([chat_format.kwargs, chat_format.now], sort_keys=True).encode())
-    return digest.hexdigest()[:16]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from sftflow.cli.common import MODEL_HELP, Limit, Out, Tasks, app, quiet, split_tasks
-from sftflow.errors import RecipeError
 
 JUDGE_KEY = "SFTFLOW_JUDGE_KEY"
 AllowCode = Annotated[bool, typer.Option("--allow-code", help="run code that the model wrote, in a sandbox")]
@@ -45,22 +43,15 @@ class EvalOptions:
 
     def open(self, model: str) -> Any:
         """The tasks, with their items; `model` is the one that was taught who it is."""
-        from sftflow.evaluation.prompts_for import open_tasks
+        from sftflow.evaluation.options import open_tasks
 
         identity = self.identity or identity_of(model)
         return open_tasks(self.tasks, self.limit, identity, allow_code=self.allow_code)
 
-    def check_comparison(self) -> Any:
-        """The fixed prompts, after asking the judge, where one is named, whether it is there."""
-        from sftflow.comparison.judge import check_judge
-        from sftflow.comparison.prompts import load_prompts
+    def compared_with(self) -> Any:
+        from sftflow.comparison.compare import CompareOptions
 
-        if bool(self.judge) != bool(self.judge_model):
-            raise RecipeError("--judge", "it needs --judge-model, and that needs --judge", "give both")
-        prompts = load_prompts(self.prompts)
-        if self.judge and self.judge_model:
-            check_judge(self.judge, self.judge_model, os.environ.get(JUDGE_KEY))
-        return prompts
+        return CompareOptions(prompts=self.prompts, judge=self.judge, judge_model=self.judge_model)
 
 
 def identity_of(model: str) -> Any:
@@ -92,9 +83,9 @@ def evaluate_all(models: list[str], asked: EvalOptions, watch: Any) -> None:
         done += k
         watch.counted("evaluate", done, total, f"{task}: {model}")
 
-    document = evaluate_models(((load_assistant(name), runs[name]) for name in models), asked.out, tell)
+    evaluation = evaluate_models(((load_assistant(name), runs[name]) for name in models), asked.out, tell)
     watch.say("")
-    Console(highlight=False).print(eval_table(document))
+    Console(highlight=False).print(eval_table(evaluation.to_json()))
     watch.say(f"rows and eval.json are in {asked.out}")
 
 
@@ -102,64 +93,36 @@ def compare_two(base_name: str, sft_name: str, asked: EvalOptions, watch: Any) -
     """Base versus SFT, and the verdicts."""
     from rich.console import Console
 
+    from sftflow.atomic_io import write_text
     from sftflow.checkpoint import load_assistant
-    from sftflow.comparison.compare import JudgeSpec, base_format, compare_models
+    from sftflow.comparison.compare import base_format, compare_models
+    from sftflow.comparison.remarks import remarks
+    from sftflow.comparison.run_artifacts import run_of
+    from sftflow.report.comparison_page import comparison_page
     from sftflow.report.tables import score_table
 
+    options = asked.compared_with()
     runs = asked.open(sft_name)
-    prompt_set = asked.check_comparison()
+    prompt_set = options.check()
     sft = load_assistant(sft_name)
-    base_model = load_assistant(base_name, fallback=base_format(sft))
-    judge = None
-    if asked.judge and asked.judge_model:
-        judge = JudgeSpec(url=asked.judge, model=asked.judge_model, api_key=os.environ.get(JUDGE_KEY))
-    document = compare_models(
-        base_model,
+    comparison = compare_models(
+        load_assistant(base_name, fallback=base_format(sft)),
         sft,
         runs,
         prompt_set,
         asked.out,
         run_directory=run_of(sft_name),
-        judge=judge,
+        options=options,
         progress=lambda what, done, total: watch.counted("compare", done, total, what),
         say=watch.say,
-    ).document
+    )
+    write_text(asked.out / "report.html", comparison_page(comparison))
     watch.say("")
-    if document["tasks"]:
-        Console(highlight=False).print(score_table(document))
-    for line in remarks(document, sft.model.num_parameters()):
+    if comparison.tasks:
+        Console(highlight=False).print(score_table(comparison.to_json()))
+    for line in remarks(comparison):
         watch.say(line)
     watch.say(f"report:        {asked.out / 'report.html'}")
-
-
-def run_of(model: str) -> Path | None:
-    """The run directory that a model's checkpoint lies in, where it does: RUN or RUN/checkpoint, trained by us."""
-    directory = Path(model)
-    run = directory.parent if directory.name == "checkpoint" else directory
-    trained = (run / "checkpoint").is_dir() and (run / "recipe.yaml").is_file() and (run / "ledger.json").is_file()
-    return run if trained else None
-
-
-def remarks(document: dict[str, Any], n_parameters: int) -> list[str]:
-    """What a reader of the table must know beside it."""
-    out = []
-    if document["kind"] == "continued SFT":
-        out.append("the starting checkpoint was already instruction-tuned: this is continued SFT, not base versus SFT")
-    forgetting = document["forgetting"]
-    if forgetting["base"] and forgetting["sft"]:
-        change = forgetting["sft"] / forgetting["base"] - 1
-        text = f"plain text: {forgetting['base']:.3f} -> {forgetting['sft']:.3f} bits per byte ({change:+.1%}"
-        out.append(text + (", it forgot some of its reading)" if change > 0.02 else ")"))
-    for name, task in document["tasks"].items():
-        overlap = task["contamination"] or {}
-        if overlap.get("contaminated"):
-            out.append(f"{name}: {overlap['contaminated']} of {overlap['items']} items share words with training rows")
-    if n_parameters < 50_000_000:
-        out.append(
-            f"a {n_parameters / 1e6:.1f}M-parameter model knows what it was taught; other questions get weak answers"
-            " (the report shows some)"
-        )
-    return out
 
 
 @app.command("eval")

@@ -106,13 +106,13 @@ def _train_and_measure(recipe: Any, out: Path, signals: Any, lock: Any, *, resum
     callback = None
     asked = EvalOptions.of_recipe(recipe, out)
     if recipe.compare is not None:
-        asked.check_comparison()  # what is wrong with it is said before hours of training
+        asked.compared_with().check()  # what is wrong with it is said before hours of training
     if recipe.eval is not None:
         asked.open(recipe.base)  # and what is wrong with the tasks
         if recipe.eval.every is not None:
-            from sftflow.evaluation.callback import Sampled
+            from sftflow.evaluation.callback import EvalDuringTraining
 
-            callback = Sampled(
+            callback = EvalDuringTraining(
                 replace(asked, limit=min(asked.limit or recipe.eval.sample, recipe.eval.sample)).open("")
             )
     with ProgressDisplay() as watch:

@@ -115,10 +115,12 @@ class Judged:
         """(wins + ties / 2) / n"""
         return (self.count("a") + self.count("tie") / 2) / self.n if self.n else None
 
+    @property
+    def ci95(self) -> tuple[float, float] | None:
+        """Wilson's interval of the win rate, as if every tie were half a win and half a loss: if anything, too wide."""
+        return None if self.win_rate is None else wilson(self.win_rate, self.n)
+
     def to_json(self) -> dict[str, Any]:
-        """ci95: Wilson's interval of the win rate, as if every tie were half a win and half a loss: if anything, too
-        wide."""
-        rate = self.win_rate
         return {
             "model": self.model,
             "url": self.url,
@@ -132,8 +134,8 @@ class Judged:
             "parse_failures": self.count(None),
             "first_share": self.first_share,
             "length_effect": self.length_effect,
-            "win_rate": rate,
-            "ci95": None if rate is None else list(wilson(rate, self.n)),
+            "win_rate": self.win_rate,
+            "ci95": self.ci95,
             "rows": [
                 {"id": r.pair.id, "verdict": r.verdict, "first_order": r.first, "second_order": r.second}
                 | ({"failure": r.failure} if r.failure else {})

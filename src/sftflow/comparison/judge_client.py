@@ -92,7 +92,7 @@ class JudgeClient:
         left out. Raises JudgeError."""
         for _ in range(3):
             try:
-                self._complete("PromptReply with the one word: ready")
+                self._complete("Answer with the one word: ready")
                 break
             except NoReply as error:
                 said = str(error)

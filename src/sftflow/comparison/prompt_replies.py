@@ -3,84 +3,81 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
 
 from sftflow.checkpoint import Assistant
-from sftflow.comparison.prompts import PromptSet
-from sftflow.errors import SftflowError
-from sftflow.evaluation.prompts_for import PLAIN_STOPS, Arm, plain_ids
+from sftflow.comparison.prompts import FixedPrompt, PromptSet
+from sftflow.comparison.results import PromptComparison, PromptReply
+from sftflow.errors import ContextError, SftflowError
+from sftflow.evaluation.options import PLAIN_STOPS, Arm
+from sftflow.evaluation.reply_checks import ReplyChecks
 from sftflow.generation.request import GenerationRequest, Reply
 
 PROMPT_TOKENS = 96
 
 
-@dataclass(frozen=True)
-class PromptReply:
-    """A reply to a fixed prompt; where it could not be asked, `text` says why and `reply` is None."""
-
-    text: str
-    finish: str
-    reply: Reply | None = None
-
-
-def answers(assistant: Assistant, prompts: PromptSet, arm: Arm, step: Callable[[int], None]) -> list[PromptReply]:
-    """The reply to each fixed prompt, in order."""
-    out = [PromptReply("", "error")] * len(prompts.prompts)
+def prompt_replies(
+    assistant: Assistant, prompts: PromptSet, arm: Arm, step: Callable[[int], None]
+) -> list[PromptReply]:
+    """The reply to each fixed prompt, in order. One that cannot be asked has the reason as its text."""
+    replies: list[PromptReply | None] = [None] * len(prompts.prompts)
     requests: list[GenerationRequest] = []
-    where: list[int] = []
-    context = assistant.engine.context
+    asked: list[int] = []  # the prompt of each request
+    stops = PLAIN_STOPS if arm == "plain" else ()
     for i, prompt in enumerate(prompts.prompts):
         try:
-            if arm == "chat":
-                ids = tuple(
-                    int(t) for t in assistant.renderer.render(prompt.conversation, add_generation_prompt=True).ids
-                )
-            else:
-                ids = plain_ids(assistant, prompt.plain)
+            ids = _prompt_ids(assistant, prompt, arm)
         except SftflowError as error:
-            out[i] = PromptReply(f"[not asked: {error.fact}]", "error")
+            replies[i] = PromptReply(text=f"[not asked: {error.fact}]", finish_reason="error")
             step(1)
             continue
-        if len(ids) >= context:
-            out[i] = PromptReply(f"[not asked: {len(ids)} tokens do not fit {context}]", "error")
-            step(1)
-            continue
-        stops = PLAIN_STOPS if arm == "plain" else ()
         requests.append(
             GenerationRequest(prompt_ids=ids, max_new_tokens=PROMPT_TOKENS, stop_texts=stops, use_python=arm == "chat")
         )
-        where.append(i)
+        asked.append(i)
 
     def done(number: int, reply: Reply) -> None:
         text = reply.text.strip() if arm == "plain" else reply.text
-        out[where[number]] = PromptReply(text, reply.finish_reason, reply)
+        replies[asked[number]] = PromptReply(text=text, finish_reason=reply.finish_reason, reply=reply)
         step(1)
 
     assistant.engine.generate(requests, done)
+    return [reply for reply in replies if reply]
+
+
+def _prompt_ids(assistant: Assistant, prompt: FixedPrompt, arm: Arm) -> tuple[int, ...]:
+    """Raises SftflowError where the format cannot express the prompt, or the context cannot hold it."""
+    if arm == "chat":
+        rendered = assistant.renderer.render(prompt.conversation, add_generation_prompt=True)
+        ids = tuple(int(t) for t in rendered.ids)
+    else:
+        ids = assistant.plain_ids(prompt.plain)
+    context = assistant.engine.context
+    if len(ids) >= context:
+        raise ContextError(prompt.id, f"{len(ids)} tokens do not fit {context}", "ask something shorter")
+    return ids
+
+
+def with_faults(replies: Sequence[PromptReply], checks: ReplyChecks) -> list[PromptReply]:
+    """The replies with what the checks have against each. checks: over those that were asked first, then others."""
+    out, number = [], 0
+    for reply in replies:
+        out.append(replace(reply, faults=tuple(checks.faults_of(number))) if reply.reply else reply)
+        number += reply.reply is not None
     return out
 
 
-def shown(
-    prompts: PromptSet,
-    base: Sequence[PromptReply],
-    plain: Sequence[PromptReply],
-    sft: Sequence[PromptReply],
-    flags: dict[str, list[list[str]]],
-) -> list[dict[str, Any]]:
-    """compare.json's `prompts`. flags: for base and sft, what hygiene has against each reply."""
-    return [
-        {
-            "id": prompt.id,
-            "kind": prompt.kind,
-            "messages": prompt.messages_json(),
-            "base": base[i].text,
-            "base_plain": plain[i].text,
-            "sft": sft[i].text,
-            "base_finish": base[i].finish,
-            "base_plain_finish": plain[i].finish,
-            "sft_finish": sft[i].finish,
-            "hygiene": {side: flags[side][i] for side in ("base", "sft")},
-        }
+def prompt_comparisons(
+    prompts: PromptSet, base: Sequence[PromptReply], plain: Sequence[PromptReply], sft: Sequence[PromptReply]
+) -> tuple[PromptComparison, ...]:
+    return tuple(
+        PromptComparison(
+            id=prompt.id,
+            kind=prompt.kind,
+            messages=prompt.messages_json(),
+            base=base[i],
+            base_plain=plain[i],
+            sft=sft[i],
+        )
         for i, prompt in enumerate(prompts.prompts)
-    ]
+    )

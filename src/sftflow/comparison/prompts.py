@@ -29,7 +29,7 @@ class FixedPrompt:
         if all(m.role != "assistant" for m in messages):
             asked = "\n\n".join(m.text for m in messages)
             return f"Question: {asked}\nAnswer:"
-        names = {"user": "Question", "assistant": "PromptReply"}
+        names = {"user": "Question", "assistant": "Answer"}
         lines = [f"{names.get(m.role, '')}: {m.text}".lstrip(": ") for m in messages]
         return "\n".join([*lines, "Answer:"])
 
@@ -43,6 +43,9 @@ class PromptSet:
     version: int
     sha256: str
     prompts: tuple[FixedPrompt, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "version": self.version, "sha256": self.sha256}
 
 
 def load_prompts(source: str = "default") -> PromptSet:

@@ -1,93 +1,120 @@
-"""What lies beside the SFT checkpoint in its run directory, and what is measured with it: losses on rows that were held
-out, forgetting, and the overlap of the tasks with the training rows."""
+"""What lies beside the SFT checkpoint in its run directory: how it was trained, for whoever reads the comparison."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from sftflow.checkpoint import Assistant
-from sftflow.errors import SftflowError
-from sftflow.evaluation.contamination import contamination
-from sftflow.evaluation.heldout_loss import bits_per_byte, held_out_loss, held_out_rows, plain_texts, run_mixture
-from sftflow.evaluation.prompts_for import TaskRun
-from sftflow.recipe import load_recipe
-
-HELD_OUT_ROWS = 200
+from sftflow.atomic_io import read_log
+from sftflow.chat.token_rows import TokenRow
 
 
-def held_out_and_overlap(
-    base: Assistant, sft: Assistant, runs: Sequence[TaskRun], run: Path | None
-) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """(held-out loss of both models, overlap by task). What cannot be had says why under `not_checked`."""
-    if run is None or not (run / "recipe.yaml").is_file():
-        why = {"not_checked": "the SFT checkpoint does not lie in a run directory"}
-        return None, {r.name: why for r in runs}
-    try:
-        recipe = load_recipe(run / "recipe.yaml")
-        ledger = _read_json(run / "ledger.json") or {}
-        mixture = run_mixture(recipe, sft.renderer, digest=ledger.get("data_sha256"))
-        rows = held_out_rows(mixture, recipe, HELD_OUT_ROWS)
-        overlap = contamination(runs, mixture.rows, mixture.renderer) if runs else {}
-    except SftflowError as error:
-        why = {"not_checked": f"{error.place}: {error.fact}"}
-        return why, {r.name: why for r in runs}
-    if not rows:
-        return None, overlap
-    try:
-        losses = {"base": held_out_loss(base, rows), "sft": held_out_loss(sft, rows)}
-    except SftflowError as error:  # a model whose logits are not those of its head
-        return {"not_checked": f"{error.place}: {error.fact}"}, overlap
-    return {"rows": losses["sft"]["rows"], **losses}, overlap
+@dataclass(frozen=True, kw_only=True)
+class LedgerSource:
+    """What a source of the mixture gave. cut, dropped: conversations that were too long."""
+
+    name: str
+    rows: int
+    repeat: float
+    tokens: int
+    supervised_tokens: int
+    cut: int
+    dropped: int
 
 
-def plain_text_loss(base: Assistant, sft: Assistant, file: Path | None) -> dict[str, Any]:
-    """Bits per byte of plain text before and after: what SFT made the model forget of reading."""
-    texts = plain_texts(file)
-    try:
-        before, after = bits_per_byte(base, texts), bits_per_byte(sft, texts)
-    except SftflowError as error:
-        return {"text": "", "bytes": 0, "base": None, "sft": None, "not_checked": f"{error.place}: {error.fact}"}
-    return {
-        "text": file.name if file else "the package's own sample",
-        "bytes": after["bytes"],
-        "base": before["bpb"],
-        "sft": after["bpb"],
-    }
+@dataclass(frozen=True, kw_only=True)
+class Ledger:
+    """What was trained on. padding_share: of the packed rows' tokens."""
+
+    sources: tuple[LedgerSource, ...]
+    rows: int
+    tokens: int
+    supervised_tokens: int
+    packed_rows: int
+    padding_share: float
 
 
-def beside_run(run: Path | None) -> dict[str, Any]:
-    """Ledger, loss curve, recipe and a mask to show, None where they are not there."""
-    found: dict[str, Any] = dict.fromkeys(("ledger", "loss", "mask_example", "recipe_yaml", "train_seconds", "curves"))
-    found["now"] = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+@dataclass(frozen=True, kw_only=True)
+class ValidationLoss:
+    """Loss on the held-out rows after a step; by source where these can be told apart."""
+
+    step: int
+    loss: float | None
+    sources: Mapping[str, float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledScores:
+    """Scores, and rates of the reply checks, on a sample of the tasks after a step."""
+
+    step: int
+    tasks: Mapping[str, float | None]
+    hygiene: Mapping[str, float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunArtifacts:
+    """None or empty: the run has none, or its file is not whole.
+
+    losses: (step, nats per supervised token).   mask_example: a training row with its mask.   recipe: as YAML.
+    """
+
+    ledger: Ledger | None = None
+    losses: Sequence[tuple[int, float | None]] = ()
+    validation: Sequence[ValidationLoss] = ()
+    sampled: Sequence[SampledScores] = ()
+    mask_example: TokenRow | None = None
+    recipe: str | None = None
+    train_seconds: float | None = None
+
+
+def run_of(model: str) -> Path | None:
+    """The run directory that a model's checkpoint lies in, where it does: RUN or RUN/checkpoint, trained by us."""
+    directory = Path(model)
+    run = directory.parent if directory.name == "checkpoint" else directory
+    trained = (run / "checkpoint").is_dir() and (run / "recipe.yaml").is_file() and (run / "ledger.json").is_file()
+    return run if trained else None
+
+
+def read_run(run: Path | None) -> RunArtifacts:
+    """What the files of a run directory say; nothing where there is none."""
     if run is None:
-        return found
-    found["ledger"] = _read_json(run / "ledger.json")
-    examples = _read_json(run / "mask_example.json")
-    found["mask_example"] = max(examples, key=_interest) if examples else None
-    steps = _read_lines(run / "metrics.jsonl")
-    if steps:
-        found["loss"] = {
-            "step": [r["step"] for r in steps],
-            "loss": [r["loss"] for r in steps],
-            "validation": _read_lines(run / "validation.jsonl"),
-        }
-        found["train_seconds"] = sum(r["seconds"] for r in steps)
-    found["curves"] = _read_lines(run / "evals.jsonl") or None
+        return RunArtifacts()
+    examples = [TokenRow.from_json(row) for row in _read_json(run / "mask_example.json") or ()]
+    steps = read_log(run / "metrics.jsonl")
     recipe = run / "recipe.yaml"
-    found["recipe_yaml"] = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
-    return found
+    return RunArtifacts(
+        ledger=_ledger(_read_json(run / "ledger.json")),
+        losses=[(r["step"], r["loss"]) for r in steps],
+        validation=[
+            ValidationLoss(step=r["step"], loss=r["loss"], sources=r.get("sources") or {})
+            for r in read_log(run / "validation.jsonl")
+        ],
+        sampled=[
+            SampledScores(step=r["step"], tasks=r.get("tasks") or {}, hygiene=r.get("hygiene") or {})
+            for r in read_log(run / "evals.jsonl")
+        ],
+        mask_example=max(examples, key=_interest, default=None),
+        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
+        train_seconds=sum(r["seconds"] for r in steps) if steps else None,
+    )
 
 
-def _interest(example: dict[str, Any]) -> tuple[int, int]:
+def _ledger(told: Any) -> Ledger | None:
+    if not told:
+        return None
+    own = [f.name for f in fields(Ledger) if f.name != "sources"]
+    keys = [f.name for f in fields(LedgerSource)]
+    sources = tuple(LedgerSource(**{k: s[k] for k in keys}) for s in told["sources"])
+    return Ledger(sources=sources, **{k: told[k] for k in own})
+
+
+def _interest(row: TokenRow) -> tuple[bool, int]:
     """The mask example worth showing: one with a calculator call, of moderate length."""
-    tokens = example["tokens"]
-    has_tool = any(t["special"] and "output" in t["text"] for t in tokens)
-    return (int(has_tool), -abs(len(tokens) - 60))
+    return any(t.special and "output" in t.text for t in row.tokens), -abs(len(row.tokens) - 60)
 
 
 def _read_json(path: Path) -> Any:
@@ -96,13 +123,3 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """A log's rows; a line that a kill or a full disk cut short is none."""
-    rows = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]

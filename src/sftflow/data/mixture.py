@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from sftflow.data.prepare import Progress, bad_rows, prepare_source, sample_conv
 from sftflow.data.sources import sample_of
 from sftflow.data.store import Examples, RowStore
 from sftflow.errors import DataError, ProofError
+from sftflow.fingerprint import data_digest
 from sftflow.packing.pack import best_fit, padding_share
 from sftflow.recipe import Recipe
 
@@ -101,13 +101,7 @@ class Mixture:
 
     def digest(self) -> str:
         """One hash of every row's ids, in order, and of which are trained on."""
-        digest = hashlib.sha256()
-        for rows in self.rows:
-            digest.update(rows.table["digest"].tobytes())
-            digest.update(rows.table["supervised"].tobytes())
-        digest.update(self.examples.chosen.tobytes())
-        digest.update(self.held_out.chosen.tobytes())
-        return digest.hexdigest()[:16]
+        return data_digest(self.rows, self.examples.chosen, self.held_out.chosen)
 
 
 def write_bad_rows(out: Path, mixture: Mixture) -> None:

@@ -7,7 +7,6 @@ parent and the children it started.
 from __future__ import annotations
 
 import gc
-import hashlib
 import os
 import pickle
 import queue
@@ -29,6 +28,7 @@ from sftflow.chat.verify import INVARIANTS, verify
 from sftflow.data.store import ROW
 from sftflow.data.truncate import fit
 from sftflow.errors import DataError, FormatError, MaskError, RunError, SchemaError, SftflowError
+from sftflow.fingerprint import row_digest
 
 SourceItem = tuple[int, Any]  # (number in the source, a line's bytes, a parsed row, or a Conversation)
 
@@ -97,8 +97,7 @@ def render_block(renderer: Renderer, job: Job, items: list[SourceItem], n_verifi
                 _count(block.invariants, verify(renderer, rendered_from, rendered), conversation.source)
             row = rendered.ids.astype(np.int32)
             n = len(row)
-            digest = int.from_bytes(hashlib.blake2b(row.tobytes(), digest_size=8).digest(), "little")
-            table.append((start, n, int(rendered.mask[1:].sum()), number, digest))
+            table.append((start, n, int(rendered.mask[1:].sum()), number, row_digest(row)))
             block.boundary_splits += rendered.boundary_splits
             ids.append(row)
             masks.append(rendered.mask)

@@ -7,16 +7,15 @@ $SFTFLOW_CACHE/rows/KEY/    default ~/.cache/sftflow; SFTFLOW_CACHE=off keeps no
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
 
-from sftflow import __version__
 from sftflow.atomic_io import sha256_file
 from sftflow.data.render_pool import Job
+from sftflow.fingerprint import RENDERED_ROWS, code_hash
 from sftflow.recipe import Recipe, SourceEntry
 from sftflow.tasks import TASKS
 
@@ -30,19 +29,6 @@ def cache_folder() -> Path | None:
         return None
     base = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sftflow"
     return base / "rows"
-
-
-@functools.cache
-def _code_version() -> str:
-    """One hash of the code and data that make rows."""
-    package = Path(__file__).parent.parent
-    digest = hashlib.sha256(__version__.encode())
-    for folder in ("chat", "data", "tasks"):
-        for path in sorted((package / folder).rglob("*")):
-            if path.suffix in (".py", ".jinja", ".json", ".jsonl", ".txt"):
-                digest.update(str(path.relative_to(package)).encode())
-                digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def cache_key(entry: SourceEntry, recipe: Recipe, job: Job) -> str | None:
@@ -74,7 +60,8 @@ def cache_key(entry: SourceEntry, recipe: Recipe, job: Job) -> str | None:
         chat_format.template,
         chat_format.to_json(),
         chat_format.end,
-        _code_version(),
+        code_hash(RENDERED_ROWS),
+        RENDERED_ROWS.versions(),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 

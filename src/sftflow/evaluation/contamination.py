@@ -1,36 +1,59 @@
-"""How much of an evaluation stands in the rows of a mixture: the audit's overlap, without the rest of the audit."""
+"""How many of the evaluation items stand in the rows that a model was trained on: the audit's overlap alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from sftflow.chat.render import Renderer
 from sftflow.data.audit import SourceRows, item_parts
-from sftflow.data.audit.duplicates import digests_of, first_copies
-from sftflow.data.audit.ngrams import split_words
 from sftflow.data.audit.overlap import NGRAM, EvalIndex
 from sftflow.data.audit.rows import AuditRows
-from sftflow.errors import SftflowError
-from sftflow.evaluation.heldout_loss import run_mixture
-from sftflow.evaluation.prompts_for import TaskRun
-from sftflow.recipe import Recipe
+from sftflow.data.run_rows import TRAINING_ROWS, read_training_rows
+from sftflow.errors import DataError
+from sftflow.evaluation.options import EvalTask
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverlapExample:
+    """A training row that has words of an item. item: its id."""
+
+    item: str
+    source: str
+    place: str
+    words: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlap:
+    """A task's items that stand in training rows, by `ngram` words in a row (see `EvalIndex`).
+
+    items: of the task.   contaminated: found ones.   share: of all items.   unchecked: too short to be looked for.
+    """
+
+    ngram: int = NGRAM
+    items: int
+    contaminated: int
+    share: float
+    unchecked: int
+    examples: tuple[OverlapExample, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "examples": [asdict(example) for example in self.examples]}
 
 
 def contamination(
-    runs: Sequence[TaskRun],
+    tasks: Sequence[EvalTask],
     sources: Sequence[SourceRows],
     renderer: Renderer,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Which of the tasks' items are found in the rows, by 13 words in a row (see `EvalIndex`).
+) -> dict[str, Overlap]:
+    """The overlap of each task with the rows.
 
-    -> {task: {"ngram", "items", "contaminated", "share", "unchecked", "examples": [{"item": id, "source", "place",
-        "words"}]}}
-
-    sources: a mixture's `rows`, held-out ones among them.   renderer: what rendered them.   progress: (done, total).
+    sources: a mixture's `rows`, held-out ones among them.   renderer: of the tokenizer that they were rendered with.
+    progress: (done, total).
     """
     backend = renderer.tokenizer.backend_tokenizer
     rows = AuditRows(
@@ -38,38 +61,29 @@ def contamination(
         lambda ids: backend.decode_batch(ids, skip_special_tokens=True),
         special_ids=list(renderer.special.values()),
     )
-    index = EvalIndex({r.name: [item_parts(i) for i in r.items] for r in runs}, [s.name for s in sources])
-    _, repeats_here = first_copies(rows, digests_of(rows))
-    todo = np.flatnonzero(~repeats_here)
-    done = 0
-    for chunk in rows.chunks(todo):
-        index.search(split_words(rows.texts(chunk)), rows, chunk)
-        done += len(chunk)
-        if progress:
-            progress(done, len(todo))
-    items = {r.name: r.items for r in runs}
+    index = EvalIndex({r.name: [item_parts(i) for i in r.items] for r in tasks}, [s.name for s in sources])
+    for chunk, words in rows.words(progress):
+        index.search(words, rows, chunk)
+    items = {r.name: r.items for r in tasks}
     return {
-        found.task: {
-            "ngram": NGRAM,
-            "items": found.items,
-            "contaminated": found.contaminated,
-            "share": found.share,
-            "unchecked": found.unchecked,
-            "examples": [
-                {"item": items[found.task][e.item].id, "source": e.source, "place": e.place, "words": e.words}
+        found.task: Overlap(
+            items=found.items,
+            contaminated=found.contaminated,
+            share=found.share,
+            unchecked=found.unchecked,
+            examples=tuple(
+                OverlapExample(item=items[found.task][e.item].id, source=e.source, place=e.place, words=e.words)
                 for e in found.examples
-            ],
-        }
+            ),
+        )
         for found in index.result()
     }
 
 
-def contamination_of_run(
-    runs: Sequence[TaskRun], recipe: Recipe, renderer: Renderer, *, digest: str | None = None
-) -> dict[str, dict[str, Any]] | str:
-    """The same over a run's mixture (see `run_mixture`), or "not checked: REASON" where it cannot be made again."""
-    try:
-        mixture = run_mixture(recipe, renderer, digest=digest)
-    except SftflowError as error:
-        return f"not checked: {error}"
-    return contamination(runs, mixture.rows, mixture.renderer)
+def contamination_of_run(tasks: Sequence[EvalTask], run: Path, renderer: Renderer) -> dict[str, Overlap]:
+    """The same over the rows that a run directory was trained on. Raises DataError where it does not hold them: an
+    older version trained it, or they were too many to be kept."""
+    rows = read_training_rows(run)
+    if rows.without_ids is not None:
+        raise DataError(str(run / TRAINING_ROWS), rows.without_ids)
+    return contamination(tasks, rows.sources, renderer) if tasks else {}

@@ -13,10 +13,9 @@ mean of rows' means.
 from __future__ import annotations
 
 import math
-import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftflow.chat.render import Rendered, Renderer
-from sftflow.chat.schema import ROLES, Conversation, parse_line, parse_row
+from sftflow.chat.schema import ROLES, Conversation
 from sftflow.checkpoint import Assistant
 from sftflow.data.documents import read_documents
-from sftflow.data.mixture import Mixture, build_mixture
-from sftflow.data.sources import items_of, prefix_of
-from sftflow.data.truncate import fit
-from sftflow.errors import ContextError, DataError, FormatError, MaskError, SftflowError
-from sftflow.evaluation.prompts_for import plain_ids
+from sftflow.data.run_rows import read_held_out
+from sftflow.errors import ContextError, FormatError, MaskError
 from sftflow.evaluation.token_loss import Float, token_losses
 from sftflow.packing.pack import Example
-from sftflow.recipe import Recipe
 
 GROUPS = (*ROLES, "end_of_turn")
 NO_GROUP = -1
@@ -48,9 +43,30 @@ Int = NDArray[np.int64]
 # ---- by group
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeldOutLoss:
+    """Nats per token; None where there is no such token.
+
+    rows: measured ones.   tokens: supervised ones.   all: of these.   roles, sources: by name.   skipped: rows that
+    could not be measured, by the reason.   first_skipped: what is the matter with the first of them.
+    """
+
+    rows: int
+    tokens: int
+    all: float | None
+    end_of_turn: float | None
+    roles: dict[str, float | None]
+    sources: dict[str, float | None]
+    skipped: dict[str, int]
+    first_skipped: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 @dataclass
 class _Sums:
-    """Nats and tokens, by whatever they are asked of."""
+    """Nats and tokens by group or source."""
 
     nats: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     tokens: Counter[str] = field(default_factory=Counter)
@@ -86,14 +102,15 @@ def groups_of(rendered: Rendered, renderer: Renderer, seen: int = 0) -> Int:
     return groups
 
 
-def held_out_loss(assistant: Assistant, conversations: Sequence[tuple[str, Conversation]]) -> dict[str, Any]:
-    """Nats per token over (source, conversation) rows; None where there is no such token.
+def held_out_conversations(run: Path, limit: int | None = None) -> list[tuple[str, Conversation]]:
+    """(source, conversation) of the rows that a run directory held out; `limit` of them at most, drawn in turn from
+    each source. Raises DataError where an older version trained the run."""
+    return [(row.source, row.conversation) for row in read_held_out(run, limit)]
 
-    -> {"rows", "tokens": supervised ones, "all": of these, "end_of_turn", "roles": {...}, "sources": {...},
-        "skipped": {why: rows}, "first_skipped": the first one's error}
 
-    A row that the format expands into one example a turn counts each token once.
-    """
+def held_out_loss(assistant: Assistant, conversations: Sequence[tuple[str, Conversation]]) -> HeldOutLoss:
+    """The loss on (source, conversation) rows. A row that the format expands into one example a turn counts each token
+    once."""
     renderer = assistant.renderer
     examples: list[Example] = []
     labels: list[tuple[str, Int]] = []
@@ -128,91 +145,16 @@ def held_out_loss(assistant: Assistant, conversations: Sequence[tuple[str, Conve
             sums.add(name, losses[groups == number])
         sums.add("all", losses[np.isin(groups, reply)])
         by_source.add(source, losses[np.isin(groups, reply)])
-    return {
-        "rows": rows,
-        "tokens": sums.tokens["all"],
-        "all": sums.mean("all"),
-        "end_of_turn": sums.mean("end_of_turn"),
-        "roles": {role: sums.mean(role) for role in ROLES},
-        "sources": {name: by_source.mean(name) for name in dict.fromkeys(name for name, _ in conversations)},
-        "skipped": dict(skipped),
-        "first_skipped": first,
-    }
-
-
-# ---- the held-out rows of a run
-
-
-def run_mixture(
-    recipe: Recipe,
-    renderer: Renderer,
-    *,
-    digest: str | None = None,
-    progress: Callable[[str, int], None] | None = None,
-) -> Mixture:
-    """The mixture of a run, made again from its resolved recipe (from the row cache where it is still there).
-
-    digest: the run's `data_sha256` (in ledger.json; `data` in the checkpoint's sftflow.json). Raises DataError, with
-    the reason in one line, where the data is gone or gives other rows than those.
-    """
-    try:
-        mixture = build_mixture(recipe, renderer, progress)
-    except (SftflowError, OSError) as error:
-        raise DataError("mixture", f"the run's rows cannot be made again ({error})") from error
-    if digest is not None and mixture.digest() != digest:
-        fact = "the data, the tokenizer or the format is not what the run was trained on"
-        raise DataError("mixture", f"{fact} (rows {mixture.digest()}, trained on {digest})")
-    return mixture
-
-
-def held_out_conversations(
-    recipe: Recipe, renderer: Renderer, limit: int | None = None, *, digest: str | None = None
-) -> list[tuple[str, Conversation]]:
-    """(source, conversation) of a run's validation rows, at most `limit`, spread over its sources; always the same.
-
-    Raises DataError as `run_mixture` does.
-    """
-    return held_out_rows(run_mixture(recipe, renderer, digest=digest), recipe, limit)
-
-
-def held_out_rows(mixture: Mixture, recipe: Recipe, limit: int | None = None) -> list[tuple[str, Conversation]]:
-    """The same of a mixture that has been made already."""
-    picked = spread_out(mixture.held_out.chosen, limit, recipe.train.seed)
-    out: list[tuple[str, Conversation]] = []
-    for number, (entry, rows) in enumerate(zip(recipe.mixture, mixture.rows, strict=True)):
-        wanted: dict[int, list[int]] = {}
-        for row in picked.get(number, []):
-            wanted.setdefault(int(rows.table["number"][row]), []).append(row)
-        last = max(wanted, default=0)
-        for at, payload in items_of(entry, recipe) if wanted else ():
-            if at in wanted:
-                place = f"{prefix_of(entry)}:{at}"
-                if not isinstance(payload, Conversation):
-                    payload = parse_row(parse_line(payload, place) if isinstance(payload, bytes) else payload, place)
-                pairs = fit(payload, mixture.renderer, recipe.train.max_length, recipe.train.overlong).pairs
-                for row in wanted[at]:
-                    found = [c for c, r in pairs if np.array_equal(r.ids, rows.ids(row))]
-                    if not found:
-                        raise DataError(place, "this row is no longer the one that was held out")
-                    out.append((entry.label, found[0]))
-            if at == last:
-                break
-    return out
-
-
-def spread_out(chosen: NDArray[Any], limit: int | None, seed: int) -> dict[int, list[int]]:
-    """`limit` of the (source, row) pairs, drawn in turn from each source, as {source: rows in order}.
-
-    >>> spread_out(np.array([[0, 4], [0, 5], [0, 6], [1, 9]]), 2, seed=0)
-    {0: [5], 1: [9]}
-    """
-    queues: dict[int, list[int]] = {}
-    for source, row in chosen.tolist():
-        queues.setdefault(source, []).append(row)
-    for source, queue in queues.items():
-        random.Random(f"{source}:{seed}").shuffle(queue)
-    order = sorted((turn, source) for source, queue in queues.items() for turn in range(len(queue)))[:limit]
-    return {source: sorted(queues[source][turn] for turn, s in order if s == source) for source in sorted(queues)}
+    return HeldOutLoss(
+        rows=rows,
+        tokens=sums.tokens["all"],
+        all=sums.mean("all"),
+        end_of_turn=sums.mean("end_of_turn"),
+        roles={role: sums.mean(role) for role in ROLES},
+        sources={name: by_source.mean(name) for name in dict.fromkeys(name for name, _ in conversations)},
+        skipped=dict(skipped),
+        first_skipped=first,
+    )
 
 
 # ---- plain text
@@ -226,13 +168,22 @@ def plain_texts(path: Path | None = None) -> list[str]:
     return [text.strip() + "\n" for text in PLAIN_TEXT.read_text(encoding="utf-8").split("\n\n\n\n")]
 
 
-def bits_per_byte(assistant: Assistant, texts: Sequence[str], *, window: int = 512) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class BitsPerByte:
+    """bytes, tokens: those that were predicted.   bpb: bits per byte; None where there is no token."""
+
+    bytes: int
+    tokens: int
+    bpb: float | None
+
+
+def bits_per_byte(assistant: Assistant, texts: Sequence[str], *, window: int = 512) -> BitsPerByte:
     """Plain text as the base was pretrained to read it: total nats / ln 2 / UTF-8 bytes. Unlike nats per token, it
     compares models of different tokenizers.
 
     Texts are read in windows of `window` tokens (no more than the context) that overlap by half, so that every token
     has at least half a window before it, and each is counted once. Without a BOS nothing predicts a text's first
-    token: it is left out, and its bytes with it. -> {"bytes", "tokens", "bpb": None where there is no token}
+    token: it is left out, and its bytes with it.
     """
     size = min(window, assistant.engine.context)
     if size < 2:
@@ -240,7 +191,7 @@ def bits_per_byte(assistant: Assistant, texts: Sequence[str], *, window: int = 5
     examples: list[Example] = []
     n_bytes = 0
     for text in texts:
-        ids = np.array(plain_ids(assistant, text), np.int64)
+        ids = np.array(assistant.plain_ids(text), np.int64)
         words = assistant.renderer.encode_plain(text)
         n_bytes += len(text.encode())
         first = len(ids) - len(words)
@@ -249,7 +200,8 @@ def bits_per_byte(assistant: Assistant, texts: Sequence[str], *, window: int = 5
         examples += [Example(ids=ids[a:b], mask=m) for a, b, m in windows(len(ids), size, max(1, first))]
     losses = token_losses(assistant, examples)
     nats, tokens = sum(float(x.sum()) for x in losses), sum(len(x) for x in losses)
-    return {"bytes": n_bytes, "tokens": tokens, "bpb": nats / math.log(2) / n_bytes if tokens and n_bytes else None}
+    bpb = nats / math.log(2) / n_bytes if tokens and n_bytes else None
+    return BitsPerByte(bytes=n_bytes, tokens=tokens, bpb=bpb)
 
 
 def windows(n: int, size: int, first: int) -> Iterator[tuple[int, int, NDArray[np.int8]]]:

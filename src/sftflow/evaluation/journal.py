@@ -1,10 +1,10 @@
 """Graded rows on disk as they finish, so that a run that dies goes on from them.
 
 eval/MODEL-TASK.jsonl         a row an item, appended as it finishes; in the items' order when all are there
-eval/MODEL-TASK.meta.json     what the rows rest on
+eval/MODEL-TASK.meta.json     what decided them: weights, format, decoding, code, versions ... (their provenance)
 eval/kept/MODEL-TASK.jsonl    finished rows that were not asked for this time: of more items, or of other weights
 
-Each row says by a hash what it rests on, and is taken over where that is the same. No finished row is thrown away.
+Each row holds the hash of its provenance, and is taken over where that is the same. No finished row is thrown away.
 """
 
 from __future__ import annotations
@@ -16,21 +16,18 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-
 from sftflow.atomic_io import NO_SPACE, finite, reason, write_json, write_text
 from sftflow.errors import RunError
+from sftflow.fingerprint import hash_json, items_hash, prompt_hash
 from sftflow.tasks import Item
 
-PACKAGE = Path(__file__).parents[1]
-SCORING = ("chat", "evaluation", "generation", "calculator.py", "tasks", "packing", "sandbox", "rounding.py")
-"""the package's parts that a score hangs on"""
 KEPT = "kept"
 LONGEST_NAME = 100
+IN_FILE = {"provenance": "rests_on", "details": "marks"}
+"""fields of a row that have another name in files"""
 
 Key = tuple[str, str, str]
 
@@ -39,10 +36,10 @@ Key = tuple[str, str, str]
 class EvalRow:
     """One graded reply.
 
-    prompt_sha256: of the prompt's ids.   item_sha256: of all that is asked and graded.   rests_on: hash of the rest
-    (meta.json).   ids: the generated ids.   near_ties: places where the two likeliest tokens were within 1e-4.
-    marks: what the grader says beside the score.   finish_reason: "too_long" where the prompt does not fit the model's
-    context; that scores 0.
+    prompt_sha256: of the prompt's ids.   item_sha256: of all that is asked and graded.   provenance: hash of what else
+    decides the row (meta.json); `rests_on` in the file.   ids: the generated ids.   near_ties: places where the two
+    likeliest tokens were within 1e-4.   details: what the grader found beside the score; `marks` in the file.
+    finish_reason: "too_long" where the prompt does not fit the model's context; that scores 0.
     """
 
     id: str
@@ -56,47 +53,35 @@ class EvalRow:
     seconds: float
     prompt_sha256: str
     item_sha256: str = ""
-    rests_on: str = ""
+    provenance: str = ""
     near_ties: int = 0
-    marks: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
     ids: tuple[int, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The reply, as `generation.Reply` names it."""
+        return self.reply
 
     @property
     def key(self) -> Key:
         return self.id, self.prompt_sha256, self.item_sha256
 
+    def to_json(self) -> dict[str, Any]:
+        """The row as it stands in the file."""
+        return {IN_FILE.get(name, name): value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> EvalRow:
+        """A row of a file; keys of other versions are left out. Raises KeyError or TypeError where one is missing."""
+        known = {f.name: IN_FILE.get(f.name, f.name) for f in fields(cls)}
+        given = {name: row[key] for name, key in known.items() if key in row}
+        return cls(**given | {"ids": tuple(row["ids"])})
+
 
 def key_of(item: Item, prompt: Iterable[int]) -> Key:
-    """What its row's `key` will be."""
+    """The key of the row that the item's reply to this prompt will have."""
     return item.id, prompt_hash(prompt), items_hash([item])
-
-
-def prompt_hash(ids: Iterable[int]) -> str:
-    return hashlib.sha256(np.asarray(list(ids), np.int64).tobytes()).hexdigest()[:16]
-
-
-def items_hash(items: Iterable[Item]) -> str:
-    """Of everything that is asked and graded."""
-    digest = hashlib.sha256()
-    for i in items:
-        said = [i.id, [[m.role, m.text] for m in i.messages], i.answer, i.choices]
-        digest.update(json.dumps(said, ensure_ascii=False).encode())
-    return digest.hexdigest()[:16]
-
-
-def evidence_hash(rests_on: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(rests_on, sort_keys=True).encode()).hexdigest()[:16]
-
-
-@cache
-def code_hash() -> str:
-    """Of the package's own code and chat formats that scores may change with."""
-    digest = hashlib.sha256()
-    parts = [PACKAGE / name for name in SCORING]
-    files = {p for part in parts for p in ([part] if part.is_file() else part.rglob("*"))}
-    for path in sorted(p for p in files if p.suffix in (".py", ".jinja")):
-        digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
 
 
 def safe_name(model: str) -> str:
@@ -112,32 +97,37 @@ def safe_name(model: str) -> str:
 class Journal:
     """One task's rows for one model and arm. Thread-safe: rows finish in any order.
 
-    rows: the finished ones that rest on the same, by their keys; more of them may be there than are asked for.
+    rows: the finished ones of this provenance by their keys; there may be more of them than are asked for.
     """
 
-    def __init__(self, path: Path, rests_on: Mapping[str, Any]) -> None:
-        """Takes over the rows that are there where they rest on the same; sets the others aside."""
+    def __init__(self, path: Path, provenance: Mapping[str, Any]) -> None:
+        """Takes over the rows of the same provenance that are there; sets the others aside."""
         self.path, self.kept = path, path.parent / KEPT / path.name
-        self._stamp = evidence_hash(rests_on)
+        self._stamp = hash_json(dict(provenance))
         self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         here, whole = _read_rows(path)
-        found = {(row.rests_on, row.key): row for row in [*_read_rows(self.kept)[0], *here]}
+        found = {(row.provenance, row.key): row for row in [*_read_rows(self.kept)[0], *here]}
         self.rows = {key: row for (stamp, key), row in found.items() if stamp == self._stamp}
         self._others = [row for (stamp, _), row in found.items() if stamp != self._stamp]
-        self.taken_over = len(self.rows)
         # What is set aside is written before the file is cut, so that each row is in one of the two at any time.
-        foreign = any(row.rests_on != self._stamp for row in here)
+        foreign = any(row.provenance != self._stamp for row in here)
         if foreign:
             self._set_aside(list(found.values()))
         if foreign or not whole or len(here) != len(self.rows):
             write_text(path, "".join(map(_line, self.rows.values())))
-        write_json(path.with_suffix(".meta.json"), dict(rests_on))
+        write_json(path.with_suffix(".meta.json"), dict(provenance))
         self._file: IO[bytes] = path.open("ab", buffering=0)
 
-    def add(self, row: EvalRow) -> None:
-        """Append a row: whole, or not at all where the disk is full."""
-        row = replace(row, rests_on=self._stamp)
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def add(self, row: EvalRow) -> EvalRow:
+        """Append a row, stamped with the provenance: whole, or not at all where the disk is full."""
+        row = replace(row, provenance=self._stamp)
         with self._lock:
             end = os.fstat(self._file.fileno()).st_size
             rest = memoryview(_line(row).encode())
@@ -148,11 +138,13 @@ class Journal:
                 os.ftruncate(self._file.fileno(), end)
                 raise
             self.rows[row.key] = row
+        return row
 
     def close(self, asked: Sequence[Key] | None = None) -> None:
         """asked: the keys of all items in their order, once their rows are there. Other rows are set aside."""
-        with self._file:
-            os.fsync(self._file.fileno())
+        if not self._file.closed:
+            with self._file:
+                os.fsync(self._file.fileno())
         if asked is not None:
             wanted = set(asked)
             self._set_aside([*self._others, *(row for key, row in self.rows.items() if key not in wanted)])
@@ -178,12 +170,11 @@ def telling_full_disk(out: Path) -> Iterator[None]:
 
 
 def _line(row: EvalRow) -> str:
-    return json.dumps(finite(asdict(row)), ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(finite(row.to_json()), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _read_rows(path: Path) -> tuple[list[EvalRow], bool]:
     """The whole rows of a file, and whether it holds nothing else; what a kill cut off is no row."""
-    known = {f.name for f in fields(EvalRow)}
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
@@ -191,8 +182,7 @@ def _read_rows(path: Path) -> tuple[list[EvalRow], bool]:
     rows = []
     for line in lines:
         try:
-            row = json.loads(line)
-            rows.append(EvalRow(**{k: v for k, v in row.items() if k in known} | {"ids": tuple(row["ids"])}))
+            rows.append(EvalRow.from_json(json.loads(line)))
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
     return rows, len(rows) == len(lines) - 1 and not lines[-1]

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sftflow import __version__
-
-if TYPE_CHECKING:
-    from sftflow.checkpoint import Assistant
-    from sftflow.evaluation.evaluate import EvalResult
+from sftflow.checkpoint import Assistant
+from sftflow.evaluation.results import EvalResult
 
 # Our figure -> the harness's "metric,filter". `score` is the task's own.
 NAMES: dict[str, dict[str, str]] = {
@@ -32,7 +30,7 @@ def harness_results(assistant: Assistant, results: Sequence[EvalResult]) -> dict
     return {
         "results": {r.task: {"alias": r.task, "sample_len": r.n, **figures(r)} for r in results},
         "group_subtasks": {name: [] for name in tasks},
-        "configs": {r.task: {"task": r.task, "num_fewshot": 0, "metadata": r.rests_on} for r in results},
+        "configs": {r.task: {"task": r.task, "num_fewshot": 0, "metadata": r.provenance} for r in results},
         "versions": {name: __version__ for name in tasks},
         "n-shot": {name: 0 for name in tasks},
         "higher_is_better": {r.task: {key.split(",")[0]: True for key in figures(r)} for r in results},

@@ -1,50 +1,227 @@
-"""The comparison report: one self-contained HTML page, a pure function of what `compare` measured.
+"""The comparison report: one self-contained HTML page, made from a `Comparison`.
 
-    data (JSON-able, see `render_report`) -> sections of `page/` -> page under a policy that lets nothing load
+    Comparison -> sections, each a template of templates/comparison/ -> page under a policy that lets nothing load
 
-Model output is hostile text: every string goes through `esc`, and no data is put inside a script.
+Model output is hostile text: the templates escape every string, and no data is put inside a script.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
 from markupsafe import Markup
 
-from sftflow.report.page.items import items
-from sftflow.report.page.judge_and_overlap import contamination, judge
-from sftflow.report.page.prompts import prompts, weak
-from sftflow.report.page.reply_checks import forgetting, held_out, hygiene
-from sftflow.report.page.scores import scores
-from sftflow.report.page.training import ledger, loss, made, mask
-from sftflow.report.page.verdict import verdict
-from sftflow.report.pages import esc, render
-from sftflow.report.wording import Data, words
+from sftflow.comparison.results import Comparison, ItemComparison, PromptComparison, TaskComparison
+from sftflow.comparison.run_artifacts import RunArtifacts, SampledScores
+from sftflow.report import charts, line_charts, wording
+from sftflow.report.line_charts import MOST_LINES, Points
+from sftflow.report.pages import render
+from sftflow.report.token_page import token_boxes
+from sftflow.report.wording import UNSTOPPED, ModelNames, faults_of, form_change
+
+SECTIONS = {
+    "scores": "Scores",
+    "weak": "Weak answers",
+    "prompts": "Fixed prompts",
+    "items": "Graded items",
+    "hygiene": "Hygiene of the replies",
+    "forgetting": "Forgetting",
+    "held-out": "Held-out loss",
+    "judge": "A judge's view",
+    "contamination": "Overlap with training",
+    "ledger": "What it was trained on",
+    "mask": "One training conversation",
+    "loss": "Loss",
+    "made": "How it was made",
+}
+MOST_ITEMS = 300
+"""of a task: enough to read, and a page that still opens at once"""
+MOST_STEPS = 4
+"""of the scores while it trained, in numbers"""
 
 
-def render_report(data: Data) -> str:
-    """{"title", "kind", "names", "tasks", "prompts", "hygiene" | None, "ledger" | None, ...} -> the page as a string.
+def comparison_page(comparison: Comparison) -> str:
+    """The page. A section that has nothing to show is left out, with its link."""
+    names = wording.model_names(comparison)
+    values = {
+        "c": comparison,
+        "names": names,
+        "wording": wording,
+        "charts": charts,
+        "items_of": items_of,
+        "prompts": prompts_of(comparison, names),
+        "loss": loss_figure(comparison.run),
+        "sampled": sampled_figure(comparison.run.sampled),
+        "most_lines": MOST_LINES,
+        "forest_scale": charts.forest_scale([(t.delta, *t.ci95) for t in comparison.tasks.values()]),
+        "tallest": max(_tallest(side.length) for side in (comparison.hygiene.base, comparison.hygiene.sft)),
+        "token_boxes": token_boxes,
+    }
+    bodies = {anchor: Markup(render(f"comparison/{anchor}", **values)) for anchor in SECTIONS}
+    kept = [(anchor, title, bodies[anchor]) for anchor, title in SECTIONS.items() if bodies[anchor].strip()]
+    return render("comparison/page", sections=kept, **values)
 
-    Sections whose data is missing are left out, with their link. `tests/report_data.py` has a complete example.
-    """
-    say = words(data)
-    built = [
-        ("scores", "Scores", scores(data, say)),
-        ("weak", "Weak answers", weak(data, say)),
-        ("prompts", "Fixed prompts", prompts(data, say)),
-        ("items", "Graded items", items(data, say)),
-        ("hygiene", "Hygiene of the replies", hygiene(data, say)),
-        ("forgetting", "Forgetting", forgetting(data, say)),
-        ("held-out", "Held-out loss", held_out(data, say)),
-        ("judge", "A judge's view", judge(data, say)),
-        ("contamination", "Overlap with training", contamination(data)),
-        ("ledger", "What it was trained on", ledger(data)),
-        ("mask", "One training conversation", mask(data)),
-        ("loss", "Loss", loss(data)),
-        ("made", "How it was made", made(data)),
-    ]
-    kept = [(anchor, name, body) for anchor, name, body in built if body]
-    nav = "".join(f'<a href="#{anchor}">{name}</a>' for anchor, name, _ in kept)
-    parts = [verdict(data, say), f'<nav aria-label="Sections">{nav}</nav>']
-    parts += [f'<section id="{anchor}"><h2>{name}</h2>{body}</section>' for anchor, name, body in kept]
-    told = " · ".join(f"{w} {v}" for w, v in (("sftflow", data.get("version")), ("", data.get("generated"))) if v)
-    parts.append(f"<footer>{esc(told)}</footer>")
-    return render("comparison", name=data.get("title", "sftflow"), body=Markup("\n".join(parts)))
+
+def _tallest(length: Mapping[str, Any]) -> float:
+    """The largest share of the replies in one bin of their lengths."""
+    return max(length["counts"], default=0) / (sum(length["counts"]) or 1)
+
+
+# ---- lists to browse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One entry of a list. marks: by which the list is filtered.   tags: (text, class) in the entry's one line."""
+
+    of: Any
+    marks: Sequence[str]
+    tags: Sequence[tuple[str, str]]
+    kind: str = ""
+    is_open: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """A list to browse. filters: (mark, name, how many entries have it).   kinds: of its entries, with their numbers.
+    left_out: entries that are not shown."""
+
+    entries: Sequence[Entry]
+    filters: Sequence[tuple[str, str, int]]
+    kinds: Mapping[str, int]
+    left_out: int = 0
+
+    def count(self, mark: str) -> int:
+        return sum(mark in e.marks for e in self.entries)
+
+
+def listing(entries: Sequence[Entry], marks: Mapping[str, str], left_out: int = 0) -> Listing:
+    """marks: what the list can be filtered by, with its name."""
+    filters = [(mark, name, sum(mark in e.marks for e in entries)) for mark, name in marks.items()]
+    kinds: dict[str, int] = {}
+    for e in entries:
+        if e.kind:
+            kinds[e.kind] = kinds.get(e.kind, 0) + 1
+    return Listing(entries=entries, filters=filters, kinds=kinds, left_out=left_out)
+
+
+def items_of(task: TaskComparison, names: ModelNames) -> Listing:
+    """A task's items, those that changed first; of very many the first."""
+    marks = {
+        "improved": "improved",
+        "regressed": "regressed",
+        "wrong": f"{names.after} wrong",
+        "unstopped": f"{names.after} {UNSTOPPED}",
+    }
+    return listing([_item(i) for i in task.items[:MOST_ITEMS]], marks, max(0, len(task.items) - MOST_ITEMS))
+
+
+def _item(item: ItemComparison) -> Entry:
+    unstopped = item.sft.finish_reason == "length"
+    kinds = {"improved": "good", "regressed": "alert"}
+    found = {
+        "improved": item.change == "improved",
+        "regressed": item.change == "regressed",
+        "wrong": item.sft.score < 1,
+        "unstopped": unstopped,
+    }
+    tags = [(UNSTOPPED, "alert")] if unstopped else []
+    return Entry(
+        of=item, marks=[m for m, yes in found.items() if yes], tags=[*tags, (item.change, kinds.get(item.change, ""))]
+    )
+
+
+def prompts_of(comparison: Comparison, names: ModelNames) -> Listing:
+    """The fixed prompts. The first of each kind is open: a sample that nobody picked."""
+    verdicts = {row.pair.id: row.verdict for row in comparison.verdicts}
+    marks = {
+        "improved": "form improved",
+        "regressed": "form regressed",
+        "unstopped": f"{names.after} {UNSTOPPED}",
+    }
+    if verdicts:
+        marks |= {"judge-a": f"judge: {names.after} won", "judge-b": f"judge: {names.after} lost"}
+    entries: list[Entry] = []
+    seen: set[str] = set()
+    for prompt in comparison.prompts:
+        verdict = verdicts.get(prompt.id)
+        found, tags = _prompt_marks(prompt)
+        if verdict:
+            mark = f"judge-{verdict}"
+            found += [mark] if mark in marks else []
+            tags.append((marks.get(mark, "judge: tie"), ""))
+        tags.append((prompt.kind, ""))
+        entries.append(Entry(of=prompt, marks=found, tags=tags, kind=prompt.kind, is_open=prompt.kind not in seen))
+        seen.add(prompt.kind)
+    return listing(entries, marks)
+
+
+def _prompt_marks(prompt: PromptComparison) -> tuple[list[str], list[tuple[str, str]]]:
+    """What the list is filtered by, and what the entry's line shows of it."""
+    before, after, change = faults_of(prompt.base), faults_of(prompt.sft), form_change(prompt)
+    marks = [change] if change else []
+    tags = [(fault, "alert") for fault in after]
+    if UNSTOPPED in after:
+        marks.append("unstopped")
+    elif UNSTOPPED in before and prompt.sft.finish_reason == "stop":
+        tags.append(("now stops", "good"))
+    if prompt.sft.text == prompt.base.text:
+        tags.append(("same reply", ""))
+    return marks, tags
+
+
+# ---- what training wrote
+
+
+def loss_figure(run: RunArtifacts) -> dict[str, Any] | None:
+    """The loss by step as a chart, and what the chart says in words; None where no loss is a number."""
+    raw = _finite(run.losses)
+    if not raw:
+        return None
+    smoothed = list(zip((x for x, _ in raw), line_charts.smooth([y for _, y in raw], len(raw) // 40), strict=True))
+    validation = _finite((v.step, v.loss) for v in run.validation)
+    names = dict.fromkeys(name for v in run.validation for name in v.sources)
+    found = {name: _finite((v.step, v.sources.get(name)) for v in run.validation) for name in names}
+    sources = {name: points for name, points in found.items() if points}
+    drawn = sources if 2 <= len(sources) <= MOST_LINES else {}
+    top, highest = line_charts.ceiling(raw, [validation, *drawn.values()])
+    return {
+        "first": smoothed[0][1],
+        "last": smoothed[-1][1],
+        "validation": validation,
+        "best": min(validation, key=lambda point: point[1]) if validation else None,
+        "by_source": bool(drawn),
+        "n_sources": len(sources),
+        "highest": highest if highest > top else None,
+        "chart": line_charts.loss_by_step(raw, smoothed, validation, drawn),
+    }
+
+
+def _finite(points: Iterable[tuple[float, float | None]]) -> Points:
+    return [(x, y) for x, y in points if y is not None and math.isfinite(y)]
+
+
+def sampled_figure(rows: Sequence[SampledScores]) -> dict[str, Any] | None:
+    """Scores and rates of the replies while it trained: drawn, and in numbers at a few steps."""
+    if not rows:
+        return None
+    lines: dict[str, Points] = {}
+    for row in rows:
+        for name, value in {"ends by itself": row.hygiene.get("stop_rate"), **row.tasks}.items():
+            if value is not None:
+                lines.setdefault(name, []).append((row.step, value))
+    last = len(rows) - 1
+    chosen = [rows[i] for i in sorted({round(k * last / (MOST_STEPS - 1)) for k in range(MOST_STEPS)})]
+    groups = {"score on a sample": [r.tasks for r in chosen], "replies": [r.hygiene for r in chosen]}
+    return {
+        "steps": [row.step for row in chosen],
+        "n": len(rows),
+        "groups": {
+            title: {name: [v.get(name) for v in values] for name in dict.fromkeys(n for v in values for n in v)}
+            for title, values in groups.items()
+        },
+        "chart": line_charts.scores_by_step(lines) if lines and len(rows) > 1 else "",
+    }

@@ -24,6 +24,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from sftflow.report.figures import FILTERS
+
 # Control characters (HTML forbids them, a terminal paste may obey them) and lone surrogates (not encodable as UTF-8).
 _FORBIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -108,6 +110,7 @@ def environment() -> Environment:
         finalize=html_text,
     )
     made.globals.update(asset=asset, script_source=script_source)
+    made.filters.update(FILTERS)
     made.filters.update(plural=plural, thousands=thousands, whole_percent=whole_percent)
     return made
 

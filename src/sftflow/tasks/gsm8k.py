@@ -36,7 +36,7 @@ class Gsm8k(Task):
         said = final_number(reply) or last_number(reply)
         return float(said == item.answer)
 
-    def marks(self, item: Item, reply: str) -> dict[str, Any]:
+    def details(self, item: Item, reply: str) -> dict[str, Any]:
         """The two published readings: strict, the number after the last `####`; flexible, the reply's last number.
 
         `grade` is the strict one where the reply has such a number, else the flexible one: never below strict, and it

@@ -25,7 +25,7 @@ from sftflow.tasks.task import Item, Task, TaskSource, ask, path_of, rows_of, sa
 
 SHAPE = '{"prompt": ..., "canonical_solution": ..., "test": ..., "entry_point": ...}'
 SECONDS = 10.0
-KEPT = 1024  # outcomes remembered, so that a reply's score and its marks are one run
+KEPT = 1024  # outcomes remembered, so that a reply's score and its details are one run
 FENCE = re.compile(r"^[ \t]*(```+|~~~+)[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.M | re.S)
 FUTURE = re.compile(r"^from __future__ import .*$", re.M)
 # An unindented line that may be code: a keyword, an assignment, a call, a decorator, a comment, a closing bracket.
@@ -66,13 +66,13 @@ class HumanEval(Task):
         """1.0 where the reply's function passes the item's tests in a sandbox. May be called from many threads."""
         return float(self._outcome(item, reply).ok)
 
-    def marks(self, item: Item, reply: str) -> dict[str, Any]:
+    def details(self, item: Item, reply: str) -> dict[str, Any]:
         """{"outcome": "failed", "error": "AssertionError"}"""
         outcome = self._outcome(item, reply)
         said = [] if outcome.ok else outcome.output.strip().splitlines()
         return {"outcome": outcome.how, "error": said[-1][:300] if said else ""}
 
-    def rests_on(self) -> dict[str, str]:
+    def provenance(self) -> dict[str, str]:
         return {"sandbox": ", ".join(isolation_available()[:1]) or "none", "python": platform.python_version()}
 
     def _outcome(self, item: Item, reply: str) -> Outcome:

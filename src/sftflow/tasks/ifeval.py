@@ -41,7 +41,7 @@ class IFEval(Task):
         """1.0 where every instruction is followed by the reply as it is."""
         return float(all(follows(i["id"], i["kwargs"], [reply]) for i in item.answer))
 
-    def marks(self, item: Item, reply: str) -> dict[str, Any]:
+    def details(self, item: Item, reply: str) -> dict[str, Any]:
         """Every instruction's verdicts, and both of the prompt's.
 
         {"prompt_strict": 0.0, "prompt_loose": 1.0, "unsupported": [],
@@ -60,20 +60,20 @@ class IFEval(Task):
             "unsupported": [i["id"] for i in found if not is_supported(i["id"])],
         }
 
-    def rests_on(self) -> dict[str, str]:
+    def provenance(self) -> dict[str, str]:
         return {"langdetect": version("langdetect") if language_package() else "absent"}
 
-    def metrics(self, marks: Sequence[Mapping[str, Any]]) -> dict[str, float | int]:
+    def metrics(self, details: Sequence[Mapping[str, Any]]) -> dict[str, float | int]:
         """The four accuracies, and the number of instructions that could not be checked."""
-        if not marks:
+        if not details:
             return {}
-        pool = [i for row in marks for i in row["instructions"]]
+        pool = [i for row in details for i in row["instructions"]]
         return {
-            "prompt_strict": mean([row["prompt_strict"] for row in marks]),
-            "prompt_loose": mean([row["prompt_loose"] for row in marks]),
+            "prompt_strict": mean([row["prompt_strict"] for row in details]),
+            "prompt_loose": mean([row["prompt_loose"] for row in details]),
             "instruction_strict": mean([i["strict"] for i in pool]),
             "instruction_loose": mean([i["loose"] for i in pool]),
-            "unsupported": sum(len(row["unsupported"]) for row in marks),
+            "unsupported": sum(len(row["unsupported"]) for row in details),
         }
 
     def _item(self, row: Any, place: str) -> Item:

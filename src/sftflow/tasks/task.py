@@ -85,21 +85,22 @@ class Task:
         """Score in 0..1 of a reply's text."""
         raise NotImplementedError
 
-    def marks(self, item: Item, reply: str) -> dict[str, Any]:
-        """What a grader can say beside the score, JSON-able: {"strict": 0.0, "flexible": 1.0}."""
+    def details(self, item: Item, reply: str) -> dict[str, Any]:
+        """What the grader found beside the score, JSON-able: {"strict": 0.0, "flexible": 1.0}."""
         return {}
 
-    def rests_on(self) -> dict[str, str]:
-        """What of this machine a grade hangs on, as rows of another are not comparable: {"sandbox": "bubblewrap"}."""
+    def provenance(self) -> dict[str, str]:
+        """What of this machine can change a grade, so that rows graded with another are not mixed in:
+        {"sandbox": "bubblewrap"}."""
         return {}
 
-    def metrics(self, marks: Sequence[Mapping[str, Any]]) -> dict[str, float | int]:
-        """Figures of the whole task out of every row's marks: the mean of each that is a number.
+    def metrics(self, details: Sequence[Mapping[str, Any]]) -> dict[str, float | int]:
+        """Figures of the whole task out of every row's details: the mean of each that is a number.
 
         A float is a share or another measure, an int a count. {} where there are no rows.
         """
-        names = dict.fromkeys(k for row in marks for k, v in row.items() if isinstance(v, (int, float)))
-        return {k: sum(float(row.get(k, 0.0)) for row in marks) / len(marks) for k in names}
+        names = dict.fromkeys(k for row in details for k, v in row.items() if isinstance(v, (int, float)))
+        return {k: sum(float(row.get(k, 0.0)) for row in details) / len(details) for k in names}
 
 
 def chance_of(items: Sequence[Item]) -> float:

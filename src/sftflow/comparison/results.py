@@ -1,0 +1,256 @@
+"""What a comparison found, as values: compare.json and the report are both made of a `Comparison`.
+
+A field's name is its key in compare.json, and the fields stand in that file's order. Fields marked `NOT_IN_FILE` are
+evidence that stands elsewhere on disk (graded rows, the run's own files), and are for whoever shows the results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from datetime import datetime
+from typing import Any, Generic, TypeVar
+
+from sftflow.comparison.judge import Judged, Verdict
+from sftflow.comparison.prompts import PromptSet
+from sftflow.comparison.run_artifacts import RunArtifacts
+from sftflow.evaluation.contamination import Overlap
+from sftflow.evaluation.heldout_loss import HeldOutLoss
+from sftflow.evaluation.journal import EvalRow
+from sftflow.evaluation.options import Arm
+from sftflow.evaluation.reply_checks import ReplyChecks
+from sftflow.generation.request import Reply
+
+T = TypeVar("T")
+FORGOT = 0.02
+"""plain text this much worse, relative, counts as forgetting"""
+NOT_IN_FILE = {"in_file": False}
+CONTINUED = "continued SFT"
+
+
+@dataclass(frozen=True)
+class Both(Generic[T]):
+    """The same figure of both models: of the base, or what training started from, and of the SFT model."""
+
+    base: T
+    sft: T
+
+    @property
+    def any(self) -> bool:
+        return bool(self.base or self.sft)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotChecked:
+    """Why something could not be measured, in one line."""
+
+    not_checked: str
+
+
+# ---- tasks
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemComparison:
+    """One graded item: the base's row in chat format, its row as plain text, the SFT model's.
+
+    change: 'improved', 'regressed', 'same right' or 'same wrong', against the base's arm that counts.
+    """
+
+    base: EvalRow
+    base_plain: EvalRow
+    sft: EvalRow
+    change: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskComparison:
+    """One task's scores (0..1) and their paired difference.
+
+    base: the better of base_chat and base_plain, so that the gain is never flattered.   base_arm: which one that is.
+    ci95: of delta = sft - base.   p_holm: p_value corrected for the number of tasks.   detectable: the smallest
+    difference that so many items show four times in five.   verdict: 'better', 'worse' or 'cannot tell at n=120'.
+    metrics: other ways to grade; floats are shares, ints counts.   near_ties: choices that rounding could change.
+    too_long: items that did not fit the context.   max_new_tokens: of a reply.   tokens: generated in all.
+    items: those that changed first.
+    """
+
+    n: int
+    chance: float
+    base: float
+    base_chat: float
+    base_plain: float
+    base_arm: Arm
+    sft: float
+    delta: float
+    ci95: tuple[float, float]
+    base_stderr: float
+    sft_stderr: float
+    wilson: Both[tuple[float, float]]
+    p_value: float
+    p_holm: float
+    detectable: float
+    verdict: str
+    metrics: Both[Mapping[str, float | int]]
+    near_ties: Both[int]
+    too_long: Both[int]
+    contamination: Overlap | NotChecked | None
+    max_new_tokens: int
+    tokens: Both[int]
+    items: tuple[ItemComparison, ...] = field(metadata=NOT_IN_FILE)
+
+    @property
+    def outcome(self) -> str:
+        """'better', 'worse' or 'unclear'"""
+        return self.verdict if self.verdict in ("better", "worse") else "unclear"
+
+
+# ---- the fixed prompts
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptReply:
+    """A reply to a fixed prompt.
+
+    finish_reason: 'stop', 'length', or 'error' where the model could not be asked; then `text` says why and `reply` is
+    None.   faults: what the reply checks have against its form, in words.
+    """
+
+    text: str
+    finish_reason: str
+    reply: Reply | None = None
+    faults: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptComparison:
+    """One fixed prompt and its three replies. Nothing grades them. messages: [{"role", "content"}, ...]"""
+
+    id: str
+    kind: str
+    messages: Sequence[Mapping[str, str]]
+    base: PromptReply
+    base_plain: PromptReply
+    sft: PromptReply
+
+    @property
+    def asked(self) -> str:
+        """What the user said last."""
+        return next((m["content"] for m in reversed(self.messages) if m["role"] == "user"), self.id)
+
+    def to_json(self) -> dict[str, Any]:
+        replies = {"base": self.base, "base_plain": self.base_plain, "sft": self.sft}
+        return {
+            "id": self.id,
+            "kind": self.kind,
+            "messages": self.messages,
+            **{key: reply.text for key, reply in replies.items()},
+            **{f"{key}_finish": reply.finish_reason for key, reply in replies.items()},
+            "hygiene": {"base": self.base.faults, "sft": self.sft.faults},
+        }
+
+
+# ---- losses
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutComparison:
+    """Both models on the same held-out conversations. rows: how many the SFT model could be asked."""
+
+    rows: int
+    base: HeldOutLoss
+    sft: HeldOutLoss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forgetting:
+    """Bits per byte of plain text before and after SFT; None, and why, where they could not be measured."""
+
+    text: str
+    bytes: int
+    base: float | None
+    sft: float | None
+    not_checked: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        values = {"text": self.text, "bytes": self.bytes, "base": self.base, "sft": self.sft}
+        return values | ({"not_checked": self.not_checked} if self.not_checked else {})
+
+    @property
+    def change(self) -> float | None:
+        """Relative; more is worse:  2.0 -> 2.1 bits per byte is 0.05"""
+        return round(self.sft / self.base - 1, 4) if self.base and self.sft is not None else None
+
+    @property
+    def forgot(self) -> bool:
+        return self.change is not None and self.change > FORGOT
+
+
+# ---- the whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotJudged:
+    """Why the judge's verdicts are missing, in one line."""
+
+    not_judged: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Base versus SFT on the same items and prompts.
+
+    kind: 'base-versus-SFT', or 'continued SFT' where the start was instruction-tuned already.   tasks: by name.
+    centred_mean: mean over tasks of (score - chance) / (1 - chance).   held_out_loss: None where nothing was held out
+    or the SFT model's run is not known.   seconds: what the comparison took.   n_parameters, finished, run: of the SFT
+    model, of the comparison, and what lies beside the checkpoint.
+    """
+
+    version: str
+    kind: str
+    names: Both[str]
+    tasks: Mapping[str, TaskComparison]
+    centred_mean: Both[float | None]
+    prompt_set: PromptSet
+    prompts: tuple[PromptComparison, ...]
+    hygiene: Both[ReplyChecks]
+    held_out_loss: HeldOutComparison | NotChecked | None
+    forgetting: Forgetting
+    settings: Mapping[str, Any]
+    fingerprints: Mapping[str, Any]
+    judge: Judged | NotJudged | None
+    seconds: float
+    n_parameters: int = field(metadata=NOT_IN_FILE)
+    finished: datetime = field(metadata=NOT_IN_FILE)
+    run: RunArtifacts = field(metadata=NOT_IN_FILE)
+
+    @property
+    def continued(self) -> bool:
+        return self.kind == CONTINUED
+
+    @property
+    def verdicts(self) -> Sequence[Verdict]:
+        """The judge's, prompt by prompt; none where no judge was asked."""
+        return self.judge.rows if isinstance(self.judge, Judged) else ()
+
+    def to_json(self) -> dict[str, Any]:
+        """compare.json"""
+        document = {f.name: to_json(getattr(self, f.name)) for f in fields(self) if f.metadata != NOT_IN_FILE}
+        if self.judge is None:
+            del document["judge"]
+        return document
+
+
+def to_json(value: Any) -> Any:
+    """A result as JSON has it: by its own `to_json` where it has one, else field by field.
+
+    >>> to_json(Both((0.1, 0.2), NotChecked(not_checked="gone")))
+    {'base': [0.1, 0.2], 'sft': {'not_checked': 'gone'}}
+    """
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    if is_dataclass(value):
+        return {f.name: to_json(getattr(value, f.name)) for f in fields(value) if f.metadata != NOT_IN_FILE}
+    if isinstance(value, Mapping):
+        return {key: to_json(v) for key, v in value.items()}
+    return [to_json(v) for v in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,239 @@
+"""Fingerprints: short hashes by which what is stored is known to be still that of the same inputs.
+
+    stored under                          fingerprint                  depends on
+    sftflow.json `fingerprint`            format_fingerprint           tokenizer, template, its arguments and clock
+    $SFTFLOW_CACHE/rows/KEY               data.row_cache.cache_key     the source's files and its entry in the recipe,
+      (rendered rows)                                                  tokenizer, template, RENDERED_ROWS
+    eval/*.jsonl `rests_on`               hash_json of provenance_of   weights, tokenizer, template, decoding, device,
+      (graded rows)                                                    GRADED_ROWS
+    ... `prompt_sha256, item_sha256`      prompt_hash, items_hash      the prompt's ids; question and answer
+    resume/*/state.json (a run's state)   run_identity                 recipe, tokenizer, template, rows
+    ledger.json `data_sha256`             data_digest                  ids, and which rows are trained on
+
+RENDERED_ROWS and GRADED_ROWS list the code and the libraries; what draws or serves is in neither.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sftflow.atomic_io import sha256_file
+from sftflow.chat.format import ChatFormat, tokenizer_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from sftflow.recipe import Recipe
+    from sftflow.tasks import Item
+
+PACKAGE = Path(__file__).parent
+CODE_SUFFIXES = (".py", ".jinja", ".json", ".jsonl", ".txt")
+
+
+# ---- code: what rows are made by
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeBy:
+    """code: the package's modules and folders (with the data in them) that decide what comes out.
+    libraries: installed packages whose version does."""
+
+    code: tuple[str, ...]
+    libraries: tuple[str, ...]
+
+    def versions(self) -> dict[str, str]:
+        return {name: version(name) for name in self.libraries}
+
+
+RENDERED_ROWS = MadeBy(
+    code=(
+        "calculator.py",  # the results in arithmetic conversations
+        "chat",  # conversation -> ids and mask
+        "data/prepare.py",
+        "data/render_pool.py",
+        "data/sources.py",
+        "data/store.py",
+        "data/truncate.py",
+        "tasks",  # conversations of the built-in tasks, and the word lists and texts they are made of
+    ),
+    libraries=("sftflow", "tokenizers", "jinja2"),
+)
+GRADED_ROWS = MadeBy(
+    code=(
+        "calculator.py",  # the results that replies are continued with
+        "chat",  # item -> prompt
+        "evaluation/grading.py",
+        "evaluation/journal.py",
+        "evaluation/multiple_choice.py",
+        "evaluation/options.py",
+        "evaluation/prompts_for.py",
+        "generation",  # prompt -> reply
+        "packing",  # attention of the model
+        "rounding.py",
+        "runtime.py",  # device and precision
+        "sandbox",  # code that a reply holds is run here
+        "tasks",  # items and graders
+    ),
+    libraries=("sftflow", "torch", "transformers"),
+)
+LEFT_OUT = {
+    "atomic_io": "how files are written",
+    "checkpoint": "what it loads has fingerprints of its own: weights, tokenizer, template",
+    "data.row_cache": "where rows are kept; its key is compared",
+    "errors": "what refusals look like",
+    "fingerprint": "its hashes are compared",
+    "packing.pack": "of rendered rows only: they are packed after they are read",
+    "recipe": "what it asks for is in the key",
+    "sandbox": "of rendered rows only: it grades",
+}
+"""modules that the listed ones import and that are in neither list, or in one only: why they change no row"""
+
+
+@cache
+def code_hash(made_by: MadeBy, package: Path = PACKAGE) -> str:
+    """Of the listed files: their names below the package and their bytes."""
+    digest = hashlib.sha256()
+    listed = [package / name for name in made_by.code]
+    files = {p for place in listed for p in (place.rglob("*") if place.is_dir() else [place])}
+    for path in sorted(p for p in files if p.suffix in CODE_SUFFIXES):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+# ---- chat formats and prompts
+
+
+def format_fingerprint(tokenizer: Any, chat_format: ChatFormat) -> str:
+    """Of everything that turns a conversation into ids."""
+    digest = hashlib.sha256()
+    digest.update(json.dumps(tokenizer_json(tokenizer), sort_keys=True, ensure_ascii=False).encode())
+    digest.update(chat_format.template.encode())
+    digest.update(json.dumps([chat_format.kwargs, chat_format.now], sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def prompt_hash(ids: Iterable[int]) -> str:
+    return hashlib.sha256(np.asarray(list(ids), np.int64).tobytes()).hexdigest()[:16]
+
+
+def items_hash(items: Iterable[Item]) -> str:
+    """Of everything that is asked and graded."""
+    digest = hashlib.sha256()
+    for i in items:
+        asked = [i.id, [[m.role, m.text] for m in i.messages], i.answer, i.choices]
+        digest.update(json.dumps(asked, ensure_ascii=False).encode())
+    return digest.hexdigest()[:16]
+
+
+def hash_json(value: Any) -> str:
+    """Of a JSON value; the order of an object's keys does not count."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# ---- rendered rows and runs
+
+
+class StoredRows(Protocol):
+    """The rendered rows of one source, on disk (`data.store.RowStore`)."""
+
+    directory: Path
+    table: NDArray[Any]
+    meta: dict[str, Any]
+
+
+def row_digest(ids: NDArray[np.int32]) -> int:
+    """64 bits of a row's ids: among a million rows, two differing ones meet once in 37 million mixtures."""
+    data = ids.astype("<i4", copy=False).tobytes()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def data_digest(sources: Iterable[StoredRows], *chosen: NDArray[np.int32]) -> str:
+    """Of every row's ids, in order, and of which rows are trained on and which are held out."""
+    digest = hashlib.sha256()
+    for rows in sources:
+        digest.update(rows.table["digest"].tobytes() + rows.table["supervised"].tobytes())
+    for index in chosen:
+        digest.update(index.tobytes())
+    return digest.hexdigest()[:16]
+
+
+# What may differ when a run is resumed: these decide what is written, not the weights that are trained.
+FREE_TO_CHANGE = {"out", "save_every", "keep", "best", "logger"}
+
+
+def run_identity(
+    recipe: Recipe, tokenizer: Any, chat_format: ChatFormat, sources: Sequence[StoredRows]
+) -> dict[str, str]:
+    """What a run is made of, so that it is resumed only with the same, and a change is told by its name:
+
+    {"recipe.train.lr": "0.008", ..., "tokenizer": HASH, "chat format": HASH, "rows of source 1 (data.jsonl)": HASH}
+    """
+    kept = recipe.model_dump(mode="json", exclude={"eval": True, "compare": True, "train": FREE_TO_CHANGE})
+    out = dict(_flattened(kept, "recipe"))
+    out["tokenizer"] = hash_json(tokenizer_json(tokenizer))
+    out["chat format"] = hash_json([chat_format.template, chat_format.kwargs, chat_format.now])
+    for number, rows in enumerate(sources, 1):
+        digest = hashlib.sha256(rows.table["digest"].tobytes() + rows.table["supervised"].tobytes())
+        digest.update(sha256_file(rows.directory / "mask.bin").encode())
+        out[f"rows of source {number} ({rows.meta['prefix']})"] = digest.hexdigest()[:16]
+    return out
+
+
+def _flattened(value: Any, path: str) -> Iterable[tuple[str, str]]:
+    """Every leaf of a JSON value by its path; an empty list or object is a leaf.
+
+    >>> list(_flattened({"train": {"lr": 0.008}, "mixture": ["a"]}, "recipe"))
+    [('recipe.train.lr', '0.008'), ('recipe.mixture[0]', '"a"')]
+    """
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flattened(inner, f"{path}.{key}")
+    elif isinstance(value, list) and value:
+        for number, inner in enumerate(value):
+            yield from _flattened(inner, f"{path}[{number}]")
+    else:
+        yield path, json.dumps(value)
+
+
+# ---- weights
+
+
+def weights_hash(model: Any) -> str:
+    """SHA-256 over every weight's name, dtype, shape and bytes: the same on every device, with any number of threads,
+    wherever the files came from. Tied weights are read once."""
+    weights: dict[str, torch.Tensor] = model.state_dict()
+    own = {_place(weight): name for name, weight in reversed(weights.items())}  # the first name of each
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # hashlib lets other threads run
+        names = sorted(own.values())
+        of_bytes = dict(zip(names, pool.map(_bytes_hash, [weights[n] for n in names]), strict=True))
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        line = f"{name} {weight.dtype} {tuple(weight.shape)} {of_bytes[own[_place(weight)]]}\n"
+        digest.update(line.encode())
+    return digest.hexdigest()[:16]
+
+
+def _place(weight: torch.Tensor) -> tuple[Any, ...]:
+    """Equal for two names of one tensor."""
+    if not weight.numel():
+        return (weight.dtype, tuple(weight.shape))
+    return (weight.device, weight.data_ptr(), weight.dtype, tuple(weight.shape), weight.stride())
+
+
+def _bytes_hash(weight: torch.Tensor) -> str:
+    import torch
+
+    flat = weight.detach().cpu().contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest()  # as bytes, for NumPy has no bf16
