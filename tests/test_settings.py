@@ -15,7 +15,7 @@ from sftflow.errors import CheckpointError, RecipeError
 from sftflow.recipe import Recipe, load_recipe, parse_recipe
 from sftflow.runtime import Runtime
 from sftflow.training.run import run_training
-from sftflow.training.settings import resolve_recipe, decide_compile
+from sftflow.training.settings import decide_compile, resolve_recipe
 from sftflow.training.trainer import Trainer
 
 CPU = Runtime(device="cpu", precision="fp32", reason="test")

@@ -121,9 +121,9 @@ def _held_out_line(mixture: Mixture, at: tuple[int, int], conversation: Conversa
     return (json.dumps(line, ensure_ascii=False) + "\n").encode()
 
 
-def _arrays(mixture: Mixture) -> dict[str, NDArray[Any]]:
+def _arrays(mixture: Mixture) -> dict[str, Any]:
     """What training_rows.npz holds: names, prefixes, and for source N "N/table", "N/held_out", "N/ids", "N/mask"."""
-    arrays: dict[str, NDArray[Any]] = {
+    arrays: dict[str, Any] = {
         "names": np.array(mixture.names),
         "prefixes": np.array([rows.prefix for rows in mixture.rows]),
     }

@@ -22,7 +22,7 @@ from sftflow.training.batch_plan import RowPlan, StepLog
 from sftflow.training.loggers import open_logger
 from sftflow.training.resume import forget_states
 from sftflow.training.run_log import RunLog
-from sftflow.training.settings import check_context, resolve_recipe, set_dropout, decide_compile, stored_dtype
+from sftflow.training.settings import check_context, decide_compile, resolve_recipe, set_dropout, stored_dtype
 from sftflow.training.signals import Signals, Stopped
 from sftflow.training.trainer import Trainer
 from sftflow.training.training_run import Listener, TrainingRun
