@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -156,6 +157,20 @@ class Trainer:
 
     def _source(self, number: int) -> str:
         return self.source_names[number] if number < len(self.source_names) else str(number)
+
+
+@contextmanager
+def resting(model: Any) -> Iterator[None]:
+    """For generating with the live model: no dropout, nothing compiled anew for other shapes, and the training goes
+    on with the random numbers it would have had."""
+    random = torch.random.get_rng_state()
+    model.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        model.train()
+        torch.random.set_rng_state(random)
 
 
 def lasting_gradients(model: Any) -> None:
