@@ -46,10 +46,11 @@ def prompts_of(assistant: Any, data: Path, items: int) -> Ids:
 
 
 def ours(assistant: Any, slots: int, tokens: int) -> Callable[[Ids], tuple[Ids, list[int]]]:
-    from sftflow.generation.engine import Engine, GenerationRequest
+    from sftflow.generation.engine import Engine
+    from sftflow.generation.request import GenerationRequest
 
-    engine = Engine(assistant.model, assistant.renderer, assistant.runtime, slots=slots)
-    engine.way()  # proves the model and orders the weights, once
+    engine = Engine(assistant.model, assistant.renderer, assistant.runtime, max_running=slots)
+    engine.decode_mode()  # proves the model and orders the weights, once
 
     def generate(prompts: Ids) -> tuple[Ids, list[int]]:
         requests = [GenerationRequest(prompt_ids=p, max_new_tokens=tokens, use_python=False) for p in prompts]

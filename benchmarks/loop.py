@@ -18,7 +18,6 @@ import torch
 
 from sftflow.checkpoint import BUILTIN_TINY, prepare, resolve
 from sftflow.data.mixture import build_mixture
-from sftflow.packing.attention import use_packed_attention
 from sftflow.packing.pack import Example, best_fit, pack_batch
 from sftflow.recipe import parse_recipe
 from sftflow.runtime import Runtime, detect
@@ -67,7 +66,6 @@ def time_padded(
 
 
 def time_ours(model: Any, examples: list[Example], runtime: Runtime, seconds: float) -> tuple[float, float]:
-    use_packed_attention(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     rows = best_fit([len(e.ids) for e in examples], 512)
     order = np.random.default_rng(0).permutation(len(rows))

@@ -159,33 +159,24 @@ class FixedPlan:
 
 
 def run_ours(job: dict[str, Any]) -> dict[str, Any]:
+    from sftflow.recipe import Schedule, Train
     from sftflow.runtime import detect
-    from sftflow.training.batch_plan import LoopSpec
     from sftflow.training.trainer import Trainer
 
     model, _ = load(job)
-    spec = LoopSpec(
+    settings = Train(
         max_length=job["max_length"],
         tokens_per_step=1 << 30,
         micro_tokens=job["micro_tokens"],
         steps=job["steps"],
-        epochs=None,
-        optimizer="adamw",
         lr=job["lr"],
-        weight_decay=0.0,
-        clip=1.0,
-        schedule="constant",
-        warmup=0.0,
-        warmdown=0.0,
-        final=0.0,
-        dropout=0.0,
-        seed=0,
+        schedule=Schedule(kind="constant", warmup=0.0),
         **job["options"],
     )
     runtime = detect(job["precision"], job["device"])
     model.to(runtime.device)
     plan: Any = FixedPlan(job)
-    logs = list(Trainer(model, plan, spec, runtime))
+    logs = list(Trainer(model, plan, settings, runtime))
     return {
         "seconds": [x.seconds for x in logs],
         "tokens": [x.tokens for x in logs],

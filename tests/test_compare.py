@@ -28,7 +28,7 @@ PROMPTS = ["What is 1+1?", {"messages": [{"role": "system", "content": "Be brief
 def trained(folder: Path, base: Path, sampling: Any = None, **more: Any) -> Path:
     path = write_recipe(folder, base, steps=3, save_every=3, tokens_per_step=256, optimizer="adamw", **more)
     recipe = load_recipe(path, ["eval.every=2", "eval.tasks=[arithmetic]"] if sampling else [])
-    run_training(recipe, Quiet(), sampling=sampling)
+    run_training(recipe, Quiet(), callback=sampling)
     return folder / "run"
 
 

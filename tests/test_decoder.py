@@ -17,9 +17,10 @@ from helpers.generation import Ids, draw, requests_of
 from sftflow.errors import CheckpointError
 from sftflow.generation.check_decoder import find_decode_mode
 from sftflow.generation.decoder import PackedDecoder
-from sftflow.generation.engine import Engine, GenerationRequest, Scheduler, common_beginning
+from sftflow.generation.engine import Engine, shared_beginning
 from sftflow.generation.hf_decoders import PaddedDecoder
-from sftflow.generation.onednn import OrderedWeights, ordered_weights
+from sftflow.generation.onednn import ordered_forwards
+from sftflow.generation.request import GenerationRequest
 from sftflow.generation.sampling import likeliest
 
 
@@ -67,8 +68,8 @@ def test_rows_that_come_and_go(name: str, ordered: bool) -> None:
         ("keep", [4, 1]),
         *["step"] * 3,
     ]
-    weights = OrderedWeights(model) if ordered else None
-    decoder = PackedDecoder(model, FP32, shared_prefix=held, ordered=weights)
+    forwards = ordered_forwards(model) if ordered else None
+    decoder = PackedDecoder(model, FP32, shared_prefix=held, forwards=forwards)
     try:
         got = drive(model, decoder, [], plan, rng)
     finally:
@@ -98,7 +99,7 @@ def test_models_with_state_are_decoded_as_they_compute_themselves(name: str, tin
     from sftflow.checkpoint import load_assistant
 
     model = stateful(name)
-    engine = Engine(model, load_assistant(str(tiny_base)).renderer, FP32, slots=3)
+    engine = Engine(model, load_assistant(str(tiny_base)).renderer, FP32, max_running=3)
     assert engine.decode_mode() == STATEFUL[name][0]
     rng = np.random.default_rng(0)
     prompts = [draw(rng, n) for n in (11, 2, 7, 5)]
@@ -154,17 +155,17 @@ def test_padded_rows(name: str = "Llama") -> None:
 
 def test_ordered_weights_only_where_they_are_the_same() -> None:
     model = tiny("Llama")
-    assert ordered_weights(model) is not None
-    assert ordered_weights(model.bfloat16()) is None
+    assert ordered_forwards(model)
+    assert not ordered_forwards(model.bfloat16())
 
 
 @settings(max_examples=6, deadline=None)
 @given(st.integers(0, 1000), st.integers(1, 9), st.booleans())
-def test_slots_change_no_answer(engine: Engine, seed: int, slots: int, padded: bool) -> None:
+def test_how_many_run_changes_no_reply(engine: Engine, seed: int, n: int, padded: bool) -> None:
     """However many run side by side, and whichever decoder: the same tokens, but for near-ties."""
     requests = requests_of(seed, 11)
-    one = Engine(engine.model, engine.renderer, engine.runtime, slots=1)
-    many = Engine(engine.model, engine.renderer, engine.runtime, slots=slots)
+    one = Engine(engine.model, engine.renderer, engine.runtime, max_running=1)
+    many = Engine(engine.model, engine.renderer, engine.runtime, max_running=n)
     if padded:
         many._modes = {True: "padded", False: "padded"}
     finished: list[int] = []
@@ -179,9 +180,9 @@ def test_slots_change_no_answer(engine: Engine, seed: int, slots: int, padded: b
 def test_cancelling_frees_the_slot_and_disturbs_nobody(engine: Engine) -> None:
     requests = [GenerationRequest(prompt_ids=(5 + i, 7, 9), max_new_tokens=20, stop_ids=frozenset()) for i in range(5)]
     wanted = engine.generate(requests)
-    small = Engine(engine.model, engine.renderer, engine.runtime, slots=3)
+    small = Engine(engine.model, engine.renderer, engine.runtime, max_running=3)
     done = {}
-    with Scheduler(small) as session:
+    with small.scheduler() as session:
         numbers = [session.submit(r) for r in requests]
         for turn in range(60):
             if turn == 4:
@@ -228,9 +229,9 @@ def test_choice_scores_are_log_probabilities(engine: Engine) -> None:
         torch.testing.assert_close(torch.tensor(got), wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_common_beginning() -> None:
+def test_shared_beginning() -> None:
     prompt = tuple(range(40))
-    assert common_beginning([prompt]) == ()
-    assert common_beginning([prompt, (*prompt[:30], 99), (*prompt[:25], 99)]) == prompt[:25]
-    assert common_beginning([prompt, prompt]) == prompt[:39]  # a token of each is left to be computed
-    assert common_beginning([prompt, prompt[:10]]) == ()  # too short to be worth it
+    assert shared_beginning([prompt]) == ()
+    assert shared_beginning([prompt, (*prompt[:30], 99), (*prompt[:25], 99)]) == prompt[:25]
+    assert shared_beginning([prompt, prompt]) == prompt[:39]  # a token of each is left to be computed
+    assert shared_beginning([prompt, prompt[:10]]) == ()  # too short to be worth it

@@ -55,7 +55,7 @@ def test_rows_hold_their_evidence(assistant: Any, run: TaskRun, tmp_path: Path) 
         assert row["id"] == item.id and row["prompt_sha256"] == prompt_hash(ids) and row["n_prompt"] == len(ids)
         assert row["score"] == run.task.grade(item, row["reply"])
         assert row["finish_reason"] in ("stop", "length") and len(row["ids"]) >= row["n_generated"] > 0
-        assert assistant.engine.speech.text(row["ids"]) == row["reply"]
+        assert assistant.engine.reply_decoder.text(row["ids"]) == row["reply"]
     meta = json.loads((tmp_path / "eval" / f"{name}.meta.json").read_text())
     assert {**meta, "data": result.provenance["data"]} == result.provenance
     assert meta["checkpoint"] == weights_hash(assistant.model) and meta["decoding"] == "greedy"
@@ -72,7 +72,7 @@ def test_a_rerun_goes_on_from_finished_rows(
             raise Killed
 
     seen: list[int] = []
-    small = Engine(assistant.model, assistant.renderer, assistant.engine.runtime, slots=2)
+    small = Engine(assistant.model, assistant.renderer, assistant.engine.runtime, max_running=2)
     monkeypatch.setattr(assistant, "engine", small)
     with pytest.raises(Killed):
         evaluate(assistant, run, "chat", tmp_path, progress=dies)

@@ -139,7 +139,7 @@ def test_without_packing_it_is_the_same(assistant: Assistant, monkeypatch: pytes
     packed = held_out_loss(assistant, conversations)
     monkeypatch.setattr(token_loss, "MICRO_TOKENS", 40)  # several batches
     several = held_out_loss(assistant, conversations)
-    monkeypatch.setattr(token_loss, "length_bound", lambda model: (20, "test"))  # what is longer stands alone
+    monkeypatch.setattr(token_loss, "length_limit", lambda model: (20, "test"))  # what is longer stands alone
     alone = held_out_loss(assistant, conversations)
     for other in (several, alone):
         assert other.roles == pytest.approx(packed.roles, abs=1e-5)

@@ -294,7 +294,7 @@ def test_a_full_disk_ends_with_one_line_and_keeps_the_rows(
             fill_up(small_disk)
 
     monkeypatch.setattr(
-        assistant, "engine", Engine(assistant.model, assistant.renderer, assistant.engine.runtime, slots=2)
+        assistant, "engine", Engine(assistant.model, assistant.renderer, assistant.engine.runtime, max_running=2)
     )
     with pytest.raises(RunError) as error:
         evaluate(assistant, run, "chat", out, model="m", progress=fills)

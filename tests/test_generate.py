@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sftflow.calculator import calculate
 from sftflow.chat.schema import parse_row
 from sftflow.errors import ContextError
-from sftflow.generation.engine import GenerationRequest
+from sftflow.generation.request import GenerationRequest
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_calculator_runs_inside_the_reply(assistant: Any) -> None:
 
     engine, renderer = assistant.engine, assistant.renderer
     start, end, out_start, out_end = renderer.python_ids()
-    draft = ReplySequence(GenerationRequest(prompt_ids=(1,)), engine.speech, 100)
+    draft = ReplySequence(GenerationRequest(prompt_ids=(1,)), engine.reply_decoder, 100)
     for token in (start, *renderer.encode_plain("48/2"), end):
         draft.accept(token)
     assert list(draft.forced) == [out_start, *renderer.encode_plain("24"), out_end]
@@ -88,7 +88,7 @@ def test_calculator_runs_inside_the_reply(assistant: Any) -> None:
         draft.accept(draft.forced.popleft())
     for token in renderer.encode_plain("24"):
         draft.accept(token)
-    draft.accept(next(iter(engine.speech.stop)))
+    draft.accept(next(iter(engine.reply_decoder.stop)))
     reply = draft.reply()
     assert [(p.kind, p.text) for p in reply.parts] == [("python", "48/2"), ("python_output", "24"), ("text", "24")]
     assert reply.text == "24" and reply.finish_reason == "stop"

@@ -26,7 +26,7 @@ from sftflow.evaluation.reply_checks import (
     tool_calls,
     user_header,
 )
-from sftflow.generation.engine import GenerationRequest, Reply
+from sftflow.generation.request import GenerationRequest, Reply
 from sftflow.generation.sequence import ReplyDecoder, ReplySequence
 
 CLEAN = [
@@ -321,7 +321,7 @@ def test_a_row_is_looked_at_as_its_reply(assistant: Any) -> None:
     shared = {"question": "hi", "answer": None, "score": 0.0, "prompt_sha256": ""}
     same = ("finish_reason", "n_prompt", "n_generated", "seconds", "ids")
     rows = [EvalRow(id=r.text, reply=r.text, **shared, **{k: getattr(r, k) for k in same}) for r in replies]
-    again = [said_of_row(row, assistant.engine.speech) for row in rows]
+    again = [said_of_row(row, assistant.engine.reply_decoder) for row in rows]
     assert [s.parts for s in again] == [r.parts for r in replies]
     assert hygiene(again, assistant.renderer) == hygiene(replies, assistant.renderer)
     assert {f.name for f in fields(Said)} <= {f.name for f in fields(Reply)}

@@ -19,7 +19,8 @@ import pytest
 from sftflow.errors import RecipeError
 from sftflow.recipe import Recipe, parse_recipe
 from sftflow.training import loggers
-from sftflow.training.loggers import LOGGERS, last_step, open_logger, require_logger
+from sftflow.training.loggers import LOGGERS, open_logger, require_logger
+from sftflow.training.run_log import RunLog
 
 Points = dict[str, list[tuple[int, float]]]  # name -> (step, value), in the order written
 SAVE_EVERY, CRASH_AT, STEPS = 4, 7, 10
@@ -276,10 +277,10 @@ def test_resumed_before_the_first_save_writes_all_again(tmp_path: Path) -> None:
 
 
 def test_last_step_overlooks_a_line_that_a_kill_cut_short(tmp_path: Path) -> None:
-    log = tmp_path / "metrics.jsonl"
-    assert last_step(log, 0) == 0
-    log.write_text('{"step": 1}\n{"step": 2}\n{"ste')
-    assert last_step(log, 0) == 2
+    log = RunLog(tmp_path / "metrics.jsonl")
+    assert log.last_step(0) == 0
+    log.path.write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    assert log.last_step(0) == 2
 
 
 def test_the_recipe_knows_every_logger_and_pyproject_every_extra() -> None:

@@ -20,7 +20,8 @@ from sftflow.comparison.compare import base_format, kind_of
 from sftflow.comparison.run_artifacts import read_run, run_of
 from sftflow.evaluation.callback import Sampled
 from sftflow.evaluation.prompts_for import open_tasks
-from sftflow.packing.attention import NAME, use_packed_attention
+from sftflow.packing.attending import attending
+from sftflow.packing.attention import NAME
 from sftflow.recipe import load_recipe
 from sftflow.runtime import detect
 from sftflow.training.run import run_training
@@ -160,10 +161,10 @@ def test_a_model_that_packs_only_in_training_is_sampled(tokenizer_dir: Path) -> 
     sampled = Sampled(open_tasks(["arithmetic", "spelling"], 2))
     renderer = Renderer(tokenizer, chat_format)
     alone = sampled(model, tokenizer, renderer, detect("fp32"))
-    use_packed_attention(model)
-    within = sampled(model, tokenizer, renderer, detect("fp32"))
+    with attending(model, "packed"):
+        within = sampled(model, tokenizer, renderer, detect("fp32"))
+        assert model.training and model.config._attn_implementation == NAME
     assert within["tasks"] == alone["tasks"] and within["hygiene"] == alone["hygiene"]
-    assert model.training and model.config._attn_implementation == NAME
 
 
 def test_out_of_memory_is_one_line() -> None:
@@ -193,10 +194,10 @@ def test_a_signal_does_not_wait_for_a_sample(tmp_path: Path, tiny_base: Path) ->
         return sampled(*args)
 
     with pytest.raises(Stopped) as stopped:
-        run_training(recipe, Quiet(), sampling=sampling)
+        run_training(recipe, Quiet(), callback=sampling)
     assert stopped.value.saved and stopped.value.exit_code == 143
     log = tmp_path / "run" / "evals.jsonl"
     assert [json.loads(x)["step"] for x in log.read_text().splitlines()] == [0]
-    assert run_training(recipe, Quiet(), sampling=sampling, resume=True).directory.is_dir()
+    assert run_training(recipe, Quiet(), callback=sampling, resume=True).directory.is_dir()
     assert [json.loads(x)["step"] for x in log.read_text().splitlines()] == [0, 2]
     assert len(calls) == 3

@@ -12,10 +12,10 @@ import torch
 
 from helpers.architectures import ARCHITECTURES, FP32, REFUSED, SMALL, VOCABULARY, tiny
 from sftflow.errors import CheckpointError
-from sftflow.packing.attention import use_packed_attention
 from sftflow.packing.pack import Example, pack_batch, pad_batch
+from sftflow.recipe import Train
 from sftflow.training.check_model import check_length, prove_forward
-from sftflow.training.optimizers import Rates, groups_of, muon
+from sftflow.training.optimizers import groups_of, muon
 from sftflow.training.settings import set_dropout
 from sftflow.training.trainer import batch_loss
 
@@ -69,7 +69,6 @@ def test_packed_equals_unpacked(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     """Loss and every gradient, by each of the ways that run here."""
     model, examples = tiny(name), rows()
     wanted = full_logits(model, examples)
-    use_packed_attention(model)
     model.train()
     supervised = [e for e in examples if e.mask[1:].any()]
     for share in (True, False):
@@ -99,7 +98,6 @@ def test_a_trained_model_saves_and_loads(name: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model, examples = tiny(name), rows()
-    use_packed_attention(model)
     batch = pack_batch([e for e in examples if e.mask[1:].any()])
     batch_loss(model, batch, FP32, scale=1.0)
     torch.optim.SGD(model.parameters(), 1e-3).step()
@@ -196,7 +194,12 @@ def test_parameters_are_grouped_by_what_they_are() -> None:
     experts = AutoModelForCausalLM.from_config(MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2))
     groups = groups_of(experts)
     assert any(p.ndim == 3 for _, p in groups.matrices) and all(p.ndim < 2 for _, p in groups.rest)
-    assert all(p.ndim == 2 for o in muon(groups, Rates(), 1e-3, 0.1)[:1] for g in o.param_groups for p in g["params"])
+    assert all(
+        p.ndim == 2
+        for o in muon(groups, Train(lr=1e-3, weight_decay=0.1))[:1]
+        for g in o.param_groups
+        for p in g["params"]
+    )
     assert {n.split(".")[-2] for n, _ in groups_of(tiny("GPT2")).embeddings} == {"wte", "wpe"}
     for model in (experts, tiny("GPT2")):
         groups = groups_of(model)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from helpers.architectures import ARCHITECTURES, FP32, stateful, tiny
 from helpers.generation import draw as draw_ids
-from sftflow.generation.engine import Engine, GenerationRequest
+from sftflow.generation.engine import Engine
+from sftflow.generation.request import GenerationRequest
 from sftflow.generation.sampling import Sampler, choose, draw, warped
 
 VOCABULARY = 50
@@ -192,7 +193,7 @@ def test_logprobs_are_the_models_own(name: str, tiny_base: Path, monkeypatch: py
 
     monkeypatch.setattr("sftflow.generation.scheduler.EVERY", 7)  # so that prompts are read in several parts
     model = tiny(name) if name in ARCHITECTURES else stateful(name)
-    engine = Engine(model, load_assistant(str(tiny_base)).renderer, FP32, slots=4)
+    engine = Engine(model, load_assistant(str(tiny_base)).renderer, FP32, max_running=4)
     rng = np.random.default_rng(1)
     shared = draw_ids(rng, 20)
     asks = [

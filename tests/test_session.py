@@ -12,8 +12,10 @@ import torch
 
 from helpers.generation import ask, draw, failing
 from sftflow.generation.decoder import PackedDecoder
-from sftflow.generation.engine import Engine, GenerationRequest, Reply, Scheduler
+from sftflow.generation.engine import Engine
 from sftflow.generation.kv_cache import ROOM
+from sftflow.generation.request import GenerationRequest, Reply
+from sftflow.generation.scheduler import Scheduler
 
 
 def finish(
@@ -42,7 +44,7 @@ def test_a_long_prompt_does_not_keep_the_others_waiting(engine: Engine) -> None:
     engine.model.forward = forward
     first: dict[int, int] = {}
     try:
-        with Scheduler(engine, prompt_tokens=32) as session:
+        with engine.scheduler(prompt_tokens=32) as session:
             for request in requests:
                 session.submit(request)
             turn = 0
@@ -84,7 +86,7 @@ def test_a_prompt_that_fails_fails_alone(engine: Engine, prompt_tokens: int | No
     def is_giant(ids: Any) -> bool:
         return bool((ids[0].unfold(0, 3, 1) == giant).all(-1).any()) if ids.shape[-1] >= 3 else False
 
-    with failing(engine.model, is_giant), Scheduler(engine, prompt_tokens=prompt_tokens) as session:
+    with failing(engine.model, is_giant), engine.scheduler(prompt_tokens=prompt_tokens) as session:
         session.submit(requests[0])
         session.advance()
         for request in (requests[1], bad, requests[3]):
@@ -98,10 +100,10 @@ def test_a_prompt_that_fails_fails_alone(engine: Engine, prompt_tokens: int | No
 
 
 def test_a_step_that_fails_ends_those_that_run_and_no_more(engine: Engine) -> None:
-    small = Engine(engine.model, engine.renderer, engine.runtime, slots=2)
+    small = Engine(engine.model, engine.renderer, engine.runtime, max_running=2)
     requests = [ask(5, 12), ask(9, 12, 1), ask(7, 12, 3)]
     (wanted,) = engine.generate(requests[2:])
-    small.way()
+    small.decode_mode()
     errors: list[int] = []
     steps = 0
 
@@ -110,7 +112,7 @@ def test_a_step_that_fails_ends_those_that_run_and_no_more(engine: Engine) -> No
         steps += 1
         return steps == 4
 
-    with failing(engine.model, fails), Scheduler(small) as session:
+    with failing(engine.model, fails), small.scheduler() as session:
         for request in requests:
             session.submit(request)
         replies = finish(session, lambda drafts: errors.extend(d.number for d in drafts if d.error is not None))
@@ -120,7 +122,7 @@ def test_a_step_that_fails_ends_those_that_run_and_no_more(engine: Engine) -> No
 
 
 def test_cancelling_a_prompt_that_is_being_read(engine: Engine) -> None:
-    with Scheduler(engine, prompt_tokens=16) as session:
+    with engine.scheduler(prompt_tokens=16) as session:
         numbers = [session.submit(ask(100, 5, i)) for i in range(2)]
         session.advance()
         assert session.running == 1
@@ -134,15 +136,15 @@ def test_a_session_that_is_kept_open_does_not_grow(engine: Engine) -> None:
     def held() -> int:
         decoder: Any = session._decoder
         assert isinstance(decoder, PackedDecoder)
-        return sum(x.keys.numel() for x in decoder.cache.layers.values())
+        return sum(x[0].numel() for x in decoder.cache.layers.values())
 
-    small = Engine(engine.model, engine.renderer, engine.runtime, slots=8)
+    small = Engine(engine.model, engine.renderer, engine.runtime, max_running=8)
     rng = np.random.default_rng(0)
     sizes = []
     config = engine.model.config
     place = config.num_hidden_layers * config.num_key_value_heads * config.hidden_size // config.num_attention_heads
-    with Scheduler(small, prompt_tokens=64) as session:
-        session.engine.context = 4096  # the tiny model takes any length; only its promise ends at 256
+    with small.scheduler(prompt_tokens=64) as session:
+        session.context = 4096  # the tiny model takes any length; only its promise ends at 256
         session.submit(ask(900, 30))
         session.submit(ask(5, 200, 1))
         for i in range(500):

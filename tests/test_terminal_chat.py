@@ -22,7 +22,7 @@ import pytest
 from sftflow.chat.schema import Conversation, Message, Part, read_conversations, text_message
 from sftflow.checkpoint import Assistant, load_assistant, save
 from sftflow.errors import DataError
-from sftflow.generation.engine import Delta, GenerationRequest, Reply
+from sftflow.generation.request import Delta, GenerationRequest, Reply
 from sftflow.pretraining.pretrain import BaseSpec, build_model
 from sftflow.terminal import save as transcript
 from sftflow.terminal.repl import chat

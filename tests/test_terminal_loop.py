@@ -13,7 +13,7 @@ from helpers.serving import ASK, own, request
 from sftflow.chat.schema import Conversation, Message, text_message
 from sftflow.checkpoint import Assistant
 from sftflow.errors import ContextError, FormatError
-from sftflow.generation.engine import Delta, GenerationRequest, Reply
+from sftflow.generation.request import Delta, GenerationRequest, Reply
 from sftflow.terminal.repl import chat
 
 

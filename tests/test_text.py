@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sftflow.generation.detokenize import LONGEST, Detokenizer, StopTexts, detokenize, hold_back
-from sftflow.generation.engine import GenerationRequest
+from sftflow.chat.streaming import held_back
+from sftflow.generation.detokenize import LONGEST, Detokenizer, StopTexts, detokenize
+from sftflow.generation.request import GenerationRequest
 from sftflow.generation.sequence import ReplyDecoder, ReplySequence
 
 # Characters of every length in UTF-8, spaces that tokenizers treat in their own ways, and pieces of several characters.
@@ -39,7 +40,7 @@ def special(tokenizer: Any) -> set[int]:
 
 def pieces(tokenizer: Any, ids: list[int]) -> Iterator[str]:
     one = Detokenizer(decoder_of(tokenizer), special(tokenizer))
-    yield from (one.push(i) for i in ids)
+    yield from (one.feed(i) for i in ids)
     yield one.flush()
 
 
@@ -86,7 +87,7 @@ def test_a_token_costs_the_same_however_long_the_reply(tokenizers: dict[str, Any
 
         one = Detokenizer(decode)
         text = "한국어 🙂 and some words, " * 60
-        shown = "".join(one.push(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"])
+        shown = "".join(one.feed(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"])
         assert shown + one.flush() == text
     assert longest <= 3 * LONGEST
 
@@ -100,17 +101,17 @@ def test_stop_texts_in_whatever_pieces(given_pieces: list[str], stops: list[str]
     wanted = text[: min(ends)[1]] if ends else text
     shown = ""
     for piece in given_pieces:
-        shown += filter_.push(piece)
+        shown += filter_.feed(piece)
         assert wanted.startswith(shown)
         assert filter_.found is not None or text.startswith(shown + filter_.held)
     assert shown + filter_.flush() == wanted
     assert (filter_.found is not None) == bool(ends)
 
 
-def test_hold_back() -> None:
-    assert hold_back("so 3\n", ["\n\n"]) == "so 3"
-    assert hold_back("abab", ["abac", "b"]) == "ab"
-    assert hold_back("x", []) == "x"
+def test_held_back() -> None:
+    assert held_back("so 3\n", ["\n\n"]) == 1
+    assert held_back("abab", ["abac", "b"]) == 2
+    assert held_back("x", []) == 0
 
 
 @pytest.fixture(scope="module")

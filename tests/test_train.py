@@ -18,6 +18,7 @@ from helpers.training import BF16, FP32, examples, shared_rows, spec
 from sftflow.errors import RunError
 from sftflow.packing.pack import best_fit
 from sftflow.pretraining.pretrain import BaseSpec, build_model
+from sftflow.recipe import Schedule
 from sftflow.rounding import round_bf16
 from sftflow.runtime import Runtime
 from sftflow.training.batch_plan import RowPlan
@@ -151,7 +152,7 @@ def test_bf16_follows_fp32_where_plain_autocast_does_not(name: str) -> None:
         with torch.no_grad():
             for p in model.parameters():
                 p.copy_(p.bfloat16().float())
-        s = spec(steps=12, lr=1e-4, schedule="constant", warmup=0.0)
+        s = spec(steps=12, lr=1e-4, schedule=Schedule(kind="constant", warmup=0.0))
         trainer = Trainer(model, RowPlan(shared_rows()[:24], s), s, runtime)
         if not working:
             for layer in trainer.working.modules if trainer.working else []:
@@ -167,7 +168,8 @@ def test_bf16_follows_fp32_where_plain_autocast_does_not(name: str) -> None:
 
 
 def test_schedule() -> None:
-    linear = [round(lr_factor(s, 10, kind="linear", warmup=0.2, warmdown=0.5, final=0.0), 2) for s in range(10)]
+    schedule = Schedule(kind="linear", warmup=0.2, warmdown=0.5, final=0.0)
+    linear = [round(lr_factor(s, 10, schedule), 2) for s in range(10)]
     assert linear == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2]
 
 

@@ -16,7 +16,8 @@ from fastapi.testclient import TestClient
 
 from helpers.generation import ask, failing
 from sftflow.errors import CheckpointError, RunError, SftflowError
-from sftflow.generation.engine import Delta, Engine, Reply
+from sftflow.generation.engine import Engine
+from sftflow.generation.request import Delta, Reply
 from sftflow.serving import api
 from sftflow.serving import engine_thread as module
 from sftflow.serving.engine_thread import Job, Worker
@@ -77,7 +78,7 @@ def run(scenario: Callable[[], Awaitable[None]]) -> None:
 
 def test_replies_are_the_engines_and_join_those_that_run(assistant: Any) -> None:
     requests = [ask(5 + i % 20, 10 + i, i, temperature=float(i % 2), seed=i, logprobs=i % 3) for i in range(40)]
-    wanted = Engine(assistant.model, assistant.renderer, assistant.engine.runtime, slots=8).generate(requests)
+    wanted = Engine(assistant.model, assistant.renderer, assistant.engine.runtime, max_running=8).generate(requests)
 
     async def scenario() -> None:
         async with working(assistant, slots=8) as worker:

@@ -44,7 +44,6 @@ def _proofs() -> list[tuple[str, float, float]]:
     """Packed against unpacked, chunked against full loss, on a tiny random model in fp32."""
     import torch
 
-    from sftflow.packing.attention import use_packed_attention
     from sftflow.packing.pack import Example, pack_batch
     from sftflow.pretraining.pretrain import BaseSpec, build_model
     from sftflow.runtime import Runtime
@@ -61,7 +60,6 @@ def _proofs() -> list[tuple[str, float, float]]:
             logits = model(input_ids=torch.from_numpy(e.ids)[None]).logits[0]
             losses = torch.nn.functional.cross_entropy(logits[:-1], torch.from_numpy(e.ids[1:]), reduction="none")
             full += float((losses * torch.from_numpy(e.mask[1:])).sum())
-    use_packed_attention(model)
     runtime = Runtime(device="cpu", precision="fp32", reason="proof")
     packed = batch_loss(model, pack_batch(examples), runtime)
     n = sum(int(e.mask[1:].sum()) for e in examples)

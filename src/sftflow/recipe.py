@@ -80,6 +80,13 @@ class Train(_Frozen):
     logger: Literal["tensorboard", "wandb", "trackio"] | None = None
     lora: None = None
 
+    @property
+    def peak_lr(self) -> float:
+        """`lr` as a number: of a resolved recipe only."""
+        if isinstance(self.lr, str):
+            raise ValueError("train.lr is still to be decided")
+        return self.lr
+
     @field_validator("lora", mode="before")
     @classmethod
     def _not_yet(cls, value: Any) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from helpers.architectures import VOCABULARY
-from sftflow.generation.engine import GenerationRequest
+from sftflow.generation.request import GenerationRequest
 
 Ids = list[int]
 

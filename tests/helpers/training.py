@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from sftflow.packing.pack import Example
+from sftflow.recipe import Schedule, Train
 from sftflow.runtime import Runtime
-from sftflow.training.batch_plan import LoopSpec
 
 FP32 = Runtime(device="cpu", precision="fp32", reason="test")
 
@@ -25,25 +25,12 @@ def examples(count: int, seed: int = 0, longest: int = 40) -> list[Example]:
     return out
 
 
-def spec(**changes: Any) -> LoopSpec:
+def spec(**changes: Any) -> Train:
+    """Settings of six steps."""
     values: dict[str, Any] = dict(
-        max_length=64,
-        tokens_per_step=512,
-        micro_tokens=512,
-        steps=6,
-        epochs=None,
-        optimizer="adamw",
-        lr=3e-3,
-        weight_decay=0.0,
-        clip=1.0,
-        schedule="linear",
-        warmup=0.2,
-        warmdown=0.5,
-        final=0.0,
-        dropout=0.0,
-        seed=0,
+        max_length=64, tokens_per_step=512, micro_tokens=512, steps=6, lr=3e-3, schedule=Schedule(warmup=0.2)
     )
-    return LoopSpec(**(values | changes))
+    return Train(**(values | changes))
 
 
 def shared_rows() -> list[Example]:

@@ -60,11 +60,9 @@ def base(
             out,
             spec,
             detect(),
+            watch,
             resume=resume,
-            save_every=100,
             heldout=heldout or (),
-            say=watch.say,
-            progress=watch.step,
         )
         watch.say(f"{out / 'checkpoint'}: held-out bits per byte {json.dumps(card['bits_per_byte'])}")
 
@@ -105,7 +103,7 @@ def _train_and_measure(recipe: Any, out: Path, signals: Any, lock: Any, *, resum
     from sftflow.report.progress import ProgressDisplay, stderr
     from sftflow.training.run import run_training
 
-    sampling = None
+    callback = None
     asked = EvalOptions.of_recipe(recipe, out)
     if recipe.compare is not None:
         asked.compared_with().check()  # what is wrong with it is said before hours of training
@@ -114,11 +112,11 @@ def _train_and_measure(recipe: Any, out: Path, signals: Any, lock: Any, *, resum
         if recipe.eval.every is not None:
             from sftflow.evaluation.callback import Sampled
 
-            sampling = Sampled(
+            callback = Sampled(
                 replace(asked, limit=min(asked.limit or recipe.eval.sample, recipe.eval.sample)).open("")
             )
     with ProgressDisplay() as watch:
-        run = run_training(recipe, watch, resume=resume, signals=signals, lock=lock, sampling=sampling)
+        run = run_training(recipe, watch, resume=resume, signals=signals, lock=lock, callback=callback)
         if run.already_done:
             watch.say(f"{out}: this run is finished; nothing to resume")
             wanted = "compare.json" if recipe.compare else "eval.json" if recipe.eval else None

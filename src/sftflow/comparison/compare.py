@@ -181,7 +181,7 @@ def _settings(sft: Assistant, runs: Sequence[TaskRun]) -> dict[str, Any]:
         "decoding": "greedy; multiple choice by the probability of its letters",
         "precision": sft.engine.runtime.precision,
         "device": sft.engine.runtime.device,
-        "replies side by side": sft.engine.slots,
+        "replies side by side": sft.engine.max_running,
         "tokens a prompt": PROMPT_TOKENS,
         "tokens a task": {r.name: r.task.max_new_tokens for r in runs},
         "interval": "95%, paired bootstrap, 10,000 resamples",

@@ -104,5 +104,5 @@ def check_replies(assistant: Assistant, replies: Sequence[PromptReply], results:
     for result in results:
         if result.provenance["decoding"] == "greedy":
             rows = (row for row in result.rows if row.finish_reason != "too_long")
-            checked += [said_of_row(row, assistant.engine.speech) for row in rows]
+            checked += [said_of_row(row, assistant.engine.reply_decoder) for row in rows]
     return hygiene(checked, assistant.renderer)

@@ -11,7 +11,7 @@ from sftflow.comparison.results import PromptComparison, PromptReply
 from sftflow.errors import ContextError, SftflowError
 from sftflow.evaluation.prompts_for import PLAIN_STOPS, Arm, plain_ids
 from sftflow.evaluation.reply_checks import Hygiene
-from sftflow.generation.engine import GenerationRequest, Reply
+from sftflow.generation.request import GenerationRequest, Reply
 
 PROMPT_TOKENS = 96
 

@@ -19,7 +19,7 @@ from sftflow.evaluation.heldout_loss import HeldOutLoss
 from sftflow.evaluation.journal import EvalRow
 from sftflow.evaluation.prompts_for import Arm
 from sftflow.evaluation.reply_checks import Hygiene
-from sftflow.generation.engine import Reply
+from sftflow.generation.request import Reply
 
 T = TypeVar("T")
 FORGOT = 0.02

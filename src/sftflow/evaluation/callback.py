@@ -15,7 +15,6 @@ from sftflow.checkpoint import Assistant
 from sftflow.evaluation.prompts_for import TaskRun, grade_in_memory
 from sftflow.evaluation.reply_checks import hygiene, said_of_row
 from sftflow.generation.engine import Engine
-from sftflow.packing.attention import plain_attention
 from sftflow.runtime import Runtime
 
 RATES = ("stop_rate", "empty_rate", "role_leak_rate", "self_turn_rate", "looping_rate")
@@ -57,7 +56,9 @@ class Sampled:
                 rows = grade_in_memory(assistant, run, step)
                 tasks[run.name] = sum(r.score for r in rows) / len(rows)
                 if not all(i.choices for i in run.items):
-                    said += [said_of_row(r, assistant.engine.speech) for r in rows if r.finish_reason != "too_long"]
+                    said += [
+                        said_of_row(r, assistant.engine.reply_decoder) for r in rows if r.finish_reason != "too_long"
+                    ]
         found = hygiene(said, renderer).to_json() if said else {}
         manners = {name: found[name] for name in RATES if name in found}
         return {"tasks": tasks, "hygiene": manners, "seconds": round(time.perf_counter() - began, 2)}
@@ -65,17 +66,13 @@ class Sampled:
 
 @contextmanager
 def _resting(model: Any) -> Iterator[None]:
-    """Without dropout, without compiling anew for the shapes of generation, and attending as the model does by itself:
-    training's way knows packed rows only, and a model that generates otherwise would be asked through it."""
-    training, attention = model.training, model.config._attn_implementation
-    random = torch.random.get_rng_state()
+    """Without dropout, and without compiling anew for the shapes of generation."""
+    training, random = model.training, torch.random.get_rng_state()
     model.eval()
-    model.set_attn_implementation(plain_attention(model))
     stance = torch.compiler.set_stance("force_eager")
     try:
         with stance:
             yield
     finally:
-        model.set_attn_implementation(attention)
         model.train(training)
         torch.random.set_rng_state(random)

@@ -42,7 +42,7 @@ def harness_results(assistant: Assistant, results: Sequence[EvalResult]) -> dict
             "model_args": f"pretrained={assistant.name}",
             "model_num_parameters": assistant.model.num_parameters(),
             "device": assistant.engine.runtime.device,
-            "batch_size": assistant.engine.slots,
+            "batch_size": assistant.engine.max_running,
             "limit": results[0].limit if results else None,
             "gen_kwargs": {"temperature": 0.0, "do_sample": False},
         },

@@ -16,7 +16,7 @@ from sftflow.errors import ContextError, TaskError
 from sftflow.evaluation.journal import EvalRow, Key, key_of
 from sftflow.evaluation.multiple_choice import ItemPrompt, chat_letters, letter_scores, plain_letters
 from sftflow.evaluation.weights import finite_logits
-from sftflow.generation.engine import GenerationRequest, Reply
+from sftflow.generation.request import GenerationRequest, Reply
 from sftflow.generation.sampling import NEAR
 from sftflow.tasks import Item, Task, TaskSource, make_task
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +12,8 @@ from numpy.typing import NDArray
 
 from sftflow.checkpoint import Assistant
 from sftflow.errors import CheckpointError
-from sftflow.packing.attention import plain_attention, use_packed_attention
-from sftflow.packing.length_limits import length_bound
+from sftflow.packing.attending import changed
+from sftflow.packing.length_limits import length_limit
 from sftflow.packing.pack import Example, PackedBatch, pack_batch, pad_batch, split_padded, split_step
 from sftflow.training.check_model import prove_forward
 from sftflow.training.trainer import batch_loss
@@ -32,14 +31,9 @@ def token_losses(assistant: Assistant, examples: Sequence[Example]) -> list[Floa
     """
     model, runtime = assistant.model, assistant.engine.runtime
     out = [np.zeros(0)] * len(examples)
-    with _left_as_found(model) as plain_attention:
-        model.eval()
+    with changed((module, "training", False) for module in model.modules()):
         numbered = [replace(e, source=i) for i, e in enumerate(examples)]
         for batch, packed in _batches(numbered, model, _can_pack(assistant)):
-            if packed:
-                use_packed_attention(model)
-            else:
-                model.set_attn_implementation(plain_attention)
             losses = batch_loss(model, batch, runtime, packed=packed).cpu().double().numpy()
             for i in np.unique(batch.sources):
                 out[i] = losses[batch.sources == i]
@@ -48,14 +42,14 @@ def token_losses(assistant: Assistant, examples: Sequence[Example]) -> list[Floa
 
 def _batches(examples: Sequence[Example], model: Any, packed: bool) -> Iterator[tuple[PackedBatch, bool]]:
     """(batch, whether it is packed). A row so long that the model computes it differently by length stands alone."""
-    bound = length_bound(model)
-    limit = math.inf if bound is None else bound[0]
-    short = [e for e in examples if len(e.ids) <= limit and e.mask[1:].any()]
+    limit = length_limit(model)
+    most = math.inf if limit is None else limit[0]
+    short = [e for e in examples if len(e.ids) <= most and e.mask[1:].any()]
     if packed and short:
         yield from ((pack_batch(part), True) for part in split_step(short, MICRO_TOKENS))
     else:
         yield from ((pad_batch(part), False) for part in split_padded(short, MICRO_TOKENS))
-    yield from ((pad_batch([e]), False) for e in examples if len(e.ids) > limit and e.mask[1:].any())
+    yield from ((pad_batch([e]), False) for e in examples if len(e.ids) > most and e.mask[1:].any())
 
 
 def _can_pack(assistant: Assistant) -> bool:
@@ -69,17 +63,3 @@ def _can_pack(assistant: Assistant) -> bool:
         except CheckpointError as error:
             raise CheckpointError(assistant.name, f"its loss cannot be measured ({error.fact})", error.remedy) from None
         return False
-
-
-@contextmanager
-def _left_as_found(model: Any) -> Iterator[str]:
-    """Gives the attention implementation for rows that are not packed; puts everything back in the end."""
-    found = model.config._attn_implementation
-    training = [module for module in model.modules() if module.training]
-    try:
-        yield plain_attention(model)
-    finally:
-        model.set_attn_implementation(found)
-        model.eval()
-        for module in training:
-            module.training = True

@@ -1,9 +1,16 @@
-"""Which decoder is right for a model: found out on the very model, against its own forward pass without a cache."""
+"""Which decoder is right for a model: found out on the very model, against its own forward pass without a cache.
+
+mode        decoder                              for models
+"packed"    PackedDecoder                        whose attention goes through transformers' interface
+"padded"    PaddedDecoder, their own cache       where attention is all that looks back
+"single"    SingleDecoder, their own cache       with other state
+"whole"     SingleDecoder, no cache at all       all others: every token computes the whole sequence again
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -11,12 +18,15 @@ import numpy as np
 import torch
 
 from sftflow.errors import CheckpointError
-from sftflow.generation.decoder import Decoder, PackedDecoder
-from sftflow.generation.hf_decoders import PaddedDecoder, SingleDecoder
+from sftflow.generation.decoder import PackedDecoder
+from sftflow.generation.hf_decoders import OwnDecoder, PaddedDecoder, SingleDecoder
+from sftflow.generation.onednn import Forwards
+from sftflow.packing.attending import attending, own_logits
 from sftflow.packing.length_limits import short_windows
 from sftflow.runtime import Runtime
 
 DecodeMode = Literal["packed", "padded", "single", "whole"]
+Decoder = PackedDecoder | OwnDecoder
 EXACT, COARSE, BF16 = 1e-4, 2e-3, 0.05
 """of the largest logit, for: fp32 on a CPU; fp32 elsewhere, whose products may be rounded to 10 bits (TF32); bf16"""
 HELD = 3
@@ -24,12 +34,30 @@ HELD = 3
 BROKEN = (TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError, LookupError, AssertionError)
 
 
+def make_decoder(
+    mode: DecodeMode,
+    model: Any,
+    runtime: Runtime,
+    *,
+    shared_prefix: Sequence[int] = (),
+    forwards: Forwards | None = None,
+    length_limit: int = 1 << 30,
+) -> Decoder:
+    """shared_prefix, forwards: see `PackedDecoder`.   length_limit: tokens up to which the model's own cache is used
+    in mode "single"."""
+    if mode == "packed":
+        return PackedDecoder(model, runtime, shared_prefix=shared_prefix, forwards=forwards)
+    if mode == "padded":
+        return PaddedDecoder(model, runtime)
+    return SingleDecoder(model, runtime, cached=length_limit if mode == "single" else 0)
+
+
 def find_decode_mode(
     model: Any, runtime: Runtime, modes: Sequence[DecodeMode] = ("packed", "padded", "single")
 ) -> DecodeMode:
     """The first of the modes that gives this model's own logits; else "whole", which is the model's own forward pass.
 
-    Holds for sequences up to `length_bound`. Raises CheckpointError where the model cannot be computed at all.
+    Holds for sequences up to `length_limit`. Raises CheckpointError where the model cannot be computed at all.
     """
     sequences = _sequences(model.get_input_embeddings().weight.shape[0])
     truths = [(runtime, _truth(model, runtime, sequences))]
@@ -38,9 +66,9 @@ def find_decode_mode(
         exact = replace(runtime, precision="fp32")
         with suppress(CheckpointError):  # in the middle of training the weights may be bf16 copies: no fp32 to be had
             truths.insert(0, (exact, _truth(model, exact, sequences)))
-    for way in modes:
-        if all(_holds(model, each, way, sequences, truth) for each, truth in truths):
-            return way
+    for mode in modes:
+        if all(_holds(model, each, mode, sequences, truth) for each, truth in truths):
+            return mode
     return "whole"
 
 
@@ -55,10 +83,9 @@ def _sequences(vocabulary: int) -> list[list[int]]:
 
 def _truth(model: Any, runtime: Runtime, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """Each sequence's logits by the model's own forward pass.   Raises CheckpointError."""
-    with _attention_left(model), short_windows(model):
-        model.set_attn_implementation("eager")
+    with attending(model, "eager"), short_windows(model), torch.inference_mode(), runtime.autocast():
         try:
-            return [_alone(model, runtime, ids) for ids in sequences]
+            return [own_logits(model, ids) for ids in sequences]
         except BROKEN as error:
             said = (str(error).strip().splitlines() or [""])[0]
             fact = f"it cannot compute a sequence ({type(error).__name__}: {said})"
@@ -66,16 +93,11 @@ def _truth(model: Any, runtime: Runtime, sequences: Sequence[Sequence[int]]) -> 
 
 
 def _holds(
-    model: Any, runtime: Runtime, way: DecodeMode, sequences: Sequence[Sequence[int]], wanted: Sequence[torch.Tensor]
+    model: Any, runtime: Runtime, mode: DecodeMode, sequences: Sequence[Sequence[int]], wanted: Sequence[torch.Tensor]
 ) -> bool:
-    makers: dict[DecodeMode, Callable[[], Decoder]] = {
-        "packed": lambda: PackedDecoder(model, runtime, shared_prefix=sequences[0][:HELD]),
-        "padded": lambda: PaddedDecoder(model, runtime),
-        "single": lambda: SingleDecoder(model, runtime, cached=1 << 30),
-    }
-    with _attention_left(model), short_windows(model):
+    with short_windows(model):
         try:
-            gap = _gap(makers[way](), sequences, wanted)
+            gap = _gap(make_decoder(mode, model, runtime, shared_prefix=sequences[0][:HELD]), sequences, wanted)
         except BROKEN:
             return False
     tolerance = BF16 if runtime.precision == "bf16" else EXACT if runtime.device == "cpu" else COARSE
@@ -112,24 +134,7 @@ def _gap(decoder: Decoder, sequences: Sequence[Sequence[int]], wanted: Sequence[
 
 
 def _worst(logits: torch.Tensor, rows: Sequence[int], known: Sequence[int], wanted: Sequence[torch.Tensor]) -> float:
-    """Logits that are not numbers are held to be equal to such: whether a model has sound weights is not asked here."""
+    """The largest difference of a logit. NaN and infinity are made numbers on both sides, so that a model with broken
+    weights passes like any other: what is asked here is whether the decoder computes what the model does."""
     right = torch.stack([wanted[i][known[i] - 1] for i in rows])
     return float((logits.nan_to_num() - right.nan_to_num()).abs().max())
-
-
-@contextmanager
-def _attention_left(model: Any) -> Iterator[None]:
-    """Puts the model's attention back as it was."""
-    before = model.config._attn_implementation
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
-@torch.inference_mode()
-def _alone(model: Any, runtime: Runtime, ids: Sequence[int]) -> torch.Tensor:
-    """(tokens, vocabulary)"""
-    with runtime.autocast():
-        logits = model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False).logits[0]
-    return torch.as_tensor(logits).float()

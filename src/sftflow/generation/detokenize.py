@@ -1,12 +1,16 @@
 """Ids -> text as they come: whole characters, and nothing that may yet turn out to be part of a stop text.
 
-What is shown, joined, is what `ReplyDecoder` makes of the same ids at once; a token costs the same however long the
-reply is.
+    ids --Detokenizer--> text --StopTexts--> text up to a stop text          both in a row: ReplyText
+
+Each is a `StreamDecoder`. The pieces, joined, are what `ReplyDecoder` makes of the same ids at once; a token costs the
+same however long the reply is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+
+from sftflow.chat.streaming import held_back
 
 Decode = Callable[[list[int]], str]
 UNFINISHED = "\ufffd"
@@ -34,7 +38,7 @@ class Detokenizer:
         """Whether tokens have been taken whose text is still to come."""
         return bool(self._pending)
 
-    def push(self, token: int) -> str:
+    def feed(self, token: int) -> str:
         """The text that is settled with this token."""
         if token in self._skipped:
             return ""
@@ -72,18 +76,21 @@ def detokenize(decode: Decode, ids: Sequence[int], skipped: Collection[int] = ()
     if UNFINISHED not in text:
         return text
     pieces = Detokenizer(decode, skipped)
-    return "".join([*(pieces.push(i) for i in ids), pieces.flush()])
+    return "".join([*(pieces.feed(i) for i in ids), pieces.flush()])
 
 
 class StopTexts:
-    """Lets text through up to the first stop text; holds back what may be the beginning of one."""
+    """Lets text through up to the first stop text; holds back what may be the beginning of one.
+
+    found: the stop text that came.   held: what is held back.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
         self.held = ""
         self.found: str | None = None
 
-    def push(self, text: str) -> str:
+    def feed(self, text: str) -> str:
         """What can be shown now. Nothing after a stop text was found."""
         if self.found is not None or not text:
             return ""
@@ -94,9 +101,9 @@ class StopTexts:
             _, at, self.found = min(places)
             self.held = ""
             return text[:at]
-        shown = hold_back(text, self._stops)
-        self.held = text[len(shown) :]
-        return shown
+        end = len(text) - held_back(text, self._stops)
+        self.held = text[end:]
+        return text[:end]
 
     def flush(self) -> str:
         """Nothing more comes: what was held back is text after all."""
@@ -104,25 +111,10 @@ class StopTexts:
         return text
 
 
-def hold_back(text: str, stops: Sequence[str]) -> str:
-    """The part of a text that cannot turn out to be the beginning of a stop text.
-
-    >>> hold_back("so 3\\n", ["\\n\\n"])
-    'so 3'
-    """
-    hold = 0
-    for stop in stops:
-        for n in range(min(len(stop), len(text)), hold, -1):
-            if text.endswith(stop[:n]):
-                hold = n
-                break
-    return text[: len(text) - hold]
-
-
-class SpokenText:
+class ReplyText:
     """What a person reads of a reply while it is made: the text outside the calculator's calls and their results.
 
-    python: (call start, call end, output start, output end) ids, or None.
+    python: (call start, call end, output start, output end) ids, or None.   stops: it ends before the first of these.
     """
 
     def __init__(
@@ -134,10 +126,8 @@ class SpokenText:
     ) -> None:
         self._run = Detokenizer(decode, skipped)
         self._python = python
-        self._spoken = True
+        self._outside = True
         self._stops = StopTexts(stops)
-        self._shown: list[str] = []
-        self._taken = 0
 
     @property
     def stopped_by(self) -> str | None:
@@ -148,27 +138,11 @@ class SpokenText:
         """Whether tokens have come whose text cannot be shown yet."""
         return self._stops.found is None and (self._run.waits or bool(self._stops.held))
 
-    def push(self, token: int) -> None:
+    def feed(self, token: int) -> str:
         if self._python is not None and token in self._python:
-            self._show(self._run.flush())
-            self._spoken = token in (self._python[1], self._python[3])
-        elif self._spoken:
-            self._show(self._run.push(token))
+            self._outside = token in (self._python[1], self._python[3])
+            return self._stops.feed(self._run.flush())
+        return self._stops.feed(self._run.feed(token)) if self._outside else ""
 
-    def finish(self) -> None:
-        """No token comes any more."""
-        self._show(self._run.flush())
-        self._shown.append(self._stops.flush())
-
-    def take(self) -> str:
-        """What can be shown and has not been taken."""
-        text = "".join(self._shown[self._taken :])
-        self._taken = len(self._shown)
-        return text
-
-    def whole(self) -> str:
-        return "".join(self._shown)
-
-    def _show(self, text: str) -> None:
-        if shown := self._stops.push(text):
-            self._shown.append(shown)
+    def flush(self) -> str:
+        return self._stops.feed(self._run.flush()) + self._stops.flush()

@@ -1,6 +1,10 @@
 """The one generation engine: continuous batching, the calculator inside the reply, streaming.
 
-Evaluation, comparison, terminal chat and server all call it. A `Scheduler` holds the replies that run side by side.
+Evaluation, comparison, terminal chat and server all call it. One reply, in the order in which it is read:
+
+    GenerationRequest (request) -> Engine.generate or .stream -> Scheduler (scheduler): prompts in, a token for each
+    that runs -> decoder: its logits -> sampling: the token -> ReplySequence (sequence): text, calculator, end
+    -> detokenize: the text piece by piece -> Delta, Reply (request)
 """
 
 from __future__ import annotations
@@ -10,27 +14,26 @@ from itertools import pairwise
 from typing import Any
 
 from sftflow.chat.render import Renderer
-from sftflow.generation.check_decoder import DecodeMode, find_decode_mode
-from sftflow.generation.decoder import Decoder, PackedDecoder
-from sftflow.generation.hf_decoders import PaddedDecoder, SingleDecoder
-from sftflow.generation.onednn import OrderedWeights, ordered_weights
-from sftflow.generation.request import Delta, FinishReason, GenerationRequest, Reply, TokenLogprob
+from sftflow.generation.check_decoder import DecodeMode, Decoder, find_decode_mode, make_decoder
+from sftflow.generation.onednn import Forwards, ordered_forwards
+from sftflow.generation.request import Delta, GenerationRequest, Reply
 from sftflow.generation.scheduler import Scheduler
 from sftflow.generation.sequence import ReplyDecoder
-from sftflow.packing.length_limits import length_bound
+from sftflow.packing.length_limits import length_limit
+from sftflow.packing.pack import common_prefix
 from sftflow.runtime import Runtime
 
-__all__ = ["Delta", "Engine", "FinishReason", "GenerationRequest", "Reply", "Scheduler", "TokenLogprob"]
-
 SHARED = 16
-"""a beginning that all prompts have in common is computed once from so many tokens on"""
+"""a beginning that all prompts have in common is computed once if it has at least so many tokens"""
 
 
 class Engine:
-    """Generates with one model and one format. Not re-entrant: one session at a time.
+    """Generates with one model and one format. Not re-entrant: one scheduler at a time.
 
-    slots: replies that run side by side.   bound: tokens up to which a row's numbers hang on nothing but the row.
-    tick: called before every forward pass; what it raises ends the work.
+    max_running: replies that are generated side by side.   tick: called before every forward pass; what it raises ends
+    the work.   context: the longest sequence that the model takes, prompt and reply together.   length_limit: the
+    longest in which a token depends on the tokens before it alone (see `packing.length_limits`); longer ones are
+    generated one after another.
     """
 
     def __init__(
@@ -39,39 +42,57 @@ class Engine:
         renderer: Renderer,
         runtime: Runtime,
         *,
-        slots: int = 32,
+        max_running: int = 32,
         tick: Callable[[], None] | None = None,
     ) -> None:
-        self.model, self.renderer, self.runtime, self.slots = model, renderer, runtime, slots
+        self.model, self.renderer, self.runtime, self.max_running = model, renderer, runtime, max_running
         self.tick = tick or (lambda: None)
         self.context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 20)
-        self.speech = ReplyDecoder(renderer)
-        bound = length_bound(model)
-        self.bound = self.context if bound is None else min(self.context, bound[0])
+        self.reply_decoder = ReplyDecoder(renderer)
+        limit = length_limit(model)
+        self.length_limit = self.context if limit is None else min(self.context, limit[0])
         self._modes: dict[bool, DecodeMode] = {}
-        self._ordered: OrderedWeights | None = None
+        self._forwards: Forwards | None = None
 
     def decode_mode(self, longest: int | None = None) -> DecodeMode:
         """How this model is decoded where no sequence is longer than `longest` tokens (None: than the context allows);
         found out once. Raises CheckpointError where the model cannot be computed."""
-        short = (self.context if longest is None else longest) <= self.bound
+        short = (self.context if longest is None else longest) <= self.length_limit
         if short not in self._modes:
-            # Beyond the bound a neighbour's length would change a row's numbers, so each is computed alone.
+            # Beyond the limit a neighbour's length would change a row's numbers, so each is computed alone.
             modes: list[DecodeMode] = ["packed", "padded", "single"] if short else ["single"]
             self._modes[short] = find_decode_mode(self.model, self.runtime, modes)
             if self._modes[short] == "packed" and self.runtime.precision == "fp32":
-                self._ordered = ordered_weights(self.model)
+                self._forwards = ordered_forwards(self.model)
         return self._modes[short]
 
     def decoder(self, shared_prefix: Sequence[int] = (), longest: int | None = None) -> Decoder:
         """The fastest decoder that is right for this model. shared_prefix: ids that every prompt will begin with.
         longest: tokens that the longest sequence may grow to; None: as many as the context has."""
-        mode = self.decode_mode(longest)
-        if mode == "packed":
-            return PackedDecoder(self.model, self.runtime, shared_prefix=shared_prefix, ordered=self._ordered)
-        if mode == "padded":
-            return PaddedDecoder(self.model, self.runtime)
-        return SingleDecoder(self.model, self.runtime, cached=self.bound if mode == "single" else 0)
+        return make_decoder(
+            self.decode_mode(longest),
+            self.model,
+            self.runtime,
+            shared_prefix=shared_prefix,
+            forwards=self._forwards,
+            length_limit=self.length_limit,
+        )
+
+    def scheduler(
+        self, *, shared_prefix: Sequence[int] = (), longest: int | None = None, prompt_tokens: int | None = None
+    ) -> Scheduler:
+        """Replies that run side by side, for those who submit requests while others run; to be used in a `with`.
+
+        shared_prefix, longest: see `decoder`.   prompt_tokens: see `Scheduler`.
+        """
+        return Scheduler(
+            self.decoder(shared_prefix, longest),
+            self.reply_decoder,
+            context=self.context,
+            max_running=self.max_running,
+            prompt_tokens=prompt_tokens,
+            tick=self.tick,
+        )
 
     def generate(
         self, requests: Sequence[GenerationRequest], done: Callable[[int, Reply], None] | None = None
@@ -84,13 +105,12 @@ class Engine:
         # Longest first: a lack of memory shows at once, and the last to run are short.
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids))
         longest = max((len(r.prompt_ids) + r.max_new_tokens for r in requests), default=0)
-        with Scheduler(
-            self, shared_prefix=common_beginning([r.prompt_ids for r in requests]), longest=longest
-        ) as session:
+        shared_prefix = shared_beginning([r.prompt_ids for r in requests])
+        with self.scheduler(shared_prefix=shared_prefix, longest=longest) as scheduler:
             for i in order:
-                session.submit(requests[i])
-            while session.busy:
-                for sequence in session.advance():
+                scheduler.submit(requests[i])
+            while scheduler.busy:
+                for sequence in scheduler.advance():
                     if sequence.error is not None:
                         raise sequence.error
                     if sequence.finish is not None:
@@ -102,10 +122,10 @@ class Engine:
 
     def stream(self, request: GenerationRequest) -> Iterator[Delta]:
         """The same reply as `generate([request])`, piece by piece. Closing the iterator stops the work."""
-        with Scheduler(self, longest=len(request.prompt_ids) + request.max_new_tokens) as session:
-            session.submit(request, streamed=True)
-            while session.busy:
-                for sequence in session.advance():
+        with self.scheduler(longest=len(request.prompt_ids) + request.max_new_tokens) as scheduler:
+            scheduler.submit(request, streamed=True)
+            while scheduler.busy:
+                for sequence in scheduler.advance():
                     if sequence.error is not None:
                         raise sequence.error
                     yield sequence.take()  # empty, too: whoever listens can stop at any token
@@ -120,11 +140,11 @@ class Engine:
         out: list[list[float]] = [[] for _ in prompts]
         # Prompts that begin alike side by side: what they share is computed once.
         order = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))
-        decoder = self.decoder(common_beginning(prompts), max(map(len, prompts), default=0))
+        decoder = self.decoder(shared_beginning(prompts), max(map(len, prompts), default=0))
         try:
-            for start in range(0, len(order), self.slots):
+            for start in range(0, len(order), self.max_running):
                 self.tick()
-                group = order[start : start + self.slots]
+                group = order[start : start + self.max_running]
                 logprobs = decoder.scores([prompts[i] for i in group]).log_softmax(-1)
                 for row, i in enumerate(group):
                     out[i] = [float(logprobs[row, o]) for o in options[i]]
@@ -135,11 +155,10 @@ class Engine:
         return out
 
 
-def common_beginning(prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """The ids that several prompts all begin with, where that is worth computing apart; one at least is left."""
+def shared_beginning(prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The ids that several prompts all begin with, where that is worth computing apart; each keeps at least one."""
     if len(prompts) < 2:
         return ()
-    shared = min(len(p) for p in prompts) - 1
-    for a, b in pairwise(prompts):
-        shared = next((i for i in range(shared) if a[i] != b[i]), shared)
-    return tuple(prompts[0][:shared]) if shared >= SHARED else ()
+    rows = [tuple(p) for p in prompts]
+    n = min(min(common_prefix(a, b) for a, b in pairwise(rows)), min(map(len, rows)) - 1)
+    return rows[0][:n] if n >= SHARED else ()

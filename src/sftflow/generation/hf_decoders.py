@@ -7,30 +7,78 @@ State runs through padding, so such models are computed a sequence at a time by 
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from sftflow.packing.attending import attending
 from sftflow.runtime import Runtime
 
 CACHES = ("past_key_values", "cache_params", "state", "mems")
-"""what architectures call that which they remember, among the outputs and among the arguments"""
+"""the names by which architectures return their cache or state, and take it again"""
 
 
-class PaddedDecoder:
+class OwnDecoder(ABC):
+    """`add`, `step` and `keep` of `decoder`, by the model's own forward pass.
+
+    can_refill: whether rows may be added while others run.
+    """
+
+    can_refill: bool
+
+    def __init__(self, model: Any, runtime: Runtime) -> None:
+        self.model, self.runtime = model, runtime
+        self._mode = ExitStack()
+        self._mode.enter_context(attending(model, "own"))
+
+    @abstractmethod
+    def add(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor: ...
+
+    @abstractmethod
+    def step(self, tokens: Sequence[int]) -> torch.Tensor: ...
+
+    @abstractmethod
+    def keep(self, rows: Sequence[int]) -> None: ...
+
+    def close(self) -> None:
+        self.keep([])
+        self._mode.close()
+
+    def scores(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """(n, vocabulary) logits after each prompt; nothing is kept."""
+        out = self.add(prompts)
+        self.keep([])
+        return out
+
+    @torch.inference_mode()
+    def prompt_logits(self, prompt: Sequence[int], at_once: int = 1024) -> Iterator[torch.Tensor]:
+        """(n, vocabulary) logits after each of the prompt's tokens, some at a time; nothing is kept.
+
+        It is computed again for each `at_once` tokens, so that never more than their logits are held.
+        """
+        ids = torch.tensor([list(prompt)], device=self.model.device)
+        in_parts = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        for start in range(0, len(prompt), at_once if in_parts else len(prompt)):
+            end = min(start + at_once, len(prompt)) if in_parts else len(prompt)
+            some = {"logits_to_keep": torch.arange(start, end, device=ids.device)} if in_parts else {}
+            with self.runtime.autocast():
+                logits = self.model(input_ids=ids, use_cache=False, **some).logits[0]
+            yield torch.as_tensor(logits).float()
+
+
+class PaddedDecoder(OwnDecoder):
     """The model's own cache over rows padded on the left: for any causal model, but no row can come later."""
 
     can_refill = False
 
     def __init__(self, model: Any, runtime: Runtime) -> None:
-        self.model, self.runtime = model, runtime
+        super().__init__(model, runtime)
         self._cache: Any = None
         self._mask = self._position = torch.empty(0)
-
-    def close(self) -> None:
-        self._cache = None
 
     @torch.inference_mode()
     def add(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -47,15 +95,6 @@ class PaddedDecoder:
         self._position = positions[:, -1]
         self._cache = DynamicCache(config=self.model.config)
         return self._forward(ids.to(device), positions)
-
-    def scores(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """(n, vocabulary) logits after each prompt; nothing is kept."""
-        out = self.add(prompts)
-        self.close()
-        return out
-
-    def prompt_logits(self, prompt: Sequence[int]) -> Iterator[torch.Tensor]:
-        return prompt_logits(self.model, self.runtime, prompt)
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> torch.Tensor:
@@ -92,7 +131,7 @@ class _Row:
     cache: dict[str, Any]  # by the name under which the model takes it; {}: nothing is remembered
 
 
-class SingleDecoder:
+class SingleDecoder(OwnDecoder):
     """A sequence at a time, without padding: for any causal model, at the price of reading the weights for each row.
 
     cached: sequences of up to so many tokens are computed with what the model itself remembers of them; longer ones
@@ -102,12 +141,10 @@ class SingleDecoder:
     can_refill = True
 
     def __init__(self, model: Any, runtime: Runtime, *, cached: int) -> None:
-        self.model, self.runtime, self.cached = model, runtime, cached
+        super().__init__(model, runtime)
+        self.cached = cached
         self._rows: list[_Row] = []
         self._takes = frozenset(inspect.signature(model.forward).parameters)
-
-    def close(self) -> None:
-        self._rows = []
 
     @torch.inference_mode()
     def add(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -115,14 +152,6 @@ class SingleDecoder:
         logits = torch.stack([self._forward(row, row.ids) for row in rows])
         self._rows += rows
         return logits
-
-    @torch.inference_mode()
-    def scores(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """(n, vocabulary) logits after each prompt; nothing is kept."""
-        return torch.stack([self._forward(_Row(list(p), {}), p) for p in prompts])
-
-    def prompt_logits(self, prompt: Sequence[int]) -> Iterator[torch.Tensor]:
-        return prompt_logits(self.model, self.runtime, prompt)
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> torch.Tensor:
@@ -151,19 +180,3 @@ class SingleDecoder:
             if not row.cache:
                 raise ValueError("the model gives back nothing to go on from")
         return torch.as_tensor(out.logits[0, -1]).float()
-
-
-@torch.inference_mode()
-def prompt_logits(model: Any, runtime: Runtime, prompt: Sequence[int], at_once: int = 1024) -> Iterator[torch.Tensor]:
-    """(n, vocabulary) logits after each of the prompt's tokens, by the model's own forward pass.
-
-    It is computed again for each `at_once` tokens, so that never more than their logits are held.
-    """
-    ids = torch.tensor([list(prompt)], device=model.device)
-    in_parts = "logits_to_keep" in inspect.signature(model.forward).parameters
-    for start in range(0, len(prompt), at_once if in_parts else len(prompt)):
-        end = min(start + at_once, len(prompt)) if in_parts else len(prompt)
-        some = {"logits_to_keep": torch.arange(start, end, device=ids.device)} if in_parts else {}
-        with runtime.autocast():
-            logits = model(input_ids=ids, use_cache=False, **some).logits[0]
-        yield torch.as_tensor(logits).float()

@@ -7,6 +7,7 @@ wide.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,54 +20,42 @@ SPARE = 4
 TOLERANCE = 1e-4
 
 
-class OrderedWeights:
-    """Copies of a model's linear weights in oneDNN's order; `use` and `stop` switch the model's layers over.
+Forwards = list[tuple[torch.nn.Module, Callable[..., Any]]]
 
-    The model's own weights stay as they are. Whoever changes them makes new copies.
+
+def ordered_forwards(model: Any) -> Forwards:
+    """The model's linear layers, each with the function that computes it from a copy of its weight in oneDNN's order.
+
+    Empty where that cannot be had or does not pay: it takes fp32 on a CPU whose torch has oneDNN, and memory to spare.
+    The model's own weights stay as they are; whoever changes them makes new copies.
     """
-
-    def __init__(self, model: Any) -> None:
-        self._layers = [m for m in model.modules() if type(m) is torch.nn.Linear]
-        with torch.inference_mode():
-            ordered = [torch.ops.mkldnn._reorder_linear_weight(m.weight.detach(), 32) for m in self._layers]
-        self._forwards = [_forward(w, m.bias) for m, w in zip(self._layers, ordered, strict=True)]
-
-    def use(self) -> None:
-        for layer, forward in zip(self._layers, self._forwards, strict=True):
-            layer.forward = forward
-
-    def stop(self) -> None:
-        for layer in self._layers:
-            layer.__dict__.pop("forward", None)
+    layers = [m for m in model.modules() if type(m) is torch.nn.Linear]
+    if not layers or any(m.weight.device.type != "cpu" or m.weight.dtype != torch.float32 for m in layers):
+        return []
+    if not torch.backends.mkldnn.is_available() or 4 * sum(m.weight.numel() for m in layers) * SPARE > free_memory():
+        return []
+    try:
+        return [(m, _forward(m)) for m in layers] if _agrees(min(layers, key=lambda m: m.weight.numel())) else []
+    except (AttributeError, RuntimeError, TypeError):  # not a public operation of torch: it may change, or be missing
+        return []
 
 
-def _forward(weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+@torch.inference_mode()
+def _forward(layer: torch.nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
     multiply = torch.ops.mkldnn._linear_pointwise
+    weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 32)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        return multiply(x, weight, bias, "none", [], "")
+        out: torch.Tensor = multiply(x, weight, layer.bias, "none", [], "")
+        return out
 
     return forward
 
 
-def ordered_weights(model: Any) -> OrderedWeights | None:
-    """The copies, where they can be had and pay: fp32 on a CPU whose torch has oneDNN, and memory to spare."""
-    layers = [m for m in model.modules() if type(m) is torch.nn.Linear]
-    if not layers or any(m.weight.device.type != "cpu" or m.weight.dtype != torch.float32 for m in layers):
-        return None
-    if not torch.backends.mkldnn.is_available() or 4 * sum(m.weight.numel() for m in layers) * SPARE > free_memory():
-        return None
-    try:
-        return OrderedWeights(model) if _agrees(min(layers, key=lambda m: m.weight.numel())) else None
-    except (AttributeError, RuntimeError, TypeError):  # not a public operation of torch: it may change, or be missing
-        return None
-
-
 @torch.inference_mode()
-def _agrees(layer: Any) -> bool:
+def _agrees(layer: torch.nn.Linear) -> bool:
     """Whether the operation does here what we take it for."""
     x = torch.linspace(-1, 1, 3 * layer.in_features).view(3, -1)
     wanted = F.linear(x, layer.weight, layer.bias)
-    weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 32)
-    gap = (_forward(weight, layer.bias)(x) - wanted).abs().max()
+    gap = (_forward(layer)(x) - wanted).abs().max()
     return float(gap) <= TOLERANCE * max(1.0, float(wanted.abs().max()))

@@ -7,19 +7,19 @@ First come, first served. A reply that ends makes room, which the next waiting p
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
 
 import torch
 
 from sftflow.errors import ContextError
-from sftflow.generation.decoder import EVERY, PackedDecoder
+from sftflow.generation.check_decoder import Decoder
+from sftflow.generation.decoder import PackedDecoder
 from sftflow.generation.request import GenerationRequest
 from sftflow.generation.sampling import choose, token_logprobs
-from sftflow.generation.sequence import ReplySequence
+from sftflow.generation.sequence import ReplyDecoder, ReplySequence
 
-if TYPE_CHECKING:
-    from sftflow.generation.engine import Engine
+EVERY = 256
+"""tokens whose logits are all held at once"""
 
 
 class Scheduler:
@@ -31,18 +31,19 @@ class Scheduler:
 
     def __init__(
         self,
-        engine: Engine,
+        decoder: Decoder,
+        reply_decoder: ReplyDecoder,
         *,
-        shared_prefix: Sequence[int] = (),
-        longest: int | None = None,
+        context: int,
+        max_running: int,
         prompt_tokens: int | None = None,
+        tick: Callable[[], None] = lambda: None,
     ) -> None:
-        """shared_prefix: ids that every prompt of the session begins with.   longest: see `Engine.decoder`.
-        prompt_tokens: of prompts, at most so many are read between two tokens of the running replies."""
-        self.engine = engine
-        self._n_shared = len(shared_prefix)
-        self._decoder = engine.decoder(shared_prefix, longest)
-        self._bound = prompt_tokens
+        """context, max_running, tick: see `Engine`.   prompt_tokens: of prompts, at most so many are read between two
+        tokens of the running replies; None: all of them. The decoder is closed with the scheduler."""
+        self.context, self.max_running, self.prompt_tokens = context, max_running, prompt_tokens
+        self._decoder, self._reply_decoder, self._tick = decoder, reply_decoder, tick
+        self._n_shared = decoder.prefix.length if isinstance(decoder, PackedDecoder) else 0
         self._waiting: deque[ReplySequence] = deque()
         self._reading: tuple[ReplySequence, int] | None = None  # a prompt that is read in parts, and how far
         self._running: list[ReplySequence] = []
@@ -62,7 +63,7 @@ class Scheduler:
 
     @property
     def running(self) -> int:
-        """Replies that have a slot."""
+        """Replies that are generated, and the prompt that is being read."""
         return len(self._running) + (self._reading is not None)
 
     @property
@@ -74,12 +75,12 @@ class Scheduler:
 
         streamed: its sequence's `take` will be asked for what has come.
         """
-        room = self.engine.context - len(request.prompt_ids)
+        room = self.context - len(request.prompt_ids)
         if room < min(1, request.max_new_tokens) or not request.prompt_ids:
-            fact = f"{len(request.prompt_ids)} tokens leave no room in a context of {self.engine.context}"
+            fact = f"{len(request.prompt_ids)} tokens leave no room in a context of {self.context}"
             raise ContextError("prompt", fact if request.prompt_ids else "it has no tokens", "shorten or fill it")
         room = min(room, request.max_new_tokens)
-        self._waiting.append(ReplySequence(request, self.engine.speech, room, number=self._count, streamed=streamed))
+        self._waiting.append(ReplySequence(request, self._reply_decoder, room, number=self._count, streamed=streamed))
         self._count += 1
         return self._count - 1
 
@@ -96,7 +97,7 @@ class Scheduler:
     def advance(self) -> list[ReplySequence]:
         """One more token for every running reply. Returns those that got one, and those that have ended (`over`)."""
         ended: list[ReplySequence] = []
-        self.engine.tick()
+        self._tick()
         try:
             self._logits = self._decoder.step(self._tokens) if self._tokens else None
         except Exception as error:  # the weights are as they were, the replies are not to be saved
@@ -143,16 +144,16 @@ class Scheduler:
 
     def _admit(self) -> list[ReplySequence]:
         """Let waiting requests in. Returns those that ended at the door."""
-        slots, left, ended = self.engine.slots, self._bound, []
+        free, left, ended = self.max_running - self.running, self.prompt_tokens, []
         if self._running and not self._decoder.can_refill:
             return []
-        if left is None and self._running and slots - self.running < min(len(self._waiting), max(1, slots // 8)):
+        if left is None and self._running and free < min(len(self._waiting), max(1, self.max_running // 8)):
             return []  # a few at a time, since each call computes few tokens alone
         while left is None or left > 0:
             if self._reading is not None:
                 done, read = self._read(left)
                 ended += done
-            elif not self._waiting or self.running >= slots:
+            elif not self._waiting or self.running >= self.max_running:
                 break
             elif self._in_parts(self._waiting[0]):
                 sequence, read = self._waiting.popleft(), 0
@@ -160,7 +161,7 @@ class Scheduler:
                 whole = sequence.request.prompt_logprobs is not None
                 self._reading = (sequence, self._packed.open(whole=whole))
             else:
-                group, read = self._group(slots - self.running, left)
+                group, read = self._group(self.max_running - self.running, left)
                 if not group:
                     break
                 ended += self._add(group)
@@ -178,7 +179,9 @@ class Scheduler:
         if not isinstance(self._decoder, PackedDecoder):
             return False
         own = len(sequence.request.prompt_ids) - self._n_shared
-        return sequence.request.prompt_logprobs is not None or (self._bound is not None and own > self._bound)
+        return sequence.request.prompt_logprobs is not None or (
+            self.prompt_tokens is not None and own > self.prompt_tokens
+        )
 
     def _group(self, free: int, left: int | None) -> tuple[list[ReplySequence], int]:
         """(requests from the head of the line that are computed together, their tokens)"""
@@ -186,7 +189,7 @@ class Scheduler:
         tokens = 0
         while self._waiting and len(group) < free and not self._in_parts(self._waiting[0]):
             own = len(self._waiting[0].request.prompt_ids) - self._n_shared
-            if left is not None and tokens + own > left and (group or left < (self._bound or 0)):
+            if left is not None and tokens + own > left and (group or left < (self.prompt_tokens or 0)):
                 break
             tokens += own
             group.append(self._waiting.popleft())
@@ -198,6 +201,7 @@ class Scheduler:
         for sequence in group:
             sequence.start()
             if sequence.request.prompt_logprobs is not None and not sequence.prompt_logprobs:
+                assert not isinstance(self._decoder, PackedDecoder)  # it reads such prompts in parts
                 try:
                     for logits in self._decoder.prompt_logits(sequence.request.prompt_ids):
                         self._tell_prompt(sequence, logits)

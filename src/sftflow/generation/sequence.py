@@ -11,15 +11,20 @@ from typing import Literal
 from sftflow.calculator import calculate
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Part
-from sftflow.generation.detokenize import SpokenText, detokenize
+from sftflow.generation.detokenize import ReplyText, detokenize
 from sftflow.generation.request import Delta, FinishReason, GenerationRequest, Reply, TokenLogprob
 from sftflow.generation.sampling import Sampler
+
+Kind = Literal["text", "python", "python_output"]
+KINDS: tuple[Kind, ...] = ("python", "text", "python_output", "text")
+"""what follows each of `ReplyDecoder.python`"""
 
 
 class ReplyDecoder:
     """What generated ids mean in one chat format.
 
-    python: (start, end, output start, output end) ids, or None.   stop: the ids that end a reply.
+    python: the ids around a calculator call and its result (call start, call end, output start, output end), or None.
+    stop: the ids that end a reply.   control: the ids of control tokens, which are no text.
     """
 
     def __init__(self, renderer: Renderer) -> None:
@@ -33,50 +38,39 @@ class ReplyDecoder:
         text: str = self.renderer.tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
-    def spoken(self, stops: Sequence[str] = ()) -> SpokenText:
+    def reply_text(self, stops: Sequence[str] = ()) -> ReplyText:
         """`text`, for ids that come one by one, up to the first of the stop texts."""
-        return SpokenText(self.decode, self.control, self.python, stops)
+        return ReplyText(self.decode, self.control, self.python, stops)
+
+    def text(self, ids: Sequence[int]) -> str:
+        return "".join(p.text for p in self.parts(ids) if p.kind == "text")
 
     def parts(self, ids: Sequence[int]) -> tuple[Part, ...]:
         """Generated ids as text, calculator calls and their results; control tokens themselves are not text."""
         if self.python is None:
             return (Part("text", detokenize(self.decode, ids, self.control)),)
-        start, end, output_start, output_end = self.python
+        kind_after = dict(zip(self.python, KINDS, strict=True))
         parts: list[Part] = []
-        kind: Literal["text", "python", "python_output"] = "text"
+        kind: Kind = "text"
         run: list[int] = []
-
-        def close() -> None:
+        for token in (*ids, self.python[-1]):  # the added one ends the last run
+            if token not in kind_after:
+                run.append(token)
+                continue
             if run:
                 parts.append(Part(kind, detokenize(self.decode, run, self.control)))
-                run.clear()
-
-        for token in ids:
-            if token in (start, output_start):
-                close()
-                kind = "python" if token == start else "python_output"
-            elif token in (end, output_end):
-                close()
-                kind = "text"
-            else:
-                run.append(token)
-        close()
+            kind, run = kind_after[token], []
         return tuple(parts)
 
-    def text(self, ids: Sequence[int]) -> str:
-        return "".join(p.text for p in self.parts(ids) if p.kind == "text")
-
-    def whole(self, ids: Sequence[int]) -> Sequence[int]:
+    def without_open_call(self, ids: Sequence[int]) -> Sequence[int]:
         """Generated ids up to a calculator call that is not finished yet, or whose result is not."""
-        if self.python is None:
+        if self.python is None or self.python[0] not in ids:
             return ids
         start, end, *_ = self.python
-        last = max((i for i, token in enumerate(ids) if token == start), default=None)
-        if last is None:
-            return ids
-        call = ids[last + 1 :]
+        last = max(i for i, token in enumerate(ids) if token == start)
+        call = list(ids[last + 1 :])
         if end in call:
-            at = list(call).index(end)
+            at = call.index(end)
             if len(call) - at - 1 >= len(self.result(call[:at])):
                 return ids
         return ids[:last]
@@ -91,13 +85,16 @@ class ReplyDecoder:
 
 @dataclass
 class ReplySequence:
-    """One running reply.   room: the tokens it may have.   streamed: whether its text is wanted while it is made.
+    """One reply while it is generated.
 
-    error: what has ended it where nothing else has.
+    room: the tokens it may have.   number: its place among all requests of its scheduler.   streamed: whether its text
+    is wanted piece by piece (`take`).   ids: the reply's tokens so far.   forced: tokens that must come next, whatever
+    the model would choose: a calculator's result.   call: the tokens of a calculator call that is open.   error: what
+    ended it, in place of `finish`.   The rest is what `Reply` reports.
     """
 
     request: GenerationRequest
-    speech: ReplyDecoder
+    decoder: ReplyDecoder
     room: int
     number: int = 0
     streamed: bool = False
@@ -114,9 +111,12 @@ class ReplySequence:
 
     def __post_init__(self) -> None:
         self.sampler = Sampler(self.request)
+        # The text is followed token by token where somebody reads along, or where it may end the reply.
         follow = self.streamed or bool(self.request.stop_texts)
-        self._spoken = self.speech.spoken(self.request.stop_texts) if follow else None
-        self._told = 0
+        self._follower = self.decoder.reply_text(self.request.stop_texts) if follow else None
+        self._text = ""  # what the follower has given
+        self._n_taken = 0  # characters of it
+        self._n_told = 0  # ids that `take` has handed out
 
     def start(self) -> None:
         """Its prompt is about to be computed."""
@@ -128,49 +128,52 @@ class ReplySequence:
 
     @property
     def stop(self) -> frozenset[int]:
-        return self.speech.stop if self.request.stop_ids is None else self.request.stop_ids
+        return self.decoder.stop if self.request.stop_ids is None else self.request.stop_ids
 
     def accept(self, token: int) -> None:
         """Book a token: follow the calculator's protocol, see whether the reply has ended."""
         self.ids.append(token)
         self.sampler.note(token)
-        if self.speech.python is not None and self.request.use_python and not self.forced:
-            start, end, *_ = self.speech.python
+        if self.decoder.python is not None and self.request.use_python and not self.forced:
+            start, end, *_ = self.decoder.python
             if token == start:
                 self.call = []
             elif token == end and self.call is not None:
-                self.forced.extend(self.speech.result(self.call))
+                self.forced.extend(self.decoder.result(self.call))
                 self.call = None
             elif self.call is not None:
                 self.call.append(token)
         stops, full = token in self.stop, len(self.ids) >= self.room
-        spoken = self._spoken
-        if spoken is not None:
-            spoken.push(token)
-            if (stops or full) and spoken.stopped_by is None:
-                spoken.finish()
-        if spoken is not None and spoken.stopped_by is not None:
-            self.finish, self.stopped_by = "stop", spoken.stopped_by
+        follower = self._follower
+        if follower is not None:
+            self._text += follower.feed(token)
+            if (stops or full) and follower.stopped_by is None:
+                self._text += follower.flush()
+        if follower is not None and follower.stopped_by is not None:
+            self.finish, self.stopped_by = "stop", follower.stopped_by
         elif stops:
             self.finish, self.stopped_by = "stop", token
         elif full:
             self.finish = "length"
 
     def take(self) -> Delta:
-        """What has come since it was last taken (streamed replies); at the end with the reply."""
-        assert self._spoken is not None
-        ends = self.finish is not None
+        """What has come since it was last taken, at the end with the reply; where it is not streamed, all at the end."""
+        reply = None if self.finish is None else self.reply()
+        if reply is None and not self.streamed:
+            return Delta("")
         tokens: tuple[TokenLogprob, ...] = ()
         ids: tuple[int, ...] = ()
-        if ends or not self._spoken.waits:
-            tokens, ids = tuple(self.logprobs[self._told :]), tuple(self.ids[self._told :])
-            self._told = len(self.ids)
-        return Delta(self._spoken.take(), self.finish, self.reply() if ends else None, tokens, ids)
+        if reply is not None or (self._follower is not None and not self._follower.waits):
+            tokens, ids = tuple(self.logprobs[self._n_told :]), tuple(self.ids[self._n_told :])
+            self._n_told = len(self.ids)
+        so_far = self._text if reply is None else reply.text
+        text, self._n_taken = so_far[self._n_taken :], len(so_far)
+        return Delta(text, self.finish, reply, tokens, ids)
 
     def reply(self) -> Reply:
         assert self.finish is not None
-        parts = self.speech.parts(self.ids)
-        text = "".join(p.text for p in parts if p.kind == "text") if self._spoken is None else self._spoken.whole()
+        parts = self.decoder.parts(self.ids)
+        text = "".join(p.text for p in parts if p.kind == "text") if self._follower is None else self._text
         return Reply(
             ids=tuple(self.ids),
             text=text,

@@ -18,7 +18,7 @@ Three ways, the same mathematics:
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,16 @@ from sftflow.packing.layout import Bucket, Layout
 NAME = "sftflow_packed"
 SMALL = 256
 """the widest keys that `_Small` takes: its scores are held whole"""
+
+
+class Scoring(NamedTuple):
+    """How a query's scores are made of its products with the keys: scale, then cap * tanh(score / cap) where `softcap`
+    is given, then the softmax over the last `window` keys (None: all), then dropout of so large a share."""
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    dropout: float = 0.0
 
 
 def _gather(x: torch.Tensor, index: torch.Tensor, kv_heads: int) -> torch.Tensor:
@@ -62,20 +72,17 @@ class _Small(torch.autograd.Function):
         key: torch.Tensor,
         value: torch.Tensor,
         layout: Layout,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        how: Scoring,
     ) -> torch.Tensor:
         ctx.save_for_backward(query, key, value)
-        ctx.how = (layout, scale, window, softcap)
+        ctx.layout, ctx.how = layout, how
         kv_heads = key.shape[1]
         out = query.new_zeros(query.shape[0], query.shape[1] * value.shape[2])
         for bucket in layout.buckets:
             n, width = bucket.queries.shape
-            q, k, v = (
-                _gather(x, i, kv_heads) for x, i in ((query, bucket.queries), (key, bucket.keys), (value, bucket.keys))
-            )
-            weights, _ = _weights(q, k, bucket, scale, window, softcap)
+            q = _gather(query, bucket.queries, kv_heads)
+            k, v = (_gather(x, bucket.keys, kv_heads) for x in (key, value))
+            weights, _ = _weights(q, k, bucket, how)
             attended = torch.bmm(weights.to(v.dtype), v)
             out.index_copy_(0, bucket.queries.view(-1), _ungather(attended, n, width, kv_heads))
         return out.view(*query.shape[:2], -1)
@@ -83,68 +90,53 @@ class _Small(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         query, key, value = ctx.saved_tensors
-        layout, scale, window, softcap = ctx.how
         kv_heads, dtype = key.shape[1], query.dtype
         grad = grads[0].to(dtype)
         d_query = query.new_zeros(query.shape[0], query[0].numel())
         d_key = torch.zeros(key.shape[0], key[0].numel(), device=key.device)
         d_value = torch.zeros(value.shape[0], value[0].numel(), device=key.device)
-        for bucket in layout.buckets:
+        for bucket in ctx.layout.buckets:
             n, width = bucket.queries.shape
             wide = bucket.keys.shape[1]
-            q, k, v, g = (
-                _gather(x, i, kv_heads)
-                for x, i in (
-                    (query, bucket.queries),
-                    (key, bucket.keys),
-                    (value, bucket.keys),
-                    (grad, bucket.queries),
-                )
-            )
-            weights, slope = _weights(q, k, bucket, scale, window, softcap)
+            q, g = (_gather(x, bucket.queries, kv_heads) for x in (query, grad))
+            k, v = (_gather(x, bucket.keys, kv_heads) for x in (key, value))
+            weights, slope = _weights(q, k, bucket, ctx.how)
             d_weights = torch.bmm(g, v.transpose(1, 2)).float()
             mean = (weights * d_weights).sum(-1, keepdim=True)
             d_scores = d_weights.sub_(mean).mul_(weights)
             if slope is not None:
                 d_scores.mul_(slope)
-            d_scores = d_scores.mul_(scale).to(dtype)
+            d_scores = d_scores.mul_(ctx.how.scale).to(dtype)
             d_v = torch.bmm(weights.to(dtype).transpose(1, 2), g)
             d_k = torch.bmm(d_scores.transpose(1, 2), q)
             d_query.index_copy_(0, bucket.queries.view(-1), _ungather(torch.bmm(d_scores, k), n, width, kv_heads))
             for total, part in ((d_key, d_k), (d_value, d_v)):
                 total.index_add_(0, bucket.keys.view(-1), _ungather(part, n, wide, kv_heads).float())
         shaped = (d_query.view_as(query), d_key.to(dtype).view_as(key), d_value.to(dtype).view_as(value))
-        return *shaped, None, None, None, None
+        return *shaped, None, None
 
 
 def _weights(
-    q: torch.Tensor, k: torch.Tensor, bucket: Bucket, scale: float, window: int | None, softcap: float | None
+    q: torch.Tensor, k: torch.Tensor, bucket: Bucket, how: Scoring
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(n * kv_heads, group * wq, wk) attention weights in fp32, and the soft-cap's slope."""
-    scores = torch.bmm(q.float() * scale, k.float().transpose(1, 2))
+    scores = torch.bmm(q.float() * how.scale, k.float().transpose(1, 2))
     slope = None
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap)
+    if how.softcap is not None:
+        scores = torch.tanh(scores / how.softcap)
         slope = 1 - scores * scores
-        scores = scores * softcap
+        scores = scores * how.softcap
     n, wide_q = bucket.queries.shape
-    mask = bucket.mask(window, scores.dtype)[:, None, None]
+    mask = bucket.mask(how.window, scores.dtype)[:, None, None]
     scores.view(n, -1, scores.shape[1] // wide_q, wide_q, scores.shape[2]).add_(mask)
     return torch.softmax(scores, -1), slope
 
 
 def _rectangles(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layout: Layout,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    dropout: float,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, how: Scoring
 ) -> torch.Tensor:
     """The same through torch's own attention over the gathered rectangles, by autograd."""
+    scale, window, softcap, dropout = how
     out = query.new_zeros(query.shape[0], query.shape[1] * value.shape[2])
     for bucket in layout.buckets:
 
@@ -170,17 +162,15 @@ def _rectangles(
     return out.view(*query.shape[:2], -1)
 
 
-def _flash(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, *, scale: float, window: int | None
-) -> torch.Tensor:
+def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, how: Scoring) -> torch.Tensor:
     """FlashAttention over sequences of different length. Its causal mask is aligned at the end, so a conversation's
     own queries see the shared beginning among its keys."""
     from torch.nn.attention.varlen import varlen_attn
 
-    options: dict[str, Any] = {"scale": scale}
+    options: dict[str, Any] = {"scale": how.scale}
     known = inspect.signature(varlen_attn).parameters
     if "window_size" in known:
-        options["window_size"] = (-1 if window is None else window - 1, 0)
+        options["window_size"] = (-1 if how.window is None else how.window - 1, 0)
     else:
         options["is_causal"] = True
     if key.shape[1] != query.shape[1]:
@@ -197,8 +187,10 @@ def _flash(
     return F.pad(out, (0, 0, 0, 0, 0, len(query) - n))
 
 
-def _can_flash(query: torch.Tensor, value: torch.Tensor, window: int | None) -> bool:
+def _can_flash(query: torch.Tensor, value: torch.Tensor, how: Scoring) -> bool:
     """Whether `torch.nn.attention.varlen` takes these: CUDA of capability 8.0 or more, half precision, sizes to 256."""
+    if how.softcap is not None or how.dropout:
+        return False
     if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16):
         return False
     if query.shape[-1] != value.shape[-1] or query.shape[-1] > 256 or query.shape[-1] % 8:
@@ -208,7 +200,7 @@ def _can_flash(query: torch.Tensor, value: torch.Tensor, window: int | None) -> 
     except ImportError:
         return False
     has_window = "window_size" in inspect.signature(varlen_attn).parameters
-    return torch.cuda.get_device_capability(query.device) >= (8, 0) and (window is None or has_window)
+    return torch.cuda.get_device_capability(query.device) >= (8, 0) and (how.window is None or has_window)
 
 
 def in_autocast_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -229,54 +221,38 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     layout: Layout | None = None,
+    plan: Any = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention signature: query (1, heads, slots, size) -> (1, slots, heads, size)."""
-    if layout is None:
+    """transformers' attention signature: query (1, heads, slots, size) -> (1, slots, heads, size).
+
+    layout: of the packed row.   plan: in its place, where keys and values are kept for further tokens: what of
+    `generation.kv_cache` attends to them.
+    """
+    if layout is None and plan is None:
         raise ValueError("packed attention needs the batch's layout")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    q, k, v = in_autocast_dtype(q, k, v)
+    how = Scoring(scale, sliding_window, softcap, dropout if module.training else 0.0)
+    q, k, v = in_autocast_dtype(*(x[0].transpose(0, 1) for x in (query, key, value)))
     with torch.autocast(query.device.type, enabled=False):
-        rate = dropout if module.training else 0.0
-        out = attend(q, k, v, layout, scale, sliding_window, softcap, rate)
+        if layout is not None:
+            out = attend(q, k, v, layout, how)
+        else:
+            out = plan.attend(int(getattr(module, "layer_idx")), q, k, v, how).to(query.dtype)  # noqa: B009
     return out[None].contiguous(), None
 
 
-def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    layout: Layout,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    rate: float,
-) -> torch.Tensor:
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, how: Scoring) -> torch.Tensor:
     """Attention along the layout's paths, the fastest way that knows all that is asked.
 
     q: (slots, heads, size).   k, v: (slots of the keys, kv heads, size).   The result: (slots, heads, size).
     """
     longest = max(b.keys.shape[1] for b in layout.buckets)
-    if softcap is None and rate == 0 and _can_flash(q, v, window):
-        return _flash(q, k, v, layout, scale=scale, window=window)
-    if rate == 0 and q.device.type == "cpu" and longest <= SMALL:
-        small: torch.Tensor = _Small.apply(q, k, v, layout, scale, window, softcap)
+    if _can_flash(q, v, how):
+        return _flash(q, k, v, layout, how)
+    if how.dropout == 0 and q.device.type == "cpu" and longest <= SMALL:
+        small: torch.Tensor = _Small.apply(q, k, v, layout, how)
         return small
-    return _rectangles(q, k, v, layout, scale=scale, window=window, softcap=softcap, dropout=rate)
-
-
-def use_packed_attention(model: Any) -> None:
-    """Make `model` (a transformers causal LM) attend through `packed_attention`."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(NAME, packed_attention)
-    model.set_attn_implementation(NAME)
-
-
-def plain_attention(model: Any) -> str:
-    """The name of the attention for rows that are not packed: what the model has, or torch's where that is ours."""
-    found = str(model.config._attn_implementation)
-    return found if found != NAME else "sdpa" if model._supports_sdpa else "eager"
+    return _rectangles(q, k, v, layout, how)

@@ -19,6 +19,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,11 +129,17 @@ def inputs_of(example: Example) -> Int:
     return np.asarray(example.ids[: label_positions[-1] + 1 if len(label_positions) else 0], np.int64)
 
 
-def common_prefix(a: Int, b: Int) -> int:
-    """How many ids two sequences have in common from their start."""
+def common_prefix(a: Sequence[Any] | Int, b: Sequence[Any] | Int) -> int:
+    """How many items two sequences of the same type (ids, or the characters of a text) have in common at the start.
+
+    >>> common_prefix("prompt", "prose"), common_prefix([5, 6], [5, 6, 7])
+    (3, 2)
+    """
     n = min(len(a), len(b))
-    differ = np.flatnonzero(a[:n] != b[:n])
-    return int(differ[0]) if len(differ) else n
+    if isinstance(a, np.ndarray):
+        differ = np.flatnonzero(a[:n] != b[:n])
+        return int(differ[0]) if len(differ) else n
+    return bisect.bisect_left(range(1, n + 1), True, key=lambda size: a[:size] != b[:size])
 
 
 def by_beginning(examples: Sequence[Example]) -> list[Example]:

@@ -19,9 +19,18 @@ import numpy as np
 
 from sftflow.atomic_io import sweep, write_directory, write_json
 from sftflow.data.documents import read_documents
-from sftflow.errors import CheckpointError, DataError, RecipeError
+from sftflow.errors import DataError, RecipeError
 from sftflow.packing.pack import Example
+from sftflow.pretraining.tokenizer import train_tokenizer
+from sftflow.recipe import Schedule, Train
 from sftflow.runtime import Runtime
+from sftflow.training.batch_plan import RowPlan
+from sftflow.training.resume import forget_states, saved_states, unfinished
+from sftflow.training.trainer import Trainer
+from sftflow.training.training_run import Listener, TrainingRun
+
+HELD_OUT_CHARACTERS = 300_000  # what bits per byte are measured on
+TOKENIZER_CHARACTERS = 24_000_000  # what the tokenizer is trained on
 
 SIZES = {
     # parameters: (layers, width, heads, feed-forward), for a vocabulary of 4,096 and tied embeddings
@@ -101,40 +110,76 @@ def encode_stream(tokenizer: Any, documents: Sequence[str]) -> np.ndarray[Any, n
     return np.concatenate(parts) if parts else np.zeros(0, np.uint16)
 
 
-def bits_per_byte(
-    model: Any, tokenizer: Any, documents: Sequence[str], runtime: Runtime, max_bytes: int = 300_000
-) -> float:
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """documents: to train on, in random order.   held_out: those to measure on, by where they are from."""
+
+    documents: list[str]
+    held_out: dict[str, list[str]]
+
+    def digest(self) -> str:
+        """Of what is trained on."""
+        digest = hashlib.sha256()
+        for document in self.documents:
+            digest.update(document.encode())
+            digest.update(b"\0")
+        return digest.hexdigest()[:16]
+
+
+def read_corpus(texts: Sequence[Path], heldout: Sequence[Path], seed: int) -> Corpus:
+    """The documents of all files; one in a hundred is held out where no file is given for that.
+
+    Raises DataError where there is no text.
+    """
+    documents = [document for path in texts for document in read_documents(path)]
+    if not documents:
+        raise DataError(", ".join(map(str, texts)), "no text in it", "give files with text")
+    documents = [documents[i] for i in np.random.default_rng(seed).permutation(len(documents))]
+    if heldout:
+        return Corpus(documents=documents, held_out={p.name: list(read_documents(p)) for p in heldout})
+    n = max(1, len(documents) // 100)
+    return Corpus(documents=documents[n:] or documents, held_out={"1% of the documents": documents[:n]})
+
+
+def first_documents(documents: Sequence[str], size: int) -> list[str]:
+    """So many documents from the start that they have `size` characters, or all."""
+    ends = np.cumsum([len(document) for document in documents])
+    return list(documents[: int(np.searchsorted(ends, size)) + 1])
+
+
+def open_tokenizer(directory: Path, documents: Sequence[str], spec: BaseSpec, say: Callable[[str], None]) -> Any:
+    """The tokenizer that an earlier part of this run has trained, or a new one."""
+    if directory.is_dir():
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(directory)
+    say("training the tokenizer")
+    tokenizer = train_tokenizer(first_documents(documents, TOKENIZER_CHARACTERS), spec.vocab, spec.context)
+    write_directory(directory, lambda d: tokenizer.save_pretrained(d) and None)
+    return tokenizer
+
+
+def encode_corpus(tokenizer: Any, documents: Sequence[str], spec: BaseSpec) -> TokenRows:
+    """As many rows as the steps may need."""
+    needed = int(spec.tokens * 1.02) + spec.context * 64
+    parts, at, n = [np.zeros(0, np.uint16)], 0, 0
+    while n < needed and at < len(documents):
+        parts.append(encode_stream(tokenizer, documents[at : at + 4096]))
+        n, at = n + len(parts[-1]), at + 4096
+    return TokenRows(np.concatenate(parts)[:needed], spec.context)
+
+
+def bits_per_byte(trainer: Trainer, tokenizer: Any, documents: Sequence[str]) -> float:
     """Held-out bits per byte: total nats over the documents' tokens / ln 2 / their UTF-8 bytes.
 
-    The context restarts every max_position_embeddings tokens; each row's first token is not predicted, and its
-    bytes are left out of the count.
+    The context restarts every `max_length` tokens; each row's first token is not predicted, and its bytes are left out
+    of the count. `<|bos|>` has no bytes, but predicting it costs: counted in nats, absent from bytes.
     """
-    import torch
-
-    length = model.config.max_position_embeddings
-    taken, size = [], 0
-    for text in documents:
-        taken.append(text)
-        size += len(text.encode())
-        if size >= max_bytes:
-            break
-    stream = encode_stream(tokenizer, taken)
-    rows = TokenRows(stream, min(length, len(stream)))
-    nats, n_bytes = 0.0, 0
-    model.eval()
-    with torch.no_grad():
-        for start in range(0, len(rows), 8):
-            ids = torch.from_numpy(np.stack([rows[i].ids for i in range(start, min(start + 8, len(rows)))]))
-            ids = ids.to(model.device)
-            with runtime.autocast():
-                logits = model(input_ids=ids, use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(
-                logits[:, :-1].float().reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1), reduction="sum"
-            )
-            nats += float(loss)
-            # <|bos|> has no bytes, but predicting it costs: counted in nats, absent from bytes.
-            n_bytes += sum(len(tokenizer.decode(row[1:], skip_special_tokens=True).encode()) for row in ids.tolist())
-    return nats / math.log(2) / max(1, n_bytes)
+    stream = encode_stream(tokenizer, first_documents(documents, HELD_OUT_CHARACTERS))
+    rows = TokenRows(stream, max(1, min(trainer.settings.max_length, len(stream))))
+    loss, _, n_tokens = trainer.evaluate(rows)
+    n_bytes = sum(len(tokenizer.decode(row.ids[1:], skip_special_tokens=True).encode()) for row in rows)
+    return loss * n_tokens / math.log(2) / max(1, n_bytes)
 
 
 def train_base(
@@ -142,122 +187,63 @@ def train_base(
     out: Path,
     spec: BaseSpec,
     runtime: Runtime,
+    listener: Listener,
     *,
     resume: bool,
-    save_every: int,
+    save_every: int = 100,
     heldout: Sequence[Path] = (),
-    say: Callable[[str], None],
-    progress: Callable[[Any, int], None],
 ) -> dict[str, Any]:
-    """The whole stage; returns the facts of the model card. `progress(log, total_steps)` is called every step."""
-    from sftflow.training.batch_plan import LoopSpec, RowPlan
-    from sftflow.training.resume import flush_to_disk, forget_states, load_state, save_state, saved_states, truncate_log
-    from sftflow.training.trainer import Trainer
-
-    documents: list[str] = []
-    for path in texts:
-        documents.extend(read_documents(path))
-    if not documents:
-        raise DataError(", ".join(map(str, texts)), "no text in it", "give files with text")
-    rng = np.random.default_rng(spec.seed)
-    documents = [documents[i] for i in rng.permutation(len(documents))]
-    if heldout:
-        held = {p.name: list(read_documents(p)) for p in heldout}
-    else:
-        n = max(1, len(documents) // 100)
-        held = {"1% of the documents": documents[:n]}
-        documents = documents[n:] or documents
-    digest = hashlib.sha256()
-    for document in documents:
-        digest.update(document.encode())
-        digest.update(b"\0")
-    identity = {"corpus": digest.hexdigest()[:16], "spec": json.dumps(asdict(spec) | {"compile": None})}
-
-    work = out / "resume"
+    """The whole stage; returns the facts of the model card. heldout: text files to measure bits per byte on."""
+    corpus = read_corpus(texts, heldout, spec.seed)
+    states = out / "resume"
     sweep(out, "resume", "checkpoint", "metrics.jsonl")
-    sweep(work, "*")
+    sweep(states, "*")
     if not resume:
-        if saved_states(work) and not (out / "checkpoint").is_dir():
-            raise CheckpointError(
-                str(out), "an unfinished run is in it", "continue it with --resume, or remove the folder"
-            )
-        forget_states(work)
-    tokenizer_dir = work / "tokenizer"
-    if resume and tokenizer_dir.is_dir():
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    else:
-        say("training the tokenizer")
-        from sftflow.pretraining.tokenizer import train_tokenizer
-
-        sample, size = [], 0
-        for document in documents:
-            sample.append(document)
-            size += len(document)
-            if size > 24_000_000:
-                break
-        tokenizer = train_tokenizer(sample, spec.vocab, spec.context)
-        write_directory(tokenizer_dir, lambda d: tokenizer.save_pretrained(d) and None)
-    say("encoding the text")
-    needed = int(spec.tokens * 1.02) + spec.context * 64
-    stream, at = np.zeros(0, np.uint16), 0
-    while len(stream) < needed and at < len(documents):
-        stream = np.concatenate([stream, encode_stream(tokenizer, documents[at : at + 4096])])
-        at += 4096
-    rows = TokenRows(stream[:needed], spec.context)
+        if saved_states(states) and not (out / "checkpoint").is_dir():
+            raise unfinished(out)
+        forget_states(states)
+    tokenizer = open_tokenizer(states / "tokenizer", corpus.documents, spec, listener.say)
+    listener.say("encoding the text")
+    rows = encode_corpus(tokenizer, corpus.documents, spec)
     model = build_model(spec, len(tokenizer), tokenizer.bos_token_id)
-    loop = LoopSpec(
-        max_length=spec.context,
-        tokens_per_step=spec.tokens_per_step,
-        micro_tokens=spec.tokens_per_step,
-        steps=max(1, spec.tokens // spec.tokens_per_step),
-        epochs=None,
-        optimizer="muon",
-        lr=spec.lr,
-        weight_decay=0.02,
-        clip=1.0,
-        schedule="linear",
-        warmup=0.01,
-        warmdown=0.45,
-        final=0.0,
-        dropout=0.0,
-        seed=spec.seed,
-        compile=spec.compile,
-    )
-    plan = RowPlan(rows, loop)
-    trainer = Trainer(model, plan, loop, runtime)
-    states = saved_states(work)
-    seconds = 0.0
-    if resume and states:
-        seconds = float(load_state(states[-1], trainer, identity)["seconds"])
-        say(f"resumed at step {trainer.step}")
-    metrics = out / "metrics.jsonl"
-    truncate_log(metrics, trainer.step)
-    with metrics.open("a", encoding="utf-8") as f:
-        for log in trainer:
-            seconds += log.seconds
-            row = asdict(log)
-            del row["source_loss"]
-            f.write(json.dumps(row) + "\n")
-            progress(log, plan.total_steps)
-            if trainer.step % save_every == 0 or trainer.step == plan.total_steps:
-                flush_to_disk(f)
-                save_state(work, trainer, identity, {"seconds": seconds}, keep=2)
-    say("measuring held-out bits per byte")
-    bpb = {name: round(bits_per_byte(model, tokenizer, docs, runtime), 4) for name, docs in held.items()}
+    settings = train_settings(spec, save_every)
+    trainer = Trainer(model, RowPlan(rows, settings), settings, runtime, ["text"])
+    identity = {"corpus": corpus.digest(), "spec": json.dumps(asdict(spec) | {"compile": None})}
+    run = TrainingRun(out, trainer, listener, identity=identity)
+    run.restore()
+    run.begin()
+    run.train()
+    listener.say("measuring held-out bits per byte")
     card = {
         "command": "sftflow " + " ".join(sys.argv[1:]),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "tokens": plan.total_steps * spec.tokens_per_step,
+        "tokens": trainer.plan.total_steps * spec.tokens_per_step,
         "corpus": {p.name: p.stat().st_size for p in texts},
-        "bits_per_byte": bpb,
-        "training_seconds": round(seconds),
+        "bits_per_byte": {
+            name: round(bits_per_byte(trainer, tokenizer, documents), 4) for name, documents in corpus.held_out.items()
+        },
+        "training_seconds": round(run.state.seconds),
         "precision": runtime.precision,
         "spec": asdict(spec),
     }
     save_base(out, model, tokenizer, card)
     return card
+
+
+def train_settings(spec: BaseSpec, save_every: int) -> Train:
+    """The trainer's settings for a base, tuned on the one that is shipped."""
+    return Train(
+        max_length=spec.context,
+        tokens_per_step=spec.tokens_per_step,
+        steps=max(1, spec.tokens // spec.tokens_per_step),
+        optimizer="muon",
+        lr=spec.lr,
+        weight_decay=0.02,
+        schedule=Schedule(kind="linear", warmup=0.01, warmdown=0.45),
+        save_every=save_every,
+        seed=spec.seed,
+        compile=spec.compile,
+    )
 
 
 def save_base(out: Path, model: Any, tokenizer: Any, card: dict[str, Any]) -> None:

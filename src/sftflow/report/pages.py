@@ -85,7 +85,8 @@ def asset(*names: str) -> Markup:
 
 def scoped(*names: str) -> Markup:
     """Style sheets that reach only what is inside an element of class `sftflow`: for a cell of a notebook."""
-    return Markup(f"<style>.sftflow {{ {asset('theme.css', 'cell.css', *names).replace(':root', '&')} }}</style>")
+    css = str(asset("theme.css", "cell.css", *names)).replace(":root", "&")
+    return Markup(f"<style>.sftflow {{\n{css}}}</style>")
 
 
 def script_source(script: str) -> Markup:

@@ -48,7 +48,7 @@ def token_html(rendered: Rendered, tokenizer: Any) -> str:
     """One rendered row for a cell of a notebook: the boxes and what they mean, with their style, which reaches nothing
     else in the notebook."""
     boxes = token_boxes(token_row(rendered, tokenizer))
-    return scoped("tokens.css") + Markup('<div class="sftflow">{}{}</div>').format(macros("_tokens").legend(), boxes)
+    return f'{scoped("tokens.css")}<div class="sftflow">{macros("_tokens").legend()}{boxes}</div>'
 
 
 def token_boxes(row: TokenRow, anchor: str = "") -> Markup:

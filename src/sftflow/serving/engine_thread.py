@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 from fastapi import Request
 
-from sftflow.generation import engine as generation
+from sftflow.generation.request import Delta, GenerationRequest
+from sftflow.generation.scheduler import Scheduler
 from sftflow.serving.errors import ApiError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ SLOTS, MAX_WAITING = 32, 64
 PROMPT_TOKENS = 512
 """of prompts, at most so many are read between two tokens of the running replies"""
 log = logging.getLogger("sftflow.serving")
-StreamItem = generation.Delta | Exception | None
+StreamItem = Delta | Exception | None
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Stats:
 class Job:
     """One generation, as the event loop sees it."""
 
-    def __init__(self, worker: Worker, request: generation.GenerationRequest, streamed: bool) -> None:
+    def __init__(self, worker: Worker, request: GenerationRequest, streamed: bool) -> None:
         self.request, self.streamed = request, streamed
         self.cancelled = False
         self.began = False  # the engine has taken it out of its line
@@ -70,7 +71,7 @@ class Job:
             self._worker.leave(self)
             self._queue.put_nowait(None)
 
-    async def deltas(self, request: Request | None = None) -> AsyncGenerator[generation.Delta]:
+    async def deltas(self, request: Request | None = None) -> AsyncGenerator[Delta]:
         """The reply piece by piece, ending with the delta that has the reply; without one where the job was cancelled.
         Raises what ended it otherwise. Leaving it early cancels the job.
 
@@ -107,7 +108,7 @@ class Worker:
 
     def __init__(self, assistant: Assistant, *, slots: int = SLOTS, max_waiting: int = MAX_WAITING) -> None:
         self.assistant, self.max_waiting = assistant, max_waiting
-        self.slots = assistant.engine.slots = slots
+        self.slots = assistant.engine.max_running = slots
         self.stats = Stats()
         self._proven = False
         self.broken: BaseException | None = None
@@ -135,7 +136,7 @@ class Worker:
         if len(self._jobs) + n > self.slots + self.max_waiting:
             raise ApiError(503, "too many requests are waiting; try again soon", code="queue_full", Retry_After="5")
 
-    def submit(self, request: generation.GenerationRequest, *, streamed: bool = True) -> Job:
+    def submit(self, request: GenerationRequest, *, streamed: bool = True) -> Job:
         """Put a request in line, from the event loop. Raises ApiError 503 where the line is full.
 
         streamed: whether the reply is wanted in pieces; else it comes as one delta, for less work.
@@ -213,7 +214,7 @@ class Worker:
         running: dict[int, Job] = {}
         longest = None if long else 0
         with (
-            generation.Scheduler(engine, longest=longest, prompt_tokens=PROMPT_TOKENS) as session,
+            engine.scheduler(longest=longest, prompt_tokens=PROMPT_TOKENS) as session,
             contextlib.ExitStack() as leaving,
         ):
             leaving.callback(self._count, session, idle=True)
@@ -235,11 +236,9 @@ class Worker:
         """Whether it may grow beyond the length up to which this model's rows may be computed side by side. Such
         requests and others take turns."""
         engine = self.assistant.engine
-        return len(job.request.prompt_ids) + job.request.max_new_tokens > engine.bound
+        return len(job.request.prompt_ids) + job.request.max_new_tokens > engine.length_limit
 
-    def _enter(
-        self, session: generation.Scheduler, running: dict[int, Job], long: bool
-    ) -> list[tuple[Job, StreamItem]]:
+    def _enter(self, session: Scheduler, running: dict[int, Job], long: bool) -> list[tuple[Job, StreamItem]]:
         """Let the line's head into the session while there are slots, in order."""
         refused: list[tuple[Job, StreamItem]] = []
         with self._changed:
@@ -271,7 +270,7 @@ class Worker:
                     items.append((job, delta))
             elif draft.finish is not None:
                 reply = draft.reply()
-                items.append((job, generation.Delta(reply.text, draft.finish, reply, reply.logprobs)))
+                items.append((job, Delta(reply.text, draft.finish, reply, reply.logprobs)))
         self._tell(items)
 
     def _tell(self, items: list[tuple[Job, StreamItem]]) -> None:
@@ -287,7 +286,7 @@ class Worker:
             for job in jobs:
                 self._jobs.discard(job)
 
-    def _count(self, session: generation.Scheduler, *, idle: bool = False) -> None:
+    def _count(self, session: Scheduler, *, idle: bool = False) -> None:
         self.stats.running = 0 if idle else session.running
         self.stats.waiting = len(self._line) + (0 if idle else session.waiting)
 

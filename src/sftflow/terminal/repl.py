@@ -72,7 +72,7 @@ def _stream(
     """Write the reply as it comes, until `stop()`. Returns (the reply as a message, or None where nothing came; why it
     ended). A reply that did not end by itself has weight 0; one that was stopped inside a calculator call ends in front
     of that call."""
-    from sftflow.generation.engine import GenerationRequest
+    from sftflow.generation.request import GenerationRequest
     from sftflow.generation.sequence import ReplyDecoder
 
     ids = tuple(assistant.renderer.render(conversation, add_generation_prompt=True).ids.tolist())
@@ -98,7 +98,7 @@ def _stream(
         pass
     if ended == "interrupted":
         speech = ReplyDecoder(assistant.renderer)
-        parts = speech.parts(speech.whole(said))
+        parts = speech.parts(speech.without_open_call(said))
         if any(part.text for part in parts):
             message = Message("assistant", parts, weight=0)
     if not written.endswith("\n"):

@@ -1,4 +1,4 @@
-"""What a run of the loop is: its numbers, which examples make which step, and what a step reports."""
+"""Which examples make which step, and what a step reports."""
 
 from __future__ import annotations
 
@@ -18,49 +18,7 @@ from sftflow.packing.pack import (
     split_padded,
     split_step,
 )
-from sftflow.training.optimizers import Rates
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoopSpec:
-    """Everything the loop needs to know, in tokens, steps and plain rates."""
-
-    max_length: int
-    tokens_per_step: int
-    micro_tokens: int
-    steps: int | None
-    epochs: float | None
-    optimizer: str
-    lr: float
-    weight_decay: float
-    clip: float
-    schedule: str
-    warmup: float
-    warmdown: float
-    final: float
-    dropout: float
-    seed: int
-    compile: bool = False
-    packing: bool = True
-    share_prefixes: bool = True
-    gradient_checkpointing: bool = False
-    rates: Rates = field(default_factory=Rates)
-
-    @property
-    def rows_per_step(self) -> int:
-        return max(1, self.tokens_per_step // self.max_length)
-
-    @property
-    def shares(self) -> bool:
-        """Whether equal beginnings are computed once: not under dropout, which would strike all of them alike."""
-        return self.packing and self.share_prefixes and self.dropout == 0
-
-    def batches(self, examples: Sequence[Example]) -> list[PackedBatch]:
-        """The micro-batches of a step."""
-        if self.packing:
-            parts = split_step(examples, self.micro_tokens, self.shares)
-            return [pack_batch(p, share=self.shares) for p in parts]
-        return [pad_batch(p) for p in split_padded(examples, self.micro_tokens)]
+from sftflow.recipe import Train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,24 +44,25 @@ class StepLog:
 
 
 class RowPlan:
-    """Which examples make which row of which step: a pure function of (examples, spec), so a resumed run needs
+    """Which examples make which row of which step: a pure function of (examples, settings), so a resumed run needs
     only the step number. Each epoch is shuffled and packed anew with its own seed."""
 
-    def __init__(self, examples: Sequence[Example], spec: LoopSpec) -> None:
-        self.examples, self.spec = examples, spec
+    def __init__(self, examples: Sequence[Example], settings: Train) -> None:
+        self.examples, self.settings = examples, settings
+        self.rows_per_step = max(1, settings.tokens_per_step // settings.max_length)
         self.lengths = lengths_of(examples)
         self._epochs: dict[int, list[list[int]]] = {}  # the two newest: packing a large set takes a while
         self._counts: dict[int, int] = {}
-        rows = self.epoch_size(0)
-        per_epoch = rows / spec.rows_per_step
-        wanted = [s for s in (spec.steps, None if spec.epochs is None else math.ceil(per_epoch * spec.epochs)) if s]
+        epochs = settings.epochs
+        per_epoch = self.epoch_size(0) / self.rows_per_step
+        wanted = [s for s in (settings.steps, None if epochs is None else math.ceil(per_epoch * epochs)) if s]
         self.total_steps = max(1, min(wanted)) if wanted else max(1, math.ceil(per_epoch))
 
     def epoch_rows(self, epoch: int) -> list[list[int]]:
         if epoch not in self._epochs:
-            rng = np.random.default_rng([self.spec.seed, epoch])
+            rng = np.random.default_rng([self.settings.seed, epoch])
             order = rng.permutation(len(self.examples))
-            packed = best_fit(self.lengths[order].tolist(), self.spec.max_length)
+            packed = best_fit(self.lengths[order].tolist(), self.settings.max_length)
             rows = [[int(order[j]) for j in row] for row in packed]
             shuffle = rng.permutation(len(rows))  # best-fit orders rows by length; the model must not see that
             self._epochs = dict(list(self._epochs.items())[-1:]) | {epoch: [rows[i] for i in shuffle]}
@@ -116,7 +75,7 @@ class RowPlan:
 
     def step_rows(self, step: int) -> list[list[Example]]:
         """The packed rows of one step; a step may straddle two epochs."""
-        wanted = self.spec.rows_per_step
+        wanted = self.rows_per_step
         out: list[list[Example]] = []
         at = step * wanted
         epoch = 0
@@ -128,6 +87,18 @@ class RowPlan:
             take = rows[at : at + wanted - len(out)]
             out += [[self.examples[i] for i in row] for row in take]
             epoch, at = epoch + 1, 0
-            if step == self.total_steps - 1 and self.spec.epochs is not None and epoch >= self.spec.epochs:
+            if step == self.total_steps - 1 and self.settings.epochs is not None and epoch >= self.settings.epochs:
                 break  # the last step of the last epoch takes only what is left
         return out
+
+
+def micro_batches(examples: Sequence[Example], settings: Train) -> list[PackedBatch]:
+    """What the model computes at once: a step's examples in batches of `micro_tokens` slots, packed or padded.
+
+    Equal beginnings are computed once, but not under dropout, which would strike all of them alike.
+    """
+    most = settings.micro_tokens or settings.tokens_per_step
+    if not settings.packing:
+        return [pad_batch(part) for part in split_padded(examples, most)]
+    share = settings.share_prefixes and settings.dropout == 0
+    return [pack_batch(part, share=share) for part in split_step(examples, most, share)]

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from sftflow.errors import CheckpointError
-from sftflow.packing.attention import use_packed_attention
+from sftflow.packing.attending import attending, own_logits
 from sftflow.packing.layout import layout_of
-from sftflow.packing.length_limits import length_bound, short_windows
-from sftflow.packing.pack import Example, pack_batch, pad_batch
+from sftflow.packing.length_limits import length_limit, short_windows
+from sftflow.packing.pack import Example, PackedBatch, pack_batch, pad_batch
 from sftflow.training.loss import head_of, logits_of
 
 UNPACKED = "set train.packing: false (each conversation alone, padded), or use a decoder-only attention model"
@@ -30,15 +30,29 @@ def body_of(model: Any) -> Any:
     return model.base_model if model.base_model is not model else model.get_decoder()
 
 
+def hidden_states(model: Any, batch: PackedBatch, *, packed: bool = True) -> torch.Tensor:
+    """The last hidden states, (slots, width), before the output projection.
+
+    packed: through `packed_attention`; else the rows are plain sequences, right-padded, for the model's own forward.
+    """
+    ids = torch.from_numpy(batch.input_ids).to(model.device)
+    extra: dict[str, Any] = {}
+    if packed:
+        positions = torch.from_numpy(batch.positions).to(model.device)
+        extra = {"position_ids": positions, "layout": layout_of(batch, model.device)}
+    out: torch.Tensor = body_of(model)(input_ids=ids, use_cache=False, **extra).last_hidden_state
+    return out.reshape(-1, out.shape[-1])
+
+
 def check_length(model: Any, max_length: int) -> None:
     """Raises CheckpointError where the model computes conversations of up to `max_length` differently by length, which
     the short sequences of `prove_forward` would not show."""
-    bound = length_bound(model)
-    if bound is not None and max_length > bound[0]:
+    limit = length_limit(model)
+    if limit is not None and max_length > limit[0]:
         raise CheckpointError(
             "train.max_length",
-            f"{type(model).__name__}: {bound[1]} beyond {bound[0]} tokens",
-            f"lower it to {bound[0]} or less",
+            f"{type(model).__name__}: {limit[1]} beyond {limit[0]} tokens",
+            f"lower it to {limit[0]} or less",
         )
 
 
@@ -51,7 +65,7 @@ def prove_forward(model: Any, packed: bool = True) -> None:
     name = type(model).__name__
     refuse = f"{name} cannot be trained{' packed' if packed else ''}"
     remedy = UNPACKED if packed else OTHER
-    was_training, implementation = model.training, model.config._attn_implementation
+    was_training = model.training
     model.eval()
     try:
         with short_windows(model):
@@ -60,7 +74,6 @@ def prove_forward(model: Any, packed: bool = True) -> None:
         first = (str(error).strip().splitlines() or [""])[0]
         raise CheckpointError("base", f"{refuse}: {type(error).__name__}: {first}", remedy) from error
     finally:
-        model.set_attn_implementation(implementation)
         model.train(was_training)
     if not np.isfinite(size):
         return  # weights that are not finite prove nothing; training will say so
@@ -75,27 +88,15 @@ def _gap(model: Any, packed: bool) -> tuple[float, float]:
     beginning = rng.integers(0, vocabulary, 5)
     pieces = [np.concatenate([beginning, rng.integers(0, vocabulary, n)]) for n in (9, 4)]
     pieces.append(rng.integers(0, vocabulary, 21))
-    if packed:
-        model.set_attn_implementation("eager")
-    alone = {tuple(p[:-1]): _alone(model, p[:-1]) for p in pieces}
+    with attending(model, "eager" if packed else "own"):
+        alone = {tuple(p[:-1]): own_logits(model, p[:-1]) for p in pieces}
     examples = [Example(ids=p, mask=np.ones(len(p), np.int8)) for p in pieces]
     batch = pack_batch(examples) if packed else pad_batch(examples)
-    extra: dict[str, Any] = {}
-    if packed:
-        use_packed_attention(model)
-        positions = torch.from_numpy(batch.positions).to(model.device)
-        extra = {"position_ids": positions, "layout": layout_of(batch, model.device)}
-    ids = torch.from_numpy(batch.input_ids).to(model.device)
-    hidden = body_of(model)(input_ids=ids, use_cache=False, **extra).last_hidden_state
-    ours = logits_of(hidden.reshape(-1, hidden.shape[-1]), head_of(model))
+    with attending(model, "packed" if packed else "own"):
+        ours = logits_of(hidden_states(model, batch, packed=packed), head_of(model))
     gap = size = 0.0
     for path in batch.segments:
         wanted = alone[tuple(batch.input_ids.ravel()[path])]
         gap = max(gap, float((ours[torch.from_numpy(path).to(ours.device)] - wanted).abs().max()))
         size = max(size, float(wanted.abs().max()))
     return gap, size
-
-
-def _alone(model: Any, ids: Any) -> torch.Tensor:
-    logits: torch.Tensor = model(input_ids=torch.from_numpy(ids)[None].to(model.device), use_cache=False).logits
-    return logits[0].float()

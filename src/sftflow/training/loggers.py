@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import math
 import os
 import secrets
@@ -20,8 +19,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from sftflow.errors import RecipeError
+from sftflow.errors import RecipeError, first_line
 from sftflow.recipe import Recipe, to_yaml
+from sftflow.training.run_log import RunLog
 
 PROJECT = "sftflow"
 FINISH_SECONDS = 60.0  # a network that is down must not keep a finished run from ending
@@ -163,8 +163,7 @@ class Logger:
                 return act()
         except Exception as error:
             self.sink = None
-            lines = str(error).strip().splitlines()
-            fact = lines[0][:200] if lines else "no reason given"
+            fact = first_line(error)[:200] or "no reason given"
             self.say(f"{self.name}: {type(error).__name__}: {fact}; training goes on without it")
             return None
 
@@ -226,7 +225,7 @@ def open_logger(recipe: Recipe, out: Path, say: Callable[[str], None], *, resume
     _, start, purges = LOGGERS[name]
     seen = (0, -1)
     if resumed_at is not None and not purges and (out / name / RUN_NAME).is_file():
-        seen = (last_step(out / "metrics.jsonl", 0), last_step(out / "validation.jsonl", -1))
+        seen = (RunLog(out / "metrics.jsonl").last_step(0), RunLog(out / "validation.jsonl").last_step())
     logger = Logger(name, say, seen)
     (out / name).mkdir(parents=True, exist_ok=True)
     logger.sink = logger.attempt(lambda: start(recipe, out, resumed_at))
@@ -245,12 +244,3 @@ def run_name(folder: Path, resumed: bool) -> str:
     name = secrets.token_hex(4)
     file.write_text(name + "\n", encoding="utf-8")
     return name
-
-
-def last_step(path: Path, default: int) -> int:
-    """The last whole row's step in a log of JSON lines; `default` where there is none."""
-    if path.is_file():
-        for line in reversed(path.read_text(encoding="utf-8").splitlines()):
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                return int(json.loads(line)["step"])
-    return default

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from sftflow.recipe import Schedule, Train
 from sftflow.training.muon import Muon
 
 Named = list[tuple[str, torch.nn.Parameter]]
@@ -19,16 +20,6 @@ Named = list[tuple[str, torch.nn.Parameter]]
 # Muon moves matrices by orthogonalised steps whose size does not depend on the gradient, so its learning rate
 # is a fixed multiple of AdamW's in one recipe; `lr` is always AdamW's for the embeddings, norms and biases.
 MUON_RATIO = 4.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rates:
-    """Learning rates of the parameter groups, as multiples of the recipe's: matrices inside the blocks, embeddings
-    with the output projection, and the rest (norms, biases)."""
-
-    matrices: float = 1.0
-    embeddings: float = 1.0
-    rest: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,69 +51,60 @@ def _adamw(parts: Sequence[tuple[Named, float, float]]) -> list[torch.optim.Opti
     return [torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)] if groups else []
 
 
-def adamw(groups: Groups, rates: Rates, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
+def adamw(groups: Groups, settings: Train) -> list[torch.optim.Optimizer]:
     """AdamW for all; weight decay for matrices, none for norms, biases and embeddings."""
+    lr, scale = settings.peak_lr, settings.lr_scale
     return _adamw(
         [
-            (groups.matrices, lr * rates.matrices, weight_decay),
-            (groups.embeddings, lr * rates.embeddings, 0.0),
-            (groups.rest, lr * rates.rest, 0.0),
+            (groups.matrices, lr * scale.matrices, settings.weight_decay),
+            (groups.embeddings, lr * scale.embeddings, 0.0),
+            (groups.rest, lr * scale.rest, 0.0),
         ]
     )
 
 
-def muon(groups: Groups, rates: Rates, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
+def muon(groups: Groups, settings: Train) -> list[torch.optim.Optimizer]:
     """Muon (Jordan et al. 2024) for the matrices inside the blocks, AdamW for everything else (experts too)."""
-    out: list[torch.optim.Optimizer] = []
     matrices = [p for _, p in groups.matrices if p.ndim == 2]
-    if matrices:
-        rate = lr * MUON_RATIO * rates.matrices
-        out.append(Muon(matrices, lr=rate, weight_decay=weight_decay, momentum=0.95, nesterov=True))
     experts = [(n, p) for n, p in groups.matrices if p.ndim != 2]
-    out += _adamw(
-        [
-            (experts, lr * rates.matrices, weight_decay),
-            (groups.embeddings, lr * rates.embeddings, 0.0),
-            (groups.rest, lr * rates.rest, 0.0),
-        ]
-    )
-    return out
+    others = adamw(replace(groups, matrices=experts), settings)
+    if not matrices:
+        return others
+    rate = settings.peak_lr * MUON_RATIO * settings.lr_scale.matrices
+    return [Muon(matrices, lr=rate, weight_decay=settings.weight_decay, momentum=0.95, nesterov=True), *others]
 
 
-OPTIMIZERS: dict[str, Callable[[Groups, Rates, float, float], list[torch.optim.Optimizer]]] = {
-    "adamw": adamw,
-    "muon": muon,
-}
+OPTIMIZERS: dict[str, Callable[[Groups, Train], list[torch.optim.Optimizer]]] = {"adamw": adamw, "muon": muon}
 
 
-def make_optimizers(
-    model: Any, name: str, lr: float, weight_decay: float, rates: Rates | None = None
-) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: Any, settings: Train) -> list[torch.optim.Optimizer]:
     """The optimizers of all trainable parameters; each group remembers its peak rate as `peak_lr`."""
-    optimizers = OPTIMIZERS[name](groups_of(model), rates or Rates(), lr, weight_decay)
+    optimizers = OPTIMIZERS[settings.optimizer](groups_of(model), settings)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
 
 
-def lr_factor(step: int, total: int, *, kind: str, warmup: float, warmdown: float, final: float) -> float:
+def lr_factor(step: int, total: int, schedule: Schedule) -> float:
     """The share of the peak learning rate at `step` (0-based) of `total`.
 
     linear: rise over the first `warmup` share, hold, fall in a straight line to `final` over the last `warmdown`.
     cosine: rise, then half a cosine to `final`.   constant: rise, then hold.
 
-    >>> [round(lr_factor(s, 10, kind="linear", warmup=0.2, warmdown=0.5, final=0.0), 2) for s in range(10)]
+    >>> schedule = Schedule(kind="linear", warmup=0.2, warmdown=0.5, final=0.0)
+    >>> [round(lr_factor(s, 10, schedule), 2) for s in range(10)]
     [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2]
     """
-    rise = math.ceil(total * warmup)
+    final = schedule.final
+    rise = math.ceil(total * schedule.warmup)
     if step < rise:
         return (step + 1) / rise
-    if kind == "constant":
+    if schedule.kind == "constant":
         return 1.0
-    if kind == "cosine":
+    if schedule.kind == "cosine":
         done = (step - rise) / max(1, total - rise)
         return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))
-    fall = max(1, round(total * warmdown))
+    fall = max(1, round(total * schedule.warmdown))
     left = total - step
     return 1.0 if left >= fall else final + (1 - final) * left / fall

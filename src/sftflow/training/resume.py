@@ -6,7 +6,6 @@ resume/step-00000200/   model.safetensors  optimizer.safetensors  state.json
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from sftflow.atomic_io import (
     sha256_file,
     with_checksum,
     write_directory,
-    write_text,
 )
 from sftflow.errors import CheckpointError
 from sftflow.training.trainer import Trainer
@@ -61,6 +59,11 @@ def forget_states(root: Path) -> None:
     """Remove all saved states: a run that starts anew must not find those of an earlier one."""
     if root.is_dir():
         remove_directory(root)
+
+
+def unfinished(out: Path) -> CheckpointError:
+    """The refusal to start where an earlier run can go on."""
+    return CheckpointError(str(out), "an unfinished run is in it", "continue it with --resume, or remove the folder")
 
 
 def load_state(directory: Path, trainer: Trainer, identity: dict[str, str]) -> dict[str, Any]:
@@ -105,32 +108,6 @@ def changed(was: dict[str, str], now: dict[str, str]) -> list[str]:
         for key in dict.fromkeys([*now, *was])
         if was.get(key) != now.get(key)
     ]
-
-
-def truncate_log(path: Path, last_step: int) -> None:
-    """Drop the log rows after `last_step`: a killed run wrote them, and the resumed one writes them again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            break  # the line that the kill, or a full disk, cut short
-    write_text(path, "".join(f"{line}\n" for line in kept))
-
-
-def last_logged(path: Path) -> int | None:
-    """The step of a log's last row, after `truncate_log`; None where it has none."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return int(json.loads(lines[-1])["step"]) if lines else None
-
-
-def flush_to_disk(file: Any) -> None:
-    """A log must not fall behind the state that is saved next, not even in a power cut."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _optimizer_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from sftflow.checkpoint import BUILTIN_TINY
+from sftflow.errors import CheckpointError, RecipeError
 from sftflow.recipe import Recipe
 from sftflow.runtime import Runtime
-
-if TYPE_CHECKING:
-    from sftflow.training.batch_plan import LoopSpec
+from sftflow.training.compile import can_compile
 
 SMALL_MODEL = 20_000_000
 """parameters below which a base is treated as the tiny one"""
@@ -49,9 +50,6 @@ def resolve_recipe(recipe: Recipe, runtime: Runtime, n_parameters: int) -> tuple
 
 def settle_compile(recipe: Recipe, runtime: Runtime, n_parameters: int, steps: int) -> tuple[Recipe, str]:
     """The recipe with `train.compile` true or false, and why. Raises RecipeError where it cannot do what is asked."""
-    from sftflow.errors import RecipeError
-    from sftflow.training.compile import can_compile
-
     asked = recipe.train.compile
     missing = can_compile(runtime.device)
     if asked is True and missing:
@@ -68,41 +66,16 @@ def settle_compile(recipe: Recipe, runtime: Runtime, n_parameters: int, steps: i
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": decided})}), why
 
 
-def loop_spec(recipe: Recipe) -> LoopSpec:
-    """The loop's view of a resolved recipe."""
-    from sftflow.training.batch_plan import LoopSpec
-    from sftflow.training.optimizers import Rates
-
-    t = recipe.train
-    assert t.micro_tokens is not None and isinstance(t.lr, float)
-    return LoopSpec(
-        max_length=t.max_length,
-        tokens_per_step=t.tokens_per_step,
-        micro_tokens=t.micro_tokens,
-        steps=t.steps,
-        epochs=t.epochs,
-        optimizer=t.optimizer,
-        lr=t.lr,
-        weight_decay=t.weight_decay,
-        clip=t.clip,
-        schedule=t.schedule.kind,
-        warmup=t.schedule.warmup,
-        warmdown=t.schedule.warmdown,
-        final=t.schedule.final,
-        dropout=t.dropout,
-        seed=t.seed,
-        compile=t.compile is True,
-        packing=t.packing,
-        share_prefixes=t.share_prefixes,
-        gradient_checkpointing=t.gradient_checkpointing,
-        rates=Rates(**t.lr_scale.model_dump()),
-    )
+def check_context(model: Any, max_length: int) -> None:
+    """Raises CheckpointError where conversations may be longer than the base can read."""
+    context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0)
+    if context and max_length > context:
+        fact = f"{max_length} is more than the base's context of {context}"
+        raise CheckpointError("train.max_length", fact, "lower it")
 
 
 def stored_dtype(location: Any) -> Any:
     """The dtype the base is stored in; the checkpoint is written in the same."""
-    import torch
-
     config = Path(location.path) / "config.json"
     if location.gguf or location.is_hub or not config.is_file():
         return torch.bfloat16  # what real checkpoints are published in
@@ -114,8 +87,6 @@ def stored_dtype(location: Any) -> Any:
 
 def set_dropout(model: Any, rate: float) -> None:
     """Dropout is 0 unless the recipe asks: set every dropout of the model, however it is kept."""
-    import torch
-
     for place in (*model.modules(), model.config):
         if isinstance(place, torch.nn.Dropout):
             place.p = rate

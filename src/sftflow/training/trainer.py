@@ -16,13 +16,13 @@ import torch
 from numpy.typing import NDArray
 
 from sftflow.errors import RunError
-from sftflow.packing.attention import use_packed_attention
-from sftflow.packing.layout import layout_of
+from sftflow.packing.attending import attending
 from sftflow.packing.pack import Example, PackedBatch
+from sftflow.recipe import Train
 from sftflow.runtime import Runtime, keep_freed_memory
-from sftflow.training.batch_plan import LoopSpec, RowPlan, StepLog
+from sftflow.training.batch_plan import RowPlan, StepLog, micro_batches
 from sftflow.training.bf16_weights import WorkingWeights, release
-from sftflow.training.check_model import body_of, check_length, prove_forward
+from sftflow.training.check_model import check_length, hidden_states, prove_forward
 from sftflow.training.compile import compile_layers, compiled
 from sftflow.training.loss import Head, Parts, chunked_cross_entropy, fused_parts, head_of, loss_parts
 from sftflow.training.optimizers import groups_of, lr_factor, make_optimizers
@@ -36,29 +36,27 @@ Int = NDArray[np.int64]
 class Trainer:
     """Iterate to train: `for log in Trainer(...): ...`. Between two steps its state may be saved.
 
-    model: a transformers causal LM in fp32 whose weights are trained in place.
+    model: a transformers causal LM in fp32 whose weights are trained in place.   settings: of a resolved recipe.
     """
 
     def __init__(
-        self, model: Any, plan: RowPlan, spec: LoopSpec, runtime: Runtime, source_names: Sequence[str] = ()
+        self, model: Any, plan: RowPlan, settings: Train, runtime: Runtime, source_names: Sequence[str] = ()
     ) -> None:
-        self.model, self.plan, self.spec, self.runtime = model, plan, spec, runtime
+        self.model, self.plan, self.settings, self.runtime = model, plan, settings, runtime
         self.source_names = list(source_names)
         self.step = 0
         self.bad_steps = 0
-        torch.manual_seed(spec.seed)
+        torch.manual_seed(settings.seed)
         keep_freed_memory()
         release(model)
-        check_length(model, spec.max_length)
-        prove_forward(model, packed=spec.packing)
-        if spec.packing:
-            use_packed_attention(model)
-        self.optimizers = make_optimizers(model, spec.optimizer, spec.lr, spec.weight_decay, spec.rates)
-        if spec.gradient_checkpointing:
+        check_length(model, settings.max_length)
+        prove_forward(model, packed=settings.packing)
+        self.optimizers = make_optimizers(model, settings)
+        if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.working = WorkingWeights(model) if runtime.precision == "bf16" else None
         self.parts: Parts = loss_parts
-        if spec.compile:
+        if settings.compile is True:
             compile_layers(model)
             self.parts = compiled(fused_parts)
         self.n_body, self.n_head = matrix_sizes(model)
@@ -76,7 +74,7 @@ class Trainer:
         """
         started = time.perf_counter()
         examples = [e for row in self.plan.step_rows(self.step) for e in row]
-        batches = self.spec.batches(examples)
+        batches = micro_batches(examples, self.settings)
         losses, sources = self._backward(batches)
         norm = self._clip()
         factor = self._set_rates()
@@ -93,7 +91,7 @@ class Trainer:
         log = StepLog(
             step=self.step,
             loss=loss_sum / max(1, len(losses)),
-            lr=self.spec.lr * factor,
+            lr=self.settings.peak_lr * factor,
             grad_norm=norm,
             tokens=sum(len(e.ids) for e in examples),
             supervised_tokens=len(losses),
@@ -116,7 +114,7 @@ class Trainer:
     def loss(self, batch: PackedBatch, scale: float | None = None) -> torch.Tensor:
         """(n,) loss per supervised token; with `scale`, the gradient of scale * their sum is added up too."""
         head = head_of(self.model, None if self.working is None else self.working.head)
-        packed = self.spec.packing
+        packed = self.settings.packing
         return batch_loss(self.model, batch, self.runtime, packed=packed, parts=self.parts, scale=scale, head=head)
 
     @torch.no_grad()
@@ -125,7 +123,7 @@ class Trainer:
         self.model.eval()
         n_sources = max([len(self.source_names), *(e.source + 1 for e in examples)])
         sums, counts = np.zeros(n_sources), np.zeros(n_sources, np.int64)
-        for batch in self.spec.batches(list(examples)):
+        for batch in micro_batches(list(examples), self.settings):
             sums += np.bincount(batch.sources, self.loss(batch).cpu().double().numpy(), n_sources)
             counts += np.bincount(batch.sources, minlength=n_sources)
         self.model.train()
@@ -145,19 +143,11 @@ class Trainer:
     def _clip(self) -> float:
         """Clip the whole gradient's norm (0: measure only); the norm before."""
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        bound = self.spec.clip if self.spec.clip > 0 else math.inf
+        bound = self.settings.clip if self.settings.clip > 0 else math.inf
         return float(torch.nn.utils.clip_grad_norm_(parameters, bound))
 
     def _set_rates(self) -> float:
-        spec = self.spec
-        factor = lr_factor(
-            self.step,
-            self.plan.total_steps,
-            kind=spec.schedule,
-            warmup=spec.warmup,
-            warmdown=spec.warmdown,
-            final=spec.final,
-        )
+        factor = lr_factor(self.step, self.plan.total_steps, self.settings.schedule)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
@@ -183,15 +173,11 @@ def lasting_gradients(model: Any) -> None:
     """Allocate every gradient once and for all.
 
     Made anew each step among activations that come and go, they leave the heap full of holes. And since each is there
-    before the backward pass, that of the token embedding can be sparse: added in place, row by row, and not as a
-    second tensor of the vocabulary's size.
+    before the backward pass, that of the token embedding can be sparse (see `attending`).
     """
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    embedding = model.get_input_embeddings()
-    if isinstance(embedding, torch.nn.Embedding) and embedding.weight.device.type == "cpu":
-        embedding.sparse = True
 
 
 def matrix_sizes(model: Any) -> tuple[int, int]:
@@ -203,20 +189,6 @@ def matrix_sizes(model: Any) -> tuple[int, int]:
     matrices = [p for _, p in groups_of(model).matrices]
     body = sum(p.numel() * (active if p.ndim == 3 else 1) for p in matrices)
     return int(body), model.get_output_embeddings().weight.numel()
-
-
-def hidden_states(model: Any, batch: PackedBatch, *, packed: bool = True) -> torch.Tensor:
-    """The last hidden states, (slots, width), before the output projection.
-
-    packed: through `packed_attention`; else the rows are plain sequences, right-padded, for the model's own forward.
-    """
-    ids = torch.from_numpy(batch.input_ids).to(model.device)
-    extra: dict[str, Any] = {}
-    if packed:
-        positions = torch.from_numpy(batch.positions).to(model.device)
-        extra = {"position_ids": positions, "layout": layout_of(batch, model.device)}
-    out: torch.Tensor = body_of(model)(input_ids=ids, use_cache=False, **extra).last_hidden_state
-    return out.reshape(-1, out.shape[-1])
 
 
 def batch_loss(
@@ -231,11 +203,12 @@ def batch_loss(
 ) -> torch.Tensor:
     """(n,) loss per supervised token (`batch.sources` tells their sources), without gradient.
 
-    scale: also add the gradient of scale * their sum to the parameters' `.grad`.
+    scale: also add the gradient of scale * their sum to the parameters' `.grad`.   The model is left as it was found.
     """
-    with runtime.autocast(), torch.set_grad_enabled(scale is not None):
-        hidden = hidden_states(model, batch, packed=packed)
-        wanted = hidden.index_select(0, torch.from_numpy(batch.label_positions).to(model.device))
     targets = torch.from_numpy(batch.labels).to(model.device)
     dtype = torch.bfloat16 if runtime.precision == "bf16" else None
-    return chunked_cross_entropy(wanted, head or head_of(model), targets, dtype=dtype, parts=parts, scale=scale)
+    with attending(model, "packed" if packed else "own", sparse_embedding=scale is not None):
+        with runtime.autocast(), torch.set_grad_enabled(scale is not None):
+            hidden = hidden_states(model, batch, packed=packed)
+            wanted = hidden.index_select(0, torch.from_numpy(batch.label_positions).to(model.device))
+        return chunked_cross_entropy(wanted, head or head_of(model), targets, dtype=dtype, parts=parts, scale=scale)

@@ -1,0 +1,83 @@
+"""Putting a model into another way of computing, and back. Every change that is not for good goes through here.
+
+with attending(model, "packed"):
+    ...                               # its attention is `packed_attention`
+...                                   # everything as it was found
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+
+from sftflow.packing.attention import NAME, packed_attention
+
+Mode = Literal["packed", "own", "eager"]
+_ABSENT = object()
+
+
+@contextmanager
+def changed(changes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
+    """While it lasts, each (object, attribute, value) is set; then each attribute is what it was, or absent again."""
+    changes = list(changes)
+    before = [(target, name, vars(target).get(name, _ABSENT)) for target, name, _ in changes]
+    try:
+        for target, name, value in changes:
+            setattr(target, name, value)
+        yield
+    finally:
+        for target, name, value in before:
+            if value is _ABSENT:
+                vars(target).pop(name, None)
+            else:
+                setattr(target, name, value)
+
+
+@contextmanager
+def attending(
+    model: Any,
+    mode: Mode,
+    *,
+    forwards: Iterable[tuple[torch.nn.Module, Callable[..., Any]]] = (),
+    sparse_embedding: bool = False,
+) -> Iterator[None]:
+    """While it lasts, `model` (a transformers causal LM) computes in this mode. May be nested.
+
+    mode: "packed": packed rows, through `packed_attention`; the forward pass must be given the batch's `layout`, or a
+    `plan` for the keys and values that are kept.   "own": the attention it came with, where that is ours torch's.
+    "eager": transformers' plain formulas.
+    forwards: layers, each with the function that computes it meanwhile.
+    sparse_embedding: the gradient of the token embedding is added to its `.grad` row by row, and not as a second tensor
+    of the vocabulary's size; only where that `.grad` is there already, and on a CPU.
+    """
+    from transformers import AttentionInterface
+
+    before = model.config._attn_implementation
+    name = {"packed": NAME, "eager": "eager", "own": before}[mode]
+    if name == NAME and mode == "own":
+        name = "sdpa" if model._supports_sdpa else "eager"
+    changes: list[tuple[Any, str, Any]] = [(layer, "forward", forward) for layer, forward in forwards]
+    embedding = model.get_input_embeddings()
+    if sparse_embedding and isinstance(embedding, torch.nn.Embedding):
+        weight = embedding.weight
+        changes.append((embedding, "sparse", weight.device.type == "cpu" and weight.grad is not None))
+    with changed(changes):
+        if name == before:  # setting it walks through all modules, even where it changes nothing
+            yield
+            return
+        AttentionInterface.register(NAME, packed_attention)
+        try:
+            model.set_attn_implementation(name)
+            yield
+        finally:
+            model.set_attn_implementation(before)
+
+
+def own_logits(model: Any, ids: Iterable[int]) -> torch.Tensor:
+    """(tokens, vocabulary) fp32 logits of one sequence by the model's own forward pass, without a cache: what every
+    other way of computing it is compared with."""
+    logits: torch.Tensor = model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False).logits
+    return logits[0].float()

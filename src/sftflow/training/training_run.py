@@ -1,0 +1,160 @@
+"""A training in its run directory: what pretraining and fine-tuning have in common.
+
+metrics.jsonl    a row a step
+resume/step-N/   the newest states, to go on from
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors import SafetensorError
+
+from sftflow.atomic_io import NO_SPACE, reason
+from sftflow.errors import RunError
+from sftflow.runtime import Runtime, out_of_memory, peak_memory
+from sftflow.training.batch_plan import StepLog
+from sftflow.training.loggers import Logger
+from sftflow.training.resume import load_state, save_state, saved_states
+from sftflow.training.run_log import RunLog
+from sftflow.training.signals import Signals, Stopped
+from sftflow.training.trainer import Trainer
+
+
+class Listener(Protocol):
+    """What a run tells the person watching it."""
+
+    def say(self, text: str) -> None: ...
+
+    def rendering(self, source: str, rows: int) -> None: ...
+
+    def step(self, log: Any, total: int) -> None: ...
+
+    def validation(self, step: int, loss: float, sources: Mapping[str, float | None]) -> None: ...
+
+    def machine(self, runtime: Runtime) -> None: ...
+
+    def evaluating(self, done: int, total: int) -> None: ...
+
+    def evaluation(self, step: int, figures: Mapping[str, Any]) -> None: ...
+
+
+@dataclass
+class RunState:
+    """What a run remembers beside its weights and optimizer, saved with them.
+
+    seconds: of all steps so far, those before a resume too.   checkpoint: the step of the checkpoint that is there,
+    None where there is none.   best: its validation loss.
+    """
+
+    best: float | None = None
+    checkpoint: int | None = None
+    seconds: float = 0.0
+
+
+class TrainingRun:
+    """`restore` where a run shall go on, then `begin` and `train`. A stage adds what it does between two steps.
+
+    identity: what must be the same for a saved state to be taken up again, key by key.
+    signals: the caller's; they are only noted while a step runs.
+    """
+
+    keeps_last_state = True
+    """whether the state after the last step is saved, too"""
+    memory_remedy = "close other programs, or train a smaller model"
+
+    def __init__(
+        self,
+        out: Path,
+        trainer: Trainer,
+        listener: Listener,
+        *,
+        identity: dict[str, str],
+        signals: Signals | None = None,
+    ) -> None:
+        self.out, self.trainer, self.listener, self.identity = out, trainer, listener, identity
+        self.signals = signals or Signals()
+        self.state = RunState()
+        self.metrics = RunLog(out / "metrics.jsonl")
+        self.logs = [self.metrics]
+        self.logger = Logger(None, listener.say)
+
+    def restore(self) -> bool:
+        """Go on from the newest saved state, on a CPU bit for bit; False where there is none."""
+        states = saved_states(self.out / "resume")
+        if not states:
+            return False
+        self.state = RunState(**load_state(states[-1], self.trainer, self.identity))
+        self.listener.say(f"resumed at step {self.trainer.step} of {self.trainer.plan.total_steps}")
+        return True
+
+    def begin(self) -> None:
+        """Before the first step of this process: what a killed run logged after its saved state is logged again."""
+        self.listener.machine(self.trainer.runtime)
+        for log in self.logs:
+            log.cut_back(self.trainer.step or -1)
+
+    def train(self) -> None:
+        """Train to the last step.
+
+        Raises Stopped after the step during which a signal came, with its state saved, and RunError where the disk or
+        the memory is full, or the loss is not finite.
+        """
+        try:
+            with self.signals.between_steps(), self.logger:
+                for log in self.trainer:
+                    self.record(log)
+                    self.between_steps(log)
+                    self.save_if_due(log)
+        except (OSError, SafetensorError) as error:
+            raise cannot_write(self.out, error) from error
+        except RunError as error:
+            raise RunError(error.place, error.fact, self.divergence_remedy()) from error
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            raise RunError("training", "out of memory", self.memory_remedy) from error
+
+    def record(self, log: StepLog) -> None:
+        self.state.seconds += log.seconds
+        self.metrics.append(asdict(log) | {"memory": peak_memory(self.trainer.runtime.device)})
+        self.logger.step(log)
+        self.listener.step(log, self.trainer.plan.total_steps)
+
+    def between_steps(self, log: StepLog) -> None:
+        """What a stage does after each step, before the state is saved."""
+
+    def save_if_due(self, log: StepLog) -> None:
+        """Save the state each `save_every` steps, and where a signal has come; Raises Stopped then."""
+        asked = self.signals.asked
+        # A step that was not finite is none to go back to, unless we are told to stop there.
+        wanted = self.keeps_last_state if self.is_last else asked or (self.is_due and not log.skipped)
+        if wanted:
+            self.metrics.to_disk()
+            save_state(self.out / "resume", self.trainer, self.identity, asdict(self.state), self.trainer.settings.keep)
+        if asked and not self.is_last:
+            raise Stopped(asked, saved=True)
+
+    @property
+    def is_last(self) -> bool:
+        return self.trainer.step == self.trainer.plan.total_steps
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a state is saved after this step, as `save_every` has it."""
+        return self.trainer.step % self.trainer.settings.save_every == 0
+
+    def divergence_remedy(self) -> str:
+        """What can be done after a run whose loss is not finite."""
+        return "lower the learning rate, or look at the text of these steps"
+
+
+def cannot_write(out: Path, error: Exception) -> RunError:
+    why = reason(error)
+    full = why in {os.strerror(number) for number in NO_SPACE}
+    remedy = "free space" if full else "check the disk and its permissions"
+    return RunError(str(out), f"cannot write ({why})", f"{remedy}; --resume goes on")
