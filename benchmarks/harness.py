@@ -124,7 +124,8 @@ def main() -> int:
     from sftflow.checkpoint import load_assistant, resolve
     from sftflow.evaluation.evaluate import evaluate
     from sftflow.evaluation.multiple_choice import letter_scores
-    from sftflow.evaluation.prompts_for import open_tasks, prompts_of
+    from sftflow.evaluation.options import open_tasks
+    from sftflow.evaluation.prompts_for import prompts_for
 
     assistant = load_assistant(args.model)
     path = resolve(args.model).path
@@ -155,7 +156,7 @@ def main() -> int:
             scores: dict[str, list[float]] = {}
             letter_scores(
                 assistant.engine,
-                prompts_of(assistant, arc, "chat"),
+                prompts_for(assistant, arc, "chat"),
                 lambda k, of: scores.update({arc.items[k].id: [of[c] for c in arc.items[k].choices]}),
             )
             hf = logprobs_of(ask_harness(args.peer_python, "hf", loaded, tasks[1:], folder)["samples"]["arc_ours"])

@@ -231,7 +231,7 @@ async def retried(web: httpx.AsyncClient, url: str, body: dict[str, Any], *, lea
 
 def questions(n: int) -> list[list[dict[str, str]]]:
     """n chats of one question each, from the built-in tasks that want no calculator."""
-    from sftflow.evaluation.prompts_for import open_tasks
+    from sftflow.evaluation.options import open_tasks
 
     items = [i for run in open_tasks(["concepts", "identity"], n) for i in run.items]
     asked = [[{"role": m.role, "content": m.text} for m in item.messages] for item in items]

@@ -32,6 +32,7 @@ from sftflow.data.audit.near_duplicates import AGREE, candidates, minhash
 from sftflow.data.audit.ngrams import SHINGLE, mix64, split_words
 from sftflow.data.audit.overlap import NGRAM, EvalIndex, template_limit
 from sftflow.data.mixture import SourceLedger
+from sftflow.data.store import ROW
 from sftflow.report.audit_page import audit_page
 from sftflow.report.charts import row_lengths
 from sftflow.report.tables import audit_tables
@@ -60,19 +61,18 @@ class Words:
 
 
 @dataclass
-class AuditRows:
-    """AuditRows in memory: (ids, mask) of each."""
+class MemoryRows:
+    """The rows of a source in memory: (ids, mask) of each."""
 
     name: str
     rows: list[tuple[NDArray[np.int32], NDArray[np.int8]]] = field(default_factory=list)
 
     @property
-    def lengths(self) -> NDArray[np.int32]:
-        return np.array([len(ids) for ids, _ in self.rows], np.int32)
-
-    @property
-    def supervised(self) -> NDArray[np.int32]:
-        return np.array([int(mask.sum()) for _, mask in self.rows], np.int32)
+    def table(self) -> NDArray[Any]:
+        lines = [
+            (0, len(ids), int(mask.sum()), i, hash(ids.tobytes()) % 2**64) for i, (ids, mask) in enumerate(self.rows)
+        ]
+        return np.array(lines, ROW)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -87,9 +87,9 @@ class AuditRows:
         return f"{self.name}:{i + 1}"
 
 
-def store(words: Words, name: str, texts: list[str]) -> AuditRows:
-    """AuditRows whose second half is supervised."""
-    out = AuditRows(name)
+def store(words: Words, name: str, texts: list[str]) -> MemoryRows:
+    """Rows whose second half is supervised."""
+    out = MemoryRows(name)
     for text in texts:
         ids = words.encode(text)
         out.rows.append((ids, (np.arange(len(ids)) >= len(ids) // 2).astype(np.int8)))
@@ -121,7 +121,7 @@ def similarity(a: str, b: str) -> float:
 
 
 def near_rows(texts: list[str]) -> set[int]:
-    """AuditRows, no exact copies, with an earlier near-duplicate."""
+    """Rows, no exact copies, with an earlier near-duplicate."""
     first = [i for i, t in enumerate(texts) if t not in texts[:i]]
     sets = {i: shingle_set(texts[i]) for i in first}
 
@@ -262,7 +262,7 @@ def test_examples_name_the_first_places() -> None:
 
 
 def families(seed: int) -> list[str]:
-    """AuditRows of many lengths, most with copies that are cut or changed a little or a lot, and some tiny ones."""
+    """Rows of many lengths, most with copies that are cut or changed a little or a lot, and some tiny ones."""
     rng = random.Random(seed)
     texts = []
     for _ in range(80):
@@ -460,7 +460,7 @@ def test_special_tokens_do_not_glue_question_and_answer(tokenizer_dir: Path) -> 
     said = ["Be brief<|user|>Spell the word cat<|assistant|>", "c a t"]
     prompt, reply = (tokenizer(t, add_special_tokens=False).input_ids for t in said)
     mask = np.array([0] * len(prompt) + [1] * len(reply), np.int8)
-    rows = AuditRows("s", [(np.array(prompt + reply, np.int32), mask)])
+    rows = MemoryRows("s", [(np.array(prompt + reply, np.int32), mask)])
 
     def decode(ids: list[list[int]]) -> list[str]:
         return [tokenizer.decode(i, skip_special_tokens=True) for i in ids]
@@ -543,9 +543,9 @@ def test_nothing_to_measure(sources: list[list[str]]) -> None:
 
 
 def test_progress_reaches_the_end() -> None:
-    seen: list[tuple[str, int, int]] = []
+    seen: list[tuple[int, int]] = []
     run(["a b c"] * 3 + ["d e"], progress=lambda *a: seen.append(a))
-    assert seen[-1] == ("audit", 2, 2)
+    assert seen[-1] == (2, 2)
 
 
 # ---- the page and the tables

@@ -20,7 +20,8 @@ from sftflow.errors import RunError, TaskError
 from sftflow.evaluation import multiple_choice as choices
 from sftflow.evaluation.evaluate import evaluate, evaluate_models
 from sftflow.evaluation.multiple_choice import letter_scores, plain_letters
-from sftflow.evaluation.prompts_for import TaskRun, open_tasks, plain_ids, prompts_of
+from sftflow.evaluation.options import EvalTask, open_tasks
+from sftflow.evaluation.prompts_for import prompts_for
 from sftflow.generation.engine import Engine
 from sftflow.runtime import Runtime
 from sftflow.tasks import Item, TaskSource
@@ -30,7 +31,7 @@ FP32 = Runtime(device="cpu", precision="fp32", reason="test")
 QUESTIONS = (("Which one flies?", "a wren", "a mole", "a pike"), ("What is cold?", "ice", "fire"), ("1 + 1?", *"2345"))
 
 
-def choice_run(name: str = "arc") -> TaskRun:
+def choice_run(name: str = "arc") -> EvalTask:
     task = MultipleChoice(TaskSource())
     items = [
         Item(
@@ -41,7 +42,7 @@ def choice_run(name: str = "arc") -> TaskRun:
         )
         for n, (question, *texts) in enumerate(QUESTIONS)
     ]
-    return TaskRun(name=name, task=task, items=tuple(items))
+    return EvalTask(name=name, task=task, items=tuple(items))
 
 
 def assistant_of(tokenizer: Any, renderer: Renderer) -> Assistant:
@@ -81,14 +82,14 @@ def spaced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def test_letters_have_the_probability_of_all_their_tokens(spaced: Assistant) -> None:
     run = choice_run()
-    prompts = prompts_of(spaced, run, "plain")
+    prompts = prompts_for(spaced, run, "plain")
     lengths = {len(ids) for p in prompts for ids in p.letters.values()}
     found: dict[int, dict[str, float]] = {}
     letter_scores(spaced.engine, prompts, lambda i, scores: found.update({i: scores}))
     for i, item in enumerate(run.items):
         assert set(found[i]) == set(item.choices)
         for letter, score in found[i].items():
-            whole = plain_ids(spaced, f"{item.plain} {letter}")
+            whole = spaced.plain_ids(f"{item.plain} {letter}")
             behind = len(whole) - len(prompts[i].ids)
             assert whole[: len(prompts[i].ids)] == prompts[i].ids and behind == len(prompts[i].letters[letter])
             assert score == pytest.approx(log_probability(spaced.model, whole, behind), abs=1e-4)
@@ -103,7 +104,7 @@ def test_the_row_holds_the_likeliest_letter(spaced: Assistant, tmp_path: Path) -
     run = choice_run()
     for arm in ("plain", "chat"):
         result = evaluate(spaced, run, arm, tmp_path)  # type: ignore[arg-type]
-        for row, asked in zip(result.rows, prompts_of(spaced, run, arm), strict=True):  # type: ignore[arg-type]
+        for row, asked in zip(result.rows, prompts_for(spaced, run, arm), strict=True):  # type: ignore[arg-type]
             scores = {
                 c: log_probability(spaced.model, (*asked.ids, *ids), len(ids)) for c, ids in asked.letters.items()
             }
@@ -145,7 +146,7 @@ def test_qwen3_is_asked_behind_its_empty_think_block(qwen: Any, tmp_path: Path) 
     template = qwen_template("Qwen-Qwen3-0.6B.jinja")
     assistant = assistant_of(qwen, with_template(qwen, template))
     run = choice_run()
-    for item, asked in zip(run.items, prompts_of(assistant, run, "chat"), strict=True):
+    for item, asked in zip(run.items, prompts_for(assistant, run, "chat"), strict=True):
         wanted = qwen.apply_chat_template(
             [{"role": "user", "content": item.messages[0].text}], chat_template=template, add_generation_prompt=True,
             enable_thinking=False, return_dict=False,
@@ -153,10 +154,10 @@ def test_qwen3_is_asked_behind_its_empty_think_block(qwen: Any, tmp_path: Path) 
         assert list(asked.ids) == wanted
         assert asked.letters == {c: (qwen.convert_tokens_to_ids(c),) for c in item.choices}
     result = evaluate(assistant, run, "chat", tmp_path)
-    assert [r.n_prompt for r in result.rows] == [len(p.ids) for p in prompts_of(assistant, run, "chat")]
+    assert [r.n_prompt for r in result.rows] == [len(p.ids) for p in prompts_for(assistant, run, "chat")]
     # A template whose prompt already closes the block: nothing is doubled.
     closed = assistant_of(qwen, with_template(qwen, "{%- set enable_thinking = false -%}" + template))
-    assert prompts_of(closed, run, "chat") == prompts_of(assistant, run, "chat")
+    assert prompts_for(closed, run, "chat") == prompts_for(assistant, run, "chat")
 
 
 OPENS_A_BLOCK = """\
@@ -174,7 +175,7 @@ OPENS_A_BLOCK = """\
 
 def test_an_argument_that_closes_the_block_is_found(qwen: Any) -> None:
     assistant = assistant_of(qwen, with_template(qwen, OPENS_A_BLOCK))
-    for asked in prompts_of(assistant, choice_run(), "chat"):
+    for asked in prompts_for(assistant, choice_run(), "chat"):
         said = assistant.renderer.decode(asked.ids)
         assert said.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n"), said
 
@@ -182,7 +183,7 @@ def test_an_argument_that_closes_the_block_is_found(qwen: Any) -> None:
 def test_a_format_that_ends_no_turn_is_asked_all_the_same(qwen: Any) -> None:
     assistant = assistant_of(qwen, with_template(qwen, qwen_template("GLM-4.6.jinja")))
     assert assistant.renderer.end_token is None
-    for asked in prompts_of(assistant, choice_run(), "chat"):
+    for asked in prompts_for(assistant, choice_run(), "chat"):
         assert assistant.renderer.decode(asked.ids).endswith("<|assistant|>\n<think></think>\n")
         assert all(ids == (qwen.convert_tokens_to_ids(c),) for c, ids in asked.letters.items())
 

@@ -16,8 +16,8 @@ from sftflow.comparison.losses import held_out_comparison
 from sftflow.comparison.paired import change_of
 from sftflow.comparison.prompts import load_prompts
 from sftflow.comparison.results import to_json
-from sftflow.evaluation.callback import Sampled
-from sftflow.evaluation.prompts_for import open_tasks
+from sftflow.evaluation.callback import EvalDuringTraining
+from sftflow.evaluation.options import open_tasks
 from sftflow.recipe import load_recipe
 from sftflow.report.comparison_page import comparison_page
 from sftflow.training.run import run_training
@@ -143,7 +143,7 @@ def _file(path: Path, rows: list[Any]) -> Path:
 
 
 def test_evaluating_during_training_changes_nothing_of_it(tmp_path: Path, tiny_base: Path, run: Path) -> None:
-    sampled = Sampled(open_tasks(["arithmetic", "spelling"], 2))
+    sampled = EvalDuringTraining(open_tasks(["arithmetic", "spelling"], 2))
     other = trained(tmp_path, tiny_base, sampled)
     assert digest(other / "checkpoint" / "model.safetensors") == digest(run / "checkpoint" / "model.safetensors")
     rows = [json.loads(line) for line in (other / "evals.jsonl").read_text().splitlines()]
@@ -156,7 +156,7 @@ def test_evaluating_during_training_on_working_copies(tmp_path: Path, tiny_base:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     plain = trained(tmp_path / "a", tiny_base, precision="bf16", dropout=0.1)
-    sampling = Sampled(open_tasks(["arithmetic"], 2))
+    sampling = EvalDuringTraining(open_tasks(["arithmetic"], 2))
     sampled = trained(tmp_path / "b", tiny_base, sampling, precision="bf16", dropout=0.1)
     assert digest(plain / "checkpoint" / "model.safetensors") == digest(sampled / "checkpoint" / "model.safetensors")
 

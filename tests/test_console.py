@@ -30,10 +30,10 @@ class Screen(ProgressDisplay):
     """A ProgressDisplay that writes to memory, as a terminal of 80 columns or as a pipe."""
 
     def __init__(self, live: bool, width: int = 80) -> None:
-        super().__init__()
         self.output = io.StringIO()
-        self.console = Console(file=self.output, force_terminal=live, width=width, highlight=False, soft_wrap=not live)
-        self.live = live
+        super().__init__(
+            Console(file=self.output, force_terminal=live, width=width, highlight=False, soft_wrap=not live)
+        )
 
     @property
     def lines(self) -> list[str]:
@@ -92,9 +92,9 @@ def test_unknown_peak_or_work_is_left_out() -> None:
 def test_pace_forgets_the_first_step_and_old_ones() -> None:
     pace = Pace()
     pace.add(step_log(1, seconds=60.0))
-    assert pace.left(10) is None and pace.supervised_rate() == pytest.approx(100_000 / 60)
+    assert pace.left(10) is None and pace.rate("supervised_tokens") == pytest.approx(100_000 / 60)
     pace.add(step_log(2, seconds=2.0))
-    assert pace.left(10) == pytest.approx(20) and pace.supervised_rate() == pytest.approx(50_000)
+    assert pace.left(10) == pytest.approx(20) and pace.rate("supervised_tokens") == pytest.approx(50_000)
     for step in range(3, 40):
         pace.add(step_log(step, seconds=4.0, padding_share=0.5))
     assert pace.left(10) == pytest.approx(40) and pace.padding() == 0.5

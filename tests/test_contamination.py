@@ -17,7 +17,7 @@ from sftflow.data.mixture import Mixture, build_mixture
 from sftflow.data.run_rows import write_run_rows
 from sftflow.errors import DataError
 from sftflow.evaluation.contamination import contamination, contamination_of_run
-from sftflow.evaluation.prompts_for import TaskRun, open_tasks
+from sftflow.evaluation.options import EvalTask, open_tasks
 from sftflow.recipe import Recipe, parse_recipe
 
 NOUNS = ["apples", "pears", "books", "cups", "lamps", "chairs", "stones", "shells", "boats", "coins", "kites", "drums"]
@@ -69,7 +69,7 @@ def recipe(tmp_path: Path, tiny_base: Path) -> Recipe:
 
 
 @pytest.fixture
-def runs(recipe: Recipe, tmp_path: Path) -> list[TaskRun]:
+def runs(recipe: Recipe, tmp_path: Path) -> list[EvalTask]:
     return open_tasks([f"gsm8k={tmp_path / 'test.jsonl'}", "spelling"], 12)
 
 
@@ -78,7 +78,7 @@ def mixture(recipe: Recipe) -> Mixture:
     return build_mixture(recipe, open_renderer(resolve(recipe.base), recipe.format))
 
 
-def test_copies_are_found_and_near_misses_are_not(runs: list[TaskRun], mixture: Mixture, tmp_path: Path) -> None:
+def test_copies_are_found_and_near_misses_are_not(runs: list[EvalTask], mixture: Mixture, tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     got = contamination(runs, mixture.rows, mixture.renderer, lambda done, total: told.append((done, total)))
     items = runs[0].items
@@ -100,7 +100,7 @@ def test_copies_are_found_and_near_misses_are_not(runs: list[TaskRun], mixture: 
     assert told[-1] == (32, 32)
 
 
-def test_it_is_what_the_audit_says(runs: list[TaskRun], mixture: Mixture) -> None:
+def test_it_is_what_the_audit_says(runs: list[EvalTask], mixture: Mixture) -> None:
     backend = mixture.renderer.tokenizer.backend_tokenizer
     whole = audit(
         mixture.rows,
@@ -116,7 +116,7 @@ def test_it_is_what_the_audit_says(runs: list[TaskRun], mixture: Mixture) -> Non
 
 
 def test_a_run_is_checked_by_the_rows_that_it_holds(
-    runs: list[TaskRun], mixture: Mixture, recipe: Recipe, tmp_path: Path
+    runs: list[EvalTask], mixture: Mixture, recipe: Recipe, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     run.mkdir()
@@ -129,7 +129,7 @@ def test_a_run_is_checked_by_the_rows_that_it_holds(
 
 
 def test_a_run_of_too_many_rows_to_keep_says_so(
-    runs: list[TaskRun], mixture: Mixture, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: list[EvalTask], mixture: Mixture, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sftflow.data.run_rows.MAX_TOKENS", 100)
     write_run_rows(tmp_path, mixture, recipe)

@@ -12,9 +12,10 @@ import pytest
 from sftflow.atomic_io import write_json
 from sftflow.chat.schema import text_message
 from sftflow.errors import ContextError, TaskError
-from sftflow.evaluation.evaluate import CHATCORE, evaluate, evaluate_models, summary
+from sftflow.evaluation.evaluate import evaluate, evaluate_models
 from sftflow.evaluation.journal import safe_name
-from sftflow.evaluation.prompts_for import TaskRun, open_tasks
+from sftflow.evaluation.options import EvalTask, open_tasks
+from sftflow.evaluation.results import CHATCORE, ModelScores
 from sftflow.fingerprint import prompt_hash, weights_hash
 from sftflow.generation.engine import Engine
 from sftflow.tasks import Item
@@ -29,7 +30,7 @@ def assistant(tiny_base: Path) -> Any:
 
 
 @pytest.fixture
-def run() -> TaskRun:
+def run() -> EvalTask:
     (opened,) = open_tasks(["arithmetic"], 7)
     return opened
 
@@ -42,7 +43,7 @@ class Killed(Exception):
     pass
 
 
-def test_rows_hold_their_evidence(assistant: Any, run: TaskRun, tmp_path: Path) -> None:
+def test_rows_hold_their_evidence(assistant: Any, run: EvalTask, tmp_path: Path) -> None:
     steps: list[int] = []
     result = evaluate(assistant, run, "chat", tmp_path, model="runs/a b", progress=steps.append)
     name = f"{safe_name('runs/a b')}-arithmetic"
@@ -62,7 +63,7 @@ def test_rows_hold_their_evidence(assistant: Any, run: TaskRun, tmp_path: Path) 
 
 
 def test_a_rerun_goes_on_from_finished_rows(
-    assistant: Any, run: TaskRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    assistant: Any, run: EvalTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = evaluate(assistant, run, "chat", tmp_path / "whole")
 
@@ -91,20 +92,22 @@ def test_a_rerun_goes_on_from_finished_rows(
     assert [r["id"] for r in rows_of(path)] == [i.id for i in run.items]
 
 
-def test_a_prompt_that_does_not_fit_scores_nothing_and_is_counted(assistant: Any, run: TaskRun, tmp_path: Path) -> None:
+def test_a_prompt_that_does_not_fit_scores_nothing_and_is_counted(
+    assistant: Any, run: EvalTask, tmp_path: Path
+) -> None:
     long = Item(id="long", messages=(text_message("user", "why? " * 400),), answer="1")
-    mixed = TaskRun(name="arithmetic", task=run.task, items=(*run.items[:2], long))
+    mixed = EvalTask(name="arithmetic", task=run.task, items=(*run.items[:2], long))
     result = evaluate(assistant, mixed, "chat", tmp_path)
     assert [r.finish_reason == "too_long" for r in result.rows] == [False, False, True]
     assert result.rows[2].score == 0 and result.to_json()["too_long"] == 1
-    alone = TaskRun(name="arithmetic", task=run.task, items=(long,))
+    alone = EvalTask(name="arithmetic", task=run.task, items=(long,))
     with pytest.raises(ContextError, match="arithmetic: no prompt fits a context of 256 tokens"):
         evaluate(assistant, alone, "chat", tmp_path / "alone")
 
 
 def test_eval_writes_its_documents(assistant: Any, tmp_path: Path) -> None:
     runs = open_tasks(["spelling", "arithmetic"], 3)
-    document = evaluate_models([(assistant, runs)], tmp_path)
+    document = evaluate_models([(assistant, runs)], tmp_path).to_json()
     assert json.loads((tmp_path / "eval.json").read_text()) == document
     (entry,) = document["models"].values()
     for name in ("spelling", "arithmetic"):
@@ -134,7 +137,7 @@ def test_how_many_items_there_are_without_the_limit(tmp_path: Path) -> None:
 
 
 def test_no_tasks_have_no_mean_and_documents_are_strict_json(tmp_path: Path) -> None:
-    assert summary([])["centred_mean"] is None
+    assert ModelScores(()).centred_mean is None
     write_json(tmp_path / "x.json", {"a": [math.nan, (math.inf, 0.5)], "b": None})
     assert json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail) == {
         "a": [None, [None, 0.5]],
@@ -142,14 +145,14 @@ def test_no_tasks_have_no_mean_and_documents_are_strict_json(tmp_path: Path) -> 
     }
 
 
-def test_chatcore_is_the_mean_over_its_six_tasks(assistant: Any, run: TaskRun, tmp_path: Path) -> None:
+def test_chatcore_is_the_mean_over_its_six_tasks(assistant: Any, run: EvalTask, tmp_path: Path) -> None:
     from dataclasses import replace
 
     one = evaluate(assistant, run, "chat", tmp_path)
     six = [replace(one, task=name, chance=0.25 if "arc" in name or name == "mmlu" else 0.0) for name in CHATCORE]
     wanted = sum((r.score - r.chance) / (1 - r.chance) for r in six) / 6
-    assert summary(six)["chatcore"] == pytest.approx(wanted)
-    assert "chatcore" not in summary(six[:5])
+    assert ModelScores(tuple(six)).to_json()["chatcore"] == pytest.approx(wanted)
+    assert "chatcore" not in ModelScores(tuple(six[:5])).to_json()
 
 
 def test_tasks_by_name(tmp_path: Path) -> None:

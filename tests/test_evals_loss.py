@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 import json
 import math
@@ -19,6 +20,7 @@ from helpers.architectures import SMALL
 from helpers.runs import Quiet, write_recipe
 from helpers.templates import STRIPS, THOUGHTS, open_with
 from helpers.tiny import make_renderer
+from helpers.training import examples, spec
 from sftflow.chat.schema import Conversation, parse_row
 from sftflow.checkpoint import Assistant, load_assistant
 from sftflow.data.mixture import build_mixture
@@ -42,7 +44,9 @@ from sftflow.generation.engine import Engine
 from sftflow.pretraining.pretrain import bits_per_byte as base_bits
 from sftflow.recipe import load_recipe
 from sftflow.runtime import Runtime
+from sftflow.training.batch_plan import RowPlan
 from sftflow.training.run import run_training
+from sftflow.training.trainer import Trainer
 
 FP32 = Runtime(device="cpu", precision="fp32", reason="test")
 CALL = [
@@ -244,10 +248,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
     recipe = json.loads(path.read_text())
     path.write_text(json.dumps(recipe | {"mixture": [{"source": "rows.jsonl"}, {"source": "more.jsonl"}]}))
     run_training(load_recipe(path), Quiet())
-    from sftflow.data.run_rows import write_run_rows  # TODO-merge
-
-    r = load_recipe(folder / "run" / "recipe.yaml")
-    write_run_rows(folder / "run", build_mixture(r, load_assistant(str(folder / "run")).renderer), r)
     return folder
 
 
@@ -301,7 +301,9 @@ def test_bits_per_byte_is_transformers_own(assistant: Assistant) -> None:
     got = bits_per_byte(assistant, [text], window=256)
     assert got == BitsPerByte(bytes=len(text.encode()), tokens=len(ids) - 1, bpb=pytest.approx(wanted, abs=1e-4))
     plain = text.replace("<|assistant_end|>", "")  # as the base's own measure reads it
-    theirs = base_bits(assistant.model, assistant.tokenizer, [plain], FP32)
+    settings = spec(max_length=256)
+    trainer = Trainer(copy.deepcopy(assistant.model), RowPlan(examples(60), settings), settings, FP32)
+    theirs = base_bits(trainer, assistant.tokenizer, [plain])
     assert bits_per_byte(assistant, [plain]).bpb == pytest.approx(theirs, abs=1e-4)
 
 

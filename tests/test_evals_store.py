@@ -23,7 +23,7 @@ from sftflow.evaluation import journal as store
 from sftflow.evaluation import multiple_choice as choices
 from sftflow.evaluation.evaluate import evaluate
 from sftflow.evaluation.journal import EvalRow, Journal, key_of, safe_name
-from sftflow.evaluation.prompts_for import TaskRun, open_tasks
+from sftflow.evaluation.options import EvalTask, open_tasks
 from sftflow.fingerprint import weights_hash
 from sftflow.generation.engine import Engine
 from sftflow.tasks import TaskSource
@@ -38,7 +38,7 @@ def assistant(tiny_base: Path) -> Any:
     return load_assistant(str(tiny_base))
 
 
-def opened(limit: int) -> TaskRun:
+def opened(limit: int) -> EvalTask:
     (run,) = open_tasks(["arithmetic"], limit)
     return run
 
@@ -158,9 +158,9 @@ def test_rows_that_rest_on_something_else_are_set_aside(key: str, tmp_path: Path
     journal = Journal(path, provenance)
     journal.add(row_of(1))
     journal.close()
-    assert Journal(path, provenance).taken_over == 1
+    assert len(Journal(path, provenance).rows) == 1
     other = Journal(path, {**provenance, key: "another"})
-    assert other.taken_over == 0 and names(path) == [] and names(tmp_path / "kept" / "m-t.jsonl") == ["t:1"]
+    assert other.rows == {} and names(path) == [] and names(tmp_path / "kept" / "m-t.jsonl") == ["t:1"]
     other.add(row_of(1, score=0.0))
     other.close([row_of(1).key])
     again = Journal(path, provenance)
@@ -241,12 +241,12 @@ def test_what_a_kill_cut_off_is_no_row(tmp_path: Path) -> None:
     with path.open("rb+") as f:
         f.truncate(path.stat().st_size - 20)
     again = Journal(path, {"a": 1})
-    assert names(path) == ["t:1"] and again.taken_over == 1
+    assert names(path) == ["t:1"] and len(again.rows) == 1
     again.add(row_of(2))
     assert names(path) == ["t:1", "t:2"]
     with path.open("rb+") as f:
         f.truncate(path.stat().st_size - 1)  # only the end of the line is missing
-    assert Journal(path, {"a": 1}).taken_over == 2 and names(path) == ["t:1", "t:2"]
+    assert len(Journal(path, {"a": 1}).rows) == 2 and names(path) == ["t:1", "t:2"]
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from sftflow.fingerprint import GRADED_ROWS, LEFT_OUT, PACKAGE, RENDERED_ROWS, MadeBy, code_hash
 
 # Where the making of rows begins.
-ENTRIES = {RENDERED_ROWS: "data.prepare", GRADED_ROWS: "evaluation.prompts_for"}
+ENTRIES = {RENDERED_ROWS: "data.prepare", GRADED_ROWS: "evaluation.grading"}
 DRAWING = ("report", "serving", "terminal", "cli", "comparison", "exporting", "data/audit")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,11 @@ from sftflow.chat.schema import parse_row
 from sftflow.evaluation.journal import EvalRow
 from sftflow.evaluation.reply_checks import (
     FAULTS,
-    Said,
     answers_itself,
+    check_replies,
     distinct,
-    hygiene,
     lengths,
     loops,
-    said_of_row,
     tool_calls,
     user_header,
 )
@@ -39,7 +36,7 @@ CLEAN = [
     "Robot: Who is there?\nHuman: I am.",
     "> User: my screen is black\n\nTry another cable.",
     "Question: what is a question? A sentence that asks.",
-    "### GenerationRequest\n\nGET /\n\n### Response\n\n200 OK",
+    "### Request\n\nGET /\n\n### Response\n\n200 OK",
     "A template in ChatML:\n\n```\n<|im_start|>user\nhi<|im_end|>\n```\n\nThe mark `<|im_end|>` ends a turn.",
     "Strike it out: <s>old</s> new. In F#, xs |> map f, and f <| x.",
     "Row, row, row your boat, gently down the stream. No, no, no, no!",
@@ -60,7 +57,13 @@ def prompt(assistant: Any, text: str) -> tuple[int, ...]:
     return tuple(int(i) for i in assistant.renderer.render(row, add_generation_prompt=True).ids)
 
 
-def said(renderer: Any, *pieces: str | int, finish: str = "stop", end: bool = True) -> Said:
+def finished(ids: tuple[int, ...], text: str, parts: Any, finish: Any, n_generated: int) -> Reply:
+    return Reply(
+        ids=ids, text=text, parts=parts, finish_reason=finish, n_prompt=0, n_generated=n_generated, seconds=0.0
+    )
+
+
+def said(renderer: Any, *pieces: str | int, finish: str = "stop", end: bool = True) -> Reply:
     """A reply of texts and ids, put together as the engine does it."""
     ids = [i for p in pieces for i in ([p] if isinstance(p, int) else renderer.encode_plain(p))]
     n = len(ids)
@@ -68,7 +71,7 @@ def said(renderer: Any, *pieces: str | int, finish: str = "stop", end: bool = Tr
         ids.append(renderer.stop_ids()[0])
     parts = ReplyDecoder(renderer).parts(ids)
     text = "".join(p.text for p in parts if p.kind == "text")
-    return Said(ids=tuple(ids), text=text, parts=parts, finish_reason=finish, n_generated=n)
+    return finished(tuple(ids), text, parts, finish, n)
 
 
 def faults(found: Any) -> dict[str, tuple[int, ...]]:
@@ -81,10 +84,10 @@ def faults(found: Any) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("name", ["sftflow", "chatml", "llama3", "phi3"])
 def test_clean_replies_raise_no_alarm(tokenizer_dir: Path, name: str) -> None:
     renderer = make_renderer(tokenizer_dir, name)
-    found = hygiene([said(renderer, text) for text in CLEAN], renderer)
+    found = check_replies([said(renderer, text) for text in CLEAN], renderer)
     assert faults(found) == {}
     assert found.rate("stop") == 1 and found.n == len(CLEAN)
-    assert all(found.against(i) == [] for i in range(found.n))
+    assert all(found.faults_of(i) == [] for i in range(found.n))
 
 
 # ---- each rule
@@ -92,10 +95,10 @@ def test_clean_replies_raise_no_alarm(tokenizer_dir: Path, name: str) -> None:
 
 def test_stop_limit_and_empty(renderer: Any) -> None:
     replies = [said(renderer, "hi"), said(renderer, "and so", finish="length"), said(renderer, " \n"), said(renderer)]
-    found = hygiene(replies, renderer)
+    found = check_replies(replies, renderer)
     assert found.replies["stop"] == (0, 2, 3) and found.rate("stop") == 0.75
     assert faults(found) == {"limit": (1,), "empty": (2, 3)}
-    assert found.against(1) == ["did not stop"] and found.against(3) == ["empty"]
+    assert found.faults_of(1) == ["did not stop"] and found.faults_of(3) == ["empty"]
     data = found.to_json()
     assert (data["stop_rate"], data["limit_rate"], data["empty_rate"]) == (0.75, 0.25, 0.5)
     assert data["replies"]["stop_rate"] == [1] and data["replies"]["empty_rate"] == [2, 3]
@@ -109,7 +112,7 @@ def test_control_tokens_leak(renderer: Any) -> None:
         said(renderer, "so <|user_end|> it goes"),  # spelled out: plain ids
         said(renderer, "hi"),
     ]
-    assert faults(hygiene(replies, renderer)) == {"role_leak": (0, 1, 2)}
+    assert faults(check_replies(replies, renderer)) == {"role_leak": (0, 1, 2)}
 
 
 @pytest.mark.parametrize(
@@ -124,7 +127,7 @@ def test_control_tokens_leak(renderer: Any) -> None:
     ],
 )
 def test_markers_of_other_formats_leak(renderer: Any, text: str) -> None:
-    assert "role_leak" in faults(hygiene([said(renderer, text)], renderer))
+    assert "role_leak" in faults(check_replies([said(renderer, text)], renderer))
 
 
 @pytest.mark.parametrize(
@@ -152,8 +155,8 @@ def test_a_user_turn_of_the_format(tokenizer_dir: Path, name: str, header: str) 
     at = next(i for i, token in enumerate(whole) if "Fine." in renderer.decode(whole[: i + 1]))
     ids = tuple(i for i in whole[at + 1 :] if i not in stops)  # a model that does not know where to stop
     parts = ReplyDecoder(renderer).parts(ids)
-    reply = Said(ids=ids, text="Fine." + "".join(p.text for p in parts), parts=parts, finish_reason="length")
-    found = faults(hygiene([reply, said(renderer, "Fine.")], renderer))
+    reply = finished(ids, "Fine." + "".join(p.text for p in parts), parts, "length", 0)
+    found = faults(check_replies([reply, said(renderer, "Fine.")], renderer))
     assert found["self_turn"] == (0,) and found["role_leak"] == (0,)
 
 
@@ -176,7 +179,7 @@ def test_a_user_turn_of_the_format(tokenizer_dir: Path, name: str, header: str) 
 def test_user_lines(renderer: Any, text: str, is_so: bool | None) -> None:
     if is_so is not None:
         assert answers_itself(text) is is_so
-    assert ("self_turn" in faults(hygiene([said(renderer, text)], renderer))) is bool(is_so)
+    assert ("self_turn" in faults(check_replies([said(renderer, text)], renderer))) is bool(is_so)
 
 
 def test_looping_tails(renderer: Any) -> None:
@@ -188,7 +191,7 @@ def test_looping_tails(renderer: Any) -> None:
         said(renderer, "Well." + " I am fine." * 20 + " I"),  # it was about to leave the loop
         said(renderer, "a b c d e f g h i j k l m n o p q r s t u v w x y z"),
     ]
-    assert hygiene(replies, renderer).replies["looping"] == (0, 1, 3, 4)
+    assert check_replies(replies, renderer).replies["looping"] == (0, 1, 3, 4)
 
 
 @given(st.lists(st.integers(0, 3), max_size=12), st.integers(1, 30), st.integers(0, 40), st.integers(0, 29))
@@ -199,13 +202,13 @@ def test_loops_by_their_definition(head: list[int], period: int, times: int, cut
 
 
 def test_distinct_is_the_mean_of_the_replies(renderer: Any) -> None:
-    found = hygiene([said(renderer, "the cat the Cat"), said(renderer, "one"), said(renderer, "")], renderer)
+    found = check_replies([said(renderer, "the cat the Cat"), said(renderer, "one"), said(renderer, "")], renderer)
     assert found.distinct == (pytest.approx((2 / 4 + 1) / 2), pytest.approx(2 / 3), pytest.approx(1.0))
     # the same replies ten times over are as distinct; pooled they would not be
-    more = hygiene([said(renderer, "the cat the Cat"), said(renderer, "one")] * 10, renderer)
+    more = check_replies([said(renderer, "the cat the Cat"), said(renderer, "one")] * 10, renderer)
     assert more.distinct[0] == pytest.approx(found.distinct[0])
     assert distinct([], 1) is None and distinct([["a"]], 2) is None
-    assert hygiene([said(renderer, "你好你好")], renderer).distinct[0] == pytest.approx(0.5)
+    assert check_replies([said(renderer, "你好你好")], renderer).distinct[0] == pytest.approx(0.5)
 
 
 def test_broken_characters(renderer: Any) -> None:
@@ -219,14 +222,14 @@ def test_broken_characters(renderer: Any) -> None:
         said(renderer, "a literal \ufffd is a character like others"),
     ]
     assert "\ufffd" in replies[1].text
-    assert hygiene(replies, renderer).replies["invalid_utf8"] == (1, 3)
+    assert check_replies(replies, renderer).replies["invalid_utf8"] == (1, 3)
 
 
 def test_a_real_tokenizer_with_byte_fallback(real_tokenizers: dict[str, Path]) -> None:
     renderer = make_renderer(real_tokenizers["hf_llama2"], "llama2")
     face = renderer.encode_plain("🜁")
     replies = [said(renderer, *face), said(renderer, *face[:-1]), *(said(renderer, text) for text in CLEAN)]
-    found = hygiene(replies, renderer)
+    found = check_replies(replies, renderer)
     assert faults(found) == {"invalid_utf8": (1,)} and found.tool_calls is None
 
 
@@ -249,7 +252,7 @@ def test_tool_calls(renderer: Any) -> None:
         said(renderer, start, "2+", start, "2+2", end, out, "4", out_end, "4"),  # one opened within another
         said(renderer, "4"),
     ]
-    found = hygiene(replies, renderer)
+    found = check_replies(replies, renderer)
     assert found.tool_calls == {"calls": 8, "well_formed": 6, "answered": 4}
     assert faults(found) == {"tool_calls": (2, 3, 4, 5, 6), "empty": (2,)}
     speech = ReplyDecoder(renderer)
@@ -269,7 +272,7 @@ def test_each_reply_is_in_one_bin(generated: list[int]) -> None:
 
 
 def test_no_replies_have_no_rates(renderer: Any) -> None:
-    data = hygiene([], renderer).to_json()
+    data = check_replies([], renderer).to_json()
     assert data["n"] == 0 and data["stop_rate"] is data["distinct_1"] is None
 
 
@@ -284,7 +287,7 @@ def test_replies_of_a_real_model(assistant: Any) -> None:
         for i, t in enumerate(texts * 4)
     ]
     replies = assistant.engine.generate(requests)
-    found = hygiene(replies, assistant.renderer)
+    found = check_replies(replies, assistant.renderer)
     stops = set(assistant.renderer.stop_ids())
     tools = set(assistant.renderer.python_ids())
     control = set(assistant.renderer.special.values()) - stops - tools
@@ -308,8 +311,8 @@ def test_greedy_replies_of_a_random_model_loop(assistant: Any) -> None:
     )
     (reply,) = assistant.engine.generate([request])
     assert len(set(reply.ids[-24:])) == 1  # the likeliest token again and again
-    found = hygiene([reply], assistant.renderer)
-    assert found.replies["looping"] == (0,) and found.against(0) == ["did not stop", "looping"]
+    found = check_replies([reply], assistant.renderer)
+    assert found.replies["looping"] == (0,) and found.faults_of(0) == ["did not stop", "looping"]
 
 
 def test_a_row_is_looked_at_as_its_reply(assistant: Any) -> None:
@@ -321,7 +324,4 @@ def test_a_row_is_looked_at_as_its_reply(assistant: Any) -> None:
     shared = {"question": "hi", "answer": None, "score": 0.0, "prompt_sha256": ""}
     same = ("finish_reason", "n_prompt", "n_generated", "seconds", "ids")
     rows = [EvalRow(id=r.text, reply=r.text, **shared, **{k: getattr(r, k) for k in same}) for r in replies]
-    again = [said_of_row(row, assistant.engine.reply_decoder) for row in rows]
-    assert [s.parts for s in again] == [r.parts for r in replies]
-    assert hygiene(again, assistant.renderer) == hygiene(replies, assistant.renderer)
-    assert {f.name for f in fields(Said)} <= {f.name for f in fields(Reply)}
+    assert check_replies(rows, assistant.renderer) == check_replies(replies, assistant.renderer)

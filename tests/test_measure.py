@@ -18,8 +18,8 @@ from sftflow.checkpoint import load_assistant, load_info, resolve
 from sftflow.cli.measure import EvalOptions, evaluate_all
 from sftflow.comparison.compare import base_format, kind_of
 from sftflow.comparison.run_artifacts import read_run, run_of
-from sftflow.evaluation.callback import Sampled
-from sftflow.evaluation.prompts_for import open_tasks
+from sftflow.evaluation.callback import EvalDuringTraining
+from sftflow.evaluation.options import open_tasks
 from sftflow.packing.attending import attending
 from sftflow.packing.attention import NAME
 from sftflow.recipe import load_recipe
@@ -158,7 +158,7 @@ def test_a_model_that_packs_only_in_training_is_sampled(tokenizer_dir: Path) -> 
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).train()
-    sampled = Sampled(open_tasks(["arithmetic", "spelling"], 2))
+    sampled = EvalDuringTraining(open_tasks(["arithmetic", "spelling"], 2))
     renderer = Renderer(tokenizer, chat_format)
     alone = sampled(model, tokenizer, renderer, detect("fp32"))
     with attending(model, "packed"):
@@ -184,7 +184,7 @@ def test_a_signal_does_not_wait_for_a_sample(tmp_path: Path, tiny_base: Path) ->
     recipe = load_recipe(
         short_recipe(tmp_path, tiny_base), ["train.steps=3", "eval.every=2", "eval.tasks=[arithmetic]"]
     )
-    sampled = Sampled(open_tasks(["arithmetic"], 2))
+    sampled = EvalDuringTraining(open_tasks(["arithmetic"], 2))
     calls: list[int] = []
 
     def sampling(*args: Any) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from fastapi.testclient import TestClient
 
 from helpers.serving import ASK, DRAW, local, own, refusal, request, running, twin
 from sftflow.checkpoint import Assistant
-from sftflow.evaluation.prompts_for import plain_ids
 from sftflow.serving import api
 from sftflow.serving.json_stream import EVENT, PLAIN, slices
 from sftflow.serving.logprobs import TextLogprobs
@@ -66,7 +65,7 @@ def test_the_prompts_log_probabilities(
     client: openai.OpenAI, assistant: Assistant, max_tokens: int, as_ids: bool
 ) -> None:
     """What lm-evaluation-harness asks for: echo, logprobs, and one token of which it throws the rest away."""
-    ids = plain_ids(assistant, PROMPT)
+    ids = assistant.plain_ids(PROMPT)
     prompt: Any = list(ids) if as_ids else PROMPT
     got = client.completions.create(
         model="tiny", prompt=prompt, echo=True, logprobs=2, max_tokens=max_tokens, temperature=0, seed=1

@@ -68,6 +68,13 @@ class Assistant:
     engine: Engine
     info: dict[str, Any]
 
+    def plain_ids(self, text: str) -> tuple[int, ...]:
+        """Plain text as the base was pretrained to read it: with the tokenizer's own BOS, without control tokens."""
+        opening = self.tokenizer("").input_ids  # BOS where the tokenizer writes one
+        if opening and opening[-1] == self.tokenizer.eos_token_id != self.tokenizer.bos_token_id:
+            opening = opening[:-1]
+        return (*opening, *self.renderer.encode_plain(text))
+
 
 def resolve(name: str) -> Location:
     """Find the files behind a model name. Raises CheckpointError where there are none, or a shard is missing."""

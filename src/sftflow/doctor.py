@@ -24,7 +24,7 @@ def examine(recipe: Path | None, math: bool) -> tuple[list[str], bool]:
     if recipe is not None:
         from sftflow.checkpoint import open_renderer, resolve
         from sftflow.data.mixture import build_mixture
-        from sftflow.evaluation.prompts_for import open_tasks
+        from sftflow.evaluation.options import open_tasks
         from sftflow.recipe import load_recipe
 
         loaded = load_recipe(recipe)

@@ -74,10 +74,11 @@ GRADED_ROWS = MadeBy(
     code=(
         "calculator.py",  # the results that replies are continued with
         "chat",  # item -> prompt
+        "evaluation/grading.py",
         "evaluation/journal.py",
         "evaluation/multiple_choice.py",
+        "evaluation/options.py",
         "evaluation/prompts_for.py",
-        "evaluation/weights.py",
         "generation",  # prompt -> reply
         "packing",  # attention of the model
         "rounding.py",

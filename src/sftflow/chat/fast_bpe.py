@@ -121,7 +121,7 @@ class _Words(dict[str, list[int]]):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self._model, self._letters = model, _byte_letters()
+        self._model, self._letters = model, byte_letters()
 
     def __missing__(self, word: str) -> list[int]:
         ids = self[word] = [
@@ -165,14 +165,9 @@ def _splits(step: dict[str, Any]) -> bool:
     )
 
 
-def _byte_letters() -> dict[int, str]:
-    """The letters that byte-level tokenizers write bytes as (those that are not printable get one from 256 on;
-    openai/gpt-2, encoder.py, `bytes_to_unicode`)."""
-    out: dict[int, str] = {}
-    extra = 0
-    for byte in range(256):
-        if 33 <= byte <= 126 or 161 <= byte <= 172 or byte >= 174:
-            continue
-        out[byte] = chr(256 + extra)
-        extra += 1
-    return out
+def byte_letters() -> dict[int, str]:
+    """The letter that byte-level tokenizers write each of the 256 bytes as: printable Latin-1 characters stand for
+    themselves, the others are those from U+0100 on (openai/gpt-2, encoder.py, `bytes_to_unicode`)."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = sorted(set(range(256)) - set(plain))
+    return {b: chr(b) for b in plain} | {b: chr(256 + n) for n, b in enumerate(others)}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sftflow.chat.fast_bpe import byte_letters
 from sftflow.chat.render import Rendered
 
 
@@ -112,7 +113,7 @@ def _bytes_of_entry(tokenizer: Any) -> Callable[[str], bytes] | None:
     steps = state["decoders"] if state["type"] == "Sequence" else [state]
     kinds = {step["type"] for step in steps}
     if "ByteLevel" in kinds:
-        table = _byte_of_character()
+        table = {letter: byte for byte, letter in byte_letters().items()}
         return lambda piece: b"".join(bytes([table[c]]) if c in table else c.encode("utf-8", "replace") for c in piece)
     if not kinds <= {"Replace", "Metaspace", "ByteFallback", "Fuse", "Strip"}:
         return None  # Fuse and Strip work on the whole text, so that they change nothing of one token
@@ -131,10 +132,3 @@ def _bytes_of_entry(tokenizer: Any) -> Callable[[str], bytes] | None:
         return piece.encode("utf-8", "replace")
 
     return sentence_piece
-
-
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's table: printable Latin-1 bytes stand for themselves, the others for the characters from U+0100 on."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in set(plain)]
-    return {chr(b): b for b in plain} | {chr(256 + n): b for n, b in enumerate(others)}

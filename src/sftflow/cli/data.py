@@ -121,7 +121,7 @@ def mix(
     from sftflow.checkpoint import open_renderer, resolve
     from sftflow.data.audit import audit, item_parts
     from sftflow.data.mixture import build_mixture, write_bad_rows
-    from sftflow.evaluation.prompts_for import open_tasks
+    from sftflow.evaluation.options import open_tasks
     from sftflow.recipe import load_recipe
     from sftflow.report.audit_page import audit_page
     from sftflow.report.progress import ProgressDisplay
@@ -142,7 +142,7 @@ def mix(
             lambda ids: tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=True),
             eval_sets={task.name: [item_parts(item) for item in task.items] for task in evaluation},
             special_ids=list(mixture.renderer.special.values()),
-            progress=lambda source, done, total: watch.counted("audit", done, total, source),
+            progress=lambda done, total: watch.counted("audit", done, total),
         )
         for note in (settled(mixture.renderer), mixture.renderer.disagreement()):
             if note:

@@ -43,7 +43,7 @@ class EvalOptions:
 
     def open(self, model: str) -> Any:
         """The tasks, with their items; `model` is the one that was taught who it is."""
-        from sftflow.evaluation.prompts_for import open_tasks
+        from sftflow.evaluation.options import open_tasks
 
         identity = self.identity or identity_of(model)
         return open_tasks(self.tasks, self.limit, identity, allow_code=self.allow_code)
@@ -83,9 +83,9 @@ def evaluate_all(models: list[str], asked: EvalOptions, watch: Any) -> None:
         done += k
         watch.counted("evaluate", done, total, f"{task}: {model}")
 
-    document = evaluate_models(((load_assistant(name), runs[name]) for name in models), asked.out, tell)
+    evaluation = evaluate_models(((load_assistant(name), runs[name]) for name in models), asked.out, tell)
     watch.say("")
-    Console(highlight=False).print(eval_table(document))
+    Console(highlight=False).print(eval_table(evaluation.to_json()))
     watch.say(f"rows and eval.json are in {asked.out}")
 
 

@@ -110,9 +110,9 @@ def _train_and_measure(recipe: Any, out: Path, signals: Any, lock: Any, *, resum
     if recipe.eval is not None:
         asked.open(recipe.base)  # and what is wrong with the tasks
         if recipe.eval.every is not None:
-            from sftflow.evaluation.callback import Sampled
+            from sftflow.evaluation.callback import EvalDuringTraining
 
-            callback = Sampled(
+            callback = EvalDuringTraining(
                 replace(asked, limit=min(asked.limit or recipe.eval.sample, recipe.eval.sample)).open("")
             )
     with ProgressDisplay() as watch:

@@ -22,14 +22,16 @@ from sftflow.atomic_io import write_json
 from sftflow.checkpoint import Assistant
 from sftflow.comparison.judge import Judged, Pair, check_judge, judge_pairs
 from sftflow.comparison.losses import forgetting, held_out_comparison, overlap_with_training
-from sftflow.comparison.paired import PairedResult, check_replies, task_comparisons
+from sftflow.comparison.paired import PairedResult, check_all_replies, task_comparisons
 from sftflow.comparison.prompt_replies import PROMPT_TOKENS, prompt_comparisons, prompt_replies, with_faults
 from sftflow.comparison.prompts import PromptSet, load_prompts
 from sftflow.comparison.results import CONTINUED, Both, Comparison, NotJudged, PromptComparison
 from sftflow.comparison.run_artifacts import read_run
 from sftflow.errors import RecipeError, SftflowError
-from sftflow.evaluation.evaluate import evaluate, summary, weights_of
-from sftflow.evaluation.prompts_for import TaskRun, require_askable
+from sftflow.evaluation.evaluate import evaluate, weights_of
+from sftflow.evaluation.options import EvalTask
+from sftflow.evaluation.prompts_for import require_askable
+from sftflow.evaluation.results import Evaluation, ModelScores
 from sftflow.evaluation.statistics import centred_mean
 from sftflow.fingerprint import GRADED_ROWS, code_hash, format_fingerprint, items_hash
 
@@ -74,7 +76,7 @@ class CompareOptions:
 def compare_models(
     base: Assistant,
     sft: Assistant,
-    runs: Sequence[TaskRun],
+    runs: Sequence[EvalTask],
     prompts: PromptSet,
     out: Path,
     *,
@@ -100,7 +102,8 @@ def compare_models(
     plain = prompt_replies(base, prompts, "plain", counted.step("prompts: base, plain text"))
     after = prompt_replies(sft, prompts, "chat", counted.step("prompts: SFT"))
     checks = Both(
-        check_replies(base, chat, [r.chat for r in results]), check_replies(sft, after, [r.sft for r in results])
+        check_all_replies(base, chat, [r.chat for r in results]),
+        check_all_replies(sft, after, [r.sft for r in results]),
     )
     say("held-out loss, forgetting, overlap with the training rows")
     tasks = task_comparisons(results, overlap_with_training(runs, sft, run_directory))
@@ -131,8 +134,11 @@ def compare_models(
         comparison = replace(comparison, judge=_judged(comparison, options, progress))
     comparison = replace(comparison, seconds=round(time.perf_counter() - began, 1), finished=datetime.now(UTC))
     write_json(out / "compare.json", comparison.to_json())
-    models = {base.name: summary([r.better for r in results]), sft.name: summary([r.sft for r in results])}
-    write_json(out / "eval.json", {"version": __version__, "models": models})
+    scores = {
+        base.name: ModelScores(tuple(r.better for r in results)),
+        sft.name: ModelScores(tuple(r.sft for r in results)),
+    }
+    write_json(out / "eval.json", Evaluation(scores).to_json())
     return comparison
 
 
@@ -153,7 +159,7 @@ class _Counter:
         return more
 
 
-def _paired_result(base: Assistant, sft: Assistant, run: TaskRun, out: Path, counted: _Counter) -> PairedResult:
+def _paired_result(base: Assistant, sft: Assistant, run: EvalTask, out: Path, counted: _Counter) -> PairedResult:
     step = counted.step
     return PairedResult(
         run,
@@ -176,7 +182,7 @@ def base_format(sft: Assistant) -> Any:
     return replace(chat_format, tokens=tokens)
 
 
-def _settings(sft: Assistant, runs: Sequence[TaskRun]) -> dict[str, Any]:
+def _settings(sft: Assistant, runs: Sequence[EvalTask]) -> dict[str, Any]:
     return {
         "decoding": "greedy; multiple choice by the probability of its letters",
         "precision": sft.engine.runtime.precision,
@@ -189,7 +195,7 @@ def _settings(sft: Assistant, runs: Sequence[TaskRun]) -> dict[str, Any]:
     }
 
 
-def _fingerprints(base: Assistant, sft: Assistant, runs: Sequence[TaskRun]) -> dict[str, Any]:
+def _fingerprints(base: Assistant, sft: Assistant, runs: Sequence[EvalTask]) -> dict[str, Any]:
     return {
         "base": format_fingerprint(base.tokenizer, base.renderer.format),
         "sft": format_fingerprint(sft.tokenizer, sft.renderer.format),

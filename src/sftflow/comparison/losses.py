@@ -11,7 +11,7 @@ from sftflow.comparison.results import Forgetting, HeldOutComparison, NotChecked
 from sftflow.errors import SftflowError
 from sftflow.evaluation.contamination import Overlap, contamination_of_run
 from sftflow.evaluation.heldout_loss import bits_per_byte, held_out_conversations, held_out_loss, plain_texts
-from sftflow.evaluation.prompts_for import TaskRun
+from sftflow.evaluation.options import EvalTask
 
 HELD_OUT_ROWS = 200
 NO_RUN = "the SFT checkpoint does not lie in a run directory"
@@ -32,7 +32,7 @@ def held_out_comparison(base: Assistant, sft: Assistant, run: Path | None) -> He
 
 
 def overlap_with_training(
-    runs: Sequence[TaskRun], sft: Assistant, run: Path | None
+    runs: Sequence[EvalTask], sft: Assistant, run: Path | None
 ) -> Mapping[str, Overlap | NotChecked]:
     """By task, which of its items stand in the rows that the SFT model was trained on."""
     why = NO_RUN

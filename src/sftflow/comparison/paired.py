@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from sftflow.checkpoint import Assistant
 from sftflow.comparison.results import Both, ItemComparison, NotChecked, PromptReply, TaskComparison
 from sftflow.evaluation.contamination import Overlap
-from sftflow.evaluation.evaluate import EvalResult
-from sftflow.evaluation.prompts_for import TaskRun
-from sftflow.evaluation.reply_checks import Hygiene, hygiene, said_of_row
+from sftflow.evaluation.journal import EvalRow
+from sftflow.evaluation.options import EvalTask
+from sftflow.evaluation.reply_checks import ReplyChecks, check_replies
+from sftflow.evaluation.results import EvalResult
 from sftflow.evaluation.statistics import detectable, holm, paired_interval, task_p_value, verdict, wilson
+from sftflow.generation.request import Reply
 
 
 @dataclass(frozen=True)
 class PairedResult:
     """One task's three results: the base in chat format and as plain text, and the SFT model."""
 
-    run: TaskRun
+    run: EvalTask
     chat: EvalResult
     plain: EvalResult
     sft: EvalResult
@@ -98,11 +99,12 @@ def change_of(before: float, after: float) -> str:
     return "same right" if after == 1 else "same wrong"
 
 
-def check_replies(assistant: Assistant, replies: Sequence[PromptReply], results: Sequence[EvalResult]) -> Hygiene:
+def check_all_replies(
+    assistant: Assistant, replies: Sequence[PromptReply], results: Sequence[EvalResult]
+) -> ReplyChecks:
     """Over the replies to the fixed prompts, then those to the tasks that are answered in free text."""
-    checked: list[Any] = [r.reply for r in replies if r.reply is not None]
+    checked: list[Reply | EvalRow] = [r.reply for r in replies if r.reply is not None]
     for result in results:
         if result.provenance["decoding"] == "greedy":
-            rows = (row for row in result.rows if row.finish_reason != "too_long")
-            checked += [said_of_row(row, assistant.engine.reply_decoder) for row in rows]
-    return hygiene(checked, assistant.renderer)
+            checked += [row for row in result.rows if row.finish_reason != "too_long"]
+    return check_replies(checked, assistant.renderer)

@@ -9,8 +9,8 @@ from sftflow.checkpoint import Assistant
 from sftflow.comparison.prompts import FixedPrompt, PromptSet
 from sftflow.comparison.results import PromptComparison, PromptReply
 from sftflow.errors import ContextError, SftflowError
-from sftflow.evaluation.prompts_for import PLAIN_STOPS, Arm, plain_ids
-from sftflow.evaluation.reply_checks import Hygiene
+from sftflow.evaluation.options import PLAIN_STOPS, Arm
+from sftflow.evaluation.reply_checks import ReplyChecks
 from sftflow.generation.request import GenerationRequest, Reply
 
 PROMPT_TOKENS = 96
@@ -51,18 +51,18 @@ def _prompt_ids(assistant: Assistant, prompt: FixedPrompt, arm: Arm) -> tuple[in
         rendered = assistant.renderer.render(prompt.conversation, add_generation_prompt=True)
         ids = tuple(int(t) for t in rendered.ids)
     else:
-        ids = plain_ids(assistant, prompt.plain)
+        ids = assistant.plain_ids(prompt.plain)
     context = assistant.engine.context
     if len(ids) >= context:
         raise ContextError(prompt.id, f"{len(ids)} tokens do not fit {context}", "ask something shorter")
     return ids
 
 
-def with_faults(replies: Sequence[PromptReply], checks: Hygiene) -> list[PromptReply]:
+def with_faults(replies: Sequence[PromptReply], checks: ReplyChecks) -> list[PromptReply]:
     """The replies with what the checks have against each. checks: over those that were asked first, then others."""
     out, number = [], 0
     for reply in replies:
-        out.append(replace(reply, faults=tuple(checks.against(number))) if reply.reply else reply)
+        out.append(replace(reply, faults=tuple(checks.faults_of(number))) if reply.reply else reply)
         number += reply.reply is not None
     return out
 

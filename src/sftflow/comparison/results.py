@@ -17,8 +17,8 @@ from sftflow.comparison.run_artifacts import RunArtifacts
 from sftflow.evaluation.contamination import Overlap
 from sftflow.evaluation.heldout_loss import HeldOutLoss
 from sftflow.evaluation.journal import EvalRow
-from sftflow.evaluation.prompts_for import Arm
-from sftflow.evaluation.reply_checks import Hygiene
+from sftflow.evaluation.options import Arm
+from sftflow.evaluation.reply_checks import ReplyChecks
 from sftflow.generation.request import Reply
 
 T = TypeVar("T")
@@ -210,7 +210,7 @@ class Comparison:
     centred_mean: Both[float | None]
     prompt_set: PromptSet
     prompts: tuple[PromptComparison, ...]
-    hygiene: Both[Hygiene]
+    hygiene: Both[ReplyChecks]
     held_out_loss: HeldOutComparison | NotChecked | None
     forgetting: Forgetting
     settings: Mapping[str, Any]

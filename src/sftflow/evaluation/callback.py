@@ -1,4 +1,4 @@
-"""Evaluation in the middle of training: a sample of each task, and the manners of its replies, on the live weights."""
+"""Evaluation in the middle of training: a sample of each task, and checks of its replies, on the live weights."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import torch
 
 from sftflow.chat.render import Renderer
 from sftflow.checkpoint import Assistant
-from sftflow.evaluation.prompts_for import TaskRun, grade_in_memory
-from sftflow.evaluation.reply_checks import hygiene, said_of_row
+from sftflow.evaluation.grading import grade_items
+from sftflow.evaluation.journal import EvalRow
+from sftflow.evaluation.options import EvalTask
+from sftflow.evaluation.reply_checks import check_replies
 from sftflow.generation.engine import Engine
 from sftflow.runtime import Runtime
 
@@ -21,10 +23,10 @@ RATES = ("stop_rate", "empty_rate", "role_leak_rate", "self_turn_rate", "looping
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """Evaluates `runs` (small ones) whenever it is called."""
+class EvalDuringTraining:
+    """Evaluates `tasks` (of few items) whenever it is called."""
 
-    runs: Sequence[TaskRun]
+    tasks: Sequence[EvalTask]
 
     def __call__(
         self,
@@ -37,35 +39,33 @@ class Sampled:
     ) -> dict[str, Any]:
         """-> {"tasks": {NAME: score}, "hygiene": {RATE: share}, "seconds"}; the model is left as it was found.
 
-        tick: called between two tokens; what it raises ends the sample.
+        progress: told (items done, of how many).   tick: called between two tokens; what it raises ends the sample.
         """
         began = time.perf_counter()
-        tasks: dict[str, float] = {}
-        said = []
-        total, done = sum(len(r.items) for r in self.runs), 0
-        with _resting(model):
+        scores: dict[str, float] = {}
+        replies: list[EvalRow] = []
+        total, done = sum(len(task.items) for task in self.tasks), 0
+
+        def step(k: int) -> None:
+            nonlocal done
+            done += k
+            if progress:
+                progress(done, total)
+
+        with _generating(model):
             assistant = Assistant("", model, tokenizer, renderer, Engine(model, renderer, runtime, tick=tick), {})
-            for run in self.runs:
-
-                def step(k: int) -> None:
-                    nonlocal done
-                    done += k
-                    if progress:
-                        progress(done, total)
-
-                rows = grade_in_memory(assistant, run, step)
-                tasks[run.name] = sum(r.score for r in rows) / len(rows)
-                if not all(i.choices for i in run.items):
-                    said += [
-                        said_of_row(r, assistant.engine.reply_decoder) for r in rows if r.finish_reason != "too_long"
-                    ]
-        found = hygiene(said, renderer).to_json() if said else {}
-        manners = {name: found[name] for name in RATES if name in found}
-        return {"tasks": tasks, "hygiene": manners, "seconds": round(time.perf_counter() - began, 2)}
+            for task in self.tasks:
+                rows = grade_items(assistant, task, "chat", progress=step)
+                scores[task.name] = sum(r.score for r in rows) / len(rows)
+                if not task.by_letter:
+                    replies += [r for r in rows if r.finish_reason != "too_long"]
+        found = check_replies(replies, renderer).to_json() if replies else {}
+        rates = {name: found[name] for name in RATES if name in found}
+        return {"tasks": scores, "hygiene": rates, "seconds": round(time.perf_counter() - began, 2)}
 
 
 @contextmanager
-def _resting(model: Any) -> Iterator[None]:
+def _generating(model: Any) -> Iterator[None]:
     """Without dropout, and without compiling anew for the shapes of generation."""
     training, random = model.training, torch.random.get_rng_state()
     model.eval()

@@ -7,17 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sftflow.chat.render import Renderer
 from sftflow.data.audit import SourceRows, item_parts
-from sftflow.data.audit.duplicates import digests_of, first_copies
-from sftflow.data.audit.ngrams import split_words
 from sftflow.data.audit.overlap import NGRAM, EvalIndex
 from sftflow.data.audit.rows import AuditRows
 from sftflow.data.run_rows import TRAINING_ROWS, read_training_rows
 from sftflow.errors import DataError
-from sftflow.evaluation.prompts_for import TaskRun
+from sftflow.evaluation.options import EvalTask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +45,7 @@ class Overlap:
 
 
 def contamination(
-    runs: Sequence[TaskRun],
+    tasks: Sequence[EvalTask],
     sources: Sequence[SourceRows],
     renderer: Renderer,
     progress: Callable[[int, int], None] | None = None,
@@ -65,16 +61,10 @@ def contamination(
         lambda ids: backend.decode_batch(ids, skip_special_tokens=True),
         special_ids=list(renderer.special.values()),
     )
-    index = EvalIndex({r.name: [item_parts(i) for i in r.items] for r in runs}, [s.name for s in sources])
-    _, repeats_here = first_copies(rows, digests_of(rows))
-    todo = np.flatnonzero(~repeats_here)
-    done = 0
-    for chunk in rows.chunks(todo):
-        index.search(split_words(rows.texts(chunk)), rows, chunk)
-        done += len(chunk)
-        if progress:
-            progress(done, len(todo))
-    items = {r.name: r.items for r in runs}
+    index = EvalIndex({r.name: [item_parts(i) for i in r.items] for r in tasks}, [s.name for s in sources])
+    for chunk, words in rows.words(progress):
+        index.search(words, rows, chunk)
+    items = {r.name: r.items for r in tasks}
     return {
         found.task: Overlap(
             items=found.items,
@@ -90,10 +80,10 @@ def contamination(
     }
 
 
-def contamination_of_run(runs: Sequence[TaskRun], run: Path, renderer: Renderer) -> dict[str, Overlap]:
+def contamination_of_run(tasks: Sequence[EvalTask], run: Path, renderer: Renderer) -> dict[str, Overlap]:
     """The same over the rows that a run directory was trained on. Raises DataError where it does not hold them: an
     older version trained it, or they were too many to be kept."""
     rows = read_training_rows(run)
     if rows.without_ids is not None:
         raise DataError(str(run / TRAINING_ROWS), rows.without_ids)
-    return contamination(runs, rows.sources, renderer) if runs else {}
+    return contamination(tasks, rows.sources, renderer) if tasks else {}

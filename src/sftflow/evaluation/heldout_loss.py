@@ -28,7 +28,6 @@ from sftflow.checkpoint import Assistant
 from sftflow.data.documents import read_documents
 from sftflow.data.run_rows import read_held_out
 from sftflow.errors import ContextError, FormatError, MaskError
-from sftflow.evaluation.prompts_for import plain_ids
 from sftflow.evaluation.token_loss import Float, token_losses
 from sftflow.packing.pack import Example
 
@@ -192,7 +191,7 @@ def bits_per_byte(assistant: Assistant, texts: Sequence[str], *, window: int = 5
     examples: list[Example] = []
     n_bytes = 0
     for text in texts:
-        ids = np.array(plain_ids(assistant, text), np.int64)
+        ids = np.array(assistant.plain_ids(text), np.int64)
         words = assistant.renderer.encode_plain(text)
         n_bytes += len(text.encode())
         first = len(ids) - len(words)

@@ -27,7 +27,7 @@ from sftflow.tasks import Item
 KEPT = "kept"
 LONGEST_NAME = 100
 IN_FILE = {"provenance": "rests_on", "details": "marks"}
-"""fields that have another name in files"""
+"""fields of a row that have another name in files"""
 
 Key = tuple[str, str, str]
 
@@ -59,6 +59,11 @@ class EvalRow:
     ids: tuple[int, ...] = ()
 
     @property
+    def text(self) -> str:
+        """The reply, as `generation.Reply` names it."""
+        return self.reply
+
+    @property
     def key(self) -> Key:
         return self.id, self.prompt_sha256, self.item_sha256
 
@@ -75,7 +80,7 @@ class EvalRow:
 
 
 def key_of(item: Item, prompt: Iterable[int]) -> Key:
-    """What its row's `key` will be."""
+    """The key of the row that the item's reply to this prompt will have."""
     return item.id, prompt_hash(prompt), items_hash([item])
 
 
@@ -105,7 +110,6 @@ class Journal:
         found = {(row.provenance, row.key): row for row in [*_read_rows(self.kept)[0], *here]}
         self.rows = {key: row for (stamp, key), row in found.items() if stamp == self._stamp}
         self._others = [row for (stamp, _), row in found.items() if stamp != self._stamp]
-        self.taken_over = len(self.rows)
         # What is set aside is written before the file is cut, so that each row is in one of the two at any time.
         foreign = any(row.provenance != self._stamp for row in here)
         if foreign:
@@ -115,8 +119,14 @@ class Journal:
         write_json(path.with_suffix(".meta.json"), dict(provenance))
         self._file: IO[bytes] = path.open("ab", buffering=0)
 
-    def add(self, row: EvalRow) -> None:
-        """Append a row: whole, or not at all where the disk is full."""
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def add(self, row: EvalRow) -> EvalRow:
+        """Append a row, stamped with the provenance: whole, or not at all where the disk is full."""
         row = replace(row, provenance=self._stamp)
         with self._lock:
             end = os.fstat(self._file.fileno()).st_size
@@ -128,11 +138,13 @@ class Journal:
                 os.ftruncate(self._file.fileno(), end)
                 raise
             self.rows[row.key] = row
+        return row
 
     def close(self, asked: Sequence[Key] | None = None) -> None:
         """asked: the keys of all items in their order, once their rows are there. Other rows are set aside."""
-        with self._file:
-            os.fsync(self._file.fileno())
+        if not self._file.closed:
+            with self._file:
+                os.fsync(self._file.fileno())
         if asked is not None:
             wanted = set(asked)
             self._set_aside([*self._others, *(row for key, row in self.rows.items() if key not in wanted)])

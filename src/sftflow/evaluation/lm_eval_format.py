@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sftflow import __version__
-
-if TYPE_CHECKING:
-    from sftflow.checkpoint import Assistant
-    from sftflow.evaluation.evaluate import EvalResult
+from sftflow.checkpoint import Assistant
+from sftflow.evaluation.results import EvalResult
 
 # Our figure -> the harness's "metric,filter". `score` is the task's own.
 NAMES: dict[str, dict[str, str]] = {

@@ -1,10 +1,10 @@
-"""How replies are made, without a judge: do they end, do they stay in their role, do they repeat themselves.
+"""Checks of the form of replies, without a judge: do they end, do they stay in their role, do they repeat themselves.
 
-    found = hygiene(assistant.engine.generate(requests), assistant.renderer)
-    found.rate("looping"), found.replies["looping"]  ->  0.02, (17,)
+    checks = check_replies(assistant.engine.generate(requests), assistant.renderer)
+    checks.rate("looping"), checks.replies["looping"]  ->  0.02, (17,)
 
-Each rule is told where it is applied. They are made not to raise a false alarm on a clean reply, whatever it is about:
-what stands in Markdown code is shown, not done, and a dialogue that the reply announces is content.
+Each rule is stated where it is applied. They must raise no false alarm on a clean reply, whatever it is about: what
+stands in Markdown code is shown, not done, and a dialogue that the reply announces is content.
 """
 
 from __future__ import annotations
@@ -14,19 +14,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from sftflow.chat.render import Renderer
-from sftflow.chat.schema import Conversation, Part, text_message
+from sftflow.chat.schema import Conversation, text_message
 from sftflow.chat.token_rows import token_bytes
 from sftflow.errors import SftflowError
 from sftflow.evaluation.journal import EvalRow
+from sftflow.generation.request import Reply
 from sftflow.generation.sequence import ReplyDecoder
-
-if TYPE_CHECKING:
-    from sftflow.generation.request import Reply
 
 LOOP_TIMES, LOOP_TOKENS, LOOP_END = 3, 24, 2
 FAULTS = {
@@ -58,29 +56,7 @@ WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|(?:(?![\u3040-\u30ff\u3400-\u9f
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Said:
-    """What hygiene looks at in a reply; `Reply` has it all, too. ids: generated ones, the end token included."""
-
-    ids: tuple[int, ...]
-    text: str
-    parts: tuple[Part, ...] = ()
-    finish_reason: str = "stop"
-    n_generated: int = 0
-
-
-def said_of_row(row: EvalRow, speech: ReplyDecoder) -> Said:
-    """The reply that a graded row holds."""
-    return Said(
-        ids=row.ids,
-        text=row.reply,
-        parts=speech.parts(row.ids),
-        finish_reason=row.finish_reason,
-        n_generated=row.n_generated,
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hygiene:
+class ReplyChecks:
     """What was found over n replies.
 
     replies: for each of FAULTS the numbers of the replies that have it, and under "stop" of those that ended by
@@ -97,7 +73,7 @@ class Hygiene:
         """The share of the replies; None where there are none."""
         return len(self.replies[name]) / self.n if self.n else None
 
-    def against(self, number: int) -> list[str]:
+    def faults_of(self, number: int) -> list[str]:
         """What is wrong with one reply, in words."""
         return [words for name, words in FAULTS.items() if number in self.replies[name]]
 
@@ -116,10 +92,10 @@ class Hygiene:
         }
 
 
-def hygiene(replies: Sequence[Said | Reply], renderer: Renderer) -> Hygiene:
-    """Look at replies that were generated in the renderer's format."""
-    speech = ReplyDecoder(renderer)
-    control = frozenset(renderer.special.values()) - speech.stop - frozenset(speech.python or ())
+def check_replies(replies: Sequence[Reply | EvalRow], renderer: Renderer) -> ReplyChecks:
+    """Check replies that were generated in the renderer's format."""
+    decoder = ReplyDecoder(renderer)
+    control = frozenset(renderer.special.values()) - decoder.stop - frozenset(decoder.python or ())
     header = user_header(renderer)
     # <s> is also struck-out text in HTML
     spelled = [t for t in renderer.special if len(t) > 2 and not HTML_LIKE.fullmatch(t)]
@@ -130,30 +106,30 @@ def hygiene(replies: Sequence[Said | Reply], renderer: Renderer) -> Hygiene:
     for number, reply in enumerate(replies):
         text, ids = reply.text, reply.ids
         prose = CODE.sub("", text)
-        made, well_formed, answered, stray = tool_calls(ids, speech)
+        made, well_formed, answered, stray = tool_calls(ids, decoder)
         for key, count in zip(calls, (made, well_formed, answered), strict=True):
             calls[key] += count
         leak = any(i in control for i in ids) or any(t in prose for t in spelled) or bool(MARKERS.search(prose))
         cut = reply.finish_reason != "stop"
-        told = {
+        checks = {
             "stop": reply.finish_reason == "stop",
             "limit": reply.finish_reason == "length",
             "empty": not text.strip(),
-            "looping": loops([i for i in ids if i not in speech.stop]),
+            "looping": loops([i for i in ids if i not in decoder.stop]),
             "role_leak": leak,
             "self_turn": _opens_user_turn(header, ids, prose, control, renderer) or answers_itself(prose),
             "invalid_utf8": not _decodes(b"".join(raw[i] for i in ids), cut=cut),
             "tool_calls": stray or made > answered,
         }
-        for name, is_so in told.items():
+        for name, is_so in checks.items():
             if is_so:
                 found[name].append(number)
     words = [WORD.findall(r.text.lower()) for r in replies]
-    return Hygiene(
+    return ReplyChecks(
         n=len(replies),
         replies={name: tuple(numbers) for name, numbers in found.items()},
         distinct=(distinct(words, 1), distinct(words, 2), distinct(words, 3)),
-        tool_calls=None if speech.python is None else calls,
+        tool_calls=None if decoder.python is None else calls,
         length=lengths([r.n_generated for r in replies]),
     )
 
@@ -211,13 +187,13 @@ def answers_itself(text: str) -> bool:
 def user_header(renderer: Renderer) -> str:
     """What the template writes between a reply's end and the next user text, without white space and without the
     stop and BOS tokens: "<|im_start|>user", "[INST]"; "" where the format has no second user turn."""
-    marks = ("firstquestion", "firstanswer", "secondquestion", "secondanswer")
+    texts = ("firstquestion", "firstanswer", "secondquestion", "secondanswer")
     roles = ("user", "assistant") * 2
     try:
-        text = renderer.text(Conversation(tuple(map(text_message, roles, marks)), source="probe"))
+        text = renderer.text(Conversation(tuple(map(text_message, roles, texts)), source="probe"))
     except SftflowError:
         return ""
-    between = text.partition(marks[1])[2].partition(marks[2])[0]
+    between = text.partition(texts[1])[2].partition(texts[2])[0]
     ends = [t for t, i in renderer.special.items() if i in renderer.stop_ids()]
     for token in (*ends, renderer.spec.names.get("bos_token")):
         between = between.replace(token, "") if token else between
@@ -234,26 +210,26 @@ def _opens_user_turn(header: str, ids: Sequence[int], prose: str, control: froze
     return any(i in control for i in ids) and header in "".join(renderer.decode(ids).split())
 
 
-def tool_calls(ids: Sequence[int], speech: ReplyDecoder) -> tuple[int, int, int, bool]:
+def tool_calls(ids: Sequence[int], decoder: ReplyDecoder) -> tuple[int, int, int, bool]:
     """Calculator calls: (opened; closed before another tool token; answered: followed by their right result between the
     output tokens), and whether a tool token stands where none belongs."""
-    if speech.python is None:
+    if decoder.python is None:
         return 0, 0, 0, False
-    start, end = speech.python[:2]
+    start, end = decoder.python[:2]
     made = well_formed = answered = at = 0
     stray = False
     while at < len(ids):
         token, at = ids[at], at + 1
         if token != start:
-            stray |= token in speech.python
+            stray |= token in decoder.python
             continue
         made += 1
-        close = next((i for i in range(at, len(ids)) if ids[i] in speech.python or ids[i] in speech.stop), len(ids))
+        close = next((i for i in range(at, len(ids)) if ids[i] in decoder.python or ids[i] in decoder.stop), len(ids))
         if close == len(ids) or ids[close] != end:
             at = close
             continue
         well_formed += 1
-        result, at = speech.result(ids[at:close]), close + 1
+        result, at = decoder.result(ids[at:close]), close + 1
         if result and list(ids[at : at + len(result)]) == result:
             answered += 1
             at += len(result)

@@ -7,10 +7,11 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from sftflow.runtime import Runtime, measure_peak, peak_memory
@@ -42,13 +43,12 @@ def memory_text(n_bytes: float) -> str:
     return f"{mib:.0f} MiB" if mib < 1000 else f"{mib / 1024:.1f} GiB"
 
 
-def fitted(start: str, parts: Iterable[str], width: int) -> str:
+def fitted(start: str, parts: list[str], width: int) -> str:
     """As many parts as fit after the start, and the number of the rest.
 
     >>> fitted("a:", ["b 1", "c 2", "d 3"], 15)
     'a: b 1  +2 more'
     """
-    parts = list(parts)
     for kept in range(len(parts), -1, -1):
         rest = [f"+{len(parts) - kept} more"] if kept < len(parts) else []
         line = f"{start} {'  '.join(parts[:kept] + rest)}".rstrip()
@@ -84,11 +84,9 @@ class Pace:
     def seconds(self) -> float:
         return max(1e-9, sum(s.seconds for s in self.steps))
 
-    def supervised_rate(self) -> float:
-        return sum(s.supervised_tokens for s in self.steps) / self.seconds
-
-    def flops_rate(self) -> float:
-        return sum(getattr(s, "flops", 0.0) for s in self.steps) / self.seconds
+    def rate(self, what: str) -> float:
+        """So much a second of a number in the steps' logs: "supervised_tokens" or "flops"."""
+        return sum(getattr(s, what) for s in self.steps) / self.seconds
 
     def padding(self) -> float:
         return sum(s.padding_share for s in self.steps) / len(self.steps)
@@ -110,13 +108,14 @@ class TwoRows(Progress):
 
 
 class ProgressDisplay:
-    """Shows one stage after another. In a terminal each is a bar; piped, a line now and then."""
+    """Shows one stage after another. In a terminal, and in a notebook that has ipywidgets, each is a bar; piped, a line
+    now and then."""
 
-    def __init__(self) -> None:
-        self.console = stderr()
-        self.live = self.console.is_terminal
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or stderr()
+        widgets = self.console.is_jupyter and find_spec("ipywidgets") is not None
+        self.live = self.console.is_terminal or widgets
         self._progress: TwoRows | None = None
-        self._task: Any = None
         self._stage = ""
         self._shown_at = 0.0
         self._began = 0.0
@@ -131,6 +130,7 @@ class ProgressDisplay:
         self._close()
 
     def say(self, text: str) -> None:
+        """A line that stays; what was shown before it has ended."""
         self._close()
         self.console.print(text, markup=False)
 
@@ -147,39 +147,31 @@ class ProgressDisplay:
         self._stage = ""
 
     def _show(
-        self, stage: str, done: int, total: int | None, note: str, under: str = "", left: float | None = None
+        self, stage: str, done: int, total: int | None, note: str = "", under: str = "", left: float | None = None
     ) -> None:
-        """One stage's state. left: its ETA in seconds, where the stage knows better than the mean so far."""
+        """One stage's state. left: seconds that it will take from here on, where they are known."""
         now = time.perf_counter()
-        if stage != self._stage:
-            self._began = now
-        if not self.live:
-            if stage != self._stage or now - self._shown_at >= PLAIN_EVERY_SECONDS or done == total:
-                self._stage, self._shown_at = stage, now
-                eta = "" if left is None or done == total else f"ETA {clock(left)}"
-                words = [f"{stage}: {done}{f'/{total}' if total else ''}", note, under, eta]
-                self.console.print("  ".join(w for w in words if w), markup=False)
-            return
-        if self._progress is None or self._stage != stage:
+        begins = stage != self._stage
+        if begins:
             self._close()
-            self._stage = stage
-            self._progress = TwoRows(
-                TextColumn("{task.description:<8}", markup=False),
-                BarColumn(bar_width=14),
-                TaskProgressColumn(),
-                TextColumn("{task.fields[note]}", markup=False),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[eta]}", markup=False),
-                console=self.console,
-                transient=False,
-            )
-            self._task = self._progress.add_task(stage, total=total, note=note, eta="")
-            self._progress.start()
-        if left is None and total and done:
-            left = (now - self._began) * (total - done) / done
+            self._stage, self._began = stage, now
         eta = "" if left is None or done == total else f"ETA {clock(left)}"
-        self._progress.under = under
-        self._progress.update(self._task, completed=done, total=total, note=note, eta=eta)
+        if self.live:
+            if self._progress is None:
+                self._progress = _bar(self.console, stage, total)
+            self._progress.under = under
+            said = f"step {done:,}/{total:,}" if stage == "train" else note
+            self._progress.update(TaskID(0), completed=done, total=total, note=said, eta=eta)
+        elif begins or done == total or now - self._shown_at >= PLAIN_EVERY_SECONDS:
+            self._shown_at = now
+            words = [f"{stage}: {done}{f'/{total}' if total else ''}", note, under, eta]
+            self.console.print("  ".join(w for w in words if w), markup=False)
+
+    def counted(self, stage: str, done: int, total: int, note: str = "") -> None:
+        """A stage whose steps take about equally long."""
+        same = self.live and done and stage == self._stage
+        left = (time.perf_counter() - self._began) * (total - done) / done if same else None
+        self._show(stage, done, total, note[:34], left=left)
 
     # ---- the listener of a training run
 
@@ -193,21 +185,17 @@ class ProgressDisplay:
     def step(self, log: Any, total: int) -> None:
         """log: a StepLog."""
         self._pace.add(log)
-        if getattr(log, "skipped", False):
+        if log.skipped:
             text = f"step {log.step}: update skipped (loss {log.loss:.3g}, gradient norm {log.grad_norm:.3g})"
             self.note(text, style="bold yellow")
-        if not self.live:
-            self._show("train", log.step, total, self._details(log), left=self._pace.left(total - log.step))
-            return
-        note = f"step {log.step:,}/{total:,}"
-        self._show("train", log.step, total, note, self._details(log), self._pace.left(total - log.step))
+        self._show("train", log.step, total, under=self._details(log), left=self._pace.left(total - log.step))
 
     def _details(self, log: Any) -> str:
         """Loss first: a narrow terminal cuts the end off."""
         pace = self._pace
-        parts = [f"loss {pace.loss:.3f} (step {log.loss:.3f})", f"{pace.supervised_rate():,.0f} sup.tok/s"]
-        if self._peak and pace.flops_rate():
-            parts.append(f"{pace.flops_rate() / self._peak:.0%} of peak")
+        parts = [f"loss {pace.loss:.3f} (step {log.loss:.3f})", f"{pace.rate('supervised_tokens'):,.0f} sup.tok/s"]
+        if self._peak and pace.rate("flops"):
+            parts.append(f"{pace.rate('flops') / self._peak:.0%} of peak")
         parts.append(f"{pace.padding():.0%} padding")
         memory = peak_memory(self._device)
         return "  ".join(parts + ([memory_text(memory)] if memory else []))
@@ -217,7 +205,7 @@ class ProgressDisplay:
         known = {k: v for k, v in (sources or {}).items() if v is not None}
         worst = sorted(known.items(), key=lambda item: -item[1]) if len(sources or {}) > 1 else []
         parts = [f"{name if len(name) <= 16 else name[:15] + '…'} {value:.3f}" for name, value in worst]
-        self.note(fitted(f"validation, step {step}: {loss:.4f} ", parts, self.console.width if self.live else 80))
+        self._note_fitted(f"validation, step {step}: {loss:.4f} ", parts)
 
     def evaluating(self, done: int, total: int) -> None:
         self.counted("evaluate", done, total)
@@ -226,9 +214,17 @@ class ProgressDisplay:
         """A sample of the tasks, graded in the middle of training."""
         parts = [f"{name} {score:.2f}" for name, score in figures["tasks"].items()]
         parts += [f"{name.removesuffix('_rate').replace('_', ' ')} {x:.0%}" for name, x in figures["hygiene"].items()]
-        self.note(fitted(f"evaluation, step {step}:", parts, self.console.width if self.live else 80))
+        self._note_fitted(f"evaluation, step {step}:", parts)
 
-    # ---- other stages
+    def _note_fitted(self, start: str, parts: list[str]) -> None:
+        self.note(fitted(start, parts, self.console.width if self.live else 80))
 
-    def counted(self, stage: str, done: int, total: int, note: str = "") -> None:
-        self._show(stage, done, total, note[:34])
+
+def _bar(console: Console, stage: str, total: int | None) -> TwoRows:
+    """A running bar, whose one task has the fields `note` and `eta`."""
+    texts = [TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[note]", "fields[eta]")]
+    columns = (texts[0], BarColumn(bar_width=14), TaskProgressColumn(), texts[1], TimeElapsedColumn(), texts[2])
+    progress = TwoRows(*columns, console=console)
+    progress.add_task(f"{stage:<8}", total=total, note="", eta="")
+    progress.start()
+    return progress

@@ -15,27 +15,18 @@ from markupsafe import Markup
 
 from sftflow.chat.render import Rendered
 from sftflow.chat.token_rows import Token, TokenRow, token_row
-from sftflow.report.pages import macros, render, scoped
+from sftflow.report.pages import esc, macros, render, scoped
 from sftflow.report.token_view import UNSEEN, Piece, code_point, pieces_of_row, turns_of_row
 
 MOST_BYTES = 48  # named in a title: a longer one is no longer read
 
 
-class Box(NamedTuple):
-    """A token as it is drawn. kinds: classes of tokens.css.   title: id, bytes and mask in words.   breaks: the line
-    ends behind the box; the break stays outside it, so that the box is not torn in two."""
-
-    kinds: str
-    title: str
-    shown: Markup
-    breaks: bool
-
-
 class TurnBoxes(NamedTuple):
-    """role: "" for what the template wrote before the first turn, None where the row's turns are not known."""
+    """role: "" for what the template wrote before the first turn, None where the row's turns are not known.
+    boxes: one a token."""
 
     role: str | None
-    boxes: list[Box]
+    boxes: list[Markup]
     n_supervised: int
 
 
@@ -80,23 +71,23 @@ def row_names(rows: Sequence[TokenRow]) -> list[str]:
 # ---- one token
 
 
-def token_box(token: Token, pieces: Sequence[Piece]) -> Box:
-    """pieces: the token's, of `pieces_of_row`. The first part of 🙂 shows as 🙂 and its bytes, the others as theirs.
+def token_box(token: Token, pieces: Sequence[Piece]) -> Markup:
+    """One token as markup. A line break ends the box's line but stays outside it, so that the box is not torn in two.
 
-    >>> box = token_box(Token(7, "hi", b"hi", supervised=True), [Piece("hi")])
-    >>> box.kinds, box.title, str(box.shown)
-    ('t s', 'id 7 · 2 bytes: 68 69 · supervised', 'hi')
+    pieces: the token's, of `pieces_of_row`. The first part of 🙂 shows as 🙂 and its bytes, the others as theirs.
+
+    >>> str(token_box(Token(7, "hi", b"hi", supervised=True), [Piece("hi")]))
+    '<span class="t s" tabindex="0" title="id 7 · 2 bytes: 68 69 · supervised">hi</span>'
     """
     goes_on = bool(pieces and pieces[0].part and pieces[0].text and not pieces[0].first)
     marks = (("s", token.supervised), ("x", token.special), ("c", goes_on))
+    kinds = " ".join(["t", *(kind for kind, on in marks if on)])
     title = f"id {token.id} · {_bytes(token, pieces)} · {'supervised' if token.supervised else 'not supervised'}"
+    title += " · special" if token.special else ""
     shown = "".join(map(_piece, pieces)) or visible("")
-    return Box(
-        kinds=" ".join(["t", *(kind for kind, on in marks if on)]),
-        title=title + (" · special" if token.special else ""),
-        shown=Markup(shown.removesuffix("<br>")),
-        breaks=shown.endswith("<br>"),
-    )
+    inside = shown.removesuffix("<br>")
+    box = f'<span class="{kinds}" tabindex="0" title="{esc(title)}">{inside}</span>'
+    return Markup(box + shown[len(inside) :])
 
 
 def _bytes(token: Token, pieces: Sequence[Piece]) -> str:

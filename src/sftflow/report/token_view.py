@@ -6,7 +6,7 @@ tokens' bytes make up, for the terminal here and for the pages of token_page.py.
 
 from __future__ import annotations
 
-import codecs
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -52,62 +52,32 @@ def pieces_of_row(tokens: Sequence[Token]) -> list[list[Piece]]:
 
     Tokens whose bytes are not known are taken by their text.
     """
-    data = [t.raw for t in tokens]
-    out: list[list[Piece]] = []
-    while len(out) < len(tokens):
-        at = len(out)
-        raw = data[at]
-        if raw is None:
-            out.append([Piece(tokens[at].text)])
-            continue
-        try:
-            out.append([Piece(raw.decode("utf-8"))])
-        except UnicodeDecodeError:
-            group = [raw]
-            decoder = codecs.getincrementaldecoder("utf-8")("replace")
-            decoder.decode(raw)
-            for later in range(at + 1, len(data)):
-                more = data[later]
-                if more is None or not decoder.getstate()[0]:  # nothing begun is left open
-                    break
-                decoder.decode(more)
-                group.append(more)
-            out.extend(_shared_characters(group))
-    return out
-
-
-def _shared_characters(group: Sequence[bytes]) -> list[list[Piece]]:
-    """The pieces of adjacent tokens that hold parts of characters."""
-    joined = b"".join(group)
-    ends, total = [], 0
-    for raw in group:
-        total += len(raw)
-        ends.append(total)
-    out: list[list[Piece]] = [[] for _ in group]
-    at = token = 0
-    while at < len(joined):
-        lead = joined[at]
-        length = 1 if lead < 0xC0 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
-        try:
-            character = joined[at : at + length].decode("utf-8")
-        except UnicodeDecodeError:
-            length, character = 1, ""
-        stop, first = at + length, True
-        while at < stop:
-            while ends[token] <= at:  # also past tokens of no bytes
+    data = [t.raw for t in tokens if t.raw is not None]
+    if len(data) < len(tokens):
+        return [[Piece(t.text)] for t in tokens]
+    out: list[list[Piece]] = [[] for _ in tokens]
+    token, room = -1, 0  # room: bytes of this token that are still to come
+    for character in b"".join(data).decode("utf-8", "surrogateescape"):  # a byte of no character is one from U+DC80 on
+        rest = character.encode("utf-8", "surrogateescape")
+        known, first = not "\udc80" <= character <= "\udcff", True
+        while rest:
+            while not room:
                 token += 1
-            here = min(stop, ends[token])
+                room = len(data[token])
+            part, rest = rest[:room], rest[room:]
+            room -= len(part)
             mine = out[token]
-            if character and here - at == length:
-                if mine and not mine[-1].part:
-                    mine[-1] = Piece(mine[-1].text + character)
+            last = mine[-1] if mine else None
+            if known and first and not rest:
+                if last and not last.part:
+                    mine[-1] = Piece(last.text + character)
                 else:
                     mine.append(Piece(character))
-            elif not character and mine and mine[-1].part and not mine[-1].text:
-                mine[-1] = Piece("", mine[-1].part + joined[at:here])
+            elif not known and last and last.part and not last.text:
+                mine[-1] = Piece("", last.part + part)
             else:
-                mine.append(Piece(character, joined[at:here], first))
-            at, first = here, False
+                mine.append(Piece(character if known else "", part, first))
+            first = False
     return out
 
 
@@ -212,16 +182,9 @@ def _gutter(role: str, tokens: Sequence[Token]) -> list[str]:
 
 def _stretches(tokens: Sequence[Token], colour: bool) -> Iterator[tuple[bool, Text]]:
     """Runs of tokens that are all supervised or all not, as (supervised, text)."""
-    start = 0
-    for at in range(1, len(tokens) + 1):
-        supervised = tokens[start].supervised
-        if at < len(tokens) and tokens[at].supervised == supervised:
-            continue
-        run, text = tokens[start:at], Text()
-        start = at
-        shown = [
-            [_shown(token, p, colour) for p in pieces] for token, pieces in zip(run, pieces_of_row(run), strict=True)
-        ]
+    for supervised, group in itertools.groupby(tokens, lambda t: t.supervised):
+        run, text = list(group), Text()
+        shown = [[_shown(t, piece, colour) for piece in mine] for t, mine in zip(run, pieces_of_row(run), strict=True)]
         _edges(shown)
         for number, (token, words) in enumerate(zip(run, shown, strict=True)):
             style = "bold green" if supervised else ""

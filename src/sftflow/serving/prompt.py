@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from sftflow.chat.schema import Conversation, parse_row
 from sftflow.errors import FormatError, SftflowError
-from sftflow.evaluation.prompts_for import plain_ids
 from sftflow.serving.errors import ApiError, refused, wrong
 
 if TYPE_CHECKING:
@@ -137,7 +136,7 @@ def prompt_ids(assistant: Assistant, prompt: str | list[int]) -> tuple[int, ...]
     """Ids of one plain prompt: text as the base was pretrained to read it, its control-token strings as text; ids as
     they are. Raises ApiError 400."""
     if isinstance(prompt, str):
-        ids = plain_ids(assistant, prompt)
+        ids = assistant.plain_ids(prompt)
     else:
         size = int(assistant.model.get_input_embeddings().weight.shape[0])
         for i in prompt:

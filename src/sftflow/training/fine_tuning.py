@@ -15,12 +15,12 @@ from sftflow.checkpoint import prepare, require_finite_weights, resolve, save
 from sftflow.data.mixture import build_mixture, write_bad_rows
 from sftflow.data.run_rows import HELD_OUT, TRAINING_ROWS, write_run_rows
 from sftflow.errors import RunError
+from sftflow.fingerprint import run_identity
 from sftflow.recipe import Recipe, to_yaml
 from sftflow.runtime import Runtime, detect
 from sftflow.training.batch_plan import RowPlan, StepLog
 from sftflow.training.loggers import open_logger
 from sftflow.training.resume import forget_states
-from sftflow.training.run_identity import flat_recipe, identity_of
 from sftflow.training.run_log import RunLog
 from sftflow.training.settings import check_context, resolve_recipe, set_dropout, settle_compile, stored_dtype
 from sftflow.training.signals import Signals, Stopped
@@ -90,7 +90,7 @@ class FineTuning(TrainingRun):
             Path(recipe.train.out),
             Trainer(model, plan, self.recipe.train, runtime, self.mixture.names),
             listener,
-            identity={**flat_recipe(self.recipe), **identity_of(self.mixture, self.tokenizer)},
+            identity=run_identity(self.recipe, self.tokenizer, self.mixture.renderer.format, self.mixture.rows),
             signals=signals,
         )
         self.callback = callback

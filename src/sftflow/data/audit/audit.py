@@ -6,20 +6,18 @@ than memory can be audited. Everything is deterministic: no random draw, only fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from sftflow.data.audit.duplicates import Duplicates, digests_of, duplicates, first_copies
+from sftflow.data.audit.duplicates import Duplicates, duplicates
 from sftflow.data.audit.lengths import Spread, length_edges, spread
 from sftflow.data.audit.near_duplicates import BAND_ROWS, BANDS, NearDuplicates, minhash, near_duplicates, near_rows
-from sftflow.data.audit.ngrams import Index, split_words
 from sftflow.data.audit.overlap import EvalIndex, Parts, TaskOverlap
-from sftflow.data.audit.rows import AuditRows, Decode, SourceRows
-
-Progress = Callable[[str, int, int], None]
+from sftflow.data.audit.rows import AuditRows, Decode, Progress, SourceRows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +36,7 @@ class SourceAudit:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "lengths": {**asdict(self.lengths), "histogram": {"edges": list(self.edges), "counts": list(self.counts)}},
+            "lengths": {**asdict(self.lengths), "histogram": {"edges": self.edges, "counts": self.counts}},
             "supervised": {**asdict(self.supervised), "share": self.share},
             "duplicates": asdict(self.duplicates),
             "near_duplicates": asdict(self.near_duplicates),
@@ -49,7 +47,7 @@ class SourceAudit:
 class Audit:
     """Of every source in the recipe's order, of all rows together, and of each evaluation task.
 
-    AuditRows count once, whatever their source's `repeat`.
+    Rows count once, whatever their source's `repeat`.
     """
 
     sources: tuple[SourceAudit, ...]
@@ -62,20 +60,13 @@ class Audit:
             **self.overall.to_json(),
             "overlap": {t.task: t.to_json() for t in self.overlap},
         }
-        return plain(found)
+        return json.loads(json.dumps(found))  # tuples become lists
 
     def into(self, ledger: Mapping[str, Any]) -> dict[str, Any]:
         """The ledger with the audit's keys beside its own. `ledger["sources"]` are the audited ones, in order."""
         found = self.to_json()
         sources = [{**old, **new} for old, new in zip(ledger["sources"], found.pop("sources"), strict=True)]
         return {**ledger, "sources": sources, **found}
-
-
-def plain(value: Any) -> Any:
-    """Tuples as lists, as JSON reads them back."""
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
-    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def audit(
@@ -90,41 +81,31 @@ def audit(
 
     decode: lists of ids -> texts, without special tokens.   eval_sets: task -> its items, each a text or its parts
     (question, answer); `item_parts` makes them.   special_ids: ids that end a word on both sides, as the role markers
-    do; a change of the mask does so in any case.   progress: called with (stage, done, total).
+    do; a change of the mask does so in any case.   progress: called with (done, total).
     """
     rows = AuditRows(sources, decode, special_ids)
-    say = progress or (lambda stage, done, total: None)
-    digests = digests_of(rows)
-    first, repeats_here = first_copies(rows, digests)
     wanted = EvalIndex(eval_sets or {}, [s.name for s in sources])
     signatures = np.zeros((rows.n, BANDS * BAND_ROWS), np.uint8)
     worded = np.zeros(rows.n, bool)
-    # A row that repeats one of its own source has nothing new to say; one that repeats another source's row may still
-    # be that source's only overlap.
-    todo = np.flatnonzero(~repeats_here)
-    done = 0
-    for chunk in rows.chunks(todo):
-        found = split_words(rows.texts(chunk))
-        signatures[chunk], worded[chunk] = minhash(found)
-        wanted.search(found, rows, chunk)
-        done += len(chunk)
-        say("audit", done, len(todo))
-    own = np.flatnonzero(worded & (first == np.arange(rows.n)))
+    for chunk, words in rows.words(progress):
+        signatures[chunk], worded[chunk] = minhash(words)
+        wanted.search(words, rows, chunk)
+    own = np.flatnonzero(worded & (rows.first == np.arange(rows.n)))
     near = near_rows(rows, own, signatures[own])
 
     edges = length_edges(rows.lengths)
     measured = tuple(
-        _measure(rows, int(a), int(b), s.name, edges, first, near)
+        _measure(rows, int(a), int(b), s.name, edges, near)
         for s, a, b in zip(sources, rows.start[:-1], rows.start[1:], strict=True)
     )
-    overall = _measure(rows, 0, rows.n, "all", edges, first, near)
+    overall = _measure(rows, 0, rows.n, "all", edges, near)
     return Audit(sources=measured, overall=overall, overlap=tuple(wanted.result()))
 
 
 def _measure(
-    rows: AuditRows, a: int, b: int, name: str, edges: tuple[int, ...], first: Index, near: dict[int, tuple[int, float]]
+    rows: AuditRows, a: int, b: int, name: str, edges: tuple[int, ...], near: dict[int, tuple[int, float]]
 ) -> SourceAudit:
-    """AuditRows a to b, all of one source or all there are."""
+    """Rows a to b, all of one source or all there are."""
     lengths, supervised = rows.lengths[a:b], rows.supervised[a:b]
     counts, _ = np.histogram(np.maximum(lengths, 1), np.array([*edges[:-1], edges[-1] - 0.5]))
     tokens = int(lengths.sum(dtype=np.int64))
@@ -136,6 +117,6 @@ def _measure(
         counts=tuple(int(c) for c in counts),
         supervised=spread(supervised),
         share=round(int(supervised.sum(dtype=np.int64)) / max(1, tokens), 5),
-        duplicates=duplicates(rows, a, b, first),
+        duplicates=duplicates(rows, a, b),
         near_duplicates=near_duplicates(rows, a, b, near),
     )

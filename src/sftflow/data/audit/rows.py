@@ -1,32 +1,31 @@
-"""All sources' rendered rows under one numbering, and their texts."""
+"""All sources' rendered rows under one numbering, with their words."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sftflow.data.audit.ngrams import Index
+from sftflow.data.audit.ngrams import Index, Words, split_words
+from sftflow.data.store import ROW
 
 Ids = NDArray[np.int32]
 Decode = Callable[[list[list[int]]], list[str]]
+Progress = Callable[[int, int], None]  # (done, total)
 
 CHUNK_TOKENS = 1 << 16  # read and decoded at once: their hashes stay in the processor's cache
 EXAMPLES = 5  # of each finding, in the ledger
 
 
 class SourceRows(Protocol):
-    """The rendered rows of one source. lengths, supervised: (n,) tokens and supervised tokens of each row."""
+    """The rendered rows of one source. table (n,): a line of `data.store.ROW` for each."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def lengths(self) -> Ids: ...
-    @property
-    def supervised(self) -> Ids: ...
+    name: str
+    table: NDArray[Any]
+
     def __len__(self) -> int: ...
     def ids(self, i: int) -> Ids: ...
     def mask(self, i: int) -> NDArray[np.int8]: ...
@@ -36,16 +35,23 @@ class SourceRows(Protocol):
 class AuditRows:
     """All sources' rows.
 
-    start (sources + 1,): the first row of each source.   lengths (n,): tokens of each row.
+    start (sources + 1,): the first row of each source.   lengths, supervised (n,): tokens and supervised tokens of each
+    row.   first (n,): the first row with the same ids, which may be the row itself.   copies (n,): whether a row
+    repeats an earlier one of its own source.
     """
 
     def __init__(self, sources: Sequence[SourceRows], decode: Decode, special_ids: Collection[int]) -> None:
         self.sources, self.decode = sources, decode
         self.start: Index = np.concatenate([[0], np.cumsum([len(s) for s in sources])]).astype(np.int64)
         self.n = int(self.start[-1])
-        none = np.zeros(0, np.int32)
-        self.lengths: Ids = np.concatenate([none, *(s.lengths for s in sources)])
-        self.supervised: Ids = np.concatenate([none, *(s.supervised for s in sources)])
+        table = np.concatenate([np.zeros(0, ROW), *(s.table for s in sources)])
+        self.lengths: Ids = table["length"]
+        self.supervised: Ids = table["supervised"]
+        _, begin, group = np.unique(table["digest"], return_index=True, return_inverse=True)
+        self.first: Index = begin[group].astype(np.int64)
+        self.copies = np.ones(self.n, bool)
+        for a, b in pairwise(self.start):
+            self.copies[a + np.unique(table["digest"][a:b], return_index=True)[1]] = False
         self.special = np.zeros(max(special_ids, default=-1) + 1, bool)
         self.special[list(special_ids)] = True
 
@@ -76,6 +82,17 @@ class AuditRows:
             end = max(begin + 1, int(np.searchsorted(ends, before + CHUNK_TOKENS, side="right")))
             yield rows[begin:end]
             begin = end
+
+    def words(self, progress: Progress | None = None) -> Iterator[tuple[Index, Words]]:
+        """Chunks of rows with their words; of equal rows of one source only the first, as the others have nothing new
+        to say. (A row that repeats another source's may still be that source's only overlap.)"""
+        wanted = np.flatnonzero(~self.copies)
+        done = 0
+        for chunk in self.chunks(wanted):
+            yield chunk, split_words(self.texts(chunk))
+            done += len(chunk)
+            if progress:
+                progress(done, len(wanted))
 
     def texts(self, rows: Index) -> list[str]:
         """The text of each row, what is prompt and what is reply on lines of their own.

@@ -1,0 +1,95 @@
+"""What models are asked: tasks by their names, and the items that every model gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from sftflow.checkpoint import load_info, resolve
+from sftflow.errors import TaskError
+from sftflow.tasks import Item, Task, TaskSource, make_task
+
+Arm = Literal["chat", "plain"]
+"""how a model is asked: in its chat format, or as plain text"""
+PLAIN_STOPS = Task.plain_stops
+SEED = 1234  # of the items: fixed, so that every model answers the same ones
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalTask:
+    """A task with the items that every model is asked.
+
+    limit: as it was asked for.   available: how many items there are without it; None: as many as `items`.
+    """
+
+    name: str
+    task: Task
+    items: tuple[Item, ...]
+    limit: int | None = None
+    available: int | None = None
+
+    @property
+    def by_letter(self) -> bool:
+        """Whether it is answered by the probabilities of letters instead of a generated reply."""
+        return all(item.choices for item in self.items)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """tasks: `name` or `name=PATH`.   limit: items of each.   allow_code: whether code that the model wrote may be run.
+    identity: name and maker that the identity task asks for; None: those that the model's own recipe taught it."""
+
+    tasks: Sequence[str]
+    limit: int | None = None
+    allow_code: bool = False
+    identity: Mapping[str, str] | None = None
+
+    def open(self, model: str) -> list[EvalTask]:
+        """The tasks as they are asked of the model of that name. Raises as `open_tasks` does."""
+        identity = self.identity or identity_of(model)
+        return open_tasks(self.tasks, self.limit, identity, allow_code=self.allow_code)
+
+
+def identity_of(model: str) -> Mapping[str, str] | None:
+    """The name and maker that a model was taught, by the recipe in its checkpoint; None where it holds none."""
+    location = resolve(model)
+    info = {} if location.is_hub or location.gguf else load_info(location)
+    identity: Mapping[str, str] | None = (info.get("recipe") or {}).get("identity")
+    return identity
+
+
+def open_tasks(
+    specs: Sequence[str], limit: int | None, identity: Mapping[str, str] | None = None, *, allow_code: bool = False
+) -> list[EvalTask]:
+    """`name` or `name=PATH` -> tasks with their items. A name that comes again gets its file's name behind it.
+
+    Raises TaskError for an unknown one, and for one that runs code where that is not allowed.
+    """
+    out: list[EvalTask] = []
+    for spec in specs:
+        name, _, path = (part.strip() for part in spec.partition("="))
+        options = {"identity": identity} if identity else {}
+        task = make_task(name, TaskSource(path=path or None, seed=SEED, limit=limit, options=options))
+        if task.runs_code and not allow_code:
+            raise TaskError(name, "it runs code that the model wrote", "allow that with --allow-code (docs/sandbox.md)")
+        items = tuple(task.items("test"))
+        if not items:
+            raise TaskError(spec, "no items to ask", "check the file and --limit")
+        taken = {other.name for other in out}
+        if name in taken and path:
+            name = f"{name}-{Path(path).stem}"
+        if name in taken:
+            raise TaskError(spec, "the task is named twice", "leave one out")
+        out.append(EvalTask(name=name, task=task, items=items, limit=limit, available=_available(task, items)))
+    return out
+
+
+def _available(task: Task, items: Sequence[Item]) -> int:
+    """How many items the task has without its limit."""
+    if task.source.limit is None:
+        return len(items)
+    if task.n_rows is not None:
+        return task.n_rows
+    return max(len(items), len(type(task)(replace(task.source, limit=None)).items("test")))
