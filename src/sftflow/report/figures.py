@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 SHORT = 160
@@ -121,8 +121,21 @@ def side_by_side(
     return [row for row in rows if row[1:] != (None, None)]
 
 
-FILTERS = {
-    f.__name__: f for f in (number, percent, share, interval, figure, size, p_value, duration, as_text, one_line)
+FILTERS: dict[str, Callable[..., Any]] = {
+    f.__name__: f
+    for f in (
+        number,
+        percent,
+        share,
+        interval,
+        figure,
+        size,
+        p_value,
+        duration,
+        as_text,
+        one_line,
+        flattened,
+        side_by_side,
+    )
 }
-FILTERS |= {f.__name__: f for f in (flattened, side_by_side)}
 """what the templates know by these functions' names"""
