@@ -182,16 +182,16 @@ def test_cancelling_frees_the_slot_and_disturbs_nobody(engine: Engine) -> None:
     wanted = engine.generate(requests)
     small = Engine(engine.model, engine.renderer, engine.runtime, max_running=3)
     done = {}
-    with small.scheduler() as session:
-        numbers = [session.submit(r) for r in requests]
+    with small.scheduler() as scheduler:
+        numbers = [scheduler.submit(r) for r in requests]
         for turn in range(60):
             if turn == 4:
-                session.cancel(numbers[1])  # runs
-                session.cancel(numbers[4])  # waits
-            if not session.busy:
+                scheduler.cancel(numbers[1])  # runs
+                scheduler.cancel(numbers[4])  # waits
+            if not scheduler.busy:
                 break
-            done.update({d.number: d.reply() for d in session.advance() if d.finish})
-        session.cancel(99)
+            done.update({d.number: d.reply() for d in scheduler.advance() if d.finish})
+        scheduler.cancel(99)
     assert sorted(done) == [0, 2, 3]
     assert all(done[i].ids == wanted[i].ids for i in done)
 

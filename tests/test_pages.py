@@ -14,6 +14,7 @@ from rich.text import Text
 from helpers.chromium import CHROMIUM, dom_of
 from helpers.report_data import HOSTILE, Page
 from sftflow.chat.token_rows import Token, TokenRow
+from sftflow.evaluation.results import EvalResult, Evaluation, ModelScores
 from sftflow.report import pages, tables
 from sftflow.report.token_page import token_html
 from sftflow.report.token_view import terminal_lines
@@ -57,13 +58,13 @@ def test_a_cell_and_a_frame_hold_nothing_that_acts() -> None:
 
 
 def test_tables_as_text_and_in_a_cell() -> None:
-    task = {"n": 9, "score": 0.5, "stderr": 0.1, "wilson95": [0.2, 0.8], "chance": 0.0, "metrics": {}}
-    table = tables.eval_table({"models": {"[red]m": {"tasks": {"<b>": task}, "centred_mean": None}}})
+    result = EvalResult(task="<b>", arm="chat", chance=0.0, rows=(), metrics={}, provenance={})
+    table = tables.eval_table(Evaluation({"[red]m": ModelScores((result,))}))
     row = tables.as_text(table).splitlines()[1]
-    assert row.split() == ["[red]m", "<b>", "9", "0.500", "0.100", "0.200", "to", "0.800", "0.00"]
+    assert row.split()[:4] == ["[red]m", "<b>", "0", "0.000"]
     assert tables.as_text(Text("a"), Text("b")) == "a\n\nb" and "yo" in tables.as_text(terminal_lines(ROW))
     cell = Page(tables.as_html(table))
-    assert cell.count("table") == 1 and "[red]m<b>9" in cell.text and not cell.count("b")
+    assert cell.count("table") == 1 and "[red]m<b>0" in cell.text and not cell.count("b")
 
 
 PROBE = """<span class="t" id="out">a</span><p>b</p>%s<output></output><script>

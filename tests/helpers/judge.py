@@ -18,8 +18,8 @@ from sftflow.chat.template_options import append_eos, choose_arguments
 from sftflow.errors import FormatError, MaskError, SchemaError
 
 CONTROL = re.compile(
-    r"<\|[a-z0-9_ ]+\|>|<｜[^｜<>]+｜>|<(?:start|end)_of_turn>|</?s>|<bos>|<eos>|\[gMASK\]|<sop>"
-    r"|\[/?(?:AVAILABLE_TOOLS|TOOL_RESULTS|SYSTEM_PROMPT)\]|\[TOOL_CALLS\]|\[ARGS\]"
+    r"<\|[A-Za-z0-9_ ]+\|>|<｜[^｜<>]+｜>|<\|[a-z_]+>|<[a-z_]+\|>|<\|\"\|>|<(?:start|end)_of_(?:turn|utterance)>"
+    r"|</?s>|<bos>|<eos>|<sop>|\[gMASK\]|\[/?(?:AVAILABLE_TOOLS|TOOL_RESULTS|SYSTEM_PROMPT)\]|\[TOOL_CALLS\]|\[ARGS\]"
 )
 # In the tokenizers that have these, they are added tokens but not special ones.
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")

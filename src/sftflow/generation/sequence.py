@@ -13,7 +13,7 @@ import torch
 from sftflow.calculator import calculate
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Part
-from sftflow.generation.detokenize import ReplyText, detokenize
+from sftflow.generation.detokenize import Detokenizer, ReplyText, detokenize
 from sftflow.generation.request import Delta, FinishReason, GenerationRequest, Reply, TokenLogprob
 from sftflow.generation.sampling import Sampler, token_logprobs
 
@@ -42,7 +42,7 @@ class ReplyDecoder:
 
     def reply_text(self, stops: Sequence[str] = ()) -> ReplyText:
         """`text`, for ids that come one by one, up to the first of the stop texts."""
-        return ReplyText(self.decode, self.control, self.python, stops)
+        return ReplyText(Detokenizer(self.decode, self.control), self.python, stops)
 
     def text(self, ids: Sequence[int]) -> str:
         return "".join(p.text for p in self.parts(ids) if p.kind == "text")

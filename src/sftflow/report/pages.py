@@ -51,31 +51,6 @@ def esc(value: object) -> Markup:
     return escape(html_text(value))
 
 
-def plural(n: int, noun: str) -> str:
-    """
-    >>> plural(1, "row"), plural(2000, "row")
-    ('1 row', '2,000 rows')
-    """
-    return f"{n:,} {noun}{'s' * (n != 1)}"
-
-
-def thousands(n: float) -> str:
-    """
-    >>> thousands(1234567)
-    '1,234,567'
-    """
-    return f"{n:,}"
-
-
-def whole_percent(part: float, whole: float = 1.0) -> str:
-    """
-    >>> whole_percent(1, 3), whole_percent(1, 3000), whole_percent(0, 3)
-    ('33%', '<1%', '0%')
-    """
-    share = part / whole if whole else 0.0
-    return "<1%" if 0 < share < 0.005 else f"{share:.0%}"
-
-
 def asset(*names: str) -> Markup:
     """Style sheets or scripts of this folder. A browser hashes a script after turning CRLF into LF; a checkout on
     Windows must give the same."""
@@ -105,7 +80,6 @@ def environment() -> Environment:
     )
     made.globals.update(asset=asset, script_source=script_source)
     made.filters.update(FILTERS)
-    made.filters.update(plural=plural, thousands=thousands, whole_percent=whole_percent)
     return made
 
 
