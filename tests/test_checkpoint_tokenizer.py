@@ -8,18 +8,19 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.outside import each, tokenizer_names
 from sftflow import checkpoint
 
 TEXTS = ["Hello world", " two", "a<s>b", "x\n y", "</s> and on", "naïve 東京"]
 
 
-@pytest.mark.parametrize("name", ["own_llama2", "own_llama3_1", "own_qwen3", "hf_llama2", "hf_llama3_1", "hf_qwen3"])
+@pytest.mark.parametrize("name", tokenizer_names("llama2", "llama3_1", "qwen3"))
 def test_saved_and_loaded(tmp_path: Path, known_tokenizers: dict[str, Path], name: str) -> None:
     saved_and_loaded(tmp_path, known_tokenizers[name])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["hf_llama2", "hf_llama3_1", "hf_qwen3"])
+@pytest.mark.parametrize("name", each(["hf_llama2", "hf_llama3_1", "hf_qwen3"]))
 def test_whole_ones_are_saved_and_loaded(tmp_path: Path, whole_tokenizers: dict[str, Path], name: str) -> None:
     saved_and_loaded(tmp_path, whole_tokenizers[name])
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from helpers.outside import each, tokenizer_names
 from helpers.tiny import make_renderer
 from sftflow import checkpoint
 from sftflow.chat.schema import parse_row
@@ -179,7 +180,7 @@ def test_interleaving_and_back() -> None:
 @needs_llama_cpp
 @pytest.mark.parametrize(
     "which",
-    ["own_llama2", "own_llama3_1", "own_qwen3", "hf_llama2", "hf_llama3_1", "hf_qwen3"],
+    tokenizer_names("llama2", "llama3_1", "qwen3"),
 )
 def test_tokenizers_of_known_kinds(tmp_path: Path, known_tokenizers: dict[str, Path], which: str) -> None:
     ids_survive(tmp_path, known_tokenizers[which], which)
@@ -187,7 +188,7 @@ def test_tokenizers_of_known_kinds(tmp_path: Path, known_tokenizers: dict[str, P
 
 @pytest.mark.slow
 @needs_llama_cpp
-@pytest.mark.parametrize("which", ["hf_llama2", "hf_llama3_1", "hf_qwen3"])
+@pytest.mark.parametrize("which", each(["hf_llama2", "hf_llama3_1", "hf_qwen3"]))
 def test_whole_tokenizers(tmp_path: Path, whole_tokenizers: dict[str, Path], which: str) -> None:
     ids_survive(tmp_path, whole_tokenizers[which], which)
 

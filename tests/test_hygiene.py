@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.outside import tokenizer_names
 from helpers.tiny import make_renderer
 from sftflow.chat.schema import parse_row
 from sftflow.evaluation.journal import EvalRow
@@ -225,7 +226,7 @@ def test_broken_characters(renderer: Any) -> None:
     assert check_replies(replies, renderer).replies["invalid_utf8"] == (1, 3)
 
 
-@pytest.mark.parametrize("name", ["own_llama2", "hf_llama2"])
+@pytest.mark.parametrize("name", tokenizer_names("llama2"))
 def test_a_tokenizer_with_byte_fallback(known_tokenizers: dict[str, Path], name: str) -> None:
     renderer = make_renderer(known_tokenizers[name], "llama2")
     face = renderer.encode_plain("🜁")

@@ -20,6 +20,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from helpers.chromium import dom_of, needs_chromium
+from helpers.outside import tokenizer_names
 from sftflow.chat import token_rows
 from sftflow.chat.render import Rendered, Renderer
 from sftflow.chat.token_rows import Token, TokenRow, token_row
@@ -117,7 +118,7 @@ def test_boxes_of_a_split_character_concatenate_to_its_bytes(renderer: Renderer)
     assert "\ufffd" not in page.text
 
 
-@pytest.mark.parametrize("name", ["own_llama2", "own_llama3_1", "own_qwen3", "hf_llama2", "hf_llama3_1", "hf_qwen3"])
+@pytest.mark.parametrize("name", tokenizer_names("llama2", "llama3_1", "qwen3"))
 def test_bytes_of_real_tokenizers(known_tokenizers: dict[str, Path], name: str) -> None:
     from transformers import AutoTokenizer
 
@@ -128,7 +129,7 @@ def test_bytes_of_real_tokenizers(known_tokenizers: dict[str, Path], name: str) 
     assert joined == (" " + text if name.endswith("llama2") else text), "Llama 2 writes a space before every text"
 
 
-@pytest.mark.parametrize("name", ["own_llama2", "hf_llama2"])
+@pytest.mark.parametrize("name", tokenizer_names("llama2"))
 def test_llama_2_tokens_keep_their_leading_space(known_tokenizers: dict[str, Path], name: str) -> None:
     from transformers import AutoTokenizer
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helpers.outside import outside
+from helpers.outside import each, outside
 from helpers.tiny import make_renderer
 from sftflow.chat.calculator_parts import flatten_python
 from sftflow.chat.render import Renderer
@@ -289,7 +289,7 @@ SOUND = {  # template -> the tokenizer that has its tokens
 }
 
 
-@pytest.mark.parametrize("template", sorted(SOUND))
+@pytest.mark.parametrize("template", each(sorted(SOUND)))
 def test_real_templates_render_as_transformers_does(template: str, known_tokenizers: dict[str, Path]) -> None:
     path = outside("fixtures", "chat_templates", *template.split("/"))
     renderer = make_renderer(known_tokenizers[SOUND[template]], str(path))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import lzma
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,24 @@ def outside_files(folder: str, pattern: str) -> list[Path]:
     return sorted((FOLDER / folder).glob(pattern)) if FOLDER else []
 
 
-def each(files: list[Path]) -> list[Any]:
-    """The files as parameters of a test, named by their stem; one that skips where there is none.
+def each(values: Sequence[Any]) -> list[Any]:
+    """Parameters of a test that needs outside data, paths named by their stem; one that skips where there are none.
 
-    >>> @pytest.mark.parametrize("path", each(outside_files("fixtures/chat_templates", "*/*.jinja")))  # doctest: +SKIP
+    @pytest.mark.parametrize("path", each(outside_files("fixtures/chat_templates", "*/*.jinja")))
+    @pytest.mark.parametrize(("split", "rows"), each([("train", 7473), ("test", 1319)]))
     """
-    return [pytest.param(path, id=path.stem) for path in files] or [
-        pytest.param(None, id="none", marks=pytest.mark.skip(reason=NOT_SET))
-    ]
+    if FOLDER and values:
+        return [pytest.param(v, id=v.stem) if isinstance(v, Path) else v for v in values]
+    arity = len(values[0]) if values and isinstance(values[0], tuple) else 1
+    return [pytest.param(*[None] * arity, id="none", marks=pytest.mark.skip(reason=NOT_SET))]
+
+
+def tokenizer_names(*kinds: str) -> list[Any]:
+    """Names in `known_tokenizers`: our own of these kinds, and those of the outside data.
+
+    tokenizer_names("llama2", "qwen3")  ->  ["own_llama2", "own_qwen3", "hf_llama2", "hf_qwen3"]
+    """
+    return [*(f"own_{kind}" for kind in kinds), *each([f"hf_{kind}" for kind in kinds])]
 
 
 class Tokenizers(dict[str, Path]):
