@@ -20,7 +20,7 @@ from typing import Any
 from sftflow import __version__
 from sftflow.atomic_io import write_json
 from sftflow.checkpoint import Assistant
-from sftflow.comparison.judge import Judged, Pair, check_judge, judge_pairs
+from sftflow.comparison.judge import JudgeResult, ReplyPair, check_judge, judge_pairs
 from sftflow.comparison.losses import forgetting, held_out_comparison, overlap_with_training
 from sftflow.comparison.paired import PairedResult, check_all_replies, task_comparisons
 from sftflow.comparison.prompt_replies import PROMPT_TOKENS, prompt_comparisons, prompt_replies, with_faults
@@ -206,14 +206,14 @@ def _fingerprints(base: Assistant, sft: Assistant, runs: Sequence[EvalTask]) -> 
     }
 
 
-def _judged(comparison: Comparison, options: CompareOptions, progress: Progress | None) -> Judged | NotJudged:
+def _judged(comparison: Comparison, options: CompareOptions, progress: Progress | None) -> JudgeResult | NotJudged:
     """Verdicts on the fixed prompts. A base without a format of its own is judged by its plain-text reply."""
 
     def before(prompt: PromptComparison) -> Any:
         return prompt.base if comparison.continued else prompt.base_plain
 
     pairs = [
-        Pair(id=p.id, messages=p.messages, a=p.sft.text, b=before(p).text)
+        ReplyPair(id=p.id, messages=p.messages, a=p.sft.text, b=before(p).text)
         for p in comparison.prompts
         if p.sft.reply is not None and before(p).reply is not None
     ]
