@@ -35,6 +35,23 @@ def share(x: float | None) -> str:
     return "–" if x is None else f"{percent(x)}%"
 
 
+def plural(n: int, noun: str) -> str:
+    """
+    >>> plural(1, "row"), plural(2000, "row")
+    ('1 row', '2,000 rows')
+    """
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
+def whole_percent(part: float, whole: float = 1.0) -> str:
+    """
+    >>> whole_percent(1, 3), whole_percent(1, 3000), whole_percent(0, 3)
+    ('33%', '<1%', '0%')
+    """
+    share = part / whole if whole else 0.0
+    return "<1%" if 0 < share < 0.005 else f"{share:.0%}"
+
+
 def interval(pair: Sequence[float], sign: str = "") -> str:
     """
     >>> interval((0.1, 0.25)), interval((-0.1, 0.25), "+")
