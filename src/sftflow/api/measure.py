@@ -29,10 +29,10 @@ class Evaluation(evaluation.Evaluation):
     """Scores with their intervals and rows; prints as a table."""
 
     def __str__(self) -> str:
-        return as_text(eval_table(self.to_json()))
+        return as_text(eval_table(self))
 
     def _repr_html_(self) -> str:
-        return as_html(eval_table(self.to_json()))
+        return as_html(eval_table(self))
 
 
 class Comparison(comparison.Comparison):
@@ -47,7 +47,7 @@ class Comparison(comparison.Comparison):
         return remarks(self)
 
     def __str__(self) -> str:
-        return as_text(score_table(self.to_json())) if self.tasks else ""
+        return as_text(score_table(self)) if self.tasks else ""
 
     def _repr_html_(self) -> str:
         return frame(comparison_page(self))

@@ -89,6 +89,6 @@ def recipe_of(
     for key, value in keys.items():
         if key in Recipe.model_fields:
             data[key] = value
-        else:  # one that is known nowhere, too: most options are those of `train`, and it is named by its neighbour there
+        else:  # one that is known nowhere, too: it is named there, with its nearest neighbour
             data["train"] = {**(data.get("train") or {}), key: value}
     return resolve_paths(parse_recipe(data, "recipe"), Path.cwd())

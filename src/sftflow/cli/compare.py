@@ -49,7 +49,7 @@ def tell_comparison(comparison: Comparison, out: Path) -> None:
 
     say("")
     if comparison.tasks:
-        print_table(score_table(comparison.to_json()))
+        print_table(score_table(comparison))
     for line in comparison.remarks():
         say(line)
     say(f"report:        {out / 'report.html'}")

@@ -31,5 +31,5 @@ def tell_evaluation(evaluation: Evaluation, out: Path) -> None:
     from sftflow.report.tables import eval_table
 
     say("")
-    print_table(eval_table(evaluation.to_json()))
+    print_table(eval_table(evaluation))
     say(f"rows and eval.json are in {out}")
