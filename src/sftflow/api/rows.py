@@ -67,6 +67,11 @@ class Rows(Sequence[Any]):
             write_text(file, text)
         return str(file)
 
+    @property
+    def place(self) -> str:
+        """What errors call it: the file, or the name of rows from memory."""
+        return self._file or self.name
+
     def conversations(self) -> Iterator[Conversation]:
         """Each row in the canonical shape. Raises SchemaError or DataError at the first bad one."""
         if self._rows is None:
@@ -119,7 +124,7 @@ def entry_of(source: Any) -> SourceEntry:
     if isinstance(source, Mapping) and "source" in source:
         return resolve_paths(parse_recipe({"mixture": [dict(source)]}, "recipe"), Path.cwd()).mixture[0]
     rows = read([source] if isinstance(source, Mapping) else source)
-    return SourceEntry(source=rows.path, name=rows.name)
+    return SourceEntry(source=rows.path, name=rows.name, place=rows.place)
 
 
 def conversation_of_chat(chat: Chat, system: str | None = None) -> Conversation:
@@ -203,7 +208,7 @@ def render(
     chosen = islice(rows.conversations(), index, None if index is None else index + 1)
     found = rendering_of(chosen, renderer)
     if index is not None and not found.rows and not found.refused:
-        raise RecipeError(f"--index {index}", f"{rows.path} has not so many rows", "give a smaller number")
+        raise RecipeError(f"--index {index}", f"{rows.place} has not so many rows", "give a smaller number")
     return found
 
 

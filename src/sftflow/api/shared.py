@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -11,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from sftflow.checkpoint import Assistant
-from sftflow.data.row_cache import cache_folder
-from sftflow.errors import SftflowError
 from sftflow.evaluation.options import EvalOptions
 from sftflow.recipe import Eval, Recipe, SourceEntry, load_recipe, parse_recipe, resolve_paths
 from sftflow.report.progress import ProgressDisplay
@@ -44,23 +41,13 @@ def quiet() -> None:
 
 @contextmanager
 def watching(watch: ProgressDisplay | None) -> Iterator[ProgressDisplay]:
-    """The caller's display, or one of our own: a bar in a terminal or a notebook.
-
-    An error that is raised inside and names a row from memory says the name of those rows, not the file they were
-    written to.
-    """
+    """The caller's display, or one of our own: a bar in a terminal or a notebook."""
     quiet()
-    try:
-        if watch is not None:
-            yield watch
-            return
-        with ProgressDisplay() as shown:
-            yield shown
-    except SftflowError as error:
-        place = re.sub(rf"^{re.escape(str(cache_folder('memory')))}/\w+/(.+)\.jsonl", r"\1", error.place)
-        if place == error.place:
-            raise
-        raise type(error)(place, error.fact, error.remedy) from None
+    if watch is not None:
+        yield watch
+        return
+    with ProgressDisplay() as shown:
+        yield shown
 
 
 def parts_of(result: Any) -> dict[str, Any]:
@@ -81,11 +68,14 @@ def recipe_of(
     """
     if isinstance(recipe, str | Path):
         recipe = load_recipe(recipe)
-    data = recipe.model_dump(mode="json") if isinstance(recipe, Recipe) else dict(recipe or {})
+    if isinstance(recipe, Recipe):
+        data = {**recipe.model_dump(mode="json"), "mixture": recipe.mixture}  # entries as they are, with their `place`
+    else:
+        data = dict(recipe or {})
     if base is not None:
         data["base"] = name_of(base)
     if entries:
-        data["mixture"] = [entry.model_dump(mode="json") for entry in entries]
+        data["mixture"] = tuple(entries)
     for key, value in keys.items():
         if key in Recipe.model_fields:
             data[key] = value

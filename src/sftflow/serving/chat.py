@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from sftflow.chat.tool_parser import Call, CallReader
+from sftflow.chat.tool_parser import Call, CallReader, joined
 from sftflow.generation.request import Delta, TokenLogprob
 from sftflow.serving.errors import wrong
 from sftflow.serving.logprobs import chat_logprobs
@@ -60,7 +60,8 @@ class ChatChoice:
         self._tokens += [t for t in delta.tokens if t.id not in self._model.control_ids]
         pieces: list[str | Call] = [delta.text] if delta.text else []
         if self._reader is not None:
-            pieces = self._reader.feed(delta.text, final=delta.reply is not None)
+            ends = delta.reply is not None
+            pieces = joined(self._reader.feed(delta.text) + (self._reader.flush() if ends else []))
         chunks = [
             self._chunk({"content": piece} if isinstance(piece, str) else {"tool_calls": [self._call(piece)]})
             for piece in pieces
