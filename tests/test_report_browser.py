@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from helpers.chromium import CHROMIUM, dom_of
+from helpers.chromium import dom_of, skip_module_without_chromium
 from helpers.report_data import HOSTILE, demo, shipped_prompts, with_run
 from sftflow.comparison.judge import JudgeResult
 from sftflow.comparison.results import Both, Comparison, HeldOutComparison, NotChecked
 from sftflow.report.comparison_page import comparison_page
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+skip_module_without_chromium()
 
 PROBE = """<iframe src="report.html" style="width:%dpx;height:700px;border:0"></iframe><output></output><script>
 onload = () => {

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from sftflow import __version__
 from sftflow.atomic_io import write_json, write_text
-from sftflow.chat.template_options import settled
+from sftflow.chat.template_options import options_note
 from sftflow.chat.token_rows import token_row
 from sftflow.checkpoint import prepare, require_finite_weights, resolve, save
 from sftflow.data.mixture import build_mixture, write_bad_rows
@@ -80,7 +80,7 @@ class FineTuning(TrainingRun):
         listener.say("rendering the mixture")
         self.mixture = build_mixture(recipe, renderer, listener.rendering)
         self.renderer = self.mixture.renderer
-        for note in (self.renderer.disagreement(), settled(self.renderer)):
+        for note in (self.renderer.disagreement(), options_note(self.renderer)):
             if note:
                 listener.say(note)
         plan = RowPlan(self.mixture.examples, recipe.train)
