@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from sftflow.atomic_io import write_file
 from sftflow.chat.schema import Conversation, conversation_of, parse_row
 from sftflow.data.mixture import Mixture
-from sftflow.data.sources import items_of, prefix_of
+from sftflow.data.sources import place_of, rows_of_entry
 from sftflow.data.store import Rows
-from sftflow.data.truncate import fit
+from sftflow.data.truncate import fit_to_length
 from sftflow.errors import DataError
 from sftflow.recipe import Recipe
 
@@ -92,11 +92,13 @@ def held_out_conversations(mixture: Mixture, recipe: Recipe) -> dict[tuple[int, 
             if source == number:
                 wanted.setdefault(int(rows.table["number"][row]), []).append(row)
         last = max(wanted, default=0)
-        for at, payload in items_of(entry, recipe) if wanted else ():
+        for at, payload in rows_of_entry(entry, recipe) if wanted else ():
             if at in wanted:
-                place = f"{prefix_of(entry)}:{at}"
+                place = f"{place_of(entry)}:{at}"
                 conversation = conversation_of(payload, place)
-                pairs = fit(conversation, mixture.renderer, recipe.train.max_length, recipe.train.overlong).pairs
+                pairs = fit_to_length(
+                    conversation, mixture.renderer, recipe.train.max_length, recipe.train.overlong
+                ).pairs
                 for row in wanted[at]:
                     same = [c for c, r in pairs if np.array_equal(r.ids, rows.ids(row))]
                     if not same:

@@ -19,7 +19,7 @@ from typing import Any
 
 from sftflow import __version__
 from sftflow.atomic_io import NO_SPACE, Lock, read_log, sweep, write_json, write_text
-from sftflow.chat.template_options import settled
+from sftflow.chat.template_options import options_note
 from sftflow.chat.token_rows import token_row
 from sftflow.checkpoint import Assistant, prepare, require_finite_weights, resolve, save
 from sftflow.data.mixture import build_mixture, write_bad_rows
@@ -124,7 +124,7 @@ class FineTuning(TrainingRun):
         listener.say("rendering the mixture")
         self.mixture = build_mixture(recipe, renderer, listener.rendering)
         self.renderer = self.mixture.renderer
-        for note in (self.renderer.disagreement(), settled(self.renderer)):
+        for note in (self.renderer.disagreement(), options_note(self.renderer)):
             if note:
                 listener.say(note)
         plan = RowPlan(self.mixture.examples, recipe.train)
