@@ -230,46 +230,47 @@ def _sharegpt(raw: Any, place: str) -> dict[str, Any]:
     return out
 
 
+def _dialect(row: Any, place: str) -> tuple[Any, tuple[str, ...]]:
+    """(the row's messages in the canonical shape, not yet validated; the keys that were read)."""
+    if isinstance(row, list):
+        return row, ()
+    if not isinstance(row, dict):
+        raise SchemaError(place, f"a row is {kind_of(row)}", "make it an object with messages")
+    if "messages" in row:
+        return row["messages"], ("messages", "tools")
+    if "prompt" in row and "completion" in row:
+        prompt = _side(row["prompt"], "user", f"{place}.prompt")
+        completion = _side(row["completion"], "assistant", f"{place}.completion")
+        return [*prompt, *completion], ("prompt", "completion", "tools")
+    if "instruction" in row and "output" in row:
+        for key in ("instruction", "output"):
+            if not isinstance(row[key], str):
+                raise SchemaError(f"{place}.{key}", f"it is {kind_of(row[key])}", "make it a string")
+        extra = row.get("input")
+        asked = row["instruction"] if not extra else f"{row['instruction']}\n\n{extra}"
+        exchange = [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
+        return exchange, ("instruction", "input", "output")
+    if "conversations" in row:
+        turns = row["conversations"]
+        if not isinstance(turns, list):
+            raise SchemaError(f"{place}.conversations", f"it is {kind_of(turns)}", "make it a list of turns")
+        raw = [_sharegpt(turn, f"{place}.conversations[{i}]") for i, turn in enumerate(turns)]
+        system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+        return [*system, *raw], ("conversations", "tools", "system")
+    keys = ", ".join(map(repr, list(row)[:4])) or "none"
+    raise SchemaError(place, f"no known dialect (keys: {keys})", "give messages, or prompt and completion")
+
+
 def parse_row(row: Any, place: str) -> Conversation:
     """One row of any accepted dialect -> the canonical conversation.
 
     >>> parse_row({"prompt": "hi", "completion": "yo"}, "x:1").messages[1].text
     'yo'
     """
-    meta: dict[str, Any] = {}
-    tools: Any = []
-    if isinstance(row, list):
-        raw = row
-    elif not isinstance(row, dict):
-        raise SchemaError(place, f"a row is {kind_of(row)}", "make it an object with messages")
-    elif "messages" in row:
-        raw, tools = row["messages"], row.get("tools") or []
-        meta = {k: v for k, v in row.items() if k not in ("messages", "tools")}
-    elif "prompt" in row and "completion" in row:
-        raw = _side(row["prompt"], "user", f"{place}.prompt")
-        raw = [*raw, *_side(row["completion"], "assistant", f"{place}.completion")]
-        tools = row.get("tools") or []
-        meta = {k: v for k, v in row.items() if k not in ("prompt", "completion", "tools")}
-    elif "instruction" in row and "output" in row:
-        for key in ("instruction", "output"):
-            if not isinstance(row[key], str):
-                raise SchemaError(f"{place}.{key}", f"it is {kind_of(row[key])}", "make it a string")
-        extra = row.get("input")
-        ask = row["instruction"] if not extra else f"{row['instruction']}\n\n{extra}"
-        raw = [{"role": "user", "content": ask}, {"role": "assistant", "content": row["output"]}]
-        meta = {k: v for k, v in row.items() if k not in ("instruction", "input", "output")}
-    elif "conversations" in row:
-        turns = row["conversations"]
-        if not isinstance(turns, list):
-            raise SchemaError(f"{place}.conversations", f"it is {kind_of(turns)}", "make it a list of turns")
-        raw = [_sharegpt(turn, f"{place}.conversations[{i}]") for i, turn in enumerate(turns)]
-        if row.get("system"):
-            raw.insert(0, {"role": "system", "content": row["system"]})
-        tools = row.get("tools") or []
-        meta = {k: v for k, v in row.items() if k not in ("conversations", "tools", "system")}
-    else:
-        keys = ", ".join(map(repr, list(row)[:4])) or "none"
-        raise SchemaError(place, f"no known dialect (keys: {keys})", "give messages, or prompt and completion")
+    raw, used = _dialect(row, place)
+    fields = row if isinstance(row, dict) else {}
+    meta = {key: value for key, value in fields.items() if key not in used}
+    tools: Any = (fields.get("tools") or []) if "tools" in used else []
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)

@@ -17,11 +17,7 @@ QUESTIONS = (
     "{a} {op} {b} = ?",
 )
 WORDED = {
-    "+": (
-        "Add {a} and {b}.",
-        "What is {a} plus {b}?",
-        "I have {a} apples and get {b} more. How many do I have?",
-    ),
+    "+": ("Add {a} and {b}.", "What is {a} plus {b}?", "I have {a} apples and get {b} more. How many do I have?"),
     "-": ("What is {a} minus {b}?", "I have {a} coins and lose {b}. How many coins are left?"),
     "*": ("Multiply {a} by {b}.", "What is {a} times {b}?", "There are {a} boxes with {b} pens each. How many pens?"),
     "/": ("Divide {a} by {b}.", "What is {a} divided by {b}?"),

@@ -118,14 +118,7 @@ def is_held_out(question: str) -> bool:
     return all(is_test_case(case, ONE_IN) for case in (question, *nested))
 
 
-MAKERS: tuple[Callable[[random.Random, Any], Case], ...] = (
-    _bullets,
-    _commas,
-    _json,
-    _one_word,
-    _capitals,
-    _ends_with,
-)
+MAKERS: tuple[Callable[[random.Random, Any], Case], ...] = (_bullets, _commas, _json, _one_word, _capitals, _ends_with)
 
 
 def check_bullets(need: dict[str, Any], reply: str) -> bool:
