@@ -28,7 +28,7 @@ from sftflow.comparison.run_artifacts import Ledger, LedgerSource, RunArtifacts,
 from sftflow.evaluation.contamination import Overlap, OverlapExample
 from sftflow.evaluation.heldout_loss import HeldOutLoss
 from sftflow.evaluation.journal import EvalRow
-from sftflow.evaluation.reply_checks import FAULTS, Hygiene
+from sftflow.evaluation.reply_checks import FAULTS, ReplyChecks
 
 HOSTILE = "</script></style><script>alert(1)</script><img src=x onerror=alert(2)>\"'><b>&amp; \u202e\x00\ud800"
 OF_OURS = {"base_arm", "verdict", "change", "finish_reason", "first", "second", "refused"}
@@ -122,11 +122,11 @@ def token_row() -> TokenRow:
     return TokenRow(source="spelling:12", tokens=tuple(found))
 
 
-def checks(stop: float, loops: float, counts: list[int], n: int = 200) -> Hygiene:
+def checks(stop: float, loops: float, counts: list[int], n: int = 200) -> ReplyChecks:
     """n replies of which these shares ended by themselves and repeat themselves."""
     shares = {"stop": stop, "limit": 1 - stop, "looping": loops, "role_leak": 0.03, "self_turn": 0.2}
     replies = {name: tuple(range(round(shares.get(name, 0.0) * n))) for name in ("stop", *FAULTS)}
-    return Hygiene(
+    return ReplyChecks(
         n=n, replies=replies, distinct=(0.31, 0.62, 0.74), tool_calls={"calls": 12, "well_formed": 11, "answered": 11},
         length={"mean": 31.4, "median": 22, "p90": 64, "max": 96, "edges": [0, 4, 8, 16, 32, 64, 96], "counts": counts},
     )  # fmt: skip

@@ -85,7 +85,7 @@ def evaluate_all(models: list[str], asked: EvalOptions, watch: Any) -> None:
 
     evaluation = evaluate_models(((load_assistant(name), runs[name]) for name in models), asked.out, tell)
     watch.say("")
-    Console(highlight=False).print(eval_table(evaluation.to_json()))
+    Console(highlight=False).print(eval_table(evaluation))
     watch.say(f"rows and eval.json are in {asked.out}")
 
 
@@ -119,7 +119,7 @@ def compare_two(base_name: str, sft_name: str, asked: EvalOptions, watch: Any) -
     write_text(asked.out / "report.html", comparison_page(comparison))
     watch.say("")
     if comparison.tasks:
-        Console(highlight=False).print(score_table(comparison.to_json()))
+        Console(highlight=False).print(score_table(comparison))
     for line in remarks(comparison):
         watch.say(line)
     watch.say(f"report:        {asked.out / 'report.html'}")

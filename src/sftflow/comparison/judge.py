@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -51,7 +51,7 @@ class Pair:
     compared with.   messages: [{"role", "content"}, ...], what both answer."""
 
     id: str
-    messages: Sequence[dict[str, Any]]
+    messages: Sequence[Mapping[str, Any]]
     a: str
     b: str
 
@@ -144,7 +144,7 @@ class Judged:
         }
 
 
-def question(messages: Sequence[dict[str, Any]], first: str, second: str) -> str:
+def question(messages: Sequence[Mapping[str, Any]], first: str, second: str) -> str:
     """What the judge is asked. The fences hold a hash of all that stands between them."""
     texts = [str(m.get(key)) for m in messages for key in ("role", "content")] + [first, second]
     fence = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:16]

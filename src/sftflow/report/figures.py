@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 SHORT = 160
@@ -33,6 +33,23 @@ def share(x: float | None) -> str:
     ('83.4%', '–')
     """
     return "–" if x is None else f"{percent(x)}%"
+
+
+def plural(n: int, noun: str) -> str:
+    """
+    >>> plural(1, "row"), plural(2000, "row")
+    ('1 row', '2,000 rows')
+    """
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
+def whole_percent(part: float, whole: float = 1.0) -> str:
+    """
+    >>> whole_percent(1, 3), whole_percent(1, 3000), whole_percent(0, 3)
+    ('33%', '<1%', '0%')
+    """
+    share = part / whole if whole else 0.0
+    return "<1%" if 0 < share < 0.005 else f"{share:.0%}"
 
 
 def interval(pair: Sequence[float], sign: str = "") -> str:
@@ -121,8 +138,6 @@ def side_by_side(
     return [row for row in rows if row[1:] != (None, None)]
 
 
-FILTERS = {
-    f.__name__: f for f in (number, percent, share, interval, figure, size, p_value, duration, as_text, one_line)
-}
-FILTERS |= {f.__name__: f for f in (flattened, side_by_side)}
+_FILTERS = (number, percent, share, plural, whole_percent, interval, figure, size, p_value, duration, as_text, one_line)
+FILTERS: dict[str, Callable[..., Any]] = {f.__name__: f for f in (*_FILTERS, flattened, side_by_side)}
 """what the templates know by these functions' names"""
