@@ -30,6 +30,7 @@ from sftflow.chat.format import ChatFormat, add_tokens, choose_format
 from sftflow.errors import CheckpointError, first_line
 from sftflow.fingerprint import format_fingerprint
 from sftflow.gguf.vocabulary import as_llama_cpp_splits
+from sftflow.gguf.writer import FORMAT
 from sftflow.rounding import round_bf16
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def load_info(location: Location) -> dict[str, Any]:
     if location.gguf:
         with _named_errors(location):
             own = gguf.fields(location.file)
-        return {"format": own[gguf.FORMAT]} if own else {}
+        return {"format": own[FORMAT]} if own else {}
     path = Path(location.path) / "sftflow.json"
     return read_record(path, COPY_AGAIN) if path.is_file() else {}
 
