@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sftflow.chat.schema import Message, parse_line, parse_row, read_lines, text_message
+from sftflow.chat.data_files import read_lines
+from sftflow.chat.schema import Message, parse_line, parse_row, text_message
 from sftflow.errors import DataError, SftflowError
 
 
