@@ -14,18 +14,20 @@ import pytest
 
 from helpers.runs import Quiet, sftflow, write_recipe
 from sftflow.atomic_io import CHECKSUM, with_checksum, write_json
-from sftflow.checkpoint import load_assistant, load_info, resolve
+from sftflow.checkpoint import Assistant, load_assistant, load_info, resolve
 from sftflow.cli.measure import EvalOptions, evaluate_all
 from sftflow.comparison.compare import base_format, kind_of
 from sftflow.comparison.run_artifacts import read_run, run_of
 from sftflow.evaluation.callback import EvalDuringTraining
 from sftflow.evaluation.options import open_tasks
+from sftflow.generation.engine import Engine
 from sftflow.packing.attending import attending
 from sftflow.packing.attention import NAME
 from sftflow.recipe import load_recipe
 from sftflow.runtime import detect
 from sftflow.training.run import run_training
 from sftflow.training.signals import Stopped
+from sftflow.training.trainer import resting
 
 CODE = {"prompt": "def one():\n", "entry_point": "one", "test": "def check(f):\n    assert f() == 1\n"}
 MEASURED = ("eval.json", "compare.json", "report.html")
@@ -160,9 +162,15 @@ def test_a_model_that_packs_only_in_training_is_sampled(tokenizer_dir: Path) -> 
     model = AutoModelForCausalLM.from_config(config).train()
     sampled = EvalDuringTraining(open_tasks(["arithmetic", "spelling"], 2))
     renderer = Renderer(tokenizer, chat_format)
-    alone = sampled(model, tokenizer, renderer, detect("fp32"))
+
+    def sample() -> dict[str, Any]:
+        with resting(model):
+            engine = Engine(model, renderer, detect("fp32"))
+            return sampled(Assistant("", model, tokenizer, renderer, engine, {}))
+
+    alone = sample()
     with attending(model, "packed"):
-        within = sampled(model, tokenizer, renderer, detect("fp32"))
+        within = sample()
         assert model.training and model.config._attn_implementation == NAME
     assert within["tasks"] == alone["tasks"] and within["hygiene"] == alone["hygiene"]
 

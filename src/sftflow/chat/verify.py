@@ -70,7 +70,7 @@ def _parity(renderer: Renderer, conversation: Conversation, turn: int, rendered:
 def _control_tokens(renderer: Renderer, conversation: Conversation, text: str) -> list[int] | None:
     """Ids of the control tokens that the template itself writes, in order; None where that cannot be told."""
     found = renderer.special_re.findall
-    if not _look_alikes(renderer, conversation):
+    if not conversation.mentions(renderer.special_re):
         return [renderer.special[t] for t in found(text)]
 
     def harmless(value: Any) -> Any:
@@ -88,12 +88,6 @@ def _control_tokens(renderer: Renderer, conversation: Conversation, text: str) -
         ]
     except FormatError:
         return None
-
-
-def _look_alikes(renderer: Renderer, conversation: Conversation) -> bool:
-    search = renderer.special_re.search
-    values = [f"{m.text}{m.reasoning_content or ''}{m.tool_calls or ''}" for m in conversation.messages]
-    return any(search(v) for v in values) or bool(conversation.tools and search(str(conversation.tools)))
 
 
 def _harmless_message(message: Message, harmless: Any) -> Message:

@@ -37,7 +37,7 @@ def render(
 ) -> None:
     """Show rows as the model sees them: tokens, and which of them are trained on."""
     quiet()
-    from sftflow.chat import template_options as settling
+    from sftflow.chat import template_options
     from sftflow.chat.schema import read_conversations
     from sftflow.chat.token_rows import TokenRow, token_row
     from sftflow.checkpoint import open_renderer, resolve
@@ -46,10 +46,10 @@ def render(
 
     renderer = open_renderer(resolve(model), format)
     if append_eos:
-        renderer = settling.append_eos(renderer)
+        renderer = template_options.append_eos(renderer)
     if renderer.arguments():
-        renderer = settling.settle(renderer, _first(read_conversations(data), 200))
-    for note in (settling.settled(renderer), renderer.disagreement()):
+        renderer = template_options.choose_arguments(renderer, _first(read_conversations(data), 200))
+    for note in (template_options.options_note(renderer), renderer.disagreement()):
         if note:
             print(note, file=sys.stderr)
     tokenizer = renderer.tokenizer
@@ -116,7 +116,7 @@ def mix(
     from rich.console import Console
 
     from sftflow.atomic_io import write_json, write_text
-    from sftflow.chat.template_options import settled
+    from sftflow.chat.template_options import options_note
     from sftflow.chat.token_rows import token_row
     from sftflow.checkpoint import open_renderer, resolve
     from sftflow.data.audit import audit, item_parts
@@ -144,7 +144,7 @@ def mix(
             special_ids=list(mixture.renderer.special.values()),
             progress=lambda done, total: watch.counted("audit", done, total),
         )
-        for note in (settled(mixture.renderer), mixture.renderer.disagreement()):
+        for note in (options_note(mixture.renderer), mixture.renderer.disagreement()):
             if note:
                 watch.say(note)
     ledger = found.into(mixture.ledger())

@@ -18,7 +18,7 @@ from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation, parse_row
 from sftflow.data.render_pool import Block, Job, SourceItem, Workers, n_cores, render_block
 from sftflow.data.row_cache import cache_folder, cache_key, prune
-from sftflow.data.sources import is_many, items_of, prefix_of
+from sftflow.data.sources import is_many, place_of, rows_of_entry
 from sftflow.data.store import RowStore, RowWriter
 from sftflow.errors import DataError, RunError
 from sftflow.recipe import Recipe, SourceEntry
@@ -39,12 +39,12 @@ def prepare_source(
 
     Raises the first bad row's error (on_bad_row: stop), or DataError where more than 5% of the rows are bad.
     """
-    prefix = prefix_of(entry)
+    prefix = place_of(entry)
     job = Job(renderer.spec, prefix, recipe.train.max_length, recipe.train.overlong, recipe.on_bad_row)
 
     def fill(directory: Path) -> None:
         _render(
-            items_of(entry, recipe),
+            rows_of_entry(entry, recipe),
             job,
             renderer,
             directory,
@@ -145,8 +145,7 @@ def _render(
         with (directory / "bad.jsonl").open("w", encoding="utf-8") as f:
             for n, reason, row in total.bad:
                 f.write(json.dumps({"source": f"{job.prefix}:{n}", "reason": reason, "row": row}) + "\n")
-        first = total.sample
-        sample = {"source": first.source, "row": first.to_row()} if first else None
+        sample = {"source": total.sample.source, "row": total.sample.to_row()} if total.sample else None
         (directory / "sample.json").write_text(json.dumps(sample), encoding="utf-8")
         writer.close(meta)
 

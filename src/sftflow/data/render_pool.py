@@ -26,7 +26,7 @@ from sftflow.chat.render import Renderer, RendererSpec
 from sftflow.chat.schema import Conversation, conversation_of
 from sftflow.chat.verify import INVARIANTS, verify
 from sftflow.data.store import ROW
-from sftflow.data.truncate import fit
+from sftflow.data.truncate import fit_to_length
 from sftflow.errors import DataError, FormatError, MaskError, RunError, SchemaError, SftflowError
 from sftflow.fingerprint import row_digest
 
@@ -78,7 +78,7 @@ def render_block(renderer: Renderer, job: Job, items: list[SourceItem], n_verifi
         block.seen += 1
         try:
             conversation = conversation_of(payload, f"{job.prefix}:{number}")
-            fitted = fit(conversation, renderer, job.max_length, job.overlong)
+            fitted = fit_to_length(conversation, renderer, job.max_length, job.overlong)
         except (DataError, SchemaError, FormatError, MaskError) as error:
             if job.on_bad_row == "stop":
                 block.error = error

@@ -18,7 +18,7 @@ from sftflow.tasks import TASKS, TaskSource, make_task
 MANY_BYTES = 2 << 20  # a file of more lines than that is worth starting processes
 
 
-def items_of(entry: SourceEntry, recipe: Recipe) -> Iterator[SourceItem]:
+def rows_of_entry(entry: SourceEntry, recipe: Recipe) -> Iterator[SourceItem]:
     """(number, payload) of each row of a mixture entry, a sample of `limit` of them where it asks for one."""
     if entry.source in TASKS:
         options = {"identity": recipe.identity.model_dump()}
@@ -66,16 +66,16 @@ def _numbered(name: str) -> Iterator[SourceItem]:
         yield int(place.rpartition(":")[2]), row
 
 
-def prefix_of(entry: SourceEntry) -> str:
+def place_of(entry: SourceEntry) -> str:
     return entry.source if entry.source in TASKS else entry.path or entry.source
 
 
 def sample_of(entry: SourceEntry, recipe: Recipe, n: int) -> list[Conversation]:
     """The first `n` rows of an entry that can be read."""
     out: list[Conversation] = []
-    for number, payload in islice(items_of(entry, recipe), n):
+    for number, payload in islice(rows_of_entry(entry, recipe), n):
         try:
-            out.append(conversation_of(payload, f"{prefix_of(entry)}:{number}"))
+            out.append(conversation_of(payload, f"{place_of(entry)}:{number}"))
         except SftflowError:
             continue  # it will be named, or skipped, when the rows are rendered
     return out

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from sftflow.chat.tool_parser import Call, CallReader
+from sftflow.chat.tool_parser import Call, CallReader, joined
 from sftflow.generation.request import Delta, GenerationRequest, TokenLogprob
 from sftflow.serving.errors import wrong
 from sftflow.serving.logprobs import chat_logprobs
@@ -123,7 +123,7 @@ class ChatChoice:
         final = delta.reply is not None
         pieces: list[str | Call] = [delta.text] if delta.text else []
         if self._reader is not None:
-            pieces = self._reader.feed(delta.text, final=final)
+            pieces = joined(self._reader.feed(delta.text) + (self._reader.flush() if final else []))
         out = []
         for piece in pieces:
             if isinstance(piece, str):

@@ -90,7 +90,7 @@ def _rendered(assistant: Assistant, conversation: Conversation) -> tuple[int, ..
         # First what is linear in the length: what does not fit is refused before anything else is done with it.
         n, least = renderer.rough_length(conversation)
         if least < context:
-            for place in renderer.left_out(conversation):
+            for place in renderer.missing_from_prompt(conversation):
                 fact = f"the {renderer.format.name} chat format leaves it out"
                 raise wrong(place, fact, "unsupported_parameter")
             ids = renderer.render(conversation, add_generation_prompt=True).ids.tolist()
