@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.outside import outside
+from helpers.outside import outside, tokenizer_names
 from helpers.tiny import TEXT, make_renderer
 from sftflow.chat.format import ChatFormat
 from sftflow.chat.render import Renderer
@@ -131,11 +131,11 @@ def test_what_letters_share_belongs_to_the_prompt() -> None:
 # ---- thinking templates
 
 
-@pytest.fixture(scope="module")
-def qwen(real_tokenizers: dict[str, Path]) -> Any:
+@pytest.fixture(scope="module", params=tokenizer_names("qwen3"))
+def qwen(request: pytest.FixtureRequest, known_tokenizers: dict[str, Path]) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(real_tokenizers["hf_qwen3"])
+    return AutoTokenizer.from_pretrained(known_tokenizers[request.param])
 
 
 def qwen_template(name: str) -> str:

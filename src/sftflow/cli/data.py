@@ -38,7 +38,7 @@ def render(
     """Show rows as the model sees them: tokens, and which of them are trained on."""
     quiet()
     from sftflow.chat import template_options
-    from sftflow.chat.schema import read_conversations
+    from sftflow.chat.data_files import read_conversations
     from sftflow.chat.token_rows import TokenRow, token_row
     from sftflow.checkpoint import open_renderer, resolve
     from sftflow.errors import MaskError
