@@ -11,8 +11,8 @@ import pytest
 
 from helpers.runs import Quiet, digest, write_recipe
 from helpers.runs import run as command
-from sftflow.checkpoint import load_assistant
-from sftflow.comparison.compare import base_format, compare_models
+from sftflow.checkpoint import base_format, load_assistant
+from sftflow.comparison.compare import compare_models
 from sftflow.comparison.losses import held_out_comparison
 from sftflow.comparison.paired import change_of
 from sftflow.comparison.prompts import load_prompts

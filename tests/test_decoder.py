@@ -18,7 +18,7 @@ from sftflow.errors import CheckpointError
 from sftflow.generation.check_decoder import find_decode_mode
 from sftflow.generation.decoder import PackedDecoder
 from sftflow.generation.engine import Engine, shared_beginning
-from sftflow.generation.hf_decoders import PaddedDecoder
+from sftflow.generation.hf_decoders import OwnDecoder
 from sftflow.generation.onednn import ordered_forwards
 from sftflow.generation.request import GenerationRequest
 from sftflow.generation.sampling import likeliest
@@ -147,7 +147,7 @@ def test_beyond_the_length_at_which_numbers_change_each_is_alone(tiny_base: Path
 def test_padded_rows(name: str = "Llama") -> None:
     model = tiny(name)
     rng = np.random.default_rng(1)
-    decoder = PaddedDecoder(model, FP32)
+    decoder = OwnDecoder(model, FP32, padded=True)
     plan: list[Any] = [("add", [draw(rng, 7), draw(rng, 3), draw(rng, 5)]), "step", ("keep", [2, 1]), "step"]
     for ids, logits in drive(model, decoder, [], plan, rng):
         torch.testing.assert_close(logits, alone(model, ids), atol=2e-4, rtol=2e-4)
@@ -182,16 +182,16 @@ def test_cancelling_frees_the_slot_and_disturbs_nobody(engine: Engine) -> None:
     wanted = engine.generate(requests)
     small = Engine(engine.model, engine.renderer, engine.runtime, max_running=3)
     done = {}
-    with small.scheduler() as session:
-        numbers = [session.submit(r) for r in requests]
+    with small.scheduler() as scheduler:
+        numbers = [scheduler.submit(r) for r in requests]
         for turn in range(60):
             if turn == 4:
-                session.cancel(numbers[1])  # runs
-                session.cancel(numbers[4])  # waits
-            if not session.busy:
+                scheduler.cancel(numbers[1])  # runs
+                scheduler.cancel(numbers[4])  # waits
+            if not scheduler.busy:
                 break
-            done.update({d.number: d.reply() for d in session.advance() if d.finish})
-        session.cancel(99)
+            done.update({d.number: d.reply() for d in scheduler.advance() if d.finish})
+        scheduler.cancel(99)
     assert sorted(done) == [0, 2, 3]
     assert all(done[i].ids == wanted[i].ids for i in done)
 

@@ -80,16 +80,16 @@ def test_calculator_runs_inside_the_reply(assistant: Any) -> None:
 
     engine, renderer = assistant.engine, assistant.renderer
     start, end, out_start, out_end = renderer.python_ids()
-    draft = ReplySequence(GenerationRequest(prompt_ids=(1,)), engine.reply_decoder, 100)
+    sequence = ReplySequence(GenerationRequest(prompt_ids=(1,)), engine.reply_decoder, 100)
     for token in (start, *renderer.encode_plain("48/2"), end):
-        draft.accept(token)
-    assert list(draft.forced) == [out_start, *renderer.encode_plain("24"), out_end]
-    while draft.forced:
-        draft.accept(draft.forced.popleft())
+        sequence.accept(token)
+    assert list(sequence.forced) == [out_start, *renderer.encode_plain("24"), out_end]
+    while sequence.forced:
+        sequence.accept(sequence.forced.popleft())
     for token in renderer.encode_plain("24"):
-        draft.accept(token)
-    draft.accept(next(iter(engine.reply_decoder.stop)))
-    reply = draft.reply()
+        sequence.accept(token)
+    sequence.accept(next(iter(engine.reply_decoder.stop)))
+    reply = sequence.reply()
     assert [(p.kind, p.text) for p in reply.parts] == [("python", "48/2"), ("python_output", "24"), ("text", "24")]
     assert reply.text == "24" and reply.finish_reason == "stop"
 

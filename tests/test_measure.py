@@ -15,9 +15,9 @@ import pytest
 from helpers.runs import Quiet, write_recipe
 from helpers.runs import run as command
 from sftflow.atomic_io import CHECKSUM, with_checksum, write_json
-from sftflow.checkpoint import load_assistant, load_info, resolve
+from sftflow.checkpoint import base_format, load_assistant, load_info, resolve
 from sftflow.cli.measure import EvalOptions, evaluate_all
-from sftflow.comparison.compare import base_format, kind_of
+from sftflow.comparison.compare import kind_of
 from sftflow.comparison.run_artifacts import read_run, run_of
 from sftflow.evaluation.callback import EvalDuringTraining
 from sftflow.evaluation.options import open_tasks

@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from helpers.architectures import ARCHITECTURES, FP32, REFUSED, SMALL, VOCABULARY, tiny
 from sftflow.errors import CheckpointError
+from sftflow.packing.attending import attending, own_logits
+from sftflow.packing.attention import NAME
 from sftflow.packing.pack import Example, pack_batch, pad_batch
 from sftflow.recipe import Train
 from sftflow.training.check_model import check_length, prove_forward
@@ -204,3 +207,36 @@ def test_parameters_are_grouped_by_what_they_are() -> None:
     for model in (experts, tiny("GPT2")):
         groups = groups_of(model)
         assert len(groups.matrices + groups.embeddings + groups.rest) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT2"])
+def test_every_mode_is_left_as_it_was_entered(name: str) -> None:
+    """Nested, with other forwards and a sparse gradient, and when an error ends it."""
+    model = tiny(name)
+    embedding, layer = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding.weight.grad = torch.zeros_like(embedding.weight)
+
+    def state() -> Any:
+        return model.config._attn_implementation, embedding.sparse, layer.__dict__.get("forward")
+
+    found, double = state(), lambda x: 2 * F.linear(x, layer.weight)
+    with attending(model, "packed", sparse_embedding=True):
+        packed = state()
+        assert packed == (NAME, True, None)
+        with attending(model, "packed", forwards=[(layer, double)]):
+            assert state() == (NAME, True, double)
+            with pytest.raises(ValueError, match="layout"):  # packed rows only
+                own_logits(model, [1, 2, 3])
+            with attending(model, "own"):
+                assert state() == ("sdpa", True, double)
+                twice = own_logits(model, [1, 2, 3])
+            assert state() == (NAME, True, double)
+        assert state() == packed
+    assert state() == found
+    with pytest.raises(KeyError), attending(model, "packed", forwards=[(layer, double)]):
+        raise KeyError
+    assert state() == found
+    torch.testing.assert_close(twice, 2 * own_logits(model, [1, 2, 3]))
+    embedding.weight.grad = None
+    with attending(model, "own", sparse_embedding=True):  # a gradient of its own would be a sparse tensor
+        assert state() == found

@@ -195,6 +195,14 @@ def test_a_bad_row_stops_or_is_quarantined(tmp_path: Path, tokenizer_dir: Path, 
     assert quarantined["source"] == f"{path}:31" and fact in quarantined["reason"] and quarantined["row"]
 
 
+def test_rows_from_memory_are_named_as_such(tmp_path: Path, tokenizer_dir: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [exchange(0), {"messages": 7}])
+    loaded = parse_recipe({"mixture": [{"source": str(path), "place": "my list"}], "train": {"max_length": 64}}, "test")
+    with pytest.raises(SchemaError, match=r"^my list:2\.messages: no messages"):
+        build_mixture(loaded, make_renderer(tokenizer_dir, "sftflow"))
+    assert "place" not in loaded.model_dump()["mixture"][0]  # a written recipe names the file
+
+
 def test_many_bad_rows_are_an_error_even_when_skipped(tmp_path: Path, tokenizer_dir: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [GOOD, b"{", GOOD])
     with pytest.raises(DataError, match=r"1 of 3 rows are bad, more than 5%; the first: .*:2: not JSON"):

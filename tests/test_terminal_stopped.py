@@ -58,12 +58,12 @@ def test_a_reply_is_kept_up_to_a_call_that_is_not_whole(assistant: Assistant) ->
     before, result = whole.ids.index(start), whole.ids.index(output_end) + 1
     speech, seen = ReplyDecoder(assistant.renderer), set()
     for n in range(len(whole.ids) + 1):
-        kept = list(speech.whole(whole.ids[:n]))
+        kept = list(speech.without_open_call(whole.ids[:n]))
         assert kept == whole.ids[: before if before < n < result else n]
         seen.add(speech.parts(kept)[1:])
     assert seen == {(), (CALL, RESULT), *((CALL, RESULT, Part("text", AFTER[:n])) for n in range(1, len(AFTER) + 1))}
     no_value = [start, *assistant.renderer.encode_plain("import os"), end]  # nothing follows what has no value
-    assert speech.whole(no_value) == no_value and list(speech.whole(no_value[:-1])) == []
+    assert speech.without_open_call(no_value) == no_value and list(speech.without_open_call(no_value[:-1])) == []
 
 
 @pytest.mark.parametrize(("left", "parts"), [(0, (BEFORE, CALL, RESULT, Part("text", AFTER))), (4, (BEFORE,))])

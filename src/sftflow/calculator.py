@@ -21,8 +21,8 @@ _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
 }
 
 
-class _Refused(Exception):
-    pass
+class _Refused(ValueError):
+    """No arithmetic, or too large."""
 
 
 def _number(value: Any) -> Any:
@@ -83,14 +83,5 @@ def calculate(source: str) -> str | None:
     try:
         value = _value(ast.parse(source, mode="eval").body)
         return _show(value) if not isinstance(value, str) else None
-    except (
-        _Refused,
-        SyntaxError,
-        ValueError,
-        ZeroDivisionError,
-        OverflowError,
-        RecursionError,
-        MemoryError,
-        TypeError,
-    ):
+    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError, TypeError):
         return None

@@ -26,6 +26,8 @@ class SourceEntry(_Frozen):
     split: str = "train"
     limit: Annotated[int, Field(gt=0)] | None = None
     repeat: Annotated[int, Field(ge=1)] = 1
+    place: Annotated[str | None, Field(exclude=True)] = None
+    """what errors and ledgers call its rows where that is not the file: of rows that came from memory"""
 
     @property
     def label(self) -> str:

@@ -1,7 +1,9 @@
 """The protocol of everything that reads a reply while it is made: ids -> text -> text up to a stop text -> tool calls.
 
-decoder.feed(a); decoder.feed(b); decoder.flush()        what these return, joined, is the same however the
-decoder.feed(a + b); decoder.flush()                     input was cut
+    decoder.feed(a), decoder.feed(b), decoder.flush()
+    decoder.feed(a + b), decoder.flush()
+
+What these return, joined, is the same: it does not depend on how the input was cut.
 """
 
 from __future__ import annotations

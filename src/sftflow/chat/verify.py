@@ -21,6 +21,7 @@ CONTROL = "no control ids from content"
 BOS = "BOS as the template writes it"
 CONTENT = "content round-trips"
 INVARIANTS = (PARITY, ENDS, CONTROL, BOS, CONTENT)
+Checks = dict[str, dict[str, Any]]  # by invariant: {"checked": rows, "failed": rows, "first": "PLACE: FACT" or None}
 
 
 def verify(renderer: Renderer, conversation: Conversation, rendered: Rendered) -> dict[str, str]:
@@ -49,6 +50,26 @@ def verify(renderer: Renderer, conversation: Conversation, rendered: Rendered) -
     if decoded != rendered.text and decoded != renderer.round_trip(rendered.text):
         wrong[CONTENT] = "decoding its ids does not give back its text"
     return wrong
+
+
+def checks(wrong: dict[str, str], place: str) -> Checks:
+    """What `verify` says of one row, to be added up."""
+    return {
+        name: {
+            "checked": 1,
+            "failed": int(name in wrong),
+            "first": f"{place}: {wrong[name]}" if name in wrong else None,
+        }
+        for name in INVARIANTS
+    }
+
+
+def add_checks(total: Checks, more: Checks) -> None:
+    for name, mine in more.items():
+        entry = total.setdefault(name, {"checked": 0, "failed": 0, "first": None})
+        entry["checked"] += mine["checked"]
+        entry["failed"] += mine["failed"]
+        entry["first"] = entry["first"] or mine["first"]
 
 
 def _parity(renderer: Renderer, conversation: Conversation, turn: int, rendered: Rendered) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from sftflow.cli import data, export, measure, talk, train  # noqa: F401  each adds its commands
+from sftflow.cli import chat, data, doctor, export, measure, serve, train  # noqa: F401  each adds its commands
 from sftflow.cli.common import app
 from sftflow.errors import RunError, SftflowError
 from sftflow.runtime import out_of_memory

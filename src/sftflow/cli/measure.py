@@ -94,8 +94,8 @@ def compare_two(base_name: str, sft_name: str, asked: EvalOptions, watch: Any) -
     from rich.console import Console
 
     from sftflow.atomic_io import write_text
-    from sftflow.checkpoint import load_assistant
-    from sftflow.comparison.compare import base_format, compare_models
+    from sftflow.checkpoint import base_format, load_assistant
+    from sftflow.comparison.compare import compare_models
     from sftflow.comparison.remarks import remarks
     from sftflow.comparison.run_artifacts import run_of
     from sftflow.report.comparison_page import comparison_page

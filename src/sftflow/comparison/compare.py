@@ -175,13 +175,6 @@ def kind_of(base: Assistant) -> str:
     return CONTINUED if tuned else "base-versus-SFT"
 
 
-def base_format(sft: Assistant) -> Any:
-    """The SFT model's format, to be given to a base that has none: with the control tokens it needs."""
-    chat_format = sft.renderer.format
-    tokens = tuple(t for t in sft.renderer.special if t in chat_format.template)
-    return replace(chat_format, tokens=tokens)
-
-
 def _settings(sft: Assistant, runs: Sequence[EvalTask]) -> dict[str, Any]:
     return {
         "decoding": "greedy; multiple choice by the probability of its letters",

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from sftflow.atomic_io import write_text
 from sftflow.chat.render import Rendered, Renderer
 from sftflow.chat.template_options import append_eos, choose_arguments
+from sftflow.chat.verify import Checks, add_checks
 from sftflow.data.prepare import Progress, bad_rows, prepare_source, sample_conversation
 from sftflow.data.sources import sample_of
 from sftflow.data.store import Examples, RowStore
@@ -79,15 +80,11 @@ class Mixture:
             "data_sha256": self.digest(),
         }
 
-    def invariants(self) -> dict[str, dict[str, Any]]:
+    def invariants(self) -> Checks:
         """How many rows each invariant was checked on, and how many failed it, over all sources."""
-        total: dict[str, dict[str, Any]] = {}
+        total: Checks = {}
         for rows in self.rows:
-            for name, mine in rows.meta["invariants"].items():
-                entry = total.setdefault(name, {"checked": 0, "failed": 0, "first": None})
-                entry["checked"] += mine["checked"]
-                entry["failed"] += mine["failed"]
-                entry["first"] = entry["first"] or mine["first"]
+            add_checks(total, rows.meta["invariants"])
         return total
 
     def prove(self) -> None:

@@ -1,10 +1,12 @@
-"""Which decoder is right for a model: found out on the very model, against its own forward pass without a cache.
+"""Which decoder is right for a model.
 
-mode        decoder                              for models
-"packed"    PackedDecoder                        whose attention goes through transformers' interface
-"padded"    PaddedDecoder, their own cache       where attention is all that looks back
-"single"    SingleDecoder, their own cache       with other state
-"whole"     SingleDecoder, no cache at all       all others: every token computes the whole sequence again
+    mode        decoder                              for models
+    "packed"    PackedDecoder                        whose attention goes through transformers' interface
+    "padded"    OwnDecoder, rows in one batch        where attention is all that looks back
+    "single"    OwnDecoder, row by row               with other state
+    "whole"     OwnDecoder, row by row, no cache     all others: every token computes the whole sequence again
+
+It is found out on the very model, against its own forward pass without a cache.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch
 
 from sftflow.errors import CheckpointError
 from sftflow.generation.decoder import PackedDecoder
-from sftflow.generation.hf_decoders import OwnDecoder, PaddedDecoder, SingleDecoder
+from sftflow.generation.hf_decoders import OwnDecoder
 from sftflow.generation.onednn import Forwards
 from sftflow.packing.attending import attending, own_logits
 from sftflow.packing.length_limits import short_windows
@@ -47,9 +49,8 @@ def make_decoder(
     in mode "single"."""
     if mode == "packed":
         return PackedDecoder(model, runtime, shared_prefix=shared_prefix, forwards=forwards)
-    if mode == "padded":
-        return PaddedDecoder(model, runtime)
-    return SingleDecoder(model, runtime, cached=length_limit if mode == "single" else 0)
+    cached = {"padded": 1 << 30, "single": length_limit, "whole": 0}[mode]
+    return OwnDecoder(model, runtime, padded=mode == "padded", cached=cached)
 
 
 def find_decode_mode(

@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from sftflow.generation.kv_cache import Cache, Prefix, Read
+from sftflow.generation.kv_cache import Cache, Decoding, Prefix, Reading, Store
 from sftflow.generation.onednn import Forwards
 from sftflow.packing.attending import attending
 from sftflow.packing.layout import layout_of
@@ -81,9 +82,11 @@ class PackedDecoder:
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> torch.Tensor:
-        plan = self.cache.decoding(self.model.device)
-        ids = torch.tensor([list(tokens)], device=self.model.device)
-        return self._forward(ids, plan.positions[None], plan, 0)
+        rows = list(range(len(tokens)))
+        ids, positions, to = (torch.tensor(x, device=self.model.device) for x in (tokens, self.cache.lengths, rows))
+        logits = self._forward(ids[None], positions[None], Decoding(self.cache, positions, to), 0)
+        self.cache.lengths = [n + 1 for n in self.cache.lengths]
+        return logits
 
     @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
@@ -98,12 +101,17 @@ class PackedDecoder:
     def read(self, ids: Sequence[int], *, every: bool = False) -> torch.Tensor:
         """(1, vocabulary) logits after the last of these tokens; every: (n, vocabulary), after each of them."""
         batch, prefix = _packed([ids], 0), self._reading
-        plan = Read(prefix, layout_of(batch, self.model.device, prefix.length), len(ids))
-        return self._compute(batch, prefix.length, plan, batch.segments[0] if every else batch.label_positions)
+        wanted = batch.segments[0] if every else batch.label_positions
+        logits = self._read(batch, prefix, prefix.extend, wanted)
+        prefix.length += len(ids)
+        return logits
 
     @torch.inference_mode()
     def join(self) -> None:
-        self.cache.append(self._reading)
+        store, lengths = self.cache.new_rows([np.arange(self._reading.length)], self.model.device)
+        for layer, states in self._reading.layers.items():
+            store(layer, *states)
+        self.cache.lengths = lengths
         self.drop()
 
     def drop(self) -> None:
@@ -111,18 +119,22 @@ class PackedDecoder:
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         """Compute prompts behind the shared prefix as one packed row; their keys become new rows of the cache."""
-        n, device = self.prefix.length, self.model.device
+        n = self.prefix.length
         batch = _packed(prompts, n)
         # `pack_batch` has put equal beginnings side by side; `sources` says which prompt each asked slot belongs to.
         order = np.argsort(batch.sources)
-        paths = [batch.segments[i] for i in order]
-        plan = self.cache.prefilling(self.prefix, layout_of(batch, device, n), paths, device)
-        return self._compute(batch, n, plan, batch.label_positions[order])
+        paths = [np.concatenate([np.arange(n), batch.segments[i] + n]) for i in order]
+        store, lengths = self.cache.new_rows(paths, self.model.device)
+        logits = self._read(batch, self.prefix, store, batch.label_positions[order])
+        self.cache.lengths = lengths
+        return logits
 
-    def _compute(self, batch: PackedBatch, n_before: int, plan: Any, wanted: Any) -> torch.Tensor:
-        """(len(wanted), vocabulary) logits of these slots of a packed row that stands behind `n_before` tokens."""
+    def _read(self, batch: PackedBatch, prefix: Prefix, store: Store, wanted: NDArray[np.int64]) -> torch.Tensor:
+        """(len(wanted), vocabulary) logits of these slots of a packed row that stands behind a prefix."""
+        plan = Reading(prefix, layout_of(batch, self.model.device, prefix.length), store)
         ids, positions, slots = (
-            torch.from_numpy(x).to(self.model.device) for x in (batch.input_ids, batch.positions + n_before, wanted)
+            torch.from_numpy(x).to(self.model.device)
+            for x in (batch.input_ids, batch.positions + prefix.length, wanted)
         )
         return self._forward(ids, positions, plan, slots)
 
@@ -131,7 +143,6 @@ class PackedDecoder:
             logits = self.model(
                 input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=wanted, plan=plan
             ).logits[0]
-        plan.done()
         return torch.as_tensor(logits).float()
 
 

@@ -114,20 +114,15 @@ class StopTexts:
 class ReplyText:
     """What a person reads of a reply while it is made: the text outside the calculator's calls and their results.
 
-    python: (call start, call end, output start, output end) ids, or None.   stops: it ends before the first of these.
+    run: what makes text of the ids outside.   python: (call start, call end, output start, output end) ids, or None.
+    stops: the text ends before the first of these.
     """
 
     def __init__(
-        self,
-        decode: Decode,
-        skipped: Collection[int],
-        python: tuple[int, int, int, int] | None,
-        stops: Sequence[str] = (),
+        self, run: Detokenizer, python: tuple[int, int, int, int] | None = None, stops: Sequence[str] = ()
     ) -> None:
-        self._run = Detokenizer(decode, skipped)
-        self._python = python
+        self._run, self._python, self._stops = run, python, StopTexts(stops)
         self._outside = True
-        self._stops = StopTexts(stops)
 
     @property
     def stopped_by(self) -> str | None:

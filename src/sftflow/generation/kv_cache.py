@@ -4,13 +4,13 @@ A layer's buffer is (rows, kv heads, room, size); row r holds `lengths[r]` token
 padded and each may begin at any time. Rows that leave are closed up by moving the last ones into their places.
 
 What stands before a row's own tokens (a beginning that all prompts have in common, or as much of one prompt as has been
-read) is a `Prefix`. `Read`, `Prefill` and `Decode` are the plans of one forward pass: `packed_attention` asks each,
-layer by layer, to attend; `done` books the tokens once all layers have.
+read) is a `Prefix`. `Reading` and `Decoding` are the plans of one forward pass: `packed_attention` asks them, layer by
+layer, to attend. Lengths are booked by `decoder`, once all layers have been computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,10 @@ ROOM = 128
 """places of a row come in multiples of this"""
 
 
+Store = Callable[[int, torch.Tensor, torch.Tensor], None]
+"""takes a layer's number, keys and values"""
+
+
 @dataclass
 class Prefix:
     """The first `length` tokens of a prompt, or of all: by layer (keys, values), each (length, kv heads, size)."""
@@ -35,30 +39,26 @@ class Prefix:
     def copy(self) -> Prefix:
         return Prefix(self.length, dict(self.layers))
 
-    def before(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer's keys and values with these behind them."""
-        if layer not in self.layers:
-            return k, v
-        keys, values = self.layers[layer]
-        return torch.cat([keys, k]), torch.cat([values, v])
+    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Those of a packed row, behind what was there; its last slot is no token."""
+        self.layers[layer] = (k[:-1].contiguous(), v[:-1].contiguous())
 
 
 @dataclass
-class Read:
-    """The next `n` tokens of a prompt, a packed row of their own, become part of its prefix."""
+class Reading:
+    """The tokens of a packed row, which stand behind a prefix. `store` is given each layer's keys and values, the
+    prefix's in front."""
 
     prefix: Prefix
     layout: Layout
-    n: int
+    store: Store
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: Scoring) -> torch.Tensor:
-        k, v = self.prefix.before(layer, k, v)
-        length = self.prefix.length + self.n
-        self.prefix.layers[layer] = (k[:length].contiguous(), v[:length].contiguous())
+        if layer in self.prefix.layers:
+            keys, values = self.prefix.layers[layer]
+            k, v = torch.cat([keys, k]), torch.cat([values, v])
+        self.store(layer, k, v)
         return attend(q, k, v, self.layout, how)
-
-    def done(self) -> None:
-        self.prefix.length += self.n
 
 
 @dataclass
@@ -111,64 +111,30 @@ class Cache:
             buffers[i] = old.new_zeros(rows, old.shape[1], -(-places // ROOM) * ROOM, old.shape[3])
             buffers[i][:used, :, :longest] = old[:used, :, :longest]
 
-    def append(self, prefix: Prefix) -> None:
-        """A prompt that has been read becomes the last row."""
-        lengths = [*self.lengths, prefix.length]
-        for layer, states in prefix.layers.items():
-            for buffer, x in zip(self.buffers(layer, states, len(lengths), max(lengths)), states, strict=True):
-                buffer[len(lengths) - 1, :, : prefix.length] = x.transpose(0, 1)
-        self.lengths = lengths
+    def new_rows(self, paths: Sequence[NDArray[np.int64]], device: Any) -> tuple[Store, list[int]]:
+        """(what writes a layer's keys and values into new rows, the lengths of all rows then).
 
-    def prefilling(self, prefix: Prefix, layout: Layout, paths: Sequence[NDArray[np.int64]], device: Any) -> Prefill:
-        """New rows for the conversations of a packed row, in the order of `paths` (their slots in it)."""
-        n = prefix.length
-        total = [n + len(path) for path in paths]
-        rows = np.repeat(np.arange(len(self.lengths), len(self.lengths) + len(paths)), total)
-        places = np.concatenate([np.arange(length) for length in total])
-        keys = np.concatenate([np.concatenate([np.arange(n), path + n]) for path in paths])
-        to, at, key = (torch.from_numpy(x).to(device) for x in (rows, places, keys))
-        return Prefill(self, prefix, layout, to, at, key, [*self.lengths, *total])
+        paths: for each row, which of the keys that `Store` is given it has, in their order.
+        """
+        lengths = [*self.lengths, *map(len, paths)]
+        rows = np.repeat(np.arange(len(self.lengths), len(lengths)), [len(p) for p in paths])
+        places = np.concatenate([np.arange(len(p)) for p in paths])
+        to, at, which = (torch.from_numpy(x).to(device) for x in (rows, places, np.concatenate(paths)))
 
-    def decoding(self, device: Any) -> Decode:
-        """One more token for every row."""
-        positions = torch.tensor(self.lengths, device=device)
-        return Decode(self, positions, torch.arange(len(self.lengths), device=device), [n + 1 for n in self.lengths])
+        def store(layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+            for buffer, x in zip(self.buffers(layer, (k, v), len(lengths), max(lengths)), (k, v), strict=True):
+                buffer[to, :, at] = x[which]
+
+        return store, lengths
 
 
 @dataclass
-class Prefill:
-    """The prompts of one packed row, behind a prefix, become rows of the cache.
-
-    rows, places: where in the buffers each key goes;   keys: which key it is, the prefix's first.
-    """
-
-    cache: Cache
-    prefix: Prefix
-    layout: Layout
-    rows: torch.Tensor
-    places: torch.Tensor
-    keys: torch.Tensor
-    lengths: list[int]
-
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: Scoring) -> torch.Tensor:
-        k, v = self.prefix.before(layer, k, v)
-        buffers = self.cache.buffers(layer, (k, v), len(self.lengths), max(self.lengths))
-        for buffer, states in zip(buffers, (k, v), strict=True):
-            buffer[self.rows, :, self.places] = states[self.keys]
-        return attend(q, k, v, self.layout, how)
-
-    def done(self) -> None:
-        self.cache.lengths = self.lengths
-
-
-@dataclass
-class Decode:
+class Decoding:
     """One more token of every row.   positions: (rows,) the tokens that each has already."""
 
     cache: Cache
     positions: torch.Tensor
     rows: torch.Tensor
-    lengths: list[int]
     _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     def mask(self, window: int | None, longest: int) -> torch.Tensor:
@@ -184,7 +150,7 @@ class Decode:
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: Scoring) -> torch.Tensor:
         """softmax(mask + cap(scale * q K^T)) V, the heads that share keys in one product; scores in fp32."""
-        n, longest, kv_heads = len(self.lengths), max(self.lengths), k.shape[1]
+        n, longest, kv_heads = len(k), max(self.cache.lengths) + 1, k.shape[1]
         buffers = self.cache.buffers(layer, (k, v), n, longest)
         for buffer, new in zip(buffers, (k, v), strict=True):
             buffer[self.rows, :, self.positions] = new
@@ -196,6 +162,3 @@ class Decode:
         scores.view(n, kv_heads, -1, longest).add_(self.mask(how.window, longest)[:, None])
         out = torch.bmm(scores.softmax(-1).to(values.dtype), values)
         return out.view(n, q.shape[1], -1)
-
-    def done(self) -> None:
-        self.cache.lengths = self.lengths

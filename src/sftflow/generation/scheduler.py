@@ -45,7 +45,7 @@ class Scheduler:
         self._decoder, self._reply_decoder, self._tick = decoder, reply_decoder, tick
         self._n_shared = decoder.prefix.length if isinstance(decoder, PackedDecoder) else 0
         self._waiting: deque[ReplySequence] = deque()
-        self._reading: tuple[ReplySequence, int] | None = None  # a prompt that is read in parts, and how far
+        self._reading: ReplySequence | None = None  # its prompt is read in parts
         self._running: list[ReplySequence] = []
         self._tokens: list[int] = []  # the running replies' last ones, which are still to be computed
         self._logits: torch.Tensor | None = None  # of the running replies' next ones; only while `advance` runs
@@ -88,7 +88,7 @@ class Scheduler:
         """Give requests up; nothing where they have ended already."""
         gone = {numbers} if isinstance(numbers, int) else set(numbers)
         self._waiting = deque(d for d in self._waiting if d.number not in gone)
-        if self._reading is not None and self._reading[0].number in gone:
+        if self._reading is not None and self._reading.number in gone:
             self._stop_reading()
         kept = [i for i, d in enumerate(self._running) if d.number not in gone]
         if len(kept) < len(self._running):
@@ -143,30 +143,32 @@ class Scheduler:
         self._tokens = tokens
 
     def _admit(self) -> list[ReplySequence]:
-        """Let waiting requests in. Returns those that ended at the door."""
-        free, left, ended = self.max_running - self.running, self.prompt_tokens, []
+        """Read the prompts of waiting requests, in order. Returns those that ended over it."""
+        left, ended = self.prompt_tokens, []
         if self._running and not self._decoder.can_refill:
             return []
-        if left is None and self._running and free < min(len(self._waiting), max(1, self.max_running // 8)):
+        few = min(len(self._waiting), max(1, self.max_running // 8))
+        if left is None and self._running and self.max_running - self.running < few:
             return []  # a few at a time, since each call computes few tokens alone
         while left is None or left > 0:
             if self._reading is not None:
-                done, read = self._read(left)
-                ended += done
+                sequences, n = [self._reading], self._read(self._reading, left)
             elif not self._waiting or self.running >= self.max_running:
                 break
             elif self._in_parts(self._waiting[0]):
-                sequence, read = self._waiting.popleft(), 0
-                sequence.start()
-                whole = sequence.request.prompt_logprobs is not None
-                self._reading = (sequence, self._packed.open(whole=whole))
+                self._reading = self._waiting.popleft()
+                self._reading.start()
+                whole = self._reading.request.prompt_logprobs is not None
+                self._reading.n_read = self._packed.open(whole=whole)
+                continue
             else:
-                group, read = self._group(self.max_running - self.running, left)
-                if not group:
+                sequences, n = self._group(self.max_running - self.running, left)
+                if not sequences:
                     break
-                ended += self._add(group)
+                self._add(sequences)
+            ended += [sequence for sequence in sequences if sequence.over]
             if left is not None:
-                left -= read
+                left -= n
         return ended
 
     @property
@@ -174,77 +176,73 @@ class Scheduler:
         assert isinstance(self._decoder, PackedDecoder)
         return self._decoder
 
+    def _own_tokens(self, sequence: ReplySequence) -> int:
+        """Tokens of its prompt behind those that all prompts share."""
+        return len(sequence.request.prompt_ids) - self._n_shared
+
     def _in_parts(self, sequence: ReplySequence) -> bool:
-        """Whether its prompt is read in parts: a long one, or one whose own tokens are asked for."""
+        """Whether its prompt is read in parts: a long one, or one whose own log-probabilities are asked for."""
         if not isinstance(self._decoder, PackedDecoder):
             return False
-        own = len(sequence.request.prompt_ids) - self._n_shared
-        return sequence.request.prompt_logprobs is not None or (
-            self.prompt_tokens is not None and own > self.prompt_tokens
-        )
+        long = self.prompt_tokens is not None and self._own_tokens(sequence) > self.prompt_tokens
+        return long or sequence.request.prompt_logprobs is not None
 
     def _group(self, free: int, left: int | None) -> tuple[list[ReplySequence], int]:
         """(requests from the head of the line that are computed together, their tokens)"""
         group: list[ReplySequence] = []
         tokens = 0
         while self._waiting and len(group) < free and not self._in_parts(self._waiting[0]):
-            own = len(self._waiting[0].request.prompt_ids) - self._n_shared
+            own = self._own_tokens(self._waiting[0])
             if left is not None and tokens + own > left and (group or left < (self.prompt_tokens or 0)):
                 break
             tokens += own
             group.append(self._waiting.popleft())
         return group, tokens
 
-    def _add(self, group: list[ReplySequence]) -> list[ReplySequence]:
-        """Compute prompts, whose replies then run. Returns those that did not come to that."""
-        ended: list[ReplySequence] = []
+    def _add(self, group: list[ReplySequence]) -> None:
+        """Compute prompts at once; their replies run then, unless they are `over`."""
         for sequence in group:
             sequence.start()
             if sequence.request.prompt_logprobs is not None and not sequence.prompt_logprobs:
                 assert not isinstance(self._decoder, PackedDecoder)  # it reads such prompts in parts
                 try:
                     for logits in self._decoder.prompt_logits(sequence.request.prompt_ids):
-                        self._tell_prompt(sequence, logits)
+                        sequence.tell_prompt(logits)
                 except Exception as error:
                     sequence.error = error
             if sequence.room == 0 and sequence.error is None:
                 sequence.finish = "length"
-            if sequence.over:
-                ended.append(sequence)
-        group = [d for d in group if not d.over]
+        group = [sequence for sequence in group if not sequence.over]
         if not group:
-            return ended
+            return
         try:
-            logits = self._decoder.add([d.request.prompt_ids for d in group])
+            logits = self._decoder.add([sequence.request.prompt_ids for sequence in group])
         except Exception as error:
-            if len(group) > 1 and self._decoder.can_refill:  # which of them is it?
-                return ended + [d for sequence in group for d in self._add([sequence])]
             for sequence in group:
-                sequence.error = error
-            return ended + group
-        self._run(group, logits)
-        return ended
+                if len(group) > 1 and self._decoder.can_refill:  # which of them is it?
+                    self._add([sequence])
+                else:
+                    sequence.error = error
+        else:
+            self._run(group, logits)
 
     def _run(self, sequences: list[ReplySequence], logits: torch.Tensor) -> None:
         """logits: of their first tokens."""
         self._logits = logits if self._logits is None else torch.cat([self._logits, logits])
         self._running += sequences
 
-    def _read(self, left: int | None) -> tuple[list[ReplySequence], int]:
-        """The next part of the prompt that is read in parts. Returns (the request where it has ended, tokens read)."""
-        assert self._reading is not None
-        sequence, at = self._reading
+    def _read(self, sequence: ReplySequence, left: int | None) -> int:
+        """The next part of the prompt that is read in parts, at most `left` tokens; how many they were."""
         prompt, every = sequence.request.prompt_ids, sequence.request.prompt_logprobs is not None
-        size = len(prompt) - at if left is None else left
-        part = prompt[at : at + (min(size, EVERY) if every else size)]
+        size = len(prompt) - sequence.n_read if left is None else left
+        part = prompt[sequence.n_read :][: min(size, EVERY) if every else size]
         try:
             logits = self._packed.read(part, every=every)
             if every:
-                self._tell_prompt(sequence, logits)
-            at += len(part)
-            if at < len(prompt):
-                self._reading = (sequence, at)
-                return [], len(part)
+                sequence.tell_prompt(logits)
+            sequence.n_read += len(part)
+            if sequence.n_read < len(prompt):
+                return len(part)
             if sequence.room > 0:
                 self._packed.join()
                 self._run([sequence], logits[-1:])
@@ -253,18 +251,8 @@ class Scheduler:
         except Exception as error:
             sequence.error = error
         self._stop_reading()
-        return ([sequence] if sequence.over else []), len(part)
+        return len(part)
 
     def _stop_reading(self) -> None:
         self._reading = None
         self._packed.drop()
-
-    def _tell_prompt(self, sequence: ReplySequence, logits: torch.Tensor) -> None:
-        """(n, vocabulary) logits after the prompt's next n tokens tell of those that follow them."""
-        prompt, told = sequence.request.prompt_ids, sequence.prompt_logprobs
-        if not told:
-            told.append(None)
-        following = prompt[len(told) : len(told) + len(logits)]
-        if following:
-            top = [sequence.request.prompt_logprobs or 0] * len(following)
-            told += token_logprobs(logits[: len(following)], following, top)

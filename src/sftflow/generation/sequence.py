@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
 from sftflow.calculator import calculate
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Part
-from sftflow.generation.detokenize import ReplyText, detokenize
+from sftflow.generation.detokenize import Detokenizer, ReplyText, detokenize
 from sftflow.generation.request import Delta, FinishReason, GenerationRequest, Reply, TokenLogprob
-from sftflow.generation.sampling import Sampler
+from sftflow.generation.sampling import Sampler, token_logprobs
 
 Kind = Literal["text", "python", "python_output"]
 KINDS: tuple[Kind, ...] = ("python", "text", "python_output", "text")
@@ -40,7 +42,7 @@ class ReplyDecoder:
 
     def reply_text(self, stops: Sequence[str] = ()) -> ReplyText:
         """`text`, for ids that come one by one, up to the first of the stop texts."""
-        return ReplyText(self.decode, self.control, self.python, stops)
+        return ReplyText(Detokenizer(self.decode, self.control), self.python, stops)
 
     def text(self, ids: Sequence[int]) -> str:
         return "".join(p.text for p in self.parts(ids) if p.kind == "text")
@@ -88,7 +90,8 @@ class ReplySequence:
     """One reply while it is generated.
 
     room: the tokens it may have.   number: its place among all requests of its scheduler.   streamed: whether its text
-    is wanted piece by piece (`take`).   ids: the reply's tokens so far.   forced: tokens that must come next, whatever
+    is wanted piece by piece (`take`).   n_read: tokens of its prompt that have been computed, where that is done in
+    parts.   ids: the reply's tokens so far.   forced: tokens that must come next, whatever
     the model would choose: a calculator's result.   call: the tokens of a calculator call that is open.   error: what
     ended it, in place of `finish`.   The rest is what `Reply` reports.
     """
@@ -98,6 +101,7 @@ class ReplySequence:
     room: int
     number: int = 0
     streamed: bool = False
+    n_read: int = 0
     ids: list[int] = field(default_factory=list)
     forced: deque[int] = field(default_factory=deque)
     call: list[int] | None = None
@@ -130,6 +134,16 @@ class ReplySequence:
     def stop(self) -> frozenset[int]:
         return self.decoder.stop if self.request.stop_ids is None else self.request.stop_ids
 
+    def tell_prompt(self, logits: torch.Tensor) -> None:
+        """Book the log-probabilities of prompt tokens. logits: (n, vocabulary), after the next n of them."""
+        told = self.prompt_logprobs
+        if not told:
+            told.append(None)
+        following = self.request.prompt_ids[len(told) :][: len(logits)]
+        if following:
+            top = [self.request.prompt_logprobs or 0] * len(following)
+            told += token_logprobs(logits[: len(following)], following, top)
+
     def accept(self, token: int) -> None:
         """Book a token: follow the calculator's protocol, see whether the reply has ended."""
         self.ids.append(token)
@@ -157,7 +171,7 @@ class ReplySequence:
             self.finish = "length"
 
     def take(self) -> Delta:
-        """What has come since it was last taken, at the end with the reply; where it is not streamed, all at the end."""
+        """What has come since it was last taken, at the end with the reply; unless streamed, all at the end."""
         reply = None if self.finish is None else self.reply()
         if reply is None and not self.streamed:
             return Delta("")

@@ -1,8 +1,10 @@
-"""Putting a model into another way of computing, and back. Every change that is not for good goes through here.
+"""Putting a model into another way of computing, and back.
 
-with attending(model, "packed"):
-    ...                               # its attention is `packed_attention`
-...                                   # everything as it was found
+    with attending(model, "packed"):
+        ...                               # its attention is `packed_attention`
+    ...                                   # everything as it was found
+
+Every change that is not for good goes through here.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -208,15 +208,9 @@ def pack_batch(examples: Sequence[Example], *, share: bool = True, multiple: int
         segments.append(path)
         n_own.append(fresh)
         before, at = mine, at + fresh
-    free = multiple - at % multiple
-    filling = np.zeros(free, np.int64)
-    return _batch(
-        ordered,
-        np.concatenate([*ids, filling])[None],
-        np.concatenate([*positions, filling])[None],
-        segments,
-        n_own,
-    )
+    filling = np.zeros(multiple - at % multiple, np.int64)
+    row, places = (np.concatenate([*x, filling])[None] for x in (ids, positions))
+    return _batch(ordered, row, places, segments, n_own)
 
 
 def pad_batch(examples: Sequence[Example]) -> PackedBatch:
@@ -232,20 +226,19 @@ def pad_batch(examples: Sequence[Example]) -> PackedBatch:
 
 
 def _batch(examples: Sequence[Example], ids: Int, positions: Int, segments: list[Int], n_own: list[int]) -> PackedBatch:
-    label_positions = [label_positions_of(e) for e in examples]
-    none = np.zeros(0, np.int64)
+    asked = [label_positions_of(e) for e in examples]
+
+    def joined(parts: Iterable[Int]) -> Int:
+        return np.concatenate([np.zeros(0, np.int64), *parts])
+
     return PackedBatch(
         input_ids=ids,
         positions=positions,
         segments=segments,
         n_own=n_own,
-        label_positions=np.concatenate([none, *(path[a] for path, a in zip(segments, label_positions, strict=True))]),
-        labels=np.concatenate(
-            [none, *(np.asarray(e.ids)[a + 1] for e, a in zip(examples, label_positions, strict=True))]
-        ),
-        sources=np.concatenate(
-            [none, *(np.full(len(a), e.source) for e, a in zip(examples, label_positions, strict=True))]
-        ),
+        label_positions=joined(path[at] for path, at in zip(segments, asked, strict=True)),
+        labels=joined(np.asarray(e.ids)[at + 1] for e, at in zip(examples, asked, strict=True)),
+        sources=joined(np.full(len(at), e.source) for e, at in zip(examples, asked, strict=True)),
         n_tokens=sum(len(e.ids) for e in examples),
     )
 

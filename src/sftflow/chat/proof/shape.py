@@ -11,6 +11,7 @@ from sftflow.chat.encode import Literal
 from sftflow.chat.proof.marks import MarkedRow
 from sftflow.chat.template import Template
 from sftflow.errors import FormatError
+from sftflow.packing.pack import common_prefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,7 @@ class Shape:
                     before = self._render(n)
                 except FormatError:
                     before = ""
-                places.append(max(places[-1], _common(before, self.text)))
+                places.append(max(places[-1], common_prefix(before, self.text)))
             self._turns = [self._place(p) for p in places]
         return self._turns
 
@@ -127,12 +128,3 @@ class Shape:
         """(piece, character in it) of a position in the marked text; inside a mark, the end of the piece before."""
         piece = bisect.bisect_right(self.skeleton.starts, position) - 1
         return piece, min(position - self.skeleton.starts[piece], len(self.skeleton.pieces[piece]))
-
-
-def _common(a: str, b: str) -> int:
-    """Length of the common beginning of two strings."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if a[:middle] == b[:middle] else (low, middle - 1)
-    return low

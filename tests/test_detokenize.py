@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from sftflow.chat.streaming import held_back
 from sftflow.generation.detokenize import LONGEST, Detokenizer, StopTexts, detokenize
-from sftflow.generation.request import GenerationRequest
+from sftflow.generation.request import Delta, GenerationRequest
 from sftflow.generation.sequence import ReplyDecoder, ReplySequence
 
 # Characters of every length in UTF-8, spaces that tokenizers treat in their own ways, and pieces of several characters.
@@ -115,19 +115,21 @@ def test_held_back() -> None:
 
 
 @pytest.fixture(scope="module")
-def speech(tokenizer_dir: Path) -> ReplyDecoder:
+def decoder(tokenizer_dir: Path) -> ReplyDecoder:
     from helpers.tiny import make_renderer
 
     return ReplyDecoder(make_renderer(tokenizer_dir, "sftflow"))
 
 
-def spoken(speech: ReplyDecoder, ids: list[int], **more: Any) -> tuple[str, Any]:
-    """(the deltas joined, the reply) of a draft that is given these ids."""
-    draft = ReplySequence(GenerationRequest(prompt_ids=(1,), use_python=False, **more), speech, len(ids), streamed=True)
+def streamed(decoder: ReplyDecoder, ids: list[int], **more: Any) -> tuple[str, Any]:
+    """(the deltas joined, the reply) of a sequence that is given these ids."""
+    sequence = ReplySequence(
+        GenerationRequest(prompt_ids=(1,), use_python=False, **more), decoder, len(ids), streamed=True
+    )
     text = ""
     for token in ids:
-        draft.accept(token)
-        delta = draft.take()
+        sequence.accept(token)
+        delta = sequence.take()
         text += delta.text
         if delta.reply is not None:
             return text, delta.reply
@@ -136,36 +138,38 @@ def spoken(speech: ReplyDecoder, ids: list[int], **more: Any) -> tuple[str, Any]
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_streamed_drafts_with_the_calculator_in_them(speech: ReplyDecoder, data: Any) -> None:
-    assert speech.python is not None
-    plain = data.draw(st.lists(st.one_of(st.integers(0, 399), st.sampled_from(speech.python)), min_size=1, max_size=40))
-    text, reply = spoken(speech, plain, stop_ids=frozenset())
-    assert text == reply.text == speech.text(plain)
+def test_streamed_replies_with_the_calculator_in_them(decoder: ReplyDecoder, data: Any) -> None:
+    assert decoder.python is not None
+    plain = data.draw(
+        st.lists(st.one_of(st.integers(0, 399), st.sampled_from(decoder.python)), min_size=1, max_size=40)
+    )
+    text, reply = streamed(decoder, plain, stop_ids=frozenset())
+    assert text == reply.text == decoder.text(plain)
     if not text:
         return
     at = data.draw(st.integers(0, len(text) - 1))
     stop = text[at : at + data.draw(st.integers(1, 4))]
-    cut, stopped = spoken(speech, plain, stop_ids=frozenset(), stop_texts=(stop,))
+    cut, stopped = streamed(decoder, plain, stop_ids=frozenset(), stop_texts=(stop,))
     assert cut == stopped.text == text[: text.index(stop)]
     assert (stopped.finish_reason, stopped.stopped_by) == ("stop", stop)
     if "\ufffd" not in stop:  # it ended with the first token that made the stop text whole
-        assert stop not in speech.text(stopped.ids[:-1])
+        assert stop not in decoder.text(stopped.ids[:-1])
 
 
-def test_a_stop_text_across_a_call(speech: ReplyDecoder) -> None:
-    assert speech.python is not None
-    start, end, out_start, out_end = speech.python
-    encode = speech.renderer.encode_plain
+def test_a_stop_text_across_a_call(decoder: ReplyDecoder) -> None:
+    assert decoder.python is not None
+    start, end, out_start, out_end = decoder.python
+    encode = decoder.renderer.encode_plain
     ids = [*encode("so th"), start, *encode("1+1"), end, out_start, *encode("2"), out_end, *encode("en more")]
-    text, reply = spoken(speech, ids, stop_ids=frozenset(), stop_texts=("then",))
+    text, reply = streamed(decoder, ids, stop_ids=frozenset(), stop_texts=("then",))
     assert text == reply.text == "so " and reply.stopped_by == "then"
 
 
-def test_what_ends_a_reply_is_told(speech: ReplyDecoder) -> None:
-    (stop, *_), a = sorted(speech.stop), speech.renderer.encode_plain("a")[0]
-    text, reply = spoken(speech, [a, stop, a])
+def test_what_ends_a_reply_is_told(decoder: ReplyDecoder) -> None:
+    (stop, *_), a = sorted(decoder.stop), decoder.renderer.encode_plain("a")[0]
+    text, reply = streamed(decoder, [a, stop, a])
     assert (text, reply.finish_reason, reply.stopped_by, reply.n_generated) == ("a", "stop", stop, 1)
-    assert spoken(speech, [a, a])[1].stopped_by is None
+    assert streamed(decoder, [a, a])[1].stopped_by is None
 
 
 def test_engine_streams_stop_texts(tiny_base: Path) -> None:
@@ -183,3 +187,16 @@ def test_engine_streams_stop_texts(tiny_base: Path) -> None:
         assert "".join(d.text for d in deltas) == reply.text
         assert deltas[-1].reply is not None and deltas[-1].reply.ids == reply.ids
         assert tuple(t.id for d in deltas for t in d.tokens) == reply.ids
+
+
+def test_what_is_not_streamed_is_taken_at_its_end(decoder: ReplyDecoder) -> None:
+    ids = decoder.renderer.encode_plain("one two")
+    request = GenerationRequest(prompt_ids=(1,), use_python=False)
+    sequence = ReplySequence(request, decoder, len(ids))
+    for token in ids[:-1]:
+        sequence.accept(token)
+        assert sequence.take() == Delta("")
+    sequence.accept(ids[-1])
+    last = sequence.take()
+    assert (last.text, last.ids, last.finish_reason) == ("one two", tuple(ids), "length")
+    assert last.reply is not None and last.reply.text == "one two"

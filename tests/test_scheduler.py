@@ -1,4 +1,4 @@
-"""Who is let in when; what goes wrong stays with whom it concerns; a session can be kept open."""
+"""Who is let in when; what goes wrong stays with whom it concerns; a scheduler can be kept open."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from sftflow.generation.scheduler import Scheduler
 
 
 def finish(
-    session: Scheduler, done: Callable[[Any], None] = lambda drafts: None, turns: int = 2000
+    scheduler: Scheduler, done: Callable[[Any], None] = lambda sequences: None, turns: int = 2000
 ) -> dict[int, Reply]:
     out = {}
     for _ in range(turns):
-        if not session.busy:
+        if not scheduler.busy:
             return out
-        drafts = session.advance()
-        done(drafts)
-        out.update({d.number: d.reply() for d in drafts if d.finish is not None})
+        sequences = scheduler.advance()
+        done(sequences)
+        out.update({d.number: d.reply() for d in sequences if d.finish is not None})
     raise AssertionError("it does not end")
 
 
@@ -44,22 +44,22 @@ def test_a_long_prompt_does_not_keep_the_others_waiting(engine: Engine) -> None:
     engine.model.forward = forward
     first: dict[int, int] = {}
     try:
-        with engine.scheduler(prompt_tokens=32) as session:
+        with engine.scheduler(prompt_tokens=32) as scheduler:
             for request in requests:
-                session.submit(request)
+                scheduler.submit(request)
             turn = 0
 
-            def told(drafts: Any) -> None:
+            def told(sequences: Any) -> None:
                 nonlocal turn
                 turn += 1
                 read.append(0)
                 if turn < 60:
-                    assert drafts[0].number == 0  # it gets a token every time
-                for draft in drafts:
-                    first.setdefault(draft.number, turn)
+                    assert sequences[0].number == 0  # it gets a token every time
+                for sequence in sequences:
+                    first.setdefault(sequence.number, turn)
 
             read.append(0)
-            replies = finish(session, told)
+            replies = finish(scheduler, told)
     finally:
         del engine.model.forward
     # 32 tokens of prompts, a free slot behind each packed row, and one token for each that runs
@@ -80,23 +80,23 @@ def test_a_prompt_that_fails_fails_alone(engine: Engine, prompt_tokens: int | No
     wanted = engine.generate([requests[i] for i in (0, 1, 3)])
     errors: dict[int, Exception] = {}
 
-    def told(drafts: Any) -> None:
-        errors.update({d.number: d.error for d in drafts if d.error is not None})
+    def told(sequences: Any) -> None:
+        errors.update({d.number: d.error for d in sequences if d.error is not None})
 
     def is_giant(ids: Any) -> bool:
         return bool((ids[0].unfold(0, 3, 1) == giant).all(-1).any()) if ids.shape[-1] >= 3 else False
 
-    with failing(engine.model, is_giant), engine.scheduler(prompt_tokens=prompt_tokens) as session:
-        session.submit(requests[0])
-        session.advance()
+    with failing(engine.model, is_giant), engine.scheduler(prompt_tokens=prompt_tokens) as scheduler:
+        scheduler.submit(requests[0])
+        scheduler.advance()
         for request in (requests[1], bad, requests[3]):
-            session.submit(request)
-        replies = finish(session, told)
+            scheduler.submit(request)
+        replies = finish(scheduler, told)
         assert list(errors) == [2] and isinstance(errors[2], torch.OutOfMemoryError)
         for number, reply in zip((0, 1, 3), wanted, strict=True):
             assert replies[number].ids == reply.ids
-        again = session.submit(requests[0])
-        assert finish(session)[again].ids == wanted[0].ids
+        again = scheduler.submit(requests[0])
+        assert finish(scheduler)[again].ids == wanted[0].ids
 
 
 def test_a_step_that_fails_ends_those_that_run_and_no_more(engine: Engine) -> None:
@@ -112,29 +112,29 @@ def test_a_step_that_fails_ends_those_that_run_and_no_more(engine: Engine) -> No
         steps += 1
         return steps == 4
 
-    with failing(engine.model, fails), small.scheduler() as session:
+    with failing(engine.model, fails), small.scheduler() as scheduler:
         for request in requests:
-            session.submit(request)
-        replies = finish(session, lambda drafts: errors.extend(d.number for d in drafts if d.error is not None))
+            scheduler.submit(request)
+        replies = finish(scheduler, lambda sequences: errors.extend(d.number for d in sequences if d.error is not None))
     assert errors == [0, 1] and replies[2].ids == wanted.ids
     with failing(engine.model, lambda ids: True), pytest.raises(torch.OutOfMemoryError):
         engine.generate(requests)
 
 
 def test_cancelling_a_prompt_that_is_being_read(engine: Engine) -> None:
-    with engine.scheduler(prompt_tokens=16) as session:
-        numbers = [session.submit(ask(100, 5, i)) for i in range(2)]
-        session.advance()
-        assert session.running == 1
-        session.cancel(numbers[0])
-        assert list(finish(session)) == numbers[1:]
+    with engine.scheduler(prompt_tokens=16) as scheduler:
+        numbers = [scheduler.submit(ask(100, 5, i)) for i in range(2)]
+        scheduler.advance()
+        assert scheduler.running == 1
+        scheduler.cancel(numbers[0])
+        assert list(finish(scheduler)) == numbers[1:]
 
 
-def test_a_session_that_is_kept_open_does_not_grow(engine: Engine) -> None:
+def test_a_scheduler_that_is_kept_open_does_not_grow(engine: Engine) -> None:
     """500 short requests after a long one: what the long one took is given back, and no more is taken."""
 
     def held() -> int:
-        decoder: Any = session._decoder
+        decoder: Any = scheduler._decoder
         assert isinstance(decoder, PackedDecoder)
         return sum(x[0].numel() for x in decoder.cache.layers.values())
 
@@ -143,13 +143,13 @@ def test_a_session_that_is_kept_open_does_not_grow(engine: Engine) -> None:
     sizes = []
     config = engine.model.config
     place = config.num_hidden_layers * config.num_key_value_heads * config.hidden_size // config.num_attention_heads
-    with small.scheduler(prompt_tokens=64) as session:
-        session.context = 4096  # the tiny model takes any length; only its promise ends at 256
-        session.submit(ask(900, 30))
-        session.submit(ask(5, 200, 1))
+    with small.scheduler(prompt_tokens=64) as scheduler:
+        scheduler.context = 4096  # the tiny model takes any length; only its promise ends at 256
+        scheduler.submit(ask(900, 30))
+        scheduler.submit(ask(5, 200, 1))
         for i in range(500):
-            session.submit(ask(int(rng.integers(1, 12)), int(rng.integers(1, 6)), i))
-        finish(session, lambda drafts: sizes.append(held()))
+            scheduler.submit(ask(int(rng.integers(1, 12)), int(rng.integers(1, 6)), i))
+        finish(scheduler, lambda sequences: sizes.append(held()))
     assert max(sizes) >= 1024 * place  # the long one was there
     assert max(sizes[len(sizes) // 2 :]) <= 16 * ROOM * place  # rows are added a few at a time; its room is given back
 
