@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import doctest
 import json
 import os
 import shutil
@@ -17,10 +16,7 @@ import pytest
 import torch
 
 from helpers.runs import run as command
-from sftflow import atomic_io as files
 from sftflow.errors import RunError
-from sftflow.evaluation import journal as store
-from sftflow.evaluation import multiple_choice as choices
 from sftflow.evaluation.evaluate import evaluate
 from sftflow.evaluation.journal import EvalRow, Journal, key_of, safe_name
 from sftflow.evaluation.options import EvalTask, open_tasks
@@ -333,8 +329,3 @@ def test_the_command_on_a_full_disk(small_disk: Path, tiny_base: Path) -> None:
     rows = {r["id"]: r["seconds"] for r in map(json.loads, path.read_text().splitlines())}
     assert len(rows) == 40 and [rows[name] for name in kept] == seconds
     assert json.loads((out / "eval.json").read_text())["models"][str(tiny_base)]["tasks"]["spelling"]["n"] == 40
-
-
-@pytest.mark.parametrize("module", [store, choices, files])
-def test_examples_in_docstrings(module: Any) -> None:
-    assert doctest.testmod(module).failed == 0

@@ -180,10 +180,10 @@ def test_few_refusals(own_tokenizers: dict[str, Any], table: list[Line]) -> None
 @pytest.mark.parametrize("path", each(PATHS))
 def test_whole_product(path: Path, whole_tokenizers: dict[str, Path]) -> None:
     """Every shape with every tokenizer, whether or not it has the template's tokens."""
-    own_tokenizers = {"gpt2": gpt2(), **loaded(whole_tokenizers)}
+    tokenizers = {"gpt2": gpt2(), **loaded(whole_tokenizers)}
     wrong = [
         problem
-        for name, tokenizer in tokenizers_of(path, own_tokenizers)
+        for name, tokenizer in tokenizers_of(path, tokenizers)
         for problem in judge(path, name, tokenizer, stops_of(path, tokenizer), SHAPES).wrong
     ]
     assert not wrong, "\n".join(wrong)
