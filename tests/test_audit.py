@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import doctest
 import json
-import pkgutil
 import random
 import re
 import subprocess
 import sys
 from collections import Counter
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -24,7 +21,6 @@ from rich.console import Console
 
 from helpers.outside import outside
 from sftflow.chat.token_rows import Token, TokenRow
-from sftflow.data import audit as package
 from sftflow.data.audit import Audit, audit, item_parts
 from sftflow.data.audit.lengths import length_edges, spread
 from sftflow.data.audit.near_duplicates import AGREE, candidates, minhash
@@ -140,12 +136,6 @@ def overlap_oracle(items: list[tuple[str, ...]], texts: list[str]) -> tuple[set[
 
 
 # ---- words
-
-
-@pytest.mark.parametrize("name", [m.name for m in pkgutil.iter_modules(package.__path__)])
-def test_examples_in_docstrings(name: str) -> None:
-    module = import_module(f"{package.__name__}.{name}")
-    assert doctest.testmod(module, extraglobs={"np": np}).failed == 0
 
 
 def test_nothing_that_draws_is_loaded_with_the_audit() -> None:
