@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sftflow.chat.schema import Conversation, parse_row
 from sftflow.errors import FormatError, SftflowError
 from sftflow.generation.request import GenerationRequest
-from sftflow.serving.errors import ApiError, refused, wrong
+from sftflow.serving.errors import ApiError, wrong
 from sftflow.serving.schemas import SamplingBody
 
 if TYPE_CHECKING:
@@ -59,7 +59,13 @@ def read_messages(messages: Sequence[Any], tools: Sequence[Any] = ()) -> Convers
     try:
         return parse_row(row, "request")
     except SftflowError as error:
-        raise refused(error, "request", "messages", "invalid_messages") from None
+        raise _refused(error) from None
+
+
+def _refused(error: SftflowError) -> ApiError:
+    """A 400 in the error's own words; its place is the field. (Remedies of a format speak of rows: left out.)"""
+    remedy = "" if isinstance(error, FormatError) or not error.remedy else f"; {error.remedy}"
+    return wrong(error.place.removeprefix("request").lstrip(".") or "messages", error.fact + remedy, "invalid_messages")
 
 
 def _known_fields(message: Any, place: str) -> Any:
@@ -109,11 +115,8 @@ def _rendered(assistant: Assistant, conversation: Conversation) -> tuple[int, ..
             n = len(ids)
     except RecursionError:
         raise ApiError(400, "the request is nested too deeply", code="invalid_json") from None
-    except FormatError as error:
-        plain = FormatError(error.place, error.fact)  # its remedy speaks of rows
-        raise refused(plain, "request", "messages", "invalid_messages") from None
     except SftflowError as error:
-        raise refused(error, "request", "messages", "invalid_messages") from None
+        raise _refused(error) from None
     if n >= context:
         raise too_long("messages", n, context)
     return tuple(ids)
