@@ -17,6 +17,7 @@ from sftflow.evaluation.journal import EvalRow
 from sftflow.evaluation.options import EvalTask
 from sftflow.evaluation.reply_checks import check_replies
 from sftflow.generation.engine import Engine
+from sftflow.packing.attending import evaluating
 from sftflow.runtime import Runtime
 
 RATES = ("stop_rate", "empty_rate", "role_leak_rate", "self_turn_rate", "looping_rate")
@@ -67,12 +68,9 @@ class EvalDuringTraining:
 @contextmanager
 def _generating(model: Any) -> Iterator[None]:
     """Without dropout, and without compiling anew for the shapes of generation."""
-    training, random = model.training, torch.random.get_rng_state()
-    model.eval()
-    stance = torch.compiler.set_stance("force_eager")
+    random = torch.random.get_rng_state()
     try:
-        with stance:
+        with evaluating(model), torch.compiler.set_stance("force_eager"):
             yield
     finally:
-        model.train(training)
         torch.random.set_rng_state(random)

@@ -89,11 +89,11 @@ class ReplyDecoder:
 class ReplySequence:
     """One reply while it is generated.
 
-    room: the tokens it may have.   number: its place among all requests of its scheduler.   streamed: whether its text
-    is wanted piece by piece (`take`).   n_read: tokens of its prompt that have been computed, where that is done in
-    parts.   ids: the reply's tokens so far.   forced: tokens that must come next, whatever
-    the model would choose: a calculator's result.   call: the tokens of a calculator call that is open.   error: what
-    ended it, in place of `finish`.   The rest is what `Reply` reports.
+    room: the tokens it may have.   number: its place among its scheduler's requests.   streamed: whether its text is
+    wanted piece by piece (`take`).   n_read: tokens of its prompt that have been computed, where it is read in parts.
+    ids: the reply's tokens so far.   forced: tokens that come next whatever the model would choose: a calculator's
+    result.   call: the tokens of a calculator call that is open.   error: what ended it, in place of `finish`.   The
+    rest is what `Reply` reports.
     """
 
     request: GenerationRequest
