@@ -129,7 +129,7 @@ def test_calls_are_read_back_however_the_text_is_cut(name: str, learnt: dict[str
             pieces: list[str | Call] = []
             for left, right in zip([0, *cuts], [*cuts, len(text)], strict=True):
                 pieces += reader.feed(text[left:right])
-            pieces += reader.feed("", final=True)
+            pieces += reader.flush()
             assert "".join(p for p in pieces if isinstance(p, str)) == content
             assert [(p.name, p.arguments) for p in pieces if isinstance(p, Call)] == calls
 
@@ -159,7 +159,7 @@ def test_what_is_no_call_stays_text(text: str, learnt: dict[str, tuple[Renderer,
     for _, call_format in learnt.values():
         assert read_calls(call_format, TOOLS, text) == (text, [])
         reader = CallReader(call_format, TOOLS)
-        pieces = [p for c in text[:200] for p in reader.feed(c)] + reader.feed(text[200:], final=True)
+        pieces = [p for c in text[:200] for p in reader.feed(c)] + reader.feed(text[200:]) + reader.flush()
         assert "".join(map(str, pieces)) == text
 
 
@@ -170,7 +170,7 @@ def test_text_around_calls_is_given_out_as_it_comes(learnt: dict[str, tuple[Rend
     assert reader.feed('_call>\n{"arguments": {"city": "x"},') == []
     assert reader.feed(' "name": "clock"}\n</tool_call>') == []
     assert reader.feed("\nDone") == [Call("clock", {"city": "x"}), "Done"]
-    assert reader.feed(".", final=True) == ["."]
+    assert reader.feed(".") + reader.flush() == ["."]
 
 
 def test_a_call_may_end_with_the_reply(learnt: dict[str, tuple[Renderer, CallFormat]]) -> None:

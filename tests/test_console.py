@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from sftflow.evaluation.journal import EvalRow
+from sftflow.evaluation.results import EvalResult, Evaluation, ModelScores
 from sftflow.report import progress, tables
 from sftflow.report.progress import Pace, ProgressDisplay, fitted
 from sftflow.runtime import Runtime, measure_peak, peak_memory
@@ -166,11 +168,14 @@ def test_memory_is_in_bytes() -> None:
 
 
 def test_scores_as_a_table_tell_counts_from_shares() -> None:
-    task = {"n": 9, "score": 0.5, "stderr": 0.1, "wilson95": [0.2, 0.8], "chance": 0.0}
-    tasks = {"ifeval": {**task, "metrics": {"prompt_loose": 1.0, "unsupported": 1}}}
-    document = {"models": {"m": {"tasks": tasks, "centred_mean": 0.5}, "none": {"tasks": {}, "centred_mean": None}}}
+    asked: dict[str, Any] = {"id": "a", "question": "?", "answer": "", "n_prompt": 1, "prompt_sha256": ""}
+    got: dict[str, Any] = {"reply": "", "finish_reason": "stop", "n_generated": 1, "seconds": 0.0}
+    rows = tuple(EvalRow(**asked, **got, score=score) for score in (0.0, 1.0))
+    metrics = {"prompt_loose": 1.0, "unsupported": 1}
+    result = EvalResult(task="ifeval", arm="chat", chance=0.0, rows=rows, metrics=metrics, provenance={})
+    evaluation = Evaluation({"m": ModelScores((result,)), "none": ModelScores(())})
     out = io.StringIO()
-    Console(file=out, width=80).print(tables.eval_table(document))
+    Console(file=out, width=80).print(tables.eval_table(evaluation))
     lines = [line.split() for line in out.getvalue().splitlines()]
     assert ["prompt_loose", "1.000"] in lines and ["unsupported", "1"] in lines
     assert ["m", "centred", "mean", "0.500"] in lines and not any(line[:1] == ["none"] for line in lines)

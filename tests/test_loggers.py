@@ -127,7 +127,7 @@ READERS = {"tensorboard": read_tensorboard, "wandb": read_wandb, "trackio": read
 
 @pytest.mark.parametrize("name", READERS)
 def test_a_crashed_and_resumed_run_logs_each_step_once(name: str, tmp_path: Path, tiny_base: Path) -> None:
-    if importlib.util.find_spec(LOGGERS[name][0]) is None:
+    if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed (pip install 'sftflow[{name}]')")
     (tmp_path / "home").mkdir()
     quiet = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "TRACKIO_"))}
@@ -221,7 +221,7 @@ def step_log(step: int, loss: float = 1.0) -> Any:
 
 
 def test_a_logger_that_fails_says_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(LOGGERS, "wandb", ("wandb", Broken, False))
+    monkeypatch.setitem(LOGGERS, "wandb", (Broken, False))
     said: list[str] = []
     with open_logger(recipe("wandb"), tmp_path, said.append, resumed_at=None) as logger:
         for step in range(1, 6):
@@ -235,7 +235,7 @@ def test_a_logger_that_cannot_start_says_so_once(tmp_path: Path, monkeypatch: py
     def start(*_: Any) -> Any:
         raise RuntimeError("no key")
 
-    monkeypatch.setitem(LOGGERS, "wandb", ("wandb", start, False))
+    monkeypatch.setitem(LOGGERS, "wandb", (start, False))
     said: list[str] = []
     with open_logger(recipe("wandb"), tmp_path, said.append, resumed_at=None) as logger:
         logger.step(step_log(1))
@@ -243,7 +243,7 @@ def test_a_logger_that_cannot_start_says_so_once(tmp_path: Path, monkeypatch: py
 
 
 def test_a_step_whose_loss_is_no_number_is_sent_as_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(LOGGERS, "wandb", ("wandb", Broken, False))
+    monkeypatch.setitem(LOGGERS, "wandb", (Broken, False))
     monkeypatch.setattr(Broken, "close", lambda self, failed: None)
     with open_logger(recipe("wandb"), tmp_path, print, resumed_at=None) as logger:
         logger.step(step_log(1, loss=float("nan")))

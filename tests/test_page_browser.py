@@ -16,13 +16,13 @@ from typing import Any
 import httpx
 import pytest
 
-from helpers.chromium import CHROMIUM, Chromium, Page
+from helpers.chromium import Chromium, Page, skip_module_without_chromium
 from helpers.peer import Peer, serving
 from sftflow.chat.schema import parse_row, read_conversations
 from sftflow.checkpoint import open_renderer, resolve
 from sftflow.pretraining.pretrain import BaseSpec, build_model
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
+skip_module_without_chromium()
 IDLE = "!document.body.classList.contains('busy')"
 TEXTS = "[...document.querySelectorAll('.reply .markdown')].map((n) => n.textContent)"
 

@@ -15,7 +15,7 @@ from sftflow.errors import CheckpointError, RecipeError
 from sftflow.recipe import Recipe, load_recipe, parse_recipe
 from sftflow.runtime import Runtime
 from sftflow.training.run import run_training
-from sftflow.training.settings import resolve_recipe, settle_compile
+from sftflow.training.settings import decide_compile, resolve_recipe
 from sftflow.training.trainer import Trainer
 
 CPU = Runtime(device="cpu", precision="fp32", reason="test")
@@ -41,13 +41,13 @@ def test_micro_tokens_never_cut_a_row_and_never_pass_the_step() -> None:
 
 def test_compiling_is_decided_by_work_and_capability(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sftflow.training.compile.shutil.which", lambda name: f"/usr/bin/{name}")
-    assert settle_compile(recipe(), CPU, 3_000_000, 200)[0].train.compile is False
-    assert settle_compile(recipe(), CPU, 135_000_000, 200)[0].train.compile is True
-    assert settle_compile(recipe(compile=False), CPU, 135_000_000, 200)[0].train.compile is False
+    assert decide_compile(recipe(), CPU, 3_000_000, 200)[0].train.compile is False
+    assert decide_compile(recipe(), CPU, 135_000_000, 200)[0].train.compile is True
+    assert decide_compile(recipe(compile=False), CPU, 135_000_000, 200)[0].train.compile is False
     monkeypatch.setattr("sftflow.training.compile.shutil.which", lambda _: None)
-    assert settle_compile(recipe(), CPU, 135_000_000, 200)[0].train.compile is False
+    assert decide_compile(recipe(), CPU, 135_000_000, 200)[0].train.compile is False
     with pytest.raises(RecipeError, match="no C\\+\\+ compiler"):
-        settle_compile(recipe(compile=True), CPU, 135_000_000, 200)
+        decide_compile(recipe(compile=True), CPU, 135_000_000, 200)
 
 
 def test_a_group_of_rate_zero_stays_as_it_was(tiny_base: Path, tmp_path: Path) -> None:

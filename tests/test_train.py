@@ -22,6 +22,7 @@ from sftflow.recipe import Schedule
 from sftflow.rounding import round_bf16
 from sftflow.runtime import Runtime
 from sftflow.training.batch_plan import RowPlan
+from sftflow.training.bf16_weights import restore_classes
 from sftflow.training.loss import Head, chunked_cross_entropy, fused_parts, loss_parts
 from sftflow.training.optimizers import lr_factor
 from sftflow.training.trainer import Trainer
@@ -147,21 +148,20 @@ def test_bf16_rounding_goes_to_a_neighbour(value: float) -> None:
 def test_bf16_follows_fp32_where_plain_autocast_does_not(name: str) -> None:
     """From a base on bf16 numbers, with steps far below their distance: the losses of 12 steps."""
 
-    def losses(runtime: Runtime, working: bool = True) -> np.ndarray[Any, Any]:
+    def losses(runtime: Runtime, copies: bool = True) -> np.ndarray[Any, Any]:
         model = tiny(name)
         with torch.no_grad():
             for p in model.parameters():
                 p.copy_(p.bfloat16().float())
         s = spec(steps=12, lr=1e-4, schedule=Schedule(kind="constant", warmup=0.0))
         trainer = Trainer(model, RowPlan(shared_rows()[:24], s), s, runtime)
-        if not working:
-            for layer in trainer.working.modules if trainer.working else []:
-                layer.__class__ = type(layer).__mro__[1]
-            trainer.working = None
+        if not copies:
+            restore_classes(model)
+            trainer.bf16 = None
         return np.array([trainer.train_step().loss for _ in range(12)])
 
     exact = losses(FP32)
-    ours, plain = losses(BF16), losses(BF16, working=False)
+    ours, plain = losses(BF16), losses(BF16, copies=False)
     assert exact[0] - exact[-1] > 0.02
     assert abs(ours / exact - 1).max() < 0.004
     assert abs(plain / exact - 1).max() > 2 * abs(ours / exact - 1).max()

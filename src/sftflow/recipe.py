@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -26,6 +26,8 @@ class SourceEntry(_Frozen):
     split: str = "train"
     limit: Annotated[int, Field(gt=0)] | None = None
     repeat: Annotated[int, Field(ge=1)] = 1
+    place: Annotated[str | None, Field(exclude=True)] = None
+    """what errors and ledgers call its rows where that is not the file: of rows that came from memory"""
 
     @property
     def label(self) -> str:
@@ -135,8 +137,6 @@ class Recipe(_Frozen):
 
 def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     """The keys that would have been known at a place of the recipe."""
-    from typing import get_args
-
     for step in location:
         if isinstance(step, int) or step not in model.model_fields:
             continue

@@ -24,6 +24,8 @@ from transformers.utils import chat_template_utils
 MARKER = re.compile(r"zq[a-z0-9]+")
 THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
 EMPTY_THINKING = re.compile(r"\A\s*<think>\s*</think>")
+OPENS_THINKING, CLOSES_THINKING = re.compile(r"<think>\s*\Z"), re.compile(r"\A\s*</think>")
+Stops = tuple[str, ...]  # the tokens that close a reply, whichever it is: () where the template writes none
 
 Messages = list[dict[str, Any]]
 
@@ -236,7 +238,7 @@ class Case:
     reference: Reference
     row: dict[str, Any]
     kwargs: dict[str, Any]
-    stop_token: str | None
+    stops: Stops
     messages: Messages
 
     @property
@@ -286,14 +288,15 @@ class Case:
         text, twin = self.text(upto), self.twin(upto)
         if text is None or twin is None:
             return "the template refuses"
-        if self.stop_token is None:
+        if not self.stops:
             return "the template writes no end of turn"
         start = self.start(k, text)
         if start is None:
             return "the prompt is not a prefix"
-        stop = twin.find(self.stop_token, start)
-        if stop < 0:
+        ends = [(at, token) for token in self.stops if (at := twin.find(token, start)) >= 0]
+        if not ends:
             return "no end of turn follows"
+        stop, token = min(ends)
         reply = text[start:stop]
         foreign = set(MARKER.findall(reply)) - markers(self.messages[k])
         if foreign:
@@ -304,16 +307,32 @@ class Case:
         if any(f'\\"{word}' in reply for word in markers(self.messages[k].get("tool_calls"))):
             return "the arguments are JSON inside of JSON"
         problem = self._plain(k, reply)
-        return problem or Turn(start, stop + len(self.stop_token))
+        return problem or Turn(start, stop + len(token))
 
     def _plain(self, k: int, reply: str) -> str | None:
-        """A turn of nothing but content is that content, as the template trims it, after an empty thinking block."""
+        """A turn of nothing but content is that content, as the template trims it, after an empty thinking block, whose
+        beginning may stand in the prompt."""
         message = self.messages[k]
         content = message["content"] or ""
         if message.get("tool_calls") or message.get("reasoning_content") or "</think>" in content:
             return None
-        shown = EMPTY_THINKING.sub("", reply)
-        return None if shown.strip() == content.strip() else f"the reply {shown!r} is not the content {content!r}"
+        opened = OPENS_THINKING.search(self.prompt(k) or "")
+        shown = (CLOSES_THINKING if opened else EMPTY_THINKING).sub("", reply)
+        before, after = self._around(k)
+        inside = reply.strip().removeprefix(before.strip()).removesuffix(after.strip())
+        if content.strip() in (shown.strip(), inside.strip()):
+            return None
+        return f"the reply {shown!r} is not the content {content!r}"
+
+    def _around(self, k: int) -> tuple[str, str]:
+        """What the template writes in turn k in front of a content and behind it, as `<|channel|>final<|message|>`."""
+        prompt = self.prompt(k)
+        probe = [*self.messages[:k], {"role": "assistant", "content": "zqprobe"}]
+        text = self.reference.text(probe, self.tools, self.kwargs)
+        if text is None or prompt is None or not text.startswith(prompt):
+            return "", ""
+        before, _, after = text[len(prompt) :].partition("zqprobe")
+        return before, after[: min((at for token in self.stops if (at := after.find(token)) >= 0), default=0)]
 
     def vanished(self, upto: int, taught: set[int]) -> list[str]:
         """Marker words of the conversation that its rendering leaves out."""
@@ -330,22 +349,22 @@ class Case:
         return out
 
 
-def cases(reference: Reference, row: dict[str, Any], kwargs: dict[str, Any], stop: str | None) -> Iterator[Case]:
+def cases(reference: Reference, row: dict[str, Any], kwargs: dict[str, Any], stops: Stops) -> Iterator[Case]:
     for messages in template_messages(row):
-        yield Case(reference, row, kwargs, stop, messages)
+        yield Case(reference, row, kwargs, stops, messages)
 
 
 def accepts(reference: Reference, row: dict[str, Any], kwargs: dict[str, Any]) -> bool:
     """Whether the template takes the conversation at all."""
-    return any(case.text(len(case.messages)) is not None for case in cases(reference, row, kwargs, None))
+    return any(case.text(len(case.messages)) is not None for case in cases(reference, row, kwargs, ()))
 
 
-def why_not(reference: Reference, row: dict[str, Any], choices: list[dict[str, Any]], stop: str | None) -> str | None:
+def why_not(reference: Reference, row: dict[str, Any], choices: list[dict[str, Any]], stops: Stops) -> str | None:
     """Why no right row exists for this conversation, whichever of the template arguments `choices` is used; None where
     one does, as a whole row or as one row per assistant turn, so that a refusal of it could be avoided."""
     reasons = []
     for kwargs in choices:
-        for case in cases(reference, row, kwargs, stop):
+        for case in cases(reference, row, kwargs, stops):
             whole, taught = len(case.messages), set(case.supervised)
             for plan in ([(k, whole, taught) for k in case.supervised], [(k, k + 1, {k}) for k in case.supervised]):
                 found = [case.turn(k, upto) for k, upto, _ in plan]
@@ -367,7 +386,7 @@ def check_rows(
     template: str,
     kwargs: dict[str, Any],
     now: str,
-    stop_token: str | None,
+    stops: Stops,
     reference: Reference | None = None,
 ) -> list[str]:
     """What is wrong with the training rows made of one source row; [] where they are right.
@@ -378,7 +397,7 @@ def check_rows(
     problems: list[str] = []
     taught: list[int] = []
     for number, one in enumerate(rendered):
-        turns, found = check_row(row, one, reference=reference, kwargs=kwargs, stop_token=stop_token)
+        turns, found = check_row(row, one, reference=reference, kwargs=kwargs, stops=stops)
         problems += [f"row {number}: {p}" for p in found]
         taught += turns
     wanted = [i for i, m in enumerate(row["messages"]) if m["role"] == "assistant" and m.get("weight", 1)]
@@ -393,16 +412,16 @@ def check_row(
     *,
     reference: Reference,
     kwargs: dict[str, Any],
-    stop_token: str | None,
+    stops: Stops,
 ) -> tuple[list[int], list[str]]:
     """(turns taught, what is wrong) of one training row."""
     ids, mask = [int(i) for i in rendered.ids], np.asarray(rendered.mask)
     if len(ids) != len(mask) or not set(mask.tolist()) <= {0, 1}:
         return [], ["ids and mask do not fit"]
-    if stop_token is None or stop_token not in reference.added.values():
-        return [], [f"end of turn {stop_token!r} is not a token, yet the row was accepted"]
+    if not stops or not set(stops) <= set(reference.added.values()):
+        return [], [f"not all ends of turn {stops} are tokens, yet the row was accepted"]
     whole = len(row["messages"])
-    for case in cases(reference, row, kwargs, stop_token):
+    for case in cases(reference, row, kwargs, stops):
         for upto in range(whole, 0, -1):
             whose = row["messages"][upto - 1]["role"]
             if (upto == whole or whose == "assistant") and case.text(upto) == rendered.text:
@@ -411,9 +430,8 @@ def check_row(
 
 
 def _check(case: Case, upto: int, rendered: Any, ids: list[int], mask: Any) -> tuple[list[int], list[str]]:
-    reference, stop = case.reference, case.stop_token
+    reference, stops = case.reference, case.stops
     text, twin = reference.seen(rendered.text), case.twin(upto)
-    assert stop is not None
     if twin is None:
         return [], ["the template treats look-alikes of control tokens unlike other text: cannot be judged"]
     replies = [k for k in range(upto) if case.messages[k]["role"] == "assistant"] if rendered.boundary_splits else []
@@ -466,14 +484,14 @@ def _check(case: Case, upto: int, rendered: Any, ids: list[int], mask: Any) -> t
     if special != [i for i in reference.encode(twin) if i in reference.special]:
         names = [reference.special[i] for i in special]
         problems.append(f"control ids are {names}, not those the template writes")
-    ends = [t for t, (s, m) in enumerate(zip(spans, mask, strict=True)) if m and reference.added.get(ids[t]) == stop]
+    ends = [t for t, (s, m) in enumerate(zip(spans, mask, strict=True)) if m and reference.added.get(ids[t]) in stops]
     if len(ends) < len(taught):
         problems.append(f"{len(ends)} supervised ends of turn for {len(taught)} turns")
     after = [t for t in range(len(ids)) if mask[t] and (t + 1 == len(ids) or not mask[t + 1])]
-    if any(reference.added.get(ids[t]) != stop for t in after):
+    if any(reference.added.get(ids[t]) not in stops for t in after):
         problems.append("a supervised stretch does not end in the end of turn")
     bos = reference.tokenizer.bos_token
-    if bos and bos != stop and ids.count(reference.tokenizer.bos_token_id) != twin.count(bos):
+    if bos and bos not in stops and ids.count(reference.tokenizer.bos_token_id) != twin.count(bos):
         problems.append(f"{ids.count(reference.tokenizer.bos_token_id)} BOS ids, the template writes {twin.count(bos)}")
 
     # Prompt parity, by ids: what serving sends is what the row begins with.

@@ -11,7 +11,7 @@ from importlib import resources
 from typing import Any
 
 from sftflow.chat.token_rows import Token, TokenRow
-from sftflow.comparison.judge import Judged, Pair, Verdict
+from sftflow.comparison.judge import JudgeResult, ReplyPair, Verdict
 from sftflow.comparison.prompts import PromptSet
 from sftflow.comparison.results import (
     Both,
@@ -28,7 +28,7 @@ from sftflow.comparison.run_artifacts import Ledger, LedgerSource, RunArtifacts,
 from sftflow.evaluation.contamination import Overlap, OverlapExample
 from sftflow.evaluation.heldout_loss import HeldOutLoss
 from sftflow.evaluation.journal import EvalRow
-from sftflow.evaluation.reply_checks import FAULTS, Hygiene
+from sftflow.evaluation.reply_checks import FAULTS, ReplyChecks
 
 HOSTILE = "</script></style><script>alert(1)</script><img src=x onerror=alert(2)>\"'><b>&amp; \u202e\x00\ud800"
 OF_OURS = {"base_arm", "verdict", "change", "finish_reason", "first", "second", "refused"}
@@ -122,11 +122,11 @@ def token_row() -> TokenRow:
     return TokenRow(source="spelling:12", tokens=tuple(found))
 
 
-def checks(stop: float, loops: float, counts: list[int], n: int = 200) -> Hygiene:
+def checks(stop: float, loops: float, counts: list[int], n: int = 200) -> ReplyChecks:
     """n replies of which these shares ended by themselves and repeat themselves."""
     shares = {"stop": stop, "limit": 1 - stop, "looping": loops, "role_leak": 0.03, "self_turn": 0.2}
     replies = {name: tuple(range(round(shares.get(name, 0.0) * n))) for name in ("stop", *FAULTS)}
-    return Hygiene(
+    return ReplyChecks(
         n=n, replies=replies, distinct=(0.31, 0.62, 0.74), tool_calls={"calls": 12, "well_formed": 11, "answered": 11},
         length={"mean": 31.4, "median": 22, "p90": 64, "max": 96, "edges": [0, 4, 8, 16, 32, 64, 96], "counts": counts},
     )  # fmt: skip
@@ -140,7 +140,7 @@ def held_out(words: float, end: float) -> HeldOutLoss:
     )  # fmt: skip
 
 
-def judged(ids: list[str], wins: int = 17, losses: int = 12) -> Judged:
+def judged(ids: list[str], wins: int = 17, losses: int = 12) -> JudgeResult:
     """A judge that leans to the reply it sees first: 71 of 100 single verdicts, and not to the longer one (13 of 25).
 
     The other pairs are 20 ties, in which it took the first one twice, and two of which one verdict is missing.
@@ -150,9 +150,9 @@ def judged(ids: list[str], wins: int = 17, losses: int = 12) -> Judged:
     for i, (first, second) in enumerate(sides):
         longer = first if i < 13 else {"a": "b", "b": "a"}[first]
         lengths = {"a": 1, "b": 1} if i >= 25 else {"a": 1 + (longer == "a"), "b": 1 + (longer == "b")}
-        pair = Pair(id=ids[i], messages=(), a="x" * lengths["a"], b="x" * lengths["b"])
+        pair = ReplyPair(id=ids[i], messages=(), a="x" * lengths["a"], b="x" * lengths["b"])
         rows.append(Verdict(pair=pair, first=first, second=second))
-    return Judged(model="some-judge", url="http://127.0.0.1:9/v1", temperature=0.0, rows=tuple(rows))
+    return JudgeResult(model="some-judge", url="http://127.0.0.1:9/v1", temperature=0.0, rows=tuple(rows))
 
 
 def run_artifacts() -> RunArtifacts:

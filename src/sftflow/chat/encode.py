@@ -135,8 +135,8 @@ def _backend(text: str) -> _Backend:
 class Encoder:
     """Encodes with one tokenizer, but lets only literals become special tokens.
 
-    >>> encoder = Encoder(tokenizer_text(tokenizer))
-    >>> encoder.encode(text, encoder.literals(text), [reply_start], "data.jsonl:17").ids
+    encoder = Encoder(tokenizer_text(tokenizer))
+    encoder.encode(text, encoder.literals(text), [reply_start], "data.jsonl:17").ids
     """
 
     def __init__(self, tokenizer: str) -> None:

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -107,6 +108,16 @@ class Conversation:
     def supervised(self) -> list[int]:
         """The messages that are trained on: those of the assistant, but for weight 0."""
         return [i for i, m in enumerate(self.messages) if m.role == "assistant" and m.weight]
+
+    def mentions(self, pattern: re.Pattern[str]) -> bool:
+        """Whether a content, some reasoning, a tool call or a tool definition holds the pattern."""
+        search = pattern.search
+        return any(
+            search(m.text)
+            or search(m.reasoning_content or "")
+            or (m.tool_calls and search(json.dumps(m.tool_calls, ensure_ascii=False)))
+            for m in self.messages
+        ) or bool(self.tools and search(json.dumps(self.tools, ensure_ascii=False)))
 
     def to_row(self) -> dict[str, Any]:
         """{"messages": [...]}, with "tools" where there are any; without `meta` and `source`."""

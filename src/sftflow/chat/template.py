@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Container
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import jinja2
@@ -22,7 +24,7 @@ import jinja2.utils
 
 from sftflow.chat.calculator_parts import flatten_python
 from sftflow.chat.format import ChatFormat
-from sftflow.chat.schema import Message
+from sftflow.chat.schema import Conversation, Message
 from sftflow.errors import FormatError
 
 Messages = list[dict[str, Any]]
@@ -141,13 +143,45 @@ def _environment() -> _Environment:
     return environment
 
 
-class Template:
-    """Renders messages (as `as_dict` gives them) with the format's arguments and clock.
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A conversation, with its messages in the shape that the format's templates take."""
 
-    names: what the template may call tokens by, e.g. {"bos_token": "<s>"}.
+    conversation: Conversation
+    messages: Messages
+
+    @property
+    def tools(self) -> list[dict[str, Any]]:
+        return list(self.conversation.tools)
+
+    @property
+    def source(self) -> str:
+        return self.conversation.source
+
+    @property
+    def shape_key(self) -> tuple[tuple[str, str | bool], ...] | None:
+        """What rows of text turns only have in common: roles, and the blank contents. None where it has more."""
+        if self.conversation.tools or not all(len(m) == 2 and type(m["content"]) is str for m in self.messages):
+            return None
+        return tuple((m["role"], m["content"].strip() == "" and m["content"]) for m in self.messages)
+
+    @property
+    def texts(self) -> list[str]:
+        """The contents that are not blank, of a row that has a `shape_key`."""
+        return [m["content"] for m in self.messages if m["content"].strip()]
+
+
+class Template:
+    """A format's template with its arguments and clock.
+
+    python: (call start, call end, output start, output end) where format and tokenizer have calculator tokens.
     """
 
-    def __init__(self, chat_format: ChatFormat, names: dict[str, str]) -> None:
+    def __init__(self, chat_format: ChatFormat, names: dict[str, str], special: Container[str]) -> None:
+        """names: what the template may call tokens by, e.g. {"bos_token": "<s>"}.   special: the tokenizer's control
+        tokens. Raises FormatError where the template does not compile."""
+        python = chat_format.python
+        self.python = python if python and all(token in special for token in python) else None
         self.format = chat_format
         self._environment = _environment()
         self._context = {**names, **chat_format.kwargs, "strftime_now": chat_format.clock, "documents": None}
@@ -155,6 +189,10 @@ class Template:
             self._compiled = self._environment.from_string(chat_format.template)
         except jinja2.TemplateError as error:
             raise FormatError(chat_format.name, f"the chat template does not compile ({error})", "mend it") from None
+
+    def row(self, conversation: Conversation) -> Row:
+        """Calculator parts become plain text where the format has no tokens for them."""
+        return Row(conversation, [as_dict(m, keep_python=self.python is not None) for m in conversation.messages])
 
     def text(self, messages: Messages, tools: Any, add_generation_prompt: bool, place: str) -> str:
         """The rendering, where asked with the generation prompt. Raises FormatError in the template's own words."""

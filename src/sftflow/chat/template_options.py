@@ -53,7 +53,7 @@ def append_eos(renderer: Renderer) -> Renderer:
     return renderer.with_format(replace(renderer.format, template=template, append_eos=True))
 
 
-def settled(renderer: Renderer) -> str | None:
+def options_note(renderer: Renderer) -> str | None:
     """In words, what was built into the template; None where nothing was."""
     chat_format = renderer.format
     parts = [f"{name}={str(value).lower()}" for name, value in chat_format.kwargs.items()]
@@ -61,7 +61,7 @@ def settled(renderer: Renderer) -> str | None:
     return f"built into the {chat_format.name} template: {', '.join(parts)}" if parts else None
 
 
-def settle(renderer: Renderer, sample: Sequence[Conversation]) -> Renderer:
+def choose_arguments(renderer: Renderer, sample: Sequence[Conversation]) -> Renderer:
     """The renderer whose template arguments make the most of the sample provable.
 
     Where every row is proven as one example, or the template has no arguments, the renderer itself. Arguments are

@@ -20,6 +20,7 @@ from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation, Message, text_message
 from sftflow.chat.tool_parser import IDENTITIES, CallFormat, JsonEntry, NamedEntry, Path, TaggedEntry, read_calls
 from sftflow.errors import SftflowError
+from sftflow.packing.pack import common_prefix
 
 NAMES, KEYS, VALUES, TEXT = ("zqfa", "zqfb"), ("zqka", "zqkb"), ("zqva", "zqvb"), "zqtext"
 
@@ -77,12 +78,12 @@ class _Views:
             return None
         head, _, tail = self._plain.rpartition(TEXT)
         # A reply without calls begins alike (`<think>` ...) and ends alike.
-        start = _alike(head, text)
+        start = common_prefix(head, text)
         if self._prompt is not None and text.startswith(self._prompt):
             start = max(start, len(self._prompt))
         elif start < len(head):
             return None
-        end = _alike(tail[::-1], text[start:][::-1])
+        end = common_prefix(tail[::-1], text[start:][::-1])
         return self._renderer.special_re.sub("", text[start : len(text) - end])
 
 
@@ -102,7 +103,7 @@ def _candidates(views: _Views, single: str, double: str | None) -> Iterator[Call
         last, between = parts[3], None
         pieces = _split(double, [NAMES[0], KEYS[0], VALUES[0], NAMES[1], KEYS[1], VALUES[1]])
         if pieces:  # behind the last argument of one call: the end of the call, and then the end of all calls
-            last = parts[3][: _alike(parts[3], pieces[3])]
+            last = parts[3][: common_prefix(parts[3], pieces[3])]
             between = pieces[3][len(last) :]
         close = parts[3][len(last) :]
         tagged = TaggedEntry(parts[1], parts[2], more[3], last, bare[1].removesuffix(close))
@@ -193,8 +194,3 @@ def _split(text: str | None, marks: list[str]) -> list[str] | None:
         pieces.append(text[at:found])
         at = found + len(mark)
     return [*pieces, text[at:]]
-
-
-def _alike(a: str, b: str) -> int:
-    """How many characters two texts begin with in common."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

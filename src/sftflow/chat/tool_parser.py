@@ -3,7 +3,7 @@
     reader = CallReader(call_format, tools)
     reader.feed('Let me look.\\n<tool_call>\\n{"na')               ->  ["Let me look."]
     reader.feed('me": "look", "arguments": {}}\\n</tool_call>.')  ->  [Call("look", {})]
-    reader.feed("", final=True)                                  ->  ["."]
+    reader.flush()                                               ->  ["."]
 
 What turns out not to be a call of a tool that was offered is text. Blanks in the format's own words may differ from
 the template's. The pieces together are the same however the text was cut.
@@ -17,6 +17,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from sftflow.chat.streaming import held_back
 
 Path = tuple[str | int, ...]
 Types = Mapping[str, Mapping[str, str]]
@@ -88,9 +90,16 @@ class CallReader:
         self._begun = False  # whether anything has
         self._after_call = False  # the blanks behind a call are the format's
 
-    def feed(self, text: str, *, final: bool = False) -> list[str | Call]:
-        """What is certain by now. final: nothing more comes."""
-        self._text += text
+    def feed(self, piece: str) -> list[str | Call]:
+        """What is certain after this piece of the text."""
+        self._text += piece
+        return self._take(final=False)
+
+    def flush(self) -> list[str | Call]:
+        """Nothing more comes: what was held back."""
+        return self._take(final=True)
+
+    def _take(self, *, final: bool) -> list[str | Call]:
         out: list[str | Call] = []
         at = 0  # in front of it no call begins
         while True:
@@ -98,7 +107,7 @@ class CallReader:
                 self._text = self._text.lstrip()
             start = self._candidate(at)
             if start is None:
-                held = 0 if final else _overlap(self._text, self._first)
+                held = 0 if final else held_back(self._text, [self._first])
                 self._give(out, self._text[: len(self._text) - held], cut=not final)
                 return out
             cursor = _Cursor(self._text, start, final)
@@ -274,11 +283,6 @@ def _end(pattern: re.Pattern[str], text: str, at: int) -> int:
     return found.end() if found else at
 
 
-def _overlap(text: str, word: str) -> int:
-    """How many characters at the text's end may be the beginning of a word."""
-    return next((n for n in range(min(len(word) - 1, len(text)), 0, -1) if text.endswith(word[:n])), 0)
-
-
 def _at(value: Any, path: Path) -> Any:
     for key in path:
         try:
@@ -308,6 +312,18 @@ def read_calls(
     call_format: CallFormat, tools: Sequence[dict[str, Any]], text: str
 ) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
     """A whole text: what of it is text, and its calls."""
-    pieces = CallReader(call_format, tools).feed(text, final=True)
+    reader = CallReader(call_format, tools)
+    pieces = reader.feed(text) + reader.flush()
     calls = [(p.name, p.arguments) for p in pieces if isinstance(p, Call)]
     return "".join(p for p in pieces if isinstance(p, str)), calls
+
+
+def joined(pieces: Sequence[str | Call]) -> list[str | Call]:
+    """The same with neighbouring texts as one."""
+    out: list[str | Call] = []
+    for piece in pieces:
+        if isinstance(piece, str) and out and isinstance(out[-1], str):
+            out[-1] += piece
+        else:
+            out.append(piece)
+    return out

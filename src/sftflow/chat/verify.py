@@ -21,6 +21,7 @@ CONTROL = "no control ids from content"
 BOS = "BOS as the template writes it"
 CONTENT = "content round-trips"
 INVARIANTS = (PARITY, ENDS, CONTROL, BOS, CONTENT)
+Checks = dict[str, dict[str, Any]]  # by invariant: {"checked": rows, "failed": rows, "first": "PLACE: FACT" or None}
 
 
 def verify(renderer: Renderer, conversation: Conversation, rendered: Rendered) -> dict[str, str]:
@@ -51,6 +52,26 @@ def verify(renderer: Renderer, conversation: Conversation, rendered: Rendered) -
     return wrong
 
 
+def checks(wrong: dict[str, str], place: str) -> Checks:
+    """What `verify` says of one row, to be added up."""
+    return {
+        name: {
+            "checked": 1,
+            "failed": int(name in wrong),
+            "first": f"{place}: {wrong[name]}" if name in wrong else None,
+        }
+        for name in INVARIANTS
+    }
+
+
+def add_checks(total: Checks, more: Checks) -> None:
+    for name, mine in more.items():
+        entry = total.setdefault(name, {"checked": 0, "failed": 0, "first": None})
+        entry["checked"] += mine["checked"]
+        entry["failed"] += mine["failed"]
+        entry["first"] = entry["first"] or mine["first"]
+
+
 def _parity(renderer: Renderer, conversation: Conversation, turn: int, rendered: Rendered) -> str | None:
     try:
         prompt = renderer.render(conversation.before(turn), add_generation_prompt=True).ids
@@ -70,7 +91,7 @@ def _parity(renderer: Renderer, conversation: Conversation, turn: int, rendered:
 def _control_tokens(renderer: Renderer, conversation: Conversation, text: str) -> list[int] | None:
     """Ids of the control tokens that the template itself writes, in order; None where that cannot be told."""
     found = renderer.special_re.findall
-    if not _look_alikes(renderer, conversation):
+    if not conversation.mentions(renderer.special_re):
         return [renderer.special[t] for t in found(text)]
 
     def harmless(value: Any) -> Any:
@@ -88,12 +109,6 @@ def _control_tokens(renderer: Renderer, conversation: Conversation, text: str) -
         ]
     except FormatError:
         return None
-
-
-def _look_alikes(renderer: Renderer, conversation: Conversation) -> bool:
-    search = renderer.special_re.search
-    values = [f"{m.text}{m.reasoning_content or ''}{m.tool_calls or ''}" for m in conversation.messages]
-    return any(search(v) for v in values) or bool(conversation.tools and search(str(conversation.tools)))
 
 
 def _harmless_message(message: Message, harmless: Any) -> Message:

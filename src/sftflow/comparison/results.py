@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import datetime
 from typing import Any, Generic, TypeVar
 
-from sftflow.comparison.judge import Judged, Verdict
+from sftflow.comparison.judge import JudgeResult, Verdict
 from sftflow.comparison.prompts import PromptSet
 from sftflow.comparison.run_artifacts import RunArtifacts
 from sftflow.evaluation.contamination import Overlap
@@ -25,6 +25,7 @@ T = TypeVar("T")
 FORGOT = 0.02
 """plain text this much worse, relative, counts as forgetting"""
 NOT_IN_FILE = {"in_file": False}
+ONLY_IF_GIVEN = {"in_file": "where it is not None"}
 CONTINUED = "continued SFT"
 
 
@@ -170,11 +171,7 @@ class Forgetting:
     bytes: int
     base: float | None
     sft: float | None
-    not_checked: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        values = {"text": self.text, "bytes": self.bytes, "base": self.base, "sft": self.sft}
-        return values | ({"not_checked": self.not_checked} if self.not_checked else {})
+    not_checked: str | None = field(default=None, metadata=ONLY_IF_GIVEN)
 
     @property
     def change(self) -> float | None:
@@ -218,7 +215,7 @@ class Comparison:
     forgetting: Forgetting
     settings: Mapping[str, Any]
     fingerprints: Mapping[str, Any]
-    judge: Judged | NotJudged | None
+    judge: JudgeResult | NotJudged | None = field(metadata=ONLY_IF_GIVEN)
     seconds: float
     n_parameters: int = field(metadata=NOT_IN_FILE)
     finished: datetime = field(metadata=NOT_IN_FILE)
@@ -231,14 +228,11 @@ class Comparison:
     @property
     def verdicts(self) -> Sequence[Verdict]:
         """The judge's, prompt by prompt; none where no judge was asked."""
-        return self.judge.rows if isinstance(self.judge, Judged) else ()
+        return self.judge.rows if isinstance(self.judge, JudgeResult) else ()
 
     def to_json(self) -> dict[str, Any]:
         """compare.json"""
-        document = {f.name: to_json(getattr(self, f.name)) for f in fields(self) if f.metadata != NOT_IN_FILE}
-        if self.judge is None:
-            del document["judge"]
-        return document
+        return fields_to_json(self)
 
 
 def to_json(value: Any) -> Any:
@@ -250,7 +244,14 @@ def to_json(value: Any) -> Any:
     if hasattr(value, "to_json"):
         return value.to_json()
     if is_dataclass(value):
-        return {f.name: to_json(getattr(value, f.name)) for f in fields(value) if f.metadata != NOT_IN_FILE}
+        return fields_to_json(value)
     if isinstance(value, Mapping):
         return {key: to_json(v) for key, v in value.items()}
     return [to_json(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def fields_to_json(value: Any) -> dict[str, Any]:
+    """The fields of a result that compare.json holds."""
+    kept = {f.name: getattr(value, f.name) for f in fields(value) if f.metadata != NOT_IN_FILE}
+    absent = {f.name for f in fields(value) if f.metadata == ONLY_IF_GIVEN and kept[f.name] is None}
+    return {name: to_json(v) for name, v in kept.items() if name not in absent}

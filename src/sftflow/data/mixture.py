@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 
 from sftflow.atomic_io import write_text
 from sftflow.chat.render import Rendered, Renderer
-from sftflow.chat.template_options import append_eos, settle
+from sftflow.chat.template_options import append_eos, choose_arguments
+from sftflow.chat.verify import Checks, add_checks
 from sftflow.data.prepare import Progress, bad_rows, prepare_source, sample_conversation
 from sftflow.data.sources import sample_of
 from sftflow.data.store import Examples, RowStore
@@ -59,6 +61,7 @@ class Mixture:
     bad: list[dict[str, Any]]
     renderer: Renderer
 
+    @cached_property
     def ledger(self) -> dict[str, Any]:
         lengths = self.examples.lengths.tolist()
         packed = best_fit(lengths, self.max_length)
@@ -79,15 +82,11 @@ class Mixture:
             "data_sha256": self.digest(),
         }
 
-    def invariants(self) -> dict[str, dict[str, Any]]:
+    def invariants(self) -> Checks:
         """How many rows each invariant was checked on, and how many failed it, over all sources."""
-        total: dict[str, dict[str, Any]] = {}
+        total: Checks = {}
         for rows in self.rows:
-            for name, mine in rows.meta["invariants"].items():
-                entry = total.setdefault(name, {"checked": 0, "failed": 0, "first": None})
-                entry["checked"] += mine["checked"]
-                entry["failed"] += mine["failed"]
-                entry["first"] = entry["first"] or mine["first"]
+            add_checks(total, rows.meta["invariants"])
         return total
 
     def prove(self) -> None:
@@ -112,14 +111,14 @@ def write_bad_rows(out: Path, mixture: Mixture) -> None:
         write_text(out / "bad_rows.jsonl", text)
 
 
-def settle_renderer(recipe: Recipe, renderer: Renderer) -> Renderer:
+def training_renderer(recipe: Recipe, renderer: Renderer) -> Renderer:
     """The renderer that the recipe's data is rendered with: the end of text appended where the recipe asks for it,
     and template arguments chosen by the first rows of each source."""
     if recipe.append_eos:
         renderer = append_eos(renderer)
     if renderer.arguments() and not renderer.format.kwargs:
         sample = [c for entry in recipe.mixture for c in sample_of(entry, recipe, SETTLE_ROWS)]
-        renderer = settle(renderer, sample)
+        renderer = choose_arguments(renderer, sample)
     if renderer.tokenizer is not None:
         renderer.tokenizer.chat_template = renderer.format.template  # what the checkpoint will be saved with
     return renderer
@@ -134,7 +133,7 @@ def build_mixture(
     FormatError or MaskError at the first bad row (on_bad_row: skip quarantines them instead), and ProofError where a
     verified row fails.
     """
-    renderer = settle_renderer(recipe, renderer)
+    renderer = training_renderer(recipe, renderer)
     sources: list[RowStore] = []
     ledgers: list[SourceLedger] = []
     train: list[NDArray[np.int32]] = []

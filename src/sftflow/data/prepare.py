@@ -16,9 +16,9 @@ from typing import Any
 from sftflow.atomic_io import write_directory
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation, parse_row
-from sftflow.data.render_pool import Block, Job, SourceItem, Workers, n_cores, render_block
+from sftflow.data.render_pool import Block, Counts, Job, NumberedRow, Workers, n_cores, render_block
 from sftflow.data.row_cache import cache_folder, cache_key, prune
-from sftflow.data.sources import is_many, items_of, prefix_of
+from sftflow.data.sources import is_many, place_of, rows_of_entry
 from sftflow.data.store import RowStore, RowWriter
 from sftflow.errors import DataError, RunError
 from sftflow.recipe import Recipe, SourceEntry
@@ -39,57 +39,81 @@ def prepare_source(
 
     Raises the first bad row's error (on_bad_row: stop), or DataError where more than 5% of the rows are bad.
     """
-    prefix = prefix_of(entry)
-    job = Job(renderer.spec, prefix, recipe.train.max_length, recipe.train.overlong, recipe.on_bad_row)
+    place = place_of(entry)
+    job = Job(renderer.spec, place, recipe.train.max_length, recipe.train.overlong, recipe.on_bad_row)
 
     def fill(directory: Path) -> None:
-        _render(
-            items_of(entry, recipe),
-            job,
-            renderer,
-            directory,
-            entry.label,
-            many=is_many(entry),
-            every_row=every_row,
-            progress=progress,
-        )
+        _render_into(directory, entry, recipe, job, renderer, every_row=every_row, progress=progress)
 
     def opened(directory: Path) -> RowStore:
-        return RowStore(directory, name=entry.label, number=number, prefix=prefix)
+        return RowStore(directory, name=entry.label, number=number, prefix=place)
 
-    key = cache_key(entry, recipe, job)
-    folder = cache_folder()
+    key, folder = cache_key(entry, recipe, job), cache_folder()
     if key is None or folder is None:
         directory = Path(tempfile.mkdtemp(prefix="sftflow-rows-"))
         atexit.register(shutil.rmtree, directory, ignore_errors=True)
         fill(directory)
         return opened(directory)
-    place = folder / key
-    if (place / "meta.json").is_file():
-        rows = opened(place)
+    kept = folder / key
+    if (kept / "meta.json").is_file():
+        rows = opened(kept)
         if rows.meta["verified"] == "all" or not every_row:
             with contextlib.suppress(OSError):  # a cache that is shared and read-only
-                os.utime(place)
+                os.utime(kept)
             return rows
     try:
-        write_directory(place, fill)
+        write_directory(kept, fill)
     except OSError as error:
-        raise RunError(
-            str(place), f"cannot write ({error.strerror or error})", "free space, or set SFTFLOW_CACHE"
-        ) from error
-    prune(folder, keep=place)
-    return opened(place)
+        fact = f"cannot write ({error.strerror or error})"
+        raise RunError(str(kept), fact, "free space, or set SFTFLOW_CACHE") from error
+    prune(folder, keep=kept)
+    return opened(kept)
 
 
-# ---- rendering
+def _render_into(
+    directory: Path,
+    entry: SourceEntry,
+    recipe: Recipe,
+    job: Job,
+    renderer: Renderer,
+    *,
+    every_row: bool,
+    progress: Progress | None,
+) -> None:
+    """Render a source into a new store in `directory`."""
+    blocks, many = _blocks(rows_of_entry(entry, recipe)), is_many(entry)
+    total, bad = Counts(), []
+    sample: Conversation | None = None
+    with contextlib.ExitStack() as stack:
+        writer = RowWriter(directory)
+        stack.callback(writer.abandon)
+        for block in _rendered(blocks, job, renderer, stack, many=many, every_row=every_row):
+            if block.error is not None:
+                raise block.error
+            total.add(block.counts)
+            bad += block.bad
+            sample = sample or block.sample
+            writer.append(block.ids, block.mask, block.table)
+            if progress:
+                progress(entry.label, total.seen)
+        if len(bad) > MOST_BAD * total.seen:
+            fact = f"{len(bad):,} of {total.seen:,} rows are bad, more than {MOST_BAD:.0%}; the first: {bad[0][1]}"
+            raise DataError(job.prefix, fact, "mend the data")
+        with (directory / "bad.jsonl").open("w", encoding="utf-8") as f:
+            for n, reason, row in bad:
+                f.write(json.dumps({"source": f"{job.prefix}:{n}", "reason": reason, "row": row}) + "\n")
+        first = {"source": sample.source, "row": sample.to_row()} if sample else None
+        (directory / "sample.json").write_text(json.dumps(first), encoding="utf-8")
+        verified = "all" if every_row else "sample"
+        writer.close({**vars(total), "bad": len(bad), "verified": verified, "prefix": job.prefix})
 
 
-def _blocks(items: Iterable[SourceItem]) -> Iterator[list[SourceItem]]:
-    block: list[SourceItem] = []
+def _blocks(rows: Iterable[NumberedRow]) -> Iterator[list[NumberedRow]]:
+    block: list[NumberedRow] = []
     size = 0
-    for item in items:
-        block.append(item)
-        size += len(item[1]) if isinstance(item[1], bytes) else 0
+    for row in rows:
+        block.append(row)
+        size += len(row[1]) if isinstance(row[1], bytes) else 0
         if len(block) >= BLOCK_ROWS or size >= BLOCK_BYTES:
             yield block
             block, size = [], 0
@@ -97,102 +121,31 @@ def _blocks(items: Iterable[SourceItem]) -> Iterator[list[SourceItem]]:
         yield block
 
 
-def _render(
-    items: Iterable[SourceItem],
+def _rendered(
+    blocks: Iterator[list[NumberedRow]],
     job: Job,
     renderer: Renderer,
-    directory: Path,
-    label: str,
+    stack: contextlib.ExitStack,
     *,
     many: bool,
     every_row: bool,
-    progress: Progress | None,
-) -> None:
-    """Render all rows into a store in `directory`. many: whether they are known to be worth starting processes."""
-    blocks = _blocks(items)
+) -> Iterator[Block]:
+    """The blocks rendered, in order: here, or by processes that end with `stack`. many: whether the blocks are known to
+    be worth starting processes."""
     first = [] if many else list(islice(blocks, ALONE_BLOCKS))
+    asked = (
+        (block, -1 if every_row else VERIFIED_SAMPLE if n == 0 else 0) for n, block in enumerate(chain(first, blocks))
+    )
 
-    def asked(some: Iterable[list[SourceItem]], verify: int) -> Iterator[tuple[list[SourceItem], int]]:
-        for block in some:
-            yield block, -1 if every_row else verify
-            verify = 0
+    def here(block: tuple[list[NumberedRow], int]) -> Block:
+        return render_block(renderer, job, *block)
 
-    total = _Total()
-    with contextlib.ExitStack() as stack:
-        writer = RowWriter(directory)
-        stack.callback(writer.abandon)
-        every = asked(chain(first, blocks), VERIFIED_SAMPLE)
-
-        def here(block: tuple[list[SourceItem], int]) -> Block:
-            return render_block(renderer, job, *block)
-
-        cores = n_cores()
-        if (not many and len(first) < ALONE_BLOCKS) or cores == 1:
-            results: Iterator[Block] = map(here, every)
-        elif cores <= FEW_CORES:  # on few cores this process renders, too
-            results = stack.enter_context(Workers(job, cores - 1)).render(every, here)
-        else:
-            results = stack.enter_context(Workers(job, cores)).render(every)
-        for result in results:
-            if result.error is not None:
-                raise result.error
-            total.add(result)
-            writer.append(result.ids, result.mask, result.table)
-            if progress:
-                progress(label, total.counts["seen"])
-        total.check(job.prefix)
-        meta = {**total.counts, "verified": "all" if every_row else "sample", "prefix": job.prefix}
-        with (directory / "bad.jsonl").open("w", encoding="utf-8") as f:
-            for n, reason, row in total.bad:
-                f.write(json.dumps({"source": f"{job.prefix}:{n}", "reason": reason, "row": row}) + "\n")
-        first = total.sample
-        sample = {"source": first.source, "row": first.to_row()} if first else None
-        (directory / "sample.json").write_text(json.dumps(sample), encoding="utf-8")
-        writer.close(meta)
-
-
-class _Total:
-    """The sums over a source's blocks."""
-
-    def __init__(self) -> None:
-        self.counts: dict[str, Any] = {
-            "seen": 0,
-            "cut": 0,
-            "expanded": 0,
-            "boundary_splits": 0,
-            "dropped": {},
-            "bad": 0,
-            "invariants": {},
-        }
-        self.bad: list[tuple[int, str, Any]] = []
-        self.sample: Conversation | None = None
-
-    def add(self, block: Block) -> None:
-        for key in ("seen", "cut", "expanded", "boundary_splits"):
-            self.counts[key] += getattr(block, key)
-        for why, n in block.dropped.items():
-            self.counts["dropped"][why] = self.counts["dropped"].get(why, 0) + n
-        for name, mine in block.invariants.items():
-            entry = self.counts["invariants"].setdefault(name, {"checked": 0, "failed": 0, "first": None})
-            entry["checked"] += mine["checked"]
-            entry["failed"] += mine["failed"]
-            entry["first"] = entry["first"] or mine["first"]
-        self.bad += block.bad
-        self.counts["bad"] = len(self.bad)
-        self.sample = self.sample or block.sample
-
-    def check(self, prefix: str) -> None:
-        """Raises DataError where too many rows are bad."""
-        seen, bad = self.counts["seen"], len(self.bad)
-        if bad > MOST_BAD * seen:
-            raise DataError(
-                prefix,
-                f"{bad:,} of {seen:,} rows are bad, more than {MOST_BAD:.0%}; the first: {self.bad[0][1]}",
-                "mend the data",
-            )
-
-
-# ---- the sample conversation of a source
+    cores = n_cores()
+    if (not many and len(first) < ALONE_BLOCKS) or cores == 1:
+        return map(here, asked)
+    if cores <= FEW_CORES:  # on few cores this process renders, too
+        return stack.enter_context(Workers(job, cores - 1)).render(asked, here)
+    return stack.enter_context(Workers(job, cores)).render(asked)
 
 
 def sample_conversation(rows: RowStore) -> Conversation | None:

@@ -24,13 +24,13 @@ from numpy.typing import NDArray
 
 from sftflow.chat.render import Renderer, RendererSpec
 from sftflow.chat.schema import Conversation, conversation_of
-from sftflow.chat.verify import INVARIANTS, verify
+from sftflow.chat.verify import Checks, add_checks, checks, verify
 from sftflow.data.store import ROW
-from sftflow.data.truncate import fit
+from sftflow.data.truncate import fit_to_length
 from sftflow.errors import DataError, FormatError, MaskError, RunError, SchemaError, SftflowError
 from sftflow.fingerprint import row_digest
 
-SourceItem = tuple[int, Any]  # (number in the source, a line's bytes, a parsed row, or a Conversation)
+NumberedRow = tuple[int, Any]  # (number in the source, a line's bytes, a parsed row, or a Conversation)
 
 
 @dataclass(frozen=True)
@@ -45,40 +45,55 @@ class Job:
 
 
 @dataclass
-class Block:
-    """What became of a block of rows.
+class Counts:
+    """What became of rows. invariants: how often each was checked and failed, and the first failure."""
 
-    table: (n,) of ROW, `start` counted from the block's first token.   bad: (number, reason, row) of quarantined rows.
-    invariants: how often each was checked and failed, and the first failure.   error: what stopped the block.
-    """
-
-    ids: NDArray[np.int32]
-    mask: NDArray[np.int8]
-    table: NDArray[Any]
     seen: int = 0
     cut: int = 0
     expanded: int = 0
     boundary_splits: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
+    invariants: Checks = field(default_factory=dict)
+
+    def add(self, more: Counts) -> None:
+        self.seen += more.seen
+        self.cut += more.cut
+        self.expanded += more.expanded
+        self.boundary_splits += more.boundary_splits
+        for why, n in more.dropped.items():
+            self.dropped[why] = self.dropped.get(why, 0) + n
+        add_checks(self.invariants, more.invariants)
+
+
+@dataclass
+class Block:
+    """What came of a block of rows.
+
+    table: (n,) of ROW, `start` counted from the block's first token.   bad: (number, reason, row) of quarantined rows.
+    sample: the first conversation that was rendered.   error: what stopped the block.
+    """
+
+    ids: NDArray[np.int32]
+    mask: NDArray[np.int8]
+    table: NDArray[Any]
+    counts: Counts = field(default_factory=Counts)
     bad: list[tuple[int, str, Any]] = field(default_factory=list)
-    invariants: dict[str, dict[str, Any]] = field(default_factory=dict)
     sample: Conversation | None = None
     error: SftflowError | None = None
 
 
-def render_block(renderer: Renderer, job: Job, items: list[SourceItem], n_verified: int) -> Block:
+def render_block(renderer: Renderer, job: Job, items: list[NumberedRow], n_verified: int) -> Block:
     """Render a block; its first `n_verified` rows are verified, all of them where it is negative."""
     ids: list[NDArray[Any]] = []
     masks: list[NDArray[np.int8]] = []
     table: list[tuple[int, int, int, int, int]] = []
-    empty = np.empty(0, np.int32)
-    block = Block(empty, np.empty(0, np.int8), np.empty(0, ROW))
-    start = 0
+    block = Block(np.empty(0, np.int32), np.empty(0, np.int8), np.empty(0, ROW))
+    counts, start = block.counts, 0
     for count, (number, payload) in enumerate(items):
-        block.seen += 1
+        counts.seen += 1
         try:
             conversation = conversation_of(payload, f"{job.prefix}:{number}")
-            fitted = fit(conversation, renderer, job.max_length, job.overlong)
+            fitted = fit_to_length(conversation, renderer, job.max_length, job.overlong)
         except (DataError, SchemaError, FormatError, MaskError) as error:
             if job.on_bad_row == "stop":
                 block.error = error
@@ -86,19 +101,18 @@ def render_block(renderer: Renderer, job: Job, items: list[SourceItem], n_verifi
             block.bad.append((number, str(error), _shown(payload)))
             continue
         if fitted.dropped:
-            block.dropped[fitted.dropped] = block.dropped.get(fitted.dropped, 0) + 1
+            counts.dropped[fitted.dropped] = counts.dropped.get(fitted.dropped, 0) + 1
             continue
-        block.cut += fitted.cut
-        block.expanded += len(fitted.pairs) > 1
-        if block.sample is None:
-            block.sample = fitted.pairs[0][0]
+        counts.cut += fitted.cut
+        counts.expanded += len(fitted.pairs) > 1
+        block.sample = block.sample or fitted.pairs[0][0]
         for rendered_from, rendered in fitted.pairs:
             if n_verified < 0 or count < n_verified:
-                _count(block.invariants, verify(renderer, rendered_from, rendered), conversation.source)
+                add_checks(counts.invariants, checks(verify(renderer, rendered_from, rendered), conversation.source))
             row = rendered.ids.astype(np.int32)
             n = len(row)
             table.append((start, n, int(rendered.mask[1:].sum()), number, row_digest(row)))
-            block.boundary_splits += rendered.boundary_splits
+            counts.boundary_splits += rendered.boundary_splits
             ids.append(row)
             masks.append(rendered.mask)
             start += n
@@ -113,15 +127,6 @@ def _shown(payload: Any) -> Any:
     if isinstance(payload, Conversation):
         return payload.to_row()["messages"]
     return payload.decode("utf-8", "replace").rstrip("\r\n") if isinstance(payload, bytes) else payload
-
-
-def _count(counts: dict[str, dict[str, Any]], wrong: dict[str, str], place: str) -> None:
-    for name in INVARIANTS:
-        entry = counts.setdefault(name, {"checked": 0, "failed": 0, "first": None})
-        entry["checked"] += 1
-        if name in wrong:
-            entry["failed"] += 1
-            entry["first"] = entry["first"] or f"{place}: {wrong[name]}"
 
 
 def n_cores() -> int:
@@ -177,27 +182,27 @@ class Workers:
 
     def render(
         self,
-        blocks: Iterable[tuple[list[SourceItem], int]],
-        here: Callable[[tuple[list[SourceItem], int]], Block] | None = None,
+        blocks: Iterable[tuple[list[NumberedRow], int]],
+        here: Callable[[tuple[list[NumberedRow], int]], Block] | None = None,
     ) -> Iterator[Block]:
         """The blocks' results in order; a few blocks are under way at a time, so memory stays flat.
 
         here: renders a block in this process, while the others have enough to do (and while they start).
         """
         n = len(self._processes)
-        pending: deque[Future[Block] | Block] = deque()
+        pending: deque[Future[Block]] = deque()
         for block in blocks:
-            busy = sum(isinstance(p, Future) and not p.done() for p in pending)
-            if here is not None and busy >= 2 * n:
-                pending.append(here(block))
+            if here is not None and sum(not p.done() for p in pending) >= 2 * n:
+                pending.append(Future())
+                pending[-1].set_result(here(block))
             else:
                 pending.append(self._threads.submit(self._ask, block))
-            while pending and (len(pending) > 4 * n + 4 or _ready(pending[0])):
-                yield _result(pending.popleft())
+            while pending and (len(pending) > 4 * n + 4 or pending[0].done()):
+                yield pending.popleft().result()
         while pending:
-            yield _result(pending.popleft())
+            yield pending.popleft().result()
 
-    def _ask(self, block: tuple[list[SourceItem], int]) -> Block:
+    def _ask(self, block: tuple[list[NumberedRow], int]) -> Block:
         process = self._free.get()
         try:
             _send(process, block)
@@ -208,14 +213,6 @@ class Workers:
         finally:
             self._free.put(process)
         return answer
-
-
-def _ready(pending: Future[Block] | Block) -> bool:
-    return not isinstance(pending, Future) or pending.done()
-
-
-def _result(pending: Future[Block] | Block) -> Block:
-    return pending.result() if isinstance(pending, Future) else pending
 
 
 def _send(process: subprocess.Popen[bytes], value: Any) -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from sftflow.atomic_io import write_file
 from sftflow.chat.schema import Conversation, conversation_of, parse_row
 from sftflow.data.mixture import Mixture
-from sftflow.data.sources import items_of, prefix_of
-from sftflow.data.store import ROW, Rows
-from sftflow.data.truncate import fit
+from sftflow.data.sources import place_of, rows_of_entry
+from sftflow.data.store import Rows
+from sftflow.data.truncate import fit_to_length
 from sftflow.errors import DataError
 from sftflow.recipe import Recipe
 
@@ -92,11 +92,13 @@ def held_out_conversations(mixture: Mixture, recipe: Recipe) -> dict[tuple[int, 
             if source == number:
                 wanted.setdefault(int(rows.table["number"][row]), []).append(row)
         last = max(wanted, default=0)
-        for at, payload in items_of(entry, recipe) if wanted else ():
+        for at, payload in rows_of_entry(entry, recipe) if wanted else ():
             if at in wanted:
-                place = f"{prefix_of(entry)}:{at}"
+                place = f"{place_of(entry)}:{at}"
                 conversation = conversation_of(payload, place)
-                pairs = fit(conversation, mixture.renderer, recipe.train.max_length, recipe.train.overlong).pairs
+                pairs = fit_to_length(
+                    conversation, mixture.renderer, recipe.train.max_length, recipe.train.overlong
+                ).pairs
                 for row in wanted[at]:
                     same = [c for c, r in pairs if np.array_equal(r.ids, rows.ids(row))]
                     if not same:
@@ -121,23 +123,21 @@ def _held_out_line(mixture: Mixture, at: tuple[int, int], conversation: Conversa
     return (json.dumps(line, ensure_ascii=False) + "\n").encode()
 
 
-def _arrays(mixture: Mixture) -> dict[str, NDArray[np.generic]]:
-    """What training_rows.npz holds, sources one after another: {"ids": (tokens,), "length": (rows,), ...}"""
-    table = np.concatenate([rows.table for rows in mixture.rows])
-    held_out = [np.zeros(len(rows), bool) for rows in mixture.rows]
-    for source, row in mixture.held_out.chosen:
-        held_out[source][row] = True
-    arrays: dict[str, NDArray[np.generic]] = {
+def _arrays(mixture: Mixture) -> dict[str, Any]:
+    """What training_rows.npz holds: names, prefixes, and for source N "N/table", "N/held_out", "N/ids", "N/mask"."""
+    arrays: dict[str, Any] = {
         "names": np.array(mixture.names),
         "prefixes": np.array([rows.prefix for rows in mixture.rows]),
-        "rows": np.array([len(rows) for rows in mixture.rows]),
-        "held_out": np.concatenate(held_out),
-        **{name: table[name] for name in ("number", "length", "supervised", "digest")},
     }
-    if table["length"].sum(dtype=np.int64) <= MAX_TOKENS:
-        ids = np.concatenate([rows.all_ids for rows in mixture.rows])
-        arrays["ids"] = ids.astype(np.min_scalar_type(int(ids.max(initial=0))))
-        arrays["mask"] = np.packbits(np.concatenate([rows.all_masks for rows in mixture.rows]).astype(bool))
+    whole = sum(int(rows.lengths.sum(dtype=np.int64)) for rows in mixture.rows) <= MAX_TOKENS
+    for number, rows in enumerate(mixture.rows):
+        held_out = np.zeros(len(rows), bool)
+        held_out[[row for source, row in mixture.held_out.chosen if source == number]] = True
+        arrays |= {f"{number}/table": rows.table, f"{number}/held_out": held_out}
+        if whole:
+            smallest = np.min_scalar_type(int(rows.all_ids.max(initial=0)))
+            arrays[f"{number}/ids"] = rows.all_ids.astype(smallest)
+            arrays[f"{number}/mask"] = np.packbits(rows.all_masks.astype(bool))
     return arrays
 
 
@@ -167,29 +167,19 @@ def _held_out_row(line: str) -> HeldOutRow:
 def read_training_rows(run: Path) -> TrainingRows:
     """The rows that a run directory was trained on, held-out ones marked. Raises DataError where an older version wrote
     the run."""
-    with np.load(_file_of(run, TRAINING_ROWS)) as file:
-        arrays = {name: file[name] for name in file.files}
-    table = np.zeros(len(arrays["length"]), ROW)
-    for name in ("number", "length", "supervised", "digest"):
-        table[name] = arrays[name]
-    ends = np.cumsum(arrays["length"], dtype=np.int64)
-    table["start"] = ends - arrays["length"]
-    n_tokens = int(ends[-1])
-    whole = "ids" in arrays
-    ids = arrays["ids"] if whole else np.zeros(0, np.int32)
-    mask = np.unpackbits(arrays["mask"], count=n_tokens).view(np.int8) if whole else np.zeros(0, np.int8)
     sources, held_out = [], []
-    for number, (begin, end) in enumerate(_spans(arrays["rows"])):
-        name, prefix = str(arrays["names"][number]), str(arrays["prefixes"][number])
-        sources.append(Rows(table[begin:end], ids, mask, name=name, number=number, prefix=prefix))
-        held_out.append(arrays["held_out"][begin:end])
-    why = f"{n_tokens:,} tokens are more than the {MAX_TOKENS:,} that are kept beside a run"
-    return TrainingRows(sources=sources, held_out=held_out, without_ids=None if whole else why)
-
-
-def _spans(sizes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    ends = np.cumsum(sizes)
-    yield from zip((ends - sizes).tolist(), ends.tolist(), strict=True)
+    with np.load(_file_of(run, TRAINING_ROWS)) as file:
+        whole = "0/ids" in file
+        for number, (name, prefix) in enumerate(zip(file["names"].tolist(), file["prefixes"].tolist(), strict=True)):
+            table = file[f"{number}/table"]
+            ids, mask = np.zeros(0, np.int32), np.zeros(0, np.int8)
+            if whole:
+                ids = file[f"{number}/ids"]
+                mask = np.unpackbits(file[f"{number}/mask"], count=len(ids)).view(np.int8)
+            sources.append(Rows(table, ids, mask, name=name, number=number, prefix=prefix))
+            held_out.append(file[f"{number}/held_out"])
+    why = None if whole else f"more than the {MAX_TOKENS:,} tokens that are kept beside a run"
+    return TrainingRows(sources=sources, held_out=held_out, without_ids=why)
 
 
 def _file_of(run: Path, name: str) -> Path:

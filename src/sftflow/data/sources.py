@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from sftflow.chat.schema import Conversation, conversation_of, read_lines, read_rows
-from sftflow.data.render_pool import SourceItem
+from sftflow.data.render_pool import NumberedRow
 from sftflow.errors import DataError, SftflowError
 from sftflow.recipe import Recipe, SourceEntry
 from sftflow.tasks import TASKS, TaskSource, make_task
@@ -18,7 +18,7 @@ from sftflow.tasks import TASKS, TaskSource, make_task
 MANY_BYTES = 2 << 20  # a file of more lines than that is worth starting processes
 
 
-def items_of(entry: SourceEntry, recipe: Recipe) -> Iterator[SourceItem]:
+def rows_of_entry(entry: SourceEntry, recipe: Recipe) -> Iterator[NumberedRow]:
     """(number, payload) of each row of a mixture entry, a sample of `limit` of them where it asks for one."""
     if entry.source in TASKS:
         options = {"identity": recipe.identity.model_dump()}
@@ -42,7 +42,7 @@ def items_of(entry: SourceEntry, recipe: Recipe) -> Iterator[SourceItem]:
         if chosen is None or i in chosen:
             yield item
     if empty:
-        raise DataError(name, "no rows in it", "give a file with conversations")
+        raise DataError(place_of(entry), "no rows in it", "give a file with conversations")
 
 
 def is_many(entry: SourceEntry) -> bool:
@@ -61,21 +61,22 @@ def _is_lines(name: str) -> bool:
     return not name.startswith("hub:") and Path(name).suffix not in (".json", ".parquet")
 
 
-def _numbered(name: str) -> Iterator[SourceItem]:
+def _numbered(name: str) -> Iterator[NumberedRow]:
     for place, row in read_rows(name):
         yield int(place.rpartition(":")[2]), row
 
 
-def prefix_of(entry: SourceEntry) -> str:
-    return entry.source if entry.source in TASKS else entry.path or entry.source
+def place_of(entry: SourceEntry) -> str:
+    """What errors call the entry's rows, with the row's number behind it: `data.jsonl` in `data.jsonl:17`."""
+    return entry.place or (entry.source if entry.source in TASKS else entry.path or entry.source)
 
 
 def sample_of(entry: SourceEntry, recipe: Recipe, n: int) -> list[Conversation]:
     """The first `n` rows of an entry that can be read."""
     out: list[Conversation] = []
-    for number, payload in islice(items_of(entry, recipe), n):
+    for number, payload in islice(rows_of_entry(entry, recipe), n):
         try:
-            out.append(conversation_of(payload, f"{prefix_of(entry)}:{number}"))
+            out.append(conversation_of(payload, f"{place_of(entry)}:{number}"))
         except SftflowError:
             continue  # it will be named, or skipped, when the rows are rendered
     return out

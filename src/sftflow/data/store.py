@@ -40,7 +40,7 @@ class RowWriter:
         self._tokens = 0
 
     def append(self, ids: NDArray[np.int32], mask: NDArray[np.int8], table: NDArray[Any]) -> None:
-        """RowStore whose `start` counts from the beginning of these ids."""
+        """table: of ROW, whose `start` counts from the beginning of these ids."""
         table = table.copy()
         table["start"] += self._tokens
         self._tables.append(table)

@@ -14,7 +14,7 @@ Pair = tuple[Conversation, Rendered]
 
 
 @dataclass(frozen=True, slots=True)
-class Fitted:
+class FittedRow:
     """pairs: (what was rendered, its rendering).   cut: whether turns were left out to fit.
     dropped: why nothing is left, or None."""
 
@@ -23,7 +23,7 @@ class Fitted:
     dropped: str | None = None
 
 
-def fit(conversation: Conversation, renderer: Renderer, max_length: int, overlong: str) -> Fitted:
+def fit_to_length(conversation: Conversation, renderer: Renderer, max_length: int, overlong: str) -> FittedRow:
     """The row's examples. An over-long conversation is cut back to whole turns that fit (`overlong: cut`), or dropped.
 
     Raises SchemaError where the row holds nothing to supervise; FormatError and MaskError as the renderer does.
@@ -35,10 +35,10 @@ def fit(conversation: Conversation, renderer: Renderer, max_length: int, overlon
         raise SchemaError(conversation.source, fact, "add one, remove the row, or set on_bad_row: skip")
     pairs = renderer.render_pairs(conversation)
     if all(len(r.ids) <= max_length for _, r in pairs):
-        return Fitted(pairs)
+        return FittedRow(pairs)
     if len(pairs) > 1:
         kept = [(c, r) for c, r in pairs if len(r.ids) <= max_length]
-        return Fitted(kept, cut=bool(kept), dropped=None if kept else TOO_LONG)
+        return FittedRow(kept, cut=bool(kept), dropped=None if kept else TOO_LONG)
     if overlong == "cut":
         for turn in range(len(conversation.messages) - 1, 1, -1):
             last = conversation.messages[turn - 1]
@@ -50,8 +50,8 @@ def fit(conversation: Conversation, renderer: Renderer, max_length: int, overlon
             except SftflowError:
                 continue
             if len(rendered.ids) <= max_length:
-                return Fitted([(shorter, rendered)], cut=True)
-    return Fitted([], dropped=TOO_LONG)
+                return FittedRow([(shorter, rendered)], cut=True)
+    return FittedRow([], dropped=TOO_LONG)
 
 
 def _assistants(conversation: Conversation) -> int:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation, text_message
-from sftflow.chat.template_options import append_eos, settle
+from sftflow.chat.template_options import append_eos, choose_arguments
 from sftflow.errors import FormatError, MaskError, TaskError
 from sftflow.tasks import Item
 
@@ -60,7 +60,7 @@ def _format_for_letters(renderer: Renderer, task: str) -> Renderer:
     prompt opens a think block, those that close it. A format need not end its turns to be asked this."""
     exchange = _exchange("A")
     try:
-        settled = settle(append_eos(renderer), [exchange])
+        settled = choose_arguments(append_eos(renderer), [exchange])
         settled.render(exchange)
     except (MaskError, FormatError) as error:
         fact = f"in this chat format a letter alone is no reply ({error.fact})"

@@ -23,6 +23,7 @@ from sftflow.exporting.llamacpp import Continuation, LlamaCpp
 from sftflow.exporting.parity_prompts import Case
 from sftflow.generation.request import GenerationRequest
 from sftflow.gguf.writer import exported_template
+from sftflow.packing.pack import common_prefix
 
 PROMPTS, TOKENS = 50, 24
 TOLERANCE = 1e-3
@@ -218,7 +219,7 @@ def _between(ids: list[int], special: set[int]) -> list[list[int]]:
 
 def _apart(ours: Any, theirs: Any) -> str:
     """Where two sequences part, in words."""
-    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    at = common_prefix(ours, theirs)
     return f"{theirs[at : at + 8]!r} where {ours[at : at + 8]!r} is right (at {at})"
 
 

@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sftflow.atomic_io import sweep, write_directory, write_json
 from sftflow.data.documents import read_documents
@@ -29,9 +32,8 @@ from sftflow.training.resume import forget_states, saved_states, unfinished
 from sftflow.training.trainer import Trainer
 from sftflow.training.training_run import Listener, TrainingRun
 
-HELD_OUT_CHARACTERS = 300_000  # what bits per byte are measured on
-TOKENIZER_CHARACTERS = 24_000_000  # what the tokenizer is trained on
-
+HELD_OUT_BYTES = 300_000  # what bits per byte are measured on
+TOKENIZER_CHARACTERS = 24_000_001  # what the tokenizer is trained on
 SIZES = {
     # parameters: (layers, width, heads, feed-forward), for a vocabulary of 4,096 and tied embeddings
     "0.1M": (2, 32, 2, 96),
@@ -54,12 +56,24 @@ class BaseSpec:
     seed: int = 0
     compile: bool = False
 
+    def settings(self, save_every: int) -> Train:
+        """The trainer's, tuned on the base that is shipped."""
+        return Train(
+            max_length=self.context,
+            tokens_per_step=self.tokens_per_step,
+            steps=max(1, self.tokens // self.tokens_per_step),
+            optimizer="muon",
+            lr=self.lr,
+            weight_decay=0.02,
+            schedule=Schedule(kind="linear", warmup=0.01, warmdown=0.45),
+            save_every=save_every,
+            seed=self.seed,
+            compile=self.compile,
+        )
+
 
 def build_model(spec: BaseSpec, vocab_size: int, bos: int) -> Any:
     """A randomly initialised LlamaForCausalLM of the asked size, in fp32."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     if spec.params not in SIZES:
         raise RecipeError("--params", f"{spec.params!r} is not a known size", f"use one of {', '.join(SIZES)}")
     layers, width, heads, feed_forward = SIZES[spec.params]
@@ -84,32 +98,6 @@ def build_model(spec: BaseSpec, vocab_size: int, bos: int) -> Any:
     return model
 
 
-class TokenRows(Sequence[Example]):
-    """Rows of `length` tokens cut from one long stream; every token is supervised."""
-
-    def __init__(self, stream: Any, length: int) -> None:
-        self.stream, self.length = stream, length
-        self.mask = np.ones(length, np.int8)
-
-    def __len__(self) -> int:
-        return len(self.stream) // self.length
-
-    def __getitem__(self, index: Any) -> Any:
-        if index >= len(self):
-            raise IndexError(index)
-        ids = np.asarray(self.stream[index * self.length : (index + 1) * self.length], np.int64)
-        return Example(ids=ids, mask=self.mask)
-
-
-def encode_stream(tokenizer: Any, documents: Sequence[str]) -> np.ndarray[Any, np.dtype[np.uint16]]:
-    """All documents' ids in one uint16 stream, each document opened by `<|bos|>` (the tokenizer writes it)."""
-    parts = []
-    for start in range(0, len(documents), 512):
-        for ids in tokenizer(list(documents[start : start + 512])).input_ids:
-            parts.append(np.asarray(ids, np.uint16))
-    return np.concatenate(parts) if parts else np.zeros(0, np.uint16)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
     """documents: to train on, in random order.   held_out: those to measure on, by where they are from."""
@@ -121,8 +109,7 @@ class Corpus:
         """Of what is trained on."""
         digest = hashlib.sha256()
         for document in self.documents:
-            digest.update(document.encode())
-            digest.update(b"\0")
+            digest.update(document.encode() + b"\0")
         return digest.hexdigest()[:16]
 
 
@@ -141,32 +128,38 @@ def read_corpus(texts: Sequence[Path], heldout: Sequence[Path], seed: int) -> Co
     return Corpus(documents=documents[n:] or documents, held_out={"1% of the documents": documents[:n]})
 
 
-def first_documents(documents: Sequence[str], size: int) -> list[str]:
-    """So many documents from the start that they have `size` characters, or all."""
-    ends = np.cumsum([len(document) for document in documents])
-    return list(documents[: int(np.searchsorted(ends, size)) + 1])
+def first_documents(documents: Sequence[str], size: int, size_of: Callable[[str], int] = len) -> Sequence[str]:
+    """As many documents from the start as it takes to have `size` characters, or what `size_of` counts."""
+    ends = np.cumsum([size_of(document) for document in documents])
+    return documents[: int(np.searchsorted(ends, size)) + 1]
 
 
-def open_tokenizer(directory: Path, documents: Sequence[str], spec: BaseSpec, say: Callable[[str], None]) -> Any:
+def open_tokenizer(directory: Path, documents: Sequence[str], spec: BaseSpec, listener: Listener) -> Any:
     """The tokenizer that an earlier part of this run has trained, or a new one."""
     if directory.is_dir():
-        from transformers import AutoTokenizer
-
         return AutoTokenizer.from_pretrained(directory)
-    say("training the tokenizer")
+    listener.say("training the tokenizer")
     tokenizer = train_tokenizer(first_documents(documents, TOKENIZER_CHARACTERS), spec.vocab, spec.context)
     write_directory(directory, lambda d: tokenizer.save_pretrained(d) and None)
     return tokenizer
 
 
-def encode_corpus(tokenizer: Any, documents: Sequence[str], spec: BaseSpec) -> TokenRows:
-    """As many rows as the steps may need."""
-    needed = int(spec.tokens * 1.02) + spec.context * 64
-    parts, at, n = [np.zeros(0, np.uint16)], 0, 0
-    while n < needed and at < len(documents):
-        parts.append(encode_stream(tokenizer, documents[at : at + 4096]))
-        n, at = n + len(parts[-1]), at + 4096
-    return TokenRows(np.concatenate(parts)[:needed], spec.context)
+def token_stream(tokenizer: Any, documents: Sequence[str], limit: int | None = None) -> NDArray[np.uint16]:
+    """The documents' ids one after another, `limit` of them at most; the tokenizer opens each with `<|bos|>`."""
+    parts, n = [np.zeros(0, np.uint16)], 0
+    for start in range(0, len(documents), 512):
+        if limit is not None and n >= limit:
+            break
+        encoded = tokenizer(list(documents[start : start + 512])).input_ids
+        parts += [np.asarray(ids, np.uint16) for ids in encoded]
+        n += sum(len(ids) for ids in encoded)
+    return np.concatenate(parts)[:limit]
+
+
+def rows_of(stream: NDArray[np.uint16], length: int) -> list[Example]:
+    """Rows of `length` tokens cut from one long stream; every token is supervised."""
+    rows: Any = stream[: len(stream) // length * length].reshape(-1, length)
+    return [Example(ids=row, mask=np.ones(length, np.int8)) for row in rows]
 
 
 def bits_per_byte(trainer: Trainer, tokenizer: Any, documents: Sequence[str]) -> float:
@@ -175,8 +168,8 @@ def bits_per_byte(trainer: Trainer, tokenizer: Any, documents: Sequence[str]) ->
     The context restarts every `max_length` tokens; each row's first token is not predicted, and its bytes are left out
     of the count. `<|bos|>` has no bytes, but predicting it costs: counted in nats, absent from bytes.
     """
-    stream = encode_stream(tokenizer, first_documents(documents, HELD_OUT_CHARACTERS))
-    rows = TokenRows(stream, max(1, min(trainer.settings.max_length, len(stream))))
+    stream = token_stream(tokenizer, first_documents(documents, HELD_OUT_BYTES, lambda d: len(d.encode())))
+    rows = rows_of(stream, max(1, min(trainer.settings.max_length, len(stream))))
     loss, _, n_tokens = trainer.evaluate(rows)
     n_bytes = sum(len(tokenizer.decode(row.ids[1:], skip_special_tokens=True).encode()) for row in rows)
     return loss * n_tokens / math.log(2) / max(1, n_bytes)
@@ -202,26 +195,25 @@ def train_base(
         if saved_states(states) and not (out / "checkpoint").is_dir():
             raise unfinished(out)
         forget_states(states)
-    tokenizer = open_tokenizer(states / "tokenizer", corpus.documents, spec, listener.say)
+    tokenizer = open_tokenizer(states / "tokenizer", corpus.documents, spec, listener)
     listener.say("encoding the text")
-    rows = encode_corpus(tokenizer, corpus.documents, spec)
+    stream = token_stream(tokenizer, corpus.documents, int(spec.tokens * 1.02) + spec.context * 64)
     model = build_model(spec, len(tokenizer), tokenizer.bos_token_id)
-    settings = train_settings(spec, save_every)
-    trainer = Trainer(model, RowPlan(rows, settings), settings, runtime, ["text"])
+    settings = spec.settings(save_every)
+    trainer = Trainer(model, RowPlan(rows_of(stream, spec.context), settings), settings, runtime, ["text"])
     identity = {"corpus": corpus.digest(), "spec": json.dumps(asdict(spec) | {"compile": None})}
     run = TrainingRun(out, trainer, listener, identity=identity)
     run.restore()
     run.begin()
     run.train()
     listener.say("measuring held-out bits per byte")
+    measured = {name: bits_per_byte(trainer, tokenizer, documents) for name, documents in corpus.held_out.items()}
     card = {
         "command": "sftflow " + " ".join(sys.argv[1:]),
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens": trainer.plan.total_steps * spec.tokens_per_step,
         "corpus": {p.name: p.stat().st_size for p in texts},
-        "bits_per_byte": {
-            name: round(bits_per_byte(trainer, tokenizer, documents), 4) for name, documents in corpus.held_out.items()
-        },
+        "bits_per_byte": {name: round(bits, 4) for name, bits in measured.items()},
         "training_seconds": round(run.state.seconds),
         "precision": runtime.precision,
         "spec": asdict(spec),
@@ -230,31 +222,11 @@ def train_base(
     return card
 
 
-def train_settings(spec: BaseSpec, save_every: int) -> Train:
-    """The trainer's settings for a base, tuned on the one that is shipped."""
-    return Train(
-        max_length=spec.context,
-        tokens_per_step=spec.tokens_per_step,
-        steps=max(1, spec.tokens // spec.tokens_per_step),
-        optimizer="muon",
-        lr=spec.lr,
-        weight_decay=0.02,
-        schedule=Schedule(kind="linear", warmup=0.01, warmdown=0.45),
-        save_every=save_every,
-        seed=spec.seed,
-        compile=spec.compile,
-    )
-
-
 def save_base(out: Path, model: Any, tokenizer: Any, card: dict[str, Any]) -> None:
-    """Write `out/checkpoint`: bf16 weights, tokenizer, config and a model card."""
-    import torch
+    """Write `out/checkpoint`: bf16 weights (the model's own become that), tokenizer, config and a model card."""
 
     def fill(directory: Path) -> None:
-        copy = type(model)(model.config)
-        copy.load_state_dict(model.state_dict())
-        copy.generation_config = model.generation_config
-        copy.to(torch.bfloat16).save_pretrained(directory)
+        model.to(torch.bfloat16).save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         write_json(directory / "sftflow.json", {"kind": "base", "card": card})
         (directory / "README.md").write_text(model_card(card), encoding="utf-8")

@@ -16,7 +16,8 @@ from collections.abc import Iterable, Sequence
 
 from markupsafe import Markup
 
-from sftflow.report.pages import esc, plural
+from sftflow.report.figures import number, plural
+from sftflow.report.pages import esc
 
 
 def svg(width: float, height: float, label: str, parts: Iterable[str], kind: str = "") -> Markup:
@@ -82,7 +83,7 @@ def forest(
 def forest_axis(scale: tuple[float, float]) -> Markup:
     """The numbers under a forest plot, in percent."""
     marks = (
-        text(_forest_x(t, scale), 11, "middle", f"{100 * t:+.0f}".replace("-", "−") if t else "0", size=10)
+        text(_forest_x(t, scale), 11, "middle", number(100 * t, "+.0f") if t else "0", size=10)
         for t in _forest_grid(scale)
     )
     return svg(320, 14, "", marks)

@@ -51,8 +51,9 @@ def comparison_page(comparison: Comparison) -> str:
         "names": names,
         "wording": wording,
         "charts": charts,
-        "items_of": items_of,
-        "prompts": prompts_of(comparison, names),
+        "item_entries": item_entries,
+        "prompts": prompt_entries(comparison, names),
+        "n_marked": n_marked,
         "loss": loss_figure(comparison.run),
         "sampled": sampled_figure(comparison.run.sampled),
         "most_lines": MOST_LINES,
@@ -77,86 +78,40 @@ def _tallest(length: Mapping[str, Any]) -> float:
 class Entry:
     """One entry of a list. marks: by which the list is filtered.   tags: (text, class) in the entry's one line."""
 
-    of: Any
+    content: Any
     marks: Sequence[str]
     tags: Sequence[tuple[str, str]]
     kind: str = ""
-    is_open: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Listing:
-    """A list to browse. filters: (mark, name, how many entries have it).   kinds: of its entries, with their numbers.
-    left_out: entries that are not shown."""
-
-    entries: Sequence[Entry]
-    filters: Sequence[tuple[str, str, int]]
-    kinds: Mapping[str, int]
-    left_out: int = 0
-
-    def count(self, mark: str) -> int:
-        return sum(mark in e.marks for e in self.entries)
-
-
-def listing(entries: Sequence[Entry], marks: Mapping[str, str], left_out: int = 0) -> Listing:
-    """marks: what the list can be filtered by, with its name."""
-    filters = [(mark, name, sum(mark in e.marks for e in entries)) for mark, name in marks.items()]
-    kinds: dict[str, int] = {}
-    for e in entries:
-        if e.kind:
-            kinds[e.kind] = kinds.get(e.kind, 0) + 1
-    return Listing(entries=entries, filters=filters, kinds=kinds, left_out=left_out)
-
-
-def items_of(task: TaskComparison, names: ModelNames) -> Listing:
+def item_entries(task: TaskComparison) -> list[Entry]:
     """A task's items, those that changed first; of very many the first."""
-    marks = {
-        "improved": "improved",
-        "regressed": "regressed",
-        "wrong": f"{names.after} wrong",
-        "unstopped": f"{names.after} {UNSTOPPED}",
-    }
-    return listing([_item(i) for i in task.items[:MOST_ITEMS]], marks, max(0, len(task.items) - MOST_ITEMS))
+    return [_item(item) for item in task.items[:MOST_ITEMS]]
 
 
 def _item(item: ItemComparison) -> Entry:
+    classes = {"improved": "good", "regressed": "alert"}
     unstopped = item.sft.finish_reason == "length"
-    kinds = {"improved": "good", "regressed": "alert"}
-    found = {
-        "improved": item.change == "improved",
-        "regressed": item.change == "regressed",
-        "wrong": item.sft.score < 1,
-        "unstopped": unstopped,
-    }
+    marks = [item.change] if item.change in classes else []
+    marks += ["wrong"] if item.sft.score < 1 else []
+    marks += ["unstopped"] if unstopped else []
     tags = [(UNSTOPPED, "alert")] if unstopped else []
-    return Entry(
-        of=item, marks=[m for m, yes in found.items() if yes], tags=[*tags, (item.change, kinds.get(item.change, ""))]
-    )
+    return Entry(content=item, marks=marks, tags=[*tags, (item.change, classes.get(item.change, ""))])
 
 
-def prompts_of(comparison: Comparison, names: ModelNames) -> Listing:
-    """The fixed prompts. The first of each kind is open: a sample that nobody picked."""
+def prompt_entries(comparison: Comparison, names: ModelNames) -> list[Entry]:
+    """The fixed prompts, each with what the judge said of it."""
+    judged = {"a": f"judge: {names.after} won", "b": f"judge: {names.after} lost", "tie": "judge: tie"}
     verdicts = {row.pair.id: row.verdict for row in comparison.verdicts}
-    marks = {
-        "improved": "form improved",
-        "regressed": "form regressed",
-        "unstopped": f"{names.after} {UNSTOPPED}",
-    }
-    if verdicts:
-        marks |= {"judge-a": f"judge: {names.after} won", "judge-b": f"judge: {names.after} lost"}
-    entries: list[Entry] = []
-    seen: set[str] = set()
+    entries = []
     for prompt in comparison.prompts:
+        marks, tags = _prompt_marks(prompt)
         verdict = verdicts.get(prompt.id)
-        found, tags = _prompt_marks(prompt)
         if verdict:
-            mark = f"judge-{verdict}"
-            found += [mark] if mark in marks else []
-            tags.append((marks.get(mark, "judge: tie"), ""))
-        tags.append((prompt.kind, ""))
-        entries.append(Entry(of=prompt, marks=found, tags=tags, kind=prompt.kind, is_open=prompt.kind not in seen))
-        seen.add(prompt.kind)
-    return listing(entries, marks)
+            marks.append(f"judge-{verdict}")
+            tags.append((judged[verdict], ""))
+        entries.append(Entry(content=prompt, marks=marks, tags=[*tags, (prompt.kind, "")], kind=prompt.kind))
+    return entries
 
 
 def _prompt_marks(prompt: PromptComparison) -> tuple[list[str], list[tuple[str, str]]]:
@@ -171,6 +126,11 @@ def _prompt_marks(prompt: PromptComparison) -> tuple[list[str], list[tuple[str, 
     if prompt.sft.text == prompt.base.text:
         tags.append(("same reply", ""))
     return marks, tags
+
+
+def n_marked(entries: Sequence[Entry], mark: str) -> int:
+    """How many entries a filter keeps."""
+    return sum(mark in e.marks for e in entries)
 
 
 # ---- what training wrote

@@ -1,4 +1,4 @@
-"""Figures and texts as people read them, in every page of ours: filters of the templates."""
+"""Figures and texts as people read them. Every function here is a filter of the templates under its own name."""
 
 from __future__ import annotations
 
@@ -33,6 +33,23 @@ def share(x: float | None) -> str:
     ('83.4%', '–')
     """
     return "–" if x is None else f"{percent(x)}%"
+
+
+def plural(n: int, noun: str) -> str:
+    """
+    >>> plural(1, "row"), plural(2000, "row")
+    ('1 row', '2,000 rows')
+    """
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
+def whole_percent(part: float, whole: float = 1.0) -> str:
+    """
+    >>> whole_percent(1, 3), whole_percent(1, 3000), whole_percent(0, 3)
+    ('33%', '<1%', '0%')
+    """
+    share = part / whole if whole else 0.0
+    return "<1%" if 0 < share < 0.005 else f"{share:.0%}"
 
 
 def interval(pair: Sequence[float], sign: str = "") -> str:
@@ -119,10 +136,3 @@ def side_by_side(
     """
     rows = ((name, base.get(name), sft.get(name)) for name in dict.fromkeys((*base, *sft)))
     return [row for row in rows if row[1:] != (None, None)]
-
-
-FILTERS = {
-    f.__name__: f for f in (number, percent, share, interval, figure, size, p_value, duration, as_text, one_line)
-}
-FILTERS |= {f.__name__: f for f in (flattened, side_by_side)}
-"""what the templates know by these functions' names"""

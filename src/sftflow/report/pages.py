@@ -17,6 +17,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import inspect
 import re
 from importlib import resources
 from typing import Any
@@ -24,7 +25,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from sftflow.report.figures import FILTERS
+from sftflow.report import figures
 
 # Control characters (HTML forbids them, a terminal paste may obey them) and lone surrogates (not encodable as UTF-8).
 _FORBIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -51,42 +52,11 @@ def esc(value: object) -> Markup:
     return escape(html_text(value))
 
 
-def plural(n: int, noun: str) -> str:
-    """
-    >>> plural(1, "row"), plural(2000, "row")
-    ('1 row', '2,000 rows')
-    """
-    return f"{n:,} {noun}{'s' * (n != 1)}"
-
-
-def thousands(n: float) -> str:
-    """
-    >>> thousands(1234567)
-    '1,234,567'
-    """
-    return f"{n:,}"
-
-
-def whole_percent(part: float, whole: float = 1.0) -> str:
-    """
-    >>> whole_percent(1, 3), whole_percent(1, 3000), whole_percent(0, 3)
-    ('33%', '<1%', '0%')
-    """
-    share = part / whole if whole else 0.0
-    return "<1%" if 0 < share < 0.005 else f"{share:.0%}"
-
-
 def asset(*names: str) -> Markup:
     """Style sheets or scripts of this folder. A browser hashes a script after turning CRLF into LF; a checkout on
     Windows must give the same."""
     files = (resources.files("sftflow.report").joinpath(name).read_text(encoding="utf-8") for name in names)
     return Markup("".join(files).replace("\r\n", "\n"))
-
-
-def scoped(*names: str) -> Markup:
-    """Style sheets that reach only what is inside an element of class `sftflow`: for a cell of a notebook."""
-    css = str(asset("theme.css", "cell.css", *names)).replace(":root", "&")
-    return Markup(f"<style>.sftflow {{\n{css}}}</style>")
 
 
 def script_source(script: str) -> Markup:
@@ -110,8 +80,7 @@ def environment() -> Environment:
         finalize=html_text,
     )
     made.globals.update(asset=asset, script_source=script_source)
-    made.filters.update(FILTERS)
-    made.filters.update(plural=plural, thousands=thousands, whole_percent=whole_percent)
+    made.filters.update(inspect.getmembers(figures, inspect.isfunction))
     return made
 
 
@@ -123,3 +92,17 @@ def render(template: str, **values: Any) -> str:
 def macros(template: str) -> Any:
     """The macros of `templates/TEMPLATE.html.jinja` as functions that give Markup."""
     return environment().get_template(f"{template}.html.jinja").module
+
+
+# ---- in a notebook
+
+
+def cell(body: Markup, *css: str) -> str:
+    """Markup for a notebook's cell, with these style sheets of ours; they reach nothing else in the notebook."""
+    rules = str(asset("theme.css", "cell.css", *css)).replace(":root", "&")
+    return f'<style>.sftflow {{\n{rules}}}</style><div class="sftflow">{body}</div>'
+
+
+def frame(page: str) -> str:
+    """A whole page for a notebook's cell, in a frame of its own."""
+    return f'<iframe srcdoc="{esc(page)}" sandbox="allow-scripts" style="width:100%;height:40rem;border:0"></iframe>'

@@ -142,6 +142,7 @@ class ProgressDisplay:
 
     def _close(self) -> None:
         if self._progress is not None:
+            self._progress.refresh()  # a notebook's would stay as it was at its last turn
             self._progress.stop()
             self._progress = None
         self._stage = ""

@@ -1,12 +1,35 @@
-"""Tables for the terminal that fit 80 columns: eval.json, compare.json, ledger.json and the audit in it."""
+"""Tables for the terminal that fit 80 columns: an evaluation, a comparison, ledger.json and the audit in it."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from typing import Any
 
+from markupsafe import Markup
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from sftflow.comparison.results import Comparison
+from sftflow.evaluation.results import Evaluation
+from sftflow.report.pages import cell, macros
+
+
+def as_text(*drawn: RenderableType) -> str:
+    """Tables (or whatever rich can print) as plain text of 80 columns, an empty line between them."""
+    console = Console(file=io.StringIO(), width=80, color_system=None, highlight=False)
+    with console.capture() as captured:
+        for number, one in enumerate(drawn):
+            console.print(*([""] if number else []), one, sep="\n")
+    return captured.get().rstrip("\n")
+
+
+def as_html(*tables: Table) -> str:
+    """Tables for a notebook's cell."""
+    made = macros("_macros")
+    drawn = (made.plain_table(t.columns, list(zip(*(c.cells for c in t.columns), strict=True))) for t in tables)
+    return cell(Markup("").join(drawn))
 
 
 def _table(*columns: str, text: tuple[str, ...]) -> Table:
@@ -18,45 +41,36 @@ def _table(*columns: str, text: tuple[str, ...]) -> Table:
     return table
 
 
-def eval_table(document: Mapping[str, Any]) -> Table:
-    """eval.json: each model's score in each task, and what else the task measured."""
+def eval_table(evaluation: Evaluation) -> Table:
+    """Each model's score in each task, and what else the task measured."""
     table = _table("model", "task", "n", "score", "std. error", "95% interval", "chance", text=("model", "task"))
-    for model, entry in document["models"].items():
-        for task, t in entry["tasks"].items():
-            low, high = t["wilson95"]
-            between = f"{low:.3f} to {high:.3f}"
-            row = (str(t["n"]), f"{t['score']:.3f}", f"{t['stderr']:.3f}", between, f"{t['chance']:.2f}")
-            table.add_row(Text(model), Text(task), *row)
-            for name, value in t["metrics"].items():
-                table.add_row("", Text(f"  {name}"), "", str(value) if isinstance(value, int) else f"{value:.3f}")
-        if entry["centred_mean"] is not None:
-            table.add_row(Text(model), "centred mean", "", f"{entry['centred_mean']:.3f}")
-        if "chatcore" in entry:
-            table.add_row(Text(model), "ChatCORE", "", f"{entry['chatcore']:.3f}")
+    for name, model in evaluation.models.items():
+        for r in model.results:
+            low, high = r.interval
+            scores = (f"{r.score:.3f}", f"{r.stderr:.3f}", f"{low:.3f} to {high:.3f}", f"{r.chance:.2f}")
+            table.add_row(Text(name), Text(r.task), str(r.n), *scores)
+            for metric, value in r.metrics.items():
+                table.add_row("", Text(f"  {metric}"), "", str(value) if isinstance(value, int) else f"{value:.3f}")
+        for mean, score in (("centred mean", model.centred_mean), ("ChatCORE", model.chatcore)):
+            if score is not None:
+                table.add_row(Text(name), mean, "", f"{score:.3f}")
     return table
 
 
-def score_table(document: Mapping[str, Any]) -> Table:
-    """compare.json: each task before and after, the gain and whether it can be told from chance."""
-    before, after = ("before", "after") if document.get("kind") == "continued SFT" else ("base", "SFT")
+def score_table(comparison: Comparison) -> Table:
+    """Each task before and after, the gain and whether it can be told from chance."""
+    before, after = ("before", "after") if comparison.continued else ("base", "SFT")
     columns = ("task", "n", "chance", before, after, "gain", "95% interval", "verdict")
     table = _table(*columns, text=("task", "verdict"))
-    for name, t in document["tasks"].items():
-        low, high = t["ci95"]
-        table.add_row(
-            Text(name),
-            str(t["n"]),
-            f"{t['chance']:.2f}",
-            f"{t['base']:.2f}",
-            f"{t['sft']:.2f}",
-            f"{t['delta']:+.2f}",
-            f"{low:+.2f} to {high:+.2f}",
-            Text(t["verdict"], {"better": "green", "worse": "red"}.get(t["verdict"], "yellow")),
-        )
-    mean = document["centred_mean"]
-    table.add_section()
-    gain = f"{mean['sft'] - mean['base']:+.2f}"
-    table.add_row("centred mean", "", "", f"{mean['base']:.2f}", f"{mean['sft']:.2f}", gain)
+    for name, t in comparison.tasks.items():
+        low, high = t.ci95
+        scores = (f"{t.chance:.2f}", f"{t.base:.2f}", f"{t.sft:.2f}", f"{t.delta:+.2f}", f"{low:+.2f} to {high:+.2f}")
+        colour = {"better": "green", "worse": "red", "unclear": "yellow"}[t.outcome]
+        table.add_row(Text(name), str(t.n), *scores, Text(t.verdict, colour))
+    base, sft = comparison.centred_mean.base, comparison.centred_mean.sft
+    if base is not None and sft is not None:
+        table.add_section()
+        table.add_row("centred mean", "", "", f"{base:.2f}", f"{sft:.2f}", f"{sft - base:+.2f}")
     return table
 
 

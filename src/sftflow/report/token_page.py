@@ -9,13 +9,12 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from markupsafe import Markup
 
-from sftflow.chat.render import Rendered
-from sftflow.chat.token_rows import Token, TokenRow, token_row
-from sftflow.report.pages import esc, macros, render, scoped
+from sftflow.chat.token_rows import Token, TokenRow
+from sftflow.report.pages import cell, esc, macros, render
 from sftflow.report.token_view import UNSEEN, Piece, code_point, pieces_of_row, turns_of_row
 
 MOST_BYTES = 48  # named in a title: a longer one is no longer read
@@ -35,11 +34,10 @@ def token_page(rows: Sequence[TokenRow]) -> str:
     return render("token_page", rows=rows, names=row_names(rows), token_boxes=token_boxes)
 
 
-def token_html(rendered: Rendered, tokenizer: Any) -> str:
-    """One rendered row for a cell of a notebook: the boxes and what they mean, with their style, which reaches nothing
-    else in the notebook."""
-    boxes = token_boxes(token_row(rendered, tokenizer))
-    return f'{scoped("tokens.css")}<div class="sftflow">{macros("_tokens").legend()}{boxes}</div>'
+def token_html(rows: Sequence[TokenRow]) -> str:
+    """The rows for a notebook's cell: the boxes, and what they mean."""
+    made = macros("_tokens")
+    return cell(Markup("").join([made.legend(), *(made.tokens_of(row, token_boxes) for row in rows)]), "tokens.css")
 
 
 def token_boxes(row: TokenRow, anchor: str = "") -> Markup:

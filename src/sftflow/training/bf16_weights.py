@@ -1,4 +1,4 @@
-"""Working weights: the bf16 copies that matrix products run on, while the optimizer moves the weights in fp32.
+"""The bf16 copies of weights that matrix products run on, while the optimizer moves the weights themselves in fp32.
 
 Autocast would round each weight to nearest in every forward pass; here it is rounded once a step, and so that small
 updates are not lost (see `sftflow.rounding`). Gradients go straight to the fp32 weights.
@@ -16,63 +16,61 @@ from sftflow.rounding import round_bf16
 from sftflow.training.compile import decoder_layers
 
 
-class _Straight(torch.autograd.Function):
-    """The working copy in place of the weight, the weight's gradient in its own dtype."""
+class _StraightThrough(torch.autograd.Function):
+    """The bf16 copy in place of the weight; its gradient is the weight's, in the weight's own dtype."""
 
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, working: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        return working.view_as(working)
+    def forward(ctx: Any, weight: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return copy.view_as(copy)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         return grads[0].float(), None
 
 
-def _bias(module: Any, dtype: torch.dtype) -> torch.Tensor | None:
-    return None if module.bias is None else module.bias.to(dtype)
+def _linear(module: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return F.linear(x.to(weight.dtype), weight, None if module.bias is None else module.bias.to(weight.dtype))
 
 
-class WorkingLinear(torch.nn.Linear):
-    """nn.Linear on its working weights."""
+class Bf16Linear(torch.nn.Linear):
+    """nn.Linear on the bf16 copy of its weight."""
 
-    working: torch.Tensor
+    bf16: torch.Tensor
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        weight = _Straight.apply(self.weight, self.working)
-        return F.linear(input.to(weight.dtype), weight, _bias(self, weight.dtype))
+        return _linear(self, input, _StraightThrough.apply(self.weight, self.bf16))
 
 
-class WorkingConv1D(Conv1D):
-    """GPT-2's transposed linear layer on its working weights."""
+class Bf16Conv1D(Conv1D):
+    """GPT-2's transposed linear layer on the bf16 copy of its weight."""
 
-    working: torch.Tensor
+    bf16: torch.Tensor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = _Straight.apply(self.weight, self.working)
-        return F.linear(x.to(weight.dtype), weight.T, _bias(self, weight.dtype))
+        return _linear(self, x, _StraightThrough.apply(self.weight, self.bf16).T)
 
 
-CLASSES = {torch.nn.Linear: WorkingLinear, Conv1D: WorkingConv1D}
+CLASSES = {torch.nn.Linear: Bf16Linear, Conv1D: Bf16Conv1D}
 
 
-def release(model: Any) -> None:
-    """Make a model that was trained on working weights an ordinary one again."""
-    plain = {working: ordinary for ordinary, working in CLASSES.items()}
-    modules: list[Any] = [m for m in model.modules() if type(m) in plain]
+def restore_classes(model: Any) -> None:
+    """Make a model that was trained on bf16 copies an ordinary one again."""
+    ordinary = {ours: theirs for theirs, ours in CLASSES.items()}
+    modules: list[Any] = [m for m in model.modules() if type(m) in ordinary]
     for module in modules:
-        module.__class__ = plain[type(module)]
-        del module.working
+        module.__class__ = ordinary[type(module)]
+        del module.bf16
 
 
-class WorkingWeights:
-    """The working weights of a model's decoder layers and output projection. `refresh` after every change."""
+class Bf16Weights:
+    """The bf16 copies of a model's decoder layers and output projection. `refresh` after every change of a weight."""
 
     def __init__(self, model: Any) -> None:
         self.modules: list[Any] = []
         for layer in decoder_layers(model):
             for module in layer.modules():
                 if type(module) in CLASSES:
-                    module.register_buffer("working", module.weight.detach().to(torch.bfloat16), persistent=False)
+                    module.register_buffer("bf16", module.weight.detach().to(torch.bfloat16), persistent=False)
                     module.__class__ = CLASSES[type(module)]
                     self.modules.append(module)
         self.head_weight = model.get_output_embeddings().weight
@@ -84,6 +82,6 @@ class WorkingWeights:
         """Round the trained weights anew (`every`: the frozen ones too)."""
         for module in self.modules:
             if every or module.weight.requires_grad:
-                round_bf16(module.weight, module.working)
+                round_bf16(module.weight, module.bf16)
         if every or self.head_weight.requires_grad:
             round_bf16(self.head_weight, self.head)

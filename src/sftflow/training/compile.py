@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,7 +35,3 @@ def compile_layers(model: Any) -> None:
     """Compile every decoder layer for any number of slots (one graph, so a resumed run computes the same)."""
     for layer in decoder_layers(model):
         layer.compile(dynamic=True)
-
-
-def compiled(function: Callable[..., Any]) -> Any:
-    return torch.compile(function, dynamic=True)

@@ -1,7 +1,7 @@
 """What a run tells TensorBoard, Weights & Biases or Trackio: `train.logger`, one word of the recipe.
 
     require_logger   the package is there, else a refusal before any work
-    open_logger      Logger.step, Logger.validation, Logger.close; no logger in the recipe: they do nothing
+    open_logger      a Logger: step, validation, evaluation; without a logger in the recipe they do nothing
 
 Packages are imported only when asked for. A logger that fails says so once, and the training goes on without it:
 metrics.jsonl and validation.jsonl hold the same numbers anyway. Everything is written inside train.out.
@@ -16,8 +16,9 @@ import os
 import secrets
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from sftflow.errors import RecipeError, first_line
 from sftflow.recipe import Recipe, to_yaml
@@ -27,108 +28,90 @@ PROJECT = "sftflow"
 FINISH_SECONDS = 60.0  # a network that is down must not keep a finished run from ending
 
 
-class Sink(Protocol):
-    """One service's own writer."""
+@dataclass(frozen=True)
+class Sink:
+    """One service's own writer. log: (values, step).   close: (whether the run failed)."""
 
-    def log(self, values: dict[str, float], step: int) -> None: ...
+    log: Callable[[dict[str, float], int], object]
+    close: Callable[[bool], object]
 
-    def close(self, failed: bool) -> None: ...
 
-
-class TensorBoard:
+def tensorboard(recipe: Recipe, out: Path, resumed_at: int | None) -> Sink:
     """Events in train.out/tensorboard; `tensorboard --logdir` shows them.
 
     A resumed run purges what the killed one wrote after the saved step, and writes it again.
     """
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, recipe: Recipe, out: Path, resumed_at: int | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    folder = out / "tensorboard"
+    if resumed_at is None:
+        # As metrics.jsonl: a run that starts anew in a used folder does not mix with the one before.
+        for old in folder.glob("events.out.tfevents.*"):
+            old.unlink()
+    # The validation loss of step 0 is written again only when the run starts there again.
+    purge = None if resumed_at is None else resumed_at + 1 if resumed_at else 0
+    writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
+    if not resumed_at:
+        writer.add_text("recipe", "```yaml\n" + to_yaml(recipe) + "```", 0)
 
-        folder = out / "tensorboard"
-        if resumed_at is None:
-            # As metrics.jsonl: a run that starts anew in a used folder does not mix with the one before.
-            for old in folder.glob("events.out.tfevents.*"):
-                old.unlink()
-        # The validation loss of step 0 is written again only when the run starts there again.
-        purge = None if resumed_at is None else resumed_at + 1 if resumed_at else 0
-        self.writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
-        if not resumed_at:
-            self.writer.add_text("recipe", "```yaml\n" + to_yaml(recipe) + "```", 0)
-
-    def log(self, values: dict[str, float], step: int) -> None:
+    def log(values: dict[str, float], step: int) -> None:
         for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+            writer.add_scalar(name, value, step)
 
-    def close(self, failed: bool) -> None:
-        self.writer.close()
+    return Sink(log, lambda failed: writer.close())
 
 
-class Wandb:
+def wandb(recipe: Recipe, out: Path, resumed_at: int | None) -> Sink:
     """A run in train.out/wandb, under the same id when resumed. WANDB_MODE, WANDB_PROJECT and WANDB_ENTITY count."""
+    # Its own debug logs would go to the home directory.
+    os.environ.setdefault("WANDB_CACHE_DIR", str(out.resolve() / "wandb" / "cache"))
+    import wandb
 
-    def __init__(self, recipe: Recipe, out: Path, resumed_at: int | None) -> None:
-        # Its own debug logs would go to the home directory.
-        os.environ.setdefault("WANDB_CACHE_DIR", str(out.resolve() / "wandb" / "cache"))
-        import wandb
-
-        settings = wandb.Settings(
-            console="off",  # it would wrap the very streams that the progress is shown on
-            disable_code=True,  # the recipe says what was run; the user's code and repository stay at home
-            disable_git=True,
-            finish_timeout=FINISH_SECONDS,
-            quiet=True,  # no charts of characters at the end
-        )
-        self.run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT),
-            name=out.resolve().name,
-            id=run_name(out / "wandb", resumed_at is not None),
-            # Offline there is no server to ask; the id alone joins the parts when they are synced.
-            resume=None if os.environ.get("WANDB_MODE") == "offline" else "allow",
-            dir=str(out),
-            config=recipe.model_dump(mode="json"),
-            settings=settings,
-        )
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        self.run.log(values, step=step)
-
-    def close(self, failed: bool) -> None:
-        self.run.finish(exit_code=int(failed))
+    settings = wandb.Settings(
+        console="off",  # it would wrap the very streams that the progress is shown on
+        disable_code=True,  # the recipe says what was run; the user's code and repository stay at home
+        disable_git=True,
+        finish_timeout=FINISH_SECONDS,
+        quiet=True,  # no charts of characters at the end
+    )
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", PROJECT),
+        name=out.resolve().name,
+        id=run_name(out / "wandb", resumed_at is not None),
+        # Offline there is no server to ask; the id alone joins the parts when they are synced.
+        resume=None if os.environ.get("WANDB_MODE") == "offline" else "allow",
+        dir=str(out),
+        config=recipe.model_dump(mode="json"),
+        settings=settings,
+    )
+    return Sink(run.log, lambda failed: run.finish(exit_code=int(failed)))
 
 
-class Trackio:
+def trackio(recipe: Recipe, out: Path, resumed_at: int | None) -> Sink:
     """A project in train.out/trackio (or TRACKIO_DIR); TRACKIO_PROJECT and TRACKIO_SPACE_ID count."""
+    folder = out.resolve() / "trackio"
+    name = run_name(folder, resumed_at is not None)
+    os.environ.setdefault("TRACKIO_DIR", str(folder))  # read once, when trackio is imported
+    import trackio
 
-    def __init__(self, recipe: Recipe, out: Path, resumed_at: int | None) -> None:
-        folder = out.resolve() / "trackio"
-        name = run_name(folder, resumed_at is not None)
-        os.environ.setdefault("TRACKIO_DIR", str(folder))  # read once, when trackio is imported
-        import trackio
-
-        self.run = trackio.init(
-            project=os.environ.get("TRACKIO_PROJECT", PROJECT),
-            name=f"{out.resolve().name}-{name}",
-            config=recipe.model_dump(mode="json"),
-            resume="allow",
-            embed=False,
-            auto_log_cpu=False,
-            auto_log_gpu=False,
-        )
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        self.run.log(values, step=step)
-
-    def close(self, failed: bool) -> None:
-        import trackio
-
-        trackio.finish()  # the run's own finish would be called a second time when the process ends
+    run = trackio.init(
+        project=os.environ.get("TRACKIO_PROJECT", PROJECT),
+        name=f"{out.resolve().name}-{name}",
+        config=recipe.model_dump(mode="json"),
+        resume="allow",
+        embed=False,
+        auto_log_cpu=False,
+        auto_log_gpu=False,
+    )
+    # The run's own finish would be called a second time when the process ends.
+    return Sink(run.log, lambda failed: trackio.finish())
 
 
-# A recipe word -> (the package it needs, its writer, whether what was logged can be taken back on resume).
-LOGGERS: dict[str, tuple[str, Callable[[Recipe, Path, int | None], Sink], bool]] = {
-    "tensorboard": ("tensorboard", TensorBoard, True),
-    "wandb": ("wandb", Wandb, False),
-    "trackio": ("trackio", Trackio, False),
+# A recipe word, which is the name of the package it needs -> (its writer, whether what was logged can be taken back).
+LOGGERS: dict[str, tuple[Callable[[Recipe, Path, int | None], Sink], bool]] = {
+    "tensorboard": (tensorboard, True),
+    "wandb": (wandb, False),
+    "trackio": (trackio, False),
 }
 
 
@@ -136,7 +119,7 @@ def require_logger(name: str | None) -> None:
     """Raises RecipeError where the recipe asks for a logger whose package is not installed."""
     if name is None:
         return
-    found = importlib.util.find_spec(LOGGERS[name][0])
+    found = importlib.util.find_spec(name)
     # A mere folder of that name (./wandb, as wandb itself leaves behind) is found too, but has no origin.
     if found is None or found.origin is None:
         raise RecipeError(
@@ -201,16 +184,13 @@ class Logger:
             values = {f"eval/{name}": score for name, score in figures["tasks"].items()}
             self._send(values | {f"hygiene/{name}": share for name, share in figures["hygiene"].items()}, step)
 
-    def close(self, failed: bool = False) -> None:
-        sink, self.sink = self.sink, None
-        if sink is not None:
-            self.attempt(lambda: sink.close(failed))
-
     def __enter__(self) -> Logger:
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        self.close(failed=kind is not None)
+        sink, self.sink = self.sink, None
+        if sink is not None:
+            self.attempt(lambda: sink.close(kind is not None))
 
 
 def open_logger(recipe: Recipe, out: Path, say: Callable[[str], None], *, resumed_at: int | None) -> Logger:
@@ -222,9 +202,9 @@ def open_logger(recipe: Recipe, out: Path, say: Callable[[str], None], *, resume
     name = recipe.train.logger
     if name is None:
         return Logger(None, say)
-    _, start, purges = LOGGERS[name]
+    start, can_take_back = LOGGERS[name]
     seen = (0, -1)
-    if resumed_at is not None and not purges and (out / name / RUN_NAME).is_file():
+    if resumed_at is not None and not can_take_back and (out / name / RUN_NAME).is_file():
         seen = (RunLog(out / "metrics.jsonl").last_step(0), RunLog(out / "validation.jsonl").last_step())
     logger = Logger(name, say, seen)
     (out / name).mkdir(parents=True, exist_ok=True)

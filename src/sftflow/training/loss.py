@@ -30,17 +30,17 @@ class Head:
     """A model's output projection: logits = cap * tanh(scale * (h W^T + b) / cap).
 
     weight: (vocabulary, width).   bias: (vocabulary,).   softcap: Gemma 2's.   scale: Cohere's, Granite's.
-    working: the copy of the weight that products run on, where it is not simply rounded.
+    bf16: the copy of the weight that products run on, where it is not simply rounded.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
     softcap: float | None = None
     scale: float = 1.0
-    working: torch.Tensor | None = None
+    bf16: torch.Tensor | None = None
 
 
-def head_of(model: Any, working: torch.Tensor | None = None) -> Head:
+def head_of(model: Any, bf16: torch.Tensor | None = None) -> Head:
     """The head of a transformers causal LM; `prove_forward` checks that it is all of it."""
     layer, config = model.get_output_embeddings(), model.config
     scale = float(getattr(config, "logit_scale", None) or 1.0)
@@ -50,7 +50,7 @@ def head_of(model: Any, working: torch.Tensor | None = None) -> Head:
         bias=getattr(layer, "bias", None),
         softcap=getattr(config, "final_logit_softcapping", None),
         scale=scale,
-        working=working,
+        bf16=bf16,
     )
 
 
@@ -135,7 +135,7 @@ def chunked_cross_entropy(
     with torch.no_grad():
         losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         d_hidden = None if scale is None else torch.empty_like(hidden)
-        weight = (head.weight if head.working is None else head.working).to(dtype)
+        weight = (head.weight if head.bf16 is None else head.bf16).to(dtype)
         bias = None if head.bias is None else head.bias.to(dtype)
         d_weight, d_bias = (None if scale is None else _grad_of(p) for p in (head.weight, head.bias))
         chunk = max(128, LOGITS // weight.shape[0])

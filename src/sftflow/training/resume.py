@@ -34,7 +34,7 @@ def save_state(root: Path, trainer: Trainer, identity: dict[str, str], extra: di
     def fill(directory: Path) -> None:
         parameters = {n: p.detach().contiguous() for n, p in trainer.model.named_parameters()}
         save_file(parameters, directory / "model.safetensors")
-        save_file(_optimizer_tensors(trainer) | _random_states(), directory / "optimizer.safetensors")
+        save_file(_optimizer_tensors(trainer), directory / "optimizer.safetensors")
         state = {
             "step": trainer.step,
             "bad_steps": trainer.bad_steps,
@@ -45,7 +45,7 @@ def save_state(root: Path, trainer: Trainer, identity: dict[str, str], extra: di
         (directory / "state.json").write_text(json.dumps(with_checksum(state), indent=2), encoding="utf-8")
 
     write_directory(target, fill)
-    for old in saved_states(root)[:-keep] if keep else []:
+    for old in saved_states(root)[:-keep]:
         remove_directory(old)
     return target
 
@@ -71,7 +71,7 @@ def load_state(directory: Path, trainer: Trainer, identity: dict[str, str]) -> d
 
     Raises CheckpointError where a file is damaged or missing, and where the run has changed since, naming all of it.
     """
-    remedy = _without(directory)
+    remedy = _go_on_without(directory)
     state = read_record(directory / "state.json", remedy)
     changes = changed(state["identity"], identity)
     if changes:
@@ -79,23 +79,31 @@ def load_state(directory: Path, trainer: Trainer, identity: dict[str, str]) -> d
         raise CheckpointError(str(directory), fact, "undo that, or start in a new train.out")
     check_hashes(directory, state["sha256"], remedy)
     _load_parameters(directory, trainer)
-    tensors = load_file(directory / "optimizer.safetensors")
-    torch.set_rng_state(tensors.pop("rng"))
-    if "cuda_rng" in tensors:
-        cuda = tensors.pop("cuda_rng")
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state(cuda)
+    moments, random = read_optimizers(directory)
+    torch.set_rng_state(random["rng"])
+    if "cuda_rng" in random and torch.cuda.is_available():
+        torch.cuda.set_rng_state(random["cuda_rng"])
     for number, optimizer in enumerate(trainer.optimizers):
-        whole = optimizer.state_dict()
-        per_parameter: dict[int, dict[str, torch.Tensor]] = {}
-        for key, value in tensors.items():
-            n, index, name = key.split("/")
-            if int(n) == number:
-                per_parameter.setdefault(int(index), {})[name] = value
-        whole["state"] = per_parameter
-        optimizer.load_state_dict(whole)
+        mine = {parameter: state for (n, parameter), state in moments.items() if n == number}
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": mine})
     trainer.step, trainer.bad_steps = state["step"], state["bad_steps"]
     return dict(state["extra"])
+
+
+Moments = dict[tuple[int, int], dict[str, torch.Tensor]]
+
+
+def read_optimizers(directory: Path) -> tuple[Moments, dict[str, torch.Tensor]]:
+    """({(optimizer, parameter): {name: tensor}}, {name: random state}) of a saved state."""
+    moments: Moments = {}
+    random = {}
+    for key, value in load_file(directory / "optimizer.safetensors").items():
+        if key.count("/") == 2:
+            number, parameter, name = key.split("/")
+            moments.setdefault((int(number), int(parameter)), {})[name] = value
+        else:
+            random[key] = value
+    return moments, random
 
 
 def changed(was: dict[str, str], now: dict[str, str]) -> list[str]:
@@ -111,19 +119,14 @@ def changed(was: dict[str, str], now: dict[str, str]) -> list[str]:
 
 
 def _optimizer_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """The optimizers' states: OPTIMIZER/PARAMETER/NAME -> tensor."""
-    out = {}
+    """The optimizers' states, OPTIMIZER/PARAMETER/NAME -> tensor, and the random ones."""
+    out = {"rng": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        out["cuda_rng"] = torch.cuda.get_rng_state()
     for number, optimizer in enumerate(trainer.optimizers):
         for index, state in optimizer.state_dict()["state"].items():
             for key, value in state.items():
                 out[f"{number}/{index}/{key}"] = torch.as_tensor(value).contiguous()
-    return out
-
-
-def _random_states() -> dict[str, torch.Tensor]:
-    out = {"rng": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        out["cuda_rng"] = torch.cuda.get_rng_state()
     return out
 
 
@@ -144,7 +147,7 @@ def _load_parameters(directory: Path, trainer: Trainer) -> None:
     trainer.refresh()
 
 
-def _without(directory: Path) -> str:
+def _go_on_without(directory: Path) -> str:
     """How to go on where a saved state is damaged."""
     older = [p.name for p in saved_states(directory.parent) if p.name < directory.name]
     go_on = f"goes on from {older[-1]}" if older else "starts from the beginning (no older state is kept)"

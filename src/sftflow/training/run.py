@@ -10,18 +10,43 @@ training_rows.npz  all rows, by their digests      checkpoint/        the assist
 from __future__ import annotations
 
 import contextlib
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from sftflow.atomic_io import NO_SPACE, Lock, read_log, sweep
-from sftflow.errors import CheckpointError
-from sftflow.recipe import Recipe
-from sftflow.training.fine_tuning import DONE, WRITTEN_HERE, EvalCallback, FineTuning
-from sftflow.training.loggers import require_logger
-from sftflow.training.resume import unfinished
-from sftflow.training.signals import Signals
-from sftflow.training.training_run import Listener, cannot_write
+from sftflow import __version__
+from sftflow.atomic_io import NO_SPACE, Lock, read_log, sweep, write_json, write_text
+from sftflow.chat.template_options import options_note
+from sftflow.chat.token_rows import token_row
+from sftflow.checkpoint import Assistant, prepare, require_finite_weights, resolve, save
+from sftflow.data.mixture import build_mixture, write_bad_rows
+from sftflow.data.run_rows import HELD_OUT, TRAINING_ROWS, write_run_rows
+from sftflow.errors import CheckpointError, RunError
+from sftflow.fingerprint import run_identity
+from sftflow.generation.engine import Engine
+from sftflow.recipe import Recipe, to_yaml
+from sftflow.runtime import detect
+from sftflow.training.batch_plan import RowPlan, StepLog
+from sftflow.training.loggers import open_logger, require_logger
+from sftflow.training.resume import forget_states, unfinished
+from sftflow.training.run_log import RunLog
+from sftflow.training.settings import check_context, decide_compile, resolve_recipe, set_dropout, stored_dtype
+from sftflow.training.signals import Signals, Stopped
+from sftflow.training.trainer import Trainer, resting
+from sftflow.training.training_run import Listener, TrainingRun, cannot_write
+from sftflow.training.warm_start import warm_start
+
+DONE = "DONE"
+MEASURED_LATER = ("eval.json", "compare.json", "report.html")
+DESCRIBED = ("recipe.yaml", "ledger.json", "bad_rows.jsonl", "mask_example.json", HELD_OUT, TRAINING_ROWS)
+LOGS = ("metrics.jsonl", "validation.jsonl", "evals.jsonl")
+
+EvalCallback = Callable[[Assistant, Callable[[int, int], None]], dict[str, Any]]
+"""Evaluates the live assistant in the middle of training, and tells how far it is (done, of how many); gives scores as
+{"tasks": {NAME: score}, "hygiene": {RATE: share}} (see `evaluation.callback`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +87,7 @@ def run_training(
         signals = signals or stack.enter_context(Signals())
         if lock is None:
             stack.enter_context(Lock(out))
-        sweep(out, *WRITTEN_HERE)
+        sweep(out, *DESCRIBED, *LOGS, "resume", "checkpoint", DONE)
         sweep(out / "resume", "*")
         done = (out / DONE).is_file()
         if done and resume:
@@ -77,3 +102,145 @@ def run_training(
                 raise
             raise cannot_write(out, error) from error
     return Run(directory=out, seconds=time.perf_counter() - started)
+
+
+class FineTuning(TrainingRun):
+    """One fine-tuning: made from a recipe, then `run`. Nothing is written before that."""
+
+    keeps_last_state = False
+    memory_remedy = "lower train.micro_tokens or train.max_length"
+
+    def __init__(self, recipe: Recipe, listener: Listener, signals: Signals, callback: EvalCallback | None) -> None:
+        """Load the base, render the mixture, decide what the recipe leaves to `auto`."""
+        location = resolve(recipe.base)
+        listener.say(f"loading {recipe.base}")
+        model, self.tokenizer, renderer, self.base_info = prepare(location, format_name=recipe.format)
+        require_finite_weights(model, recipe.base, "give another base, or copy this one again")
+        self.base_path, self.dtype = Path(location.path), stored_dtype(location)
+        runtime = detect(recipe.train.precision)
+        recipe, self.notes = resolve_recipe(recipe, runtime, model.num_parameters())
+        check_context(model, recipe.train.max_length)
+        set_dropout(model, recipe.train.dropout)
+        listener.say("rendering the mixture")
+        self.mixture = build_mixture(recipe, renderer, listener.rendering)
+        self.renderer = self.mixture.renderer
+        for note in (self.renderer.disagreement(), options_note(self.renderer)):
+            if note:
+                listener.say(note)
+        plan = RowPlan(self.mixture.examples, recipe.train)
+        self.recipe, self.notes["compile"] = decide_compile(recipe, runtime, model.num_parameters(), plan.total_steps)
+        model.to(runtime.device)
+        super().__init__(
+            Path(recipe.train.out),
+            Trainer(model, plan, self.recipe.train, runtime, self.mixture.names),
+            listener,
+            identity=run_identity(self.recipe, self.tokenizer, self.mixture.renderer.format, self.mixture.rows),
+            signals=signals,
+        )
+        self.callback = callback
+        self.validation, self.evals = RunLog(self.out / "validation.jsonl"), RunLog(self.out / "evals.jsonl")
+        self.logs += [self.validation, self.evals]
+
+    def run(self, *, resume: bool) -> None:
+        """Train from the start, or with `resume` from the newest saved state, to the finished checkpoint."""
+        resumed = resume and self.restore()
+        if not resumed:
+            self.start()
+        self.describe(resumed)
+        resumed_at = self.trainer.step if resume else None
+        self.logger = open_logger(self.recipe, self.out, self.listener.say, resumed_at=resumed_at)
+        self.begin()
+        if self.trainer.step == 0:
+            self.validate()
+        if self.evals.last_step() != self.trainer.step:
+            self.evaluate_sample()
+        self.train()
+        self.finish()
+
+    def start(self) -> None:
+        """Begin at step 0, with the moments of the base's own training where the recipe asks for them."""
+        if self.recipe.train.warm_start:
+            self.listener.say(warm_start(self.base_path, self.trainer))
+        forget_states(self.out / "resume")
+
+    def describe(self, resumed: bool) -> None:
+        """Write what the run is made of; what was measured on an earlier training in this folder is not of this one."""
+        for name in (DONE, *MEASURED_LATER):
+            (self.out / name).unlink(missing_ok=True)
+        write_text(self.out / "recipe.yaml", to_yaml(self.recipe))
+        write_json(self.out / "ledger.json", self.mixture.ledger)
+        write_bad_rows(self.out, self.mixture)
+        shown = [token_row(rendered, self.tokenizer).to_json() for rendered in self.mixture.samples]
+        write_json(self.out / "mask_example.json", shown)
+        if not (resumed and all((self.out / name).is_file() for name in (HELD_OUT, TRAINING_ROWS))):
+            write_run_rows(self.out, self.mixture, self.recipe)
+
+    def after_step(self, log: StepLog) -> None:
+        self.evaluate_sample()
+        if self.is_due or self.is_last:
+            loss = self.validate()
+            better = loss is None or self.state.best is None or loss < self.state.best
+            sound = math.isfinite(log.loss if loss is None else loss)
+            if sound and (better or self.recipe.train.best == "last"):
+                self.state.best, self.state.checkpoint = loss, self.trainer.step
+                self.save_checkpoint()
+
+    def validate(self) -> float | None:
+        """Nats per supervised token of the held-out rows, logged; None where there are none."""
+        if not self.mixture.held_out:
+            return None
+        step = self.trainer.step
+        loss, by_source, n = self.trainer.evaluate(self.mixture.held_out)
+        sources = dict(zip(self.mixture.names, by_source, strict=True))
+        self.validation.append({"step": step, "loss": loss, "supervised_tokens": n, "sources": sources})
+        self.validation.to_disk()
+        self.listener.validation(step, loss, sources)
+        self.logger.validation(step, loss, sources)
+        return loss
+
+    def evaluate_sample(self) -> None:
+        """Every `eval.every` steps, a sample of each task on the live weights."""
+        every = self.recipe.eval.every if self.recipe.eval else None
+        if self.callback is None or every is None or self.trainer.step % every:
+            return
+        try:
+            with resting(self.trainer.model):
+                found = self.callback(self.assistant(), self.listener.evaluating)
+        except Stopped:  # not to wait for minutes: the state is saved now, and the sample is taken when the run goes on
+            return
+        row = {"step": self.trainer.step, **found}
+        self.evals.append(row)
+        self.evals.to_disk()
+        self.listener.evaluation(self.trainer.step, row)
+        self.logger.evaluation(self.trainer.step, row)
+
+    def assistant(self) -> Assistant:
+        """The live model, which stops between two tokens where a signal has come."""
+        model, renderer = self.trainer.model, self.renderer
+        engine = Engine(model, renderer, self.trainer.runtime, tick=self.signals.check)
+        return Assistant("", model, self.tokenizer, renderer, engine, {})
+
+    def save_checkpoint(self) -> None:
+        base = {"name": self.recipe.base, **{key: self.base_info.get(key) for key in ("fingerprint", "kind")}}
+        meta = {
+            "version": __version__,
+            "base": base,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "notes": self.notes,
+            "data": self.mixture.digest(),
+            "step": self.trainer.step,
+        }
+        save(self.out / "checkpoint", self.trainer.model, self.tokenizer, self.renderer, dtype=self.dtype, meta=meta)
+
+    def finish(self) -> None:
+        if self.state.checkpoint is None:
+            fact = "the loss was never finite where a checkpoint was due"
+            raise RunError(str(self.out), fact, self.divergence_remedy())
+        write_text(self.out / DONE, f"{self.trainer.plan.total_steps} steps\n")
+        self.signals.check()
+
+    def divergence_remedy(self) -> str:
+        step = self.state.checkpoint
+        there = f"{self.out / 'checkpoint'} holds those of step {step}"
+        held = "no checkpoint had been saved yet" if step is None else there
+        return f"lower train.lr in a new train.out, or look at the rows of these steps; good weights: {held}"

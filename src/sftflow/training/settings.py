@@ -27,7 +27,7 @@ AUTO_LR_REAL = {"adamw": 2e-5, "muon": 1e-5}
 AUTO_MICRO = {"small": 8192, "cpu": 1024, "cuda": 8192, "mps": 1024}
 
 # compile: auto. Compiling takes half a minute on two cores (seconds, when cached); it is worth it for runs of more
-# work than this. In floating-point operations and not seconds, so that the choice does not hang on the machine's mood.
+# work than this. In floating-point operations and not seconds, so that a busy machine decides the same.
 WORTH_COMPILING = {"cpu": 2e14, "cuda": 2e16}
 
 
@@ -48,7 +48,7 @@ def resolve_recipe(recipe: Recipe, runtime: Runtime, n_parameters: int) -> tuple
     return recipe.model_copy(update={"train": train.model_copy(update=update)}), notes
 
 
-def settle_compile(recipe: Recipe, runtime: Runtime, n_parameters: int, steps: int) -> tuple[Recipe, str]:
+def decide_compile(recipe: Recipe, runtime: Runtime, n_parameters: int, steps: int) -> tuple[Recipe, str]:
     """The recipe with `train.compile` true or false, and why. Raises RecipeError where it cannot do what is asked."""
     asked = recipe.train.compile
     missing = can_compile(runtime.device)

@@ -42,7 +42,7 @@ class Signals:
         with contextlib.suppress(ValueError):  # not in the main thread: nobody sends us signals there
             for number in (signal.SIGTERM, signal.SIGINT):
                 if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and & ask to be left alone
-                    self._old[number] = signal.signal(number, self._came)
+                    self._old[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -63,7 +63,7 @@ class Signals:
         if self.asked:
             raise Stopped(self.asked)
 
-    def _came(self, number: int, _: Any) -> None:
+    def _on_signal(self, number: int, _: Any) -> None:
         impatient = bool(self.asked) and number == signal.SIGINT
         self.asked = self.asked or number
         if not self._waits or impatient:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,9 @@ from sftflow.packing.pack import Example, PackedBatch
 from sftflow.recipe import Train
 from sftflow.runtime import Runtime, keep_freed_memory
 from sftflow.training.batch_plan import RowPlan, StepLog, micro_batches
-from sftflow.training.bf16_weights import WorkingWeights, release
+from sftflow.training.bf16_weights import Bf16Weights, restore_classes
 from sftflow.training.check_model import check_length, hidden_states, prove_forward
-from sftflow.training.compile import compile_layers, compiled
+from sftflow.training.compile import compile_layers
 from sftflow.training.loss import Head, Parts, chunked_cross_entropy, fused_parts, head_of, loss_parts
 from sftflow.training.optimizers import groups_of, lr_factor, make_optimizers
 
@@ -48,17 +49,17 @@ class Trainer:
         self.bad_steps = 0
         torch.manual_seed(settings.seed)
         keep_freed_memory()
-        release(model)
+        restore_classes(model)
         check_length(model, settings.max_length)
         prove_forward(model, packed=settings.packing)
         self.optimizers = make_optimizers(model, settings)
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.working = WorkingWeights(model) if runtime.precision == "bf16" else None
+        self.bf16 = Bf16Weights(model) if runtime.precision == "bf16" else None
         self.parts: Parts = loss_parts
         if settings.compile is True:
             compile_layers(model)
-            self.parts = compiled(fused_parts)
+            self.parts = torch.compile(fused_parts, dynamic=True)
         self.n_body, self.n_head = matrix_sizes(model)
         lasting_gradients(model)
 
@@ -103,17 +104,18 @@ class Trainer:
             skipped=not finite,
         )
         if self.bad_steps >= MAX_BAD_STEPS:
-            raise NotFinite(log)
+            fact = f"loss or gradient not finite {MAX_BAD_STEPS} steps in a row (loss {log.loss}, norm {norm})"
+            raise RunError(f"step {log.step}", fact, "lower train.lr, or look at the rows of these steps")
         return log
 
     def refresh(self) -> None:
         """After every change of the weights: what is derived from them follows."""
-        if self.working is not None:
-            self.working.refresh()
+        if self.bf16 is not None:
+            self.bf16.refresh()
 
     def loss(self, batch: PackedBatch, scale: float | None = None) -> torch.Tensor:
         """(n,) loss per supervised token; with `scale`, the gradient of scale * their sum is added up too."""
-        head = head_of(self.model, None if self.working is None else self.working.head)
+        head = head_of(self.model, None if self.bf16 is None else self.bf16.head)
         packed = self.settings.packing
         return batch_loss(self.model, batch, self.runtime, packed=packed, parts=self.parts, scale=scale, head=head)
 
@@ -157,16 +159,18 @@ class Trainer:
         return self.source_names[number] if number < len(self.source_names) else str(number)
 
 
-class NotFinite(RunError):
-    """Three steps in a row whose loss or gradient is not finite; `log` is the last one's."""
-
-    def __init__(self, log: StepLog) -> None:
-        self.log = log
-        super().__init__(
-            f"step {log.step}",
-            f"loss or gradient not finite {MAX_BAD_STEPS} steps in a row (loss {log.loss}, norm {log.grad_norm})",
-            "lower train.lr, or look at the base's weights and the rows of these steps; the last saved state is kept",
-        )
+@contextmanager
+def resting(model: Any) -> Iterator[None]:
+    """For generating with the live model: no dropout, nothing compiled anew for other shapes, and the training goes
+    on with the random numbers it would have had."""
+    random = torch.random.get_rng_state()
+    model.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        model.train()
+        torch.random.set_rng_state(random)
 
 
 def lasting_gradients(model: Any) -> None:

@@ -108,7 +108,7 @@ class TrainingRun:
             with self.signals.between_steps(), self.logger:
                 for log in self.trainer:
                     self.record(log)
-                    self.between_steps(log)
+                    self.after_step(log)
                     self.save_if_due(log)
         except (OSError, SafetensorError) as error:
             raise cannot_write(self.out, error) from error
@@ -125,7 +125,7 @@ class TrainingRun:
         self.logger.step(log)
         self.listener.step(log, self.trainer.plan.total_steps)
 
-    def between_steps(self, log: StepLog) -> None:
+    def after_step(self, log: StepLog) -> None:
         """What a stage does after each step, before the state is saved."""
 
     def save_if_due(self, log: StepLog) -> None:

@@ -9,12 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from sftflow.atomic_io import check_hashes, read_record
 from sftflow.errors import CheckpointError
 from sftflow.training.muon import Muon
-from sftflow.training.resume import saved_states
+from sftflow.training.resume import read_optimizers, saved_states
 from sftflow.training.trainer import Trainer
 
 STATE = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}
@@ -33,11 +32,7 @@ def warm_start(base: Path, trainer: Trainer) -> str:
         raise CheckpointError(str(run), "no optimizer state beside the base (resume/ is what holds it)", REMEDY)
     newest = states[-1]
     check_hashes(newest, read_record(newest / "state.json", REMEDY)["sha256"], REMEDY)
-    saved: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
-    for key, value in load_file(newest / "optimizer.safetensors").items():
-        if key.count("/") == 2:
-            number, index, name = key.split("/")
-            saved.setdefault((int(number), int(index)), {})[name] = value
+    saved, _ = read_optimizers(newest)
     wanted = {
         (number, index): parameter
         for number, optimizer in enumerate(trainer.optimizers)
@@ -50,11 +45,11 @@ def warm_start(base: Path, trainer: Trainer) -> str:
         state = saved[number, index]
         if state.keys() != STATE[type(optimizer)]:
             raise CheckpointError(str(newest), f"its state is not that of {type(optimizer).__name__}", REMEDY)
-        optimizer.state[parameter] = {name: _fitted(value, parameter, newest) for name, value in state.items()}
+        optimizer.state[parameter] = {name: _with_new_rows(value, parameter, newest) for name, value in state.items()}
     return f"optimizer state taken over from {newest}"
 
 
-def _fitted(value: torch.Tensor, parameter: torch.Tensor, place: Path) -> torch.Tensor:
+def _with_new_rows(value: torch.Tensor, parameter: torch.Tensor, place: Path) -> torch.Tensor:
     """The moment in its parameter's shape: zeros for rows that were added to an embedding."""
     if value.ndim == 0:
         return value

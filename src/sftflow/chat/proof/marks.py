@@ -1,4 +1,4 @@
-"""Proof that a text is the template's own words with the row's contents in their places.
+"""Marks in place of a row's values, and what the template writes around them.
 
     messages    user "hi", assistant "yo"
     marked      user "⟦0⟧", assistant "⟦1⟧"
@@ -7,9 +7,9 @@
                                                 marks are, none has vanished, and what is special in the pieces is
                                                 the template's, what is special in the contents is not
 
-Some templates look into contents (they trim them, or cut reasoning off). A slot may therefore be filled with the
-content stripped, or escaped as JSON; and where that does not fit, every word of the content gets a mark of its own, so
-that tags and spaces stay visible to the template. What fits in no way is not proven.
+Some templates look into contents (they trim them, or cut reasoning off). A placeholder may therefore be filled with
+the content stripped, or escaped as JSON; and where that does not fit, every word of the content gets a mark of its own,
+so that tags and spaces stay visible to the template. What fits in no way is not proven.
 """
 
 from __future__ import annotations
@@ -19,63 +19,69 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from sftflow.chat.template import Row
+from sftflow.errors import MaskError
+
 # Private-use pairs that can stand around a mark's number; the first that the row itself does not use is taken.
 MARKS = (("\uf8f0", "\uf8f1"), ("\ue0f0", "\ue0f1"), ("\uf1d2", "\uf1d3"), ("\U000ff0f0", "\U000ff0f1"))
 _WORDS = re.compile(r"(<[^<>\s]{1,40}>|\s+)")
 _THINK = re.compile(r"<(/?)think(?:ing)?>")
 
-Messages = list[dict[str, Any]]
+Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Placeholder:
     """A place of the row whose value must be found in the text.
 
-    message: its index, -1 for the tool definitions.   required: whether it may not be left out.
+    message: its index, -1 for the tool definitions.   where: the place, as `messages[1].content`.
+    required: whether it may not be left out.
     exact: whether the value can only stand as it is, neither stripped nor escaped.
     """
 
     message: int
     where: str
     value: str
-    required: bool
+    required: bool = True
     exact: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
-    """The template's words around the slots: pieces[0] slot order[0] pieces[1] ... pieces[-1].
+    """The template's words around the marks: pieces[0], mark order[0], pieces[1], mark order[1] ... pieces[-1].
 
-    starts: where each piece begins in the rendering with marks.
+    starts: where each piece begins in the rendering with marks.   exact: of each mark in `order`, as in Placeholder.
     """
 
     pieces: tuple[str, ...]
     order: tuple[int, ...]
     starts: tuple[int, ...]
+    exact: tuple[bool, ...]
 
-    def fit(self, values: list[str], slots: list[Placeholder], text: str) -> list[tuple[int, int]] | None:
-        """The span of every slot of `order` in the text, or None where the text is not this skeleton, filled."""
+    def find(self, values: list[str], text: str) -> list[Span] | None:
+        """The span in the text of each mark's value, in the order of `order`; None where the text is not this skeleton
+        with the values in it."""
         parts = [self.pieces[0]]
-        spans: list[tuple[int, int]] = []
+        spans: list[Span] = []
         at = len(self.pieces[0])
-        for slot, piece in zip(self.order, self.pieces[1:], strict=True):
-            value = values[slot]
+        for mark, piece in zip(self.order, self.pieces[1:], strict=True):
+            value = values[mark]
             end = at + len(value)
             spans.append((at, end))
             parts += (value, piece)
             at = end + len(piece)
         if at == len(text) and "".join(parts) == text:
             return spans
-        return self._fit_forms(values, slots, text)
+        return self._find_forms(values, text)
 
-    def _fit_forms(self, values: list[str], slots: list[Placeholder], text: str) -> list[tuple[int, int]] | None:
+    def _find_forms(self, values: list[str], text: str) -> list[Span] | None:
         """Depth-first over the forms that each value may have taken; mostly the first that fits is the one."""
         if not text.startswith(self.pieces[0]):
             return None
         n = len(self.order)
-        forms = [[values[s]] if slots[s].exact else _forms(values[s]) for s in self.order]
+        forms = [[values[m]] if exact else _forms(values[m]) for m, exact in zip(self.order, self.exact, strict=True)]
         tried = [0] * (n + 1)
-        spans: list[tuple[int, int]] = []
+        spans: list[Span] = []
         at, i = len(self.pieces[0]), 0
         budget = 50 * (n + 1)  # against a row of adversarial repetitions
         while budget > 0:
@@ -97,10 +103,6 @@ class Skeleton:
             at = spans.pop()[0]
         return None
 
-    def piece_starts(self, spans: list[tuple[int, int]]) -> list[int]:
-        """Where each piece begins in the text that `fit` gave these spans of."""
-        return [0, *(end for _, end in spans)]
-
 
 def _forms(value: str) -> list[str]:
     """A value as templates may write it: as it is, stripped, or as JSON (once, twice, in ASCII)."""
@@ -112,70 +114,88 @@ def _forms(value: str) -> list[str]:
     return list(dict.fromkeys(every))
 
 
-class Marker:
-    """Writes marks into a row's messages and tools, and reads them from the template's rendering."""
+class MarkedRow:
+    """A row with marks for its values.
 
-    def __init__(self, texts: str) -> None:
-        free = [pair for pair in MARKS if pair[0] not in texts and pair[1] not in texts]
-        self.pair = free[0] if free else None
-        self.slots: list[Placeholder] = []
+    messages, tools: for the template.   placeholders: what each mark, by its number, stands for.
+    """
 
-    def mark(self, slot: Placeholder) -> str:
-        assert self.pair is not None
-        self.slots.append(slot)
-        return f"{self.pair[0]}{len(self.slots) - 1}{self.pair[1]}"
+    def __init__(self, row: Row, *, words: bool) -> None:
+        """words: contents and reasoning are marked word by word. Raises MaskError where the row itself uses all the
+        characters that marks are made of."""
+        said = json.dumps([row.messages, row.tools], ensure_ascii=False)
+        free = [pair for pair in MARKS if pair[0] not in said and pair[1] not in said]
+        if not free:
+            fact = "its contents use every private-use character kept for the proof"
+            raise MaskError(row.source, fact, "remove them")
+        self._pair, self._words = free[0], words
+        self.placeholders: list[Placeholder] = []
+        last_user = max((i for i, m in enumerate(row.messages) if m["role"] == "user"), default=-1)
+        supervised = set(row.conversation.supervised)
+        # An earlier turn's reasoning may be left out where the turn is not supervised.
+        self.messages = [
+            self._message(i, m, m["role"] != "assistant" or i in supervised or i > last_user)
+            for i, m in enumerate(row.messages)
+        ]
+        self.tools = [self._tool(f"tools[{number}]", tool) for number, tool in enumerate(row.tools)]
+
+    @property
+    def values(self) -> list[str]:
+        return [placeholder.value for placeholder in self.placeholders]
 
     def skeleton(self, rendering: str) -> Skeleton:
-        assert self.pair is not None
-        opening, closing = self.pair
+        """The template's rendering of the marked row, taken apart at the marks."""
+        opening, closing = self._pair
         # JSON may have written the mark's signs as escapes.
-        escaped = [re.escape(json.dumps(c)[1:-1]) for c in self.pair]
+        escaped = [re.escape(json.dumps(c)[1:-1]) for c in self._pair]
         pieces, order, starts = [], [], [0]
         for m in re.finditer(f"(?:{opening}|{escaped[0]})(\\d+)(?:{closing}|{escaped[1]})", rendering):
             pieces.append(rendering[starts[-1] : m.start()])
             order.append(int(m.group(1)))
             starts.append(m.end())
         pieces.append(rendering[starts[-1] :])
-        return Skeleton(tuple(pieces), tuple(order), tuple(starts))
+        exact = tuple(self.placeholders[mark].exact for mark in order)
+        return Skeleton(tuple(pieces), tuple(order), tuple(starts), exact)
 
     # ---- what is marked
 
-    def row(
-        self, messages: Messages, tools: list[dict[str, Any]], required_reasoning: list[bool], *, words: bool
-    ) -> tuple[Messages, list[dict[str, Any]]]:
-        """The row with marks for its values. `required_reasoning[i]`: whether message i's reasoning may not be left
-        out. With `words`, contents and reasoning are marked word by word."""
-        marked = [self._message(i, m, required_reasoning[i], words=words) for i, m in enumerate(messages)]
-        return marked, [self._tool(number, tool) for number, tool in enumerate(tools)]
+    def _mark(self, placeholder: Placeholder) -> str:
+        self.placeholders.append(placeholder)
+        return f"{self._pair[0]}{len(self.placeholders) - 1}{self._pair[1]}"
 
-    def _message(self, i: int, message: dict[str, Any], required: bool, *, words: bool) -> dict[str, Any]:
+    def _unless_blank(self, message: int, where: str, value: Any) -> Any:
+        """A mark for a text. Templates treat an empty text in their own way: that is left to them."""
+        return self._mark(Placeholder(message, where, value)) if isinstance(value, str) and value.strip() else value
+
+    def _message(self, i: int, message: dict[str, Any], required: bool) -> dict[str, Any]:
+        """required: whether the reasoning may not be left out."""
         where = f"messages[{i}]"
         out = dict(message)
 
         def content(value: str) -> str:
-            thoughts_may_go = message["role"] == "assistant" and not required
-            return self._text(Placeholder(i, f"{where}.content", value, True), words, thoughts_may_go)
+            return self._text(Placeholder(i, f"{where}.content", value), thoughts_may_go=not required)
 
         if isinstance(message["content"], str):
             out["content"] = content(message["content"])
         else:
             out["content"] = [{**part, "text": content(part["text"])} for part in message["content"]]
         if message.get("reasoning_content"):
-            slot = Placeholder(i, f"{where}.reasoning_content", message["reasoning_content"], required)
-            out["reasoning_content"] = out["thinking"] = self._text(slot, words, False)
+            reasoning = Placeholder(i, f"{where}.reasoning_content", message["reasoning_content"], required)
+            out["reasoning_content"] = out["thinking"] = self._text(reasoning, thoughts_may_go=False)
         if "tool_calls" in message:
-            out["tool_calls"] = [
-                self._call(i, f"{where}.tool_calls[{k}]", c) for k, c in enumerate(message["tool_calls"])
-            ]
+            out["tool_calls"] = [self._call(i, f"{where}.tool_calls[{k}]", c) for k, c in enumerate(out["tool_calls"])]
         return out
 
-    def _text(self, slot: Placeholder, words: bool, thoughts_may_go: bool) -> str:
-        if not slot.value.strip():
-            return slot.value  # templates treat an empty content in their own way: leave it to them
-        if not words:
-            return self.mark(slot)
+    def _text(self, whole: Placeholder, *, thoughts_may_go: bool) -> str:
+        """A content or reasoning, marked as one or word by word. thoughts_may_go: whether what stands in it between
+        <think> tags may be left out."""
+        value = whole.value
+        if not value.strip():
+            return value
+        if not self._words:
+            return self._mark(whole)
         out, thinking = [], False
-        for piece in _WORDS.split(slot.value):
+        for piece in _WORDS.split(value):
             tag = _THINK.fullmatch(piece)
             if tag:
                 thinking = not tag.group(1)
@@ -183,44 +203,37 @@ class Marker:
                 out.append(piece)
             else:
                 # Text before a closing tag without an opening one is reasoning, too.
-                may_go = thoughts_may_go and (thinking or "</think" in slot.value.partition(piece)[2])
-                out.append(
-                    self.mark(Placeholder(slot.message, slot.where, piece, slot.required and not may_go, exact=True))
-                )
+                may_go = thoughts_may_go and (thinking or "</think" in value.partition(piece)[2])
+                required = whole.required and not may_go
+                out.append(self._mark(Placeholder(whole.message, whole.where, piece, required, exact=True)))
         return "".join(out)
 
     def _call(self, i: int, where: str, call: dict[str, Any]) -> dict[str, Any]:
         function = dict(call["function"])
-        function["name"] = self.mark(Placeholder(i, where, function["name"], True))
+        function["name"] = self._mark(Placeholder(i, where, function["name"]))
         function["arguments"] = self._values(i, f"{where}.arguments", function["arguments"])
         return {**call, "function": function}
 
     def _values(self, i: int, where: str, value: Any) -> Any:
         """Every key and every string of a call's arguments."""
         if isinstance(value, dict):
-            return {
-                (self.mark(Placeholder(i, where, k, True)) if k.strip() else k): self._values(i, f"{where}.{k}", v)
-                for k, v in value.items()
-            }
+            return {self._unless_blank(i, where, k): self._values(i, f"{where}.{k}", v) for k, v in value.items()}
         if isinstance(value, list):
             return [self._values(i, where, v) for v in value]
-        return self.mark(Placeholder(i, where, value, True)) if isinstance(value, str) and value.strip() else value
+        return self._unless_blank(i, where, value)
 
-    def _tool(self, number: int, tool: dict[str, Any]) -> dict[str, Any]:
+    def _tool(self, where: str, tool: dict[str, Any]) -> dict[str, Any]:
         """Its name, description, and the names of its parameters."""
-        where = f"tools[{number}]"
         inner = tool.get("function", tool)
         if not isinstance(inner, dict):
             return tool
         function = dict(inner)
         for key in ("name", "description"):
-            if isinstance(function.get(key), str) and function[key].strip():
-                function[key] = self.mark(Placeholder(-1, f"{where}.{key}", function[key], True))
+            if key in function:
+                function[key] = self._unless_blank(-1, f"{where}.{key}", function[key])
         parameters = function.get("parameters")
         if isinstance(parameters, dict) and isinstance(parameters.get("properties"), dict):
-            names: dict[str, str] = {}
-            for name in parameters["properties"]:
-                names[name] = self.mark(Placeholder(-1, f"{where}.parameters", name, True)) if name.strip() else name
+            names = {name: self._unless_blank(-1, f"{where}.parameters", name) for name in parameters["properties"]}
             parameters = {**parameters, "properties": {names[k]: v for k, v in parameters["properties"].items()}}
             if isinstance(parameters.get("required"), list):
                 parameters["required"] = [names.get(k, k) if isinstance(k, str) else k for k in parameters["required"]]

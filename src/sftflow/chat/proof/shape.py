@@ -1,4 +1,4 @@
-"""What all rows of one shape have in common, learnt by rendering marks once: the template's words (skeleton.py), and
+"""What rows have in common that differ in their values only, learnt by rendering marks once: the template's words, and
 where in them replies end and turns begin."""
 
 from __future__ import annotations
@@ -6,21 +6,12 @@ from __future__ import annotations
 import bisect
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from sftflow.chat.encode import Literal
-from sftflow.chat.skeleton import Marker
-from sftflow.chat.template import Messages, Template
+from sftflow.chat.proof.marks import MarkedRow
+from sftflow.chat.template import Template
 from sftflow.errors import FormatError
-
-
-@dataclass(frozen=True, slots=True)
-class Marked:
-    """A row with marks for its values."""
-
-    messages: Messages
-    tools: list[dict[str, Any]]
-    marker: Marker
+from sftflow.packing.pack import common_prefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +25,19 @@ class End:
 
 
 class Shape:
-    """What all rows of one shape (same roles, same fields, other contents) have in common: the skeleton, and where in
-    it replies end. Learnt by rendering marks, once. Raises FormatError where the template refuses the marks."""
+    """The skeleton of all rows with the same roles and fields, and where in it replies end and turns begin.
 
-    def __init__(self, template: Template, special_re: re.Pattern[str], marked: Marked, plain_end: str | None) -> None:
+    left_out: the marks that the template does not write.
+    """
+
+    def __init__(self, template: Template, special_re: re.Pattern[str], marked: MarkedRow, plain_end: str | None):
+        """plain_end: the token that ends ordinary replies, where it is known. Raises FormatError where the template
+        refuses the marks."""
         self._template, self._special_re, self._marked, self._plain_end = template, special_re, marked, plain_end
-        self.slots = marked.marker.slots
-        self.text = template.text(marked.messages, marked.tools, False, "marked row")
-        self.skeleton = marked.marker.skeleton(self.text)
-        self.left_out = sorted(set(range(len(self.slots))) - set(self.skeleton.order))
+        self.placeholders = marked.placeholders
+        self.text = self._render(len(marked.messages))
+        self.skeleton = marked.skeleton(self.text)
+        self.left_out = sorted(set(range(len(self.placeholders))) - set(self.skeleton.order))
         self._literals = [
             (number, m.start(), m.end(), m.group())
             for number, piece in enumerate(self.skeleton.pieces)
@@ -50,6 +45,11 @@ class Shape:
         ]
         self._ends: dict[int, End | str] = {}
         self._turns: list[tuple[int, int]] | None = None
+
+    def _render(self, n: int, *, add_generation_prompt: bool = False) -> str:
+        """The first n messages, with marks."""
+        messages = self._marked.messages[:n]
+        return self._template.text(messages, self._marked.tools, add_generation_prompt, "marked row")
 
     def literals(self, piece_starts: list[int]) -> list[Literal]:
         """The control tokens that the template wrote, at their places in a row's text."""
@@ -68,22 +68,21 @@ class Shape:
         """The first control token after the turn's last word; behind a call, the one that ends ordinary replies, for
         others may close the call. The template must write it there, too, when the conversation stops with this turn:
         then it belongs to this turn and is not the next one's header."""
-        messages, tools, name = self._marked.messages, self._marked.tools, self._template.format.name
+        message, name = self._marked.messages[turn], self._template.format.name
         no_end = f"the {name} format writes no end-of-turn token after this reply: it could not learn to stop"
-        prompt = self._template.text(messages[:turn], tools, True, "marked row")
-        alone = self._template.text(messages[: turn + 1], tools, False, "marked row")
-        own = [number for number, s in enumerate(self.skeleton.order) if self.slots[s].message == turn]
+        prompt, alone = self._render(turn, add_generation_prompt=True), self._render(turn + 1)
+        own = [number for number, mark in enumerate(self.skeleton.order) if self.placeholders[mark].message == turn]
         if own:
             piece, offset = own[-1] + 1, 0
-            stopped = self._marked.marker.skeleton(alone)
-            last = [n for n, s in enumerate(stopped.order) if s == self.skeleton.order[own[-1]]]
+            stopped = self._marked.skeleton(alone)
+            last = [n for n, mark in enumerate(stopped.order) if mark == self.skeleton.order[own[-1]]]
             after = stopped.pieces[last[-1] + 1] if last else ""
         elif self.text.startswith(prompt) and alone.startswith(prompt):  # an empty reply
             piece, offset = self._place(len(prompt))
             after = alone[len(prompt) :]
         else:
             return f"the {name} format's prompt for this reply depends on the contents"
-        calls = bool(messages[turn].get("tool_calls")) or not isinstance(messages[turn]["content"], str)
+        calls = bool(message.get("tool_calls")) or not isinstance(message["content"], str)
         here, there = (list(self._special_re.finditer(*x)) for x in ((self.skeleton.pieces[piece], offset), (after, 0)))
         both = [(a, b) for a, b in zip(here, there, strict=False) if a.group() == b.group()]
         if not both or both[0] != (here[0], there[0]):
@@ -110,8 +109,7 @@ class Shape:
         header = [m.start() for m in self._special_re.finditer(prompt)]
         if not header or not after.endswith(prompt[header[-1] :]):
             return False
-        messages, tools = self._marked.messages, self._marked.tools
-        return self._template.text(messages[:turn], tools, False, "marked row") == prompt
+        return self._render(turn) == prompt
 
     def turn_starts(self) -> list[tuple[int, int]]:
         """Where each message begins, as (piece, character in it): where the text leaves that of the messages before."""
@@ -119,10 +117,10 @@ class Shape:
             places = [0]
             for n in range(1, len(self._marked.messages)):
                 try:
-                    before = self._template.text(self._marked.messages[:n], self._marked.tools, False, "marked row")
+                    before = self._render(n)
                 except FormatError:
                     before = ""
-                places.append(max(places[-1], _common(before, self.text)))
+                places.append(max(places[-1], common_prefix(before, self.text)))
             self._turns = [self._place(p) for p in places]
         return self._turns
 
@@ -130,12 +128,3 @@ class Shape:
         """(piece, character in it) of a position in the marked text; inside a mark, the end of the piece before."""
         piece = bisect.bisect_right(self.skeleton.starts, position) - 1
         return piece, min(position - self.skeleton.starts[piece], len(self.skeleton.pieces[piece]))
-
-
-def _common(a: str, b: str) -> int:
-    """Length of the common beginning of two strings."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if a[:middle] == b[:middle] else (low, middle - 1)
-    return low

@@ -12,7 +12,7 @@ from helpers.templates import HEAD, STRIPS, TAIL, THOUGHTS, chat, open_with
 from sftflow.chat.format import choose_format
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import parse_row
-from sftflow.chat.template_options import append_eos, settle, settled
+from sftflow.chat.template_options import append_eos, choose_arguments, options_note
 from sftflow.errors import FormatError, MaskError
 
 PREFILLS = HEAD + "{{ m.content }}" + TAIL + "{% if enable_thinking is not false %}<think>\n{% endif %}{% endif %}"
@@ -34,9 +34,9 @@ def supervised(renderer: Renderer, row: Any) -> str:
 def test_an_argument_that_keeps_history_is_found(tokenizer_dir: Path) -> None:
     renderer = open_with(tokenizer_dir, STRIPS)
     assert len(renderer.render_rows(THOUGHTS)) == 2  # without it, one example a turn
-    found = settle(renderer, [THOUGHTS])
+    found = choose_arguments(renderer, [THOUGHTS])
     assert found.format.kwargs == {"keep_thoughts": True}
-    assert settled(found) == "built into the own template: keep_thoughts=true"
+    assert options_note(found) == "built into the own template: keep_thoughts=true"
     (row,) = found.render_rows(THOUGHTS)
     assert supervised(found, row) == "<think>hm</think>b<|im_end|><think>so</think>d<|im_end|>"
 
@@ -45,23 +45,23 @@ def test_an_argument_against_a_prefilled_reply_is_found(tokenizer_dir: Path) -> 
     renderer = open_with(tokenizer_dir, PREFILLS)
     with pytest.raises(MaskError, match="not a prefix"):
         renderer.render(chat("a", "b"))
-    found = settle(renderer, [chat("a", "b")])
+    found = choose_arguments(renderer, [chat("a", "b")])
     assert found.format.kwargs == {"enable_thinking": False}
     assert supervised(found, found.render(chat("a", "b"))) == "b<|im_end|>"
     # thoughts that begin as the template pre-fills them need no argument: the model goes on from the prompt
     thoughtful = chat("a", "<think>\nhm</think>b")
-    assert settle(renderer, [thoughtful]) is renderer
+    assert choose_arguments(renderer, [thoughtful]) is renderer
     assert supervised(renderer, renderer.render(thoughtful)) == "hm</think>b<|im_end|>"
 
 
 def test_what_needs_no_argument_gets_none(tokenizer_dir: Path) -> None:
     renderer = open_with(tokenizer_dir, STRIPS)
-    assert settle(renderer, [chat("a", "b", "c", "d")]) is renderer
+    assert choose_arguments(renderer, [chat("a", "b", "c", "d")]) is renderer
 
 
 def test_transformers_renders_the_settled_template_alike(tokenizer_dir: Path) -> None:
     """The argument is inside the template: nobody has to know of it."""
-    found = settle(open_with(tokenizer_dir, STRIPS), [THOUGHTS])
+    found = choose_arguments(open_with(tokenizer_dir, STRIPS), [THOUGHTS])
     messages = [{"role": m.role, "content": m.text} for m in THOUGHTS.messages]
     ids = found.tokenizer.apply_chat_template(messages, chat_template=found.format.template, return_dict=False)
     assert ids == found.render(THOUGHTS).ids.tolist()

@@ -1,0 +1,245 @@
+"""A row's text held against its shape: which control tokens are the template's own, and which of them ends which reply.
+
+What cannot be proven is refused with MaskError.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sftflow.chat.encode import Encoded, Encoder, Literal, pieces_of
+from sftflow.chat.proof.marks import MarkedRow, Span
+from sftflow.chat.proof.shape import End, Shape
+from sftflow.chat.schema import parse_row
+from sftflow.chat.template import Row, Template
+from sftflow.errors import FormatError, MaskError
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """The row's text is its shape's skeleton with the row's values in it.
+
+    spans: of each value in the text, in the order of the skeleton.   starts: where each piece of the skeleton begins.
+    literals: the control tokens that the template itself wrote.
+    """
+
+    row: Row
+    text: str
+    shape: Shape
+    spans: list[Span]
+    starts: list[int]
+    literals: list[Literal]
+
+
+class Prover:
+    """Proves where in the renderings of one format the values stand and the replies end.
+
+    end_token: the token that ends ordinary replies, or None.
+    stop_ids: ids at which a reply ends: the ends of turns that the template writes, and the end of text.
+    """
+
+    def __init__(self, template: Template, encoder: Encoder, eos: int | None) -> None:
+        """eos: the id of the end of text, or None."""
+        self._template, self._encoder = template, encoder
+        self._shapes: dict[Any, Shape] = {}
+        self._complete: set[Any] = set()  # shapes of conversations whose prompt leaves nothing out
+        end = template.format.end
+        self.end_token = end if end in encoder.special else None
+        ends = self._probe_ends()
+        stops = [encoder.special[t] for t in dict.fromkeys([*([self.end_token] if self.end_token else []), *ends])]
+        self.stop_ids = stops if eos is None or eos in stops else [*stops, eos]
+
+    def prove(self, row: Row, text: str) -> Proof:
+        """Raises MaskError where the text is not the template's words with the row's values in them, or where it
+        lacks a value."""
+        name = self._template.format.name
+        for words in (False, True):
+            found = self._shape(row, words=words)
+            if found is None:
+                continue
+            shape, values, required = found
+            spans = shape.skeleton.find(values, text)
+            if spans is None:
+                continue
+            for mark in shape.left_out:
+                if required[mark]:
+                    place = f"{row.source}.{shape.placeholders[mark].where}"
+                    fact = f"the {name} format leaves it out of the training text"
+                    raise MaskError(place, fact, "remove it from the row or use a --format that writes it")
+            starts = [0, *(end for _, end in spans)]
+            return Proof(row, text, shape, spans, starts, shape.literals(starts))
+        fact = f"the {name} format changes the contents, so it cannot be proven that none is left out"
+        raise MaskError(row.source, fact, "use another --format")
+
+    def _shape(self, row: Row, *, words: bool) -> tuple[Shape, list[str], list[bool]] | None:
+        """(the row's shape, its values, whether each may not be left out); None where the template refuses marks.
+
+        Shapes of whole contents are remembered, so that the usual row needs no marks once its shape is known.
+        """
+        key: Any = None if words else row.shape_key
+        if key is not None and key in self._shapes:
+            shape = self._shapes[key]
+            return shape, row.texts, [p.required for p in shape.placeholders]
+        marked = MarkedRow(row, words=words)
+        if not words and key is None:
+            key = json.dumps([marked.messages, marked.tools])
+        known = self._shapes.get(key) if key is not None else None
+        if known is None:
+            try:
+                known = Shape(self._template, self._encoder.special_re, marked, self.end_token)
+            except FormatError:
+                return None
+            if key is not None:
+                if len(self._shapes) > 10_000:
+                    self._shapes.clear()
+                self._shapes[key] = known
+        return known, marked.values, [p.required for p in marked.placeholders]
+
+    def literals(self, row: Row, text: str, add_generation_prompt: bool) -> list[Literal]:
+        """The control tokens that the template wrote, in a text without supervised turns."""
+        special_re = self._encoder.special_re
+        if not row.conversation.mentions(special_re):
+            return self._encoder.literals(text)
+        for words in (False, True):
+            marked = MarkedRow(row, words=words)
+            try:
+                rendering = self._template.text(marked.messages, marked.tools, add_generation_prompt, row.source)
+            except FormatError:
+                continue
+            skeleton = marked.skeleton(rendering)
+            spans = skeleton.find(marked.values, text)
+            if spans is not None:
+                starts = [0, *(end for _, end in spans)]
+                return [
+                    (start + m.start(), start + m.end(), m.group())
+                    for start, piece in zip(starts, skeleton.pieces, strict=True)
+                    for m in special_re.finditer(piece)
+                ]
+        fact = "content holds control-token strings and the template changes its text by them"
+        raise MaskError(row.source, fact, "remove those strings from the row")
+
+    def missing_from_prompt(self, row: Row) -> list[str]:
+        """Places of the row that the prompt for the next reply does not hold: see Renderer.missing_from_prompt."""
+        key = row.shape_key
+        if key is not None and key in self._complete:
+            return []
+        marked = MarkedRow(row, words=False)
+        try:
+            text = self._template.text(marked.messages, marked.tools, True, row.source)
+        except FormatError:
+            return []  # it looks into contents; `render` says what it refuses
+        written = set(marked.skeleton(text).order)
+        missing = [
+            p.where
+            for number, p in enumerate(marked.placeholders)
+            if number not in written
+            and (p.message < 0 or row.messages[p.message]["role"] != "assistant" or "tool_calls" in p.where)
+        ]
+        if key is not None and not missing:
+            if len(self._complete) > 1_000:
+                self._complete.clear()
+            self._complete.add(key)
+        return missing
+
+    # ---- replies
+
+    def end_of_turn(self, proof: Proof, turn: int, start: int) -> int:
+        """The number of the literal that ends assistant turn `turn`, whose reply begins at character `start`; after
+        proving that the reply holds all the turn's values, and nothing of another message."""
+        place, shape, literals = f"{proof.row.source}.messages[{turn}]", proof.shape, proof.literals
+        end = shape.end_of(turn)
+        if isinstance(end, str):
+            raise MaskError(place, end, "use another --format, or append_eos: true where the format writes no end")
+        if self._encoder.special[end.token] not in self.stop_ids:
+            raise MaskError(place, f"this reply ends with {end.token}, at which generation would not stop", "")
+        at = proof.starts[end.piece] + end.start
+        own = []
+        for mark, (left, right) in zip(shape.skeleton.order, proof.spans, strict=True):
+            mine = shape.placeholders[mark].message == turn
+            own += [left] if mine else []
+            # (The beginning of a content may be what the template pre-fills, as `<think>`: then it is in the prompt.)
+            if mine and not (start < right <= at):
+                raise MaskError(place, "its content does not lie between its prompt and its end-of-turn token", "")
+            if not mine and left < at and right > start:
+                raise MaskError(place, "another message's content lies inside this reply", "use another --format")
+        inside = [n for n, x in enumerate(literals) if start <= x[0] <= at]
+        if at < start or not inside or literals[inside[-1]][0] != at:
+            raise MaskError(place, "its end-of-turn token does not follow its prompt", "use another --format")
+        if any(literals[n][2] == end.token for n in inside[:-1]):
+            raise MaskError(place, f"the format writes {end.token} inside the reply, where generation would stop", "")
+        # Many templates write no header unasked where there is no message: what looks like a first reply would then
+        # begin with its own header.
+        if turn == 0 and (not own or proof.text[start : min(own)].strip()):
+            raise MaskError(place, "nothing prompts for this reply: it is the first message", "remove it")
+        return inside[-1]
+
+    def calculator_results(self, proof: Proof, start: int, last: int) -> Iterator[tuple[int, int]]:
+        """(first literal, last literal) around each result that the calculator wrote into the reply that begins at
+        character `start` and ends with literal `last`: it is read, not produced."""
+        if self._template.python is None:
+            return
+        _, _, opening, closing = self._template.python
+        opened: int | None = None
+        for number in range(last):
+            at, _, token = proof.literals[number]
+            if at < start:
+                continue
+            if token == opening and opened is None:
+                opened = number
+            elif token == closing and opened is not None:
+                yield opened, number
+                opened = None
+
+    def turns(self, proof: Proof, encoded: Encoded) -> tuple[tuple[int, str], ...]:
+        """(first token, role) of each message, for looking at the row; of one that is written inside the next, as a
+        system message in the first user turn, both roles together."""
+        out: list[tuple[int, str]] = []
+        literals = proof.literals
+        places = [proof.starts[piece] + offset for piece, offset in proof.shape.turn_starts()]
+        own: dict[int, int] = {}
+        for mark, (left, _) in zip(proof.shape.skeleton.order, proof.spans, strict=True):
+            own.setdefault(proof.shape.placeholders[mark].message, left)
+        waiting = ""
+        for turn, (message, at) in enumerate(zip(proof.row.messages, places, strict=True)):
+            if turn + 1 < len(places) and own.get(turn, -1) >= places[turn + 1]:
+                waiting += f"{message['role']}+"
+                continue
+            number = bisect.bisect_left(literals, (at,))
+            if not out:
+                token = 0
+            elif number < len(literals) and literals[number][0] == at:
+                token = int(encoded.literals[number])
+            else:  # a header without control tokens: close enough for the eye
+                before = [(0, e - s, t) for s, e, t in literals[max(0, number - 1) : number]]
+                left = literals[number - 1][0] if number else 0
+                token = int(encoded.literals[number - 1]) if number else 0
+                token += len(self._encoder.encode_pieces(pieces_of(proof.text[left:at], before)))
+            out.append((max(token, out[-1][0] if out else 0), waiting + message["role"]))
+            waiting = ""
+        return tuple(out)
+
+    def _probe_ends(self) -> list[str]:
+        """The end-of-turn tokens: of an ordinary reply, and of a reply that calls a tool where the format has that."""
+        call = {"type": "function", "function": {"name": "look", "arguments": {"at": "x"}}, "id": "probe0000"}
+        parameters = {"type": "object", "properties": {"at": {"type": "string"}}}
+        tool = {"type": "function", "function": {"name": "look", "description": "d", "parameters": parameters}}
+        user = {"role": "user", "content": "u"}
+        probes = [
+            {"messages": [user, {"role": "assistant", "content": "a"}]},
+            {"messages": [user, {"role": "assistant", "content": "a"}], "tools": [tool]},
+            {"messages": [user, {"role": "assistant", "content": "", "tool_calls": [call]}], "tools": [tool]},
+        ]
+        ends: list[str] = []
+        for probe in probes:
+            found = self._shape(self._template.row(parse_row(probe, "probe")), words=False)
+            if found is None or any(found[0].placeholders[mark].message == 1 for mark in found[0].left_out):
+                continue
+            end = found[0].end_of(1)
+            if isinstance(end, End):
+                self.end_token = self.end_token or end.token
+                ends.append(end.token)
+        return ends
