@@ -90,10 +90,9 @@ class ReplySequence:
     """One reply while it is generated.
 
     room: the tokens it may have.   number: its place among its scheduler's requests.   streamed: whether its text is
-    wanted piece by piece (`take`).   n_read: tokens of its prompt that have been computed, where it is read in parts.
-    ids: the reply's tokens so far.   forced: tokens that come next whatever the model would choose: a calculator's
-    result.   call: the tokens of a calculator call that is open.   error: what ended it, in place of `finish`.   The
-    rest is what `Reply` reports.
+    wanted piece by piece (`take`).   ids: the reply's tokens so far.   forced: tokens that come next whatever the model
+    would choose: a calculator's result.   call: the tokens of a calculator call that is open.   error: what ended it,
+    in place of `finish`.   The rest is what `Reply` reports.
     """
 
     request: GenerationRequest
@@ -101,7 +100,6 @@ class ReplySequence:
     room: int
     number: int = 0
     streamed: bool = False
-    n_read: int = 0
     ids: list[int] = field(default_factory=list)
     forced: deque[int] = field(default_factory=deque)
     call: list[int] | None = None
