@@ -48,7 +48,6 @@ class Scheduler:
         self._waiting: deque[ReplySequence] = deque()
         self._reading: tuple[ReplySequence, Prefix] | None = None  # a prompt that is read in parts, and what is known
         self._running: list[ReplySequence] = []
-        self._tokens: list[int] = []  # the running replies' last ones, which are still to be computed
         self._logits: torch.Tensor | None = None  # of the running replies' next ones; only while `advance` runs
         self._count = 0
 
@@ -100,11 +99,11 @@ class Scheduler:
         ended: list[ReplySequence] = []
         self._tick()
         try:
-            self._logits = self._decoder.step(self._tokens) if self._tokens else None
+            last = [sequence.ids[-1] for sequence in self._running]  # accepted, and still to be computed
+            self._logits = self._decoder.step(last) if last else None
         except Exception as error:  # the weights are as they were, the replies are not to be saved
             ended = self._running
-            self._decoder.keep([])
-            self._running, self._tokens = [], []
+            self._keep([])
             for sequence in ended:
                 sequence.error = error
         ended += self._admit()
@@ -122,7 +121,6 @@ class Scheduler:
     def _keep(self, rows: list[int]) -> None:
         self._decoder.keep(rows)
         self._running = [self._running[i] for i in rows]
-        self._tokens = [self._tokens[i] for i in rows]
 
     def _choose(self) -> None:
         """The next token of every running reply."""
@@ -141,7 +139,6 @@ class Scheduler:
                 self._running[row].logprobs.append(logprob)
         for sequence, token in zip(self._running, tokens, strict=True):
             sequence.accept(token)
-        self._tokens = tokens
 
     def _admit(self) -> list[ReplySequence]:
         """Read the prompts of waiting requests, in order. Returns those that ended over it."""

@@ -41,11 +41,8 @@ class ReplyDecoder:
         return text
 
     def reply_text(self, stops: Sequence[str] = ()) -> ReplyText:
-        """`text`, for ids that come one by one, up to the first of the stop texts."""
+        """The text parts joined, for ids that come one by one, up to the first of the stop texts."""
         return ReplyText(Detokenizer(self.decode, self.control), self.python, stops)
-
-    def text(self, ids: Sequence[int]) -> str:
-        return "".join(p.text for p in self.parts(ids) if p.kind == "text")
 
     def parts(self, ids: Sequence[int]) -> tuple[Part, ...]:
         """Generated ids as text, calculator calls and their results; control tokens themselves are not text."""
