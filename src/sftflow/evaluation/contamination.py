@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sftflow.chat.render import Renderer
 from sftflow.data.audit import item_parts
@@ -40,9 +39,6 @@ class Overlap:
     share: float
     unchecked: int
     examples: tuple[OverlapExample, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "examples": [asdict(example) for example in self.examples]}
 
 
 def contamination(
