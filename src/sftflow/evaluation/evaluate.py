@@ -38,7 +38,7 @@ def evaluate(
     name = safe_name(model or assistant.name) + ("-plain" if arm == "plain" else "")
     path = out / "eval" / f"{name}-{task.name}.jsonl"
     with telling_full_disk(out), Journal(path, provenance) as journal:
-        rows = grade_items(assistant, task, arm, finished=journal.rows, keep=journal.add, progress=progress)
+        rows = grade_items(assistant, task, arm, journal, progress)
         journal.close([row.key for row in rows])
     return EvalResult(
         task=task.name,
