@@ -27,7 +27,7 @@ from sftflow.atomic_io import (
     write_json,
 )
 from sftflow.chat.format import ChatFormat, add_tokens, choose_format
-from sftflow.errors import CheckpointError, first_line
+from sftflow.errors import CheckpointError, RunError, first_line
 from sftflow.fingerprint import format_fingerprint
 from sftflow.gguf.vocabulary import as_llama_cpp_splits
 from sftflow.gguf.writer import FORMAT
@@ -216,6 +216,13 @@ def _named_errors(location: Location) -> Iterator[None]:
         remedy = "check the id and the network" if location.is_hub else "check that the files are whole"
         fact = f"cannot be loaded ({type(error).__name__}: {first_line(error)})"
         raise CheckpointError(location.name, fact, remedy) from error
+
+
+def require_finite_weights(model: Any, name: str, remedy: str = "give another checkpoint, or copy it again") -> None:
+    """Raises RunError naming the first weight with a NaN or an infinity in it: all that comes of it is NaN, too."""
+    for which, weight in model.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise RunError(name, f"its weights are not finite ({which})", remedy)
 
 
 def grow_embeddings(model: Any, n_tokens: int) -> int:
