@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import lzma
 import os
 import signal
 from collections.abc import Iterator
@@ -11,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from helpers.outside import Tokenizers, outside_files
+from helpers.outside import Tokenizers, outside_files, unpack_tokenizer
 from helpers.tiny import TEXT, make_renderer
+from helpers.tokenizers import KINDS, write_tokenizer
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -77,16 +77,22 @@ def renderer(tokenizer_dir: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def real_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Tokenizers:
-    """Unpacked Llama 2, Llama 3.1 and Qwen3 tokenizers of the outside data."""
-    out = Tokenizers()
+def known_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Tokenizers:
+    """Directories of tokenizers as Llama 2, Llama 3.1 and Qwen3 have them: "own_llama2" and so on, trained here, and,
+    of the outside data where they are present, "hf_llama2" and so on, cut to their first 8,000 entries."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    out = Tokenizers({f"own_{kind}": write_tokenizer(kind, folder / f"own_{kind}") for kind in KINDS})
     for source in outside_files("fixtures/tokenizers", "hf_*"):
-        target = tmp_path_factory.mktemp(source.name)
-        for file in source.iterdir():
-            data = lzma.decompress(file.read_bytes()) if file.suffix == ".xz" else file.read_bytes()
-            (target / file.name.removesuffix(".xz")).write_bytes(data)
-        out[source.name] = target
+        out[source.name] = unpack_tokenizer(source, folder / source.name, 8000)
     return out
+
+
+@pytest.fixture(scope="session")
+def whole_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Tokenizers:
+    """Those of the outside data as they are, for slow tests."""
+    folder = tmp_path_factory.mktemp("whole")
+    sources = outside_files("fixtures/tokenizers", "hf_*")
+    return Tokenizers({source.name: unpack_tokenizer(source, folder / source.name) for source in sources})
 
 
 @pytest.fixture(scope="module")

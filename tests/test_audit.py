@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from sftflow.data.audit.near_duplicates import AGREE, candidates, minhash
 from sftflow.data.audit.ngrams import SHINGLE, mix64, split_words
 from sftflow.data.audit.overlap import NGRAM, EvalIndex, template_limit
 from sftflow.data.mixture import SourceLedger
-from sftflow.data.store import ROW
+from sftflow.data.store import ROW, Rows
 from sftflow.report.audit_page import audit_page
 from sftflow.report.charts import row_lengths
 from sftflow.report.tables import audit_tables
@@ -60,40 +59,21 @@ class Words:
         return [" ".join(self.words[i] for i in row) for row in rows]
 
 
-@dataclass
-class MemoryRows:
-    """The rows of a source in memory: (ids, mask) of each."""
-
-    name: str
-    rows: list[tuple[NDArray[np.int32], NDArray[np.int8]]] = field(default_factory=list)
-
-    @property
-    def table(self) -> NDArray[Any]:
-        lines = [
-            (0, len(ids), int(mask.sum()), i, hash(ids.tobytes()) % 2**64) for i, (ids, mask) in enumerate(self.rows)
-        ]
-        return np.array(lines, ROW)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def ids(self, i: int) -> NDArray[np.int32]:
-        return self.rows[i][0]
-
-    def mask(self, i: int) -> NDArray[np.int8]:
-        return self.rows[i][1]
-
-    def place(self, i: int) -> str:
-        return f"{self.name}:{i + 1}"
+def in_memory(name: str, rows: list[tuple[NDArray[np.int32], NDArray[np.int8]]]) -> Rows:
+    """The (ids, mask) rows of a source."""
+    starts = np.cumsum([0, *(len(ids) for ids, _ in rows)])
+    lines = [
+        (starts[i], len(ids), int(mask.sum()), i + 1, hash(ids.tobytes()) % 2**64) for i, (ids, mask) in enumerate(rows)
+    ]
+    ids = np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in rows)])
+    masks = np.concatenate([np.zeros(0, np.int8), *(mask for _, mask in rows)])
+    return Rows(np.array(lines, ROW), ids, masks, name=name, number=0, prefix=name)
 
 
-def store(words: Words, name: str, texts: list[str]) -> MemoryRows:
+def store(words: Words, name: str, texts: list[str]) -> Rows:
     """Rows whose second half is supervised."""
-    out = MemoryRows(name)
-    for text in texts:
-        ids = words.encode(text)
-        out.rows.append((ids, (np.arange(len(ids)) >= len(ids) // 2).astype(np.int8)))
-    return out
+    ids = [words.encode(text) for text in texts]
+    return in_memory(name, [(row, (np.arange(len(row)) >= len(row) // 2).astype(np.int8)) for row in ids])
 
 
 def run(*sources: list[str], **options: Any) -> Audit:
@@ -460,7 +440,7 @@ def test_special_tokens_do_not_glue_question_and_answer(tokenizer_dir: Path) -> 
     said = ["Be brief<|user|>Spell the word cat<|assistant|>", "c a t"]
     prompt, reply = (tokenizer(t, add_special_tokens=False).input_ids for t in said)
     mask = np.array([0] * len(prompt) + [1] * len(reply), np.int8)
-    rows = MemoryRows("s", [(np.array(prompt + reply, np.int32), mask)])
+    rows = in_memory("s", [(np.array(prompt + reply, np.int32), mask)])
 
     def decode(ids: list[list[int]]) -> list[str]:
         return [tokenizer.decode(i, skip_special_tokens=True) for i in ids]

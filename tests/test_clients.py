@@ -20,7 +20,7 @@ import httpx
 import pytest
 
 from helpers.outside import outside
-from helpers.runs import sftflow
+from helpers.runs import run
 from helpers.tiny import TEXT
 from sftflow.pretraining.pretrain import BaseSpec, build_model
 from sftflow.pretraining.tokenizer import train_tokenizer
@@ -92,7 +92,7 @@ def taught(base: Path) -> Path:
         "train": {**train, "epochs": 100, "precision": "fp32", "optimizer": "adamw", "compile": False},
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
-    done = sftflow("train", str(folder / "recipe.yaml"))
+    done = run("train", str(folder / "recipe.yaml"))
     assert done.returncode == 0, done.stderr[-2000:]
     return folder / "run"
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from helpers.runs import Quiet, digest, sftflow, write_recipe
-from sftflow.checkpoint import load_assistant
-from sftflow.comparison.compare import base_format, compare_models
+from helpers.runs import Quiet, digest, write_recipe
+from helpers.runs import run as command
+from sftflow.checkpoint import base_format, load_assistant
+from sftflow.comparison.compare import compare_models
 from sftflow.comparison.losses import held_out_comparison
 from sftflow.comparison.paired import change_of
 from sftflow.comparison.prompts import load_prompts
@@ -177,7 +178,7 @@ def test_wrong_input_is_one_line(run: Path, tiny_base: Path, tmp_path: Path, arg
     if "--tasks" not in arguments:
         arguments += ["--tasks", "arithmetic", "--limit", "1"]
     out = tmp_path / "out"
-    done = sftflow("compare", str(tiny_base), str(run), "--out", str(out), *arguments)
+    done = command("compare", str(tiny_base), str(run), "--out", str(out), *arguments)
     line = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 2 and line.startswith("error: "), done.stderr
     assert said.replace("QUESTIONS", str(questions)) in line
@@ -187,13 +188,13 @@ def test_wrong_input_is_one_line(run: Path, tiny_base: Path, tmp_path: Path, arg
 def test_rows_survive_a_kill_and_a_rerun_goes_on(run: Path, tiny_base: Path, tmp_path: Path) -> None:
     """The whole command twice: the second time nothing is generated again."""
     arguments = ["eval", str(run), "--tasks", "arithmetic", "--limit", "5", "--out", str(tmp_path)]
-    assert sftflow(*arguments).returncode == 0
+    assert command(*arguments).returncode == 0
     (path,) = (tmp_path / "eval").glob("*arithmetic.jsonl")
     first = path.read_text()
     lines = first.splitlines(keepends=True)
     path.write_text("".join(lines[:3]) + lines[3][:20])  # as a kill leaves it
     (tmp_path / "eval.json").unlink()
-    done = sftflow(*arguments)
+    done = command(*arguments)
     assert done.returncode == 0, done.stderr
     again = [json.loads(x) for x in path.read_text().splitlines()]
     assert [r["ids"] for r in again] == [json.loads(x)["ids"] for x in lines]

@@ -24,10 +24,10 @@ TEXTS = st.text(
 
 
 @pytest.fixture(scope="module")
-def tokenizers(tokenizer_dir: Path, real_tokenizers: dict[str, Path]) -> dict[str, Any]:
+def tokenizers(tokenizer_dir: Path, known_tokenizers: dict[str, Path]) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
-    return {n: AutoTokenizer.from_pretrained(p) for n, p in {"ours": tokenizer_dir, **real_tokenizers}.items()}
+    return {n: AutoTokenizer.from_pretrained(p) for n, p in {"ours": tokenizer_dir, **known_tokenizers}.items()}
 
 
 def decoder_of(tokenizer: Any) -> Any:

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.runs import run as command
 from sftflow.errors import RunError
 from sftflow.evaluation.evaluate import evaluate
 from sftflow.evaluation.journal import EvalRow, Journal, key_of, safe_name
@@ -312,14 +312,10 @@ def test_a_full_disk_ends_with_one_line_and_keeps_the_rows(
 
 def test_the_command_on_a_full_disk(small_disk: Path, tiny_base: Path) -> None:
     out = small_disk / "out"
-    command = [sys.executable, "-m", "sftflow", "eval", str(tiny_base), "--tasks", "spelling", "--limit", "40", "--out"]
-
-    def run() -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*command, str(out)], capture_output=True, text=True, timeout=200)
-
+    arguments = ("eval", str(tiny_base), "--tasks", "spelling", "--limit", "40", "--out", str(out))
     out.mkdir()
     fill_up(small_disk, leave=24 << 10)
-    failed = run()
+    failed = command(*arguments)
     assert failed.returncode == 3 and "Traceback" not in failed.stderr, failed.stderr
     assert failed.stderr.splitlines()[-1] == (
         f"error: {out}: cannot write (No space left on device); free space; a rerun goes on from the finished rows"
@@ -329,7 +325,7 @@ def test_the_command_on_a_full_disk(small_disk: Path, tiny_base: Path) -> None:
     assert 0 < len(kept) < 40
     seconds = [json.loads(line)["seconds"] for line in path.read_text().splitlines()]
     (small_disk / "ballast").unlink()
-    assert run().returncode == 0
+    assert command(*arguments).returncode == 0
     rows = {r["id"]: r["seconds"] for r in map(json.loads, path.read_text().splitlines())}
     assert len(rows) == 40 and [rows[name] for name in kept] == seconds
     assert json.loads((out / "eval.json").read_text())["models"][str(tiny_base)]["tasks"]["spelling"]["n"] == 40

@@ -11,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from helpers.outside import each, tokenizer_names
 from helpers.tiny import make_renderer
 from sftflow import checkpoint
 from sftflow.chat.schema import parse_row
@@ -179,16 +180,30 @@ def test_interleaving_and_back() -> None:
 @needs_llama_cpp
 @pytest.mark.parametrize(
     "which",
-    ["hf_llama2", *(pytest.param(w, marks=pytest.mark.slow) for w in ("hf_llama3_1", "hf_qwen3"))],
+    tokenizer_names("llama2", "llama3_1", "qwen3"),
 )
-def test_real_tokenizers(tmp_path: Path, real_tokenizers: dict[str, Path], which: str) -> None:
-    format_name = {"hf_llama2": "llama2", "hf_llama3_1": "llama3", "hf_qwen3": "chatml"}[which]
+def test_tokenizers_of_known_kinds(tmp_path: Path, known_tokenizers: dict[str, Path], which: str) -> None:
+    ids_survive(tmp_path, known_tokenizers[which], which)
+
+
+@pytest.mark.slow
+@needs_llama_cpp
+@pytest.mark.parametrize("which", each(["hf_llama2", "hf_llama3_1", "hf_qwen3"]))
+def test_whole_tokenizers(tmp_path: Path, whole_tokenizers: dict[str, Path], which: str) -> None:
+    ids_survive(tmp_path, whole_tokenizers[which], which)
+
+
+def ids_survive(tmp_path: Path, tokenizer: Path, which: str) -> None:
+    format_name = {"llama2": "llama2", "llama3_1": "llama3", "qwen3": "chatml"}[which.partition("_")[2]]
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = build(tmp_path / "sft", real_tokenizers[which], "llama tied", format_name, **small)
+    model = build(tmp_path / "sft", tokenizer, "llama tied", format_name, **small)
     found = export_gguf(str(model), tmp_path / "m.gguf", "f32", say=silent)
-    assert found["passed"], found["failures"][:3]
-    assert found["ids_equal"] == found["prompts"] == 50
-    assert bool(found["notes"]) == (which == "hf_qwen3")  # NFC
+    if which.startswith("hf"):
+        assert found["passed"], found["failures"][:3]
+    else:  # among so few tokens a random model soon writes one that llama.cpp takes for the end, <|eom_id|> for one
+        assert {failure["check"] for failure in found["failures"]} <= {"greedy", "logits"}
+    assert found["ids_equal"] == found["rendered_equal"] == found["prompts"] == 50
+    assert bool(found["notes"]) == which.endswith("qwen3")  # NFC
 
 
 def test_a_tokenizer_that_llama_cpp_cannot_follow_is_refused(tokenizer_dir: Path) -> None:

@@ -20,7 +20,7 @@ from sftflow.exporting import to_gguf as exporting
 from sftflow.exporting.llamacpp import LlamaCpp
 from sftflow.exporting.to_gguf import export_gguf
 from sftflow.tasks import Item
-from sftflow.terminal.repl import _Talk
+from sftflow.terminal.repl import TerminalChat
 
 pytest.importorskip("gguf")
 pytestmark = pytest.mark.skipif(not llamacpp.available(), reason="llama.cpp: pip install xllamacpp")
@@ -51,7 +51,7 @@ def everywhere(model: str, path: Path, n: int) -> dict[str, int]:
     splits = 0
     rows = conversations(n)
     server = local(assistant)
-    terminal = _Talk(assistant, io.StringIO(), print, lambda: assistant)
+    terminal = TerminalChat(assistant, io.StringIO())
     with LlamaCpp(path, context=64) as engine:
         for messages in rows:
             trained = renderer.render(parse_row({"messages": messages}, "row"))

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helpers.outside import outside
+from helpers.outside import each, outside
 from helpers.tiny import make_renderer
 from sftflow.chat.format import BUILTIN, builtin_format
 from sftflow.chat.render import Renderer
@@ -130,12 +130,16 @@ def test_text_and_ids_are_transformers(tokenizers: dict[str, Path], name: str, w
         assert rendered.ids[: len(prompt.ids)].tolist() == prompt.ids.tolist(), label
 
 
+FAMILIES = (("llama2", "llama2"), ("alpaca", "llama2"), ("llama3", "llama3_1"))
+
+
 @pytest.mark.parametrize(
-    ("name", "which"), [("llama2", "hf_llama2"), ("alpaca", "hf_llama2"), ("llama3", "hf_llama3_1")]
+    ("name", "which"),
+    [*((name, f"own_{kind}") for name, kind in FAMILIES), *each([(name, f"hf_{kind}") for name, kind in FAMILIES])],
 )
-def test_on_the_familys_own_tokenizer(real_tokenizers: dict[str, Path], name: str, which: str) -> None:
-    renderer = make_renderer(real_tokenizers[which], name)
-    bare = make_renderer(real_tokenizers[which], "alpaca").tokenizer  # a format without tokens of its own
+def test_on_the_familys_own_tokenizer(known_tokenizers: dict[str, Path], name: str, which: str) -> None:
+    renderer = make_renderer(known_tokenizers[which], name)
+    bare = make_renderer(known_tokenizers[which], "alpaca").tokenizer  # a format without tokens of its own
     assert len(renderer.tokenizer) == len(bare)
     for label, messages in CHATS.items():
         rendered = renderer.render(row(messages))
@@ -249,13 +253,15 @@ DIFFERENT = {
 
 @pytest.mark.parametrize(
     ("published", "name", "which"),
-    [
-        ("llama-2-chat", "llama2", "two"),
-        ("llama-3-instruct", "llama3", "llama3"),
-        ("alpaca", "alpaca", "two"),
-        ("phi-3", "phi3", "two"),
-        ("chatml", "chatml", "no bos"),  # this one writes a bos token where there is one; OpenAI's ChatML has none
-    ],
+    each(
+        [
+            ("llama-2-chat", "llama2", "two"),
+            ("llama-3-instruct", "llama3", "llama3"),
+            ("alpaca", "alpaca", "two"),
+            ("phi-3", "phi3", "two"),
+            ("chatml", "chatml", "no bos"),  # this one writes a bos token where there is one; OpenAI's ChatML has none
+        ]
+    ),
 )
 def test_text_is_the_published_templates(tokenizers: dict[str, Path], published: str, name: str, which: str) -> None:
     path = outside("fixtures", "chat_templates", "chujiezheng", f"{published}.jinja")

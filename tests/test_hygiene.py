@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.outside import tokenizer_names
 from helpers.tiny import make_renderer
 from sftflow.chat.schema import parse_row
 from sftflow.evaluation.journal import EvalRow
@@ -225,8 +226,9 @@ def test_broken_characters(renderer: Any) -> None:
     assert check_replies(replies, renderer).replies["invalid_utf8"] == (1, 3)
 
 
-def test_a_real_tokenizer_with_byte_fallback(real_tokenizers: dict[str, Path]) -> None:
-    renderer = make_renderer(real_tokenizers["hf_llama2"], "llama2")
+@pytest.mark.parametrize("name", tokenizer_names("llama2"))
+def test_a_tokenizer_with_byte_fallback(known_tokenizers: dict[str, Path], name: str) -> None:
+    renderer = make_renderer(known_tokenizers[name], "llama2")
     face = renderer.encode_plain("🜁")
     replies = [said(renderer, *face), said(renderer, *face[:-1]), *(said(renderer, text) for text in CLEAN)]
     found = check_replies(replies, renderer)

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from helpers.chromium import CHROMIUM, dom_of
+from helpers.chromium import dom_of, needs_chromium
+from helpers.outside import tokenizer_names
 from sftflow.chat import token_rows
 from sftflow.chat.render import Rendered, Renderer
 from sftflow.chat.token_rows import Token, TokenRow, token_row
@@ -117,21 +118,22 @@ def test_boxes_of_a_split_character_concatenate_to_its_bytes(renderer: Renderer)
     assert "\ufffd" not in page.text
 
 
-@pytest.mark.parametrize("name", ["hf_llama2", "hf_llama3_1", "hf_qwen3"])
-def test_bytes_of_real_tokenizers(real_tokenizers: dict[str, Path], name: str) -> None:
+@pytest.mark.parametrize("name", tokenizer_names("llama2", "llama3_1", "qwen3"))
+def test_bytes_of_real_tokenizers(known_tokenizers: dict[str, Path], name: str) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(real_tokenizers[name])
+    tokenizer = AutoTokenizer.from_pretrained(known_tokenizers[name])
     text = TEXT + " <0x41> \U00010348 𓀀"
     data = token_row(rendered(tokenizer, text), tokenizer)
     joined = b"".join(t.raw or b"" for t in data.tokens).decode()
-    assert joined == (" " + text if name == "hf_llama2" else text), "Llama 2 writes a space before every text"
+    assert joined == (" " + text if name.endswith("llama2") else text), "Llama 2 writes a space before every text"
 
 
-def test_llama_2_tokens_keep_their_leading_space(real_tokenizers: dict[str, Path]) -> None:
+@pytest.mark.parametrize("name", tokenizer_names("llama2"))
+def test_llama_2_tokens_keep_their_leading_space(known_tokenizers: dict[str, Path], name: str) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(real_tokenizers["hf_llama2"])
+    tokenizer = AutoTokenizer.from_pretrained(known_tokenizers[name])
     data = token_row(rendered(tokenizer, "The cat\n\U00010348"), tokenizer)
     assert [t.text for t in data.tokens[:3]] == [" The", " cat", "\n"]
     assert [t.raw for t in data.tokens[3:]] == [b"\xf0", b"\x90", b"\x8d", b"\x88"], "byte tokens such as <0xF0>"
@@ -350,7 +352,7 @@ onload = () => {
 };</script>"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+@needs_chromium
 @pytest.mark.parametrize(("width", "beside"), [(390, False), (1280, True)])
 def test_page_in_a_browser(tmp_path: Path, width: int, beside: bool) -> None:
     """A touched or focused box says its bytes without a script, and nothing scrolls sideways."""

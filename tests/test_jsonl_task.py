@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.outside import outside
+from helpers.outside import each, outside
 from sftflow.errors import SchemaError, SftflowError
 from sftflow.tasks import Item, TaskSource, chance_of, make_task
 from sftflow.tasks.questions import GRADERS, Jsonl, is_contained, is_exact, is_number, parse
@@ -179,7 +179,7 @@ def test_any_number_is_read_in_its_usual_writings(value: int) -> None:
     assert parse({"question": "?", "answer": f"{value:,}"}, "x:1").grader == "number"
 
 
-@pytest.mark.parametrize(("split", "rows"), [("train", 9427), ("test", 3270)])
+@pytest.mark.parametrize(("split", "rows"), each([("train", 9427), ("test", 3270)]))
 def test_real_boolq(split: str, rows: int) -> None:
     path = outside("multiple_choice", "boolq", f"{split}.jsonl")
     raw = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from helpers.chromium import CHROMIUM, Chromium, Page
+from helpers.chromium import Chromium, Page, skip_module_without_chromium
 from helpers.peer import Peer, serving
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
+skip_module_without_chromium()
 
 
 @pytest.fixture(scope="module")

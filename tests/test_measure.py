@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from helpers.runs import Quiet, sftflow, write_recipe
+from helpers.runs import Quiet, write_recipe
+from helpers.runs import run as command
+from sftflow import api
 from sftflow.atomic_io import CHECKSUM, with_checksum, write_json
-from sftflow.checkpoint import Assistant, load_assistant, load_info, resolve
-from sftflow.cli.measure import EvalOptions, evaluate_all
-from sftflow.comparison.compare import base_format, kind_of
+from sftflow.checkpoint import Assistant, base_format, load_assistant, load_info, resolve
+from sftflow.comparison.compare import kind_of
 from sftflow.comparison.run_artifacts import read_run, run_of
 from sftflow.evaluation.callback import EvalDuringTraining
 from sftflow.evaluation.options import open_tasks
@@ -91,12 +92,12 @@ def test_mix_and_doctor_take_a_recipe_with_code(tmp_path: Path, tiny_base: Path)
     (tmp_path / "code.jsonl").write_text(json.dumps(CODE) + "\n")
     measure = {"tasks": ["humaneval=code.jsonl"], "allow_code": True}
     recipe = short_recipe(tmp_path, tiny_base, eval=measure)
-    for command in ("mix", "doctor"):
-        done = sftflow(command, str(recipe))
+    for name in ("mix", "doctor"):
+        done = command(name, str(recipe))
         assert done.returncode == 0, done.stderr
     recipe = short_recipe(tmp_path, tiny_base, eval=measure | {"allow_code": False})
-    assert sftflow("mix", str(recipe)).returncode == 0  # it asks nothing, so it runs nothing
-    refused = sftflow("doctor", str(recipe))
+    assert command("mix", str(recipe)).returncode == 0  # it asks nothing, so it runs nothing
+    refused = command("doctor", str(recipe))
     assert refused.returncode == 2 and "it runs code that the model wrote" in refused.stderr  # as `train` would
 
 
@@ -111,7 +112,7 @@ def test_mix_and_doctor_take_a_recipe_with_code(tmp_path: Path, tiny_base: Path)
 def test_what_a_comparison_needs_is_checked_before_training(
     tmp_path: Path, tiny_base: Path, compare: dict[str, Any], said: str
 ) -> None:
-    done = sftflow("train", str(short_recipe(tmp_path, tiny_base, compare=compare)))
+    done = command("train", str(short_recipe(tmp_path, tiny_base, compare=compare)))
     lines = done.stderr.strip().splitlines()
     assert done.returncode == 2 and lines[-1].startswith("error: ") and said in lines[-1], done.stderr
     assert not (tmp_path / "run").exists()
@@ -127,7 +128,7 @@ def test_every_model_is_asked_for_its_own_name(run: Path, tmp_path: Path) -> Non
         write_json(tmp_path / name / "checkpoint" / "sftflow.json", with_checksum(info))
         names.append(str(tmp_path / name))
     out = tmp_path / "out"
-    evaluate_all(names, EvalOptions(tasks=("identity",), limit=4, out=out), Quiet())
+    api.evaluate(names, ["identity"], limit=4, out=out)
     for name, other in (("Ada", "Bo"), ("Bo", "Ada")):
         (path,) = (out / "eval").glob(f"*{name}*identity.jsonl")
         said = path.read_text()

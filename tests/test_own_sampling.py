@@ -9,9 +9,8 @@ import torch
 
 from helpers.serving import ASK, local, request
 from sftflow.checkpoint import Assistant
-from sftflow.serving.chat import ChatBody
-from sftflow.serving.model_entry import SamplingParams
-from sftflow.serving.sampling import own_sampling
+from sftflow.serving.prompt import requests_for
+from sftflow.serving.schemas import ChatBody
 from sftflow.terminal.repl import chat
 
 OFF = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -26,19 +25,17 @@ def asks_for(assistant: Assistant, monkeypatch: pytest.MonkeyPatch, **values: An
 
 def test_what_the_checkpoint_asks_for(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
     asks_for(assistant, monkeypatch)
-    assert own_sampling(assistant) == OFF
+    assert assistant.sampling == OFF
     own = {"temperature": 0.5, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.2}
     asks_for(assistant, monkeypatch, do_sample=True, **own)
-    assert own_sampling(assistant) == own
-    drawing = SamplingParams.of(assistant, ChatBody(model="tiny", messages=ASK))
-    assert {key: getattr(drawing, key) for key in own} == own
+    assert assistant.sampling == own
+    (asked,) = requests_for(assistant, ChatBody(model="tiny", messages=ASK), [1], 4)
+    assert {key: getattr(asked, key) for key in own} == own
     body = ChatBody(model="tiny", messages=ASK, min_p=0.0, repetition_penalty=1.0)  # a request's own values count
-    assert (SamplingParams.of(assistant, body).min_p, SamplingParams.of(assistant, body).repetition_penalty) == (
-        0.0,
-        1.0,
-    )
+    (asked,) = requests_for(assistant, body, [1], 4)
+    assert (asked.min_p, asked.repetition_penalty) == (0.0, 1.0)
     asks_for(assistant, monkeypatch, do_sample=False, repetition_penalty=1.2)
-    assert own_sampling(assistant) == {**OFF, "repetition_penalty": 1.2}
+    assert assistant.sampling == {**OFF, "repetition_penalty": 1.2}
 
 
 def test_a_penalty_counts_in_greedy_decoding_as_in_transformers(

@@ -16,14 +16,14 @@ from typing import Any
 import httpx
 import pytest
 
-from helpers.chromium import CHROMIUM, Chromium, Page
+from helpers.chromium import Chromium, Page, skip_module_without_chromium
 from helpers.peer import Peer, serving
 from sftflow.chat.data_files import read_conversations
 from sftflow.chat.schema import parse_row
 from sftflow.checkpoint import open_renderer, resolve
 from sftflow.pretraining.pretrain import BaseSpec, build_model
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
+skip_module_without_chromium()
 IDLE = "!document.body.classList.contains('busy')"
 TEXTS = "[...document.querySelectorAll('.reply .markdown')].map((n) => n.textContent)"
 

@@ -44,11 +44,15 @@ def exchange(i: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def backends(tokenizer_dir: Path, real_tokenizers: dict[str, Path]) -> list[Any]:
+def caches(tokenizer_dir: Path, known_tokenizers: dict[str, Path]) -> list[tuple[Any, words.WordCache]]:
+    """Tokenizers, and what remembers their words."""
     from transformers import AutoTokenizer
 
-    places = [tokenizer_dir, *(p for name, p in real_tokenizers.items() if name != "hf_llama2")]
-    return [AutoTokenizer.from_pretrained(p).backend_tokenizer for p in places]
+    places = [tokenizer_dir, *(p for name, p in known_tokenizers.items() if not name.endswith("llama2"))]
+    backends = [AutoTokenizer.from_pretrained(p).backend_tokenizer for p in places]
+    found = [(backend, words.WordCache.of(backend)) for backend in backends]
+    assert all(cache is not None for _, cache in found)
+    return found  # type: ignore[return-value]
 
 
 ANY_TEXT = st.text(
@@ -63,21 +67,17 @@ ANY_TEXT = st.text(
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=ANY_TEXT)
-def test_remembered_words_are_the_tokenizers_own(backends: list[Any], text: str) -> None:
-    for backend in backends:
-        cache = _caches.setdefault(id(backend), words.WordCache.of(backend))
-        assert cache is not None
+def test_remembered_words_are_the_tokenizers_own(caches: list[tuple[Any, words.WordCache]], text: str) -> None:
+    for backend, cache in caches:
         assert cache.encode(text) == backend.encode(text, add_special_tokens=False).ids
 
 
-_caches: dict[int, words.WordCache | None] = {}
-
-
-def test_other_kinds_of_tokenizers_take_their_own_way(real_tokenizers: dict[str, Path]) -> None:
+def test_other_kinds_of_tokenizers_take_their_own_way(known_tokenizers: dict[str, Path]) -> None:
     from tokenizers import Tokenizer, models, normalizers
 
-    if "hf_llama2" in real_tokenizers:
-        assert words.WordCache.of(Tokenizer.from_file(str(real_tokenizers["hf_llama2"] / "tokenizer.json"))) is None
+    for name, path in known_tokenizers.items():
+        if name.endswith("llama2"):
+            assert words.WordCache.of(Tokenizer.from_file(str(path / "tokenizer.json"))) is None
     plain = Tokenizer(models.BPE())
     assert words.WordCache.of(plain) is None
     plain.normalizer = normalizers.Lowercase()
@@ -104,7 +104,7 @@ def test_all_cores_give_the_rows_of_one(tmp_path: Path, tokenizer_dir: Path, mon
         monkeypatch.setattr(prepare, "BLOCK_ROWS", 100)
         mixture = build_mixture(recipe(path), renderer)
         (directory,) = (tmp_path / cache / "rows").iterdir()
-        found.append(({p.name: p.read_bytes() for p in directory.iterdir()}, mixture.ledger()))
+        found.append(({p.name: p.read_bytes() for p in directory.iterdir()}, mixture.ledger))
     assert found[0] == found[1]
     direct = renderer.render(parse_row(exchange(0), f"{path}:1"))
     assert np.array_equal(mixture.rows[0].ids(0), direct.ids) and np.array_equal(mixture.rows[0].mask(0), direct.mask)
@@ -134,7 +134,7 @@ def test_the_second_run_renders_nothing(tmp_path: Path, tokenizer_dir: Path, mon
 
     monkeypatch.setattr(prepare, "render_block", counted)
     again = build_mixture(recipe(path), renderer)
-    assert not calls and again.ledger() == first.ledger()
+    assert not calls and again.ledger == first.ledger
     # whatever a row depends on makes it anew
     build_mixture(recipe(path, train={"max_length": 32}), renderer)
     build_mixture(recipe(path), make_renderer(tokenizer_dir, "chatml"))
@@ -188,7 +188,7 @@ def test_a_bad_row_stops_or_is_quarantined(tmp_path: Path, tokenizer_dir: Path, 
         build_mixture(recipe(path), renderer)
     assert caught.value.place.startswith(f"{path}:31")
     mixture = build_mixture(recipe(path, on_bad_row="skip", validation=0), renderer)
-    (source,) = mixture.ledger()["sources"]
+    (source,) = mixture.ledger["sources"]
     assert (source["rows"], source["bad"], source["dropped"]) == (31, 1, 1)
     write_bad_rows(tmp_path, mixture)
     (quarantined,) = map(json.loads, (tmp_path / "bad_rows.jsonl").read_text().splitlines())

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.outside import outside
+from helpers.outside import each, outside
 from sftflow.chat.schema import Conversation, Part
 from sftflow.errors import DataError, SchemaError, SftflowError, TaskError
 from sftflow.tasks import make_task
@@ -481,7 +481,7 @@ def value_of(node: ast.AST) -> Fraction:
     raise TypeError(node.op)
 
 
-@pytest.mark.parametrize(("split", "rows"), [("train", 7473), ("test", 1319)])
+@pytest.mark.parametrize(("split", "rows"), each([("train", 7473), ("test", 1319)]))
 def test_real_gsm8k(split: str, rows: int) -> None:
     path = real(f"gsm8k/{split}.jsonl")
     raw = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
@@ -509,14 +509,16 @@ def test_real_gsm8k(split: str, rows: int) -> None:
 
 @pytest.mark.parametrize(
     ("folder", "split", "rows"),
-    [
-        ("ARC-Easy", "train", 2251),
-        ("ARC-Easy", "test", 2376),
-        ("ARC-Challenge", "train", 1119),
-        ("ARC-Challenge", "test", 1172),
-        ("openbookqa", "train", 4957),
-        ("openbookqa", "test", 500),
-    ],
+    each(
+        [
+            ("ARC-Easy", "train", 2251),
+            ("ARC-Easy", "test", 2376),
+            ("ARC-Challenge", "train", 1119),
+            ("ARC-Challenge", "test", 1172),
+            ("openbookqa", "train", 4957),
+            ("openbookqa", "test", 500),
+        ]
+    ),
 )
 def test_real_multiple_choice(folder: str, split: str, rows: int) -> None:
     task = MultipleChoice(TaskSource(path=real(f"multiple_choice/{folder}/{split}.jsonl")))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helpers.outside import outside
+from helpers.outside import each, outside
 from helpers.tiny import make_renderer
 from sftflow.chat.calculator_parts import flatten_python
 from sftflow.chat.render import Renderer
@@ -289,10 +289,10 @@ SOUND = {  # template -> the tokenizer that has its tokens
 }
 
 
-@pytest.mark.parametrize("template", sorted(SOUND))
-def test_real_templates_render_as_transformers_does(template: str, real_tokenizers: dict[str, Path]) -> None:
+@pytest.mark.parametrize("template", each(sorted(SOUND)))
+def test_real_templates_render_as_transformers_does(template: str, known_tokenizers: dict[str, Path]) -> None:
     path = outside("fixtures", "chat_templates", *template.split("/"))
-    renderer = make_renderer(real_tokenizers[SOUND[template]], str(path))
+    renderer = make_renderer(known_tokenizers[SOUND[template]], str(path))
     rows = renderer.render_rows(PLAIN)
     for rendered, turn in zip(rows, (4,) if len(rows) == 1 else (2, 4), strict=True):
         messages = [{"role": m.role, "content": m.text} for m in PLAIN.messages[:turn]]
@@ -309,9 +309,9 @@ def test_real_templates_render_as_transformers_does(template: str, real_tokenize
         assert "hi there" not in text and "Bye" not in text
 
 
-def test_tool_calls_of_a_real_template_are_supervised(real_tokenizers: dict[str, Path]) -> None:
+def test_tool_calls_of_a_real_template_are_supervised(known_tokenizers: dict[str, Path]) -> None:
     path = outside("fixtures", "chat_templates", "llamacpp", "Qwen-Qwen2.5-7B-Instruct.jinja")
-    renderer = make_renderer(real_tokenizers["hf_qwen3"], str(path))
+    renderer = make_renderer(known_tokenizers["hf_qwen3"], str(path))
     call = {"type": "function", "function": {"name": "get_w", "arguments": '{"city": "Rome"}'}}
     row = parse_row(
         {

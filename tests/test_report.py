@@ -13,7 +13,7 @@ import pytest
 
 from helpers.report_data import HOSTILE, Page, checks, demo, poisoned, shipped_prompts, task, token_row
 from sftflow.chat.token_rows import TokenRow
-from sftflow.comparison.judge import Judged
+from sftflow.comparison.judge import JudgeResult
 from sftflow.comparison.results import (
     Both,
     Forgetting,
@@ -165,7 +165,7 @@ def test_a_part_that_was_not_measured_is_no_error() -> None:
     nulls = HeldOutLoss(
         rows=0, tokens=0, all=None, end_of_turn=None, roles={}, sources={}, skipped={}, first_skipped=None
     )
-    judge = Judged(model="m", url="u", temperature=None, rows=())
+    judge = JudgeResult(model="m", url="u", temperature=None, rows=())
     one_side = Both(demo().hygiene.base, checks(0.0, 0.0, [], n=0))
     for part in (
         {"held_out_loss": HeldOutComparison(rows=0, base=nulls, sft=nulls)},

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from helpers.chromium import CHROMIUM, dom_of
+from helpers.chromium import dom_of, skip_module_without_chromium
 from helpers.report_data import HOSTILE, demo, shipped_prompts, with_run
-from sftflow.comparison.judge import Judged
+from sftflow.comparison.judge import JudgeResult
 from sftflow.comparison.results import Both, Comparison, HeldOutComparison, NotChecked
 from sftflow.report.comparison_page import comparison_page
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+skip_module_without_chromium()
 
 PROBE = """<iframe src="report.html" style="width:%dpx;height:700px;border:0"></iframe><output></output><script>
 onload = () => {
@@ -73,7 +73,7 @@ def long_words() -> Comparison:
         metrics=Both(spelling.metrics.base, {**spelling.metrics.sft, "q" * 90: 0.5}),
     )
     row, ledger, judge, loss = data.run.mask_example, data.run.ledger, data.judge, data.held_out_loss
-    assert row and ledger and isinstance(judge, Judged) and isinstance(loss, HeldOutComparison)
+    assert row and ledger and isinstance(judge, JudgeResult) and isinstance(loss, HeldOutComparison)
     tokens = [replace(t, text="x" * 300) if i == 3 else t for i, t in enumerate(row.tokens)]
     sources = (replace(ledger.sources[0], name="n" * 90), *ledger.sources[1:])
     first = replace(judge.rows[0], pair=replace(judge.rows[0].pair, id="n" * 90))

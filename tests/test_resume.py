@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.runs import Quiet, digest, error_line, run, sftflow, write_recipe
+from helpers.runs import Quiet, digest, error_line, run, write_recipe
+from helpers.runs import run as sftflow
 from sftflow.atomic_io import Lock, sweep, write_directory
 from sftflow.errors import CheckpointError, RunError
 from sftflow.recipe import load_recipe

@@ -23,9 +23,9 @@ from sftflow.chat.render import Renderer
 from sftflow.checkpoint import Assistant
 from sftflow.serving import api
 from sftflow.serving import uvicorn_limits as listen
-from sftflow.serving.concurrency import Reading
 from sftflow.serving.errors import ApiError
-from sftflow.serving.prompt import conversation_of
+from sftflow.serving.prompt import read_messages
+from sftflow.serving.request_body import ReaderPool
 
 CHAT, TEXT, RENDER = "/v1/chat/completions", "/v1/completions", "/v1/render"
 KEY = {"Authorization": "Bearer k", "Content-Type": "application/json"}
@@ -378,7 +378,7 @@ def test_many_empty_messages_are_refused_before_they_are_rendered(
 @pytest.mark.parametrize("content", ["", "a", "<|user_end|>", " <|bos|><|bos|>\n", "é🙂 1\n\n"])
 @pytest.mark.parametrize("n", [1, 7, 31])
 def test_what_fits_is_never_refused_early(assistant: Assistant, content: str, n: int) -> None:
-    conversation = conversation_of([{**m, "content": content} for m in empty(n)])
+    conversation = read_messages([{**m, "content": content} for m in empty(n)])
     about, least = assistant.renderer.rough_length(conversation)
     assert least <= len(assistant.renderer.render(conversation, add_generation_prompt=True).ids)
     assert least <= about and (content or least > 2 * n)
@@ -399,7 +399,7 @@ def test_few_requests_are_read_at_once_and_small_ones_do_not_wait_for_large_ones
         return 1
 
     async def scenario() -> None:
-        reading = Reading(small=1, large=2, seconds=0.2)
+        reading = ReaderPool(small=1, large=2, seconds=0.2)
         large = [asyncio.create_task(reading.run(work, 100_000)) for _ in range(2)]
         await asyncio.sleep(0.05)
         assert await reading.run(lambda: 2, 100) == 2

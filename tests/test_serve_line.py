@@ -19,7 +19,7 @@ ENDLESS = {"model": "tiny", "messages": ASK, "temperature": 0}
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_stops_its_work(endless: Assistant, stream: bool) -> None:
-    with running(api.make_app({"tiny": endless}, slots=1)) as url:
+    with running(api.make_app({"tiny": endless}, max_running=1)) as url:
         raw = socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])))
         body = json.dumps({**ENDLESS, "stream": stream}).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -45,7 +45,7 @@ def test_a_full_line_answers_503_and_leaving_frees_it(endless: Assistant) -> Non
             await asyncio.sleep(0.5)
             assert (await http.post("/v1/chat/completions", json=ask())).status_code == 200
 
-    with running(api.make_app({"tiny": endless}, slots=1, max_waiting=2)) as url:
+    with running(api.make_app({"tiny": endless}, max_running=1, max_waiting=2)) as url:
         asyncio.run(scenario(url))
 
 

@@ -129,7 +129,7 @@ def test_a_port_in_use_is_told_before_any_output(assistant: Assistant) -> None:
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(ServeError) as caught:
-            api.serve({"tiny": assistant}, host="127.0.0.1", port=port, say=said.append)
+            api.serve(lambda: {"tiny": assistant}, host="127.0.0.1", port=port, say=said.append)
     assert str(caught.value) == f"127.0.0.1:{port}: the port is in use; choose another with --port"
     assert not said
     with pytest.raises(ServeError):

@@ -25,9 +25,9 @@ from sftflow.checkpoint import Assistant, load_assistant, save
 from sftflow.errors import DataError
 from sftflow.generation.request import Delta, GenerationRequest, Reply
 from sftflow.pretraining.pretrain import BaseSpec, build_model
-from sftflow.terminal import save as transcript
 from sftflow.terminal.repl import chat
 from sftflow.terminal.repl_input import Typed, read_message
+from sftflow.terminal.save import append_row, row_of
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,7 @@ def test_a_row_keeps_calculator_calls_and_marks_what_was_cut() -> None:
     reply = Message(
         "assistant", (Part("text", "It is "), Part("python", "48/2"), Part("python_output", "24")), weight=0
     )
-    row = transcript.row([None], [text_message("user", "48/2?"), reply])
+    row = row_of([None], [text_message("user", "48/2?"), reply])
     assert row["messages"][1] == {
         "role": "assistant",
         "content": [{"type": "text", "text": "It is "}, {"type": "python", "text": "48/2"},
@@ -235,18 +235,18 @@ def test_save_leaves_other_files_alone(tmp_path: Path, content: str) -> None:
     file = tmp_path / "other"
     file.write_text(content)
     with pytest.raises(DataError) as caught:
-        transcript.append(file, transcript.row([None], [text_message("user", "hi"), text_message("assistant", "yo")]))
+        append_row(file, row_of([None], [text_message("user", "hi"), text_message("assistant", "yo")]))
     assert "no JSONL file of conversations" in str(caught.value) and file.read_text() == content
 
 
 def test_save_where_nothing_can_be_written(tmp_path: Path) -> None:
-    row = transcript.row([None], [text_message("user", "hi"), text_message("assistant", "yo")])
+    row = row_of([None], [text_message("user", "hi"), text_message("assistant", "yo")])
     for path in (tmp_path, tmp_path / "no" / "folder.jsonl"):
         with pytest.raises(DataError):
-            transcript.append(path, row)
+            append_row(path, row)
     file = tmp_path / "open.jsonl"
     file.write_text(json.dumps(row))  # its last line does not end
-    assert transcript.append(file, row) == 2 and len(list(read_conversations(file))) == 2
+    assert append_row(file, row) == 2 and len(list(read_conversations(file))) == 2
 
 
 # ---- a real terminal

@@ -17,10 +17,10 @@ from fastapi.testclient import TestClient
 from helpers.generation import ask, failing
 from sftflow.errors import CheckpointError, RunError, SftflowError
 from sftflow.generation.engine import Engine
-from sftflow.generation.request import Delta, Reply
+from sftflow.generation.request import Reply
 from sftflow.serving import api
 from sftflow.serving import engine_thread as module
-from sftflow.serving.engine_thread import Job, Worker
+from sftflow.serving.engine_thread import EngineThread, Generations
 from sftflow.serving.errors import ApiError
 
 ENDLESS = 230  # tokens
@@ -39,8 +39,8 @@ def assistant(tiny_base: Path) -> Any:
 
 
 @asynccontextmanager
-async def working(assistant: Any, **more: Any) -> AsyncIterator[Worker]:
-    worker = Worker(assistant, **more)
+async def working(assistant: Any, **more: Any) -> AsyncIterator[EngineThread]:
+    worker = EngineThread(assistant, **more)
     try:
         yield worker
     finally:
@@ -55,11 +55,11 @@ async def until(true: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
-async def read(job: Job, each: Callable[[Delta], None] = lambda delta: None) -> Reply:
+async def read(one: Generations) -> Reply:
     """The reply, which the deltas must be in pieces."""
     text, tokens, last = "", [], None
-    async for delta in job.deltas():
-        each(delta)
+    async for index, delta in one.deltas():
+        assert index == 0
         text += delta.text
         tokens += delta.tokens
         last = delta
@@ -81,18 +81,17 @@ def test_replies_are_the_engines_and_join_those_that_run(assistant: Any) -> None
     wanted = Engine(assistant.model, assistant.renderer, assistant.engine.runtime, max_running=8).generate(requests)
 
     async def scenario() -> None:
-        async with working(assistant, slots=8) as worker:
-            jobs = [worker.submit(r, streamed=i % 4 > 0) for i, r in enumerate(requests[:30])]
+        async with working(assistant, max_running=8) as worker:
+            jobs = [worker.submit([r], streamed=i % 4 > 0) for i, r in enumerate(requests[:30])]
             replies = [asyncio.create_task(read(job)) for job in jobs]
             await replies[0]  # the others run
-            replies += [asyncio.create_task(read(worker.submit(r))) for r in requests[30:]]
+            replies += [asyncio.create_task(read(worker.submit([r]))) for r in requests[30:]]
             for reply, right in zip(await asyncio.gather(*replies), wanted, strict=True):
                 assert (reply.ids, reply.text) == (right.ids, right.text) or right.near_ties
-            stats = worker.stats
-            await until(lambda: stats.running == 0)
-            assert stats.prompt_tokens == sum(len(r.prompt_ids) for r in requests)
-            assert stats.generated_tokens == sum(len(r.ids) for r in wanted)
-            assert stats.finished == {"stop": 0, "length": 40, "cancelled": 0, "error": 0} and stats.waiting == 0
+            await until(lambda: worker.running == 0)
+            assert worker.prompt_tokens == sum(len(r.prompt_ids) for r in requests)
+            assert worker.generated_tokens == sum(len(r.ids) for r in wanted)
+            assert worker.finished == {"stop": 0, "length": 40, "cancelled": 0, "error": 0} and worker.waiting == 0
 
     run(scenario)
 
@@ -105,8 +104,8 @@ def test_models_that_cannot_let_others_join_take_turns(assistant: Any) -> None:
     before, assistant.engine = assistant.engine, padded
 
     async def scenario() -> None:
-        async with working(assistant, slots=3) as worker:
-            replies = await asyncio.gather(*(read(worker.submit(r)) for r in requests))
+        async with working(assistant, max_running=3) as worker:
+            replies = await asyncio.gather(*(read(worker.submit([r])) for r in requests))
             assert [r.ids for r in replies] == [r.ids for r in wanted]
 
     try:
@@ -117,18 +116,18 @@ def test_models_that_cannot_let_others_join_take_turns(assistant: Any) -> None:
 
 def test_a_full_line_refuses_and_leaving_makes_room(assistant: Any) -> None:
     async def scenario() -> None:
-        async with working(assistant, slots=2, max_waiting=3) as worker:
-            jobs = [worker.submit(ask(5, ENDLESS, i)) for i in range(5)]
+        async with working(assistant, max_running=2, max_waiting=3) as worker:
+            jobs = [worker.submit([ask(5, ENDLESS, i)]) for i in range(5)]
             with pytest.raises(module.ApiError) as refused:
-                worker.submit(ask(5, 5))
+                worker.submit([ask(5, 5)])
             assert refused.value.status == 503 and int(refused.value.headers["Retry-After"]) > 0
-            await until(lambda: worker.stats.running == 2 and worker.stats.waiting == 3)
+            await until(lambda: worker.running == 2 and worker.waiting == 3)
             for job in jobs[1:]:  # one that runs, three that wait
                 job.cancel()
-            reply = await read(worker.submit(ask(9, 5)))
+            reply = await read(worker.submit([ask(9, 5)]))
             assert len(reply.ids) == 5
-            assert all([d.reply is None async for d in jobs[1].deltas()])
-            assert worker.stats.finished["cancelled"] == 4
+            assert all([d.reply is None async for _, d in jobs[1].deltas()])
+            assert worker.finished["cancelled"] == 4
             assert len((await read(jobs[0])).ids) == ENDLESS
 
     run(scenario)
@@ -148,17 +147,17 @@ def test_a_client_that_hangs_up_takes_its_work_with_it(assistant: Any) -> None:
                 return {"type": "http.disconnect"}
 
             request = starlette.requests.Request({"type": "http"}, receive)
-            deltas = worker.submit(ask(5, ENDLESS)).deltas(request)
+            deltas = worker.submit([ask(5, ENDLESS)]).deltas(request)
             await anext(deltas)
             gone.set()
-            rest = [d async for d in deltas]
+            rest = [d async for _, d in deltas]
             assert all(d.reply is None for d in rest) and asked == 1
-            await until(lambda: worker.stats.finished["cancelled"] == 1 and worker.stats.running == 0)
+            await until(lambda: worker.finished["cancelled"] == 1 and worker.running == 0)
 
-            early = worker.submit(ask(5, ENDLESS)).deltas()
+            early = worker.submit([ask(5, ENDLESS)]).deltas()
             await anext(early)
             await early.aclose()
-            await until(lambda: worker.stats.finished["cancelled"] == 2)
+            await until(lambda: worker.finished["cancelled"] == 2)
 
     run(scenario)
 
@@ -169,14 +168,14 @@ def test_what_fails_is_told_and_the_worker_goes_on(assistant: Any) -> None:
     async def scenario() -> None:
         async with working(assistant) as worker:
             await until(lambda: worker.ready)
-            good = worker.submit(ask(5, 100))
+            good = worker.submit([ask(5, 100)])
             with pytest.raises(Exception, match=f"leave no room in a context of {context}"):
-                await read(worker.submit(ask(context, 5)))
+                await read(worker.submit([ask(context, 5)]))
             assert len((await read(good)).ids) == 100
             with failing(assistant.model, lambda ids: True), pytest.raises(torch.OutOfMemoryError):
-                await read(worker.submit(ask(5, 100)))
-            assert len((await read(worker.submit(ask(5, 100)))).ids) == 100
-            assert worker.stats.finished["error"] == 2
+                await read(worker.submit([ask(5, 100)]))
+            assert len((await read(worker.submit([ask(5, 100)]))).ids) == 100
+            assert worker.finished["error"] == 2
 
     run(scenario)
 
@@ -200,7 +199,7 @@ def test_a_model_that_cannot_compute_says_so_to_everyone(broken: Any) -> None:
         async with working(broken) as worker:
             for _ in range(2):
                 with pytest.raises(ApiError) as caught:
-                    await read(worker.submit(ask(5, 5)))
+                    await read(worker.submit([ask(5, 5)]))
                 assert (caught.value.status, caught.value.body["error"]["code"]) == (503, "model_unusable")
             assert not worker.ready and worker.unproven and "it cannot compute a sequence" in str(worker.broken)
 
@@ -217,7 +216,7 @@ def test_a_server_whose_model_cannot_be_computed_ends_and_says_why(broken: Any) 
 
         broken.model.forward = fail
         with pytest.raises(SftflowError) as caught:
-            api.serve({"tiny": broken}, port=0, say=said.append)
+            api.serve(lambda: {"tiny": broken}, port=0, say=said.append)
         known = isinstance(error, NotImplementedError)
         assert type(caught.value) is (CheckpointError if known else RunError)
         assert caught.value.exit_code == (2 if known else 3)
@@ -239,9 +238,9 @@ def test_a_broken_model_is_not_being_prepared(broken: Any) -> None:
 
 def test_closing_ends_every_reply(assistant: Any) -> None:
     async def scenario() -> None:
-        async with working(assistant, slots=2) as worker:
-            jobs = [worker.submit(ask(5, ENDLESS, i)) for i in range(4)]
-            await until(lambda: worker.stats.running == 2)
+        async with working(assistant, max_running=2) as worker:
+            jobs = [worker.submit([ask(5, ENDLESS, i)]) for i in range(4)]
+            await until(lambda: worker.running == 2)
             worker.close()
             for job in jobs:
                 with pytest.raises(module.ApiError) as stopped:
@@ -265,9 +264,9 @@ def test_the_event_loop_stays_free(assistant: Any) -> None:
                 await asyncio.sleep(0.01)
                 late.append(time.perf_counter() - began - 0.01)
 
-        async with working(assistant, slots=32) as worker:
+        async with working(assistant, max_running=32) as worker:
             ticking = asyncio.create_task(tick())
-            await asyncio.gather(*(read(worker.submit(ask(20, 60, i, temperature=1.0, seed=i))) for i in range(64)))
+            await asyncio.gather(*(read(worker.submit([ask(20, 60, i, temperature=1.0, seed=i)])) for i in range(64)))
             ticking.cancel()
         assert sorted(late)[int(len(late) * 0.9)] < 0.1
 

@@ -11,8 +11,8 @@ import copy
 import errno
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from sftflow.atomic_io import (
     write_json,
 )
 from sftflow.chat.format import ChatFormat, add_tokens, choose_format
+from sftflow.chat.schema import Conversation
 from sftflow.errors import CheckpointError, RunError, first_line
 from sftflow.fingerprint import format_fingerprint
 from sftflow.gguf.vocabulary import as_llama_cpp_splits
@@ -36,6 +37,7 @@ from sftflow.rounding import round_bf16
 if TYPE_CHECKING:
     from sftflow.chat.render import Renderer
     from sftflow.generation.engine import Engine
+    from sftflow.generation.request import GenerationRequest
 
 BUILTIN_TINY = "builtin:tiny"
 COPY_AGAIN = "copy the checkpoint again"
@@ -70,6 +72,56 @@ class Assistant:
     renderer: Renderer
     engine: Engine
     info: dict[str, Any]
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How the checkpoint asks for its tokens to be drawn: temperature (0: greedy), top_p (1: off), top_k (0: off),
+        min_p (0: off), repetition_penalty (1: off).
+
+        Its generation_config.json is read as transformers' `generate` reads it: without do_sample it is greedy, and
+        only the penalty counts. Nearly all checkpoints have no penalty either: then a reply here is decoded as
+        evaluation decodes, so that what one sees is what was measured.
+        """
+        config = getattr(self.model, "generation_config", None)
+        drawn = bool(getattr(config, "do_sample", False))
+
+        def value(key: str, otherwise: float) -> float:
+            found = getattr(config, key, None)
+            return otherwise if found is None else float(found)
+
+        return {
+            "temperature": value("temperature", 1.0) if drawn else 0.0,
+            "top_p": value("top_p", 1.0) if drawn else 1.0,
+            "top_k": int(value("top_k", 0)) if drawn else 0,
+            "min_p": value("min_p", 0.0) if drawn else 0.0,
+            "repetition_penalty": value("repetition_penalty", 1.0),
+        }
+
+    def request(
+        self, prompt: Conversation | Sequence[int], *, max_tokens: int | None = None, **options: Any
+    ) -> GenerationRequest:
+        """What the engine is asked for the next reply of a conversation (or behind a prompt's ids).
+
+        max_tokens: of the reply; at most, and by default, as many as the context has room for.
+        options: further fields of `GenerationRequest`; where one is left out or None, the checkpoint's own `sampling`
+        counts, else the field's default.
+
+        Raises what rendering raises. A prompt that leaves no room for a token is refused by the engine.
+        """
+        from sftflow.generation.request import GenerationRequest
+
+        if isinstance(prompt, Conversation):
+            ids = tuple(self.renderer.render(prompt, add_generation_prompt=True).ids.tolist())
+        else:
+            ids = tuple(prompt)
+        room = max(1, self.engine.context - len(ids))
+        fields = {**self.sampling, **{name: value for name, value in options.items() if value is not None}}
+        if fields["temperature"] < 1e-4:
+            fields["temperature"] = 0.0  # the limit of ever smaller ones
+        fields["top_p"] = max(fields["top_p"], 1e-6)
+        fields["top_k"] = max(fields["top_k"], 0)  # -1 is "off", too
+        limit = room if max_tokens is None else min(max_tokens, room)
+        return GenerationRequest(prompt_ids=ids, max_new_tokens=limit, **fields)
 
     def plain_ids(self, text: str) -> tuple[int, ...]:
         """Plain text as the base was pretrained to read it: with the tokenizer's own BOS, without control tokens."""
@@ -292,6 +344,12 @@ def load_assistant(
     runtime = detect(precision)
     model.to(runtime.device).eval()
     return Assistant(name, model, tokenizer, renderer, Engine(model, renderer, runtime), info)
+
+
+def base_format(sft: Assistant) -> ChatFormat:
+    """The SFT model's format, to be given to a base that has none: with the control tokens it needs."""
+    chat_format = sft.renderer.format
+    return replace(chat_format, tokens=tuple(t for t in sft.renderer.special if t in chat_format.template))
 
 
 def _stored(weight: Any, dtype: Any) -> Any:

@@ -6,7 +6,7 @@ architectures   random models of real transformers code, a few layers of 32
 generation      requests with random prompts; a model that runs out of memory when told to
 training        random examples and the settings of a short training loop
 templates       small chat templates of our own, and renderers of them
-runs            small training runs; the command line, in this process and as one of its own
+runs            small training runs; the command line, in this process
 serving         a served tiny model: in this process, on a loopback port
 peer            a server that says what a test wants said
 chromium        a real browser, driven without a driver

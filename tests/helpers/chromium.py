@@ -22,9 +22,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+NONE = "chromium: not on the PATH"
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason=NONE)
 
 KEYS = {"Enter": 13, "Tab": 9, "Escape": 27, " ": 32, "ArrowDown": 40, "ArrowUp": 38}
+
+
+def skip_module_without_chromium() -> None:
+    """Skip the whole test module, as one, where there is no browser."""
+    if CHROMIUM is None:
+        pytest.skip(NONE, allow_module_level=True)
 
 
 class Chromium:

@@ -11,7 +11,7 @@ from importlib import resources
 from typing import Any
 
 from sftflow.chat.token_rows import Token, TokenRow
-from sftflow.comparison.judge import Judged, Pair, Verdict
+from sftflow.comparison.judge import JudgeResult, ReplyPair, Verdict
 from sftflow.comparison.prompts import PromptSet
 from sftflow.comparison.results import (
     Both,
@@ -140,7 +140,7 @@ def held_out(words: float, end: float) -> HeldOutLoss:
     )  # fmt: skip
 
 
-def judged(ids: list[str], wins: int = 17, losses: int = 12) -> Judged:
+def judged(ids: list[str], wins: int = 17, losses: int = 12) -> JudgeResult:
     """A judge that leans to the reply it sees first: 71 of 100 single verdicts, and not to the longer one (13 of 25).
 
     The other pairs are 20 ties, in which it took the first one twice, and two of which one verdict is missing.
@@ -150,9 +150,9 @@ def judged(ids: list[str], wins: int = 17, losses: int = 12) -> Judged:
     for i, (first, second) in enumerate(sides):
         longer = first if i < 13 else {"a": "b", "b": "a"}[first]
         lengths = {"a": 1, "b": 1} if i >= 25 else {"a": 1 + (longer == "a"), "b": 1 + (longer == "b")}
-        pair = Pair(id=ids[i], messages=(), a="x" * lengths["a"], b="x" * lengths["b"])
+        pair = ReplyPair(id=ids[i], messages=(), a="x" * lengths["a"], b="x" * lengths["b"])
         rows.append(Verdict(pair=pair, first=first, second=second))
-    return Judged(model="some-judge", url="http://127.0.0.1:9/v1", temperature=0.0, rows=tuple(rows))
+    return JudgeResult(model="some-judge", url="http://127.0.0.1:9/v1", temperature=0.0, rows=tuple(rows))
 
 
 def run_artifacts() -> RunArtifacts:

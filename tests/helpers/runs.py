@@ -1,4 +1,4 @@
-"""Small training runs that tests start: their recipe, the command line as a process, a listener that says nothing."""
+"""Small training runs that tests start: their recipe, the command line, a listener that says nothing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -35,13 +34,6 @@ def write_recipe(folder: Path, base: Path, **train: Any) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(recipe))  # JSON is YAML
     return path
-
-
-def sftflow(*args: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    """Run the command line to its end."""
-    return subprocess.run(
-        [sys.executable, "-m", "sftflow", *args], capture_output=True, text=True, timeout=200, **kwargs
-    )
 
 
 class Quiet:

@@ -20,7 +20,7 @@ from typing import Any
 from sftflow import __version__
 from sftflow.atomic_io import write_json
 from sftflow.checkpoint import Assistant
-from sftflow.comparison.judge import Judged, Pair, check_judge, judge_pairs
+from sftflow.comparison.judge import JudgeResult, ReplyPair, check_judge, judge_pairs
 from sftflow.comparison.losses import forgetting, held_out_comparison, overlap_with_training
 from sftflow.comparison.paired import PairedResult, check_all_replies, task_comparisons
 from sftflow.comparison.prompt_replies import PROMPT_TOKENS, prompt_comparisons, prompt_replies, with_faults
@@ -31,14 +31,15 @@ from sftflow.errors import RecipeError, SftflowError
 from sftflow.evaluation.evaluate import evaluate, weights_of
 from sftflow.evaluation.options import EvalTask
 from sftflow.evaluation.prompts_for import require_askable
+from sftflow.evaluation.reply_checks import ReplyChecks
 from sftflow.evaluation.results import Evaluation, ModelScores
-from sftflow.evaluation.statistics import centred_mean
 from sftflow.fingerprint import GRADED_ROWS, code_hash, format_fingerprint, items_hash
 
 JUDGE_KEY = "SFTFLOW_JUDGE_KEY"
 """environment variable of the judge's API key"""
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
+Steps = Callable[[str], Callable[[int], None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,7 @@ def compare_models(
     sft: Assistant,
     runs: Sequence[EvalTask],
     prompts: PromptSet,
-    out: Path,
+    out: Path | None,
     *,
     run_directory: Path | None = None,
     options: CompareOptions = CompareOptions(),
@@ -86,7 +87,7 @@ def compare_models(
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Comparison:
-    """Compare, and write compare.json, eval.json and a row an item into `out`.
+    """Compare, and write compare.json, eval.json and a row an item into `out`, where one is given.
 
     run_directory: of the SFT model's training, for ledger, losses and the overlap of the tasks with its rows.
     options: its judge; the prompts are those given.   plain_text: what forgetting is measured on, instead of the text
@@ -96,29 +97,19 @@ def compare_models(
     for assistant in (base, sft):
         require_askable(assistant.renderer, runs)
         weights_of(assistant)  # which refuses weights that are not finite
-    counted = _Counter(progress, 3 * (sum(len(r.items) for r in runs) + len(prompts.prompts)))
-    results = [_paired_result(base, sft, run, out, counted) for run in runs]
-    chat = prompt_replies(base, prompts, "chat", counted.step("prompts: base, chat format"))
-    plain = prompt_replies(base, prompts, "plain", counted.step("prompts: base, plain text"))
-    after = prompt_replies(sft, prompts, "chat", counted.step("prompts: SFT"))
-    checks = Both(
-        check_all_replies(base, chat, [r.chat for r in results]),
-        check_all_replies(sft, after, [r.sft for r in results]),
-    )
+    steps = _steps(progress, 3 * (sum(len(r.items) for r in runs) + len(prompts.prompts)))
+    results = [_paired_result(base, sft, run, out, steps) for run in runs]
+    scores = Both(ModelScores(tuple(r.better for r in results)), ModelScores(tuple(r.sft for r in results)))
+    replies, checks = _prompts_and_checks(base, sft, prompts, results, steps)
     say("held-out loss, forgetting, overlap with the training rows")
-    tasks = task_comparisons(results, overlap_with_training(runs, sft, run_directory))
-    chances = [t.chance for t in tasks.values()]
     comparison = Comparison(
         version=__version__,
         kind=kind_of(base),
         names=Both(base.name, sft.name),
-        tasks=tasks,
-        centred_mean=Both(
-            centred_mean([t.base for t in tasks.values()], chances),
-            centred_mean([t.sft for t in tasks.values()], chances),
-        ),
+        tasks=task_comparisons(results, overlap_with_training(runs, sft, run_directory)),
+        centred_mean=Both(scores.base.centred_mean, scores.sft.centred_mean),
         prompt_set=prompts,
-        prompts=prompt_comparisons(prompts, with_faults(chat, checks.base), plain, with_faults(after, checks.sft)),
+        prompts=replies,
         hygiene=checks,
         held_out_loss=held_out_comparison(base, sft, run_directory),
         forgetting=forgetting(base, sft, plain_text),
@@ -133,53 +124,55 @@ def compare_models(
     if options.judge and options.judge_model:
         comparison = replace(comparison, judge=_judged(comparison, options, progress))
     comparison = replace(comparison, seconds=round(time.perf_counter() - began, 1), finished=datetime.now(UTC))
-    write_json(out / "compare.json", comparison.to_json())
-    scores = {
-        base.name: ModelScores(tuple(r.better for r in results)),
-        sft.name: ModelScores(tuple(r.sft for r in results)),
-    }
-    write_json(out / "eval.json", Evaluation(scores).to_json())
+    if out is not None:
+        write_json(out / "compare.json", comparison.to_json())
+        write_json(out / "eval.json", Evaluation({base.name: scores.base, sft.name: scores.sft}).to_json())
     return comparison
 
 
-class _Counter:
-    """How many replies of all are done, told to `progress` with what they are replies to."""
+def _steps(progress: Progress | None, total: int) -> Steps:
+    """-> a function of what is being asked, which gives one that is told how many more replies of it are done."""
+    done = 0
 
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self.progress, self.total, self.done = progress, total, 0
-
-    def step(self, what: str) -> Callable[[int], None]:
-        """-> a function that is told how many more are done"""
-
+    def step(what: str) -> Callable[[int], None]:
         def more(k: int) -> None:
-            self.done += k
-            if self.progress:
-                self.progress(what, self.done, self.total)
+            nonlocal done
+            done += k
+            if progress:
+                progress(what, done, total)
 
         return more
 
+    return step
 
-def _paired_result(base: Assistant, sft: Assistant, run: EvalTask, out: Path, counted: _Counter) -> PairedResult:
-    step = counted.step
+
+def _paired_result(base: Assistant, sft: Assistant, run: EvalTask, out: Path | None, steps: Steps) -> PairedResult:
     return PairedResult(
         run,
-        evaluate(base, run, "chat", out, model="base", progress=step(f"{run.name}: base, chat format")),
-        evaluate(base, run, "plain", out, model="base", progress=step(f"{run.name}: base, plain text")),
-        evaluate(sft, run, "chat", out, model="sft", progress=step(f"{run.name}: SFT")),
+        evaluate(base, run, "chat", out, model="base", progress=steps(f"{run.name}: base, chat format")),
+        evaluate(base, run, "plain", out, model="base", progress=steps(f"{run.name}: base, plain text")),
+        evaluate(sft, run, "chat", out, model="sft", progress=steps(f"{run.name}: SFT")),
     )
+
+
+def _prompts_and_checks(
+    base: Assistant, sft: Assistant, prompts: PromptSet, results: Sequence[PairedResult], steps: Steps
+) -> tuple[tuple[PromptComparison, ...], Both[ReplyChecks]]:
+    """The fixed prompts answered, and the form of all replies of both models in their chat format checked."""
+    chat = prompt_replies(base, prompts, "chat", steps("prompts: base, chat format"))
+    plain = prompt_replies(base, prompts, "plain", steps("prompts: base, plain text"))
+    after = prompt_replies(sft, prompts, "chat", steps("prompts: SFT"))
+    checks = Both(
+        check_all_replies(base, chat, [r.chat for r in results]),
+        check_all_replies(sft, after, [r.sft for r in results]),
+    )
+    return prompt_comparisons(prompts, with_faults(chat, checks.base), plain, with_faults(after, checks.sft)), checks
 
 
 def kind_of(base: Assistant) -> str:
     """A base that brings a chat template of its own has been instruction-tuned before."""
     tuned = base.info.get("own_template") or base.info.get("kind") == "sft"
     return CONTINUED if tuned else "base-versus-SFT"
-
-
-def base_format(sft: Assistant) -> Any:
-    """The SFT model's format, to be given to a base that has none: with the control tokens it needs."""
-    chat_format = sft.renderer.format
-    tokens = tuple(t for t in sft.renderer.special if t in chat_format.template)
-    return replace(chat_format, tokens=tokens)
 
 
 def _settings(sft: Assistant, runs: Sequence[EvalTask]) -> dict[str, Any]:
@@ -206,14 +199,14 @@ def _fingerprints(base: Assistant, sft: Assistant, runs: Sequence[EvalTask]) -> 
     }
 
 
-def _judged(comparison: Comparison, options: CompareOptions, progress: Progress | None) -> Judged | NotJudged:
+def _judged(comparison: Comparison, options: CompareOptions, progress: Progress | None) -> JudgeResult | NotJudged:
     """Verdicts on the fixed prompts. A base without a format of its own is judged by its plain-text reply."""
 
     def before(prompt: PromptComparison) -> Any:
         return prompt.base if comparison.continued else prompt.base_plain
 
     pairs = [
-        Pair(id=p.id, messages=p.messages, a=p.sft.text, b=before(p).text)
+        ReplyPair(id=p.id, messages=p.messages, a=p.sft.text, b=before(p).text)
         for p in comparison.prompts
         if p.sft.reply is not None and before(p).reply is not None
     ]

@@ -19,13 +19,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sftflow.comparison.judge_client import JudgeClient, JudgeError, endpoint, shown_url
+from sftflow.comparison.judge_client import JudgeClient, endpoint, url_without_secrets
 from sftflow.evaluation.statistics import wilson
 
-__all__ = ["JudgeError", "Judged", "Pair", "Verdict", "check_judge", "judge_pairs", "parse_verdict", "question"]
-
 Side = Literal["a", "b", "tie"]
-MOST_TOKENS = 1024
+MAX_TOKENS = 1024
 """of one reply of the judge"""
 MARK = re.compile(r"\[\[([ABC])\]\]")
 INSTRUCTIONS = """\
@@ -46,7 +44,7 @@ First give your reasons, in three sentences at most. Then end with a line that h
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair:
+class ReplyPair:
     """Two replies to one conversation. a: the one whose wins are counted (the SFT model's).   b: the one it is
     compared with.   messages: [{"role", "content"}, ...], what both answer."""
 
@@ -61,7 +59,7 @@ class Verdict:
     """What the judge said of a pair. first: with `a` shown first.   second: with `b` shown first.   None: nothing that
     could be read.   failure: why, where the server gave no reply."""
 
-    pair: Pair
+    pair: ReplyPair
     first: Side | None
     second: Side | None
     failure: str | None = None
@@ -75,7 +73,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
+class JudgeResult:
     """All pairs' verdicts. url: without user, password and query.   temperature: None where the judge takes none."""
 
     model: str
@@ -144,7 +142,7 @@ class Judged:
         }
 
 
-def question(messages: Sequence[Mapping[str, Any]], first: str, second: str) -> str:
+def judge_prompt(messages: Sequence[Mapping[str, Any]], first: str, second: str) -> str:
     """What the judge is asked. The fences hold a hash of all that stands between them."""
     texts = [str(m.get(key)) for m in messages for key in ("role", "content")] + [first, second]
     fence = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
@@ -175,21 +173,21 @@ def parse_verdict(reply: str) -> Literal["A", "B", "C"] | None:
 
 def check_judge(url: str, model: str, api_key: str | None = None, *, timeout: float = 120.0) -> None:
     """One tiny question, before minutes are spent on the replies. Raises JudgeError as `judge_pairs` does."""
-    with JudgeClient(endpoint(url), model, api_key, timeout, MOST_TOKENS) as client:
+    with JudgeClient(endpoint(url), model, api_key, timeout, MAX_TOKENS) as client:
         client.probe()
 
 
 def judge_pairs(
-    pairs: Sequence[Pair],
+    pairs: Sequence[ReplyPair],
     url: str,
     model: str,
     api_key: str | None = None,
     *,
     concurrency: int = 4,
     timeout: float = 120.0,
-    max_tokens: int = MOST_TOKENS,
+    max_tokens: int = MAX_TOKENS,
     progress: Callable[[int, int], None] | None = None,
-) -> Judged:
+) -> JudgeResult:
     """Ask `model` behind `url` (".../v1") about every pair in both orders, `concurrency` questions at a time.
 
     timeout: seconds for one reply.   max_tokens: of one reply; one that is cut off has no verdict.
@@ -198,7 +196,7 @@ def judge_pairs(
     Raises JudgeError, in one line, where the judge cannot be reached, does not know
     the key or the model, or speaks something else than chat completions: most often before the first pair.
     """
-    questions = [question(p.messages, *order) for p in pairs for order in ((p.a, p.b), (p.b, p.a))]
+    questions = [judge_prompt(p.messages, *order) for p in pairs for order in ((p.a, p.b), (p.b, p.a))]
     answers: list[Side | None] = [None] * len(questions)
     failures: list[str | None] = [None] * len(questions)
     with (
@@ -227,7 +225,7 @@ def judge_pairs(
         )
         for i, pair in enumerate(pairs)
     )
-    return Judged(model=model, url=shown_url(endpoint(url)), temperature=client.temperature, rows=rows)
+    return JudgeResult(model=model, url=url_without_secrets(endpoint(url)), temperature=client.temperature, rows=rows)
 
 
 def _side(letter: str | None, *, swapped: bool) -> Side | None:

@@ -18,7 +18,7 @@ import httpx
 from sftflow.errors import SftflowError
 
 TRIES = 6
-MOST_WAIT = 60.0
+MAX_WAIT = 60.0
 """seconds between two tries, whatever the server asks for"""
 BUSY = (429, 502, 503, 504, 529)
 LOST = (401, 403, 404, 405, 410)
@@ -50,7 +50,7 @@ def endpoint(url: str) -> httpx.URL:
     return found.copy_with(path=path)
 
 
-def shown_url(url: httpx.URL) -> str:
+def url_without_secrets(url: httpx.URL) -> str:
     """The address for files and messages: user, password and query may be secrets."""
     return str(url.copy_with(userinfo=b"", query=None, fragment=None))
 
@@ -63,7 +63,7 @@ class JudgeClient:
 
     def __init__(self, url: httpx.URL, model: str, api_key: str | None, timeout: float, max_tokens: int) -> None:
         self.url, self.model, self.timeout = url, model, timeout
-        self.place = f"--judge {shown_url(url)}"
+        self.place = f"--judge {url_without_secrets(url)}"
         self.temperature: float | None = 0.0
         self._limit = {"max_tokens": max_tokens}
         self._key = (api_key or "").strip()
@@ -95,13 +95,13 @@ class JudgeClient:
                 self._complete("Answer with the one word: ready")
                 break
             except NoReply as error:
-                said = str(error)
-                if "max_completion_tokens" in said and "max_tokens" in self._limit:
+                message = str(error)
+                if "max_completion_tokens" in message and "max_tokens" in self._limit:
                     self._limit = {"max_completion_tokens": self._limit["max_tokens"]}
-                elif "temperature" in said and self.temperature is not None:
+                elif "temperature" in message and self.temperature is not None:
                     self.temperature = None
                 else:
-                    raise JudgeError(self.place, said, "check the address and what runs there") from None
+                    raise JudgeError(self.place, message, "check the address and what runs there") from None
         self._proven = True
 
     def ask(self, text: str) -> tuple[str | None, str | None]:
@@ -120,26 +120,26 @@ class JudgeClient:
         if self.temperature is not None:
             body["temperature"] = self.temperature
         response = self._post(json.dumps(body).encode())
-        said = self._said(response)
-        self._raise_for(response, said)
+        message = self._server_message(response)
+        self._raise_for(response, message)
         try:
             data = response.json()
             choice = data["choices"][0]
             content = choice["message"]["content"]
         except (ValueError, LookupError, TypeError):
-            raise NoReply(f"the answer is no chat completion ({said})") from None
+            raise NoReply(f"the answer is no chat completion ({message})") from None
         if isinstance(content, list):  # parts
             content = "".join(str(p.get("text", "")) for p in content if isinstance(p, dict))
         return str(content or ""), str(choice.get("finish_reason"))
 
-    def _raise_for(self, response: httpx.Response, said: str) -> None:
+    def _raise_for(self, response: httpx.Response, message: str) -> None:
         status = response.status_code
         if status == 200:
             return
-        fact = f"HTTP {status}: {said}"
+        fact = f"HTTP {status}: {message}"
         if status in (401, 403):
             raise JudgeError(self.place, f"the API key is missing or wrong ({fact})", "give the key of this server")
-        if status == 404 and "model" in said.lower():
+        if status == 404 and "model" in message.lower():
             raise JudgeError(self.place, f"no model {self.model!r} there ({fact})", "check --judge-model")
         if status in LOST:
             raise JudgeError(self.place, f"no chat completions there ({fact})", "give the address that ends in /v1")
@@ -153,7 +153,7 @@ class JudgeClient:
     def _post(self, body: bytes) -> httpx.Response:
         """The first answer that is not "busy", or the last one."""
         for tried in range(1, TRIES + 1):
-            wait = min(0.5 * 2**tried, MOST_WAIT)
+            wait = min(0.5 * 2**tried, MAX_WAIT)
             try:
                 response = self._http.post(self.url, content=body)
             except httpx.TimeoutException as error:
@@ -167,21 +167,21 @@ class JudgeClient:
             else:
                 if response.status_code not in BUSY or tried == TRIES or "insufficient_quota" in response.text:
                     return response
-                wait = min(retry_after(response.headers.get("retry-after"), wait), MOST_WAIT)
+                wait = min(retry_after(response.headers.get("retry-after"), wait), MAX_WAIT)
             if self._stopped.wait(wait):
                 break
         raise NoReply("the judging was stopped")
 
-    def _said(self, response: httpx.Response) -> str:
+    def _server_message(self, response: httpx.Response) -> str:
         """What the server says, in one line of at most 200 characters, without the key."""
         try:
-            said: Any = response.json()
+            message: Any = response.json()
         except ValueError:
-            said = response.text
+            message = response.text
         for key in ("error", "message", "detail"):
-            if isinstance(said, dict) and said.get(key):
-                said = said[key]
-        text = " ".join((said if isinstance(said, str) else json.dumps(said)).split())
+            if isinstance(message, dict) and message.get(key):
+                message = message[key]
+        text = " ".join((message if isinstance(message, str) else json.dumps(message)).split())
         text = text.replace(self._key, "***") if self._key else text
         return text if len(text) <= 200 else text[:197] + "..."
 

@@ -12,7 +12,7 @@ from sftflow.evaluation.journal import EvalRow
 from sftflow.evaluation.options import EvalTask
 from sftflow.evaluation.reply_checks import ReplyChecks, check_replies
 from sftflow.evaluation.results import EvalResult
-from sftflow.evaluation.statistics import detectable, holm, paired_interval, task_p_value, verdict, wilson
+from sftflow.evaluation.statistics import detectable, holm, paired_interval, task_p_value, verdict
 from sftflow.generation.request import Reply
 
 
@@ -59,17 +59,17 @@ def _task_comparison(
         ci95=interval,
         base_stderr=before.stderr,
         sft_stderr=after.stderr,
-        wilson=Both(wilson(before.score, before.n), wilson(after.score, after.n)),
+        wilson=Both(before.interval, after.interval),
         p_value=p,
         p_holm=adjusted,
         detectable=detectable(before.scores, after.scores),
         verdict=verdict(interval, after.n, adjusted),
         metrics=Both(before.metrics, after.metrics),
         near_ties=Both(before.near_ties, after.near_ties),
-        too_long=Both(*(sum(r.finish_reason == "too_long" for r in x.rows) for x in (before, after))),
+        too_long=Both(before.too_long, after.too_long),
         contamination=overlap,
         max_new_tokens=result.run.task.max_new_tokens,
-        tokens=Both(*(sum(r.n_generated for r in x.rows) for x in (before, after))),
+        tokens=Both(before.tokens, after.tokens),
         items=changed_first(result),
     )
 

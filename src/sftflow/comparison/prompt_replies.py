@@ -71,13 +71,6 @@ def prompt_comparisons(
     prompts: PromptSet, base: Sequence[PromptReply], plain: Sequence[PromptReply], sft: Sequence[PromptReply]
 ) -> tuple[PromptComparison, ...]:
     return tuple(
-        PromptComparison(
-            id=prompt.id,
-            kind=prompt.kind,
-            messages=prompt.messages_json(),
-            base=base[i],
-            base_plain=plain[i],
-            sft=sft[i],
-        )
-        for i, prompt in enumerate(prompts.prompts)
+        PromptComparison(id=p.id, kind=p.kind, messages=p.messages_json(), base=b, base_plain=q, sft=s)
+        for p, b, q, s in zip(prompts.prompts, base, plain, sft, strict=True)
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import datetime
 from typing import Any, Generic, TypeVar
 
-from sftflow.comparison.judge import Judged, Verdict
+from sftflow.comparison.judge import JudgeResult, Verdict
 from sftflow.comparison.prompts import PromptSet
 from sftflow.comparison.run_artifacts import RunArtifacts
 from sftflow.evaluation.contamination import Overlap
@@ -215,7 +215,7 @@ class Comparison:
     forgetting: Forgetting
     settings: Mapping[str, Any]
     fingerprints: Mapping[str, Any]
-    judge: Judged | NotJudged | None = field(metadata=ONLY_IF_GIVEN)
+    judge: JudgeResult | NotJudged | None = field(metadata=ONLY_IF_GIVEN)
     seconds: float
     n_parameters: int = field(metadata=NOT_IN_FILE)
     finished: datetime = field(metadata=NOT_IN_FILE)
@@ -228,7 +228,7 @@ class Comparison:
     @property
     def verdicts(self) -> Sequence[Verdict]:
         """The judge's, prompt by prompt; none where no judge was asked."""
-        return self.judge.rows if isinstance(self.judge, Judged) else ()
+        return self.judge.rows if isinstance(self.judge, JudgeResult) else ()
 
     def to_json(self) -> dict[str, Any]:
         """compare.json"""

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from sftflow.chat.render import Renderer
-from sftflow.data.audit import SourceRows, item_parts
+from sftflow.data.audit import item_parts
 from sftflow.data.audit.overlap import NGRAM, EvalIndex
 from sftflow.data.audit.rows import AuditRows
 from sftflow.data.run_rows import TRAINING_ROWS, read_training_rows
+from sftflow.data.store import Rows
 from sftflow.errors import DataError
 from sftflow.evaluation.options import EvalTask
 
@@ -46,7 +47,7 @@ class Overlap:
 
 def contamination(
     tasks: Sequence[EvalTask],
-    sources: Sequence[SourceRows],
+    sources: Sequence[Rows],
     renderer: Renderer,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Overlap]:

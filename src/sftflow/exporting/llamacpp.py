@@ -65,8 +65,8 @@ def available() -> bool:
 class LlamaCpp:
     """A GGUF file opened by llama.cpp, on the CPU.
 
-    >>> with LlamaCpp(path, context=512) as engine:
-    ...     engine.ids(engine.prompt([{"role": "user", "content": "hi"}]))
+    with LlamaCpp(path, context=512) as engine:
+        engine.ids(engine.prompt([{"role": "user", "content": "hi"}]))
     """
 
     def __init__(self, path: Path, *, context: int, threads: int = 1) -> None:

@@ -53,7 +53,7 @@ def comparison_page(comparison: Comparison) -> str:
         "charts": charts,
         "item_entries": item_entries,
         "prompts": prompt_entries(comparison, names),
-        "marked": marked,
+        "n_marked": n_marked,
         "loss": loss_figure(comparison.run),
         "sampled": sampled_figure(comparison.run.sampled),
         "most_lines": MOST_LINES,
@@ -78,7 +78,7 @@ def _tallest(length: Mapping[str, Any]) -> float:
 class Entry:
     """One entry of a list. marks: by which the list is filtered.   tags: (text, class) in the entry's one line."""
 
-    of: Any
+    content: Any
     marks: Sequence[str]
     tags: Sequence[tuple[str, str]]
     kind: str = ""
@@ -96,7 +96,7 @@ def _item(item: ItemComparison) -> Entry:
     marks += ["wrong"] if item.sft.score < 1 else []
     marks += ["unstopped"] if unstopped else []
     tags = [(UNSTOPPED, "alert")] if unstopped else []
-    return Entry(of=item, marks=marks, tags=[*tags, (item.change, classes.get(item.change, ""))])
+    return Entry(content=item, marks=marks, tags=[*tags, (item.change, classes.get(item.change, ""))])
 
 
 def prompt_entries(comparison: Comparison, names: ModelNames) -> list[Entry]:
@@ -110,7 +110,7 @@ def prompt_entries(comparison: Comparison, names: ModelNames) -> list[Entry]:
         if verdict:
             marks.append(f"judge-{verdict}")
             tags.append((judged[verdict], ""))
-        entries.append(Entry(of=prompt, marks=marks, tags=[*tags, (prompt.kind, "")], kind=prompt.kind))
+        entries.append(Entry(content=prompt, marks=marks, tags=[*tags, (prompt.kind, "")], kind=prompt.kind))
     return entries
 
 
@@ -128,7 +128,7 @@ def _prompt_marks(prompt: PromptComparison) -> tuple[list[str], list[tuple[str, 
     return marks, tags
 
 
-def marked(entries: Sequence[Entry], mark: str) -> int:
+def n_marked(entries: Sequence[Entry], mark: str) -> int:
     """How many entries a filter keeps."""
     return sum(mark in e.marks for e in entries)
 

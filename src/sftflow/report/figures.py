@@ -1,10 +1,10 @@
-"""Figures and texts as people read them, in every page of ours: filters of the templates."""
+"""Figures and texts as people read them. Every function here is a filter of the templates under its own name."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 SHORT = 160
@@ -136,8 +136,3 @@ def side_by_side(
     """
     rows = ((name, base.get(name), sft.get(name)) for name in dict.fromkeys((*base, *sft)))
     return [row for row in rows if row[1:] != (None, None)]
-
-
-_FILTERS = (number, percent, share, plural, whole_percent, interval, figure, size, p_value, duration, as_text, one_line)
-FILTERS: dict[str, Callable[..., Any]] = {f.__name__: f for f in (*_FILTERS, flattened, side_by_side)}
-"""what the templates know by these functions' names"""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import inspect
 import re
 from importlib import resources
 from typing import Any
@@ -24,7 +25,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from sftflow.report.figures import FILTERS
+from sftflow.report import figures
 
 # Control characters (HTML forbids them, a terminal paste may obey them) and lone surrogates (not encodable as UTF-8).
 _FORBIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -79,7 +80,7 @@ def environment() -> Environment:
         finalize=html_text,
     )
     made.globals.update(asset=asset, script_source=script_source)
-    made.filters.update(FILTERS)
+    made.filters.update(inspect.getmembers(figures, inspect.isfunction))
     return made
 
 

@@ -72,14 +72,14 @@ def plain_text_change(forgetting: Forgetting) -> str:
 # ---- replies to the fixed prompts
 
 
-def cut_of(finish_reason: str) -> list[str]:
+def ending_faults(finish_reason: str) -> list[str]:
     """What is wrong with how a reply ended, where something is."""
     return {"length": [UNSTOPPED], "too_long": [UNASKED]}.get(finish_reason, [])
 
 
 def faults_of(reply: PromptReply) -> list[str]:
     """What is wrong with the form of a reply, and whether it had to be cut off."""
-    return list(dict.fromkeys([*cut_of(reply.finish_reason), *reply.faults]))
+    return list(dict.fromkeys([*ending_faults(reply.finish_reason), *reply.faults]))
 
 
 def form_change(prompt: PromptComparison) -> str:

@@ -104,17 +104,17 @@ def _run(program: str, seconds: float, memory_mib: int, isolation: str) -> Outco
         os.close(sender)
         sender = -1
         try:
-            watch = _Watch(process, receiver, seconds)
-            stopped = watch.wait()
-            taken = time.monotonic() - watch.started
+            running = _RunningProgram(process, receiver, seconds)
+            stopped = running.wait()
+            taken = time.monotonic() - running.started
         finally:
             kill_all(process, tag)
-        watch.drain()
-        if not watch.ready:  # not the program's fault, so no verdict on it
-            said = watch.output.strip().splitlines() or [stopped or f"exit status {process.returncode}"]
+        running.drain()
+        if not running.ready:  # not the program's fault, so no verdict on it
+            said = running.output.strip().splitlines() or [stopped or f"exit status {process.returncode}"]
             raise RunError("sandbox", f"the interpreter did not start ({said[-1]})", f"check that {python()} runs")
-        how = stopped or _verdict(watch.report, token, process.returncode)
-        return Outcome(ok=how == "passed", how=how, output=watch.output, seconds=round(taken, 3), isolation=isolation)
+        how = stopped or _verdict(running.report, token, process.returncode)
+        return Outcome(ok=how == "passed", how=how, output=running.output, seconds=round(taken, 3), isolation=isolation)
     finally:
         os.close(receiver)
         if sender >= 0:
@@ -163,8 +163,11 @@ def _verdict(report: bytes, token: str, code: int | None) -> str:
 
 
 @dataclass
-class _Watch:
-    """The parent's ear: reads what is printed and reported until the process ends or its time is over."""
+class _RunningProgram:
+    """Reads what the program prints and reports until its process ends or its time is over.
+
+    receiver: the end of the report's pipe that is read.   seconds: that the program may take, once it is ready.
+    """
 
     process: subprocess.Popen[bytes]
     receiver: int
@@ -181,43 +184,43 @@ class _Watch:
         assert self.process.stdout is not None
         printed = self.process.stdout.fileno()
         with contextlib.ExitStack() as stack:
-            chosen = stack.enter_context(selectors.DefaultSelector())
-            chosen.register(printed, selectors.EVENT_READ)
+            selector = stack.enter_context(selectors.DefaultSelector())
+            selector.register(printed, selectors.EVENT_READ)
             os.set_blocking(printed, False)
             os.set_blocking(self.receiver, False)
             step = POLL_SECONDS
             with contextlib.suppress(OSError, AttributeError):  # not Linux, or an old one
                 end = os.pidfd_open(self.process.pid)
                 stack.callback(os.close, end)
-                chosen.register(end, selectors.EVENT_READ)
+                selector.register(end, selectors.EVENT_READ)
                 step = 1.0
-            chosen.register(self.receiver, selectors.EVENT_READ)
+            selector.register(self.receiver, selectors.EVENT_READ)
             while True:
                 most = self.seconds if self.ready else START_SECONDS
                 left = self.started + most - time.monotonic()
                 if left <= 0:
                     return "timeout"
-                for key, _ in chosen.select(min(step, left)):
-                    if key.fd == printed and not self._read(printed):
-                        chosen.unregister(printed)  # it closed its output; it may go on
-                    if key.fd == self.receiver and not self._hear():
-                        chosen.unregister(self.receiver)
+                for key, _ in selector.select(min(step, left)):
+                    if key.fd == printed and not self._read_output(printed):
+                        selector.unregister(printed)  # it closed its output; it may go on
+                    if key.fd == self.receiver and not self._read_report():
+                        selector.unregister(self.receiver)
                 if self.total > MOST_BYTES:
                     return "output"
                 if self.process.poll() is not None:
                     return ""
 
     def drain(self) -> None:
-        """What is still in the pipes. Nobody is left to write, so that the little they hold is all."""
+        """Read what is still in the pipes. No process is left to write, so they hold little, and nothing more comes."""
         assert self.process.stdout is not None
         printed = self.process.stdout.fileno()
-        while self.total <= 2 * MOST_BYTES and self._read(printed):
+        while self.total <= 2 * MOST_BYTES and self._read_output(printed):
             pass
-        while self._hear():
+        while self._read_report():
             pass
         self.process.stdout.close()
 
-    def _hear(self) -> bool:
+    def _read_report(self) -> bool:
         """A line as the program begins, another as it ends."""
         try:
             block = os.read(self.receiver, 4096)
@@ -228,7 +231,7 @@ class _Watch:
             self.ready, self.started = True, time.monotonic()
         return bool(block) and len(self.report) <= 1 << 16
 
-    def _read(self, printed: int) -> bool:
+    def _read_output(self, printed: int) -> bool:
         try:
             block = os.read(printed, 1 << 16)
         except BlockingIOError:

@@ -1,0 +1,16 @@
+"""An OpenAI-compatible server and a chat page.
+
+The way of one streamed reply, file by file; everything else stands beside it:
+
+    uvicorn_limits   the socket and its connections: how many, how long each may take
+    middleware       who may ask (with `host_check`), what is logged and counted (`metrics`)
+    api              the address's route
+    request_body     bytes -> JSON, in a thread
+    schemas          JSON -> ChatBody or CompletionBody
+    chat             ChatBody -> ResponseShape: what is asked of the engine, and how its replies will look
+      prompt         its messages -> the exact ids -> requests to the engine        (completions: plain prompts)
+    engine_thread    requests -> the line -> the engine's scheduler -> deltas, back on the event loop
+    responses        deltas -> chunks (ChatChoice in `chat`, with `logprobs`) -> server-sent events, or one JSON object
+
+`model_entry` is a model under its name. Whatever goes wrong is an `errors.ApiError`.
+"""

@@ -1,49 +1,42 @@
-"""The addresses of the server: an OpenAI-compatible API, our own `/v1/render`, health and metrics, and the page.
-
-    client -> RequestLog, Errors, Auth -> route -> ChatAnswer or TextAnswer (a checked body, its prompts)
-           -> worker -> Answering
-
-The event loop only waits: bodies are read into prompts in threads, replies are computed in each model's own thread.
-"""
+"""The addresses of the server: an OpenAI-compatible API, our own `/v1/render`, health and metrics, and the page."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Container, Iterable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
-from sftflow.errors import RunError, SftflowError
-from sftflow.serving.chat import ChatAnswer, ChatBody, RenderBody, render_ids
-from sftflow.serving.completions import TextAnswer, TextBody
-from sftflow.serving.concurrency import Reading
-from sftflow.serving.engine_thread import MAX_WAITING, SLOTS, Worker, unusable
-from sftflow.serving.errors import ApiError
+from sftflow.errors import RunError, SftflowError, first_line
+from sftflow.serving.chat import chat_response
+from sftflow.serving.completions import completion_response
+from sftflow.serving.engine_thread import MAX_RUNNING, MAX_WAITING, unusable
+from sftflow.serving.errors import ApiError, add_error_handlers
 from sftflow.serving.host_check import LOOPBACK, check_origin, host_names
-from sftflow.serving.json_stream import slices
 from sftflow.serving.logprobs import token_texts
 from sftflow.serving.metrics import CONTENT_TYPE, Metrics
-from sftflow.serving.middleware import Auth, Errors, RequestLog, access
-from sftflow.serving.model_entry import Served
-from sftflow.serving.responses import Answer, Answering, ClientDisconnected, EventStream
-from sftflow.serving.schemas import SamplingBody, parse_json, read_body
+from sftflow.serving.middleware import Auth, RequestLog, UnforeseenErrors, access
+from sftflow.serving.model_entry import ServedModel
+from sftflow.serving.prompt import chat_ids
+from sftflow.serving.request_body import ReaderPool, parse_json, read_body
+from sftflow.serving.responses import EventStream, Responder, ResponseShape, slices
+from sftflow.serving.schemas import ChatBody, CompletionBody, RenderBody, SamplingBody
 from sftflow.serving.uvicorn_limits import Server, config, open_socket
 
 if TYPE_CHECKING:
     from sftflow.checkpoint import Assistant
 
+FILES = Path(__file__).parent / "page"
 PAGE = {"/": ("index.html", "text/html"), "/page.css": ("page.css", "text/css")} | {
-    f"/{script.name}": (script.name, "text/javascript") for script in (Path(__file__).parent / "page").glob("*.js")
+    f"/{script.name}": (script.name, "text/javascript") for script in FILES.glob("*.js")
 }
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -53,6 +46,135 @@ PAGE_HEADERS = {
     "Cache-Control": "no-cache",
 }
 HEALTH = ("/health", "/ready")
+READ = ["GET", "HEAD"]
+router = APIRouter()
+Body = TypeVar("Body", bound=SamplingBody)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """What the routes of one app share."""
+
+    models: Mapping[str, ServedModel]
+    metrics: Metrics = field(default_factory=Metrics)
+    readers: ReaderPool = field(default_factory=ReaderPool)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def find(self, name: str) -> ServedModel:
+        if name not in self.models:
+            fact = f"no such model; served: {', '.join(self.models)}"
+            raise ApiError(404, fact, param="model", code="model_not_found")
+        return self.models[name]
+
+    def card(self, model: ServedModel) -> dict[str, Any]:
+        """The model as /v1/models shows it."""
+        about = {"id": model.name, "object": "model", "created": self.created, "owned_by": "sftflow"}
+        return {**about, "max_model_len": model.context}
+
+    def stop(self) -> None:
+        for model in self.models.values():
+            model.thread.close()
+
+    def unproven(self) -> BaseException | None:
+        """What kept a model from being proven, where there is one."""
+        return next((m.thread.broken for m in self.models.values() if m.thread.unproven), None)
+
+
+def _serving(request: Request) -> Serving:
+    found: Serving = request.app.state.serving
+    return found
+
+
+@router.api_route("/health", methods=READ)
+async def health() -> dict[str, str]:
+    return {"status": "ok"}
+
+
+@router.api_route("/ready", methods=READ)
+async def ready(request: Request) -> dict[str, str]:
+    threads = [model.thread for model in _serving(request).models.values()]
+    if any(thread.broken is not None for thread in threads):
+        raise unusable()
+    if not all(thread.ready for thread in threads):
+        raise ApiError(503, "the models are being prepared", code="not_ready", Retry_After="2")
+    return {"status": "ready"}
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    serving = _serving(request)
+    threads = {name: model.thread for name, model in serving.models.items()}
+    return Response(serving.metrics.text(threads), media_type=CONTENT_TYPE)
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> dict[str, Any]:
+    serving = _serving(request)
+    return {"object": "list", "data": [serving.card(model) for model in serving.models.values()]}
+
+
+@router.get("/v1/models/{model:path}")
+async def one_model(request: Request, model: str) -> dict[str, Any]:
+    serving = _serving(request)
+    return serving.card(serving.find(model))
+
+
+@router.post("/v1/render")
+async def render(request: Request) -> Response:
+    """The exact prompt of a chat, token by token."""
+    serving, data = _serving(request), await read_body(request)
+
+    def tokens() -> bytes:
+        body = RenderBody.read(parse_json(data))
+        model = serving.find(body.model)
+        model.thread.check_room()
+        ids = chat_ids(model, body.messages, body.tools or [])
+        texts = token_texts(model.assistant.tokenizer, ids)
+        told = [{"id": i, "text": t, "special": i in model.control_ids} for i, t in zip(ids, texts, strict=True)]
+        return "".join(slices({"tokens": told})).encode()
+
+    return Response(await serving.readers.run(tokens, len(data)), media_type="application/json")
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(request: Request) -> Response:
+    return await _answered(request, ChatBody, chat_response)
+
+
+@router.post("/v1/completions")
+async def completions(request: Request) -> Response:
+    return await _answered(request, CompletionBody, completion_response)
+
+
+async def _answered(
+    request: Request, schema: type[Body], shape_of: Callable[[ServedModel, Body], ResponseShape]
+) -> Response:
+    """From a body to its replies: read it, put what it asks in line, give back what comes."""
+    serving, data = _serving(request), await read_body(request)
+
+    def read() -> ResponseShape:
+        body = schema.read(parse_json(data))
+        model = serving.find(body.model)
+        model.thread.check_room(body.n or 1)  # before the work of rendering
+        return shape_of(model, body)
+
+    shape = await serving.readers.run(read, len(data))
+    record = request.state.record
+    record.model, record.n_prompt = shape.model.name, shape.n_prompt
+    generations = shape.model.thread.submit(shape.requests, streamed=bool(shape.body.stream))
+    responder = Responder(shape, generations, record, serving.metrics)
+    if shape.body.stream:
+        return EventStream(responder)
+    return Response(await responder.whole(request), media_type="application/json")
+
+
+async def page(request: Request) -> Response:
+    file, kind = PAGE[request.url.path]
+    return Response((FILES / file).read_bytes(), media_type=f"{kind}; charset=utf-8", headers=PAGE_HEADERS)
+
+
+for address in PAGE:
+    router.add_api_route(address, page, methods=READ)
 
 
 def make_app(
@@ -61,36 +183,32 @@ def make_app(
     api_key: str | None = None,
     allow_origin: str | None = None,
     hosts: Container[str] = LOOPBACK,
-    slots: int = SLOTS,
+    max_running: int = MAX_RUNNING,
     max_waiting: int = MAX_WAITING,
-    reading: Reading | None = None,
 ) -> FastAPI:
     """The app that serves these models under their names.
 
-    hosts: the Host names it answers to, see `host_names`.   slots: replies of each model that run side by side.
-    max_waiting: those that may stand in line besides.   reading: how many bodies are read at once; else as usual.
+    hosts: the Host names it answers to, see `host_names`.   max_running: replies of each model that are computed side
+    by side.   max_waiting: those that may stand in line besides.
     """
-    models = {name: Served(name, Worker(a, slots=slots, max_waiting=max_waiting)) for name, a in assistants.items()}
-    metrics, reading = Metrics(), reading or Reading()
-    created = int(time.time())
-
-    def stop_workers() -> None:
-        for served in models.values():
-            served.worker.close()
+    models = {
+        name: ServedModel(name, assistant, max_running=max_running, max_waiting=max_waiting)
+        for name, assistant in assistants.items()
+    }
+    serving = Serving(models=models)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        stop_workers()
+        serving.stop()
 
     app = FastAPI(
         title="sftflow", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
     )
-    app.state.stop_workers = stop_workers
-    app.state.unproven = lambda: next((s.worker.broken for s in models.values() if s.worker.unproven), None)
+    app.state.serving = serving
     free = frozenset({*HEALTH, *PAGE})
     app.add_middleware(Auth, api_key=api_key, allow_origin=allow_origin, hosts=hosts, free=free)
-    app.add_middleware(Errors)
+    app.add_middleware(UnforeseenErrors)
     if allow_origin:  # outside the guard: a preflight has no key, and a refusal must be readable, too
         app.add_middleware(
             CORSMiddleware,
@@ -99,132 +217,14 @@ def make_app(
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    app.add_middleware(RequestLog, metrics=metrics)
-    _add_errors(app)
-
-    def find(name: str) -> Served:
-        if name not in models:
-            fact = f"no such model; served: {', '.join(models)}"
-            raise ApiError(404, fact, param="model", code="model_not_found")
-        return models[name]
-
-    def card(served: Served) -> dict[str, Any]:
-        return {
-            "id": served.name,
-            "object": "model",
-            "created": created,
-            "owned_by": "sftflow",
-            "max_model_len": served.context,
-        }
-
-    @app.api_route("/health", methods=["GET", "HEAD"])
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
-
-    @app.api_route("/ready", methods=["GET", "HEAD"])
-    async def ready() -> dict[str, str]:
-        if any(served.worker.broken is not None for served in models.values()):
-            raise unusable()
-        if not all(served.worker.ready for served in models.values()):
-            raise ApiError(503, "the models are being prepared", code="not_ready", Retry_After="2")
-        return {"status": "ready"}
-
-    @app.get("/metrics")
-    async def prometheus() -> Response:
-        text = metrics.text({name: served.worker for name, served in models.items()})
-        return Response(text, media_type=CONTENT_TYPE)
-
-    @app.get("/v1/models")
-    async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [card(served) for served in models.values()]}
-
-    @app.get("/v1/models/{model:path}")
-    async def one_model(model: str) -> dict[str, Any]:
-        return card(find(model))
-
-    @app.post("/v1/render")
-    async def render(request: Request) -> Response:
-        data = await read_body(request)
-
-        def tokens() -> bytes:
-            body = RenderBody.read(parse_json(data))
-            served = find(body.model)
-            served.worker.check_room()
-            ids = render_ids(served, body.messages, body.tools or [])
-            texts = token_texts(served.assistant.tokenizer, ids)
-            told = [{"id": i, "text": t, "special": i in served.silent} for i, t in zip(ids, texts, strict=True)]
-            return "".join(slices({"tokens": told})).encode()
-
-        return Response(await reading.run(tokens, len(data)), media_type="application/json")
-
-    async def answered(request: Request, read: Callable[[dict[str, Any]], tuple[Answer, SamplingBody]]) -> Response:
-        data = await read_body(request)
-        answer, body = await reading.run(lambda: read(parse_json(data)), len(data))
-        worker, record = answer.served.worker, request.state.record
-        record.model, record.n_prompt = answer.served.name, answer.n_prompt
-        worker.check_room(len(answer.requests))
-        jobs = [worker.submit(asked, streamed=bool(body.stream)) for asked in answer.requests]
-        made = Answering(answer, jobs, record, metrics)
-        if body.stream:
-            return EventStream(made, body.include_usage)
-        try:
-            return Response(await made.whole(request), media_type="application/json")
-        except ClientDisconnected:
-            return Response(status_code=499)  # nobody reads this
-
-    @app.post("/v1/chat/completions")
-    async def chat(request: Request) -> Response:
-        def read(value: dict[str, Any]) -> tuple[Answer, SamplingBody]:
-            body = ChatBody.read(value)
-            served = find(body.model)
-            served.worker.check_room(body.n or 1)  # before the work of rendering
-            return ChatAnswer(served, body), body
-
-        return await answered(request, read)
-
-    @app.post("/v1/completions")
-    async def completions(request: Request) -> Response:
-        def read(value: dict[str, Any]) -> tuple[Answer, SamplingBody]:
-            body = TextBody.read(value)
-            served = find(body.model)
-            served.worker.check_room(body.n or 1)
-            return TextAnswer(served, body), body
-
-        return await answered(request, read)
-
-    def add_page(address: str, file: str, kind: str) -> None:
-        data = (Path(__file__).parent / "page" / file).read_bytes()
-
-        @app.api_route(address, methods=["GET", "HEAD"])
-        async def page() -> Response:
-            return Response(data, media_type=f"{kind}; charset=utf-8", headers=PAGE_HEADERS)
-
-    for address, (file, kind) in PAGE.items():
-        add_page(address, file, kind)
+    app.add_middleware(RequestLog, metrics=serving.metrics)
+    add_error_handlers(app)
+    app.include_router(router)
     return app
 
 
-def _add_errors(app: FastAPI) -> None:
-    """Whatever goes wrong is told in the same shape."""
-
-    @app.exception_handler(ApiError)
-    async def api_error(request: Request, error: ApiError) -> Response:
-        return error.response()
-
-    @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> Response:
-        message = {404: "no such address", 405: "this address does not take this method"}.get(error.status_code)
-        answer = ApiError(error.status_code, message or str(error.detail)).response()
-        answer.headers.update(error.headers or {})
-        return answer
-
-    @app.exception_handler(ClientDisconnect)
-    async def gone(request: Request, error: ClientDisconnect) -> Response:
-        return Response(status_code=499)
-
-
 def serve(
-    assistants: Mapping[str, Assistant],
+    load: Callable[[], Mapping[str, Assistant]],
     *,
     host: str = "127.0.0.1",
     port: int = 8008,
@@ -233,26 +233,30 @@ def serve(
     insecure: bool = False,
     allow_hosts: Iterable[str] = (),
     say: Callable[[str], None] = print,
-    sock: socket.socket | None = None,
 ) -> None:
-    """Serve until Ctrl-C. sock: from `open_socket`, where the caller opened it before loading the models. Raises
-    ServeError, and what kept a model from being proven (CheckpointError, else RunError)."""
+    """Serve until Ctrl-C.
+
+    load: gives the models by their names; called when all else is known to be right and the port is taken, for it may
+    take minutes.
+
+    Raises ServeError, what `load` raises, and what kept a model from being proven (CheckpointError, else RunError).
+    """
     check_origin(allow_origin)
     hosts = host_names(host, allow_hosts)
-    sock = sock or open_socket(host, port, api_key=api_key, insecure=insecure)
-    with sock:
+    with open_socket(host, port, api_key=api_key, insecure=insecure) as sock:
+        assistants = load()
         app = make_app(assistants, api_key=api_key, allow_origin=allow_origin, hosts=hosts)
         _log_access()
         shown = f"[{host}]" if ":" in host else host
         say(f"serving {', '.join(assistants)} at http://{shown}:{sock.getsockname()[1]} (Ctrl-C stops)")
         with contextlib.suppress(KeyboardInterrupt):
             Server(config(app)).run(sockets=[sock])
-        error = app.state.unproven()
+        error = app.state.serving.unproven()
         if isinstance(error, SftflowError):
             raise error
         if error is not None:
-            said = (str(error).strip().splitlines() or [""])[0]
-            raise RunError("serve", f"the model cannot be generated from ({type(error).__name__}: {said})") from error
+            fact = f"the model cannot be generated from ({type(error).__name__}: {first_line(error)})"
+            raise RunError("serve", fact) from error
 
 
 def _log_access() -> None:

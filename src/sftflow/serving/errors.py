@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import logging
 
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from sftflow.errors import ContextError, SftflowError
 
@@ -63,3 +66,22 @@ def internal(error: Exception) -> ApiError:
         return ApiError(400, error.fact, param="messages", code="context_length_exceeded")
     log.error("generation failed", exc_info=error)
     return ApiError(500, "the generation failed; the server's log says why", code="generation_failed")
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Whatever goes wrong is told in the one shape; what nobody foresaw is `UnforeseenErrors`' of the middleware."""
+
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        message = {404: "no such address", 405: "this address does not take this method"}.get(error.status_code)
+        answer = ApiError(error.status_code, message or str(error.detail)).response()
+        answer.headers.update(error.headers or {})
+        return answer
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # nobody reads this

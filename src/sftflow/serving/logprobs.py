@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sftflow.chat.token_rows import token_bytes
+from sftflow.generation.detokenize import Detokenizer
 from sftflow.generation.request import TokenLogprob
 
 LEAST = -9999.0
@@ -89,21 +90,12 @@ class TextLogprobs:
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The text of each token; joined, they are the decoded prompt. A character that several tokens share stands with
-    the last of them, and the others are empty."""
+    """The text of each token, control tokens too; joined, they are the decoded prompt. A character that several tokens
+    share stands with the last of them, and the others are empty."""
 
     def decode(some: list[int]) -> str:
         return str(tokenizer.decode(some, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    texts: list[str] = []
-    before: list[int] = []  # the token in front, for some tokenizers drop the leading space of what they decode
-    pending: list[int] = []
-    for number, token in enumerate(ids):
-        pending.append(token)
-        text = decode(before + pending)[len(decode(before)) :]
-        if text.endswith("\ufffd") and len(pending) < 4 and number + 1 < len(ids):
-            texts.append("")
-        else:
-            texts.append(text)
-            before, pending = pending, []
-    return texts
+    pieces = Detokenizer(decode)
+    texts = [pieces.feed(i) for i in ids]
+    return [*texts[:-1], texts[-1] + pieces.flush()] if texts else []

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sftflow.serving.engine_thread import Worker
+    from sftflow.serving.engine_thread import EngineThread
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
+Labels = Mapping[str, object]
 
-def _labels(labels: Mapping[str, object]) -> str:
+
+def _labels(labels: Labels) -> str:
     """
     >>> _labels({"route": "/health", "status": 200})
     '{route="/health",status="200"}'
@@ -38,7 +40,7 @@ class Histogram:
         self.counts[bisect.bisect_left(SECONDS, seconds)] += 1
         self.total += seconds
 
-    def lines(self, name: str, labels: Mapping[str, object]) -> list[str]:
+    def lines(self, name: str, labels: Labels) -> list[str]:
         out, below = [], 0
         for bound, count in zip((*SECONDS, "+Inf"), self.counts, strict=True):
             below += count
@@ -61,36 +63,33 @@ class Metrics:
     def first_token(self, model: str, seconds: float) -> None:
         self.first_tokens.setdefault(model, Histogram()).observe(seconds)
 
-    def text(self, workers: Mapping[str, Worker]) -> str:
+    def text(self, threads: Mapping[str, EngineThread]) -> str:
+        """The whole answer. threads: by the names of their models."""
         out: list[str] = []
 
-        def family(name: str, kind: str, help_text: str, lines: list[str]) -> None:
-            out.extend([f"# HELP {name} {help_text}", f"# TYPE {name} {kind}", *lines])
+        def family(name: str, kind: str, about: str, values: Iterable[tuple[Labels, int | Histogram]]) -> None:
+            out.extend([f"# HELP {name} {about}", f"# TYPE {name} {kind}"])
+            for labels, value in values:
+                if isinstance(value, Histogram):
+                    out.extend(value.lines(name, labels))
+                else:
+                    out.append(f"{name}{_labels(labels)} {value}")
 
-        def per_model(name: str, field: str) -> list[str]:
-            return [f"{name}{_labels({'model': m})} {getattr(w.stats, field)}" for m, w in workers.items()]
+        def each(count: Callable[[EngineThread], int]) -> list[tuple[Labels, int]]:
+            return [({"model": name}, count(thread)) for name, thread in threads.items()]
 
-        name = "sftflow_requests_total"
-        lines = [f"{name}{_labels({'route': r, 'status': s})} {n}" for (r, s), n in sorted(self.requests.items())]
-        family(name, "counter", "HTTP requests answered, by route and status.", lines)
-        for name, kind, field, help_text in (
-            ("sftflow_prompt_tokens_total", "counter", "prompt_tokens", "Prompt tokens read."),
-            ("sftflow_generated_tokens_total", "counter", "generated_tokens", "Tokens generated."),
-            ("sftflow_replies_running", "gauge", "running", "Replies being generated."),
-            ("sftflow_replies_waiting", "gauge", "waiting", "Replies waiting for a slot."),
-        ):
-            family(name, kind, help_text, per_model(name, field))
-        name = "sftflow_replies_total"
-        lines = [
-            f"{name}{_labels({'model': m, 'ended': ended})} {n}"
-            for m, w in workers.items()
-            for ended, n in sorted(w.stats.finished.items())
-        ]
-        family(name, "counter", "Replies ended, by how.", lines)
-        name = "sftflow_time_to_first_token_seconds"
-        lines = [x for model, h in self.first_tokens.items() for x in h.lines(name, {"model": model})]
-        family(name, "histogram", "From a streamed request's arrival to its first text.", lines)
-        name = "sftflow_request_duration_seconds"
-        lines = [x for route, h in sorted(self.durations.items()) for x in h.lines(name, {"route": route})]
-        family(name, "histogram", "From the request's arrival to the end of its answer.", lines)
+        requests = [({"route": r, "status": s}, n) for (r, s), n in sorted(self.requests.items())]
+        family("sftflow_requests_total", "counter", "HTTP requests answered, by route and status.", requests)
+        family("sftflow_prompt_tokens_total", "counter", "Prompt tokens read.", each(lambda t: t.prompt_tokens))
+        family("sftflow_generated_tokens_total", "counter", "Tokens generated.", each(lambda t: t.generated_tokens))
+        family("sftflow_replies_running", "gauge", "Replies being generated.", each(lambda t: t.running))
+        family("sftflow_replies_waiting", "gauge", "Replies waiting for a slot.", each(lambda t: t.waiting))
+        ended = [({"model": m, "ended": how}, n) for m, t in threads.items() for how, n in sorted(t.finished.items())]
+        family("sftflow_replies_total", "counter", "Replies ended, by how.", ended)
+        about = "From a streamed request's arrival to its first text."
+        first_tokens = [({"model": name}, found) for name, found in self.first_tokens.items()]
+        family("sftflow_time_to_first_token_seconds", "histogram", about, first_tokens)
+        about = "From the request's arrival to the end of its answer."
+        durations = [({"route": route}, found) for route, found in sorted(self.durations.items())]
+        family("sftflow_request_duration_seconds", "histogram", about, durations)
         return "\n".join(out) + "\n"

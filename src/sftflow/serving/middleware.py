@@ -1,7 +1,7 @@
 """Around every route: who may ask (`Auth`), what is remembered of it (`RequestLog`: request ids, access log, metrics),
-and what is said where we fail (`Errors`).
+and what is said where we fail (`UnforeseenErrors`).
 
-client -> RequestLog -> CORS, where an origin is allowed -> Errors -> Auth -> route
+    client -> RequestLog -> CORS, where an origin is allowed -> UnforeseenErrors -> Auth -> route
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _netloc(origin: str) -> str | None:
         return None
 
 
-class Errors:
+class UnforeseenErrors:
     """Answers where a route raises what nobody foresaw. It stands inside `RequestLog` and CORS, so that this answer has
     their headers, too; starlette's own handler of such errors stands outside of both."""
 

@@ -1,11 +1,13 @@
-"""What the model is given: messages, tools or a plain prompt -> the exact ids, as in training and evaluation.
+"""What the engine is asked: messages, tools or plain prompts -> the exact ids, as in training -> requests.
 
-All of it may take seconds for a large request, and runs in a thread.
+All of it may take seconds for a large body, and runs in a thread.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
+import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -16,19 +18,43 @@ from sftflow.serving.errors import ApiError, refused, wrong
 
 if TYPE_CHECKING:
     from sftflow.checkpoint import Assistant
+    from sftflow.generation.request import GenerationRequest
+    from sftflow.serving.model_entry import ServedModel
+    from sftflow.serving.schemas import SamplingBody
 
 MOST_MESSAGES = 2_000
 """a conversation is rendered once for each of its replies, which grows with the square of their number"""
 MOST_TOOLS = 128
 MESSAGE_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content")
-_NAME = re.compile(r"[\w.:/-]{1,128}", re.ASCII)
+SAMPLED = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
+"""fields of a body that are fields of the request to the engine"""
+_TOOL_NAME = re.compile(r"[\w.:/-]{1,128}", re.ASCII)
 
 
-def conversation_of(messages: Sequence[Any], tools: Sequence[Any] | None = None) -> Conversation:
+def chat_ids(model: ServedModel, messages: Sequence[Any], tools: Sequence[Any]) -> tuple[int, ...]:
+    """The exact prompt for a chat's next reply. Raises ApiError 400: wrong or too long, refused by the chat format, or
+    (nothing may vanish) left out by it. A developer message in a format that has none is a system message."""
+    conversation = read_messages(messages, tools)
+    if conversation.tools and model.calls is None:
+        fact = f"the {model.assistant.renderer.format.name} chat format has no tool calls that could be read back"
+        raise wrong("tools", fact, "unsupported_parameter")
+    try:
+        return _rendered(model.assistant, conversation)
+    except ApiError as error:
+        if all(m.role != "developer" for m in conversation.messages):
+            raise
+        renamed = [replace(m, role="system") if m.role == "developer" else m for m in conversation.messages]
+        try:
+            return _rendered(model.assistant, replace(conversation, messages=tuple(renamed)))
+        except ApiError:
+            raise error from None
+
+
+def read_messages(messages: Sequence[Any], tools: Sequence[Any] = ()) -> Conversation:
     """OpenAI messages and tools in our schema. Raises ApiError 400 naming the message or the tool."""
     if len(messages) > MOST_MESSAGES:
         raise wrong("messages", f"{len(messages)} messages; at most {MOST_MESSAGES} are taken", "too_many_messages")
-    row = {"messages": [_known(m, f"messages[{i}]") for i, m in enumerate(messages)], "tools": _checked(tools or [])}
+    row = {"messages": [_known(m, f"messages[{i}]") for i, m in enumerate(messages)], "tools": _checked(tools)}
     try:
         return parse_row(row, "request")
     except SftflowError as error:
@@ -60,28 +86,13 @@ def _checked(tools: Sequence[Any]) -> list[dict[str, Any]]:
         if not isinstance(tool, dict) or tool.get("type") != "function" or not isinstance(tool.get("function"), dict):
             raise wrong(place, 'not a function tool; write {"type": "function", "function": {"name": ...}}')
         name = tool["function"].get("name")
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
+        if not isinstance(name, str) or not _TOOL_NAME.fullmatch(name):
             raise wrong(f"{place}.function.name", "not a name of letters, digits, underscores and dashes")
         if not isinstance(tool["function"].get("parameters") or {}, dict):
             raise wrong(f"{place}.function.parameters", "not a JSON schema object")
         if not isinstance(tool["function"].get("description") or "", str):
             raise wrong(f"{place}.function.description", "not a text")
     return [dict(tool) for tool in tools]
-
-
-def chat_ids(assistant: Assistant, conversation: Conversation) -> tuple[int, ...]:
-    """The prompt for the next reply. Raises ApiError 400: too long, refused by the format, or (nothing may vanish)
-    left out by it. A developer message in a format that has none is a system message."""
-    try:
-        return _rendered(assistant, conversation)
-    except ApiError as error:
-        if all(m.role != "developer" for m in conversation.messages):
-            raise
-        renamed = [replace(m, role="system") if m.role == "developer" else m for m in conversation.messages]
-        try:
-            return _rendered(assistant, replace(conversation, messages=tuple(renamed)))
-        except ApiError:
-            raise error from None
 
 
 def _rendered(assistant: Assistant, conversation: Conversation) -> tuple[int, ...]:
@@ -146,3 +157,34 @@ def prompt_ids(assistant: Assistant, prompt: str | list[int]) -> tuple[int, ...]
     if not ids:
         raise wrong("prompt", "it has no tokens")
     return ids
+
+
+def requests_for(
+    assistant: Assistant, body: SamplingBody, prompt: Sequence[int], max_tokens: int | None, **more: Any
+) -> list[GenerationRequest]:
+    """What the engine is asked for the n replies to one prompt, each with a seed of its own.
+
+    more: further fields of `GenerationRequest`.
+    """
+    stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    seed = secrets.randbits(63) if body.seed is None else body.seed
+    first = assistant.request(
+        prompt,
+        max_tokens=max_tokens,
+        stop_texts=tuple(stops),
+        stop_ids=frozenset() if body.ignore_eos else None,
+        **body.model_dump(include=SAMPLED),
+        **more,
+    )
+    return [replace(first, seed=derived_seed(seed, i)) for i in range(body.n or 1)]
+
+
+def derived_seed(seed: int, choice: int) -> int:
+    """The seed of choice number `choice`; the first one's is the request's own, so that n=1 is the beginning of n=2.
+
+    >>> derived_seed(7, 0)
+    7
+    """
+    if choice == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed}:{choice}".encode()).digest()[:8]) >> 1

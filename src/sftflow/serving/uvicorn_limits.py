@@ -61,12 +61,8 @@ class Connection(H11Protocol):
         """Start the clock of a header or a body when it begins, and stop it when it is whole; what drips does not
         start it again."""
         state, cycle = self.conn.their_state, self.cycle
-        if state is h11.IDLE and (self.conn.trailing_data[0] or cycle is None):
-            stage: Any = (h11.IDLE, cycle)
-        elif state is h11.SEND_BODY:
-            stage = (h11.SEND_BODY, cycle)
-        else:
-            stage = None
+        begun = state is h11.IDLE and (self.conn.trailing_data[0] or cycle is None)
+        stage = (state, cycle) if begun or state is h11.SEND_BODY else None
         if stage == self._stage:
             return
         self._stage = stage
@@ -145,10 +141,10 @@ class Server(uvicorn.Server):
     model turns out not to be computable."""
 
     async def on_tick(self, counter: int) -> bool:
-        return await super().on_tick(counter) or self.config.app.state.unproven() is not None  # type: ignore[union-attr]
+        return await super().on_tick(counter) or self.config.app.state.serving.unproven() is not None  # type: ignore[union-attr]
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.config.app.state.stop_workers()  # type: ignore[union-attr]
+        self.config.app.state.serving.stop()  # type: ignore[union-attr]
         await super().shutdown(sockets)
 
 

@@ -1,7 +1,7 @@
 """Talking with an assistant in the terminal: one question, or a conversation.
 
 The reply is all that goes to standard output; prompts, notes and errors go to standard error. Prompts are rendered as
-in training; `lines` reads what is typed, `transcript` writes what was said.
+in training; `repl_input` reads what is typed, `save` writes what was said.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, TextIO
 
 from sftflow.chat.schema import Conversation, Message, text_message
 from sftflow.errors import CheckpointError, SftflowError
-from sftflow.serving.sampling import own_sampling
-from sftflow.terminal import save as transcript
+from sftflow.generation.sequence import ReplyDecoder
 from sftflow.terminal.repl_input import Typed, keyboard, read_message, whole
+from sftflow.terminal.save import append_row, row_of
 
 if TYPE_CHECKING:
     from sftflow.checkpoint import Assistant
@@ -72,14 +72,9 @@ def _stream(
     """Write the reply as it comes, until `stop()`. Returns (the reply as a message, or None where nothing came; why it
     ended). A reply that did not end by itself has weight 0; one that was stopped inside a calculator call ends in front
     of that call."""
-    from sftflow.generation.request import GenerationRequest
-    from sftflow.generation.sequence import ReplyDecoder
-
-    ids = tuple(assistant.renderer.render(conversation, add_generation_prompt=True).ids.tolist())
-    room = max(1, min(LONGEST_REPLY, assistant.engine.context - len(ids)))
-    request = GenerationRequest(prompt_ids=ids, max_new_tokens=room, seed=seed, **own_sampling(assistant))
+    request = assistant.request(conversation, max_tokens=LONGEST_REPLY, seed=seed)
     written, ended, message = "", "interrupted", None
-    said: list[int] = []
+    ids: list[int] = []
     table = CONTROLS if out.isatty() else {}
     try:
         with closing(assistant.engine.stream(request)) as deltas:  # type: ignore[type-var]
@@ -87,7 +82,7 @@ def _stream(
                 out.write(delta.text.translate(table))
                 out.flush()
                 written += delta.text
-                said += delta.ids
+                ids += delta.ids
                 if delta.reply is not None:
                     # Its parts keep the calculator's calls, which the next turn's prompt must hold, too.
                     ended = delta.reply.finish_reason
@@ -97,8 +92,8 @@ def _stream(
     except KeyboardInterrupt:
         pass
     if ended == "interrupted":
-        speech = ReplyDecoder(assistant.renderer)
-        parts = speech.parts(speech.without_open_call(said))
+        decoder = ReplyDecoder(assistant.renderer)
+        parts = decoder.parts(decoder.without_open_call(ids))
         if any(part.text for part in parts):
             message = Message("assistant", parts, weight=0)
     if not written.endswith("\n"):
@@ -107,15 +102,25 @@ def _stream(
     return message, ended
 
 
+def note(text: str) -> None:
+    """Say something beside the conversation."""
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True, highlight=False).print(Text(text, style="dim"), soft_wrap=True)
+
+
 @dataclass
-class _Talk:
-    """A conversation as it stands. systems: the system prompt that each reply of the history was made under.
-    asked: the last question, and what stood in front of it, for /retry and /base."""
+class TerminalChat:
+    """A conversation as it stands.
+
+    systems: the system prompt that each reply of the history was made under.
+    asked: the last question, and what stood in front of it, for /retry and /base; `seed` was its reply's.
+    base: what /base asks; where it is left out, the base that the checkpoint names, loaded when it is first asked.
+    """
 
     assistant: Assistant
     out: TextIO
-    note: Callable[[str], None]
-    load_base: Callable[[], Assistant]
     system: str | None = None
     history: list[Message] = field(default_factory=list)
     systems: list[str | None] = field(default_factory=list)
@@ -134,7 +139,7 @@ class _Talk:
             try:
                 message, ended = _stream(self.assistant, self.conversation(turn), self.out, seed, stop)
             except SftflowError as error:
-                self.note(f"error: {error}" + ("" if len(turn) == 1 else " (or /reset)"))
+                note(f"error: {error}" + ("" if len(turn) == 1 else " (or /reset)"))
                 return
             self.asked, self.seed = turn, seed
             # A question that nobody answered is not part of the conversation: roles take turns.
@@ -142,53 +147,52 @@ class _Talk:
             before = self.systems[: sum(m.role == "assistant" for m in turn)]
             self.systems = [*before, self.system] if message is not None else before
             if ended == "length":
-                self.note(CUT)
+                note(CUT)
             elif ended == "interrupted":
-                self.note("[stopped]" if message is not None else "[stopped before the first word; /retry asks again]")
+                note("[stopped]" if message is not None else "[stopped before the first word; /retry asks again]")
 
     def retry(self) -> None:
         if not self.asked:
-            self.note("there is no question yet")
+            note("there is no question yet")
             return
         before = self.history[-1] if len(self.history) > len(self.asked) else None
         self.ask(self.asked)
-        if before in self.history[-1:] and not own_sampling(self.assistant)["temperature"]:
-            self.note("[the same again: this checkpoint asks for its likeliest tokens, not for a draw]")
+        if before in self.history[-1:] and not self.assistant.sampling["temperature"]:
+            note("[the same again: this checkpoint asks for its likeliest tokens, not for a draw]")
 
-    def beside(self) -> None:
+    def ask_base(self) -> None:
         """The base's reply to the last question, with the same history and seed; it does not enter the conversation."""
         if not self.asked:
-            self.note("there is no question yet")
+            note("there is no question yet")
             return
         try:
             if self.base is None:
-                self.base = self.load_base()
-            self.note(f"{self.base.name}:")
+                self.base = lineage_base(self.assistant)
+            note(f"{self.base.name}:")
             with _stoppable() as stop:
                 _, ended = _stream(self.base, self.conversation(self.asked), self.out, self.seed, stop)
         except SftflowError as error:
-            self.note(f"error: {error}")
+            note(f"error: {error}")
             return
         if ended != "stop":
-            self.note(CUT if ended == "length" else "[stopped]")
+            note(CUT if ended == "length" else "[stopped]")
 
     def save(self, name: str) -> None:
         if not name:
-            self.note("/save needs a file: /save mine.jsonl")
+            note("/save needs a file: /save mine.jsonl")
         elif not self.history:
-            self.note("there is nothing to save yet")
+            note("there is nothing to save yet")
         else:
             path = Path(name).expanduser()
             try:
-                rows = transcript.append(path, transcript.row(self.systems, self.history))
+                n_rows = append_row(path, row_of(self.systems, self.history))
             except SftflowError as error:
-                self.note(f"error: {error}")
+                note(f"error: {error}")
                 return
             why = ["were cut"] if any(not m.weight for m in self.history) else []
             why += ["were made under another system prompt"] if len(set(self.systems)) > 1 else []
-            self.note(
-                f"saved as row {rows} of {path}" + (f" (replies that {' or '.join(why)} have weight 0)" if why else "")
-            )
+            no_weight = f" (replies that {' or '.join(why)} have weight 0)" if why else ""
+            note(f"saved as row {n_rows} of {path}{no_weight}")
 
     def take(self, typed: Typed) -> bool:
         """Obey a command, or answer a message. Whether the conversation goes on."""
@@ -204,28 +208,27 @@ class _Talk:
         if name == "/quit":
             return False
         if name == "/help":
-            self.note(HELP)
+            note(HELP)
         elif name == "/reset":
             self.history, self.systems, self.asked = [], [], []
-            self.note("the conversation is forgotten")
+            note("the conversation is forgotten")
         elif name == "/system":
             self.system = rest or None
-            self.note("the system prompt is set" if self.system else "no system prompt")
+            note("the system prompt is set" if self.system else "no system prompt")
         elif name == "/retry":
             self.retry()
         elif name == "/base":
-            self.beside()
+            self.ask_base()
         elif name == "/save":
             self.save(rest)
         else:
-            self.note(f"{name} is not a command; /help lists them")
+            note(f"{name} is not a command; /help lists them")
         return True
 
 
 def lineage_base(assistant: Assistant) -> Assistant:
     """Load the base that a checkpoint was trained from. Raises CheckpointError where its sftflow.json names none."""
-    from sftflow.checkpoint import load_assistant
-    from sftflow.comparison.compare import base_format
+    from sftflow.checkpoint import base_format, load_assistant
 
     name = (assistant.info.get("base") or {}).get("name")
     if not name:
@@ -258,32 +261,21 @@ def chat(
     if reconfigure is not None:
         reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks, and goes on
 
-    from rich.console import Console
-    from rich.text import Text
-
-    notes = Console(stderr=True, highlight=False)
-    talk = _Talk(
-        assistant,
-        out,
-        note=lambda text: notes.print(Text(text, style="dim"), soft_wrap=True),
-        load_base=lambda: lineage_base(assistant),
-        system=whole(system) if system else None,
-        base=base,
-    )
+    talk = TerminalChat(assistant, out, system=whole(system) if system else None, base=base)
     if prompt is not None:
         asked = [text_message("user", whole(prompt))]
         seed = secrets.randbits(63)
         for answering in (assistant, base) if base is not None else (assistant,):
             if base is not None:
-                talk.note(f"{answering.name}:")
+                note(f"{answering.name}:")
             with _stoppable() as stop:
                 _, ended = _stream(answering, talk.conversation(asked), out, seed, stop)
             if ended == "interrupted":
                 raise KeyboardInterrupt
             if ended == "length":
-                talk.note(CUT)
+                note(CUT)
         return
-    talk.note(f"{assistant.name} · /help for commands, Ctrl-D to leave")
+    note(f"{assistant.name} · /help for commands, Ctrl-D to leave")
     read = keyboard() if read is None else read
     while True:
         try:
@@ -291,7 +283,7 @@ def chat(
             if not talk.take(typed):
                 return
         except EOFError:
-            talk.note("")
+            note("")
             return
         except KeyboardInterrupt:
-            talk.note("\nCtrl-D or /quit leaves")
+            note("\nCtrl-D or /quit leaves")

@@ -10,33 +10,27 @@ from pathlib import Path
 from typing import Any
 
 from sftflow.chat.data_files import read_lines
-from sftflow.chat.schema import Message, parse_line, parse_row, text_message
+from sftflow.chat.schema import Conversation, Message, conversation_of, text_message
 from sftflow.errors import DataError, SftflowError
 
 
-def row(systems: Sequence[str | None], messages: Sequence[Message]) -> dict[str, Any]:
+def row_of(systems: Sequence[str | None], messages: Sequence[Message]) -> dict[str, Any]:
     """The OpenAI shape. systems: the system prompt that each reply was made under, the last one's being the row's.
 
     Calculator calls stay parts. A reply that was cut has weight 0, and so has one made under another system prompt than
     the row's: history, nothing to learn.
 
-    >>> row(["Be brief."], [text_message("user", "hi"), text_message("assistant", "Hi.")])["messages"][0]
+    >>> row_of(["Be brief."], [text_message("user", "hi"), text_message("assistant", "Hi.")])["messages"][0]
     {'role': 'system', 'content': 'Be brief.'}
     """
     system = systems[-1]
     under = iter(systems)
     messages = [replace(m, weight=0) if m.role == "assistant" and next(under) != system else m for m in messages]
-    out = []
-    for message in [*([text_message("system", system)] if system else []), *messages]:
-        content: Any = [{"type": p.kind, "text": p.text} for p in message.parts]
-        if not message.uses_python:
-            content = message.text
-        weight = {} if message.weight else {"weight": 0}
-        out.append({"role": message.role, "content": content, **weight})
-    return {"messages": out}
+    opening = [text_message("system", system)] if system else []
+    return Conversation((*opening, *messages)).to_row()
 
 
-def append(path: Path, value: dict[str, Any]) -> int:
+def append_row(path: Path, row: dict[str, Any]) -> int:
     """Add a row to a JSONL file of conversations, or begin one; the number of rows in it then.
 
     Raises DataError where the file is something else, which is left as it was, or cannot be written.
@@ -45,12 +39,12 @@ def append(path: Path, value: dict[str, Any]) -> int:
     try:
         if path.exists():
             for before, (number, line) in enumerate(read_lines(str(path)), 1):  # noqa: B007  the count is the result
-                parse_row(parse_line(line, f"{path}:{number}"), f"{path}:{number}")
+                conversation_of(line, f"{path}:{number}")
         with path.open("ab") as file:
             size = file.tell()
             try:
                 gap = b"\n" if size and not _ends_line(path) else b""
-                file.write(gap + json.dumps(value, ensure_ascii=False).encode() + b"\n")
+                file.write(gap + json.dumps(row, ensure_ascii=False).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
             except OSError:

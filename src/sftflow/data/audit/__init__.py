@@ -2,6 +2,5 @@
 
 from sftflow.data.audit.audit import Audit, audit
 from sftflow.data.audit.overlap import item_parts
-from sftflow.data.audit.rows import SourceRows
 
-__all__ = ["Audit", "SourceRows", "audit", "item_parts"]
+__all__ = ["Audit", "audit", "item_parts"]

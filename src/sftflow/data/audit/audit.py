@@ -17,7 +17,8 @@ from sftflow.data.audit.duplicates import Duplicates, duplicates
 from sftflow.data.audit.lengths import Spread, length_edges, spread
 from sftflow.data.audit.near_duplicates import BAND_ROWS, BANDS, NearDuplicates, minhash, near_duplicates, near_rows
 from sftflow.data.audit.overlap import EvalIndex, Parts, TaskOverlap
-from sftflow.data.audit.rows import AuditRows, Decode, Progress, SourceRows
+from sftflow.data.audit.rows import AuditRows, Decode, Progress
+from sftflow.data.store import Rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,7 @@ class Audit:
 
 
 def audit(
-    sources: Sequence[SourceRows],
+    sources: Sequence[Rows],
     decode: Decode,
     *,
     eval_sets: Mapping[str, Iterable[str | Parts]] | None = None,

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import pairwise
-from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sftflow.data.audit.ngrams import Index, Words, split_words
-from sftflow.data.store import ROW
+from sftflow.data.store import ROW, Rows
 
 Ids = NDArray[np.int32]
 Decode = Callable[[list[list[int]]], list[str]]
@@ -18,18 +17,6 @@ Progress = Callable[[int, int], None]  # (done, total)
 
 CHUNK_TOKENS = 1 << 16  # read and decoded at once: their hashes stay in the processor's cache
 EXAMPLES = 5  # of each finding, in the ledger
-
-
-class SourceRows(Protocol):
-    """The rendered rows of one source. table (n,): a line of `data.store.ROW` for each."""
-
-    name: str
-    table: NDArray[Any]
-
-    def __len__(self) -> int: ...
-    def ids(self, i: int) -> Ids: ...
-    def mask(self, i: int) -> NDArray[np.int8]: ...
-    def place(self, i: int) -> str: ...
 
 
 class AuditRows:
@@ -40,7 +27,7 @@ class AuditRows:
     repeats an earlier one of its own source.
     """
 
-    def __init__(self, sources: Sequence[SourceRows], decode: Decode, special_ids: Collection[int]) -> None:
+    def __init__(self, sources: Sequence[Rows], decode: Decode, special_ids: Collection[int]) -> None:
         self.sources, self.decode = sources, decode
         self.start: Index = np.concatenate([[0], np.cumsum([len(s) for s in sources])]).astype(np.int64)
         self.n = int(self.start[-1])
@@ -58,8 +45,8 @@ class AuditRows:
     def source_of(self, rows: Index) -> Index:
         return np.searchsorted(self.start, rows, side="right").astype(np.int64) - 1
 
-    def find(self, row: int) -> tuple[SourceRows, int]:
-        s = int(np.searchsorted(self.start, row, side="right")) - 1
+    def find(self, row: int) -> tuple[Rows, int]:
+        s = int(self.source_of(np.array(row)))
         return self.sources[s], row - int(self.start[s])
 
     def place(self, row: int) -> str:
@@ -68,10 +55,8 @@ class AuditRows:
 
     def elsewhere(self, pairs: list[tuple[int, int]]) -> int:
         """How many (row, earlier row) are of two sources."""
-        if not pairs:
-            return 0
-        both = np.array(pairs, np.int64)
-        return int((self.source_of(both[:, 0]) != self.source_of(both[:, 1])).sum())
+        here, there = self.source_of(np.array(pairs, np.int64).reshape(-1, 2)).T
+        return int((here != there).sum())
 
     def chunks(self, rows: Index) -> Iterator[Index]:
         """`rows` in order, cut so that a chunk has at most CHUNK_TOKENS tokens (a longer row is a chunk of its own)."""

@@ -14,7 +14,7 @@ const ALNUM = /[\p{L}\p{N}]/u;
 
 const text = (words) => document.createTextNode(words);
 
-function element(tag, children, className) {
+export function element(tag, children = [], className = "") {
   const node = document.createElement(tag);
   if (className) node.className = className;
   for (const child of children) node.append(child);

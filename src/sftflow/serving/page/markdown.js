@@ -5,7 +5,7 @@
 //
 // `draw` keeps the blocks that did not change, so that a reply can be drawn again with every token that comes.
 import { codeBlock } from "./dom.js";
-import { inline } from "./inline.js";
+import { element, inline } from "./inline.js";
 
 const DEEPEST = 8; // lists and quotes inside each other; what goes deeper stays text
 const HEADING = /^ {0,3}(#{1,6})(?:[ \t]+(.*))?$/;
@@ -100,15 +100,9 @@ function split(lines) {
   return blocks;
 }
 
-function make(tag, children = []) {
-  const node = document.createElement(tag);
-  for (const child of children) node.append(child);
-  return node;
-}
-
 function list(lines, depth) {
   const first = ITEM.exec(lines[0]);
-  const node = make(/\d/.test(first[2]) ? "ol" : "ul");
+  const node = element(/\d/.test(first[2]) ? "ol" : "ul");
   if (node.tagName === "OL") node.start = Number.parseInt(first[2], 10);
   const items = [];
   for (const line of lines) {
@@ -120,7 +114,7 @@ function list(lines, depth) {
       own.push(line.slice(Math.min(indent(line), width)));
     }
   }
-  for (const item of items) node.append(make("li", split(item.lines).map((block) => build(block, depth + 1))));
+  for (const item of items) node.append(element("li", split(item.lines).map((block) => build(block, depth + 1))));
   return node;
 }
 
@@ -128,14 +122,14 @@ function table(lines) {
   const align = alignments(lines[0], lines[1]);
   const row = (line, tag) => {
     const texts = cells(line);
-    return make("tr", align.map((side, column) => {
-      const cell = make(tag, inline(texts[column] ?? ""));
+    return element("tr", align.map((side, column) => {
+      const cell = element(tag, inline(texts[column] ?? ""));
       if (side) cell.className = side;
       return cell;
     }));
   };
-  const head = make("thead", [row(lines[0], "th")]);
-  const node = make("div", [make("table", [head, make("tbody", lines.slice(2).map((line) => row(line, "td")))])]);
+  const head = element("thead", [row(lines[0], "th")]);
+  const node = element("div", [element("table", [head, element("tbody", lines.slice(2).map((line) => row(line, "td")))])]);
   node.className = "table";
   node.tabIndex = 0; // it scrolls by itself where it is wide
   return node;
@@ -154,16 +148,16 @@ function build(lines, depth) {
     let words = (heading[2] ?? "").trimEnd();
     if (/(^|\s)#+$/.test(words.slice(-8))) while (words.endsWith("#")) words = words.slice(0, -1);
     // The page has its own h1 and h2.
-    return make(`h${Math.min(6, heading[1].length + 2)}`, inline(words.trim()));
+    return element(`h${Math.min(6, heading[1].length + 2)}`, inline(words.trim()));
   }
-  if (RULE.test(line)) return make("hr");
+  if (RULE.test(line)) return element("hr");
   if (depth < DEEPEST && QUOTE.test(line)) {
     const inner = split(lines.map((l) => l.replace(QUOTE, "")));
-    return make("blockquote", inner.map((block) => build(block, depth + 1)));
+    return element("blockquote", inner.map((block) => build(block, depth + 1)));
   }
   if (depth < DEEPEST && ITEM.test(line)) return list(lines, depth);
   if (alignments(line, lines[1])) return table(lines);
-  const node = make("p", inline(lines.map((l) => l.trim()).join("\n")));
+  const node = element("p", inline(lines.map((l) => l.trim()).join("\n")));
   node.dir = "auto";
   return node;
 }

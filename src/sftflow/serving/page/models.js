@@ -41,19 +41,23 @@ export function chosen() {
   return !$("compare").hidden && $("both").checked ? [first, $("other").value] : [first];
 }
 
-// -> whether the server answered with its models
-export async function loadModels() {
+// Asks for the models. -> "here"; "gone" where nobody answers; "refused", which the reader is told.
+async function look() {
   try {
     known = await models();
   } catch (error) {
-    if (error instanceof Unreachable) lost();
-    else if (error.status === 401) askKey();
+    if (error instanceof Unreachable) return "gone";
+    if (error.status === 401) askKey();
     else notice(error.message);
-    return false;
+    return "refused";
   }
   notice("");
   showModels();
-  return true;
+  return "here";
+}
+
+export async function loadModels() {
+  if (await look() === "gone") lost();
 }
 
 export function askKey() {
@@ -61,26 +65,16 @@ export function askKey() {
   showSettings(true, $("key"));
 }
 
-// Look for the server until it is back.
+// Look for the server until it answers.
 export async function lost() {
   if (reconnecting) return;
   reconnecting = true;
   notice("The server does not answer. Looking for it again…", true);
-  for (let n = 0; ; n++) {
+  let found = "gone";
+  for (let n = 0; found === "gone"; n++) {
     await new Promise((done) => setTimeout(done, WAIT_MS[Math.min(n, WAIT_MS.length - 1)]));
-    try {
-      known = await models();
-    } catch (error) {
-      if (error instanceof Unreachable) continue;
-      reconnecting = false;
-      if (error.status === 401) askKey();
-      else notice(error.message);
-      return;
-    }
-    break;
+    found = await look();
   }
   reconnecting = false;
-  notice("");
-  showModels();
-  announce("The server is back.");
+  if (found === "here") announce("The server is back.");
 }

@@ -1,0 +1,27 @@
+"""`sftflow doctor`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sftflow.cli.common import app
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[Path | None, typer.Argument(help="check this recipe too")] = None,
+    math: Annotated[bool, typer.Option("--math", help="prove packing and loss on this machine")] = False,
+) -> None:
+    """Say what this machine can do, and whether a recipe would run."""
+    from sftflow.api.shared import quiet
+    from sftflow.doctor import examine
+
+    quiet()
+    lines, good = examine(recipe, math)
+    for line in lines:
+        print(line)
+    if not good:
+        raise typer.Exit(1)
