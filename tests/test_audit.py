@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import doctest
 import json
-import pkgutil
 import random
 import re
 import subprocess
 import sys
 from collections import Counter
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -23,8 +20,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from helpers.outside import outside
+from helpers.report_data import HOSTILE, Page
 from sftflow.chat.token_rows import Token, TokenRow
-from sftflow.data import audit as package
 from sftflow.data.audit import Audit, audit, item_parts
 from sftflow.data.audit.lengths import length_edges, spread
 from sftflow.data.audit.near_duplicates import AGREE, candidates, minhash
@@ -140,12 +137,6 @@ def overlap_oracle(items: list[tuple[str, ...]], texts: list[str]) -> tuple[set[
 
 
 # ---- words
-
-
-@pytest.mark.parametrize("name", [m.name for m in pkgutil.iter_modules(package.__path__)])
-def test_examples_in_docstrings(name: str) -> None:
-    module = import_module(f"{package.__name__}.{name}")
-    assert doctest.testmod(module, extraglobs={"np": np}).failed == 0
 
 
 def test_nothing_that_draws_is_loaded_with_the_audit() -> None:
@@ -571,6 +562,25 @@ def test_the_page_of_a_plain_ledger() -> None:
     ledger = example()[0]
     page = page_of(ledger)
     assert "<svg" not in page and "Overlap" not in page and "Invariants" not in page and "69 training rows" in page
+
+
+def test_nothing_of_a_mixture_acts_in_its_page() -> None:
+    ledger, found = example()
+    merged = found.into(ledger) | {"bad_rows": [HOSTILE], "data_sha256": HOSTILE}
+    merged["invariants"] = {HOSTILE: {"checked": 2, "failed": 1, "first": HOSTILE}}
+    merged["overlap"] = {name + HOSTILE: task for name, task in merged["overlap"].items()}
+    for s in merged["sources"]:
+        s |= {"name": HOSTILE, "dropped": 1, "dropped_why": {HOSTILE: 1}}
+        for repeated in s["duplicates"]["examples"] + s["near_duplicates"]["examples"]:
+            repeated |= {"places": [HOSTILE]} if "places" in repeated else {"place": HOSTILE, "of": HOSTILE}
+    for t in merged["overlap"].values():
+        t["sources"] = [{"name": HOSTILE, "items": 1, "share": 1.0}]
+        t["examples"] = [{"item": 0, "source": HOSTILE, "place": HOSTILE, "words": HOSTILE}]
+    html = page_of(merged, TokenRow(HOSTILE, (Token(3, HOSTILE, HOSTILE.encode("utf-8", "replace"), True),)))
+    page = Page(html)
+    assert not {tag for tag, _ in page.elements} & {"script", "img"}
+    assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
+    assert page.text.count("alert(1)") >= 20 and "\x00" not in html
 
 
 def test_histograms_hold_at_their_edges() -> None:

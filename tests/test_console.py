@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import io
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +11,7 @@ from rich.console import Console
 
 from sftflow.evaluation.journal import EvalRow
 from sftflow.evaluation.results import EvalResult, Evaluation, ModelScores
-from sftflow.report import progress, tables
+from sftflow.report import tables
 from sftflow.report.progress import Pace, ProgressDisplay, fitted
 from sftflow.runtime import Runtime, measure_peak, peak_memory
 
@@ -48,10 +47,6 @@ class Screen(ProgressDisplay):
         with plain.capture() as captured:
             plain.print(self._progress.get_renderable())
         return [line.rstrip() for line in captured.get().splitlines()]
-
-
-def test_documented_examples() -> None:
-    assert doctest.testmod(progress).failed == 0 < doctest.testmod(progress).attempted
 
 
 @pytest.mark.parametrize("width", [80, 60])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import math
 import re
 from dataclasses import replace
@@ -14,7 +13,7 @@ from sftflow.chat.token_rows import TokenRow
 from sftflow.comparison.prompts import load_prompts
 from sftflow.comparison.results import Both, Forgetting, NotChecked
 from sftflow.comparison.run_artifacts import RunArtifacts, ValidationLoss
-from sftflow.report import charts, figures, line_charts, pages, token_page, wording
+from sftflow.report import charts, figures, line_charts, token_page
 from sftflow.report.comparison_page import MOST_ITEMS, comparison_page
 from sftflow.report.wording import form_change
 
@@ -188,8 +187,3 @@ def test_token_boxes_say_mask_id_bytes_and_whitespace() -> None:
     assert "↵" in page.text and "⇥r" in page.text and "·pear" in page.text and "U+200B" in page.text
     assert "two user turns <in> a row" in page.text and "14 tokens, 7 supervised, 1 refused" in page.text
     assert Page(token_page.token_page([])).count("h1") == 1
-
-
-@pytest.mark.parametrize("module", [pages, token_page, charts, figures, line_charts, wording])
-def test_examples_in_docstrings(module: object) -> None:
-    assert doctest.testmod(module).failed == 0  # type: ignore[arg-type]
