@@ -72,7 +72,9 @@ def test_the_readme_s_ten_lines(folder: Path) -> None:
     assert not [line for line in block.splitlines() if "import" in line and line != "import sftflow as sf"]
     fewer, n = re.subn(r"steps=\d+", "steps=2", block)
     assert n == 1
-    fewer = fewer.replace("limit=2000", "limit=60").replace('["spelling"]', '["spelling"], limit=8')
+    fewer = fewer.replace("limit=2000", "limit=60").replace('["spelling"]', '["spelling"], limit=4')
+    fewer = fewer.replace("tasks=[", 'prompts="few.jsonl", tasks=[')
+    (folder / "few.jsonl").write_text('{"prompt": "Who are you?"}\n{"prompt": "Hi"}\n')
     names: dict[str, Any] = {}
     exec(compile(fewer, "README.md", "exec"), names)
     assert len(names["run"].losses) == 2 and (folder / "report.html").is_file()
@@ -217,7 +219,7 @@ def test_evaluating_and_comparing(base: Any, run: Any, tmp_path: Path) -> None:
         (lambda: sf.load("./nowhere"), "./nowhere: no such checkpoint directory"),
         (lambda: sf.task("speling"), "unknown task 'speling'; did you mean 'spelling'?"),
         (lambda: sf.task("spelling", limits=3), "limits: unknown key; did you mean 'limit'?"),
-        (lambda: sf.train(recipe={"mixture": [{"source": "spelling"}]}, stepz=3), "train.stepz: unknown key; did you mean"),
+        (lambda: sf.train(recipe={"mixture": [{"source": "spelling"}]}, stepz=3), "train.stepz: unknown key; did you"),
         (lambda: sf.mix(["nowhere.jsonl"], "builtin:tiny"), "nowhere.jsonl: no such file"),
         (lambda: sf.evaluate("builtin:tiny", ["spelin"]), "unknown task 'spelin'; did you mean 'spelling'?"),
         (lambda: sf.export("builtin:tiny", "merged", "x", type="q8_0"), "--type: a checkpoint directory holds no q8_0"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 import re
 import socket
@@ -361,11 +360,3 @@ def test_a_judge_whose_context_is_too_small_says_so(tmp_path: Path, tokenizer_di
     with our_server(tmp_path, 256, tokenizer_dir) as url:
         got = judge_pairs(PAIRS[:1], url, "tiny", "k", max_tokens=4).to_json()
     assert got["parse_failures"] == 1 and "the model's context is 256" in got["rows"][0]["failure"]
-
-
-def test_the_examples_in_the_docstrings() -> None:
-    from sftflow.comparison import judge
-
-    for module in (judge, judge_client):
-        found = doctest.testmod(module)
-        assert found.attempted and not found.failed

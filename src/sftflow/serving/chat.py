@@ -27,20 +27,14 @@ def chat_response(model: ServedModel, body: ChatBody) -> ResponseShape:
     limit = body.max_completion_tokens or body.max_tokens  # an upper bound: what fits is less
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     requests = requests_for(model.assistant, body, prompt, limit, logprobs=logprobs)
-    return ResponseShape(
-        model=model,
-        body=body,
-        n_prompt=len(prompt),
-        requests=requests,
-        choices=[ChatChoice(model, body) for _ in requests],
-        id_prefix="chatcmpl",
-        whole_object="chat.completion",
-        piece_object="chat.completion.chunk",
-    )
+    choices = [ChatChoice(model, body) for _ in requests]
+    return ResponseShape(model=model, body=body, n_prompt=len(prompt), requests=requests, choices=choices)
 
 
 class ChatChoice:
     """One reply: each chunk is the `delta` of a message, with its log-probabilities."""
+
+    id_prefix, whole_object, piece_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def __init__(self, model: ServedModel, body: ChatBody) -> None:
         self._model = model

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,13 @@ def assistant(tiny_base: Path) -> Any:
 
 @asynccontextmanager
 async def working(assistant: Any, **more: Any) -> AsyncIterator[EngineThread]:
-    worker = EngineThread(assistant, **more)
+    thread = EngineThread(assistant, **more)
     try:
-        yield worker
+        yield thread
     finally:
-        worker.close()
-        await asyncio.to_thread(worker._thread.join, 10)
-        assert not worker._thread.is_alive()
+        thread.close()
+        await asyncio.to_thread(thread._thread.join, 10)
+        assert not thread._thread.is_alive()
 
 
 async def until(true: Callable[[], bool]) -> None:
@@ -81,17 +82,17 @@ def test_replies_are_the_engines_and_join_those_that_run(assistant: Any) -> None
     wanted = Engine(assistant.model, assistant.renderer, assistant.engine.runtime, max_running=8).generate(requests)
 
     async def scenario() -> None:
-        async with working(assistant, max_running=8) as worker:
-            jobs = [worker.submit([r], streamed=i % 4 > 0) for i, r in enumerate(requests[:30])]
+        async with working(assistant, max_running=8) as thread:
+            jobs = [thread.submit([r], streamed=i % 4 > 0) for i, r in enumerate(requests[:30])]
             replies = [asyncio.create_task(read(job)) for job in jobs]
             await replies[0]  # the others run
-            replies += [asyncio.create_task(read(worker.submit([r]))) for r in requests[30:]]
+            replies += [asyncio.create_task(read(thread.submit([r]))) for r in requests[30:]]
             for reply, right in zip(await asyncio.gather(*replies), wanted, strict=True):
                 assert (reply.ids, reply.text) == (right.ids, right.text) or right.near_ties
-            await until(lambda: worker.running == 0)
-            assert worker.prompt_tokens == sum(len(r.prompt_ids) for r in requests)
-            assert worker.generated_tokens == sum(len(r.ids) for r in wanted)
-            assert worker.finished == {"stop": 0, "length": 40, "cancelled": 0, "error": 0} and worker.waiting == 0
+            await until(lambda: thread.running == 0)
+            assert thread.prompt_tokens == sum(len(r.prompt_ids) for r in requests)
+            assert thread.generated_tokens == sum(len(r.ids) for r in wanted)
+            assert thread.finished == {"stop": 0, "length": 40, "cancelled": 0, "error": 0} and thread.waiting == 0
 
     run(scenario)
 
@@ -104,8 +105,8 @@ def test_models_that_cannot_let_others_join_take_turns(assistant: Any) -> None:
     before, assistant.engine = assistant.engine, padded
 
     async def scenario() -> None:
-        async with working(assistant, max_running=3) as worker:
-            replies = await asyncio.gather(*(read(worker.submit([r])) for r in requests))
+        async with working(assistant, max_running=3) as thread:
+            replies = await asyncio.gather(*(read(thread.submit([r])) for r in requests))
             assert [r.ids for r in replies] == [r.ids for r in wanted]
 
     try:
@@ -116,18 +117,18 @@ def test_models_that_cannot_let_others_join_take_turns(assistant: Any) -> None:
 
 def test_a_full_line_refuses_and_leaving_makes_room(assistant: Any) -> None:
     async def scenario() -> None:
-        async with working(assistant, max_running=2, max_waiting=3) as worker:
-            jobs = [worker.submit([ask(5, ENDLESS, i)]) for i in range(5)]
+        async with working(assistant, max_running=2, max_waiting=3) as thread:
+            jobs = [thread.submit([ask(5, ENDLESS, i)]) for i in range(5)]
             with pytest.raises(module.ApiError) as refused:
-                worker.submit([ask(5, 5)])
+                thread.submit([ask(5, 5)])
             assert refused.value.status == 503 and int(refused.value.headers["Retry-After"]) > 0
-            await until(lambda: worker.running == 2 and worker.waiting == 3)
+            await until(lambda: thread.running == 2 and thread.waiting == 3)
             for job in jobs[1:]:  # one that runs, three that wait
                 job.cancel()
-            reply = await read(worker.submit([ask(9, 5)]))
+            reply = await read(thread.submit([ask(9, 5)]))
             assert len(reply.ids) == 5
             assert all([d.reply is None async for _, d in jobs[1].deltas()])
-            assert worker.finished["cancelled"] == 4
+            assert thread.finished["cancelled"] == 4
             assert len((await read(jobs[0])).ids) == ENDLESS
 
     run(scenario)
@@ -137,7 +138,7 @@ def test_a_client_that_hangs_up_takes_its_work_with_it(assistant: Any) -> None:
     """At once, and without anybody asking for it again and again."""
 
     async def scenario() -> None:
-        async with working(assistant) as worker:
+        async with working(assistant) as thread:
             gone, asked = asyncio.Event(), 0
 
             async def receive() -> dict[str, Any]:
@@ -147,17 +148,17 @@ def test_a_client_that_hangs_up_takes_its_work_with_it(assistant: Any) -> None:
                 return {"type": "http.disconnect"}
 
             request = starlette.requests.Request({"type": "http"}, receive)
-            deltas = worker.submit([ask(5, ENDLESS)]).deltas(request)
+            deltas = thread.submit([ask(5, ENDLESS)]).deltas(request)
             await anext(deltas)
             gone.set()
             rest = [d async for _, d in deltas]
             assert all(d.reply is None for d in rest) and asked == 1
-            await until(lambda: worker.finished["cancelled"] == 1 and worker.running == 0)
+            await until(lambda: thread.finished["cancelled"] == 1 and thread.running == 0)
 
-            early = worker.submit([ask(5, ENDLESS)]).deltas()
+            early = thread.submit([ask(5, ENDLESS)]).deltas()
             await anext(early)
             await early.aclose()
-            await until(lambda: worker.finished["cancelled"] == 2)
+            await until(lambda: thread.finished["cancelled"] == 2)
 
     run(scenario)
 
@@ -166,16 +167,37 @@ def test_what_fails_is_told_and_the_worker_goes_on(assistant: Any) -> None:
     context = assistant.engine.context
 
     async def scenario() -> None:
-        async with working(assistant) as worker:
-            await until(lambda: worker.ready)
-            good = worker.submit([ask(5, 100)])
+        async with working(assistant) as thread:
+            await until(lambda: thread.ready)
+            good = thread.submit([ask(5, 100)])
             with pytest.raises(Exception, match=f"leave no room in a context of {context}"):
-                await read(worker.submit([ask(context, 5)]))
+                await read(thread.submit([ask(context, 5)]))
             assert len((await read(good)).ids) == 100
             with failing(assistant.model, lambda ids: True), pytest.raises(torch.OutOfMemoryError):
-                await read(worker.submit([ask(5, 100)]))
-            assert len((await read(worker.submit([ask(5, 100)]))).ids) == 100
-            assert worker.finished["error"] == 2
+                await read(thread.submit([ask(5, 100)]))
+            assert len((await read(thread.submit([ask(5, 100)]))).ids) == 100
+            assert thread.finished["error"] == 2
+
+    run(scenario)
+
+
+def test_the_replies_to_one_request_end_together(assistant: Any) -> None:
+    """Where one of them fails, and where the client leaves; other requests go on."""
+
+    async def scenario() -> None:
+        async with working(assistant, max_running=3) as thread:
+            other = thread.submit([ask(5, 100)])
+            one = thread.submit([ask(5, ENDLESS), replace(ask(5, 5), prompt_ids=()), ask(7, ENDLESS)])
+            with pytest.raises(Exception, match="it has no tokens"):
+                async for _ in one.deltas():
+                    pass
+            await until(lambda: thread.finished["cancelled"] == 2 and thread.finished["error"] == 1)
+            left = thread.submit([ask(5, ENDLESS, i) for i in range(3)])  # one of them waits
+            deltas = left.deltas()
+            await anext(deltas)
+            await deltas.aclose()
+            await until(lambda: thread.finished["cancelled"] == 5)
+            assert len((await read(other)).ids) == 100 and thread.finished["length"] == 1
 
     run(scenario)
 
@@ -196,12 +218,12 @@ def broken(assistant: Any) -> Iterator[Any]:
 
 def test_a_model_that_cannot_compute_says_so_to_everyone(broken: Any) -> None:
     async def scenario() -> None:
-        async with working(broken) as worker:
+        async with working(broken) as thread:
             for _ in range(2):
                 with pytest.raises(ApiError) as caught:
-                    await read(worker.submit([ask(5, 5)]))
+                    await read(thread.submit([ask(5, 5)]))
                 assert (caught.value.status, caught.value.body["error"]["code"]) == (503, "model_unusable")
-            assert not worker.ready and worker.unproven and "it cannot compute a sequence" in str(worker.broken)
+            assert not thread.ready and thread.unproven and "it cannot compute a sequence" in str(thread.broken)
 
     run(scenario)
 
@@ -238,16 +260,16 @@ def test_a_broken_model_is_not_being_prepared(broken: Any) -> None:
 
 def test_closing_ends_every_reply(assistant: Any) -> None:
     async def scenario() -> None:
-        async with working(assistant, max_running=2) as worker:
-            jobs = [worker.submit([ask(5, ENDLESS, i)]) for i in range(4)]
-            await until(lambda: worker.running == 2)
-            worker.close()
+        async with working(assistant, max_running=2) as thread:
+            jobs = [thread.submit([ask(5, ENDLESS, i)]) for i in range(4)]
+            await until(lambda: thread.running == 2)
+            thread.close()
             for job in jobs:
                 with pytest.raises(module.ApiError) as stopped:
                     await read(job)
                 assert stopped.value.body["error"]["code"] == "stopping"
             with pytest.raises(module.ApiError):
-                worker.check_room()
+                thread.check_room()
 
     run(scenario)
 
@@ -264,9 +286,9 @@ def test_the_event_loop_stays_free(assistant: Any) -> None:
                 await asyncio.sleep(0.01)
                 late.append(time.perf_counter() - began - 0.01)
 
-        async with working(assistant, max_running=32) as worker:
+        async with working(assistant, max_running=32) as thread:
             ticking = asyncio.create_task(tick())
-            await asyncio.gather(*(read(worker.submit([ask(20, 60, i, temperature=1.0, seed=i)])) for i in range(64)))
+            await asyncio.gather(*(read(thread.submit([ask(20, 60, i, temperature=1.0, seed=i)])) for i in range(64)))
             ticking.cancel()
         assert sorted(late)[int(len(late) * 0.9)] < 0.1
 
