@@ -25,7 +25,7 @@ from sftflow.comparison.results import (
     TaskComparison,
 )
 from sftflow.comparison.run_artifacts import Ledger, LedgerSource, RunArtifacts, SampledScores, ValidationLoss
-from sftflow.evaluation.contamination import Overlap, OverlapExample
+from sftflow.data.audit.overlap import Overlap, OverlapExample
 from sftflow.evaluation.heldout_loss import HeldOutLoss
 from sftflow.evaluation.journal import EvalRow
 from sftflow.evaluation.reply_checks import FAULTS, ReplyChecks
