@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from sftflow.chat.render import Renderer
 from sftflow.data.audit import item_parts
-from sftflow.data.audit.overlap import NGRAM, EvalIndex
+from sftflow.data.audit.overlap import EvalIndex
+from sftflow.data.audit.overlap import Overlap as Overlap
 from sftflow.data.audit.rows import AuditRows
 from sftflow.data.run_rows import TRAINING_ROWS, read_training_rows
 from sftflow.data.store import Rows
@@ -16,33 +17,8 @@ from sftflow.errors import DataError
 from sftflow.evaluation.options import EvalTask
 
 
-@dataclass(frozen=True, kw_only=True)
-class OverlapExample:
-    """A training row that has words of an item. item: its id."""
-
-    item: str
-    source: str
-    place: str
-    words: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Overlap:
-    """A task's items that stand in training rows, by `ngram` words in a row (see `EvalIndex`).
-
-    items: of the task.   contaminated: found ones.   share: of all items.   unchecked: too short to be looked for.
-    """
-
-    ngram: int = NGRAM
-    items: int
-    contaminated: int
-    share: float
-    unchecked: int
-    examples: tuple[OverlapExample, ...]
-
-
 def contamination(tasks: Sequence[EvalTask], sources: Sequence[Rows], renderer: Renderer) -> dict[str, Overlap]:
-    """The overlap of each task with the rows.
+    """The overlap of each task with the rows, its examples by the items' ids.
 
     sources: a mixture's `rows`, held-out ones among them.   renderer: of the tokenizer that they were rendered with.
     """
@@ -62,10 +38,7 @@ def contamination(tasks: Sequence[EvalTask], sources: Sequence[Rows], renderer: 
             contaminated=found.contaminated,
             share=found.share,
             unchecked=found.unchecked,
-            examples=tuple(
-                OverlapExample(item=items[found.task][e.item].id, source=e.source, place=e.place, words=e.words)
-                for e in found.examples
-            ),
+            examples=tuple(replace(e, item=items[found.task][int(e.item)].id) for e in found.examples),
         )
         for found in index.result()
     }

@@ -48,13 +48,8 @@ class Piece(NamedTuple):
 
 
 def pieces_of_row(tokens: Sequence[Token]) -> list[list[Piece]]:
-    """For each token its pieces; 🙂 over two tokens is Piece("🙂", f0 9f, first) and Piece("🙂", 99 82, not first).
-
-    Tokens whose bytes are not known are taken by their text.
-    """
-    data = [t.raw for t in tokens if t.raw is not None]
-    if len(data) < len(tokens):
-        return [[Piece(t.text)] for t in tokens]
+    """For each token its pieces; 🙂 over two tokens is Piece("🙂", f0 9f, first) and Piece("🙂", 99 82, not first)."""
+    data = [t.raw for t in tokens]
     out: list[list[Piece]] = [[] for _ in tokens]
     token, room = -1, 0  # room: bytes of this token that are still to come
     for character in b"".join(data).decode("utf-8", "surrogateescape"):  # a byte of no character is one from U+DC80 on
