@@ -4,12 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
 
-.PHONY: help setup demo test slow check lint types bench clean
+.PHONY: help setup demo test slow check lint types wheel bench clean
 
 help:
 	@echo "make demo    the whole flow on the shipped base (set-up included, once)"
 	@echo "make test    the tests"
 	@echo "make check   lint, types and tests: what CI runs"
+	@echo "make slow    the tests that take minutes"
+	@echo "make wheel   build the wheel, and run the README's Python lines from it in an empty environment"
 	@echo "make bench   the benchmarks, ours beside the peer's"
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -30,17 +32,22 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
+# With the packages whose templates are read.
 slow: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist worksteal
 
 lint: $(VENV)/.ready-dev
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks scripts
+	$(BIN)/ruff format --check src tests benchmarks scripts
 
 types: $(VENV)/.ready-dev
 	$(BIN)/mypy
 
 check: lint types test
+
+wheel:
+	scripts/check_wheel.sh
 
 bench: $(VENV)/.ready-dev
 	$(BIN)/python benchmarks/loop.py

@@ -14,7 +14,7 @@ Rows: GSM8K's training questions and answers as [user, assistant], each question
 that no two rows are equal. Both sides use the same Qwen3 tokenizer and run in fresh processes, in alternating rounds.
 Timed: the file's rows -> ids, masks, packing, loading of the file included; imports, tokenizer and model are not.
 
-    ours   build_mixture(...).ledger(), which packs (best fit over all rows) and hashes every id and mask
+    ours   build_mixture(...).ledger, which packs (best fit over all rows) and hashes every id and mask
     TRL    load_dataset(...), then SFTTrainer's own preparation (assistant_only_loss, packing) of its constructor; a
            model of one tiny layer, which nothing trains
 
@@ -122,7 +122,7 @@ def prepare_ours(job: Job) -> Result:
     before = settled()
     print(READY, flush=True)
     began = time.perf_counter()
-    ledger = build_mixture(recipe, renderer).ledger()
+    ledger = build_mixture(recipe, renderer).ledger
     seconds = time.perf_counter() - began
     used = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return Result(

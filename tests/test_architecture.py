@@ -126,13 +126,14 @@ def test_what_is_imported_is_declared() -> None:
     project = tomllib.loads((ROOT.parents[1] / "pyproject.toml").read_text("utf-8"))["project"]
     extras = [line for lines in project["optional-dependencies"].values() for line in lines]
     declared = {line.split(">")[0].split("=")[0].lower() for line in [*project["dependencies"], *extras]}
-    missing, distributions = set(), packages_distributions()
+    declared = {name.replace("_", "-") for name in declared}
+    homes = packages_distributions()
+    missing = set()
     for path in modules().values():
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [a.name for a in node.names] if isinstance(node, ast.Import) else []
             for top in {n.split(".")[0] for n in names} - set(sys.stdlib_module_names) - {"sftflow", ""}:
-                homes = {d.lower().replace("_", "-") for d in distributions.get(top, [top])}
-                if not homes & {d.replace("_", "-") for d in declared}:
+                if not {d.lower().replace("_", "-") for d in homes.get(top, [top])} & declared:
                     missing.add(f"{path.relative_to(ROOT)}: {top}")
     assert not missing, sorted(missing)

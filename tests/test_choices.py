@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.outside import outside, tokenizer_names
+from helpers.outside import each, outside, tokenizer_names
 from helpers.tiny import TEXT, make_renderer
 from sftflow.chat.format import ChatFormat
 from sftflow.chat.render import Renderer
@@ -138,12 +138,31 @@ def qwen(request: pytest.FixtureRequest, known_tokenizers: dict[str, Path]) -> A
     return AutoTokenizer.from_pretrained(known_tokenizers[request.param])
 
 
-def qwen_template(name: str) -> str:
-    return outside("fixtures", "chat_templates", "llamacpp", name).read_text(encoding="utf-8")
+CLOSES_A_BLOCK = """\
+{%- for m in messages -%}
+{{- '<|im_start|>' + m.role + '\\n' -}}
+{%- if m.role == 'assistant' %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif -%}
+{{- m.content + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif -%}
+{%- endif -%}
+"""
 
 
-def test_qwen3_is_asked_behind_its_empty_think_block(qwen: Any, tmp_path: Path) -> None:
-    template = qwen_template("Qwen-Qwen3-0.6B.jinja")
+def template_named(name: str) -> str:
+    """The template above, another one of our own, or one of the outside data."""
+    if name == "closes a block":
+        return CLOSES_A_BLOCK
+    own = Path(__file__).parent / "templates" / name
+    path = own if own.exists() else outside("fixtures", "chat_templates", "llamacpp", name)
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["closes a block", *each(["Qwen-Qwen3-0.6B.jinja"])])
+def test_it_is_asked_behind_an_empty_think_block(qwen: Any, tmp_path: Path, name: str) -> None:
+    template = template_named(name)
     assistant = assistant_of(qwen, with_template(qwen, template))
     run = choice_run()
     for item, asked in zip(run.items, prompts_for(assistant, run, "chat"), strict=True):
@@ -180,16 +199,24 @@ def test_an_argument_that_closes_the_block_is_found(qwen: Any) -> None:
         assert said.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n"), said
 
 
-def test_a_format_that_ends_no_turn_is_asked_all_the_same(qwen: Any) -> None:
-    assistant = assistant_of(qwen, with_template(qwen, qwen_template("GLM-4.6.jinja")))
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        ("no_end_of_turn.jinja", "### Assistant:\n"),
+        *each([("GLM-4.6.jinja", "<|assistant|>\n<think></think>\n")]),
+    ],
+)
+def test_a_format_that_ends_no_turn_is_asked_all_the_same(qwen: Any, name: str, end: str) -> None:
+    assistant = assistant_of(qwen, with_template(qwen, template_named(name)))
     assert assistant.renderer.end_token is None
     for asked in prompts_for(assistant, choice_run(), "chat"):
-        assert assistant.renderer.decode(asked.ids).endswith("<|assistant|>\n<think></think>\n")
+        assert assistant.renderer.decode(asked.ids).endswith(end)
         assert all(ids == (qwen.convert_tokens_to_ids(c),) for c, ids in asked.letters.items())
 
 
-def test_what_cannot_be_asked_is_refused_before_anything_is_generated(qwen: Any, tmp_path: Path) -> None:
-    assistant = assistant_of(qwen, with_template(qwen, qwen_template("Qwen-QwQ-32B.jinja"), "qwq"))
+@pytest.mark.parametrize("name", ["prefills_always.jinja", *each(["Qwen-QwQ-32B.jinja"])])
+def test_what_cannot_be_asked_is_refused_before_anything_is_generated(qwen: Any, tmp_path: Path, name: str) -> None:
+    assistant = assistant_of(qwen, with_template(qwen, template_named(name), "qwq"))
     runs = [*open_tasks(["arithmetic"], 2), choice_run()]
     with pytest.raises(TaskError) as error:
         evaluate_models([(assistant, runs)], tmp_path / "out")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+from collections.abc import Callable, Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers.outside import outside
+from helpers.outside import each, outside
 from helpers.serving import local
 from sftflow import checkpoint
 from sftflow.chat.schema import parse_row, text_message
@@ -26,12 +29,23 @@ pytest.importorskip("gguf")
 pytestmark = pytest.mark.skipif(not llamacpp.available(), reason="llama.cpp: pip install xllamacpp")
 
 
-def conversations(n: int) -> list[list[dict[str, str]]]:
-    """Real dialogues of several turns: user and assistant by turns, ending with a user turn."""
-    path = outside("topical_chat", "valid_freq.json")
+def clauses(n: int) -> Iterator[list[str]]:
+    """The package's own sample text, ten clauses at a time, the next time from the next one on."""
+    text = resources.files("sftflow.evaluation").joinpath("plain.txt").read_text(encoding="utf-8")
+    found = re.split(r"(?<=[.!?,])\s+", text)
+    return (found[i : i + 10] for i in range(n))
+
+
+def dialogues(_: int) -> Iterator[list[str]]:
+    """Real ones."""
+    rows = json.loads(outside("topical_chat", "valid_freq.json").read_text(encoding="utf-8")).values()
+    return ([turn["message"] for turn in row["content"]] for row in rows)
+
+
+def conversations(source: Callable[[int], Iterator[list[str]]], n: int) -> list[list[dict[str, str]]]:
+    """One, three, five or seven turns, user and assistant alternating, and a reply."""
     out = []
-    for row in json.loads(path.read_text(encoding="utf-8")).values():
-        texts = [turn["message"] for turn in row["content"]]
+    for texts in source(n):
         length = 1 + 2 * (len(out) % 4)
         if len(texts) >= length + 1:
             out.append(
@@ -42,14 +56,13 @@ def conversations(n: int) -> list[list[dict[str, str]]]:
     return out
 
 
-def everywhere(model: str, path: Path, n: int) -> dict[str, int]:
+def everywhere(model: str, path: Path, rows: list[list[dict[str, str]]]) -> dict[str, int]:
     """Compare; {"rows", "splits": rows where our renderer encodes two sides of a boundary apart, which llama.cpp does
     not}."""
     assistant = checkpoint.load_assistant(model)
     of_file = checkpoint.load_assistant(str(path)).renderer
     renderer = assistant.renderer
     splits = 0
-    rows = conversations(n)
     server = local(assistant)
     terminal = TerminalChat(assistant, io.StringIO())
     with LlamaCpp(path, context=64) as engine:
@@ -81,8 +94,9 @@ def everywhere(model: str, path: Path, n: int) -> dict[str, int]:
     return {"rows": len(rows), "splits": splits}
 
 
+@pytest.mark.parametrize("source", [clauses, *each([dialogues])])
 @pytest.mark.parametrize("format_name", ["sftflow", "chatml"])
-def test_a_hundred_conversations(tmp_path: Path, format_name: str) -> None:
+def test_a_hundred_conversations(tmp_path: Path, format_name: str, source: Any) -> None:
     assistant = checkpoint.load_assistant("builtin:tiny", format=format_name)
     renderer = assistant.renderer
     import torch
@@ -90,7 +104,7 @@ def test_a_hundred_conversations(tmp_path: Path, format_name: str) -> None:
     checkpoint.save(tmp_path / "sft", assistant.model, assistant.tokenizer, renderer, dtype=torch.float32, meta={})
     model = checkpoint.load_assistant(str(tmp_path / "sft"))
     exporting.write(exporting.plan_of(model, "f16"), tmp_path / "m.gguf")
-    found = everywhere(str(tmp_path / "sft"), tmp_path / "m.gguf", 100)
+    found = everywhere(str(tmp_path / "sft"), tmp_path / "m.gguf", conversations(source, 100))
     assert found["rows"] == 100
     assert found["splits"] == 0, found
 
@@ -108,4 +122,4 @@ def test_smollm2(tmp_path: Path) -> None:
         body: dict[str, Any] = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
         choice = engine.post("/v1/chat/completions", {**body, "temperature": 0, "max_tokens": 60})["choices"][0]
     assert "Paris" in choice["message"]["content"] and choice["finish_reason"] == "stop"
-    assert everywhere(model, tmp_path / "m.gguf", 100)["rows"] == 100
+    assert everywhere(model, tmp_path / "m.gguf", conversations(clauses, 100))["rows"] == 100

@@ -136,7 +136,7 @@ def test_llama_2_tokens_keep_their_leading_space(known_tokenizers: dict[str, Pat
     page = Boxes(token_page([data]))
     assert page.boxes[1][2] == "·cat" and "4 bytes: 20 63 61 74" in page.boxes[1][0]
     bos = token_row(Rendered(np.array([1, 2]), np.zeros(2, np.int8), ""), tokenizer)
-    assert [(t.text, t.special) for t in bos["tokens"]] == [("<s>", True), ("</s>", True)]
+    assert [(t.text, t.special) for t in bos.tokens] == [("<s>", True), ("</s>", True)]
 
 
 def test_special_tokens_and_ids_beyond_the_vocabulary(renderer: Renderer) -> None:

@@ -14,9 +14,9 @@ import pytest
 
 from helpers.runs import Quiet, write_recipe
 from helpers.runs import run as command
+from sftflow import api
 from sftflow.atomic_io import CHECKSUM, with_checksum, write_json
 from sftflow.checkpoint import Assistant, base_format, load_assistant, load_info, resolve
-from sftflow.cli.measure import EvalOptions, evaluate_all
 from sftflow.comparison.compare import kind_of
 from sftflow.comparison.run_artifacts import read_run, run_of
 from sftflow.evaluation.callback import EvalDuringTraining
@@ -128,7 +128,7 @@ def test_every_model_is_asked_for_its_own_name(run: Path, tmp_path: Path) -> Non
         write_json(tmp_path / name / "checkpoint" / "sftflow.json", with_checksum(info))
         names.append(str(tmp_path / name))
     out = tmp_path / "out"
-    evaluate_all(names, EvalOptions(tasks=("identity",), limit=4, out=out), Quiet())
+    api.evaluate(names, ["identity"], limit=4, out=out)
     for name, other in (("Ada", "Bo"), ("Bo", "Ada")):
         (path,) = (out / "eval").glob(f"*{name}*identity.jsonl")
         said = path.read_text()

@@ -104,7 +104,7 @@ def test_all_cores_give_the_rows_of_one(tmp_path: Path, tokenizer_dir: Path, mon
         monkeypatch.setattr(prepare, "BLOCK_ROWS", 100)
         mixture = build_mixture(recipe(path), renderer)
         (directory,) = (tmp_path / cache / "rows").iterdir()
-        found.append(({p.name: p.read_bytes() for p in directory.iterdir()}, mixture.ledger()))
+        found.append(({p.name: p.read_bytes() for p in directory.iterdir()}, mixture.ledger))
     assert found[0] == found[1]
     direct = renderer.render(parse_row(exchange(0), f"{path}:1"))
     assert np.array_equal(mixture.rows[0].ids(0), direct.ids) and np.array_equal(mixture.rows[0].mask(0), direct.mask)
@@ -134,7 +134,7 @@ def test_the_second_run_renders_nothing(tmp_path: Path, tokenizer_dir: Path, mon
 
     monkeypatch.setattr(prepare, "render_block", counted)
     again = build_mixture(recipe(path), renderer)
-    assert not calls and again.ledger() == first.ledger()
+    assert not calls and again.ledger == first.ledger
     # whatever a row depends on makes it anew
     build_mixture(recipe(path, train={"max_length": 32}), renderer)
     build_mixture(recipe(path), make_renderer(tokenizer_dir, "chatml"))
@@ -188,7 +188,7 @@ def test_a_bad_row_stops_or_is_quarantined(tmp_path: Path, tokenizer_dir: Path, 
         build_mixture(recipe(path), renderer)
     assert caught.value.place.startswith(f"{path}:31")
     mixture = build_mixture(recipe(path, on_bad_row="skip", validation=0), renderer)
-    (source,) = mixture.ledger()["sources"]
+    (source,) = mixture.ledger["sources"]
     assert (source["rows"], source["bad"], source["dropped"]) == (31, 1, 1)
     write_bad_rows(tmp_path, mixture)
     (quarantined,) = map(json.loads, (tmp_path / "bad_rows.jsonl").read_text().splitlines())

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.runs import Quiet, digest, sftflow
+from helpers.runs import Quiet, digest
+from helpers.runs import run as sftflow
 from sftflow.checkpoint import load_assistant
 from sftflow.data.documents import read_documents
 from sftflow.errors import CheckpointError, DataError

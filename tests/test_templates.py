@@ -104,14 +104,10 @@ def gpt2(*, bos: str = "<|endoftext|>", eos: str = "<|endoftext|>", special: tup
 
 @pytest.fixture(scope="session")
 def own_tokenizers(known_tokenizers: dict[str, Path]) -> dict[str, Any]:
-    return {"gpt2": gpt2(), **loaded(known_tokenizers)}
-
-
-def loaded(directories: dict[str, Path]) -> dict[str, Any]:
-    """The tokenizers of the outside data."""
     from transformers import AutoTokenizer
 
-    return {n: AutoTokenizer.from_pretrained(path) for n, path in directories.items() if n.startswith("hf_")}
+    published = {n: AutoTokenizer.from_pretrained(path) for n, path in known_tokenizers.items() if n.startswith("hf_")}
+    return {"gpt2": gpt2(), **published}
 
 
 def given_tokenizer(path: Path) -> Any:
@@ -178,9 +174,8 @@ def test_few_refusals(own_tokenizers: dict[str, Any], table: list[Line]) -> None
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("path", each(PATHS))
-def test_whole_product(path: Path, whole_tokenizers: dict[str, Path]) -> None:
+def test_whole_product(path: Path, own_tokenizers: dict[str, Any]) -> None:
     """Every shape with every tokenizer, whether or not it has the template's tokens."""
-    own_tokenizers = {"gpt2": gpt2(), **loaded(whole_tokenizers)}
     wrong = [
         problem
         for name, tokenizer in tokenizers_of(path, own_tokenizers)

@@ -15,6 +15,7 @@ from helpers.judge import control_tokens, judge
 from helpers.own_tokenizers import byte_level
 from helpers.shapes import SHAPES
 
+pytestmark = pytest.mark.slow
 SPEC = find_spec("trl")
 FOLDERS = [Path(folder) / "chat_templates" for folder in (SPEC.submodule_search_locations or ())] if SPEC else []
 PATHS = sorted(path for folder in FOLDERS for path in folder.glob("*.jinja"))

@@ -1,3 +1,47 @@
-"""sftflow: base checkpoint -> chat format -> task mixture -> SFT -> evaluation -> comparison -> serving."""
+"""From a base language-model checkpoint to a measured, served assistant.
+
+    import sftflow as sf
+
+    base = sf.load("builtin:tiny")
+    rows = sf.read("mine.jsonl")
+    mix = sf.mix([rows, sf.task("spelling", limit=2000)], base)
+    run = sf.train(base, mix, out="runs/mine", steps=60)
+    print(sf.compare(base, run.assistant, tasks=["spelling"]))
+
+Nothing is imported until one of these is used.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+__all__ = [
+    "SftflowError",
+    "compare",
+    "evaluate",
+    "export",
+    "load",
+    "mix",
+    "read",
+    "render",
+    "serve",
+    "task",
+    "train",
+]
+
+if TYPE_CHECKING:
+    from sftflow.api import compare, evaluate, export, load, mix, read, render, serve, task, train
+    from sftflow.errors import SftflowError
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module("sftflow.errors" if name == "SftflowError" else "sftflow.api"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -12,6 +12,8 @@ import json
 import re
 from collections.abc import Container
 from dataclasses import dataclass
+from functools import lru_cache
+from types import CodeType
 from typing import Any, NoReturn
 
 import jinja2
@@ -143,6 +145,21 @@ def _environment() -> _Environment:
     return environment
 
 
+@lru_cache(maxsize=64)
+def _code_of(template: str) -> CodeType:
+    """Compiled once for all the arguments that are tried with it."""
+    return _environment().compile(template)
+
+
+@lru_cache(maxsize=64)
+def _free_names(template: str) -> frozenset[str]:
+    """What it reads and does not set, or only to a default: {% set thinking = thinking | default(0) %}."""
+    tree = _environment().parse(template)
+    written = {name.name for name in tree.find_all(jinja2.nodes.Name) if name.ctx != "load"}
+    written -= {m.group(1) or m.group(2) for m in _DEFAULTED.finditer(template)}
+    return frozenset(jinja2.meta.find_undeclared_variables(tree) - written)
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """A conversation, with its messages in the shape that the format's templates take."""
@@ -186,7 +203,8 @@ class Template:
         self._environment = _environment()
         self._context = {**names, **chat_format.kwargs, "strftime_now": chat_format.clock, "documents": None}
         try:
-            self._compiled = self._environment.from_string(chat_format.template)
+            globals = self._environment.make_globals(None)
+            self._compiled = jinja2.Template.from_code(self._environment, _code_of(chat_format.template), globals)
         except jinja2.TemplateError as error:
             raise FormatError(chat_format.name, f"the chat template does not compile ({error})", "mend it") from None
 
@@ -232,13 +250,7 @@ class Template:
         of thinking come first."""
         known = {"messages", "tools", "add_generation_prompt", "continue_final_message", *self._context}
         known |= set(self._environment.globals)
-        tree = self._environment.parse(self.format.template)
-        written = {name.name for name in tree.find_all(jinja2.nodes.Name) if name.ctx != "load"}
-        written -= {
-            m.group(1) or m.group(2) for m in _DEFAULTED.finditer(self.format.template)
-        }  # {% set thinking = thinking | default(false) %}
-        free = jinja2.meta.find_undeclared_variables(tree) - known - written
-        free = {name for name in free if not name.endswith("_token")}
+        free = {name for name in _free_names(self.format.template) - known if not name.endswith("_token")}
         return sorted(free, key=lambda name: (not any(w in name for w in ("think", "reason")), name))
 
 

@@ -5,7 +5,19 @@ from __future__ import annotations
 import os
 import sys
 
-from sftflow.cli import chat, data, doctor, export, measure, serve, train  # noqa: F401  each adds its commands
+from sftflow.cli import (  # noqa: F401  each adds its command
+    base,
+    chat,
+    compare,
+    demo,
+    doctor,
+    eval,
+    export,
+    mix,
+    render,
+    serve,
+    train,
+)
 from sftflow.cli.common import app
 from sftflow.errors import RunError, SftflowError
 from sftflow.runtime import out_of_memory

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sftflow.cli.common import Model, app, quiet
+from sftflow.cli.common import Model, app
 
 
 @app.command()
@@ -17,10 +17,11 @@ def chat(
     base_model: Annotated[str | None, typer.Option("--base", help="what /base asks; else the one trained from")] = None,
 ) -> None:
     """Talk to a model in the terminal."""
-    quiet()
+    from sftflow.api.shared import quiet
     from sftflow.checkpoint import base_format, load_assistant
     from sftflow.terminal.repl import chat as talk
 
+    quiet()
     assistant = load_assistant(model)
     base = load_assistant(base_model, fallback=base_format(assistant)) if base_model else None
     talk(assistant, prompt=prompt, system=system, base=base)

@@ -1,15 +1,18 @@
-"""What the commands have in common: the application, its options, and how an error becomes a line."""
+"""What the commands have in common: the application, its options, and how results are printed."""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sftflow.errors import RecipeError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 app = typer.Typer(
     add_completion=False,
@@ -24,6 +27,7 @@ Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 Out = Annotated[Path, typer.Option("--out", help="where the results go")]
 Tasks = Annotated[str | None, typer.Option("--tasks", help="tasks: NAME or NAME=PATH, separated by commas")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="at most so many items a task")]
+AllowCode = Annotated[bool, typer.Option("--allow-code", help="run code that the model wrote, in a sandbox")]
 
 
 @app.callback()
@@ -50,16 +54,18 @@ def number(text: str, place: str) -> int:
     return int(value)
 
 
-def quiet() -> None:
-    """Keep the libraries' own bars and warnings out of our progress lines."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    import transformers
+def say(text: str) -> None:
+    """A line for the person, on standard error."""
+    from sftflow.report.progress import stderr
 
-    transformers.logging.disable_progress_bar()
+    stderr().print(text, highlight=False, markup=False)
+
+
+def print_table(table: Table) -> None:
+    """A result, on standard output."""
+    from rich.console import Console
+
+    Console(highlight=False).print(table)
 
 
 def program() -> str:

@@ -1,4 +1,4 @@
-"""`doctor`: what this machine can do."""
+"""`sftflow doctor`"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sftflow.cli.common import app, quiet
+from sftflow.cli.common import app
 
 
 @app.command()
@@ -16,14 +16,12 @@ def doctor(
     math: Annotated[bool, typer.Option("--math", help="prove packing and loss on this machine")] = False,
 ) -> None:
     """Say what this machine can do, and whether a recipe would run."""
-    quiet()
-    from rich.console import Console
-
+    from sftflow.api.shared import quiet
     from sftflow.doctor import examine
 
+    quiet()
     lines, good = examine(recipe, math)
-    console = Console(highlight=False)
     for line in lines:
-        console.print(line, markup=False)
+        print(line)
     if not good:
         raise typer.Exit(1)

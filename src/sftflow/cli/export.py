@@ -1,4 +1,4 @@
-"""`export`: files that run elsewhere."""
+"""`sftflow export`: files that run elsewhere."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from sftflow.cli.common import Model, app, quiet
+from sftflow.cli.common import Model, app
 
 
 @app.command()
@@ -38,30 +38,20 @@ def export(
         raise typer.Exit(stopped.exit_code) from None
 
 
-def _export(model: str, to: str, out: Path, kind: str | None, base: str | None, prompts: int) -> None:
-    quiet()
-    from sftflow.errors import ProofError, RecipeError
-    from sftflow.report.progress import stderr
+def _export(
+    model: str,
+    to: Literal["gguf", "merged"],
+    out: Path,
+    kind: Literal["f32", "f16", "bf16", "q8_0"] | None,
+    base: str | None,
+    prompts: int,
+) -> None:
+    from sftflow import api
+    from sftflow.api.publish import certificate_lines, require_passed
 
-    def say(text: str) -> None:
-        stderr().print(text, highlight=False, markup=False)
-
-    if to == "merged":
-        from sftflow.exporting.merge import merge
-
-        if kind == "q8_0":
-            raise RecipeError("--type", "a checkpoint directory holds no q8_0", "use f32, f16 or bf16")
-        merge(model, out, base=base, kind=kind)
-        say(f"export: wrote {out}; it loads like any checkpoint: sftflow chat {out}")
-        return
-    if base is not None:
-        raise RecipeError("--base", "only --to merged has one", "leave it out")
-    from sftflow.exporting.to_gguf import export_gguf, summary
-
-    found = export_gguf(model, out, kind or "f16", prompts=prompts, say=say)
-    for line in summary(found):
-        print(line)
-    print(f"certificate: {out.with_suffix('.parity.json')}")
-    if found["passed"] is False:
-        first = found["failures"][0]
-        raise ProofError(f"prompt {first['prompt']}", f"{first['check']}: {first['detail']}", "do not trust this file")
+    certificate = api.export(model, to, out, type=kind, base=base, prompts=prompts)
+    if certificate is not None:
+        for line in certificate_lines(certificate):
+            print(line)
+        print(f"certificate: {out.with_suffix('.parity.json')}")
+        require_passed(certificate)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ class Mixture:
     bad: list[dict[str, Any]]
     renderer: Renderer
 
+    @cached_property
     def ledger(self) -> dict[str, Any]:
         lengths = self.examples.lengths.tolist()
         packed = best_fit(lengths, self.max_length)

@@ -20,13 +20,13 @@ from sftflow.tasks import TASKS
 CACHE_BYTES = 20 << 30
 
 
-def cache_folder() -> Path | None:
-    """Where rendered rows are kept; None where SFTFLOW_CACHE=off."""
+def cache_folder(what: str = "rows") -> Path | None:
+    """Where rendered rows (or something else) are kept; None where SFTFLOW_CACHE=off."""
     named = os.environ.get("SFTFLOW_CACHE", "")
     if named.lower() == "off":
         return None
     base = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sftflow"
-    return base / "rows"
+    return base / what
 
 
 def cache_key(entry: SourceEntry, recipe: Recipe, job: Job) -> str | None:

@@ -168,7 +168,7 @@ class FineTuning(TrainingRun):
         for name in (DONE, *MEASURED_LATER):
             (self.out / name).unlink(missing_ok=True)
         write_text(self.out / "recipe.yaml", to_yaml(self.recipe))
-        write_json(self.out / "ledger.json", self.mixture.ledger())
+        write_json(self.out / "ledger.json", self.mixture.ledger)
         write_bad_rows(self.out, self.mixture)
         shown = [token_row(rendered, self.tokenizer).to_json() for rendered in self.mixture.samples]
         write_json(self.out / "mask_example.json", shown)

@@ -1,0 +1,48 @@
+"""The Python door: what the verbs of `import sftflow as sf` do, and the small objects that they return.
+
+    load    -> Assistant     a model that renders, talks and scores            assistant.py
+    read    -> Rows          conversations from a file or from memory          rows.py
+    task    -> a source of the mixture                                         rows.py
+    render  -> Rendering     what the model sees, token by token               rows.py
+    mix     -> Mixture       what is trained on, accounted for                 mixture.py
+    train   -> Run           the run directory, its losses, its assistant      run.py
+    evaluate, compare -> Evaluation, Comparison, with intervals                measure.py
+    serve, export                                                              publish.py
+
+Each object is the stage's own result in a subclass that prints as text and draws itself in a notebook. The command line
+calls the same functions. Arguments have the recipe's names, and every error is the line that the command line prints,
+as an exception (`SftflowError`).
+"""
+
+from __future__ import annotations
+
+from sftflow.api.assistant import Assistant, load
+from sftflow.api.measure import Comparison, Evaluation, compare, evaluate
+from sftflow.api.mixture import Audit, Mixture, audit, mix
+from sftflow.api.publish import export, serve
+from sftflow.api.rows import Rendering, Rows, read, render, task
+from sftflow.api.run import Run, demo, pretrain, train
+
+__all__ = [
+    "Assistant",
+    "Audit",
+    "Comparison",
+    "Evaluation",
+    "Mixture",
+    "Rendering",
+    "Rows",
+    "Run",
+    "audit",
+    "compare",
+    "demo",
+    "evaluate",
+    "export",
+    "load",
+    "mix",
+    "pretrain",
+    "read",
+    "render",
+    "serve",
+    "task",
+    "train",
+]

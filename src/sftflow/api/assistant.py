@@ -1,0 +1,59 @@
+"""`sf.load`: a model that renders, talks, and says how likely each token is to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from sftflow import checkpoint
+from sftflow.api.rows import Chat, Rendering, conversation_of_chat, rendering_of
+from sftflow.api.shared import ModelLike, parts_of, quiet
+from sftflow.generation.request import Delta, GenerationRequest, Reply, TokenLogprob
+
+
+class Assistant(checkpoint.Assistant):
+    """A loaded checkpoint.
+
+    model, tokenizer: of transformers.   renderer: its chat format.   engine: what generates.   info: its sftflow.json.
+    """
+
+    def render(self, row: Chat) -> Rendering:
+        """A conversation as the model sees it, with the tokens that training would supervise."""
+        return rendering_of([conversation_of_chat(row)], self.renderer)
+
+    def chat(self, messages: Chat, *, system: str | None = None, **sampling: Any) -> Reply:
+        """The reply to a question or a conversation: `.text`, `.ids`, `.finish_reason` and more.
+
+        sampling: max_tokens, temperature, top_p, seed and the other fields of a `GenerationRequest`; what is left out
+        is as the checkpoint's generation_config.json asks, which for most is greedy decoding.
+        """
+        (reply,) = self.engine.generate([self.request(conversation_of_chat(messages, system), **sampling)])
+        return reply
+
+    def stream(self, messages: Chat, *, system: str | None = None, **sampling: Any) -> Iterator[Delta]:
+        """The same reply piece by piece: `.text` of each piece; the last one has `.reply`."""
+        return self.engine.stream(self.request(conversation_of_chat(messages, system), **sampling))
+
+    def logprobs(self, row: Chat, *, top: int = 0) -> list[TokenLogprob | None]:
+        """How likely the model finds each token of a rendered conversation (natural logarithms), aligned with the ids
+        of `render(row)`; None for the first, which follows nothing.   top: so many of the likeliest beside each."""
+        ids = tuple(self.renderer.render(conversation_of_chat(row)).ids.tolist())
+        request = GenerationRequest(prompt_ids=ids, max_new_tokens=0, prompt_logprobs=top, use_python=False)
+        return list(self.engine.generate([request])[0].prompt_logprobs)
+
+    def __repr__(self) -> str:
+        millions = self.model.num_parameters() / 1e6
+        return f"Assistant({self.name!r}, {millions:.1f}M parameters, format {self.renderer.format.name})"
+
+
+def load(model: ModelLike, *, format: str = "auto", precision: str = "fp32") -> Assistant:
+    """Load a checkpoint directory, a run directory, a hub id, a .gguf file or `builtin:tiny`.
+
+    format: the chat format; `auto` is the checkpoint's own, else `sftflow`.   Raises CheckpointError or FormatError.
+    """
+    if isinstance(model, Assistant):
+        return model
+    quiet()
+    if not isinstance(model, checkpoint.Assistant):
+        model = checkpoint.load_assistant(str(model), format=format, precision=precision)
+    return Assistant(**parts_of(model))

@@ -1,0 +1,163 @@
+"""`sf.evaluate` and `sf.compare`: how good, did it get better, and how sure."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from sftflow.api.assistant import load
+from sftflow.api.shared import ModelLike, name_of, parts_of, watching
+from sftflow.atomic_io import Lock, write_text
+from sftflow.checkpoint import base_format, load_assistant, open_renderer, resolve
+from sftflow.comparison import results as comparison
+from sftflow.comparison.compare import CompareOptions, compare_models
+from sftflow.comparison.remarks import remarks
+from sftflow.comparison.run_artifacts import run_of
+from sftflow.evaluation import results as evaluation
+from sftflow.evaluation.evaluate import evaluate_models
+from sftflow.evaluation.options import EvalOptions
+from sftflow.evaluation.prompts_for import require_askable
+from sftflow.report.comparison_page import comparison_page
+from sftflow.report.pages import frame
+from sftflow.report.progress import ProgressDisplay
+from sftflow.report.tables import as_html, as_text, eval_table, score_table
+
+
+class Evaluation(evaluation.Evaluation):
+    """Scores with their intervals and rows; prints as a table."""
+
+    def __str__(self) -> str:
+        return as_text(eval_table(self))
+
+    def _repr_html_(self) -> str:
+        return as_html(eval_table(self))
+
+
+class Comparison(comparison.Comparison):
+    """Base versus SFT: `.tasks` with paired differences, `.prompts` side by side; prints as a table."""
+
+    def save_html(self, path: str | Path) -> None:
+        """The report: one page that loads nothing."""
+        write_text(Path(path), comparison_page(self))
+
+    def remarks(self) -> list[str]:
+        """What a reader of the scores must know beside them."""
+        return remarks(self)
+
+    def __str__(self) -> str:
+        return as_text(score_table(self)) if self.tasks else ""
+
+    def _repr_html_(self) -> str:
+        return frame(comparison_page(self))
+
+
+def evaluate(
+    models: ModelLike | Sequence[ModelLike],
+    tasks: Sequence[str] = (),
+    *,
+    limit: int | None = 200,
+    allow_code: bool = False,
+    out: str | Path | None = None,
+    watch: ProgressDisplay | None = None,
+) -> Evaluation:
+    """Score models on tasks, written as on the command line: `spelling`, `gsm8k=PATH`.
+
+    limit: items a task, None for all.   allow_code: run code that the model wrote, in a sandbox.
+    out: where the graded rows and eval.json stay, so that a rerun goes on from them.
+    Raises TaskError, CheckpointError; RunError where weights or logits are not finite.
+    """
+    wanted = [models] if isinstance(models, ModelLike) else list(models)
+    return evaluate_all(wanted, EvalOptions(tasks=tuple(tasks), limit=limit, allow_code=allow_code), out, watch)
+
+
+def evaluate_all(
+    models: Sequence[ModelLike],
+    options: EvalOptions,
+    out: str | Path | None,
+    watch: ProgressDisplay | None,
+    lock: Lock | None = None,
+) -> Evaluation:
+    """lock: on `out`, where it is held already."""
+    with watching(watch) as shown, _results(out, lock) as folder:
+        runs = [options.open(name_of(m)) for m in models]  # each was taught who it is by its own recipe
+        for model, mine in list(zip(models, runs, strict=True))[1:]:  # the first is loaded, and checked, at once
+            if isinstance(model, str | Path):
+                require_askable(open_renderer(resolve(str(model)), "auto"), mine)
+        total, done = sum(len(r.items) for mine in runs for r in mine), 0
+
+        def tell(model: str, task: str, k: int) -> None:
+            nonlocal done
+            done += k
+            shown.counted("evaluate", done, total, f"{task}: {model}")
+
+        found = evaluate_models(((load(m), r) for m, r in zip(models, runs, strict=True)), folder, tell)
+    return Evaluation(**parts_of(found))
+
+
+def compare(
+    base: ModelLike,
+    sft: ModelLike,
+    tasks: Sequence[str] = (),
+    *,
+    limit: int | None = 200,
+    prompts: str = "default",
+    allow_code: bool = False,
+    judge: str | None = None,
+    judge_model: str | None = None,
+    out: str | Path | None = None,
+    watch: ProgressDisplay | None = None,
+) -> Comparison:
+    """Base versus SFT on the same items and the same fixed prompts, with paired differences and their intervals.
+
+    tasks: as for `evaluate`.   prompts: `default`, or a file with one prompt a line.   judge, judge_model: an
+    OpenAI-compatible URL and a model of it, whose key is read from SFTFLOW_JUDGE_KEY.   out: where the rows,
+    compare.json, eval.json and report.html stay.
+    """
+    options = EvalOptions(tasks=tuple(tasks), limit=limit, allow_code=allow_code)
+    how = CompareOptions(prompts=prompts, judge=judge, judge_model=judge_model)
+    return compare_two(base, sft, options, how, out, watch)
+
+
+def compare_two(
+    base: ModelLike,
+    sft: ModelLike,
+    options: EvalOptions,
+    how: CompareOptions,
+    out: str | Path | None,
+    watch: ProgressDisplay | None,
+    lock: Lock | None = None,
+) -> Comparison:
+    """lock: on `out`, where it is held already."""
+    with watching(watch) as shown, _results(out, lock) as folder:
+        runs = options.open(name_of(sft))
+        prompt_set = how.check()
+        trained = load(sft)
+        before = base if not isinstance(base, str | Path) else load_assistant(str(base), fallback=base_format(trained))
+        found = compare_models(
+            before,
+            trained,
+            runs,
+            prompt_set,
+            folder,
+            run_directory=run_of(name_of(sft)),
+            options=how,
+            progress=lambda what, done, total: shown.counted("compare", done, total, what),
+            say=shown.say,
+        )
+        result = Comparison(**parts_of(found))
+        result.save_html(folder / "report.html")
+    return result
+
+
+@contextmanager
+def _results(out: str | Path | None, lock: Lock | None = None) -> Iterator[Path]:
+    """The folder that results go to, locked; one that is thrown away where none is named."""
+    with ExitStack() as stack:
+        if out is None:
+            yield Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sftflow-")))
+            return
+        if lock is None:
+            stack.enter_context(Lock(Path(out)))
+        yield Path(out)

@@ -1,0 +1,116 @@
+"""`sf.mix`: sources rendered into what is trained on, every row accounted for; and its audit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sftflow import checkpoint
+from sftflow.api.rows import entry_of
+from sftflow.api.shared import ModelLike, RecipeLike, eval_options, parts_of, recipe_of, watching
+from sftflow.atomic_io import write_json, write_text
+from sftflow.chat.render import Renderer
+from sftflow.chat.template_options import options_note
+from sftflow.chat.token_rows import TokenRow, token_row
+from sftflow.data import audit as data_audit
+from sftflow.data import mixture as data_mixture
+from sftflow.recipe import Recipe
+from sftflow.report.audit_page import audit_page
+from sftflow.report.pages import frame
+from sftflow.report.progress import ProgressDisplay
+from sftflow.report.tables import as_text, audit_tables, ledger_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit(data_audit.Audit):
+    """What an audit found: prints as tables, draws itself as a page.
+
+    ledger: the mixture's, with the audit's keys.   samples: a rendered row of each source.
+    """
+
+    ledger: dict[str, Any]
+    samples: tuple[TokenRow, ...]
+    mixture: data_mixture.Mixture
+
+    def save_html(self, path: str | Path) -> None:
+        write_text(Path(path), audit_page(self.ledger, self.samples))
+
+    def save(self, out: str | Path) -> None:
+        """ledger.json, and bad_rows.jsonl where rows were skipped."""
+        write_json(Path(out) / "ledger.json", self.ledger)
+        data_mixture.write_bad_rows(Path(out), self.mixture)
+
+    def prove(self) -> None:
+        """Raises ProofError, naming the first row, where an invariant fails."""
+        self.mixture.prove()
+
+    def __str__(self) -> str:
+        return as_text(ledger_table(self.ledger), *audit_tables(self.ledger))
+
+    def _repr_html_(self) -> str:
+        return frame(audit_page(self.ledger, self.samples))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture(data_mixture.Mixture):
+    """The rendered mixture: `.ledger` says what became of every row. It prints as a table.   recipe: what made it."""
+
+    recipe: Recipe
+
+    def audit(self, *, watch: ProgressDisplay | None = None) -> Audit:
+        """Lengths, repeats, near-repeats, overlap with the recipe's evaluation sets, and every mask checked twice."""
+        return audit(self.recipe, watch=watch)
+
+    def __str__(self) -> str:
+        return as_text(ledger_table(self.ledger))
+
+    def _repr_html_(self) -> str:
+        return frame(audit_page(self.ledger, [token_row(r, self.renderer.tokenizer) for r in self.samples]))
+
+
+def mix(
+    sources: Any = (),
+    base: ModelLike | None = None,
+    *,
+    recipe: RecipeLike | None = None,
+    watch: ProgressDisplay | None = None,
+    **keys: Any,
+) -> Mixture:
+    """Render sources into a mixture for a base: rows, files, hub data sets, tasks, or entries as a recipe has them.
+
+    keys: the recipe's own (`format`, `validation`, `on_bad_row`, `identity`, `append_eos` ...), and those of `train`
+    that decide the rows (`max_length`, `overlong`, `seed`).   recipe: one to start from.
+    Raises the first bad row's error, and MaskError or ProofError where a mask cannot be proven.
+    """
+    entries = [entry_of(s) for s in (sources if isinstance(sources, list | tuple) else [sources])]
+    made = recipe_of(recipe, base, entries, keys)
+    with watching(watch) as shown:
+        built = data_mixture.build_mixture(made, renderer_of(made), shown.rendering)
+        return Mixture(**parts_of(built), recipe=made)
+
+
+def renderer_of(recipe: Recipe) -> Renderer:
+    return checkpoint.open_renderer(checkpoint.resolve(recipe.base), recipe.format)
+
+
+def audit(recipe: RecipeLike, *, watch: ProgressDisplay | None = None) -> Audit:
+    """Render every row of a recipe's mixture, check every mask a second time, and measure what is in it."""
+    made = recipe_of(recipe, None, (), {})
+    with watching(watch) as shown:
+        # Nothing is asked here, so nothing that a model wrote runs: the items are only compared with the rows.
+        tasks = replace(eval_options(made), allow_code=True).open(made.base)
+        mixture = data_mixture.build_mixture(made, renderer_of(made), shown.rendering, every_row=True)
+        tokenizer = mixture.renderer.tokenizer
+        found = data_audit.audit(
+            mixture.rows,
+            lambda ids: tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=True),
+            eval_sets={t.name: [data_audit.item_parts(item) for item in t.items] for t in tasks},
+            special_ids=list(mixture.renderer.special.values()),
+            progress=lambda done, total: shown.counted("audit", done, total),
+        )
+        for note in (options_note(mixture.renderer), mixture.renderer.disagreement()):
+            if note:
+                shown.say(note)
+    samples = tuple(token_row(r, tokenizer) for r in mixture.samples)
+    return Audit(**parts_of(found), ledger=found.into(mixture.ledger), samples=samples, mixture=mixture)

@@ -1,0 +1,113 @@
+"""`sf.serve` and `sf.export`: to people and programs, and to files that run elsewhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from sftflow.api.assistant import load
+from sftflow.api.shared import ModelLike, name_of, watching
+from sftflow.checkpoint import Assistant, base_format, load_assistant
+from sftflow.errors import ProofError, RecipeError
+from sftflow.report.progress import ProgressDisplay
+
+
+def serve(
+    model: ModelLike,
+    base: ModelLike | None = None,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8008,
+    api_key: str | None = None,
+    insecure: bool = False,
+    allow_origin: str | None = None,
+    allow_hosts: Iterable[str] = (),
+    watch: ProgressDisplay | None = None,
+) -> None:
+    """An OpenAI-compatible server and a chat page, until Ctrl-C.   base: one that is served beside the model.
+
+    api_key: what clients are asked for; else the environment's SFTFLOW_API_KEY.   Raises ServeError where the port is
+    in use or the host is not safe, before a model is loaded.
+    """
+    from sftflow.serving.api import serve as run
+
+    def models() -> dict[str, Assistant]:
+        trained = load(model)
+        served: dict[str, Assistant] = {_model_id(name_of(model)): trained}
+        if base is not None:
+            name = _model_id(name_of(base))
+            loaded = base if isinstance(base, Assistant) else load_assistant(str(base), fallback=base_format(trained))
+            served[name if name not in served else f"{name}-base"] = loaded
+        return served
+
+    with watching(watch) as shown:
+        run(
+            models,
+            host=host,
+            port=port,
+            api_key=os.environ.get("SFTFLOW_API_KEY") if api_key is None else api_key,
+            allow_origin=allow_origin,
+            allow_hosts=allow_hosts,
+            insecure=insecure,
+            say=shown.say,
+        )
+
+
+def _model_id(name: str) -> str:
+    """What clients call a model by: the directory's name, or the hub id as it is.
+
+    >>> _model_id("HuggingFaceTB/SmolLM2-135M"), _model_id("builtin:tiny")
+    ('HuggingFaceTB/SmolLM2-135M', 'builtin:tiny')
+    """
+    if not Path(name).exists():
+        return name
+    path = Path(name).resolve()
+    return path.parent.name if path.name == "checkpoint" else path.name
+
+
+def export(
+    model: ModelLike,
+    to: Literal["gguf", "merged"],
+    out: str | Path,
+    *,
+    type: Literal["f32", "f16", "bf16", "q8_0"] | None = None,
+    base: str | None = None,
+    prompts: int = 50,
+    watch: ProgressDisplay | None = None,
+) -> dict[str, Any] | None:
+    """Write a .gguf file for llama.cpp, proven by a parity certificate beside it, which is returned; or merge a LoRA
+    adapter into its base.
+
+    type: how weights are stored (gguf: f16).   base: of an adapter whose own is not at hand.   prompts: of the
+    certificate.   Raises CheckpointError or FormatError where llama.cpp would compute or read something else.
+    """
+    with watching(watch) as shown:
+        if to == "merged":
+            from sftflow.exporting.merge import merge
+
+            if type == "q8_0":
+                raise RecipeError("--type", "a checkpoint directory holds no q8_0", "use f32, f16 or bf16")
+            merge(name_of(model), Path(out), base=base, kind=type)
+            shown.say(f"export: wrote {out}; it loads like any checkpoint: sftflow chat {out}")
+            return None
+        if base is not None:
+            raise RecipeError("--base", "only --to merged has one", "leave it out")
+        from sftflow.exporting.to_gguf import export_gguf
+
+        return export_gguf(name_of(model), Path(out), type or "f16", prompts=prompts, say=shown.say)
+
+
+def require_passed(certificate: dict[str, Any]) -> None:
+    """Raises ProofError naming the first prompt on which the exported file says something else."""
+    if certificate["passed"] is False:
+        first = certificate["failures"][0]
+        raise ProofError(f"prompt {first['prompt']}", f"{first['check']}: {first['detail']}", "do not trust this file")
+
+
+def certificate_lines(certificate: dict[str, Any]) -> list[str]:
+    """What a parity certificate says, for a person."""
+    from sftflow.exporting.to_gguf import summary
+
+    return summary(certificate)

@@ -1,0 +1,223 @@
+"""`sf.read`, `sf.task`, `sf.render`: conversations from anywhere, and what the model sees of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, overload
+
+from sftflow import checkpoint
+from sftflow.api.shared import ModelLike, quiet
+from sftflow.atomic_io import write_text
+from sftflow.chat import template_options
+from sftflow.chat.data_files import read_rows
+from sftflow.chat.render import Renderer
+from sftflow.chat.schema import Conversation, parse_row, text_message
+from sftflow.chat.token_rows import TokenRow, token_row
+from sftflow.data.row_cache import cache_folder
+from sftflow.errors import DataError, MaskError, RecipeError, SftflowError
+from sftflow.recipe import SourceEntry, parse_recipe, resolve_paths
+from sftflow.report.tables import as_text
+from sftflow.report.token_page import token_html, token_page
+from sftflow.report.token_view import terminal_lines
+
+Chat = str | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Conversation
+"""one question, a row of any dialect, a list of messages, or a Conversation"""
+SETTLE_ROWS = 200
+"""the first rows, by which the template's arguments are chosen where no recipe does"""
+
+
+class Rows(Sequence[Any]):
+    """Conversations from a file or from memory.
+
+    Rows in memory are trained on exactly as the same rows in a JSONL file of that name: they are written to one, by the
+    hash of what is in it, when they are first needed.   name: a file's stem; it names the source in the ledger, and
+    seeds the choice of the rows that are held out.
+    """
+
+    def __init__(self, data: Any, name: str | None = None) -> None:
+        if hasattr(data, "iloc") and hasattr(data, "columns"):  # a pandas DataFrame
+            import datasets
+
+            data = datasets.Dataset.from_pandas(data, preserve_index=False)
+        self._file = str(data) if isinstance(data, str | Path) else None
+        self._rows = None if self._file else list(data)
+        self.name = name or (Path(self._file).stem if self._file else "rows")
+
+    @cached_property
+    def path(self) -> str:
+        """The file that is read. Raises DataError where a row cannot be written as JSON."""
+        if self._file is not None:
+            return self._file
+        lines = []
+        for number, row in enumerate(self._rows or (), 1):
+            try:
+                lines.append(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            except (TypeError, ValueError) as error:
+                raise DataError(f"{self.name}:{number}", f"not JSON ({error})", "give plain values") from None
+        text = "".join(lines)
+        folder = cache_folder("memory") or Path(tempfile.mkdtemp(prefix="sftflow-memory-"))
+        file = folder / hashlib.sha256(text.encode()).hexdigest()[:16] / f"{self.name}.jsonl"
+        if not file.is_file():
+            write_text(file, text)
+        return str(file)
+
+    @property
+    def place(self) -> str:
+        """What errors call it: the file, or the name of rows from memory."""
+        return self._file or self.name
+
+    def conversations(self) -> Iterator[Conversation]:
+        """Each row in the canonical shape. Raises SchemaError or DataError at the first bad one."""
+        if self._rows is None:
+            yield from (parse_row(row, place) for place, row in read_rows(self.path))
+            return
+        for number, row in enumerate(self._rows, 1):
+            yield row if isinstance(row, Conversation) else parse_row(row, f"{self.name}:{number}")
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._rows) if self._rows is not None else (row for _, row in read_rows(self.path))
+
+    def __len__(self) -> int:
+        return len(self._rows) if self._rows is not None else sum(1 for _ in self)
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Any]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if self._rows is not None or isinstance(index, slice) or index < 0:
+            return list(self)[index]
+        for row in islice(self, index, None):
+            return row
+        raise IndexError(index)
+
+    def __repr__(self) -> str:
+        return f"Rows({self._file!r})" if self._file else f"Rows({len(self)} in memory, name={self.name!r})"
+
+
+def read(data: Any, *, name: str | None = None) -> Rows:
+    """Conversations of any dialect: from a .jsonl, .json or .parquet file, a hub data set `hub:OWNER/NAME`, or memory
+    (a list, an iterator, a `datasets.Dataset`, a pandas DataFrame)."""
+    return data if isinstance(data, Rows) else Rows(data, name)
+
+
+def task(name: str, path: str | Path | None = None, **keys: Any) -> SourceEntry:
+    """A built-in task as a source of the mixture.   path: of its data, where it needs some.   keys: `limit`, `repeat`,
+    `split`, `name`, as in a recipe.   Raises RecipeError for another key.
+
+    >>> task("spelling", limit=2000).limit
+    2000
+    """
+    return entry_of({"source": name, "path": None if path is None else str(path), **keys})
+
+
+def entry_of(source: Any) -> SourceEntry:
+    """Whatever may stand in a mixture as the recipe's entry: a task, rows, a path, a row, or the entry's own keys."""
+    if isinstance(source, SourceEntry):
+        return source
+    if isinstance(source, Mapping) and "source" in source:
+        return resolve_paths(parse_recipe({"mixture": [dict(source)]}, "recipe"), Path.cwd()).mixture[0]
+    rows = read([source] if isinstance(source, Mapping) else source)
+    return SourceEntry(source=rows.path, name=rows.name, place=rows.place)
+
+
+def conversation_of_chat(chat: Chat, system: str | None = None) -> Conversation:
+    """What somebody asks as a conversation. Raises SchemaError where it is none."""
+    if isinstance(chat, str):
+        chat = [{"role": "user", "content": chat}]
+    found = chat if isinstance(chat, Conversation) else parse_row(chat, "row")
+    return found if system is None else replace(found, messages=(text_message("system", system), *found.messages))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendering:
+    """Rows as the model sees them. It prints as text; in a notebook every token is a box, the supervised ones coloured.
+
+    rows: one for each training example.   refused: rows whose mask cannot be proven: {"source", "reason"}.
+    notes: what a reader must know of the template.
+    """
+
+    rows: tuple[TokenRow, ...]
+    refused: tuple[dict[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """What `sftflow render --json` prints."""
+        rows = [
+            {
+                "source": row.source,
+                "ids": [t.id for t in row.tokens],
+                "mask": [int(t.supervised) for t in row.tokens],
+                "tokens": [t.text for t in row.tokens],
+            }
+            for row in self.rows
+        ]
+        return {"rows": rows, "refused": list(self.refused)}
+
+    @property
+    def _refused(self) -> list[TokenRow]:
+        return [TokenRow(r["source"], refused=r["reason"]) for r in self.refused]
+
+    def save_html(self, path: str | Path) -> None:
+        """A page with every token as a box."""
+        write_text(Path(path), token_page([*self.rows, *self._refused]))
+
+    def __str__(self) -> str:
+        return as_text(*map(terminal_lines, self.rows))
+
+    def _repr_html_(self) -> str:
+        return token_html([*self.rows, *self._refused])
+
+
+def rendering_of(conversations: Iterable[Conversation], renderer: Renderer) -> Rendering:
+    rows: list[TokenRow] = []
+    refused = []
+    for conversation in conversations:
+        try:
+            rows += [token_row(r, renderer.tokenizer) for r in renderer.render_rows(conversation, turns=True)]
+        except MaskError as error:
+            refused.append({"source": conversation.source, "reason": str(error)})
+    notes = [n for n in (template_options.options_note(renderer), renderer.disagreement()) if n]
+    return Rendering(rows=tuple(rows), refused=tuple(refused), notes=tuple(notes))
+
+
+def render(
+    data: Any, model: ModelLike, *, format: str = "auto", index: int | None = None, append_eos: bool = False
+) -> Rendering:
+    """What a model is trained on of some rows. The model may be a directory with a tokenizer only.
+
+    index: only this row, counted from 0.   append_eos: put the end of text behind replies that have no end.
+    Raises SchemaError or FormatError at the first row that cannot be read or expressed.
+    """
+    rows = read([data] if isinstance(data, Mapping | Conversation) else data)
+    if isinstance(model, checkpoint.Assistant):
+        renderer = model.renderer
+    else:
+        quiet()
+        renderer = checkpoint.open_renderer(checkpoint.resolve(str(model)), format)
+    if append_eos:
+        renderer = template_options.append_eos(renderer)
+    if renderer.arguments():
+        renderer = template_options.choose_arguments(renderer, _readable(rows.conversations(), SETTLE_ROWS))
+    chosen = islice(rows.conversations(), index, None if index is None else index + 1)
+    found = rendering_of(chosen, renderer)
+    if index is not None and not found.rows and not found.refused:
+        raise RecipeError(f"--index {index}", f"{rows.place} has not so many rows", "give a smaller number")
+    return found
+
+
+def _readable(conversations: Iterable[Conversation], n: int) -> list[Conversation]:
+    """The first n conversations, or those before the first bad row, which is named when its turn comes."""
+    out: list[Conversation] = []
+    try:
+        out.extend(islice(conversations, n))
+    except SftflowError:
+        return out
+    return out

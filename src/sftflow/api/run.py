@@ -1,0 +1,180 @@
+"""`sf.train`: from a base and a mixture to a run directory and its assistant."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from sftflow.api.assistant import Assistant, load
+from sftflow.api.measure import Comparison, Evaluation, compare_two, evaluate_all
+from sftflow.api.mixture import Mixture
+from sftflow.api.shared import ModelLike, RecipeLike, eval_options, parts_of, recipe_of, watching
+from sftflow.atomic_io import Lock, clear_directory, write_text
+from sftflow.comparison.compare import CompareOptions
+from sftflow.comparison.run_artifacts import read_run
+from sftflow.data.row_cache import cache_folder
+from sftflow.errors import RecipeError
+from sftflow.evaluation.callback import EvalDuringTraining
+from sftflow.pretraining.pretrain import BaseSpec, train_base
+from sftflow.recipe import Recipe, load_recipe, to_yaml
+from sftflow.report.comparison_page import loss_figure
+from sftflow.report.pages import cell
+from sftflow.report.progress import ProgressDisplay
+from sftflow.runtime import detect
+from sftflow.training import run as training_run
+from sftflow.training.signals import Signals
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A picture in a notebook cell; `str` is its SVG."""
+
+    svg: str
+
+    def __str__(self) -> str:
+        return self.svg
+
+    def _repr_html_(self) -> str:
+        return self.svg
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(training_run.Run):
+    """A finished run: its directory, and what came out.
+
+    recipe: what was done, as one; `save_recipe` writes it.   evaluation, comparison: where the recipe asked for them.
+    """
+
+    recipe: Recipe
+    evaluation: Evaluation | None = None
+    comparison: Comparison | None = None
+
+    @cached_property
+    def assistant(self) -> Assistant:
+        """The trained model, loaded when first used."""
+        return load(self.directory)
+
+    def plot(self) -> Drawing:
+        """The loss of every step, smoothed, and the held-out losses."""
+        figure = loss_figure(read_run(self.directory))
+        return Drawing(cell(figure["chart"], "charts.css") if figure else "no step has a loss that is a number")
+
+    def save_recipe(self, path: str | Path) -> None:
+        """Write what was done as a recipe, with which `sftflow train` trains the same weights."""
+        write_text(Path(path), to_yaml(self.recipe))
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.directory)!r}, {len(self.losses)} steps, {self.seconds:.0f} s)"
+
+
+def train(
+    base: ModelLike | None = None,
+    mix: Mixture | None = None,
+    *,
+    recipe: RecipeLike | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    watch: ProgressDisplay | None = None,
+    **keys: Any,
+) -> Run:
+    """Fine-tune a base on a mixture; then evaluate and compare where the recipe has `eval` or `compare`.
+
+    mix: from `sf.mix`.   recipe: in place of it.   out: the run directory.   resume: go on from the last saved state.
+    keys: the recipe's, and those of its `train` by their own names: `steps=60`, `lr=1e-4`.
+    Raises RecipeError, CheckpointError and their kin before anything is written, RunError where the run fails, and
+    `training.signals.Stopped` after Ctrl-C, once the state is saved.
+    """
+    start = recipe if mix is None else mix.recipe
+    made = recipe_of(start, base, (), {**keys, **({} if out is None else {"out": str(out)})})
+    with watching(watch) as shown:
+        return _train(made, shown, resume=resume)
+
+
+def demo(out: str | Path = "runs/demo", *, watch: ProgressDisplay | None = None) -> Run:
+    """The whole flow on the shipped base. Raises RecipeError where `out` holds something else than an earlier demo."""
+    folder = Path(out)
+    recipe = load_recipe(Path(str(resources.files("sftflow.recipes"))) / "demo.yaml", [f"train.out={folder}"])
+    mark = folder / ".demo"
+    if folder.exists() and any(folder.iterdir()) and not mark.is_file():
+        raise RecipeError(f"--out {folder}", "it holds something else than a demo run", "name another folder")
+    with watching(watch) as shown, Lock(folder) as lock:
+        clear_directory(folder)
+        mark.touch()  # this folder is the demo's: the next demo may replace it
+        return _train(recipe, shown, resume=False, lock=lock)
+
+
+def _train(recipe: Recipe, watch: ProgressDisplay, *, resume: bool, lock: Lock | None = None) -> Run:
+    """lock: on train.out, where it is held already."""
+    out = Path(recipe.train.out)
+    with ExitStack() as stack:
+        signals = stack.enter_context(Signals(_tell_of_waiting))
+        if lock is None and (not out.exists() or out.is_dir()):
+            lock = stack.enter_context(Lock(out))
+        options, how, callback = eval_options(recipe), CompareOptions.of_recipe(recipe), None
+        if recipe.compare is not None:
+            how.check()  # what is wrong with it is said before hours of training
+        if recipe.eval is not None:
+            options.open(recipe.base)  # and what is wrong with the tasks
+            if recipe.eval.every is not None:
+                few = min(options.limit or recipe.eval.sample, recipe.eval.sample)
+                callback = EvalDuringTraining(replace(options, limit=few).open(""))
+        run = training_run.run_training(recipe, watch, resume=resume, signals=signals, lock=lock, callback=callback)
+        measured = "compare.json" if recipe.compare else "eval.json" if recipe.eval else None
+        evaluation = comparison = None
+        if run.already_done:
+            watch.say(f"{out}: this run is finished; nothing to resume")
+        else:
+            watch.say(f"{out / 'checkpoint'}: trained in {run.seconds:.0f} s")
+        if measured and not (run.already_done and (out / measured).is_file()):
+            if recipe.compare is None:
+                evaluation = evaluate_all([str(out)], options, out, watch, lock)
+            else:
+                comparison = compare_two(recipe.base, str(out), options, how, out, watch, lock)
+    return Run(**parts_of(run), recipe=_kept_recipe(out), evaluation=evaluation, comparison=comparison)
+
+
+def _kept_recipe(out: Path) -> Recipe:
+    """The resolved recipe. Rows that came from memory are copied into the run, so that it can be trained again."""
+    recipe, memory = load_recipe(out / "recipe.yaml"), cache_folder("memory")
+    entries = list(recipe.mixture)
+    for number, entry in enumerate(entries):
+        file = Path(entry.source)
+        if memory is not None and memory in file.parents and file.is_file():
+            kept = out.resolve() / "rows" / f"{number + 1}-{file.name}"
+            write_text(kept, file.read_text(encoding="utf-8"))
+            entries[number] = entry.model_copy(update={"source": str(kept)})
+    return recipe.model_copy(update={"mixture": tuple(entries)})
+
+
+def _tell_of_waiting() -> None:
+    """Called inside a signal handler, where nothing that buffers may be used."""
+    os.write(2, b"\nstopping after this step, which is then saved; Ctrl-C again stops at once\n")
+
+
+def pretrain(
+    texts: Sequence[str | Path], out: str | Path, *, watch: ProgressDisplay | None = None, **keys: Any
+) -> dict[str, Any]:
+    """Train a tokenizer and a tiny base on plain text into `out`; returns the facts of its model card.
+
+    keys: the fields of `BaseSpec` (params, vocab, tokens, lr, seed, compile), `heldout` and `resume`.
+    """
+    heldout, resume = keys.pop("heldout", ()), keys.pop("resume", False)
+    with watching(watch) as shown, Lock(Path(out)):
+        card = train_base(
+            [Path(t) for t in texts],
+            Path(out),
+            BaseSpec(**keys),
+            detect(),
+            shown,
+            resume=resume,
+            heldout=[Path(t) for t in heldout],
+        )
+        shown.say(f"{Path(out) / 'checkpoint'}: held-out bits per byte {json.dumps(card['bits_per_byte'])}")
+    return card

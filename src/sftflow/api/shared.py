@@ -1,0 +1,84 @@
+"""What all verbs share: quiet libraries, one progress display, one way to say which recipe is meant."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from sftflow.checkpoint import Assistant
+from sftflow.evaluation.options import EvalOptions
+from sftflow.recipe import Eval, Recipe, SourceEntry, load_recipe, parse_recipe, resolve_paths
+from sftflow.report.progress import ProgressDisplay
+
+RecipeLike = Recipe | str | Path | Mapping[str, Any]
+"""a recipe, the path of its YAML file, or its keys"""
+ModelLike = str | Path | Assistant
+"""a model as the command line names it, or a loaded one"""
+
+
+def eval_options(recipe: Recipe) -> EvalOptions:
+    """What a recipe's models are asked."""
+    asked = recipe.eval or Eval(limit=None)
+    identity = recipe.identity.model_dump()
+    return EvalOptions(tasks=asked.tasks, limit=asked.limit, allow_code=asked.allow_code, identity=identity)
+
+
+def quiet() -> None:
+    """Keep the libraries' own bars and warnings out of our progress lines."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+
+
+@contextmanager
+def watching(watch: ProgressDisplay | None) -> Iterator[ProgressDisplay]:
+    """The caller's display, or one of our own: a bar in a terminal or a notebook."""
+    quiet()
+    if watch is not None:
+        yield watch
+        return
+    with ProgressDisplay() as shown:
+        yield shown
+
+
+def parts_of(result: Any) -> dict[str, Any]:
+    """A dataclass's fields, from which a subclass of it that can draw itself is made."""
+    return {f.name: getattr(result, f.name) for f in fields(result)}
+
+
+def name_of(model: ModelLike) -> str:
+    return model.name if isinstance(model, Assistant) else str(model)
+
+
+def recipe_of(
+    recipe: RecipeLike | None, base: ModelLike | None, entries: Sequence[SourceEntry], keys: Mapping[str, Any]
+) -> Recipe:
+    """One recipe of all that was said: a recipe, and over it what was said by hand.
+
+    keys: the recipe's own, or those of its `train` by their own names.   Raises RecipeError as for a recipe's file.
+    """
+    if isinstance(recipe, str | Path):
+        recipe = load_recipe(recipe)
+    if isinstance(recipe, Recipe):
+        data = {**recipe.model_dump(mode="json"), "mixture": recipe.mixture}  # entries as they are, with their `place`
+    else:
+        data = dict(recipe or {})
+    if base is not None:
+        data["base"] = name_of(base)
+    if entries:
+        data["mixture"] = tuple(entries)
+    for key, value in keys.items():
+        if key in Recipe.model_fields:
+            data[key] = value
+        else:  # one that is known nowhere, too: it is named there, with its nearest neighbour
+            data["train"] = {**(data.get("train") or {}), key: value}
+    return resolve_paths(parse_recipe(data, "recipe"), Path.cwd())

@@ -1,0 +1,40 @@
+"""`sftflow base`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sftflow.cli.common import Out, app, number
+
+
+@app.command()
+def base(
+    texts: Annotated[list[Path], typer.Argument(metavar="TEXT...", help=".txt or .jsonl files, .xz too")],
+    out: Out,
+    params: Annotated[str, typer.Option(help="size: 0.1M, 1M, 3.4M or 6M")] = "3.4M",
+    vocab: Annotated[int, typer.Option(min=300, help="vocabulary entries")] = 4096,
+    tokens: Annotated[str, typer.Option(help="tokens to train on, for example 20M")] = "20M",
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the last saved state")] = False,
+    heldout: Annotated[list[Path] | None, typer.Option(help="text to measure bits per byte on")] = None,
+    lr: Annotated[float, typer.Option(help="AdamW's peak rate; Muon's is four times it")] = 7e-3,
+    seed: Annotated[int, typer.Option()] = 0,
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the model (needs a C++ compiler)")] = False,
+) -> None:
+    """Train a tokenizer and a tiny base model on plain text."""
+    from sftflow import api
+
+    api.pretrain(
+        texts,
+        out,
+        heldout=heldout or (),
+        resume=resume,
+        params=params,
+        vocab=vocab,
+        tokens=number(tokens, "--tokens"),
+        lr=lr,
+        seed=seed,
+        compile=compile,
+    )

@@ -1,0 +1,55 @@
+"""`sftflow compare`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sftflow.cli.common import MODEL_HELP, AllowCode, Limit, Out, Tasks, app, print_table, say, split_tasks
+
+if TYPE_CHECKING:
+    from sftflow.api import Comparison
+
+
+@app.command()
+def compare(
+    base_model: Annotated[str, typer.Argument(metavar="BASE", help=MODEL_HELP)],
+    sft: Annotated[str, typer.Argument(metavar="SFT", help=MODEL_HELP)],
+    out: Out,
+    tasks: Tasks = None,
+    prompts: Annotated[str, typer.Option(help="default, or a file with one prompt a line")] = "default",
+    limit: Limit = None,
+    allow_code: AllowCode = False,
+    judge: Annotated[
+        str | None, typer.Option(help="OpenAI-compatible URL of a judge; its key is read from SFTFLOW_JUDGE_KEY")
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="the judge's model id")] = None,
+) -> None:
+    """Base versus SFT on the same tasks and the same fixed prompts; compare.json and report.html."""
+    from sftflow import api
+
+    found = api.compare(
+        base_model,
+        sft,
+        split_tasks(tasks),
+        prompts=prompts,
+        limit=limit,
+        allow_code=allow_code,
+        judge=judge,
+        judge_model=judge_model,
+        out=out,
+    )
+    tell_comparison(found, out)
+
+
+def tell_comparison(comparison: Comparison, out: Path) -> None:
+    from sftflow.report.tables import score_table
+
+    say("")
+    if comparison.tasks:
+        print_table(score_table(comparison))
+    for line in comparison.remarks():
+        say(line)
+    say(f"report:        {out / 'report.html'}")

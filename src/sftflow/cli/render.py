@@ -1,0 +1,50 @@
+"""`sftflow render`"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sftflow.cli.common import MODEL_HELP, app
+
+
+@app.command()
+def render(
+    data: Annotated[str, typer.Argument(help="conversations: .jsonl, .json, .parquet or hub:NAME")],
+    model: Annotated[str, typer.Option(help=f"{MODEL_HELP}; a directory with a tokenizer is enough")],
+    format: Annotated[str, typer.Option(help="auto, a built-in format, or a .jinja file")] = "auto",
+    index: Annotated[int | None, typer.Option(min=0, help="only this row, counted from 0")] = None,
+    html: Annotated[Path | None, typer.Option(help="write a page with every token as a box")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
+    append_eos: Annotated[bool, typer.Option(help="put the end of text behind replies that have no end")] = False,
+) -> None:
+    """Show rows as the model sees them: tokens, and which of them are trained on."""
+    from sftflow import api
+
+    found = api.render(data, model, format=format, index=index, append_eos=append_eos)
+    for note in found.notes:
+        print(note, file=sys.stderr)
+    if html is not None:
+        found.save_html(html)
+    if as_json:
+        print(json.dumps(found.to_json(), ensure_ascii=False))
+    elif html is None:
+        from rich.console import Console
+
+        from sftflow.report.token_view import terminal_lines
+
+        console = Console(highlight=False)
+        for row in found.rows:
+            head = f"{row.source}  {len(row.tokens)} tokens, {row.n_supervised} supervised"
+            console.print(head, style="bold underline", markup=False, soft_wrap=True)
+            console.print(terminal_lines(row))
+    for entry in found.refused:
+        print(f"refused: {entry['reason']}", file=sys.stderr)
+    if html is not None:
+        print(f"wrote {html}", file=sys.stderr)
+    if found.refused:
+        raise typer.Exit(1)

@@ -1,0 +1,231 @@
+"""The Python door: ten lines of the README, sources from memory, and the same errors as the command line's."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sftflow as sf
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"{n} + 1?"},
+            {"role": "assistant", "content": f"It is {n + 1}."},
+        ]
+    }
+    for n in range(40)
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The working directory of these tests, with the rows as a file."""
+    path = tmp_path_factory.mktemp("door")
+    (path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        yield path
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path, tiny_base: Path) -> Any:
+    return sf.load(tiny_base)
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path, base: Any) -> Any:
+    mix = sf.mix([sf.read(ROWS, name="mine"), sf.task("spelling", limit=40)], base, max_length=128, validation=4)
+    return sf.train(base, mix, out=folder / "run", steps=3, tokens_per_step=256)
+
+
+def test_the_door_has_these_names() -> None:
+    verbs = {"load", "read", "task", "render", "mix", "train", "evaluate", "compare", "serve", "export"}
+    assert set(sf.__all__) == verbs | {"SftflowError"} and set(dir(sf)) == set(sf.__all__)
+    assert all(callable(getattr(sf, name)) for name in sf.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        sf.trian  # noqa: B018
+
+
+def test_importing_it_costs_nothing() -> None:
+    code = "import sys; before = set(sys.modules); import sftflow; print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {m.split(".")[0] for m in done.stdout.split()} - set(sys.stdlib_module_names) == {"sftflow"}
+    assert not [m for m in done.stdout.split() if m.startswith("sftflow.")]
+
+
+def test_types_are_shipped() -> None:
+    assert (Path(sf.__file__).parent / "py.typed").is_file()
+
+
+def test_the_readme_s_ten_lines(folder: Path) -> None:
+    """The README's example as it stands there, in a notebook user's namespace, but with less of everything."""
+    (block,) = re.findall(r"```python\n(import sftflow as sf\n.+?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    assert not [line for line in block.splitlines() if "import" in line and line != "import sftflow as sf"]
+    fewer, n = re.subn(r"steps=\d+", "steps=2", block)
+    assert n == 1
+    fewer = fewer.replace("limit=2000", "limit=60").replace('["spelling"]', '["spelling"], limit=4')
+    fewer = fewer.replace("tasks=[", 'prompts="few.jsonl", tasks=[')
+    (folder / "few.jsonl").write_text('{"prompt": "Who are you?"}\n{"prompt": "Hi"}\n')
+    names: dict[str, Any] = {}
+    exec(compile(fewer, "README.md", "exec"), names)
+    assert len(names["run"].losses) == 2 and (folder / "report.html").is_file()
+    assert isinstance(names["run"].assistant.chat("Who are you?").text, str)
+
+
+# ---- sources
+
+
+def sources(folder: Path) -> dict[str, Any]:
+    import datasets
+    import pandas
+
+    return {
+        "list": list(ROWS),
+        "iterator": iter(ROWS),
+        "dataset": datasets.Dataset.from_list(ROWS),
+        "pandas": pandas.DataFrame(ROWS),
+    }
+
+
+@pytest.mark.parametrize("kind", ["list", "iterator", "dataset", "pandas"])
+def test_rows_in_memory_train_what_a_file_would(kind: str, folder: Path, base: Any) -> None:
+    from_file = sf.mix(["mine.jsonl"], base, max_length=128)
+    rows = sf.read(sources(folder)[kind], name="mine")
+    from_memory = sf.mix([rows], base, max_length=128)
+    assert from_memory.digest() == from_file.digest()
+    pairs = zip(from_memory.examples, from_file.examples, strict=True)
+    assert all((a.ids == b.ids).all() and (a.mask == b.mask).all() for a, b in pairs)
+    ledgers = [{k: v for k, v in m.ledger.items()} for m in (from_memory, from_file)]
+    assert ledgers[0] == ledgers[1] and len(rows) == len(ROWS) and rows[3] == ROWS[3] and rows[-1] == ROWS[-1]
+
+
+def test_a_file_s_rows_are_read_where_they_are_asked_for(folder: Path) -> None:
+    rows = sf.read("mine.jsonl")
+    assert len(rows) == 40 and rows[0] == ROWS[0] and rows[1:3] == ROWS[1:3] and list(rows) == ROWS
+    with pytest.raises(IndexError):
+        rows[40]
+    assert repr(rows) == "Rows('mine.jsonl')" and repr(sf.read(ROWS)) == "Rows(40 in memory, name='rows')"
+
+
+def test_bad_rows_in_memory_are_named(folder: Path, base: Any) -> None:
+    with pytest.raises(sf.SftflowError, match=r"mine:2\.messages\[0\]: a message without a role"):
+        sf.mix([sf.read([ROWS[0], {"messages": [{"content": "x"}]}], name="mine")], base, max_length=128)
+    with pytest.raises(sf.SftflowError, match="rows:1: not JSON"):
+        sf.mix([[{"prompt": "a", "completion": object()}]], base)
+
+
+# ---- what the verbs give
+
+
+def test_rendering(base: Any) -> None:
+    found = base.render(ROWS[0])
+    (row,), (again,) = found.to_json()["rows"], sf.render(ROWS[0], base).to_json()["rows"]
+    assert row == {**again, "source": "row"}
+    taught = "".join(t for t, m in zip(row["tokens"], row["mask"], strict=True) if m)
+    assert taught == "It is 1.<|assistant_end|>"
+    html = found._repr_html_()
+    assert "assistant_end" in html and "<script" not in html and "sup" in str(found) and "assistant_end" in str(found)
+    hostile = base.render({"prompt": "<img src=x onerror=alert(1)>", "completion": "</div><script>alert(2)</script>"})
+    assert "<img" not in hostile._repr_html_() and "<script" not in hostile._repr_html_()
+
+
+def test_a_mixture_prints_and_is_audited(base: Any) -> None:
+    mix = sf.mix([sf.task("spelling", limit=30)], base, max_length=128)
+    assert mix.ledger["rows"] + mix.ledger["validation_rows"] == 30 and "spelling" in str(mix)
+    audit = mix.audit()
+    assert "prompt + supervised = training ids" in str(audit) and max(map(len, str(audit).splitlines())) <= 80
+    assert "<iframe" in mix._repr_html_() and "<iframe" in audit._repr_html_()
+
+
+def test_a_run(run: Any, folder: Path) -> None:
+    assert len(run.losses) == 3 and all(loss > 0 for loss in run.losses)
+    assert run.recipe.train.steps == 3 and run.recipe.train.max_length == 128
+    assert "<svg" in run.plot()._repr_html_() and "3 steps" in repr(run)
+    # What was done by hand, as a recipe: it trains the same weights.
+    file = folder / "again.yaml"
+    run.save_recipe(file)
+    again = sf.train(recipe=file, out=folder / "again")
+    assert again.losses == run.losses
+    weights = [(r.directory / "checkpoint" / "model.safetensors").read_bytes() for r in (run, again)]
+    assert weights[0] == weights[1]
+
+
+def test_the_command_line_trains_the_same(run: Any, folder: Path) -> None:
+    from sftflow.cli import main
+
+    file = folder / "by-command.yaml"
+    run.save_recipe(file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["sftflow", "train", str(file), "--set", f"train.out={folder / 'by-command'}"])
+        with pytest.raises(SystemExit) as left:
+            main()
+    assert not left.value.code
+    name = Path("checkpoint") / "model.safetensors"
+    assert (folder / "by-command" / name).read_bytes() == (run.directory / name).read_bytes()
+
+
+def test_talking(run: Any) -> None:
+    assistant = run.assistant
+    assert assistant is run.assistant
+    reply = assistant.chat("What is 2 + 1?", max_tokens=12)
+    pieces = list(assistant.stream([{"role": "user", "content": "What is 2 + 1?"}], max_tokens=12))
+    assert "".join(p.text for p in pieces) == reply.text and pieces[-1].reply.ids == reply.ids
+    drawn = [assistant.chat("Hi", max_tokens=8, temperature=1.0, seed=s).ids for s in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert assistant.chat("Hi", system="Be brief.", max_tokens=4).n_prompt > assistant.chat("Hi", max_tokens=4).n_prompt
+
+
+def test_logprobs_are_the_model_s(base: Any) -> None:
+    import torch
+
+    ids = base.render(ROWS[0]).to_json()["rows"][0]["ids"]
+    with torch.no_grad():
+        wanted = base.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    found = base.logprobs(ROWS[0], top=2)
+    assert found[0] is None and [f.id for f in found[1:]] == ids[1:]
+    for at, f in enumerate(found[1:]):
+        assert f.logprob == pytest.approx(float(wanted[at, f.id]), abs=1e-4) and len(f.top) == 2
+
+
+def test_evaluating_and_comparing(base: Any, run: Any, tmp_path: Path) -> None:
+    evaluation = sf.evaluate(run.assistant, ["spelling"], limit=4)
+    (model,) = evaluation.models.values()
+    result = model.tasks["spelling"]
+    low, high = result.interval
+    assert result.n == 4 and 0 <= low <= result.score <= high <= 1 and len(result.rows) == 4
+    assert "spelling" in str(evaluation) and "<table" in evaluation._repr_html_()
+    comparison = sf.compare(base, run.assistant, tasks=["spelling"], limit=4, out=tmp_path / "compare")
+    task = comparison.tasks["spelling"]
+    assert task.n == 4 and task.ci95[0] <= task.delta <= task.ci95[1]
+    assert "spelling" in str(comparison) and "<iframe" in comparison._repr_html_()
+    comparison.save_html(tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_text() == (tmp_path / "compare" / "report.html").read_text()
+    written = json.loads((tmp_path / "compare" / "compare.json").read_text())
+    assert written == json.loads(json.dumps(comparison.to_json()))
+
+
+@pytest.mark.parametrize(
+    ("call", "line"),
+    [
+        (lambda: sf.load("./nowhere"), "./nowhere: no such checkpoint directory"),
+        (lambda: sf.task("speling"), "unknown task 'speling'; did you mean 'spelling'?"),
+        (lambda: sf.task("spelling", limits=3), "limits: unknown key; did you mean 'limit'?"),
+        (lambda: sf.train(recipe={"mixture": [{"source": "spelling"}]}, stepz=3), "train.stepz: unknown key; did you"),
+        (lambda: sf.mix(["nowhere.jsonl"], "builtin:tiny"), "nowhere.jsonl: no such file"),
+        (lambda: sf.evaluate("builtin:tiny", ["spelin"]), "unknown task 'spelin'; did you mean 'spelling'?"),
+        (lambda: sf.export("builtin:tiny", "merged", "x", type="q8_0"), "--type: a checkpoint directory holds no q8_0"),
+    ],
+)  # fmt: skip
+def test_errors_are_the_command_line_s(call: Any, line: str, folder: Path) -> None:
+    with pytest.raises(sf.SftflowError) as error:
+        call()
+    assert line in str(error.value) and error.value.exit_code == 2 and "\n" not in str(error.value)
