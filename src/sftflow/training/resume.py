@@ -24,12 +24,11 @@ from sftflow.errors import CheckpointError
 from sftflow.training.trainer import Trainer
 
 
-def save_state(root: Path, trainer: Trainer, identity: dict[str, str], extra: dict[str, Any], keep: int) -> Path:
+def save_state(root: Path, trainer: Trainer, identity: dict[str, str], extra: dict[str, Any], keep: int) -> None:
     """Write `root/step-N` for the trainer's present step and drop all but the newest `keep`.
 
     identity: what must not change on resume (recipe, data, tokenizer and format), compared by `load_state`.
     """
-    target = root / f"step-{trainer.step:08d}"
 
     def fill(directory: Path) -> None:
         parameters = {n: p.detach().contiguous() for n, p in trainer.model.named_parameters()}
@@ -44,10 +43,9 @@ def save_state(root: Path, trainer: Trainer, identity: dict[str, str], extra: di
         }
         (directory / "state.json").write_text(json.dumps(with_checksum(state), indent=2), encoding="utf-8")
 
-    write_directory(target, fill)
+    write_directory(root / f"step-{trainer.step:08d}", fill)
     for old in saved_states(root)[:-keep]:
         remove_directory(old)
-    return target
 
 
 def saved_states(root: Path) -> list[Path]:
