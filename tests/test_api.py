@@ -72,7 +72,9 @@ def test_the_readme_s_ten_lines(folder: Path) -> None:
     assert not [line for line in block.splitlines() if "import" in line and line != "import sftflow as sf"]
     fewer, n = re.subn(r"steps=\d+", "steps=2", block)
     assert n == 1
-    fewer = fewer.replace("limit=2000", "limit=60").replace('["spelling"]', '["spelling"], limit=8')
+    fewer = fewer.replace("limit=2000", "limit=60").replace('["spelling"]', '["spelling"], limit=4')
+    fewer = fewer.replace("tasks=[", 'prompts="few.jsonl", tasks=[')
+    (folder / "few.jsonl").write_text('{"prompt": "Who are you?"}\n{"prompt": "Hi"}\n')
     names: dict[str, Any] = {}
     exec(compile(fewer, "README.md", "exec"), names)
     assert len(names["run"].losses) == 2 and (folder / "report.html").is_file()

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,27 @@ def test_what_fails_is_told_and_the_worker_goes_on(assistant: Any) -> None:
                 await read(thread.submit([ask(5, 100)]))
             assert len((await read(thread.submit([ask(5, 100)]))).ids) == 100
             assert thread.finished["error"] == 2
+
+    run(scenario)
+
+
+def test_the_replies_to_one_request_end_together(assistant: Any) -> None:
+    """Where one of them fails, and where the client leaves; other requests go on."""
+
+    async def scenario() -> None:
+        async with working(assistant, max_running=3) as thread:
+            other = thread.submit([ask(5, 100)])
+            one = thread.submit([ask(5, ENDLESS), replace(ask(5, 5), prompt_ids=()), ask(7, ENDLESS)])
+            with pytest.raises(Exception, match="it has no tokens"):
+                async for _ in one.deltas():
+                    pass
+            await until(lambda: thread.finished["cancelled"] == 2 and thread.finished["error"] == 1)
+            left = thread.submit([ask(5, ENDLESS, i) for i in range(3)])  # one of them waits
+            deltas = left.deltas()
+            await anext(deltas)
+            await deltas.aclose()
+            await until(lambda: thread.finished["cancelled"] == 5)
+            assert len((await read(other)).ids) == 100 and thread.finished["length"] == 1
 
     run(scenario)
 

@@ -27,20 +27,14 @@ def chat_response(model: ServedModel, body: ChatBody) -> ResponseShape:
     limit = body.max_completion_tokens or body.max_tokens  # an upper bound: what fits is less
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     requests = requests_for(model.assistant, body, prompt, limit, logprobs=logprobs)
-    return ResponseShape(
-        model=model,
-        body=body,
-        n_prompt=len(prompt),
-        requests=requests,
-        choices=[ChatChoice(model, body) for _ in requests],
-        id_prefix="chatcmpl",
-        whole_object="chat.completion",
-        piece_object="chat.completion.chunk",
-    )
+    choices = [ChatChoice(model, body) for _ in requests]
+    return ResponseShape(model=model, body=body, n_prompt=len(prompt), requests=requests, choices=choices)
 
 
 class ChatChoice:
     """One reply: each chunk is the `delta` of a message, with its log-probabilities."""
+
+    id_prefix, whole_object, piece_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def __init__(self, model: ServedModel, body: ChatBody) -> None:
         self._model = model
@@ -60,8 +54,7 @@ class ChatChoice:
         self._tokens += [t for t in delta.tokens if t.id not in self._model.control_ids]
         pieces: list[str | Call] = [delta.text] if delta.text else []
         if self._reader is not None:
-            ends = delta.reply is not None
-            pieces = joined(self._reader.feed(delta.text) + (self._reader.flush() if ends else []))
+            pieces = joined(self._reader.feed(delta.text) + (self._reader.flush() if delta.reply is not None else []))
         chunks = [
             self._chunk({"content": piece} if isinstance(piece, str) else {"tool_calls": [self._call(piece)]})
             for piece in pieces

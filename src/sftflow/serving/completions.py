@@ -45,16 +45,7 @@ def completion_response(model: ServedModel, body: CompletionBody) -> ResponseSha
             use_python=False,  # a calculator's tokens are none of the model's own
         )
         choices += [CompletionChoice(model, body, prompt, ids) for _ in range(n)]
-    return ResponseShape(
-        model=model,
-        body=body,
-        n_prompt=n_prompt,
-        requests=requests,
-        choices=choices,
-        id_prefix="cmpl",
-        whole_object="text_completion",
-        piece_object="text_completion",
-    )
+    return ResponseShape(model=model, body=body, n_prompt=n_prompt, requests=requests, choices=choices)
 
 
 def _check_length(n_prompt: int, max_tokens: int | None, context: int) -> None:
@@ -72,6 +63,8 @@ def _check_length(n_prompt: int, max_tokens: int | None, context: int) -> None:
 
 class CompletionChoice:
     """One reply: each chunk has a text and its log-probabilities. With `echo` the prompt comes first."""
+
+    id_prefix, whole_object, piece_object = "cmpl", "text_completion", "text_completion"
 
     def __init__(
         self, model: ServedModel, body: CompletionBody, prompt: str | list[int], prompt_ids: Sequence[int]

@@ -55,18 +55,14 @@ class Generations:
         self.streamed, self.cancelled = streamed, False
         self.loop = asyncio.get_running_loop()
         self._thread = thread
-        self._queue: asyncio.Queue[tuple[int, Delta] | Exception | None] = asyncio.Queue()
-
-    def put(self, index: int, piece: Piece) -> None:
-        """On the event loop."""
-        self._queue.put_nowait(piece if isinstance(piece, Exception) else (index, piece))
+        self.queue: asyncio.Queue[tuple[int, Delta] | Exception | None] = asyncio.Queue()
 
     def cancel(self) -> None:
         """Give the replies up; their places are free at the latest after the next token. Those that are over stay."""
         if not self.cancelled:
             self.cancelled = True
             self._thread.leave(self.jobs)
-            self._queue.put_nowait(None)
+            self.queue.put_nowait(None)
 
     async def deltas(self, request: Request | None = None) -> AsyncGenerator[tuple[int, Delta]]:
         """(index of the reply, a piece of it), as they come; the last piece of each has the reply. Ends early where the
@@ -84,7 +80,7 @@ class Generations:
         watcher = asyncio.create_task(watch(request)) if request is not None else None
         unfinished = len(self.jobs)
         try:
-            while unfinished and (item := await self._queue.get()) is not None:
+            while unfinished and (item := await self.queue.get()) is not None:
                 if isinstance(item, Exception):
                     raise item
                 yield item
@@ -278,7 +274,7 @@ class EngineThread:
 
 def _put_all(brought: list[tuple[Job, Piece]]) -> None:
     for job, piece in brought:
-        job.owner.put(job.index, piece)
+        job.owner.queue.put_nowait(piece if isinstance(piece, Exception) else (job.index, piece))
 
 
 def unusable() -> ApiError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sftflow.chat.token_rows import token_bytes
@@ -14,35 +14,29 @@ LEAST = -9999.0
 """what OpenAI writes for a log-probability that JSON has no number for"""
 
 
-class TokenTable:
-    """What each id of a tokenizer stands for, asked once."""
+class TokenTable(dict[int, bytes]):
+    """The bytes that each id stands for, once `learn` has asked for it: for many at once, which is cheaper."""
 
     def __init__(self, tokenizer: Any) -> None:
+        super().__init__()
         self._tokenizer = tokenizer
-        self._known: dict[int, bytes] = {}
 
-    def bytes_of(self, ids: Sequence[int]) -> list[bytes]:
-        missing = [i for i in dict.fromkeys(ids) if i not in self._known]
-        if missing:
-            self._known.update(zip(missing, token_bytes(self._tokenizer, missing), strict=True))
-        return [self._known[i] for i in ids]
-
-    def learn(self, tokens: Sequence[TokenLogprob]) -> None:
-        """Ask for all ids of these at once, which is cheaper than one at a time."""
-        self.bytes_of([i for t in tokens for i in (t.id, *(j for j, _ in t.top))])
+    def learn(self, ids: Iterable[int], tokens: Iterable[TokenLogprob | None] = ()) -> None:
+        wanted = [*ids, *(i for t in tokens if t is not None for i in (t.id, *(j for j, _ in t.top)))]
+        missing = [i for i in dict.fromkeys(wanted) if i not in self]
+        self.update(zip(missing, token_bytes(self._tokenizer, missing), strict=True))
 
     def text(self, token: int) -> str:
         """The token's text, alone; U+FFFD for a part of a character."""
-        return self.bytes_of([token])[0].decode("utf-8", "replace")
+        return self[token].decode("utf-8", "replace")
 
 
 def chat_logprobs(table: TokenTable, tokens: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
     """Tokens in the shape of choices[].logprobs.content of a chat completion."""
-    table.learn(tokens)
+    table.learn((), tokens)
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
-        raw = table.bytes_of([token])[0]
-        return {"token": table.text(token), "logprob": max(logprob, LEAST), "bytes": list(raw)}
+        return {"token": table.text(token), "logprob": max(logprob, LEAST), "bytes": list(table[token])}
 
     return [{**entry(t.id, t.logprob), "top_logprobs": [entry(i, p) for i, p in t.top]} for t in tokens]
 
@@ -55,9 +49,8 @@ class TextLogprobs:
     character. Tokens without text (BOS, the end token) take no characters.
     """
 
-    def __init__(self, table: TokenTable, silent: frozenset[int]) -> None:
-        """silent: ids of control tokens."""
-        self.table, self.silent = table, silent
+    def __init__(self, table: TokenTable, control_ids: frozenset[int]) -> None:
+        self.table, self.control_ids = table, control_ids
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
 
@@ -66,12 +59,12 @@ class TextLogprobs:
     ) -> dict[str, Any]:
         """ids: of these tokens, for the first of a prompt has no log-probability.   shown: whether control tokens
         stand in the text, as they do in that of a prompt given as ids."""
-        self.table.learn([t for t in tokens if t is not None])
+        self.table.learn(ids, tokens)
         offsets = []
-        for raw, token in zip(self.table.bytes_of(ids), ids, strict=True):
+        for token in ids:
             offsets.append(self._offset)
-            if shown or token not in self.silent:
-                self._offset += len(self._decoder.decode(raw))
+            if shown or token not in self.control_ids:
+                self._offset += len(self._decoder.decode(self.table[token]))
         return {
             "tokens": [self.table.text(i) for i in ids],
             "token_logprobs": [None if t is None else max(t.logprob, LEAST) for t in tokens],

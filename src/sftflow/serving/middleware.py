@@ -26,22 +26,18 @@ log, access = logging.getLogger("sftflow.serving"), logging.getLogger("sftflow.a
 _SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
+@dataclass
 class Auth:
     """Refuses a request before any route sees it: by its Host, its Origin, its key.
 
     free: paths that need no key.   hosts: Host names that are served.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        api_key: str | None,
-        allow_origin: str | None,
-        hosts: Container[str],
-        free: frozenset[str],
-    ) -> None:
-        self.app, self.api_key, self.allow_origin, self.hosts, self.free = app, api_key, allow_origin, hosts, free
+    app: ASGIApp
+    api_key: str | None
+    allow_origin: str | None
+    hosts: Container[str]
+    free: frozenset[str]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -81,12 +77,12 @@ def _netloc(origin: str) -> str | None:
         return None
 
 
+@dataclass
 class UnforeseenErrors:
     """Answers where a route raises what nobody foresaw. It stands inside `RequestLog` and CORS, so that this answer has
     their headers, too; starlette's own handler of such errors stands outside of both."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    app: ASGIApp
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
@@ -123,12 +119,13 @@ def request_id(headers: Mapping[str, str]) -> str:
     return theirs if _SANE_ID.fullmatch(theirs) else f"req_{uuid.uuid4().hex}"
 
 
+@dataclass
 class RequestLog:
     """Gives every request an id, and tells log and metrics how it was answered. Routes find the `Record` in their
     request's state."""
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
-        self.app, self.metrics = app, metrics
+    app: ASGIApp
+    metrics: Metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -54,14 +54,15 @@ def read_messages(messages: Sequence[Any], tools: Sequence[Any] = ()) -> Convers
     """OpenAI messages and tools in our schema. Raises ApiError 400 naming the message or the tool."""
     if len(messages) > MOST_MESSAGES:
         raise wrong("messages", f"{len(messages)} messages; at most {MOST_MESSAGES} are taken", "too_many_messages")
-    row = {"messages": [_known(m, f"messages[{i}]") for i, m in enumerate(messages)], "tools": _checked(tools)}
+    known = [_known_fields(m, f"messages[{i}]") for i, m in enumerate(messages)]
+    row = {"messages": known, "tools": _checked_tools(tools)}
     try:
         return parse_row(row, "request")
     except SftflowError as error:
         raise refused(error, "request", "messages", "invalid_messages") from None
 
 
-def _known(message: Any, place: str) -> Any:
+def _known_fields(message: Any, place: str) -> Any:
     """A message with the fields that we know: clients send back what they got, with `refusal`, `annotations` and
     whatever else a server once wrote."""
     if not isinstance(message, dict):
@@ -77,7 +78,7 @@ def _known(message: Any, place: str) -> Any:
     return out
 
 
-def _checked(tools: Sequence[Any]) -> list[dict[str, Any]]:
+def _checked_tools(tools: Sequence[Any]) -> list[dict[str, Any]]:
     """Tools in the OpenAI shape. Raises ApiError 400."""
     if len(tools) > MOST_TOOLS:
         raise wrong("tools", f"{len(tools)} tools; at most {MOST_TOOLS} are taken")

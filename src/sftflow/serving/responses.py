@@ -8,6 +8,7 @@ An answer that is not streamed is made of the chunks that a stream would have se
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import time
 import uuid
@@ -39,7 +40,14 @@ EVENT = json.JSONEncoder()
 
 
 class ChoiceShape(Protocol):
-    """Gives one reply the shape of a choice in the OpenAI API, piece by piece."""
+    """Gives one reply the shape of a choice in the OpenAI API, piece by piece.
+
+    id_prefix, whole_object, piece_object: of the `id` and `object` of the answer, and of a stream's pieces.
+    """
+
+    id_prefix: str
+    whole_object: str
+    piece_object: str
 
     def opening(self) -> list[Chunk]:
         """What a stream says before the first token."""
@@ -63,7 +71,6 @@ class ResponseShape:
     """What one HTTP request asks of the engine, and what its answer will look like.
 
     choices: one for each of `requests`.   n_prompt: tokens of its prompts.
-    id_prefix, whole_object, piece_object: `id` and `object` of the answer, and of a stream's pieces.
     """
 
     model: ServedModel
@@ -71,9 +78,6 @@ class ResponseShape:
     n_prompt: int
     requests: Sequence[GenerationRequest]
     choices: Sequence[ChoiceShape]
-    id_prefix: str
-    whole_object: str
-    piece_object: str
 
 
 class Responder:
@@ -81,7 +85,7 @@ class Responder:
 
     def __init__(self, shape: ResponseShape, generations: Generations, record: Record, metrics: Metrics) -> None:
         self.shape, self.generations, self.record, self.metrics = shape, generations, record, metrics
-        identity = f"{shape.id_prefix}-{uuid.uuid4().hex}"
+        identity = f"{shape.choices[0].id_prefix}-{uuid.uuid4().hex}"
         self._head = {"id": identity, "created": int(time.time()), "model": shape.model.name}
         self._replies: dict[int, Reply] = {}
 
@@ -113,7 +117,7 @@ class Responder:
             pieces = [piece async for piece in deltas]
 
         def encode() -> bytes:
-            head = PLAIN.encode({**self._head, "object": self.shape.whole_object})
+            head = PLAIN.encode({**self._head, "object": self.shape.choices[0].whole_object})
             out = [head[:-1].encode(), b',"choices":[']
             for index, delta in sorted(pieces, key=lambda piece: piece[0]):  # each reply is one delta
                 choice = self.shape.choices[index]  # one after the other: a choice takes more memory than its JSON
@@ -126,15 +130,16 @@ class Responder:
     async def events(self) -> AsyncIterator[str]:
         """The OpenAI event stream. An error in the middle is an event of its own, on which the clients raise; the
         status line is long gone. (Whoever sends the events closes this when the client hangs up.)"""
-        head = {**self._head, "object": self.shape.piece_object}
+        head = {**self._head, "object": self.shape.choices[0].piece_object}
         before = f'data: {EVENT.encode(head)[:-1]}, "choices": ['
         after = f"]{', ' + EVENT.encode({'usage': None})[1:-1] if self.shape.body.include_usage else ''}}}\n\n"
 
-        def event(index: int, chunk: Chunk) -> str:
-            return f"{before}{''.join(slices({'index': index, **chunk}, EVENT))}{after}"
+        def event(index: int, chunk: Chunk, *, large: bool = False) -> str:
+            choice = {"index": index, **chunk}
+            return f"{before}{''.join(slices(choice, EVENT)) if large else EVENT.encode(choice)}{after}"
 
-        def shaped(index: int, delta: Delta) -> list[str]:
-            return [event(index, chunk) for chunk in self.shape.choices[index].feed(delta)]
+        def shaped(index: int, delta: Delta, large: bool) -> list[str]:
+            return [event(index, chunk, large=large) for chunk in self.shape.choices[index].feed(delta)]
 
         try:
             for index, choice in enumerate(self.shape.choices):
@@ -143,7 +148,8 @@ class Responder:
             async with aclosing(self._deltas(None)) as deltas:
                 async for index, delta in deltas:
                     large = self.shape.choices[index].is_large(delta)
-                    for text in await asyncio.to_thread(shaped, index, delta) if large else shaped(index, delta):
+                    work = functools.partial(shaped, index, delta, large)
+                    for text in await asyncio.to_thread(work) if large else work():
                         yield text
         except ClientDisconnect:
             return

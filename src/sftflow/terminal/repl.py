@@ -165,15 +165,11 @@ class TerminalChat:
         if not self.asked:
             note("there is no question yet")
             return
-        try:
-            if self.base is None:
-                self.base = lineage_base(self.assistant)
-            note(f"{self.base.name}:")
-            with _stoppable() as stop:
-                _, ended = _stream(self.base, self.conversation(self.asked), self.out, self.seed, stop)
-        except SftflowError as error:
-            note(f"error: {error}")
-            return
+        if self.base is None:
+            self.base = lineage_base(self.assistant)
+        note(f"{self.base.name}:")
+        with _stoppable() as stop:
+            _, ended = _stream(self.base, self.conversation(self.asked), self.out, self.seed, stop)
         if ended != "stop":
             note(CUT if ended == "length" else "[stopped]")
 
@@ -184,11 +180,7 @@ class TerminalChat:
             note("there is nothing to save yet")
         else:
             path = Path(name).expanduser()
-            try:
-                n_rows = append_row(path, row_of(self.systems, self.history))
-            except SftflowError as error:
-                note(f"error: {error}")
-                return
+            n_rows = append_row(path, row_of(self.systems, self.history))
             why = ["were cut"] if any(not m.weight for m in self.history) else []
             why += ["were made under another system prompt"] if len(set(self.systems)) > 1 else []
             no_weight = f" (replies that {' or '.join(why)} have weight 0)" if why else ""
@@ -279,9 +271,10 @@ def chat(
     read = keyboard() if read is None else read
     while True:
         try:
-            typed = read_message(read)
-            if not talk.take(typed):
+            if not talk.take(read_message(read)):
                 return
+        except SftflowError as error:
+            note(f"error: {error}")
         except EOFError:
             note("")
             return
