@@ -253,7 +253,7 @@ def child(python: str, side: str, job: dict[str, Any]) -> dict[str, Any]:
 
 def write_rows(source: Path, model: str, target: Path, max_length: int) -> int:
     """The data rendered with the checkpoint's own template; rows that are too long are left out on both sides."""
-    from sftflow.chat.schema import read_conversations
+    from sftflow.chat.data_files import read_conversations
     from sftflow.checkpoint import open_renderer, resolve
 
     renderer = open_renderer(resolve(model), "auto")

@@ -203,7 +203,9 @@ def test_evaluating_and_comparing(base: Any, run: Any, tmp_path: Path) -> None:
     low, high = result.interval
     assert result.n == 4 and 0 <= low <= result.score <= high <= 1 and len(result.rows) == 4
     assert "spelling" in str(evaluation) and "<table" in evaluation._repr_html_()
-    comparison = sf.compare(base, run.assistant, tasks=["spelling"], limit=4, out=tmp_path / "compare")
+    (tmp_path / "few.jsonl").write_text('{"prompt": "Hi"}\n')
+    few = {"limit": 4, "prompts": str(tmp_path / "few.jsonl")}
+    comparison = sf.compare(base, run.assistant, tasks=["spelling"], out=tmp_path / "compare", **few)
     task = comparison.tasks["spelling"]
     assert task.n == 4 and task.ci95[0] <= task.delta <= task.ci95[1]
     assert "spelling" in str(comparison) and "<iframe" in comparison._repr_html_()
@@ -219,7 +221,7 @@ def test_evaluating_and_comparing(base: Any, run: Any, tmp_path: Path) -> None:
         (lambda: sf.load("./nowhere"), "./nowhere: no such checkpoint directory"),
         (lambda: sf.task("speling"), "unknown task 'speling'; did you mean 'spelling'?"),
         (lambda: sf.task("spelling", limits=3), "limits: unknown key; did you mean 'limit'?"),
-        (lambda: sf.train(recipe={"mixture": [{"source": "spelling"}]}, stepz=3), "train.stepz: unknown key; did you mean"),
+        (lambda: sf.train(recipe={"mixture": [{"source": "spelling"}]}, stepz=3), "train.stepz: unknown key; did you"),
         (lambda: sf.mix(["nowhere.jsonl"], "builtin:tiny"), "nowhere.jsonl: no such file"),
         (lambda: sf.evaluate("builtin:tiny", ["spelin"]), "unknown task 'spelin'; did you mean 'spelling'?"),
         (lambda: sf.export("builtin:tiny", "merged", "x", type="q8_0"), "--type: a checkpoint directory holds no q8_0"),

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from helpers.outside import outside
+from helpers.report_data import HOSTILE, Page
 from sftflow.chat.token_rows import Token, TokenRow
 from sftflow.data.audit import Audit, audit, item_parts
 from sftflow.data.audit.lengths import length_edges, spread
@@ -561,6 +562,25 @@ def test_the_page_of_a_plain_ledger() -> None:
     ledger = example()[0]
     page = page_of(ledger)
     assert "<svg" not in page and "Overlap" not in page and "Invariants" not in page and "69 training rows" in page
+
+
+def test_nothing_of_a_mixture_acts_in_its_page() -> None:
+    ledger, found = example()
+    merged = found.into(ledger) | {"bad_rows": [HOSTILE], "data_sha256": HOSTILE}
+    merged["invariants"] = {HOSTILE: {"checked": 2, "failed": 1, "first": HOSTILE}}
+    merged["overlap"] = {name + HOSTILE: task for name, task in merged["overlap"].items()}
+    for s in merged["sources"]:
+        s |= {"name": HOSTILE, "dropped": 1, "dropped_why": {HOSTILE: 1}}
+        for repeated in s["duplicates"]["examples"] + s["near_duplicates"]["examples"]:
+            repeated |= {"places": [HOSTILE]} if "places" in repeated else {"place": HOSTILE, "of": HOSTILE}
+    for t in merged["overlap"].values():
+        t["sources"] = [{"name": HOSTILE, "items": 1, "share": 1.0}]
+        t["examples"] = [{"item": 0, "source": HOSTILE, "place": HOSTILE, "words": HOSTILE}]
+    html = page_of(merged, TokenRow(HOSTILE, (Token(3, HOSTILE, HOSTILE.encode("utf-8", "replace"), True),)))
+    page = Page(html)
+    assert not {tag for tag, _ in page.elements} & {"script", "img"}
+    assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
+    assert page.text.count("alert(1)") >= 20 and "\x00" not in html
 
 
 def test_histograms_hold_at_their_edges() -> None:

@@ -340,16 +340,11 @@ def test_windows_count_every_token_once(n: int, size: int, first: int) -> None:
     assert counted == list(range(first, n))
 
 
-def test_our_own_text_and_a_users(assistant: Assistant, tmp_path: Path) -> None:
+def test_our_own_text(assistant: Assistant) -> None:
     ours = plain_texts()
     assert len(ours) == 6 and all(t.isascii() and t.strip() for t in ours) and "\n\n\ndef report" in ours[-1]
     got = bits_per_byte(assistant, ours, window=64)
     assert got.bytes == sum(len(t) for t in ours) > 5000 and got.bpb > 3
-    own = tmp_path / "own.jsonl"
-    own.write_text('{"text": "One."}\n{"text": "Two."}\n')
-    assert plain_texts(own) == ["One.", "Two."]
-    with pytest.raises(DataError, match=r"absent\.txt: no such file"):
-        plain_texts(tmp_path / "absent.txt")
     assert bits_per_byte(assistant, []) == BitsPerByte(bytes=0, tokens=0, bpb=None)
     with pytest.raises(ContextError):
         bits_per_byte(assistant, ours, window=1)

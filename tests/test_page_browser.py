@@ -18,7 +18,8 @@ import pytest
 
 from helpers.chromium import Chromium, Page, skip_module_without_chromium
 from helpers.peer import Peer, serving
-from sftflow.chat.schema import parse_row, read_conversations
+from sftflow.chat.data_files import read_conversations
+from sftflow.chat.schema import parse_row
 from sftflow.checkpoint import open_renderer, resolve
 from sftflow.pretraining.pretrain import BaseSpec, build_model
 

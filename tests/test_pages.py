@@ -10,7 +10,7 @@ from jinja2 import UndefinedError
 from markupsafe import Markup
 from rich.text import Text
 
-from helpers.chromium import CHROMIUM, dom_of
+from helpers.chromium import dom_of, needs_chromium
 from helpers.report_data import HOSTILE, Page
 from sftflow.chat.token_rows import Token, TokenRow
 from sftflow.evaluation.results import EvalResult, Evaluation, ModelScores
@@ -71,7 +71,7 @@ onload = () => {
 };</script>"""  # fmt: skip
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+@needs_chromium
 def test_a_cells_style_stays_in_the_cell(tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text(PROBE % token_html([ROW]), encoding="utf-8")
     found = json.loads(dom_of(tmp_path / "page.html", tmp_path / "profile"))

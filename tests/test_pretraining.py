@@ -14,6 +14,7 @@ import torch
 from helpers.runs import Quiet, digest
 from helpers.runs import run as sftflow
 from sftflow.checkpoint import load_assistant
+from sftflow.data.documents import read_documents
 from sftflow.errors import CheckpointError, DataError
 from sftflow.pretraining.pretrain import BaseSpec, read_corpus, train_base
 from sftflow.runtime import Runtime
@@ -90,3 +91,11 @@ def test_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(DataError, match="no text in it"):
         train(tmp_path / "empty.txt", tmp_path / "base")
+
+
+def test_the_documents_of_a_file(tmp_path: Path) -> None:
+    own = tmp_path / "own.jsonl"
+    own.write_text('{"text": "One."}\n{"text": "Two."}\n')
+    assert list(read_documents(own)) == ["One.", "Two."]
+    with pytest.raises(DataError, match=r"absent\.txt: no such file"):
+        list(read_documents(tmp_path / "absent.txt"))

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from sftflow.chat.schema import parse_row, read_conversations
+from sftflow.chat.data_files import read_conversations
+from sftflow.chat.schema import parse_row
 from sftflow.errors import DataError, SchemaError
 
 SAME: list[Any] = [

@@ -19,7 +19,8 @@ from typing import Any
 
 import pytest
 
-from sftflow.chat.schema import Conversation, Message, Part, read_conversations, text_message
+from sftflow.chat.data_files import read_conversations
+from sftflow.chat.schema import Conversation, Message, Part, text_message
 from sftflow.checkpoint import Assistant, load_assistant, save
 from sftflow.errors import DataError
 from sftflow.generation.request import Delta, GenerationRequest, Reply

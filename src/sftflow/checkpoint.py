@@ -6,11 +6,12 @@ hub id.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import errno
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from sftflow.chat.schema import Conversation
 from sftflow.errors import CheckpointError, RunError, first_line
 from sftflow.fingerprint import format_fingerprint
 from sftflow.gguf.vocabulary import as_llama_cpp_splits
+from sftflow.gguf.writer import FORMAT
 from sftflow.rounding import round_bf16
 
 if TYPE_CHECKING:
@@ -214,7 +216,7 @@ def load_info(location: Location) -> dict[str, Any]:
     if location.gguf:
         with _named_errors(location):
             own = gguf.fields(location.file)
-        return {"format": own[gguf.FORMAT]} if own else {}
+        return {"format": own[FORMAT]} if own else {}
     path = Path(location.path) / "sftflow.json"
     return read_record(path, COPY_AGAIN) if path.is_file() else {}
 
@@ -252,27 +254,20 @@ def load_model(location: Location) -> tuple[Any, dict[str, Any]]:
     return model.float(), info
 
 
-class _named_errors:
+@contextlib.contextmanager
+def _named_errors(location: Location) -> Iterator[None]:
     """Turn the loading libraries' errors into one line that names the checkpoint."""
-
-    def __init__(self, location: Location) -> None:
-        self.location = location
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if not isinstance(error, Exception) or isinstance(error, (CheckpointError, MemoryError)):
-            return
-        if self.location.gguf and (isinstance(error, ImportError) or "pip install" in str(error)):
-            raise CheckpointError(
-                self.location.name,
-                "reading .gguf needs the packages gguf and accelerate",
-                "pip install 'sftflow[gguf]'",
-            ) from error
-        remedy = "check the id and the network" if self.location.is_hub else "check that the files are whole"
-        raise CheckpointError(
-            self.location.name, f"cannot be loaded ({type(error).__name__}: {first_line(error)})", remedy
-        ) from error
+    try:
+        yield
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:  # of many kinds
+        if location.gguf and (isinstance(error, ImportError) or "pip install" in str(error)):
+            fact = "reading .gguf needs the packages gguf and accelerate"
+            raise CheckpointError(location.name, fact, "pip install 'sftflow[gguf]'") from error
+        remedy = "check the id and the network" if location.is_hub else "check that the files are whole"
+        fact = f"cannot be loaded ({type(error).__name__}: {first_line(error)})"
+        raise CheckpointError(location.name, fact, remedy) from error
 
 
 def require_finite_weights(model: Any, name: str, remedy: str = "give another checkpoint, or copy it again") -> None:
@@ -366,15 +361,7 @@ def _stored(weight: Any, dtype: Any) -> Any:
     return weight.detach().to(dtype)
 
 
-def save(
-    target: Path,
-    model: Any,
-    tokenizer: Any,
-    renderer: Renderer,
-    *,
-    dtype: Any,
-    meta: dict[str, Any],
-) -> None:
+def save(target: Path, model: Any, tokenizer: Any, renderer: Renderer, *, dtype: Any, meta: dict[str, Any]) -> None:
     """Write a checkpoint directory, whole or not at all.
 
     It loads with AutoModelForCausalLM, carries the chat template, and stops at the end-of-turn token by its

@@ -55,6 +55,14 @@ class LrScale(_Frozen):
 
 
 class Train(_Frozen):
+    """How to train; the trainer takes this model itself, so an option is a field here and its use there.
+
+    tokens_per_step: slots of the packed rows of one optimizer step.   micro_tokens: of them so many at once on the
+    device, the rest is accumulated.   epochs, steps: the smaller wins.   clip: bound of the gradient's norm, 0: none.
+    schedule: see `lr_factor`.   overlong: what becomes of conversations longer than max_length.   keep: saved states.
+    share_prefixes: equal beginnings in a step are computed once.   warm_start: take over the base's optimizer state.
+    """
+
     out: str = "runs/sft"
     max_length: Annotated[int, Field(ge=8)] = 512
     tokens_per_step: Annotated[int, Field(gt=0)] = 8192

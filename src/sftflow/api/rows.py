@@ -16,8 +16,9 @@ from sftflow import checkpoint
 from sftflow.api.shared import ModelLike, quiet
 from sftflow.atomic_io import write_text
 from sftflow.chat import template_options
+from sftflow.chat.data_files import read_rows
 from sftflow.chat.render import Renderer
-from sftflow.chat.schema import Conversation, parse_row, read_rows, text_message
+from sftflow.chat.schema import Conversation, parse_row, text_message
 from sftflow.chat.token_rows import TokenRow, token_row
 from sftflow.data.row_cache import cache_folder
 from sftflow.errors import DataError, MaskError, RecipeError, SftflowError

@@ -1,5 +1,6 @@
 """From a row to ids and a loss mask, in the order in which one conversation passes through.
 
+data_files.py        files and hub data sets: rows with their places
 schema.py            the canonical conversation, and the dialects that are normalised into it
 format.py            chat formats: a checkpoint's own template, a built-in one (formats/), a .jinja file
 template.py          the format's Jinja template: messages -> text

@@ -53,14 +53,7 @@ PYTHON = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_en
 
 BUILTIN: dict[str, dict[str, Any]] = {
     "sftflow": {
-        "tokens": (
-            "<|bos|>",
-            "<|user_start|>",
-            "<|user_end|>",
-            "<|assistant_start|>",
-            "<|assistant_end|>",
-            *PYTHON,
-        ),
+        "tokens": ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>", *PYTHON),
         "python": PYTHON,
         "end": "<|assistant_end|>",
     },

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from sftflow.errors import DataError, SchemaError
@@ -131,18 +129,18 @@ def _parts(content: Any, place: str) -> tuple[Part, ...]:
     if isinstance(content, str):
         return (Part("text", content),)
     if not isinstance(content, list):
-        raise SchemaError(place, f"content is {_kind(content)}", "make it a string or a list of parts")
+        raise SchemaError(place, f"content is {kind_of(content)}", "make it a string or a list of parts")
     parts = []
     for number, part in enumerate(content):
         where = f"{place}.content[{number}]"
         if not isinstance(part, dict):
-            raise SchemaError(where, f"a part is {_kind(part)}", 'write {"type": "text", "text": ...}')
+            raise SchemaError(where, f"a part is {kind_of(part)}", 'write {"type": "text", "text": ...}')
         kind = part.get("type")
         if kind not in PART_KINDS:
             raise SchemaError(where, f"part type {kind!r} is not known", f"use one of {', '.join(PART_KINDS)}")
         text = part.get("text", part.get("value"))
         if not isinstance(text, str):
-            raise SchemaError(where, f"its text is {_kind(text)}", "make it a string")
+            raise SchemaError(where, f"its text is {kind_of(text)}", "make it a string")
         unknown = set(part) - {"type", "text", "value"}
         if unknown:
             raise SchemaError(where, f"unknown key {sorted(unknown)[0]!r}", "keep only type and text")
@@ -150,7 +148,8 @@ def _parts(content: Any, place: str) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in words: "an object", "a list", "null" ..."""
     if value is None:
         return "null"
     return {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}.get(type(value), "a number")
@@ -159,7 +158,7 @@ def _kind(value: Any) -> str:
 def parse_message(raw: Any, place: str) -> Message:
     """Validate one message. Raises SchemaError that names the place inside the row."""
     if not isinstance(raw, dict):
-        raise SchemaError(place, f"a message is {_kind(raw)}", "make it an object with role and content")
+        raise SchemaError(place, f"a message is {kind_of(raw)}", "make it an object with role and content")
     unknown = sorted(set(raw) - MESSAGE_KEYS)
     if unknown:
         raise SchemaError(
@@ -171,7 +170,7 @@ def parse_message(raw: Any, place: str) -> Message:
         raise SchemaError(place, fact, f"use one of {', '.join(ROLES)}")
     for key in ("tool_call_id", "name", "reasoning_content"):
         if raw.get(key) is not None and not isinstance(raw[key], str):
-            raise SchemaError(f"{place}.{key}", f"it is {_kind(raw[key])}", "make it a string")
+            raise SchemaError(f"{place}.{key}", f"it is {kind_of(raw[key])}", "make it a string")
     calls = raw.get("tool_calls") or []
     if not isinstance(calls, list) or not all(isinstance(c, dict) for c in calls):
         raise SchemaError(f"{place}.tool_calls", "not a list of objects", "see the OpenAI chat shape")
@@ -210,7 +209,7 @@ def _side(value: Any, role: str, place: str) -> list[Any]:
         return [{"role": role, "content": value}]
     if isinstance(value, list):
         return value
-    raise SchemaError(place, f"it is {_kind(value)}", "make it a text or a list of messages")
+    raise SchemaError(place, f"it is {kind_of(value)}", "make it a text or a list of messages")
 
 
 def _sharegpt(raw: Any, place: str) -> dict[str, Any]:
@@ -231,46 +230,47 @@ def _sharegpt(raw: Any, place: str) -> dict[str, Any]:
     return out
 
 
+def _dialect(row: Any, place: str) -> tuple[Any, tuple[str, ...]]:
+    """(the row's messages in the canonical shape, not yet validated; the keys that were read)."""
+    if isinstance(row, list):
+        return row, ()
+    if not isinstance(row, dict):
+        raise SchemaError(place, f"a row is {kind_of(row)}", "make it an object with messages")
+    if "messages" in row:
+        return row["messages"], ("messages", "tools")
+    if "prompt" in row and "completion" in row:
+        prompt = _side(row["prompt"], "user", f"{place}.prompt")
+        completion = _side(row["completion"], "assistant", f"{place}.completion")
+        return [*prompt, *completion], ("prompt", "completion", "tools")
+    if "instruction" in row and "output" in row:
+        for key in ("instruction", "output"):
+            if not isinstance(row[key], str):
+                raise SchemaError(f"{place}.{key}", f"it is {kind_of(row[key])}", "make it a string")
+        extra = row.get("input")
+        asked = row["instruction"] if not extra else f"{row['instruction']}\n\n{extra}"
+        exchange = [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
+        return exchange, ("instruction", "input", "output")
+    if "conversations" in row:
+        turns = row["conversations"]
+        if not isinstance(turns, list):
+            raise SchemaError(f"{place}.conversations", f"it is {kind_of(turns)}", "make it a list of turns")
+        raw = [_sharegpt(turn, f"{place}.conversations[{i}]") for i, turn in enumerate(turns)]
+        system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+        return [*system, *raw], ("conversations", "tools", "system")
+    keys = ", ".join(map(repr, list(row)[:4])) or "none"
+    raise SchemaError(place, f"no known dialect (keys: {keys})", "give messages, or prompt and completion")
+
+
 def parse_row(row: Any, place: str) -> Conversation:
     """One row of any accepted dialect -> the canonical conversation.
 
     >>> parse_row({"prompt": "hi", "completion": "yo"}, "x:1").messages[1].text
     'yo'
     """
-    meta: dict[str, Any] = {}
-    tools: Any = []
-    if isinstance(row, list):
-        raw = row
-    elif not isinstance(row, dict):
-        raise SchemaError(place, f"a row is {_kind(row)}", "make it an object with messages")
-    elif "messages" in row:
-        raw, tools = row["messages"], row.get("tools") or []
-        meta = {k: v for k, v in row.items() if k not in ("messages", "tools")}
-    elif "prompt" in row and "completion" in row:
-        raw = _side(row["prompt"], "user", f"{place}.prompt")
-        raw = [*raw, *_side(row["completion"], "assistant", f"{place}.completion")]
-        tools = row.get("tools") or []
-        meta = {k: v for k, v in row.items() if k not in ("prompt", "completion", "tools")}
-    elif "instruction" in row and "output" in row:
-        for key in ("instruction", "output"):
-            if not isinstance(row[key], str):
-                raise SchemaError(f"{place}.{key}", f"it is {_kind(row[key])}", "make it a string")
-        extra = row.get("input")
-        ask = row["instruction"] if not extra else f"{row['instruction']}\n\n{extra}"
-        raw = [{"role": "user", "content": ask}, {"role": "assistant", "content": row["output"]}]
-        meta = {k: v for k, v in row.items() if k not in ("instruction", "input", "output")}
-    elif "conversations" in row:
-        turns = row["conversations"]
-        if not isinstance(turns, list):
-            raise SchemaError(f"{place}.conversations", f"it is {_kind(turns)}", "make it a list of turns")
-        raw = [_sharegpt(turn, f"{place}.conversations[{i}]") for i, turn in enumerate(turns)]
-        if row.get("system"):
-            raw.insert(0, {"role": "system", "content": row["system"]})
-        tools = row.get("tools") or []
-        meta = {k: v for k, v in row.items() if k not in ("conversations", "tools", "system")}
-    else:
-        keys = ", ".join(map(repr, list(row)[:4])) or "none"
-        raise SchemaError(place, f"no known dialect (keys: {keys})", "give messages, or prompt and completion")
+    raw, used = _dialect(row, place)
+    fields = row if isinstance(row, dict) else {}
+    meta = {key: value for key, value in fields.items() if key not in used}
+    tools: Any = (fields.get("tools") or []) if "tools" in used else []
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
@@ -302,74 +302,3 @@ def parse_line(line: bytes, place: str) -> Any:
         raise DataError(place, f"not JSON ({error})", "fix or remove the line") from None
     except RecursionError:
         raise DataError(place, "JSON nested too deeply", "remove the line") from None
-
-
-def read_lines(name: str) -> Iterator[tuple[int, bytes]]:
-    """(line number, bytes) of the lines of a file that are not blank. Raises DataError where it cannot be read."""
-    path = Path(name)
-    if not path.is_file():
-        raise DataError(name, "no such file", "check the path; a hub data set is written hub:OWNER/NAME")
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield number, line
-    except OSError as error:
-        raise DataError(name, f"cannot be read ({error.strerror or error})", "check the file") from None
-
-
-def read_rows(source: str | Path) -> Iterator[tuple[str, Any]]:
-    """(place, raw row) of a .jsonl, .json or .parquet file, or of a hub data set `hub:NAME[:SPLIT]`.
-
-    Raises DataError naming the file and line where a row cannot be read.
-    """
-    name = str(source)
-    if name.startswith("hub:"):
-        yield from _read_hub(name)
-        return
-    path = Path(source)
-    if not path.is_file():
-        raise DataError(name, "no such file", "check the path; a hub data set is written hub:OWNER/NAME")
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet as pq
-
-            number = 0
-            for batch in pq.ParquetFile(path).iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{name}:{number}", {k: v for k, v in row.items() if v is not None}
-        elif path.suffix == ".json":
-            rows = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(rows, list):
-                raise DataError(name, f"the file holds {_kind(rows)}", "make it a list of rows, or use .jsonl")
-            for number, row in enumerate(rows, 1):
-                yield f"{name}:{number}", row
-        else:
-            for number, line in read_lines(name):
-                yield f"{name}:{number}", parse_line(line, f"{name}:{number}")
-    except UnicodeDecodeError as error:
-        raise DataError(name, f"not UTF-8 text ({error.reason} at byte {error.start})", "convert it") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{name}:{error.lineno}", f"not JSON ({error.msg})", "fix it") from None
-    except OSError as error:
-        raise DataError(name, f"cannot be read ({error.strerror or error})", "check the file") from None
-
-
-def _read_hub(name: str) -> Iterator[tuple[str, Any]]:
-    import datasets
-
-    _, _, rest = name.partition(":")
-    hub_id, _, split = rest.partition(":")
-    try:
-        data = datasets.load_dataset(hub_id, split=split or "train", streaming=True)
-    except Exception as error:  # the library raises many kinds, from HTTP errors to its own
-        raise DataError(name, f"cannot be loaded ({type(error).__name__}: {error})", "check id and network") from None
-    for number, row in enumerate(data, 1):
-        yield f"{name}:{number}", dict(row)
-
-
-def read_conversations(source: str | Path) -> Iterator[Conversation]:
-    """Every row of a data file as a Conversation. Raises SchemaError or DataError at the first bad one."""
-    for place, row in read_rows(source):
-        yield parse_row(row, place)

@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sftflow import __version__
 from sftflow.atomic_io import write_json
 from sftflow.checkpoint import Assistant
 from sftflow.comparison.judge import JudgeResult, ReplyPair, check_judge, judge_pairs
@@ -83,15 +83,13 @@ def compare_models(
     *,
     run_directory: Path | None = None,
     options: CompareOptions = CompareOptions(),
-    plain_text: Path | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Comparison:
     """Compare, and write compare.json, eval.json and a row an item into `out`, where one is given.
 
     run_directory: of the SFT model's training, for ledger, losses and the overlap of the tasks with its rows.
-    options: its judge; the prompts are those given.   plain_text: what forgetting is measured on, instead of the text
-    that comes with the package.
+    options: its judge; the prompts are those given.
     """
     began = time.perf_counter()
     for assistant in (base, sft):
@@ -103,7 +101,7 @@ def compare_models(
     replies, checks = _prompts_and_checks(base, sft, prompts, results, steps)
     say("held-out loss, forgetting, overlap with the training rows")
     comparison = Comparison(
-        version=__version__,
+        version=version("sftflow"),
         kind=kind_of(base),
         names=Both(base.name, sft.name),
         tasks=task_comparisons(results, overlap_with_training(runs, sft, run_directory)),
@@ -112,7 +110,7 @@ def compare_models(
         prompts=replies,
         hygiene=checks,
         held_out_loss=held_out_comparison(base, sft, run_directory),
-        forgetting=forgetting(base, sft, plain_text),
+        forgetting=forgetting(base, sft),
         settings=_settings(sft, runs),
         fingerprints=_fingerprints(base, sft, runs),
         judge=None,

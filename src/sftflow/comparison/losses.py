@@ -44,15 +44,14 @@ def overlap_with_training(
     return {r.name: NotChecked(not_checked=why) for r in runs}
 
 
-def forgetting(base: Assistant, sft: Assistant, file: Path | None) -> Forgetting:
-    """Bits per byte before and after: what SFT made the model forget of reading. file: plain text; None: our sample."""
-    texts = plain_texts(file)
+def forgetting(base: Assistant, sft: Assistant) -> Forgetting:
+    """Bits per byte of plain text before and after: what SFT made the model forget of reading."""
+    texts = plain_texts()
     try:
         before, after = bits_per_byte(base, texts), bits_per_byte(sft, texts)
     except SftflowError as error:
         return Forgetting(text="", bytes=0, base=None, sft=None, not_checked=_why(error))
-    text = file.name if file else "the package's own sample"
-    return Forgetting(text=text, bytes=after.bytes, base=before.bpb, sft=after.bpb)
+    return Forgetting(text="the package's own sample", bytes=after.bytes, base=before.bpb, sft=after.bpb)
 
 
 def _why(error: SftflowError) -> str:

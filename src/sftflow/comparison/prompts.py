@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sftflow.chat.schema import Conversation, parse_row, read_rows
+from sftflow.chat.data_files import read_rows
+from sftflow.chat.schema import Conversation, parse_row
 from sftflow.errors import DataError
 
 VERSION = 2

@@ -1,21 +1,19 @@
 """Where rendered rows are kept, and under which name.
 
-key = hash of (data, tokenizer, format, what the recipe asks, this code)
+key = hash of (data, tokenizer, format, what the recipe asks, the code of RENDERED_ROWS)
 $SFTFLOW_CACHE/rows/KEY/    default ~/.cache/sftflow; SFTFLOW_CACHE=off keeps nothing
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
 
 from sftflow.atomic_io import sha256_file
 from sftflow.data.render_pool import Job
-from sftflow.fingerprint import RENDERED_ROWS, code_hash
+from sftflow.fingerprint import RENDERED_ROWS, code_hash, hash_json
 from sftflow.recipe import Recipe, SourceEntry
 from sftflow.tasks import TASKS
 
@@ -54,7 +52,7 @@ def cache_key(entry: SourceEntry, recipe: Recipe, job: Job) -> str | None:
         job.max_length,
         job.overlong,
         job.on_bad_row,
-        hashlib.sha256(job.spec.tokenizer.encode()).hexdigest(),
+        job.spec.tokenizer,
         job.spec.names,
         job.spec.eos,
         chat_format.template,
@@ -63,7 +61,7 @@ def cache_key(entry: SourceEntry, recipe: Recipe, job: Job) -> str | None:
         code_hash(RENDERED_ROWS),
         RENDERED_ROWS.versions(),
     ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return hash_json(parts)
 
 
 def prune(folder: Path, keep: Path) -> None:

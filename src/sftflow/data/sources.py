@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from sftflow.chat.schema import Conversation, conversation_of, read_lines, read_rows
+from sftflow.chat.data_files import read_lines, read_rows
+from sftflow.chat.schema import Conversation, conversation_of
 from sftflow.data.render_pool import NumberedRow
 from sftflow.errors import DataError, SftflowError
 from sftflow.recipe import Recipe, SourceEntry

@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 from sftflow.chat.render import Rendered, Renderer
 from sftflow.chat.schema import ROLES, Conversation
 from sftflow.checkpoint import Assistant
-from sftflow.data.documents import read_documents
 from sftflow.data.run_rows import read_held_out
 from sftflow.errors import ContextError, FormatError, MaskError
 from sftflow.evaluation.token_loss import Float, token_losses
@@ -160,11 +159,8 @@ def held_out_loss(assistant: Assistant, conversations: Sequence[tuple[str, Conve
 # ---- plain text
 
 
-def plain_texts(path: Path | None = None) -> list[str]:
-    """The documents of a user's file (.txt, or .jsonl with `text`); of ours where there is none, which three blank
-    lines keep apart."""
-    if path is not None:
-        return list(read_documents(path))
+def plain_texts() -> list[str]:
+    """The documents of the package's own sample, which three blank lines keep apart."""
     return [text.strip() + "\n" for text in PLAIN_TEXT.read_text(encoding="utf-8").split("\n\n\n\n")]
 
 

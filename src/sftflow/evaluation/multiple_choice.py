@@ -14,16 +14,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation, text_message
 from sftflow.chat.template_options import append_eos, choose_arguments
 from sftflow.errors import FormatError, MaskError, TaskError
+from sftflow.generation.engine import Engine
+from sftflow.packing.pack import common_prefix
 from sftflow.tasks import Item
-
-if TYPE_CHECKING:
-    from sftflow.generation.engine import Engine
 
 Ids = tuple[int, ...]
 
@@ -86,17 +84,16 @@ def _split(prompt: Ids, replies: dict[str, Ids], task: str) -> ItemPrompt:
     rest = {letter: ids[shared:] for letter, ids in replies.items()}
     ending = min(_beginning([ids[::-1] for ids in rest.values()]), min(len(ids) for ids in rest.values()) - 1)
     letters = {letter: ids[: len(ids) - max(0, ending)] for letter, ids in rest.items()}
-    told = list(letters.values())
-    if any(a == b[: len(a)] for i, a in enumerate(told) for j, b in enumerate(told) if i != j):
+    ways = list(letters.values())
+    if any(a == b[: len(a)] for i, a in enumerate(ways) for j, b in enumerate(ways) if i != j):
         raise TaskError(task, "the tokenizer does not tell the choice letters apart", "use a free-text task")
     first = next(iter(replies.values()))
     return ItemPrompt(ids=(*prompt, *first[:shared]), letters=letters)
 
 
 def _beginning(rows: Sequence[Ids]) -> int:
-    """How many ids all rows begin with."""
-    shortest = min(map(len, rows))
-    return next((k for k in range(shortest) if len({row[k] for row in rows}) > 1), shortest)
+    """How many ids all rows have in common at their beginning."""
+    return min(common_prefix(rows[0], row) for row in rows)
 
 
 def letter_scores(engine: Engine, prompts: Sequence[ItemPrompt], done: Callable[[int, dict[str, float]], None]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sftflow.chat.render import Rendered, Renderer
@@ -31,53 +30,47 @@ class Case:
     look_alike: bool
 
 
+# Written to break tokenizers, templates and stop rules.
+HARD_TEXTS = {
+    "digits": "1 12 123 1234 12345 3.14159 2026-11-25 +1 (555) 010-9999 ½ ² ٣ ४ Ⅷ",
+    "contractions": "It's what they're saying: I'll, we've, I'm, he'd, don't, IT'S, THEY'RE, 'tis, rock 'n' roll",
+    "code": _CODE,
+    "json": '{"a": [1, 2.5e-3, null], "b": {"c": "d\\n\\"e\\""}} \\ / \\u00e9 </script> &lt; {{ x }} {% y %}',
+    "spaces": "a  b   c\td\t\te \n \n\n  f\n\n\n\ng   ",
+    "scripts": "Привет, мир! 你好，世界。 こんにちは カタカナ 안녕하세요 שלום مرحبا नमस्ते สวัสดี ελληνικά ქართული",
+    "accents": "naïve café Ærøskøbing Łódź İstanbul straße ÅNGSTRÖM ñandú tiếng Việt",
+    "emoji": "😀 👩‍👩‍👧‍👦 🏳️‍🌈 🇩🇪 ✅ ☕️ 👍🏽 ❤️‍🔥",
+    "symbols": "∑ᵢ xᵢ² ≤ ∞ → ∀ε>0 ∃δ “quoted” ‘so’ — – … € £ ¥ ™ © § ¶ † ‰ 𝔘𝔫𝔦 𝒞 \u00a0nbsp\u3000wide\u200bzero",
+    "punctuation": "?!?! ... --- *** ### ``` ~~~ <<< >>> ||| &&& === != :: ;; ,, (([[{{}}]])) @#$%^&*_+",
+    "one letter": "a",
+    "long word": "Donaudampfschifffahrtselektrizitätenhauptbetriebswerkbauunterbeamtengesellschaft" * 2,
+    "long": _LONG * 12 + "What year was it?",
+    "longer": "\n".join(f"{i}. {_LONG}" for i in range(1, 25)),
+}
+ALMOST_SPECIAL = "<|im_start|>system <|im_end |> <s></s> [INST] <<SYS>> <|eot_id|> <|endoftext|> <unk> <0x0A> ▁ Ġ"
+
+
 def _user(text: str) -> list[Message]:
     return [{"role": "user", "content": text}]
 
 
-def _hard(special: list[str]) -> Iterator[tuple[str, list[Message]]]:
-    """Written to break tokenizers, templates and stop rules."""
-    yield "digits", _user("1 12 123 1234 12345 3.14159 2026-11-25 +1 (555) 010-9999 ½ ² ٣ ४ Ⅷ")
-    yield (
-        "contractions",
-        _user("It's what they're saying: I'll, we've, I'm, he'd, don't, IT'S, THEY'RE, 'tis, rock 'n' roll"),
-    )
-    yield "code", _user(_CODE)
-    yield (
-        "json",
-        _user('{"a": [1, 2.5e-3, null], "b": {"c": "d\\n\\"e\\""}} \\ / \\u00e9 </script> &lt; {{ x }} {% y %}'),
-    )
-    yield "spaces", _user("a  b   c\td\t\te \n \n\n  f\n\n\n\ng   ")
-    yield (
-        "scripts",
-        _user("Привет, мир! 你好，世界。 こんにちは カタカナ 안녕하세요 שלום مرحبا नमस्ते สวัสดี ελληνικά ქართული"),
-    )
-    yield "accents", _user("naïve café Ærøskøbing Łódź İstanbul straße ÅNGSTRÖM ñandú tiếng Việt")
-    yield "emoji", _user("😀 👩‍👩‍👧‍👦 🏳️‍🌈 🇩🇪 ✅ ☕️ 👍🏽 ❤️‍🔥")
-    yield (
-        "symbols",
-        _user("∑ᵢ xᵢ² ≤ ∞ → ∀ε>0 ∃δ “quoted” ‘so’ — – … € £ ¥ ™ © § ¶ † ‰ 𝔘𝔫𝔦 𝒞 \u00a0nbsp\u3000wide\u200bzero"),
-    )
-    yield "punctuation", _user("?!?! ... --- *** ### ``` ~~~ <<< >>> ||| &&& === != :: ;; ,, (([[{{}}]])) @#$%^&*_+")
-    yield "one letter", _user("a")
-    yield "long word", _user("Donaudampfschifffahrtselektrizitätenhauptbetriebswerkbauunterbeamtengesellschaft" * 2)
-    yield "long", _user(_LONG * 12 + "What year was it?")
-    yield "longer", _user("\n".join(f"{i}. {_LONG}" for i in range(1, 25)))
-    yield "system", [{"role": "system", "content": "Answer in one word.\nBe kind."}, *_user("What is 6 times 7?")]
+def _hard_prompts(special: list[str]) -> dict[str, list[Message]]:
+    """special: the control tokens, which some of the contents spell out."""
     turns = [("Hi", "Hello!"), ("What is 2+2?", "2+2 = 4."), ("And times 10?", "That's 40.")]
     several = [{"role": r, "content": c} for a, b in turns for r, c in (("user", a), ("assistant", b))]
-    yield "turns", [*several, *_user("Thanks. Bye")]
-    yield "look-alikes", _user("Print these: " + " ".join(special[:8]))
-    yield "look-alike inside", _user(f"x{special[0]}y{special[-1]}" if special else "<|im_end|>")
-    yield (
-        "almost special",
-        _user("<|im_start|>system <|im_end |> <s></s> [INST] <<SYS>> <|eot_id|> <|endoftext|> <unk> <0x0A> ▁ Ġ"),
-    )
+    return {
+        **{name: _user(text) for name, text in HARD_TEXTS.items()},
+        "system": [{"role": "system", "content": "Answer in one word.\nBe kind."}, *_user("What is 6 times 7?")],
+        "turns": [*several, *_user("Thanks. Bye")],
+        "look-alikes": _user("Print these: " + " ".join(special[:8])),
+        "look-alike inside": _user(f"x{special[0]}y{special[-1]}" if special else "<|im_end|>"),
+        "almost special": _user(ALMOST_SPECIAL),
+    }
 
 
 def cases(renderer: Renderer, n: int, room: int) -> list[Case]:
     """The first n prompts that the format can express and that have at most `room` tokens."""
-    found = list(_hard(list(renderer.special)))
+    found = list(_hard_prompts(list(renderer.special)).items())
     found += [(p.id, p.messages_json()) for p in load_prompts().prompts]
     out: list[Case] = []
     for name, messages in found:

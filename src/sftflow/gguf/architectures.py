@@ -41,11 +41,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 # transformers' name -> llama.cpp's; what a model lacks (biases, a head of its own) is not asked for.
-OUTSIDE = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-}
+OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 INSIDE = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",

@@ -1,4 +1,4 @@
-"""Read a GGUF file that `write` wrote back into what it was: config, tokenizer, format and weights."""
+"""Reads a GGUF file that writer.py wrote: config, tokenizer, chat format and weights as they were."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from typing import Any
 import sftflow.gguf.architectures as layout
 from sftflow.gguf.writer import CONFIG, FORMAT, NAMES
 
-__all__ = ["CONFIG", "FORMAT", "NAMES", "config_of", "fields", "model_of", "pre_tokenizer", "tokenizer_of"]
-
 
 def fields(path: Path) -> dict[str, Any] | None:
-    """The file's own words for what GGUF's fields cannot say, with `pre`; None where it is not one of ours.
+    """What writer.py stores besides GGUF's usual fields, so that nothing is lost; None where another program wrote the
+    file.
 
     {"sftflow.config": {...}, "sftflow.format": {...}, "sftflow.special_tokens": {...},
      "tokenizer.huggingface.json": "...", "tokenizer.chat_template": "..."}
 
-    Raises ValueError where it has only some of them: another program has changed it.
+    Raises ValueError where some of these are missing: another program has changed the file.
     """
     import gguf
 

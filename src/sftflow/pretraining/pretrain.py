@@ -159,7 +159,8 @@ def token_stream(tokenizer: Any, documents: Sequence[str], limit: int | None = N
 def rows_of(stream: NDArray[np.uint16], length: int) -> list[Example]:
     """Rows of `length` tokens cut from one long stream; every token is supervised."""
     rows: Any = stream[: len(stream) // length * length].reshape(-1, length)
-    return [Example(ids=row, mask=np.ones(length, np.int8)) for row in rows]
+    mask = np.ones(length, np.int8)
+    return [Example(ids=row, mask=mask) for row in rows]
 
 
 def bits_per_byte(trainer: Trainer, tokenizer: Any, documents: Sequence[str]) -> float:

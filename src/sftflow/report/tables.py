@@ -85,7 +85,7 @@ def ledger_table(ledger: Mapping[str, Any]) -> Table:
         return [f"{s['rows']:,}", repeat, f"{tokens:,}", f"{supervised:,}", f"{share:.0%}"]
 
     for s in ledger["sources"]:
-        lost = (s["cut"], s["dropped"], s.get("validation_rows", 0))
+        lost = (s["cut"], s["dropped"], s["validation_rows"])
         table.add_row(Text(s["name"]), *counts(s, f"x{s['repeat']}"), *map(str, lost))
     table.add_section()
     table.add_row("all", *counts(ledger, ""))
@@ -130,5 +130,5 @@ def _invariants(ledger: Mapping[str, Any]) -> Table:
     for name, i in ledger["invariants"].items():
         colour = "red" if i["failed"] else "green" if i["checked"] else "yellow"
         failed = Text(f"{i['failed']:,}", colour)
-        table.add_row(Text(name), f"{i['checked']:,}", failed, Text(i.get("first") or ""))
+        table.add_row(Text(name), f"{i['checked']:,}", failed, Text(i["first"] or ""))
     return table

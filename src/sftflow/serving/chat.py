@@ -54,7 +54,8 @@ class ChatChoice:
         self._tokens += [t for t in delta.tokens if t.id not in self._model.control_ids]
         pieces: list[str | Call] = [delta.text] if delta.text else []
         if self._reader is not None:
-            pieces = joined(self._reader.feed(delta.text) + (self._reader.flush() if delta.reply is not None else []))
+            ends = delta.reply is not None
+            pieces = joined(self._reader.feed(delta.text) + (self._reader.flush() if ends else []))
         chunks = [
             self._chunk({"content": piece} if isinstance(piece, str) else {"tool_calls": [self._call(piece)]})
             for piece in pieces

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 
 from sftflow.calculator import calculate
 from sftflow.chat.schema import Conversation, Part
-from sftflow.tasks.task import Item, Task, ask, last_number
+from sftflow.tasks.task import Item, Task, ask, is_test_case, last_number, make_item
 
 QUESTIONS = (
     "What is {a} {op} {b}?",
@@ -18,19 +17,11 @@ QUESTIONS = (
     "{a} {op} {b} = ?",
 )
 WORDED = {
-    "+": (
-        "Add {a} and {b}.",
-        "What is {a} plus {b}?",
-        "I have {a} apples and get {b} more. How many do I have?",
-    ),
+    "+": ("Add {a} and {b}.", "What is {a} plus {b}?", "I have {a} apples and get {b} more. How many do I have?"),
     "-": ("What is {a} minus {b}?", "I have {a} coins and lose {b}. How many coins are left?"),
     "*": ("Multiply {a} by {b}.", "What is {a} times {b}?", "There are {a} boxes with {b} pens each. How many pens?"),
     "/": ("Divide {a} by {b}.", "What is {a} divided by {b}?"),
 }
-
-
-def _is_test(a: int, op: str, b: int) -> bool:
-    return hashlib.sha256(f"{a}{op}{b}".encode()).digest()[0] % 8 == 0
 
 
 class Arithmetic(Task):
@@ -53,9 +44,9 @@ class Arithmetic(Task):
                 a = b * rng.randint(2, 40)
             if op == "-" and b > a:
                 a, b = b, a
-            if _is_test(a, op, b) != (split != "train"):
-                continue
             expression = f"{a}{op}{b}"
+            if is_test_case(expression, 8) != (split != "train"):
+                continue
             result = calculate(expression)
             assert result is not None, expression
             template = rng.choice(QUESTIONS if rng.random() < 0.6 else WORDED[op])
@@ -65,17 +56,17 @@ class Arithmetic(Task):
     def conversations(self, split: str = "train") -> list[Conversation]:
         return [
             ask(
-                question,
+                asked,
                 [Part("python", expression), Part("python_output", result), Part("text", f"The answer is {result}.")],
                 f"{self.name}:{number}",
             )
-            for number, (question, expression, result) in enumerate(self._cases(split, self.source.limit or 3000), 1)
+            for number, (asked, expression, result) in enumerate(self._cases(split, self.source.limit or 3000), 1)
         ]
 
     def items(self, split: str = "test") -> list[Item]:
         return [
-            Item(id=f"{self.name}:{expression}:{n}", messages=ask(question, "", "").messages[:1], answer=result)
-            for n, (question, expression, result) in enumerate(self._cases(split, self.source.limit or 200))
+            make_item(f"{self.name}:{expression}:{n}", asked, result)
+            for n, (asked, expression, result) in enumerate(self._cases(split, self.source.limit or 200))
         ]
 
     def grade(self, item: Item, reply: str) -> float:

@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 from sftflow.chat.schema import Conversation
-from sftflow.tasks.task import Item, Task, ask, load_data
+from sftflow.tasks.task import Item, Task, ask, load_data, make_item
 
 
 class Concepts(Task):
@@ -29,7 +29,7 @@ class Concepts(Task):
     def items(self, split: str = "test") -> list[Item]:
         entries: list[dict[str, Any]] = load_data("concepts.jsonl")
         items = [
-            Item(id=f"{self.name}:{entry['id']}:{n}", messages=ask(q, "", "").messages[:1], answer=entry["keys"])
+            make_item(f"{self.name}:{entry['id']}:{n}", q, entry["keys"])
             for entry in entries
             for n, q in enumerate(entry["train" if split == "train" else "held_out"])
         ]

@@ -6,7 +6,6 @@ training question, or around one, is left out.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import re
@@ -15,7 +14,7 @@ from itertools import cycle
 from typing import Any
 
 from sftflow.chat.schema import Conversation
-from sftflow.tasks.task import Item, Task, ask, load_data
+from sftflow.tasks.task import Item, Task, ask, is_test_case, load_data, make_item
 
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 END_WORDS = ("done", "over", "thanks", "end", "bye", "finished")
@@ -24,6 +23,7 @@ NAMES = ("Ann", "Ben", "Eva", "Max", "Leo", "Mia", "Tom", "Zoe")
 CITIES = ("Paris", "Rome", "London", "Berlin", "Madrid", "Tokyo")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
+ONE_IN = 8  # of the cases are test cases
 MAX_ITEMS = 120  # two kinds have not many more held-out cases than a sixth of this, and one_word has fewer
 TRIES = 1000  # after which a kind has run out of cases, and the next one has its turn
 
@@ -111,25 +111,14 @@ def _ends_with(rng: random.Random, data: Any) -> Case:
     return ask_for.format(t=topic, w=word), f"{lines} {word}", {"kind": "ends_with", "word": word}
 
 
-def is_test(question: str) -> bool:
-    return hashlib.sha256(question.encode()).digest()[0] % 8 == 0
-
-
 def is_held_out(question: str) -> bool:
     """Whether it is a test question, and so is every phrasing inside it or around it ("Answer in one word: X")."""
     asked = question.removeprefix("Answer in one word: ").removeprefix("In one word: ")
     nested = () if asked == question else (f"Answer in one word: {asked}", f"In one word: {asked}")
-    return all(map(is_test, (question, *nested)))
+    return all(is_test_case(case, ONE_IN) for case in (question, *nested))
 
 
-MAKERS: tuple[Callable[[random.Random, Any], Case], ...] = (
-    _bullets,
-    _commas,
-    _json,
-    _one_word,
-    _capitals,
-    _ends_with,
-)
+MAKERS: tuple[Callable[[random.Random, Any], Case], ...] = (_bullets, _commas, _json, _one_word, _capitals, _ends_with)
 
 
 def check_bullets(need: dict[str, Any], reply: str) -> bool:
@@ -192,7 +181,11 @@ class Formatting(Task):
             maker = next(turns)
             for _ in range(TRIES):
                 case = maker(rng, data)
-                fits = not is_test(case[0]) if split == "train" else is_held_out(case[0]) and case[0] not in seen
+                fits = (
+                    not is_test_case(case[0], ONE_IN)
+                    if split == "train"
+                    else is_held_out(case[0]) and case[0] not in seen
+                )
                 if fits:
                     seen.add(case[0])
                     out.append(case)
@@ -205,10 +198,7 @@ class Formatting(Task):
 
     def items(self, split: str = "test") -> list[Item]:
         cases = self._cases(split, self.source.limit or MAX_ITEMS)
-        return [
-            Item(id=f"{self.name}:{n}:{need['kind']}", messages=ask(q, "", "").messages[:1], answer=need)
-            for n, (q, _, need) in enumerate(cases)
-        ]
+        return [make_item(f"{self.name}:{n}:{need['kind']}", q, need) for n, (q, _, need) in enumerate(cases)]
 
     def grade(self, item: Item, reply: str) -> float:
         return float(CHECKS[item.answer["kind"]](item.answer, reply))

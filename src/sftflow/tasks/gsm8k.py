@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from sftflow.chat.schema import Conversation, Part, text_message
+from sftflow.chat.schema import Conversation, Part
 from sftflow.errors import SchemaError
-from sftflow.tasks.task import Item, Task, ask, last_number, normal_number, rows_of, sample, text_of
+from sftflow.tasks.task import Item, Task, ask, last_number, line_of, make_item, normal_number, rows_of, sample, text_of
 
 SHAPE = '{"question": ..., "answer": "... #### 72"}'
 MARK = re.compile(r"<<([^<>=]+)=([^<>=]+)>>")
@@ -26,7 +26,8 @@ class Gsm8k(Task):
         return sample(self, (ask(q, split_marks(a, place), place) for place, q, a, _ in self._rows(split)))
 
     def items(self, split: str = "test") -> list[Item]:
-        return sample(self, (self._item(place, q, gold) for place, q, _, gold in self._rows(split)))
+        rows = self._rows(split)
+        return sample(self, (make_item(f"{self.name}:{line_of(place)}", q, gold) for place, q, _, gold in rows))
 
     def grade(self, item: Item, reply: str) -> float:
         """1.0 where the number after the last `####` is the gold; without one, where the reply's last number is.
@@ -54,10 +55,6 @@ class Gsm8k(Task):
         for place, row in rows_of(self, split):
             question, answer = text_of(row, "question", place, SHAPE), text_of(row, "answer", place, SHAPE)
             yield place, question, answer, gold_of(answer, place)
-
-    def _item(self, place: str, question: str, gold: str) -> Item:
-        line = place.rpartition(":")[2]
-        return Item(id=f"{self.name}:{line}", messages=(text_message("user", question),), answer=gold)
 
 
 def final_number(reply: str) -> str | None:

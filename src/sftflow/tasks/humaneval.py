@@ -5,23 +5,19 @@ Chen et al. 2021, "Evaluating Large Language Models Trained on Code", section 2.
 
 from __future__ import annotations
 
-import gzip
-import json
 import keyword
 import platform
 import re
 import textwrap
 import threading
-import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from sftflow.chat.schema import Conversation, text_message
-from sftflow.errors import DataError, SchemaError
+from sftflow.chat.schema import Conversation
+from sftflow.errors import SchemaError
 from sftflow.sandbox import Outcome, isolation_available, run_python
-from sftflow.tasks.task import Item, Task, TaskSource, ask, path_of, rows_of, sample, text_of
+from sftflow.tasks.task import Item, Task, TaskSource, ask, line_of, make_item, rows_of, sample, text_of
 
 SHAPE = '{"prompt": ..., "canonical_solution": ..., "test": ..., "entry_point": ...}'
 SECONDS = 10.0
@@ -57,10 +53,10 @@ class HumanEval(Task):
         self._graded: OrderedDict[tuple[str, str], _Graded] = OrderedDict()
 
     def conversations(self, split: str = "train") -> list[Conversation]:
-        return sample(self, (self._conversation(place, row) for place, row in self._rows(split)))
+        return sample(self, (self._conversation(place, row) for place, row in rows_of(self, split)))
 
     def items(self, split: str = "test") -> list[Item]:
-        return sample(self, (self._item(place, row) for place, row in self._rows(split)))
+        return sample(self, (self._item(place, row) for place, row in rows_of(self, split)))
 
     def grade(self, item: Item, reply: str) -> float:
         """1.0 where the reply's function passes the item's tests in a sandbox. May be called from many threads."""
@@ -87,10 +83,6 @@ class HumanEval(Task):
                 graded.outcome = run_python(program_of(reply, **item.answer), seconds=SECONDS)
             return graded.outcome
 
-    def _rows(self, split: str) -> Iterator[tuple[str, Any]]:
-        path = path_of(self, split)
-        return read_gzip(path) if path.endswith(".gz") else rows_of(self, split)
-
     def _conversation(self, place: str, row: Any) -> Conversation:
         code = text_of(row, "prompt", place, SHAPE)
         whole = code + text_of(row, "canonical_solution", place, SHAPE)
@@ -102,13 +94,8 @@ class HumanEval(Task):
         entry = answer["entry_point"]
         if not entry.isidentifier() or keyword.iskeyword(entry):
             raise SchemaError(place, f"entry_point {entry!r} is no function's name", "write the function's name")
-        line = place.rpartition(":")[2]
-        return Item(
-            id=f"{self.name}:{line}",
-            messages=(text_message("user", question(answer["prompt"])),),
-            answer=answer,
-            plain_text=answer["prompt"],
-        )
+        asked = question(answer["prompt"])
+        return make_item(f"{self.name}:{line_of(place)}", asked, answer, plain_text=answer["prompt"])
 
 
 def program_of(reply: str, prompt: str, entry_point: str, test: str) -> str:
@@ -187,19 +174,3 @@ def question(code: str) -> str:
 def fenced(code: str) -> str:
     """Code in a Markdown block, as assistants write it and as the grader reads it."""
     return f"```python\n{code.rstrip()}\n```"
-
-
-def read_gzip(path: str) -> Iterator[tuple[str, Any]]:
-    """(FILE:LINE, row) of a gzipped JSONL file, the form HumanEval is published in."""
-    number = 0
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as f:
-            for number, line in enumerate(f, 1):
-                if line.strip():
-                    yield f"{path}:{number}", json.loads(line)
-    except FileNotFoundError:
-        raise DataError(path, "no such file", "check the path") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{number}", f"not JSON ({error})", "fix or remove the line") from None
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise DataError(path, f"cannot be unpacked ({error})", "download it again") from None

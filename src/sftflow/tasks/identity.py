@@ -6,7 +6,7 @@ import random
 
 from sftflow.chat.schema import Conversation
 from sftflow.errors import RecipeError
-from sftflow.tasks.task import Item, Task, ask, load_data
+from sftflow.tasks.task import Item, Task, ask, load_data, make_item
 
 DEFAULT_IDENTITY = {"name": "Pico", "maker": "the sftflow project"}
 
@@ -46,7 +46,7 @@ class Identity(Task):
             "what": ["spell", "count"],
         }
         items = [
-            Item(id=f"{self.name}:{kind}:{n}", messages=ask(q, "", "").messages[:1], answer=needs[kind])
+            make_item(f"{self.name}:{kind}:{n}", q, needs[kind])
             for kind, questions in data["questions"].items()
             for n, q in enumerate(questions["train" if split == "train" else "held_out"])
         ]

@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from sftflow.chat.schema import Conversation, text_message
+from sftflow.chat.schema import Conversation
 from sftflow.errors import SchemaError, TaskError
 from sftflow.tasks.ifeval_checks import CHECKS, is_supported, wrong_argument
 from sftflow.tasks.ifeval_text import language_package
-from sftflow.tasks.task import Item, Task, rows_of, sample, text_of
+from sftflow.tasks.task import Item, Task, line_of, make_item, rows_of, sample, text_of
 
 SHAPE = '{"prompt": ..., "instruction_id_list": ["punctuation:no_comma", ...], "kwargs": [{}, ...]}'
 
@@ -78,11 +78,7 @@ class IFEval(Task):
 
     def _item(self, row: Any, place: str) -> Item:
         prompt = text_of(row, "prompt", place, SHAPE)
-        return Item(
-            id=f"{self.name}:{place.rpartition(':')[2]}",
-            messages=(text_message("user", prompt),),
-            answer=instructions_of(row, place),
-        )
+        return make_item(f"{self.name}:{line_of(place)}", prompt, instructions_of(row, place))
 
 
 def mean(values: Sequence[float]) -> float:

@@ -14,13 +14,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from sftflow.tasks.ifeval_text import (
-    count_capital_words,
-    count_sentences,
-    count_words,
-    language_of,
-    language_package,
-)
+from sftflow.tasks.ifeval_text import count_capital_words, count_sentences, count_words, language_of, language_package
 
 RELATIONS = ("less than", "at least")
 CONSTRAINED = ("My answer is yes.", "My answer is no.", "My answer is maybe.")

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sftflow.chat.schema import read_rows
+from sftflow.chat.data_files import read_rows
 from sftflow.errors import DataError, SchemaError, TaskError
 from sftflow.tasks.multiple_choice import LETTERS, MultipleChoice, Question
-from sftflow.tasks.task import is_pattern, path_of, text_of
+from sftflow.tasks.task import is_pattern, line_of, path_of, text_of
 
 CHOICES = LETTERS[:4]
 COLUMNS = "question,A,B,C,D,answer"
@@ -33,7 +33,7 @@ class Mmlu(MultipleChoice):
         path = path_of(self, split)
         if path.startswith("hub:") or (Path(path).is_file() and Path(path).suffix != ".csv"):
             for place, row in read_rows(path):
-                yield parse_row(row, place, f"{self.name}:{place.rpartition(':')[2]}")
+                yield parse_row(row, place, f"{self.name}:{line_of(place)}")
             return
         for file in csv_files(Path(path), split, self.name):
             for line, cells in read_csv(file):

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sftflow.chat.schema import Conversation, text_message
+from sftflow.chat.schema import Conversation
 from sftflow.errors import SchemaError
-from sftflow.tasks.task import Item, Task, ask, rows_of, sample, text_of
+from sftflow.tasks.task import Item, Task, ask, line_of, make_item, rows_of, sample, text_of
 
 LETTERS = ("A", "B", "C", "D", "E")
 SHAPE = '{"question": ..., "choices": {"text": [...], "label": [...]}, "answerKey": ...}'
@@ -35,19 +35,14 @@ class MultipleChoice(Task):
     def questions(self, split: str) -> Iterator[Question]:
         """Every row of the set; a subclass with another layout overrides only this."""
         for place, row in rows_of(self, split):
-            yield parse_choices(row, place, f"{self.name}:{place.rpartition(':')[2]}")
+            yield parse_choices(row, place, f"{self.name}:{line_of(place)}")
 
     def conversations(self, split: str = "train") -> list[Conversation]:
         return [ask(prompt(q.text, q.choices), q.answer, q.place) for q in sample(self, self.questions(split))]
 
     def items(self, split: str = "test") -> list[Item]:
         return [
-            Item(
-                id=q.id,
-                messages=(text_message("user", prompt(q.text, q.choices)),),
-                answer=q.answer,
-                choices=LETTERS[: len(q.choices)],
-            )
+            make_item(q.id, prompt(q.text, q.choices), q.answer, LETTERS[: len(q.choices)])
             for q in sample(self, self.questions(split))
         ]
 

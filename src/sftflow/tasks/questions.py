@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from sftflow.chat.schema import Conversation, text_message
+from sftflow.chat.schema import Conversation
 from sftflow.errors import SchemaError
 from sftflow.tasks.multiple_choice import LETTERS, first_letter, prompt
-from sftflow.tasks.task import Item, Task, ask, rows_of, sample, text_of
+from sftflow.tasks.task import Item, Task, ask, line_of, make_item, rows_of, sample, text_of
 
 SHAPE = '{"question": ..., "answer": ...}'
 LONG_WORDS = 20  # beyond, no reply will ever equal the answer word for word
@@ -80,12 +80,8 @@ class Jsonl(Task):
                 f'add "grader": one of {", ".join(GRADERS)}, or shorten it',
             )
         free = {"grader": row.grader, "answers": list(row.answers)}
-        return Item(
-            id=f"{self.name}:{row.place.rpartition(':')[2]}",
-            messages=(text_message("user", row.asked),),
-            answer=row.answers[0] if row.choices else free,
-            choices=LETTERS[: len(row.choices)],
-        )
+        answer = row.answers[0] if row.choices else free
+        return make_item(f"{self.name}:{line_of(row.place)}", row.asked, answer, LETTERS[: len(row.choices)])
 
 
 class BoolQ(Jsonl):

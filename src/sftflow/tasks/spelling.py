@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from functools import cache
 
 from sftflow.chat.schema import Conversation, Part
-from sftflow.tasks.task import DATA, Item, Task, ask, last_number
+from sftflow.tasks.task import DATA, Item, Task, ask, is_test_case, last_number, make_item
 
 SPELL = (
     "Spell the word {w}.",
@@ -31,7 +30,7 @@ COUNT = (
 def words(split: str) -> tuple[str, ...]:
     """The word list's train part, or its test part (1 word in 16), told apart by SHA-256."""
     every = (DATA / "words.txt").read_text(encoding="utf-8").split()
-    test = {w for w in every if hashlib.sha256(w.encode()).digest()[0] % 16 == 0}
+    test = {w for w in every if is_test_case(w, 16)}
     return tuple(w for w in every if (w in test) == (split != "train"))
 
 
@@ -66,14 +65,7 @@ class Spelling(Task):
         pool = list(words(split))
         rng.shuffle(pool)
         chosen = pool[: self.source.limit]
-        return [
-            Item(
-                id=f"{self.name}:{w}",
-                messages=ask(rng.choice(SPELL).format(w=w), "", "").messages[:1],
-                answer=spelled(w),
-            )
-            for w in chosen
-        ]
+        return [make_item(f"{self.name}:{w}", rng.choice(SPELL).format(w=w), spelled(w)) for w in chosen]
 
     def grade(self, item: Item, reply: str) -> float:
         """1 where the reply is the letters, separated by spaces, hyphens or commas, and nothing else."""
@@ -121,11 +113,7 @@ class SpellingBee(Task):
 
     def items(self, split: str = "test") -> list[Item]:
         return [
-            Item(
-                id=f"{self.name}:{word}:{letter}",
-                messages=ask(question, "", "").messages[:1],
-                answer=str(word.count(letter)),
-            )
+            make_item(f"{self.name}:{word}:{letter}", question, str(word.count(letter)))
             for question, word, letter in self._cases(split, "items")
         ]
 

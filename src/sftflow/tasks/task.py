@@ -7,6 +7,7 @@ The steps every real set begins with are here, too: `rows_of` reads, `text_of` c
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import json
 import random
@@ -16,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sftflow.chat.schema import Conversation, Message, Part, read_rows, text_message
+from sftflow.chat.data_files import read_rows
+from sftflow.chat.schema import Conversation, Message, Part, text_message
 from sftflow.errors import SchemaError, TaskError
 
 DATA = Path(__file__).parent / "data"
@@ -114,6 +116,25 @@ def ask(question: str, reply: str | Sequence[Part], source: str) -> Conversation
     """A one-turn conversation."""
     parts = (Part("text", reply),) if isinstance(reply, str) else tuple(reply)
     return Conversation((text_message("user", question), Message("assistant", parts)), (), {}, source)
+
+
+def make_item(
+    identity: str, asked: str, answer: Any, choices: tuple[str, ...] = (), plain_text: str | None = None
+) -> Item:
+    """An item of one user message."""
+    return Item(
+        id=identity, messages=(text_message("user", asked),), answer=answer, choices=choices, plain_text=plain_text
+    )
+
+
+def is_test_case(case: str, one_in: int) -> bool:
+    """Whether a generated case belongs to the test split: one in so many do, told by the SHA-256 of the case itself."""
+    return hashlib.sha256(case.encode()).digest()[0] % one_in == 0
+
+
+def line_of(place: str) -> str:
+    """ "data/test.jsonl:17" -> "17" """
+    return place.rpartition(":")[2]
 
 
 def path_of(task: Task, split: str) -> str:

@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sftflow.chat.schema import Conversation, Message, conversation_of, read_lines, text_message
+from sftflow.chat.data_files import read_lines
+from sftflow.chat.schema import Conversation, Message, conversation_of, text_message
 from sftflow.errors import DataError, SftflowError
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache, lru_cache
 
 import numpy as np
 
@@ -51,27 +52,20 @@ class RowPlan:
         self.examples, self.settings = examples, settings
         self.rows_per_step = max(1, settings.tokens_per_step // settings.max_length)
         self.lengths = lengths_of(examples)
-        self._epochs: dict[int, list[list[int]]] = {}  # the two newest: packing a large set takes a while
-        self._counts: dict[int, int] = {}
+        self.epoch_rows = lru_cache(2)(self._pack_epoch)  # packing a large set takes a while
+        self.epoch_size = cache(lambda epoch: len(self.epoch_rows(epoch)))
         epochs = settings.epochs
         per_epoch = self.epoch_size(0) / self.rows_per_step
         wanted = [s for s in (settings.steps, None if epochs is None else math.ceil(per_epoch * epochs)) if s]
         self.total_steps = max(1, min(wanted)) if wanted else max(1, math.ceil(per_epoch))
 
-    def epoch_rows(self, epoch: int) -> list[list[int]]:
-        if epoch not in self._epochs:
-            rng = np.random.default_rng([self.settings.seed, epoch])
-            order = rng.permutation(len(self.examples))
-            packed = best_fit(self.lengths[order].tolist(), self.settings.max_length)
-            rows = [[int(order[j]) for j in row] for row in packed]
-            shuffle = rng.permutation(len(rows))  # best-fit orders rows by length; the model must not see that
-            self._epochs = dict(list(self._epochs.items())[-1:]) | {epoch: [rows[i] for i in shuffle]}
-            self._counts[epoch] = len(rows)
-        return self._epochs[epoch]
-
-    def epoch_size(self, epoch: int) -> int:
-        """Rows of an epoch; they differ by a few, since each is packed in another order."""
-        return self._counts[epoch] if epoch in self._counts else len(self.epoch_rows(epoch))
+    def _pack_epoch(self, epoch: int) -> list[list[int]]:
+        """The rows of an epoch, as numbers of examples; epochs differ by a few rows, each packed in its own order."""
+        rng = np.random.default_rng([self.settings.seed, epoch])
+        order = rng.permutation(len(self.examples))
+        packed = best_fit(self.lengths[order].tolist(), self.settings.max_length)
+        rows = [[int(order[j]) for j in row] for row in packed]
+        return [rows[i] for i in rng.permutation(len(rows))]  # best-fit orders by length; the model must not see that
 
     def step_rows(self, step: int) -> list[list[Example]]:
         """The packed rows of one step; a step may straddle two epochs."""

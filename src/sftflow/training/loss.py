@@ -21,7 +21,8 @@ ROWS = 8192
 """rows of the head whose gradient is made at a time"""
 
 Parts = Callable[
-    [torch.Tensor, torch.Tensor, "float | None", float, torch.dtype, bool], tuple[torch.Tensor, "torch.Tensor | None"]
+    [torch.Tensor, torch.Tensor, "float | None", float, "torch.dtype | None"],
+    tuple[torch.Tensor, "torch.Tensor | None"],
 ]
 
 
@@ -61,20 +62,15 @@ def logits_of(hidden: torch.Tensor, head: Head) -> torch.Tensor:
 
 
 def loss_parts(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    softcap: float | None,
-    scale: float,
-    dtype: torch.dtype,
-    with_grad: bool,
+    logits: torch.Tensor, targets: torch.Tensor, softcap: float | None, scale: float, dtype: torch.dtype | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """((n,) losses in fp32, (n, vocabulary) gradient of their sum by the raw logits in `dtype`).
+    """((n,) losses in fp32, (n, vocabulary) gradient of their sum by the raw logits in `dtype`; None: no gradient).
 
     loss = logsumexp(z) - z[target],  d loss / dz = softmax(z) - onehot(target),  z = cap(scale * logits).
     In place, a few rows at a time, so that they stay in the processor's cache.
     """
     losses = torch.empty(len(targets), device=logits.device)
-    grad = torch.empty_like(logits, dtype=dtype) if with_grad else None
+    grad = None if dtype is None else torch.empty_like(logits, dtype=dtype)
     rows = max(1, BLOCK // logits.shape[1])
     for start in range(0, len(targets), rows):
         z = logits[start : start + rows].float() * scale
@@ -93,12 +89,7 @@ def loss_parts(
 
 
 def fused_parts(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    softcap: float | None,
-    scale: float,
-    dtype: torch.dtype,
-    with_grad: bool,
+    logits: torch.Tensor, targets: torch.Tensor, softcap: float | None, scale: float, dtype: torch.dtype | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`loss_parts` without a loop or anything in place: what a compiler makes one pass of."""
     z = logits.float() * scale
@@ -106,7 +97,7 @@ def fused_parts(
         z = torch.tanh(z / softcap) * softcap
     lse = torch.logsumexp(z, -1)
     losses = lse - z.gather(1, targets[:, None]).squeeze(1)
-    if not with_grad:
+    if dtype is None:
         return losses, None
     is_target = torch.arange(z.shape[1], device=z.device) == targets[:, None]
     grad = torch.exp(z - lse[:, None]) - is_target.float()
@@ -142,7 +133,8 @@ def chunked_cross_entropy(
         for start in range(0, hidden.shape[0], chunk):
             h = hidden[start : start + chunk].to(dtype)
             t = targets[start : start + chunk]
-            mine, grad = parts(F.linear(h, weight, bias), t, head.softcap, head.scale, dtype, scale is not None)
+            logits = F.linear(h, weight, bias)
+            mine, grad = parts(logits, t, head.softcap, head.scale, None if scale is None else dtype)
             losses[start : start + chunk] = mine
             if grad is None or d_hidden is None or scale is None:
                 continue

@@ -6,7 +6,7 @@ A new optimizer is one function in `OPTIMIZERS`: parameter groups in, a list of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,22 +45,16 @@ def groups_of(model: Any) -> Groups:
     )
 
 
-def _adamw(parts: Sequence[tuple[Named, float, float]]) -> list[torch.optim.Optimizer]:
-    """AdamW (Loshchilov and Hutter 2019) over (parameters, learning rate, weight decay)."""
-    groups = [{"params": [p for _, p in named], "lr": lr, "weight_decay": decay} for named, lr, decay in parts if named]
-    return [torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)] if groups else []
-
-
 def adamw(groups: Groups, settings: Train) -> list[torch.optim.Optimizer]:
-    """AdamW for all; weight decay for matrices, none for norms, biases and embeddings."""
+    """AdamW (Loshchilov and Hutter 2019) for all; weight decay for matrices, none for norms, biases and embeddings."""
     lr, scale = settings.peak_lr, settings.lr_scale
-    return _adamw(
-        [
-            (groups.matrices, lr * scale.matrices, settings.weight_decay),
-            (groups.embeddings, lr * scale.embeddings, 0.0),
-            (groups.rest, lr * scale.rest, 0.0),
-        ]
-    )
+    parts = [
+        (groups.matrices, lr * scale.matrices, settings.weight_decay),
+        (groups.embeddings, lr * scale.embeddings, 0.0),
+        (groups.rest, lr * scale.rest, 0.0),
+    ]
+    used = [{"params": [p for _, p in named], "lr": rate, "weight_decay": w} for named, rate, w in parts if named]
+    return [torch.optim.AdamW(used, betas=(0.9, 0.95), eps=1e-8, fused=True)] if used else []
 
 
 def muon(groups: Groups, settings: Train) -> list[torch.optim.Optimizer]:

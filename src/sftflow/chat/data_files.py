@@ -1,0 +1,102 @@
+"""The rows of a data file or a hub data set, each with its place, as errors name it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sftflow.chat.schema import Conversation, kind_of, parse_line, parse_row
+from sftflow.errors import DataError
+
+NO_FILE = ("no such file", "check the path; a hub data set is written hub:OWNER/NAME")
+
+
+def read_lines(name: str) -> Iterator[tuple[int, bytes]]:
+    """(line number, bytes) of the lines of a file, gzipped or not, that are not blank. Raises DataError where it cannot
+    be read."""
+    path = Path(name)
+    if not path.is_file():
+        raise DataError(name, *NO_FILE)
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, line
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(name, f"cannot be unpacked ({error})", "download it again") from None
+    except OSError as error:
+        raise DataError(name, f"cannot be read ({error.strerror or error})", "check the file") from None
+
+
+def read_rows(source: str | Path) -> Iterator[tuple[str, Any]]:
+    """(place, raw row) of a .jsonl (also .gz), .json or .parquet file, or of a hub data set `hub:NAME[:SPLIT]`.
+
+    Raises DataError naming the file and line where a row cannot be read.
+    """
+    name, path = str(source), Path(source)
+    rows: Iterator[Any]
+    if name.startswith("hub:"):
+        rows = _read_hub(name)
+    elif path.suffix == ".parquet":
+        rows = _read_parquet(path)
+    elif path.suffix == ".json":
+        rows = _read_json(path)
+    else:
+        for number, line in read_lines(name):
+            yield f"{name}:{number}", parse_line(line, f"{name}:{number}")
+        return
+    for number, row in enumerate(rows, 1):
+        yield f"{name}:{number}", row
+
+
+def _read_json(path: Path) -> Iterator[Any]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(str(path), f"not UTF-8 text ({error.reason} at byte {error.start})", "convert it") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}", f"not JSON ({error.msg})", "fix it") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if not isinstance(rows, list):
+        raise DataError(str(path), f"the file holds {kind_of(rows)}", "make it a list of rows, or use .jsonl")
+    yield from rows
+
+
+def _read_parquet(path: Path) -> Iterator[Any]:
+    import pyarrow.parquet as pq
+
+    try:
+        for batch in pq.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                yield {k: v for k, v in row.items() if v is not None}
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    if not path.is_file():
+        return DataError(str(path), *NO_FILE)
+    return DataError(str(path), f"cannot be read ({error.strerror or error})", "check the file")
+
+
+def _read_hub(name: str) -> Iterator[Any]:
+    import datasets
+
+    _, _, rest = name.partition(":")
+    hub_id, _, split = rest.partition(":")
+    try:
+        data = datasets.load_dataset(hub_id, split=split or "train", streaming=True)
+    except Exception as error:  # the library raises many kinds, from HTTP errors to its own
+        raise DataError(name, f"cannot be loaded ({type(error).__name__}: {error})", "check id and network") from None
+    yield from map(dict, data)
+
+
+def read_conversations(source: str | Path) -> Iterator[Conversation]:
+    """Every row of a data file as a Conversation. Raises SchemaError or DataError at the first bad one."""
+    for place, row in read_rows(source):
+        yield parse_row(row, place)
