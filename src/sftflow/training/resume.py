@@ -155,7 +155,7 @@ def _go_on_without(directory: Path) -> str:
 
 
 def warm_start(base: Path, trainer: Trainer) -> str:
-    """Give a fresh trainer the moments of the run that made `base` (a run directory or its checkpoint); says from where.
+    """Give a fresh trainer the moments of the run that made `base` (its directory or checkpoint); says from where.
     They estimate the gradient's scale for every weight, so that the first steps need not.
 
     Rows that the embeddings have gained since start at zero. Raises CheckpointError where there is no saved state, or
