@@ -203,7 +203,9 @@ def test_evaluating_and_comparing(base: Any, run: Any, tmp_path: Path) -> None:
     low, high = result.interval
     assert result.n == 4 and 0 <= low <= result.score <= high <= 1 and len(result.rows) == 4
     assert "spelling" in str(evaluation) and "<table" in evaluation._repr_html_()
-    comparison = sf.compare(base, run.assistant, tasks=["spelling"], limit=4, out=tmp_path / "compare")
+    (tmp_path / "few.jsonl").write_text('{"prompt": "Hi"}\n')
+    few = {"limit": 4, "prompts": str(tmp_path / "few.jsonl")}
+    comparison = sf.compare(base, run.assistant, tasks=["spelling"], out=tmp_path / "compare", **few)
     task = comparison.tasks["spelling"]
     assert task.n == 4 and task.ci95[0] <= task.delta <= task.ci95[1]
     assert "spelling" in str(comparison) and "<iframe" in comparison._repr_html_()

@@ -35,7 +35,6 @@ FLOORS = (
     "serving",
     "terminal",
     "api",
-    "doctor",
     "cli",
     "__main__",
 )

@@ -9,6 +9,8 @@
     evaluate, compare -> Evaluation, Comparison, with intervals                measure.py
     serve, export                                                              publish.py
 
+What only the command line offers stands here, too: demo, pretrain, audit, talk, doctor.
+
 Each object is the stage's own result in a subclass that prints as text and draws itself in a notebook. The command line
 calls the same functions. Arguments have the recipe's names, and every error is the line that the command line prints,
 as an exception (`SftflowError`).
@@ -17,9 +19,10 @@ as an exception (`SftflowError`).
 from __future__ import annotations
 
 from sftflow.api.assistant import Assistant, load
+from sftflow.api.doctor import doctor
 from sftflow.api.measure import Comparison, Evaluation, compare, evaluate
 from sftflow.api.mixture import Audit, Mixture, audit, mix
-from sftflow.api.publish import export, serve
+from sftflow.api.publish import export, serve, talk
 from sftflow.api.rows import Rendering, Rows, read, render, task
 from sftflow.api.run import Run, demo, pretrain, train
 
@@ -35,6 +38,7 @@ __all__ = [
     "audit",
     "compare",
     "demo",
+    "doctor",
     "evaluate",
     "export",
     "load",
@@ -43,6 +47,7 @@ __all__ = [
     "read",
     "render",
     "serve",
+    "talk",
     "task",
     "train",
 ]

@@ -57,3 +57,10 @@ def load(model: ModelLike, *, format: str = "auto", precision: str = "fp32") -> 
     if not isinstance(model, checkpoint.Assistant):
         model = checkpoint.load_assistant(str(model), format=format, precision=precision)
     return Assistant(**parts_of(model))
+
+
+def base_beside(base: ModelLike, trained: checkpoint.Assistant) -> checkpoint.Assistant:
+    """The base of a trained model; where it has no chat format of its own, it is asked in that of the trained one."""
+    if isinstance(base, checkpoint.Assistant):
+        return base
+    return checkpoint.load_assistant(str(base), fallback=checkpoint.base_format(trained))

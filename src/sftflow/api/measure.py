@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from sftflow.api.assistant import load
+from sftflow.api.assistant import base_beside, load
 from sftflow.api.shared import ModelLike, name_of, parts_of, watching
 from sftflow.atomic_io import Lock, write_text
-from sftflow.checkpoint import base_format, load_assistant, open_renderer, resolve
+from sftflow.checkpoint import open_renderer, resolve
 from sftflow.comparison import results as comparison
 from sftflow.comparison.compare import CompareOptions, compare_models
 from sftflow.comparison.remarks import remarks
@@ -23,6 +23,7 @@ from sftflow.report.comparison_page import comparison_page
 from sftflow.report.pages import frame
 from sftflow.report.progress import ProgressDisplay
 from sftflow.report.tables import as_html, as_text, eval_table, score_table
+from sftflow.tasks import GENERATED
 
 
 class Evaluation(evaluation.Evaluation):
@@ -55,21 +56,25 @@ class Comparison(comparison.Comparison):
 
 def evaluate(
     models: ModelLike | Sequence[ModelLike],
-    tasks: Sequence[str] = (),
+    tasks: Sequence[str] | None = None,
     *,
     limit: int | None = 200,
     allow_code: bool = False,
     out: str | Path | None = None,
     watch: ProgressDisplay | None = None,
 ) -> Evaluation:
-    """Score models on tasks, written as on the command line: `spelling`, `gsm8k=PATH`.
+    """Score models on tasks, written as on the command line: `spelling`, `gsm8k=PATH`; None: the generated ones.
 
     limit: items a task, None for all.   allow_code: run code that the model wrote, in a sandbox.
     out: where the graded rows and eval.json stay, so that a rerun goes on from them.
     Raises TaskError, CheckpointError; RunError where weights or logits are not finite.
     """
     wanted = [models] if isinstance(models, ModelLike) else list(models)
-    return evaluate_all(wanted, EvalOptions(tasks=tuple(tasks), limit=limit, allow_code=allow_code), out, watch)
+    return evaluate_all(wanted, _options(tasks, limit, allow_code), out, watch)
+
+
+def _options(tasks: Sequence[str] | None, limit: int | None, allow_code: bool) -> EvalOptions:
+    return EvalOptions(tasks=GENERATED if tasks is None else tuple(tasks), limit=limit, allow_code=allow_code)
 
 
 def evaluate_all(
@@ -99,7 +104,7 @@ def evaluate_all(
 def compare(
     base: ModelLike,
     sft: ModelLike,
-    tasks: Sequence[str] = (),
+    tasks: Sequence[str] | None = None,
     *,
     limit: int | None = 200,
     prompts: str = "default",
@@ -115,7 +120,7 @@ def compare(
     OpenAI-compatible URL and a model of it, whose key is read from SFTFLOW_JUDGE_KEY.   out: where the rows,
     compare.json, eval.json and report.html stay.
     """
-    options = EvalOptions(tasks=tuple(tasks), limit=limit, allow_code=allow_code)
+    options = _options(tasks, limit, allow_code)
     how = CompareOptions(prompts=prompts, judge=judge, judge_model=judge_model)
     return compare_two(base, sft, options, how, out, watch)
 
@@ -134,9 +139,8 @@ def compare_two(
         runs = options.open(name_of(sft))
         prompt_set = how.check()
         trained = load(sft)
-        before = base if not isinstance(base, str | Path) else load_assistant(str(base), fallback=base_format(trained))
         found = compare_models(
-            before,
+            base_beside(base, trained),
             trained,
             runs,
             prompt_set,

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from sftflow.api.assistant import load
+from sftflow.api.assistant import base_beside, load
 from sftflow.api.shared import ModelLike, name_of, watching
-from sftflow.checkpoint import Assistant, base_format, load_assistant
+from sftflow.checkpoint import Assistant
 from sftflow.errors import ProofError, RecipeError
 from sftflow.report.progress import ProgressDisplay
 
@@ -38,8 +38,7 @@ def serve(
         served: dict[str, Assistant] = {_model_id(name_of(model)): trained}
         if base is not None:
             name = _model_id(name_of(base))
-            loaded = base if isinstance(base, Assistant) else load_assistant(str(base), fallback=base_format(trained))
-            served[name if name not in served else f"{name}-base"] = loaded
+            served[name if name not in served else f"{name}-base"] = base_beside(base, trained)
         return served
 
     with watching(watch) as shown:
@@ -65,6 +64,19 @@ def _model_id(name: str) -> str:
         return name
     path = Path(name).resolve()
     return path.parent.name if path.name == "checkpoint" else path.name
+
+
+def talk(
+    model: ModelLike, *, prompt: str | None = None, system: str | None = None, base: ModelLike | None = None
+) -> None:
+    """The chat in the terminal; with `prompt`, one question and its reply.
+
+    base: what `/base` asks; else the checkpoint that the model was trained from.
+    """
+    from sftflow.terminal.repl import chat
+
+    trained = load(model)
+    chat(trained, prompt=prompt, system=system, base=None if base is None else base_beside(base, trained))
 
 
 def export(

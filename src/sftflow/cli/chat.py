@@ -1,4 +1,4 @@
-"""`chat`: a conversation in the terminal."""
+"""`sftflow chat`: a conversation in the terminal."""
 
 from __future__ import annotations
 
@@ -17,11 +17,6 @@ def chat(
     base_model: Annotated[str | None, typer.Option("--base", help="what /base asks; else the one trained from")] = None,
 ) -> None:
     """Talk to a model in the terminal."""
-    from sftflow.api.shared import quiet
-    from sftflow.checkpoint import base_format, load_assistant
-    from sftflow.terminal.repl import chat as talk
+    from sftflow import api
 
-    quiet()
-    assistant = load_assistant(model)
-    base = load_assistant(base_model, fallback=base_format(assistant)) if base_model else None
-    talk(assistant, prompt=prompt, system=system, base=base)
+    api.talk(model, prompt=prompt, system=system, base=base_model)

@@ -36,10 +36,9 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="show the trace
         os.environ["SFTFLOW_DEBUG"] = "1"
 
 
-def split_tasks(tasks: str | None) -> list[str]:
-    from sftflow.tasks import GENERATED
-
-    return [t for t in (tasks or ",".join(GENERATED)).split(",") if t.strip()]
+def split_tasks(tasks: str | None) -> list[str] | None:
+    """ "a,b=PATH" -> ["a", "b=PATH"]; None, for the generated tasks, where nothing is said."""
+    return [t for t in tasks.split(",") if t.strip()] if tasks else None
 
 
 def number(text: str, place: str) -> int:

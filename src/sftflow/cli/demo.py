@@ -11,7 +11,7 @@ from sftflow.cli.train import finish, stopping
 @app.command()
 def demo(out: Out = Path("runs/demo")) -> None:
     """The whole flow on the shipped base: SFT, comparison, report."""
-    from sftflow import api
-
     with stopping(out):
+        from sftflow import api
+
         finish(api.demo(out))

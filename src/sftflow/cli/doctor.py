@@ -16,11 +16,9 @@ def doctor(
     math: Annotated[bool, typer.Option("--math", help="prove packing and loss on this machine")] = False,
 ) -> None:
     """Say what this machine can do, and whether a recipe would run."""
-    from sftflow.api.shared import quiet
-    from sftflow.doctor import examine
+    from sftflow import api
 
-    quiet()
-    lines, good = examine(recipe, math)
+    lines, good = api.doctor(recipe, math=math)
     for line in lines:
         print(line)
     if not good:

@@ -29,21 +29,23 @@ def train(
     """Fine-tune as the recipe says; evaluate and compare where it asks for it."""
     if nproc != 1:
         raise RecipeError("--nproc", "this version trains in one process", "leave it out")
-    from sftflow import api
     from sftflow.recipe import load_recipe
 
     loaded = load_recipe(recipe, set_)
     with stopping(Path(loaded.train.out)):
+        from sftflow import api
+
         finish(api.train(recipe=loaded, resume=resume))
 
 
 @contextmanager
 def stopping(out: Path) -> Iterator[None]:
-    """A stopped run says what was saved, and leaves with the signal's exit code."""
-    from sftflow.training.signals import Stopped
+    """A stopped run says what was saved, and leaves with the signal's exit code, while libraries are imported, too."""
+    from sftflow.training.signals import Signals, Stopped
 
     try:
-        yield
+        with Signals():
+            yield
     except Stopped as stopped:
         saved = any((out / "resume").glob("step-*"))
         if (out / "DONE").is_file():

@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sftflow import __version__
 from sftflow.atomic_io import write_json
 from sftflow.checkpoint import Assistant
 from sftflow.comparison.judge import JudgeResult, ReplyPair, check_judge, judge_pairs
@@ -101,7 +101,7 @@ def compare_models(
     replies, checks = _prompts_and_checks(base, sft, prompts, results, steps)
     say("held-out loss, forgetting, overlap with the training rows")
     comparison = Comparison(
-        version=__version__,
+        version=version("sftflow"),
         kind=kind_of(base),
         names=Both(base.name, sft.name),
         tasks=task_comparisons(results, overlap_with_training(runs, sft, run_directory)),

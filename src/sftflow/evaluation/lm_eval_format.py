@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from importlib.metadata import version
 from typing import Any
 
-from sftflow import __version__
 from sftflow.checkpoint import Assistant
 from sftflow.evaluation.results import EvalResult
 
@@ -31,7 +31,7 @@ def harness_results(assistant: Assistant, results: Sequence[EvalResult]) -> dict
         "results": {r.task: {"alias": r.task, "sample_len": r.n, **figures(r)} for r in results},
         "group_subtasks": {name: [] for name in tasks},
         "configs": {r.task: {"task": r.task, "num_fewshot": 0, "metadata": r.provenance} for r in results},
-        "versions": {name: __version__ for name in tasks},
+        "versions": {name: version("sftflow") for name in tasks},
         "n-shot": {name: 0 for name in tasks},
         "higher_is_better": {r.task: {key.split(",")[0]: True for key in figures(r)} for r in results},
         "n-samples": {r.task: {"original": r.available or r.n, "effective": r.n} for r in results},
@@ -45,7 +45,7 @@ def harness_results(assistant: Assistant, results: Sequence[EvalResult]) -> dict
             "gen_kwargs": {"temperature": 0.0, "do_sample": False},
         },
         "date": datetime.now(UTC).timestamp(),
-        "sftflow_version": __version__,
+        "sftflow_version": version("sftflow"),
         "chat_template": assistant.renderer.format.template,
         "fewshot_as_multiturn": False,
         "model_name": assistant.name,

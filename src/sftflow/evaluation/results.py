@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
-from sftflow import __version__
 from sftflow.evaluation.journal import EvalRow
 from sftflow.evaluation.options import Arm
 from sftflow.evaluation.statistics import centred_mean, standard_error, wilson
@@ -118,7 +118,10 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """eval.json."""
-        return {"version": __version__, "models": {name: scores.to_json() for name, scores in self.models.items()}}
+        return {
+            "version": version("sftflow"),
+            "models": {name: scores.to_json() for name, scores in self.models.items()},
+        }
 
     def __str__(self) -> str:
         """

@@ -14,10 +14,10 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sftflow import __version__
 from sftflow.atomic_io import NO_SPACE, Lock, read_log, sweep, write_json, write_text
 from sftflow.chat.template_options import options_note
 from sftflow.chat.token_rows import token_row
@@ -222,7 +222,7 @@ class FineTuning(TrainingRun):
     def save_checkpoint(self) -> None:
         base = {"name": self.recipe.base, **{key: self.base_info.get(key) for key in ("fingerprint", "kind")}}
         meta = {
-            "version": __version__,
+            "version": version("sftflow"),
             "base": base,
             "recipe": self.recipe.model_dump(mode="json"),
             "notes": self.notes,
