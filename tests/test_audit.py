@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -187,20 +188,21 @@ def test_quantiles_and_bins(lengths: list[int]) -> None:
     for q in (5, 25, 50, 75, 95, 99):
         # The smallest value that at least q% of the rows do not exceed.
         expected = next(v for v in ordered if 100 * sum(x <= v for x in ordered) >= q * len(ordered))
-        assert getattr(found, f"p{q}") == expected
-    assert (found.min, found.max) == (ordered[0], ordered[-1])
+        assert found[f"p{q}"] == expected
+    assert (found["min"], found["max"]) == (ordered[0], ordered[-1])
     edges = length_edges(values)
     assert edges[0] <= ordered[0] and ordered[-1] < edges[-1] and list(edges) == sorted(set(edges))
 
 
 def test_lengths_of_sources_share_their_bins() -> None:
     a = run(["a b c", "a b c d e f g h i"], ["x " * 120])
-    assert [s.lengths.max for s in a.sources] == [9, 120] and a.overall.rows == 3
-    assert a.sources[0].edges == a.sources[1].edges == a.overall.edges
-    assert sum(a.sources[0].counts) == 2 and sum(a.overall.counts) == 3
-    at = next(i for i, (lo, hi) in enumerate(zip(a.overall.edges, a.overall.edges[1:], strict=False)) if lo <= 120 < hi)
-    assert a.sources[1].counts[at] == 1
-    assert a.sources[0].supervised.max == 5 and a.sources[0].share == round(7 / 12, 5)
+    assert [s.lengths["max"] for s in a.sources] == [9, 120] and a.overall.rows == 3
+    one, two, all_ = (s.lengths["histogram"] for s in (*a.sources, a.overall))
+    assert one["edges"] == two["edges"] == all_["edges"]
+    assert sum(one["counts"]) == 2 and sum(all_["counts"]) == 3
+    at = next(i for i, (lo, hi) in enumerate(pairwise(all_["edges"])) if lo <= 120 < hi)
+    assert two["counts"][at] == 1
+    assert a.sources[0].supervised["max"] == 5 and a.sources[0].supervised["share"] == round(7 / 12, 5)
 
 
 # ---- duplicates

@@ -226,14 +226,12 @@ def test_page_sets_each_turn_beside_its_role() -> None:
     assert all(a.get("tabindex") == "0" for t, a in page.elements if t == "span" and "title" in a)
 
 
-def test_old_rows_without_turns_and_bytes_still_show() -> None:
-    tokens = [{"id": 1, "text": "hi", "supervised": True, "special": False}]
-    tokens += [{"id": 2, "text": "\ufffd", "supervised": False, "special": False}]
-    old = TokenRow.from_json({"source": "spelling:3", "tokens": tokens})
-    html = token_page([old])
+def test_rows_whose_turns_are_not_known_are_one_block() -> None:
+    plain = row(("hi", "s"), (b"\xff", ""))
+    html = token_page([plain])
     assert 'class="who"' not in html and 'class="talk"' not in html and len(Boxes(html).boxes) == 2
-    assert "2 bytes: 68 69" in html and "part of a character" in html
-    assert printed(old).splitlines()[1:] == ["┃ hi", "  \ufffd"]
+    assert "2 bytes: 68 69" in html and "1 byte: ff · not UTF-8" in html
+    assert printed(plain).splitlines()[1:] == ["┃ hi", "  ⟨FF⟩"]
 
 
 def test_many_rows_have_an_index_and_ways_on() -> None:

@@ -25,7 +25,7 @@ from sftflow.comparison.results import (
     TaskComparison,
 )
 from sftflow.comparison.run_artifacts import Ledger, LedgerSource, RunArtifacts, SampledScores, ValidationLoss
-from sftflow.evaluation.contamination import Overlap, OverlapExample
+from sftflow.data.audit.overlap import Overlap, OverlapExample
 from sftflow.evaluation.heldout_loss import HeldOutLoss
 from sftflow.evaluation.journal import EvalRow
 from sftflow.evaluation.reply_checks import FAULTS, ReplyChecks
@@ -114,11 +114,18 @@ def task(n: int, base: float, sft: float, half: float, verdict: str, chance: flo
     )  # fmt: skip
 
 
+HALF = "\\xf0\\x9f"  # half a character, as `Token.text` writes it
+
+
+def _raw(text: str) -> bytes:
+    return b"\xf0\x9f" if text == HALF else text.encode("utf-8")
+
+
 def token_row() -> TokenRow:
     pieces = [("<|bos|>", 0, 1), ("<|user_start|>", 0, 1), ("Spell", 0, 0), (" pear", 0, 0), (".\n\n", 0, 0)]
     pieces += [("<|user_end|>", 0, 1), ("<|assistant_start|>", 0, 1), ("p", 1, 0), (" e", 1, 0), (" a", 1, 0)]
-    pieces += [("\tr", 1, 0), ("\ufffd", 1, 0), ("\u200b", 1, 0), ("<|assistant_end|>", 1, 1)]
-    found = (Token(100 + i, t, None, bool(s), bool(x)) for i, (t, s, x) in enumerate(pieces))
+    pieces += [("\tr", 1, 0), (HALF, 1, 0), ("\u200b", 1, 0), ("<|assistant_end|>", 1, 1)]
+    found = (Token(100 + i, t, _raw(t), bool(s), bool(x)) for i, (t, s, x) in enumerate(pieces))
     return TokenRow(source="spelling:12", tokens=tuple(found))
 
 
@@ -246,6 +253,8 @@ def poisoned(value: Any) -> Any:
     """
     if isinstance(value, str):
         return value + HOSTILE
+    if isinstance(value, bytes):
+        return value + HOSTILE.encode("utf-8", "replace")
     if is_dataclass(value) and not isinstance(value, type):
         own = {f.name: getattr(value, f.name) for f in fields(value)}
         return replace(value, **{k: v if k in OF_OURS else poisoned(v) for k, v in own.items()})

@@ -18,17 +18,17 @@ from sftflow.chat.render import Rendered
 @dataclass(frozen=True, slots=True)
 class Token:
     """text: the token's bytes as text, with `\\xNN` for bytes that are no whole character; shown to people only.
-    raw: its bytes; None in a row that was written before these were kept."""
+    raw: its bytes."""
 
     id: int
     text: str
-    raw: bytes | None
+    raw: bytes
     supervised: bool
     special: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        raw = {} if self.raw is None else {"bytes": self.raw.hex()}
-        return {"id": self.id, "text": self.text, **raw, "supervised": self.supervised, "special": self.special}
+        marks = {"supervised": self.supervised, "special": self.special}
+        return {"id": self.id, "text": self.text, "bytes": self.raw.hex(), **marks}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,23 +52,11 @@ class TokenRow:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> TokenRow:
-        """A row of mask_example.json, also of one written before tokens had bytes and rows their turns.
-
-        >>> TokenRow.from_json({"source": "a", "tokens": [{"id": 7, "text": "hi", "supervised": True}]}).tokens
-        (Token(id=7, text='hi', raw=None, supervised=True, special=False),)
-        """
+        """A row of mask_example.json."""
         tokens = tuple(
-            Token(
-                id=int(t["id"]),
-                text=str(t["text"]),
-                raw=bytes.fromhex(t["bytes"]) if "bytes" in t else None,
-                supervised=bool(t.get("supervised")),
-                special=bool(t.get("special")),
-            )
-            for t in row["tokens"]
+            Token(t["id"], t["text"], bytes.fromhex(t["bytes"]), t["supervised"], t["special"]) for t in row["tokens"]
         )
-        turns = tuple((int(start), str(role)) for start, role in row.get("turns") or ())
-        return cls(source=str(row.get("source") or ""), tokens=tokens, turns=turns)
+        return cls(source=row["source"], tokens=tokens, turns=tuple((start, role) for start, role in row["turns"]))
 
 
 def token_row(rendered: Rendered, tokenizer: Any) -> TokenRow:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from sftflow.chat.render import Renderer
 from sftflow.data.audit import item_parts
-from sftflow.data.audit.overlap import NGRAM, EvalIndex
+from sftflow.data.audit.overlap import EvalIndex
+from sftflow.data.audit.overlap import Overlap as Overlap
 from sftflow.data.audit.rows import AuditRows
 from sftflow.data.run_rows import TRAINING_ROWS, read_training_rows
 from sftflow.data.store import Rows
@@ -17,44 +17,10 @@ from sftflow.errors import DataError
 from sftflow.evaluation.options import EvalTask
 
 
-@dataclass(frozen=True, kw_only=True)
-class OverlapExample:
-    """A training row that has words of an item. item: its id."""
-
-    item: str
-    source: str
-    place: str
-    words: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Overlap:
-    """A task's items that stand in training rows, by `ngram` words in a row (see `EvalIndex`).
-
-    items: of the task.   contaminated: found ones.   share: of all items.   unchecked: too short to be looked for.
-    """
-
-    ngram: int = NGRAM
-    items: int
-    contaminated: int
-    share: float
-    unchecked: int
-    examples: tuple[OverlapExample, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "examples": [asdict(example) for example in self.examples]}
-
-
-def contamination(
-    tasks: Sequence[EvalTask],
-    sources: Sequence[Rows],
-    renderer: Renderer,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Overlap]:
-    """The overlap of each task with the rows.
+def contamination(tasks: Sequence[EvalTask], sources: Sequence[Rows], renderer: Renderer) -> dict[str, Overlap]:
+    """The overlap of each task with the rows, its examples by the items' ids.
 
     sources: a mixture's `rows`, held-out ones among them.   renderer: of the tokenizer that they were rendered with.
-    progress: (done, total).
     """
     backend = renderer.tokenizer.backend_tokenizer
     rows = AuditRows(
@@ -63,7 +29,7 @@ def contamination(
         special_ids=list(renderer.special.values()),
     )
     index = EvalIndex({r.name: [item_parts(i) for i in r.items] for r in tasks}, [s.name for s in sources])
-    for chunk, words in rows.words(progress):
+    for chunk, words in rows.words():
         index.search(words, rows, chunk)
     items = {r.name: r.items for r in tasks}
     return {
@@ -72,10 +38,7 @@ def contamination(
             contaminated=found.contaminated,
             share=found.share,
             unchecked=found.unchecked,
-            examples=tuple(
-                OverlapExample(item=items[found.task][e.item].id, source=e.source, place=e.place, words=e.words)
-                for e in found.examples
-            ),
+            examples=tuple(replace(e, item=items[found.task][int(e.item)].id) for e in found.examples),
         )
         for found in index.result()
     }

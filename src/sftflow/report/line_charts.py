@@ -53,15 +53,15 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
     [92, 100]
     """
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    places = [wanted[i] for i in order]
-    for i in range(len(places)):  # down from the top ...
-        places[i] = max(places[i], low if i == 0 else places[i - 1] + gap)
-    for i in reversed(range(len(places))):  # ... and up again from the foot
-        places[i] = min(places[i], high if i == len(places) - 1 else places[i + 1] - gap)
-    out = list(places)
-    for place, i in zip(places, order, strict=True):
-        out[i] = place
-    return out
+    places = list(wanted)
+    least, most = low, high
+    for i in order:  # down from the top ...
+        places[i] = max(places[i], least)
+        least = places[i] + gap
+    for i in reversed(order):  # ... and up again from the foot
+        places[i] = min(places[i], most)
+        most = places[i] - gap
+    return places
 
 
 def clipped(points: Points, top: float) -> list[Points]:

@@ -90,9 +90,7 @@ def token_box(token: Token, pieces: Sequence[Piece]) -> Markup:
 
 def _bytes(token: Token, pieces: Sequence[Piece]) -> str:
     """'hi' -> '2 bytes: 68 69'. A part of a character also says of which one."""
-    if token.raw is None and "\ufffd" in token.text:
-        return "part of a character"
-    data = token.text.encode("utf-8", "surrogatepass") if token.raw is None else token.raw
+    data = token.raw
     said = f"{len(data)} byte{'s' * (len(data) != 1)}"
     if data:
         said += f": {data[:MOST_BYTES].hex(' ')}{' …' if len(data) > MOST_BYTES else ''}"
@@ -120,24 +118,15 @@ def visible(text: str) -> str:
     return _DRAWN.sub(_draw, text) if text else "<i>∅</i>"
 
 
+_SIGNS = str.maketrans({" ": "·", "\t": "⇥", "\n": "↵", "\r": "␍"})
 # One pass: what is escaped or named is not looked at again.
-_DRAWN = re.compile(
-    f"(?P<html>[&<>\"']+)|(?P<blank> +)|(?P<tab>\\t+)|(?P<end>(?:\\r?\\n)+)|(?P<cr>\\r)|{UNSEEN.pattern}"
-)
+_DRAWN = re.compile(rf"[&<>\"']+| +|\t+|(?:\r?\n)+|\r|{UNSEEN.pattern}")
 
 
 def _draw(m: re.Match[str]) -> str:
     found = m.group()
-    match m.lastgroup:
-        case "html":
-            return html.escape(found, quote=True)
-        case "blank":
-            return f"<i>{'·' * len(found)}</i>"
-        case "tab":
-            return f"<i>{'⇥' * len(found)}</i>"
-        case "end":  # several line ends are several signs and one break: an empty line says nothing more
-            return f"<i>{found.replace(chr(13), '␍').replace(chr(10), '↵')}</i><br>"
-        case "cr":
-            return "<i>␍</i>"
-        case _:
-            return f"<i>{code_point(found)}</i>"
+    if found[0] in "&<>\"'":
+        return html.escape(found)
+    if found[0] in " \t\n\r":  # several line ends are several signs and one break: an empty line says nothing more
+        return f"<i>{found.translate(_SIGNS)}</i>{'<br>' if found[-1] == chr(10) else ''}"
+    return f"<i>{code_point(found)}</i>"

@@ -48,13 +48,8 @@ class Piece(NamedTuple):
 
 
 def pieces_of_row(tokens: Sequence[Token]) -> list[list[Piece]]:
-    """For each token its pieces; 🙂 over two tokens is Piece("🙂", f0 9f, first) and Piece("🙂", 99 82, not first).
-
-    Tokens whose bytes are not known are taken by their text.
-    """
-    data = [t.raw for t in tokens if t.raw is not None]
-    if len(data) < len(tokens):
-        return [[Piece(t.text)] for t in tokens]
+    """For each token its pieces; 🙂 over two tokens is Piece("🙂", f0 9f, first) and Piece("🙂", 99 82, not first)."""
+    data = [t.raw for t in tokens]
     out: list[list[Piece]] = [[] for _ in tokens]
     token, room = -1, 0  # room: bytes of this token that are still to come
     for character in b"".join(data).decode("utf-8", "surrogateescape"):  # a byte of no character is one from U+DC80 on
@@ -184,16 +179,15 @@ def _stretches(tokens: Sequence[Token], colour: bool) -> Iterator[tuple[bool, Te
     """Runs of tokens that are all supervised or all not, as (supervised, text)."""
     for supervised, group in itertools.groupby(tokens, lambda t: t.supervised):
         run, text = list(group), Text()
-        shown = [[_shown(t, piece, colour) for piece in mine] for t, mine in zip(run, pieces_of_row(run), strict=True)]
-        _edges(shown)
-        for number, (token, words) in enumerate(zip(run, shown, strict=True)):
+        for number, (token, pieces) in enumerate(zip(run, pieces_of_row(run), strict=True)):
             style = "bold green" if supervised else ""
             if token.special:
                 style = "bold cyan" if supervised else "cyan"
             elif colour and number % 2:
                 style += " underline"
-            for word in words:
-                text.append(word, style=style)
+            for piece in pieces:
+                text.append(_shown(token, piece, colour), style=style)
+        text.plain = re.sub(r"\A +| +\Z", lambda m: "␣" * len(m.group()), text.plain)  # nobody could see these
         if text.plain.endswith("\n"):  # the stretch's own end ends the line
             text.right_crop(1)
         yield supervised, text
@@ -213,14 +207,3 @@ def _shown(token: Token, piece: Piece, colour: bool) -> str:
 def _seen(text: str) -> str:
     text = _OURS.sub(lambda m: f"⟨{code_point(m.group())}⟩", text)
     return text.replace("\t", "⇥").replace("\n", "↵\n")
-
-
-def _edges(shown: list[list[str]]) -> None:
-    """Spaces at the two ends of a stretch, which nobody could see, drawn as ␣."""
-    places = [(i, j) for i, words in enumerate(shown) for j, word in enumerate(words) if word]
-    for order, pattern in ((places, r"^ +"), (places[::-1], r" +$")):
-        for i, j in order:
-            whole = not shown[i][j].strip(" ␣")
-            shown[i][j] = re.sub(pattern, lambda m: "␣" * len(m.group()), shown[i][j])
-            if not whole:
-                break

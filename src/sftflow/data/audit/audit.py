@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from sftflow.data.audit.duplicates import Duplicates, duplicates
-from sftflow.data.audit.lengths import Spread, length_edges, spread
+from sftflow.data.audit.lengths import length_edges, spread
 from sftflow.data.audit.near_duplicates import BAND_ROWS, BANDS, NearDuplicates, minhash, near_duplicates, near_rows
 from sftflow.data.audit.overlap import EvalIndex, Parts, TaskOverlap
 from sftflow.data.audit.rows import AuditRows, Decode, Progress
@@ -23,25 +23,18 @@ from sftflow.data.store import Rows
 
 @dataclass(frozen=True, kw_only=True)
 class SourceAudit:
-    """edges (b + 1,), counts (b,): rows with edges[i] <= tokens < edges[i + 1].   share: supervised of all tokens."""
+    """lengths, supervised: tokens and supervised tokens of a row, as `spread` tells them. lengths["histogram"]: edges
+    (b + 1,) and counts (b,), of rows with edges[i] <= tokens < edges[i + 1].   supervised["share"]: of all tokens."""
 
     name: str
     rows: int
-    lengths: Spread
-    edges: tuple[int, ...]
-    counts: tuple[int, ...]
-    supervised: Spread
-    share: float
+    lengths: dict[str, Any]
+    supervised: dict[str, Any]
     duplicates: Duplicates
     near_duplicates: NearDuplicates
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "lengths": {**asdict(self.lengths), "histogram": {"edges": self.edges, "counts": self.counts}},
-            "supervised": {**asdict(self.supervised), "share": self.share},
-            "duplicates": asdict(self.duplicates),
-            "near_duplicates": asdict(self.near_duplicates),
-        }
+        return {key: value for key, value in asdict(self).items() if key not in ("name", "rows")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +106,8 @@ def _measure(
     return SourceAudit(
         name=name,
         rows=b - a,
-        lengths=spread(lengths),
-        edges=edges,
-        counts=tuple(int(c) for c in counts),
-        supervised=spread(supervised),
-        share=round(int(supervised.sum(dtype=np.int64)) / max(1, tokens), 5),
+        lengths={**spread(lengths), "histogram": {"edges": edges, "counts": tuple(counts.tolist())}},
+        supervised={**spread(supervised), "share": round(int(supervised.sum(dtype=np.int64)) / max(1, tokens), 5)},
         duplicates=duplicates(rows, a, b),
         near_duplicates=near_duplicates(rows, a, b, near),
     )

@@ -38,7 +38,7 @@ def duplicates(rows: AuditRows, a: int, b: int) -> Duplicates:
     biggest = groups[np.lexsort((groups, -size[groups]))][:EXAMPLES]
     return Duplicates(
         rows=len(copies),
-        of_other_sources=rows.elsewhere(list(zip(copies.tolist(), first[copies].tolist(), strict=True))),
+        of_other_sources=rows.elsewhere(copies, first[copies]),
         groups=len(groups),
         examples=tuple(
             Group(rows=int(size[g]), places=tuple(rows.place(int(r)) for r in np.flatnonzero(first == g)[:3]))

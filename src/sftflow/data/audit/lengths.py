@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -13,32 +13,18 @@ QUANTILES = (5, 25, 50, 75, 95, 99)
 STEPS = (1.0, 1.25, 1.6, 2.0, 2.5, 3.15, 4.0, 5.0, 6.3, 8.0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Spread:
-    """Of token counts over rows. Quantiles are values that occur (the inverse of the empirical distribution)."""
+def spread(values: Ids) -> dict[str, Any]:
+    """Of token counts over rows. Quantiles are values that occur (the inverse of the empirical distribution).
 
-    min: int = 0
-    p5: int = 0
-    p25: int = 0
-    p50: int = 0
-    p75: int = 0
-    p95: int = 0
-    p99: int = 0
-    max: int = 0
-    mean: float = 0.0
-
-
-def spread(values: Ids) -> Spread:
-    """
     >>> spread(np.arange(1, 101, dtype=np.int32))
-    Spread(min=1, p5=5, p25=25, p50=50, p75=75, p95=95, p99=99, max=100, mean=50.5)
+    {'min': 1, 'p5': 5, 'p25': 25, 'p50': 50, 'p75': 75, 'p95': 95, 'p99': 99, 'max': 100, 'mean': 50.5}
     """
     if not len(values):
-        return Spread()
-    at = np.percentile(values, QUANTILES, method="inverted_cdf")
-    quantiles = {f"p{q}": int(v) for q, v in zip(QUANTILES, at, strict=True)}
-    mean = round(float(values.mean(dtype=np.float64)), 2)
-    return Spread(min=int(values.min()), max=int(values.max()), mean=mean, **quantiles)
+        values = np.zeros(1, np.int32)
+    at = np.percentile(values, (0, *QUANTILES, 100), method="inverted_cdf")
+    names = ("min", *(f"p{q}" for q in QUANTILES), "max")
+    found = {name: int(value) for name, value in zip(names, at, strict=True)}
+    return {**found, "mean": round(float(values.mean(dtype=np.float64)), 2)}
 
 
 def length_edges(lengths: Ids) -> tuple[int, ...]:

@@ -148,12 +148,13 @@ def jaccard(a: set[int], b: set[int]) -> float:
 
 def near_duplicates(rows: AuditRows, a: int, b: int, near: dict[int, tuple[int, float]]) -> NearDuplicates:
     """Of rows a to b. near: what `near_rows` found."""
-    found = [(row, *near[row]) for row in near if a <= row < b]
+    later = np.array([row for row in near if a <= row < b], np.int64)
+    earlier = np.array([near[row][0] for row in later.tolist()], np.int64)
+    first = zip(later[:EXAMPLES].tolist(), earlier.tolist(), strict=False)
     return NearDuplicates(
-        rows=len(found),
-        of_other_sources=rows.elsewhere([(row, of) for row, of, _ in found]),
+        rows=len(later),
+        of_other_sources=rows.elsewhere(later, earlier),
         examples=tuple(
-            Near(place=rows.place(row), of=rows.place(of), similarity=round(alike, 4))
-            for row, of, alike in found[:EXAMPLES]
+            Near(place=rows.place(row), of=rows.place(of), similarity=round(near[row][1], 4)) for row, of in first
         ),
     )

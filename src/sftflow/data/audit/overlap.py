@@ -20,36 +20,43 @@ TEMPLATE_ITEMS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shared:
-    """A training row that has words of an evaluation item. item: its number in the set, from 0."""
+class OverlapExample:
+    """A training row that has words of an evaluation item. item: its number in the set, from 0, or its id."""
 
-    item: int
+    item: int | str
     source: str
     place: str
     words: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskOverlap:
-    """Evaluation items found in training rows.
+class Overlap:
+    """Evaluation items found in training rows, by `ngram` words in a row (see `EvalIndex`).
 
-    items: of the task.   unchecked: items of fewer than 4 words, or with template wording only.   contaminated: items
-    found.   share: of all items.   template_ngrams: left out as template wording.   sources: items found, by source.
+    items: of the task.   contaminated: items found.   share: of all items.   unchecked: items of fewer than 4 words, or
+    with template wording only.
     """
 
-    task: str
+    ngram: int = NGRAM
     items: int
-    unchecked: int
     contaminated: int
     share: float
+    unchecked: int
+    examples: tuple[OverlapExample, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOverlap(Overlap):
+    """template_ngrams: left out as template wording.   sources: items found, by source."""
+
+    task: str
     template_ngrams: int
     sources: tuple[tuple[str, int], ...]
-    examples: tuple[Shared, ...]
 
     def to_json(self) -> dict[str, Any]:
         out = {k: v for k, v in asdict(self).items() if k != "task"}
         found = [{"name": name, "items": n, "share": round(n / max(1, self.items), 5)} for name, n in self.sources]
-        return {"ngram": NGRAM, **out, "sources": found}
+        return {**out, "sources": found}
 
 
 def item_parts(item: Item) -> tuple[str, ...]:
@@ -77,7 +84,7 @@ class _Task:
     start: int
     unchecked: int = 0
     templates: int = 0
-    examples: list[Shared] = field(default_factory=list)
+    examples: list[OverlapExample] = field(default_factory=list)
 
 
 class EvalIndex:
@@ -205,7 +212,8 @@ class EvalIndex:
     def _example(self, item: int, source: int, place: str, text: str) -> None:
         task = self._task(item)
         if len(task.examples) < EXAMPLES:
-            task.examples.append(Shared(item=item - task.start, source=self.sources[source], place=place, words=text))
+            name = self.sources[source]
+            task.examples.append(OverlapExample(item=item - task.start, source=name, place=place, words=text))
 
     def result(self) -> Iterator[TaskOverlap]:
         for task in self.tasks:

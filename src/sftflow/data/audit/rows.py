@@ -53,10 +53,9 @@ class AuditRows:
         source, i = self.find(row)
         return source.place(i)
 
-    def elsewhere(self, pairs: list[tuple[int, int]]) -> int:
-        """How many (row, earlier row) are of two sources."""
-        here, there = self.source_of(np.array(pairs, np.int64).reshape(-1, 2)).T
-        return int((here != there).sum())
+    def elsewhere(self, rows: Index, earlier: Index) -> int:
+        """How many of the rows are of another source than the earlier row that each repeats."""
+        return int((self.source_of(rows) != self.source_of(earlier)).sum())
 
     def chunks(self, rows: Index) -> Iterator[Index]:
         """`rows` in order, cut so that a chunk has at most CHUNK_TOKENS tokens (a longer row is a chunk of its own)."""
