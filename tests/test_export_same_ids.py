@@ -17,7 +17,7 @@ from helpers.outside import each, outside
 from helpers.serving import local
 from sftflow import checkpoint
 from sftflow.chat.schema import parse_row, text_message
-from sftflow.evaluation.prompts_for import chat_prompt
+from sftflow.evaluation.multiple_choice import chat_prompt
 from sftflow.exporting import llamacpp
 from sftflow.exporting import to_gguf as exporting
 from sftflow.exporting.llamacpp import LlamaCpp
@@ -73,7 +73,7 @@ def everywhere(model: str, path: Path, rows: list[list[dict[str, str]]]) -> dict
             assert trained.ids[: len(ids)].tolist() == ids  # training's row begins with what is asked
             assert trained.mask[len(ids)] == 1
             turns = tuple(text_message(m["role"], m["content"]) for m in messages[:-1])  # type: ignore[arg-type]
-            assert list(chat_prompt(assistant, Item(id="row", messages=turns, answer=""))) == ids  # evaluation
+            assert list(chat_prompt(assistant.renderer, Item(id="row", messages=turns, answer=""))) == ids  # evaluation
             served = server.post("/v1/render", json={"model": "tiny", "messages": messages[:-1]}).json()
             assert [t["id"] for t in served["tokens"]] == ids
             typed = terminal.conversation(list(turns))

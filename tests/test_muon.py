@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sftflow.training import muon
-from sftflow.training.muon import Muon, orthogonalised
+from sftflow.training import optimizers
+from sftflow.training.optimizers import Muon, orthogonalised
 
 SETTINGS = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95, "nesterov": True}
 SHAPES = [(24, 64), (64, 24), (32, 32)]
@@ -27,7 +27,7 @@ def steps_of(kind: type[torch.optim.Muon], n: int = 4) -> list[torch.Tensor]:
 @pytest.mark.parametrize(("native", "bound"), [(True, 0.0), (False, 4e-2)])
 def test_steps_are_those_of_torch(monkeypatch: pytest.MonkeyPatch, native: bool, bound: float) -> None:
     """To the bit in bf16. In fp32 the steps differ by what bf16 rounds: of the length of a step, a few per cent."""
-    monkeypatch.setattr(muon, "has_native_bf16", lambda device: native)
+    monkeypatch.setattr(optimizers, "has_native_bf16", lambda device: native)
     for ours, theirs in zip(steps_of(Muon), steps_of(torch.optim.Muon), strict=True):
         assert float((ours - theirs).norm()) <= bound * 4 * SETTINGS["lr"] * theirs.shape[0] ** 0.5 * 1.7
 

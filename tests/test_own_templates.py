@@ -14,8 +14,8 @@ import pytest
 
 from helpers.judge import Line, control_tokens, judge, lengths_are_sure
 from helpers.oracle import check_rows
-from helpers.own_tokenizers import KINDS
 from helpers.shapes import SHAPES
+from helpers.tokenizers import WITH_TOKENS
 from sftflow.chat.format import TEMPLATE_NOW, choose_format
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import parse_row
@@ -114,7 +114,7 @@ def path_of(name: str) -> Path:
 
 def tokenizer_for(name: str, kind: str) -> Any:
     """The tokenizer with every control token that the template writes."""
-    make = KINDS[kind]
+    make = WITH_TOKENS[kind]
     return make(special=control_tokens(path_of(name).read_text(encoding="utf-8"), make()))
 
 
@@ -133,7 +133,7 @@ def test_every_template_is_in_the_table() -> None:
     assert sorted(p.stem for p in FOLDER.glob("*.jinja")) == sorted(TEMPLATES)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WITH_TOKENS)
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_what_is_right_happens(name: str, kind: str) -> None:
     """No row is wrong, nothing is refused that is not in the table, and nothing is accepted that is."""
@@ -144,7 +144,7 @@ def test_what_is_right_happens(name: str, kind: str) -> None:
     assert line.open == AVOIDABLE.get(name, 0), [s for s in line.shapes if ": AVOIDABLE: " in s]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WITH_TOKENS)
 @pytest.mark.parametrize("name", ["no_end_of_turn", "end_is_text"])
 def test_an_end_is_put_where_there_is_none(name: str, kind: str) -> None:
     line = judge(path_of(name), kind, tokenizer_for(name, kind), EOS, SHAPES, eos=True)
@@ -182,7 +182,7 @@ def test_both_ends_stop_a_reply() -> None:
     assert {renderer.special[token] for token in ("<|eot_id|>", "<|eom_id|>")} <= set(renderer.stop_ids())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WITH_TOKENS)
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_prompt_is_never_shorter_than_is_surely_said(name: str, kind: str) -> None:
     assert lengths_are_sure(renderer_of(name, kind))

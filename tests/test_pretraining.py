@@ -69,7 +69,7 @@ def test_bits_per_byte_are_those_of_the_plain_forward_pass(tmp_path: Path) -> No
     model = AutoModelForCausalLM.from_pretrained(out / "checkpoint", dtype=torch.float32)
     model.load_state_dict(load_file(out / "resume" / "step-00000012" / "model.safetensors"), strict=False)
     tokenizer = AutoTokenizer.from_pretrained(out / "checkpoint")
-    [held_out] = read_corpus([text], (), SPEC.seed).held_out.values()
+    [held_out] = read_corpus([text], (), SPEC.seed)[1].values()
     ids = torch.tensor([i for document in held_out for i in tokenizer(document).input_ids])
     rows = ids[: len(ids) // 64 * 64].view(-1, 64)
     with torch.no_grad():

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from helpers.judge import control_tokens, judge
-from helpers.own_tokenizers import byte_level
 from helpers.shapes import SHAPES
+from helpers.tokenizers import byte_level
 
 pytestmark = pytest.mark.slow
 SPEC = find_spec("trl")

@@ -66,6 +66,7 @@ RENDERED_ROWS = MadeBy(
         "data/sources.py",
         "data/store.py",
         "data/truncate.py",
+        "packing/pack.py",
         "tasks",  # conversations of the built-in tasks, and the word lists and texts they are made of
     ),
     libraries=("sftflow", "tokenizers", "jinja2"),
@@ -94,7 +95,6 @@ LEFT_OUT = {
     "data.row_cache": "where rows are kept; its key is compared",
     "errors": "what refusals look like",
     "fingerprint": "its hashes are compared",
-    "packing.pack": "of rendered rows only: they are packed after they are read",
     "recipe": "what it asks for is in the key",
     "sandbox": "of rendered rows only: it grades",
 }

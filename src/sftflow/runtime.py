@@ -99,20 +99,18 @@ def measure_peak(runtime: Runtime) -> float:
     synchronize = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(runtime.device, lambda: None)
     began, best = time.perf_counter(), 0.0
     # A small product first: on a slow processor a large one alone would take longer than all may.
-    for n in (512, 1024, 2048) if runtime.device == "cpu" else (2048, 4096):
+    on_cpu = runtime.device == "cpu"
+    for n in (512, 512, 1024, 1024, 2048, 2048) if on_cpu else (2048, 2048, 4096, 4096, 4096, 4096):
         flops = 2.0 * n**3
         left = PEAK_SECONDS - (time.perf_counter() - began)
-        if runtime.device == "cpu" and best and flops / best > left:
+        if on_cpu and best and flops / best > left:
             break
         x = torch.randn(n, n, generator=source, device=runtime.device).to(dtype)
-        for _ in range(2 if runtime.device == "cpu" and n < 2048 else 4):
-            synchronize()
-            start = time.perf_counter()
-            _ = x @ x
-            synchronize()
-            best = max(best, flops / max(1e-9, time.perf_counter() - start))
-            if time.perf_counter() - began > PEAK_SECONDS:
-                break
+        synchronize()
+        start = time.perf_counter()
+        _ = x @ x
+        synchronize()
+        best = max(best, flops / max(1e-9, time.perf_counter() - start))
     if runtime.device == "cuda":
         torch.cuda.reset_peak_memory_stats()  # these matrices are not the run's memory
     return best

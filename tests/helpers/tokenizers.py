@@ -1,14 +1,18 @@
-"""Tokenizers of the kinds that well-known models have, trained here on a few sentences.
+"""Tokenizers of the kinds that well-known models have, trained here on a few sentences: some 500 entries.
 
-Same normaliser, pre-tokenizer, byte handling, special tokens and configuration as the published ones, some 500 entries:
+As files, with the published ones' normaliser, pre-tokenizer, byte handling, special tokens and configuration:
 
     llama2      sentencepiece's layout: a space before every text, <0xE6> for bytes without a character, adds <s>
     llama3_1    byte-level, numbers in groups of three, header tokens, adds <|begin_of_text|>
     qwen3       byte-level behind NFC, one digit at a time, no beginning token, tags that are added but not special
+
+As objects, with the control tokens that a test asks for: `byte_level`, which splits text as GPT-2 does, and
+`sentencepiece`, Llama 2's without its own beginning.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -53,20 +57,22 @@ def llama2() -> tuple[Tokenizer, dict[str, Any]]:
     }  # fmt: skip
 
 
-def _byte_level(number: str, **options: Any) -> Tokenizer:
+def _over_bytes(pre_tokenizer: Any, **options: Any) -> Tokenizer:
     backend = Tokenizer(BPE(**options))
-    split = pre_tokenizers.Split(Regex(SPLIT.replace("NUMBER", number)), behavior="isolated")
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    backend.pre_tokenizer = pre_tokenizer
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     backend.train_from_iterator(SENTENCES, BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False))
     backend.decoder = decoders.ByteLevel()
     return backend
 
 
+def _splitting(number: str) -> Any:
+    split = pre_tokenizers.Split(Regex(SPLIT.replace("NUMBER", number)), behavior="isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
 def llama3_1() -> tuple[Tokenizer, dict[str, Any]]:
-    backend = _byte_level("{1,3}", ignore_merges=True)
+    backend = _over_bytes(_splitting("{1,3}"), ignore_merges=True)
     names = ("begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag")
     backend.add_special_tokens([f"<|{name}|>" for name in names])
     first = backend.token_to_id("<|begin_of_text|>")
@@ -80,7 +86,7 @@ def llama3_1() -> tuple[Tokenizer, dict[str, Any]]:
 
 
 def qwen3() -> tuple[Tokenizer, dict[str, Any]]:
-    backend = _byte_level("")
+    backend = _over_bytes(_splitting(""))
     backend.normalizer = normalizers.NFC()
     backend.post_processor = processors.ByteLevel(trim_offsets=False, use_regex=False)
     backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
@@ -109,3 +115,39 @@ def write_tokenizer(kind: str, directory: Path) -> Path:
     config |= {"added_tokens_decoder": decoder, "model_max_length": 2048}
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     return directory
+
+
+def byte_level(bos: str = "<s>", eos: str = "</s>", special: tuple[str, ...] = ()) -> Any:
+    """Its fast way through our encoder is the one of remembered words."""
+    return _open(_gpt2(), bos, eos, special)
+
+
+def sentencepiece(bos: str = "<s>", eos: str = "</s>", special: tuple[str, ...] = ()) -> Any:
+    """Writes a blank before the first word of whatever it is given, and bytes for what it does not know."""
+    return _open(_bare_llama2(), bos, eos, special)
+
+
+WITH_TOKENS = {"byte-level": byte_level, "sentencepiece": sentencepiece}
+
+
+@functools.cache
+def _gpt2() -> str:
+    return str(_over_bytes(pre_tokenizers.ByteLevel(add_prefix_space=False)).to_str())
+
+
+@functools.cache
+def _bare_llama2() -> str:
+    return json.dumps(json.loads(llama2()[0].to_str()) | {"post_processor": None})
+
+
+def _open(text: str, bos: str, eos: str, special: tuple[str, ...]) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(text), bos_token=bos, eos_token=eos, clean_up_tokenization_spaces=False
+    )
+    if special:
+        tokens = [AddedToken(t, normalized=False, special=True) for t in special if t not in (bos, eos)]
+        tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+        tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in TAGS])
+    return tokenizer

@@ -16,7 +16,7 @@ from sftflow import checkpoint
 from sftflow.api.shared import ModelLike, quiet
 from sftflow.atomic_io import write_text
 from sftflow.chat import template_options
-from sftflow.chat.data_files import read_rows
+from sftflow.chat.data_files import read_conversations, read_rows
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation, parse_row, text_message
 from sftflow.chat.token_rows import TokenRow, token_row
@@ -76,7 +76,7 @@ class Rows(Sequence[Any]):
     def conversations(self) -> Iterator[Conversation]:
         """Each row in the canonical shape. Raises SchemaError or DataError at the first bad one."""
         if self._rows is None:
-            yield from (parse_row(row, place) for place, row in read_rows(self.path))
+            yield from read_conversations(self.path)
             return
         for number, row in enumerate(self._rows, 1):
             yield row if isinstance(row, Conversation) else parse_row(row, f"{self.name}:{number}")

@@ -19,20 +19,14 @@ from sftflow.errors import DataError, SchemaError
 ROLES = ("system", "developer", "user", "assistant", "tool")
 PART_KINDS = ("text", "python", "python_output")
 MESSAGE_KEYS = {"role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "weight"}
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "system": "system",
-    "developer": "developer",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
+SHAREGPT_NAMES = {
+    "user": ("human", "user"),
+    "assistant": ("gpt", "assistant", "model", "chatgpt", "bot"),
+    "system": ("system",),
+    "developer": ("developer",),
+    "tool": ("tool", "observation", "function_response"),
 }
+SHAREGPT_ROLES = {name: role for role, names in SHAREGPT_NAMES.items() for name in names}
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,9 @@ reads back what the template wrote. Special tokens are left out on both sides: a
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -110,19 +112,21 @@ def _candidates(views: _Views, single: str, double: str | None) -> Iterator[Call
         yield CallFormat(parts[0], tagged, between, close)
 
 
+def _objects(text: str) -> list[tuple[Any, int, int]]:
+    """Every JSON object in a text, also inside others, as (value, start, end)."""
+    out = []
+    for brace in re.finditer(r"\{", text):
+        with contextlib.suppress(ValueError):
+            value, end = json.JSONDecoder().raw_decode(text, brace.start())
+            out.append((value, brace.start(), end))
+    return out
+
+
 def _json_entries(single: str) -> Iterator[tuple[JsonEntry, int, int]]:
     """JSON objects that hold name and arguments, the smallest first, with their span."""
-    decoder = json.JSONDecoder()
-    for start in range(single.find(KEYS[0]), -1, -1):
-        if single[start] != "{":
-            continue
-        try:
-            value, end = decoder.raw_decode(single, start)
-        except ValueError:
-            continue
-        name = _path(value, NAMES[0])
-        arguments = _path(value, {KEYS[0]: VALUES[0]})
-        if name and arguments:
+    for value, start, end in reversed(_objects(single)):
+        name, arguments = _path(value, NAMES[0]), _path(value, {KEYS[0]: VALUES[0]})
+        if start <= single.find(KEYS[0]) and name and arguments:
             yield JsonEntry(name, arguments), start, end
 
 
@@ -147,16 +151,7 @@ def _loads(text: str) -> Any:
 
 def _object_at(text: str, wanted: dict[str, str]) -> tuple[int, int] | None:
     """The span of a JSON object in a text."""
-    start = text.find("{")
-    while start >= 0:
-        try:
-            value, end = json.JSONDecoder().raw_decode(text, start)
-            if value == wanted:
-                return start, end
-        except ValueError:
-            pass
-        start = text.find("{", start + 1)
-    return None
+    return next(((start, end) for value, start, end in _objects(text) if value == wanted), None)
 
 
 def _between(double: str | None, entry: JsonEntry | NamedEntry) -> str | None:
@@ -169,16 +164,13 @@ def _between(double: str | None, entry: JsonEntry | NamedEntry) -> str | None:
         return double[first[1] : second] if first and first[1] <= second else None
     spans = []
     for key, value, name in zip(KEYS, VALUES, NAMES, strict=True):
-        start = double.rfind("{", 0, double.find(key) + 1)
-        while start >= 0:
-            try:
-                found, end = json.JSONDecoder().raw_decode(double, start)
-                if _path(found, name) == entry.name and _path(found, {key: value}) == entry.arguments:
-                    spans.append((start, end))
-                    break
-            except ValueError:
-                pass
-            start = double.rfind("{", 0, start)
+        spans += [
+            (start, end)
+            for found, start, end in reversed(_objects(double))
+            if start <= double.find(key)
+            and _path(found, name) == entry.name
+            and _path(found, {key: value}) == entry.arguments
+        ][:1]
     return double[spans[0][1] : spans[1][0]] if len(spans) == 2 and spans[0][1] <= spans[1][0] else None
 
 

@@ -79,14 +79,14 @@ def compare_models(
     sft: Assistant,
     runs: Sequence[EvalTask],
     prompts: PromptSet,
-    out: Path | None,
+    out: Path,
     *,
     run_directory: Path | None = None,
     options: CompareOptions = CompareOptions(),
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Comparison:
-    """Compare, and write compare.json, eval.json and a row an item into `out`, where one is given.
+    """Compare, and write compare.json, eval.json and a row an item into `out`.
 
     run_directory: of the SFT model's training, for ledger, losses and the overlap of the tasks with its rows.
     options: its judge; the prompts are those given.
@@ -122,9 +122,8 @@ def compare_models(
     if options.judge and options.judge_model:
         comparison = replace(comparison, judge=_judged(comparison, options, progress))
     comparison = replace(comparison, seconds=round(time.perf_counter() - began, 1), finished=datetime.now(UTC))
-    if out is not None:
-        write_json(out / "compare.json", comparison.to_json())
-        write_json(out / "eval.json", Evaluation({base.name: scores.base, sft.name: scores.sft}).to_json())
+    write_json(out / "compare.json", comparison.to_json())
+    write_json(out / "eval.json", Evaluation({base.name: scores.base, sft.name: scores.sft}).to_json())
     return comparison
 
 
@@ -144,7 +143,7 @@ def _steps(progress: Progress | None, total: int) -> Steps:
     return step
 
 
-def _paired_result(base: Assistant, sft: Assistant, run: EvalTask, out: Path | None, steps: Steps) -> PairedResult:
+def _paired_result(base: Assistant, sft: Assistant, run: EvalTask, out: Path, steps: Steps) -> PairedResult:
     return PairedResult(
         run,
         evaluate(base, run, "chat", out, model="base", progress=steps(f"{run.name}: base, chat format")),

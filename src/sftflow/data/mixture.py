@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,39 +22,21 @@ from sftflow.data.store import Examples, RowStore
 from sftflow.errors import DataError, ProofError
 from sftflow.fingerprint import data_digest
 from sftflow.packing.pack import best_fit, padding_share
-from sftflow.recipe import Recipe
+from sftflow.recipe import Recipe, SourceEntry
 
 SETTLE_ROWS = 64  # rows of a source that decide the template's arguments
-
-
-@dataclass
-class SourceLedger:
-    """What became of one source's rows. rows, tokens, supervised_tokens: training rows; tokens count repeats."""
-
-    name: str
-    repeat: int = 1
-    rows: int = 0
-    tokens: int = 0
-    supervised_tokens: int = 0
-    cut: int = 0
-    dropped: int = 0
-    bad: int = 0
-    expanded: int = 0
-    validation_rows: int = 0
-    boundary_splits: int = 0
-    dropped_why: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
     """examples: training sequences, repeats included, unshuffled (the loop shuffles).   held_out: for the
-    validation loss.   rows: the rendered rows of each source, on disk.   samples: the first of each source, for the
-    mask view.   bad: the quarantined rows."""
+    validation loss.   sources: what became of each source's rows, as in the ledger.   rows: the rendered rows of each
+    source, on disk.   samples: the first of each source, for the mask view.   bad: the quarantined rows."""
 
     examples: Examples
     held_out: Examples
     names: list[str]
-    sources: list[SourceLedger]
+    sources: list[dict[str, Any]]
     rows: list[RowStore]
     samples: list[Rendered]
     max_length: int
@@ -66,10 +48,10 @@ class Mixture:
         lengths = self.examples.lengths.tolist()
         packed = best_fit(lengths, self.max_length)
         return {
-            "sources": [vars(s) for s in self.sources],
+            "sources": self.sources,
             "rows": len(self.examples),
             "tokens": sum(lengths),
-            "supervised_tokens": sum(s.supervised_tokens for s in self.sources),
+            "supervised_tokens": sum(s["supervised_tokens"] for s in self.sources),
             "packed_rows": len(packed),
             "padding_share": round(padding_share(lengths, packed, self.max_length), 5),
             "validation_rows": len(self.held_out),
@@ -135,33 +117,17 @@ def build_mixture(
     """
     renderer = training_renderer(recipe, renderer)
     sources: list[RowStore] = []
-    ledgers: list[SourceLedger] = []
+    ledgers: list[dict[str, Any]] = []
     train: list[NDArray[np.int32]] = []
     held: list[NDArray[np.int32]] = []
     for number, entry in enumerate(recipe.mixture):
         rows = prepare_source(entry, number, recipe, renderer, every_row=every_row, progress=progress)
-        meta, name = rows.meta, entry.label
-        chosen = split_held_out(rows.table["digest"], recipe.validation, f"{name}:{recipe.train.seed}")
+        chosen = split_held_out(rows.table["digest"], recipe.validation, f"{entry.label}:{recipe.train.seed}")
         here, out = np.flatnonzero(~chosen), np.flatnonzero(chosen)
         sources.append(rows)
         train.append(np.tile(_index(number, here), (entry.repeat, 1)))
         held.append(_index(number, out))
-        ledgers.append(
-            SourceLedger(
-                name=name,
-                repeat=entry.repeat,
-                rows=len(here),
-                tokens=entry.repeat * int(rows.lengths[here].sum()),
-                supervised_tokens=entry.repeat * int(rows.supervised[here].sum()),
-                cut=meta["cut"],
-                dropped=sum(meta["dropped"].values()) + meta["bad"],
-                bad=meta["bad"],
-                expanded=meta["expanded"],
-                validation_rows=len(out),
-                boundary_splits=meta["boundary_splits"],
-                dropped_why={**meta["dropped"], **({"bad row": meta["bad"]} if meta["bad"] else {})},
-            )
-        )
+        ledgers.append(_ledger(entry, rows, here, len(out)))
     examples = Examples(sources, np.concatenate(train))
     if not len(examples):
         raise DataError("mixture", "no row is left to train on", "see the ledger's dropped rows")
@@ -169,7 +135,7 @@ def build_mixture(
     mixture = Mixture(
         examples=examples,
         held_out=Examples(sources, np.concatenate(held)),
-        names=[s.name for s in ledgers],
+        names=[entry.label for entry in recipe.mixture],
         sources=ledgers,
         rows=sources,
         samples=[renderer.render(c, turns=True) for c in firsts if c is not None],
@@ -180,6 +146,25 @@ def build_mixture(
     if not every_row:
         mixture.prove()
     return mixture
+
+
+def _ledger(entry: SourceEntry, rows: RowStore, here: NDArray[np.int64], n_held_out: int) -> dict[str, Any]:
+    """A source's entry in the ledger. here: its training rows; their tokens count repeats."""
+    meta = rows.meta
+    return {
+        "name": entry.label,
+        "repeat": entry.repeat,
+        "rows": len(here),
+        "tokens": entry.repeat * int(rows.lengths[here].sum()),
+        "supervised_tokens": entry.repeat * int(rows.supervised[here].sum()),
+        "cut": meta["cut"],
+        "dropped": sum(meta["dropped"].values()) + meta["bad"],
+        "bad": meta["bad"],
+        "expanded": meta["expanded"],
+        "validation_rows": n_held_out,
+        "boundary_splits": meta["boundary_splits"],
+        "dropped_why": {**meta["dropped"], **({"bad row": meta["bad"]} if meta["bad"] else {})},
+    }
 
 
 def _index(number: int, rows: NDArray[np.int64]) -> NDArray[np.int32]:

@@ -18,7 +18,7 @@ from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation, parse_row
 from sftflow.data.render_pool import Block, Counts, Job, NumberedRow, Workers, n_cores, render_block
 from sftflow.data.row_cache import cache_folder, cache_key, prune
-from sftflow.data.sources import is_many, place_of, rows_of_entry
+from sftflow.data.sources import place_of, rows_of_entry
 from sftflow.data.store import RowStore, RowWriter
 from sftflow.errors import DataError, RunError
 from sftflow.recipe import Recipe, SourceEntry
@@ -81,13 +81,13 @@ def _render_into(
     progress: Progress | None,
 ) -> None:
     """Render a source into a new store in `directory`."""
-    blocks, many = _blocks(rows_of_entry(entry, recipe)), is_many(entry)
+    blocks = _blocks(rows_of_entry(entry, recipe))
     total, bad = Counts(), []
     sample: Conversation | None = None
     with contextlib.ExitStack() as stack:
         writer = RowWriter(directory)
         stack.callback(writer.abandon)
-        for block in _rendered(blocks, job, renderer, stack, many=many, every_row=every_row):
+        for block in _rendered(blocks, job, renderer, stack, every_row):
             if block.error is not None:
                 raise block.error
             total.add(block.counts)
@@ -122,17 +122,10 @@ def _blocks(rows: Iterable[NumberedRow]) -> Iterator[list[NumberedRow]]:
 
 
 def _rendered(
-    blocks: Iterator[list[NumberedRow]],
-    job: Job,
-    renderer: Renderer,
-    stack: contextlib.ExitStack,
-    *,
-    many: bool,
-    every_row: bool,
+    blocks: Iterator[list[NumberedRow]], job: Job, renderer: Renderer, stack: contextlib.ExitStack, every_row: bool
 ) -> Iterator[Block]:
-    """The blocks rendered, in order: here, or by processes that end with `stack`. many: whether the blocks are known to
-    be worth starting processes."""
-    first = [] if many else list(islice(blocks, ALONE_BLOCKS))
+    """The blocks rendered, in order: here, or where there are many by processes that end with `stack`."""
+    first = list(islice(blocks, ALONE_BLOCKS))
     asked = (
         (block, -1 if every_row else VERIFIED_SAMPLE if n == 0 else 0) for n, block in enumerate(chain(first, blocks))
     )
@@ -141,7 +134,7 @@ def _rendered(
         return render_block(renderer, job, *block)
 
     cores = n_cores()
-    if (not many and len(first) < ALONE_BLOCKS) or cores == 1:
+    if len(first) < ALONE_BLOCKS or cores == 1:
         return map(here, asked)
     if cores <= FEW_CORES:  # on few cores this process renders, too
         return stack.enter_context(Workers(job, cores - 1)).render(asked, here)

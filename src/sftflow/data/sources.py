@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import random
 from collections.abc import Iterator
 from itertools import islice
@@ -15,8 +14,6 @@ from sftflow.data.render_pool import NumberedRow
 from sftflow.errors import DataError, SftflowError
 from sftflow.recipe import Recipe, SourceEntry
 from sftflow.tasks import TASKS, TaskSource, make_task
-
-MANY_BYTES = 2 << 20  # a file of more lines than that is worth starting processes
 
 
 def rows_of_entry(entry: SourceEntry, recipe: Recipe) -> Iterator[NumberedRow]:
@@ -44,18 +41,6 @@ def rows_of_entry(entry: SourceEntry, recipe: Recipe) -> Iterator[NumberedRow]:
             yield item
     if empty:
         raise DataError(place_of(entry), "no rows in it", "give a file with conversations")
-
-
-def is_many(entry: SourceEntry) -> bool:
-    name = entry.path or entry.source
-    return entry.source not in TASKS and entry.limit is None and _is_lines(name) and _size(name) > MANY_BYTES
-
-
-def _size(name: str) -> int:
-    try:
-        return os.path.getsize(name)
-    except OSError:
-        return 0  # reading it will say what is wrong
 
 
 def _is_lines(name: str) -> bool:

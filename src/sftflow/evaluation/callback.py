@@ -39,7 +39,7 @@ class EvalDuringTraining:
                 progress(done, total)
 
         for task in self.tasks:
-            rows = grade_items(assistant, task, "chat", progress=step)
+            rows = grade_items(assistant, task, "chat", None, step)
             scores[task.name] = sum(r.score for r in rows) / len(rows)
             if not task.by_letter:
                 replies += [r for r in rows if r.finish_reason != "too_long"]

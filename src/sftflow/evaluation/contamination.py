@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,16 +17,10 @@ from sftflow.errors import DataError
 from sftflow.evaluation.options import EvalTask
 
 
-def contamination(
-    tasks: Sequence[EvalTask],
-    sources: Sequence[Rows],
-    renderer: Renderer,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Overlap]:
+def contamination(tasks: Sequence[EvalTask], sources: Sequence[Rows], renderer: Renderer) -> dict[str, Overlap]:
     """The overlap of each task with the rows, its examples by the items' ids.
 
     sources: a mixture's `rows`, held-out ones among them.   renderer: of the tokenizer that they were rendered with.
-    progress: (done, total).
     """
     backend = renderer.tokenizer.backend_tokenizer
     rows = AuditRows(
@@ -35,7 +29,7 @@ def contamination(
         special_ids=list(renderer.special.values()),
     )
     index = EvalIndex({r.name: [item_parts(i) for i in r.items] for r in tasks}, [s.name for s in sources])
-    for chunk, words in rows.words(progress):
+    for chunk, words in rows.words():
         index.search(words, rows, chunk)
     items = {r.name: r.items for r in tasks}
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +23,23 @@ def evaluate(
     assistant: Assistant,
     task: EvalTask,
     arm: Arm,
-    out: Path | None,
+    out: Path,
     *,
     model: str | None = None,
     progress: Callable[[int], None] = lambda k: None,
 ) -> EvalResult:
-    """Ask every item greedily and grade the replies; a row an item into `out/eval/`, as it finishes (out None: into no
-    file).
+    """Ask every item greedily and grade the replies; a row an item into `out/eval/`, as it finishes.
 
     Rows of an earlier run with the same provenance are taken over. model: its name in the file's. progress: told how
     many items are new. Raises RunError where the model's weights or logits are not finite, and where the disk is full
     (finished rows are kept).
     """
     provenance = provenance_of(assistant, task, arm)
-    if out is None:
-        rows = grade_items(assistant, task, arm, progress=progress)
-    else:
-        name = safe_name(model or assistant.name) + ("-plain" if arm == "plain" else "")
-        path = out / "eval" / f"{name}-{task.name}.jsonl"
-        with telling_full_disk(out), Journal(path, provenance) as journal:
-            rows = grade_items(assistant, task, arm, finished=journal.rows, keep=journal.add, progress=progress)
-            journal.close([row.key for row in rows])
+    name = safe_name(model or assistant.name) + ("-plain" if arm == "plain" else "")
+    path = out / "eval" / f"{name}-{task.name}.jsonl"
+    with telling_full_disk(out), Journal(path, provenance) as journal:
+        rows = grade_items(assistant, task, arm, journal, progress)
+        journal.close([row.key for row in rows])
     return EvalResult(
         task=task.name,
         arm=arm,
@@ -84,11 +81,11 @@ def weights_of(assistant: Assistant) -> str:
 
 def evaluate_models(
     asked: Iterable[tuple[Assistant, Sequence[EvalTask]]],
-    out: Path | None,
+    out: Path,
     progress: Callable[[str, str, int], None] = lambda model, task, k: None,
 ) -> Evaluation:
     """Every model on its tasks in its chat format; writes rows, eval.json and for each model a results file as
-    lm-evaluation-harness writes them (out None: no file).
+    lm-evaluation-harness writes them.
 
     asked: taken one after another, so that whoever loads models on the way holds one at a time.
     progress: told (model, task, how many items are new).
@@ -96,20 +93,12 @@ def evaluate_models(
     models: dict[str, ModelScores] = {}
     for assistant, tasks in asked:
         require_askable(assistant.renderer, tasks)
-        results = []
-        for task in tasks:
-
-            def tell(k: int, model: str = assistant.name, task: str = task.name) -> None:
-                progress(model, task, k)
-
-            results.append(evaluate(assistant, task, "chat", out, progress=tell))
-        models[assistant.name] = ModelScores(tuple(results))
-        if out is not None:
-            with telling_full_disk(out):
-                harness = harness_results(assistant, results)
-                write_json(out / "eval" / f"{safe_name(assistant.name)}-results.json", harness)
-    evaluation = Evaluation(models)
-    if out is not None:
+        name = assistant.name
+        results = [evaluate(assistant, t, "chat", out, progress=partial(progress, name, t.name)) for t in tasks]
+        models[name] = ModelScores(tuple(results))
         with telling_full_disk(out):
-            write_json(out / "eval.json", evaluation.to_json())
+            write_json(out / "eval" / f"{safe_name(name)}-results.json", harness_results(assistant, results))
+    evaluation = Evaluation(models)
+    with telling_full_disk(out):
+        write_json(out / "eval.json", evaluation.to_json())
     return evaluation

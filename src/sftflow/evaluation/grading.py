@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 from sftflow.checkpoint import Assistant
 from sftflow.errors import ContextError, RunError
-from sftflow.evaluation.journal import EvalRow, Key, key_of
+from sftflow.evaluation.journal import EvalRow, Journal, key_of
 from sftflow.evaluation.multiple_choice import ItemPrompt, letter_scores
 from sftflow.evaluation.options import Arm, EvalTask
 from sftflow.evaluation.prompts_for import prompts_for
@@ -28,27 +27,25 @@ def grade_items(
     assistant: Assistant,
     task: EvalTask,
     arm: Arm,
-    *,
-    finished: Mapping[Key, EvalRow] = MappingProxyType({}),
-    keep: Callable[[EvalRow], EvalRow] = lambda row: row,
+    journal: Journal | None,
     progress: Callable[[int], None] = lambda k: None,
 ) -> list[EvalRow]:
-    """The rows of all items in their order; those that are `finished` are not asked again.
+    """The rows of all items in their order.
 
-    keep: stores a row as it is graded, and gives it as it is stored; called from several threads where grading runs
-    code.   progress: told how many more rows there are.
+    journal: the rows that it holds are not asked again, and new ones are added; None: all are asked, and none is
+    written.   progress: told how many more rows there are.
 
     Raises TaskError where the task cannot be asked in this format, ContextError where no prompt fits the model's
     context, RunError where the model's logits are not finite.
     """
     prompts = prompts_for(assistant, task, arm)
     keys = [key_of(item, prompt.ids) for item, prompt in zip(task.items, prompts, strict=True)]
-    rows = {key: finished[key] for key in keys if key in finished}
+    rows = {key: journal.rows[key] for key in keys if journal and key in journal.rows}
     asked = [(i, p) for key, i, p in zip(keys, task.items, prompts, strict=True) if key not in rows]
     progress(len(keys) - len(asked))
 
     def graded(row: EvalRow) -> None:
-        rows[row.key] = keep(row)
+        rows[row.key] = journal.add(row) if journal else row
         progress(1)
 
     context = assistant.engine.context

@@ -35,17 +35,19 @@ class ItemPrompt:
     letters: dict[str, Ids]
 
 
+def chat_prompt(renderer: Renderer, item: Item) -> Ids:
+    """The item's prompt ids in a chat format."""
+    rendered = renderer.render(Conversation(item.messages, source=item.id), add_generation_prompt=True)
+    return tuple(rendered.ids.tolist())
+
+
 def chat_letters(renderer: Renderer, items: Sequence[Item], task: str) -> list[ItemPrompt]:
     """The prompt of each multiple-choice item in a chat format. Raises TaskError where a bare letter is no reply in it,
     or where the tokenizer does not tell the letters apart."""
     renderer = _format_for_letters(renderer, task)
     # A reply is encoded apart from its prompt, so that its tokens are the same behind every one.
     replies = {letter: _reply_ids(renderer, letter) for letter in sorted({c for i in items for c in i.choices})}
-    out = []
-    for item in items:
-        prompt = renderer.render(Conversation(item.messages, source=item.id), add_generation_prompt=True).ids
-        out.append(_split(tuple(int(i) for i in prompt), {c: replies[c] for c in item.choices}, task))
-    return out
+    return [_split(chat_prompt(renderer, item), {c: replies[c] for c in item.choices}, task) for item in items]
 
 
 def plain_letters(encode: Callable[[str], Ids], items: Sequence[Item], task: str) -> list[ItemPrompt]:
@@ -72,7 +74,7 @@ def _exchange(letter: str) -> Conversation:
 
 def _reply_ids(renderer: Renderer, letter: str) -> Ids:
     rendered = renderer.render(_exchange(letter))
-    return tuple(int(i) for i in rendered.ids[rendered.mask == 1])
+    return tuple(rendered.ids[rendered.mask == 1].tolist())
 
 
 def _split(prompt: Ids, replies: dict[str, Ids], task: str) -> ItemPrompt:

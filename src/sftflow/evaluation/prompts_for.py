@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sftflow.chat.render import Renderer
-from sftflow.chat.schema import Conversation
 from sftflow.checkpoint import Assistant
-from sftflow.evaluation.multiple_choice import ItemPrompt, chat_letters, plain_letters
+from sftflow.evaluation.multiple_choice import ItemPrompt, chat_letters, chat_prompt, plain_letters
 from sftflow.evaluation.options import Arm, EvalTask
-from sftflow.tasks import Item
 
 
 def prompts_for(assistant: Assistant, task: EvalTask, arm: Arm) -> list[ItemPrompt]:
@@ -18,14 +16,9 @@ def prompts_for(assistant: Assistant, task: EvalTask, arm: Arm) -> list[ItemProm
         return chat_letters(assistant.renderer, task.items, task.name)
     if task.by_letter:
         return plain_letters(assistant.plain_ids, task.items, task.name)
-    ids = [chat_prompt(assistant, i) if arm == "chat" else assistant.plain_ids(i.plain) for i in task.items]
+    renderer = assistant.renderer
+    ids = [chat_prompt(renderer, i) if arm == "chat" else assistant.plain_ids(i.plain) for i in task.items]
     return [ItemPrompt(ids=prompt, letters={}) for prompt in ids]
-
-
-def chat_prompt(assistant: Assistant, item: Item) -> tuple[int, ...]:
-    """The item's prompt ids in the assistant's chat format."""
-    rendered = assistant.renderer.render(Conversation(item.messages, source=item.id), add_generation_prompt=True)
-    return tuple(int(i) for i in rendered.ids)
 
 
 def require_askable(renderer: Renderer, tasks: Sequence[EvalTask]) -> None:

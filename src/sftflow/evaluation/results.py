@@ -118,25 +118,5 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """eval.json."""
-        return {
-            "version": version("sftflow"),
-            "models": {name: scores.to_json() for name, scores in self.models.items()},
-        }
-
-    def __str__(self) -> str:
-        """
-        model       task          n  score     95% interval  chance
-        runs/mine   spelling     40  0.925  0.801 to 0.974     0.00
-        """
-        lines = [("model", "task", "n", "score", "95% interval", "chance")]
-        for model, scores in self.models.items():
-            for r in scores.results:
-                low, high = r.interval
-                lines.append((model, r.task, f"{r.n}", f"{r.score:.3f}", f"{low:.3f} to {high:.3f}", f"{r.chance:.2f}"))
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-
-        def padded(line: tuple[str, ...]) -> str:
-            cells = [text.rjust(width) for text, width in zip(line, widths, strict=True)]
-            return "  ".join([line[0].ljust(widths[0]), line[1].ljust(widths[1]), *cells[2:]])
-
-        return "\n".join(map(padded, lines))
+        models = {name: scores.to_json() for name, scores in self.models.items()}
+        return {"version": version("sftflow"), "models": models}

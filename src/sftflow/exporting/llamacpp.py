@@ -69,7 +69,7 @@ class LlamaCpp:
         engine.ids(engine.prompt([{"role": "user", "content": "hi"}]))
     """
 
-    def __init__(self, path: Path, *, context: int, threads: int = 1) -> None:
+    def __init__(self, path: Path, *, context: int) -> None:
         """Raises ProofError where llama.cpp cannot read the file."""
         import xllamacpp
 
@@ -77,7 +77,7 @@ class LlamaCpp:
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
         params.n_ctx, params.n_parallel, params.warmup, params.verbosity = context, 1, False, -1
-        params.n_gpu_layers, params.cpuparams.n_threads = 0, threads
+        params.n_gpu_layers, params.cpuparams.n_threads = 0, 1
         params.fit_params = False
         params.api_keys = [self._key]
         # Half-precision keys and values are llama.cpp's default; the same numbers as ours need single precision.

@@ -53,7 +53,6 @@ def certificate(
     *,
     notes: tuple[str, ...] = (),
     say: Callable[[str], None] = lambda _: None,
-    threads: int = 1,
 ) -> dict[str, Any]:
     """The certificate of a GGUF file as JSON; "passed" says whether it holds."""
     import transformers
@@ -62,7 +61,7 @@ def certificate(
     context = max(len(c.rendered.ids) for c in prompts) + TOKENS + 8
     found = Findings()
     ours = _ours(assistant, prompts)
-    with LlamaCpp(path, context=context, threads=threads) as engine:
+    with LlamaCpp(path, context=context) as engine:
         ends = [i for i in assistant.renderer.stop_ids() if not _ends_at(engine, i)]
         if ends:
             found.failures.append(_failure("stop ids", "stop", f"llama.cpp does not stop at {ends}"))

@@ -106,14 +106,7 @@ def _describe(writer: Any, plan: Plan) -> None:
 
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(plan.name)
-    writer.add_file_type(
-        {
-            "f32": gguf.LlamaFileType.ALL_F32,
-            "f16": gguf.LlamaFileType.MOSTLY_F16,
-            "bf16": gguf.LlamaFileType.MOSTLY_BF16,
-            "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
-        }[plan.kind]
-    )
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if plan.kind == "f32" else f"MOSTLY_{plan.kind.upper()}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     layout.add_shape(writer, plan.config)
     writer.add_vocab_size(len(plan.vocabulary.tokens))

@@ -10,7 +10,7 @@ Every change that is not for good goes through here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -76,6 +76,11 @@ def attending(
             yield
         finally:
             model.set_attn_implementation(before)
+
+
+def evaluating(model: Any) -> AbstractContextManager[None]:
+    """While it lasts, no module of the model is in training mode: nothing is dropped out."""
+    return changed((module, "training", False) for module in model.modules())
 
 
 def own_logits(model: Any, ids: Iterable[int]) -> torch.Tensor:

@@ -98,34 +98,24 @@ def build_model(spec: BaseSpec, vocab_size: int, bos: int) -> Any:
     return model
 
 
-@dataclass(frozen=True, kw_only=True)
-class Corpus:
-    """documents: to train on, in random order.   held_out: those to measure on, by where they are from."""
-
-    documents: list[str]
-    held_out: dict[str, list[str]]
-
-    def digest(self) -> str:
-        """Of what is trained on."""
-        digest = hashlib.sha256()
-        for document in self.documents:
-            digest.update(document.encode() + b"\0")
-        return digest.hexdigest()[:16]
-
-
-def read_corpus(texts: Sequence[Path], heldout: Sequence[Path], seed: int) -> Corpus:
-    """The documents of all files; one in a hundred is held out where no file is given for that.
-
-    Raises DataError where there is no text.
-    """
+def read_corpus(texts: Sequence[Path], heldout: Sequence[Path], seed: int) -> tuple[list[str], dict[str, list[str]]]:
+    """The documents to train on in random order, and those to measure on by where they are from: one in a hundred where
+    no file is given for that. Raises DataError where there is no text."""
     documents = [document for path in texts for document in read_documents(path)]
     if not documents:
         raise DataError(", ".join(map(str, texts)), "no text in it", "give files with text")
     documents = [documents[i] for i in np.random.default_rng(seed).permutation(len(documents))]
     if heldout:
-        return Corpus(documents=documents, held_out={p.name: list(read_documents(p)) for p in heldout})
+        return documents, {path.name: list(read_documents(path)) for path in heldout}
     n = max(1, len(documents) // 100)
-    return Corpus(documents=documents[n:] or documents, held_out={"1% of the documents": documents[:n]})
+    return documents[n:] or documents, {"1% of the documents": documents[:n]}
+
+
+def corpus_hash(documents: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(document.encode() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def first_documents(documents: Sequence[str], size: int, size_of: Callable[[str], int] = len) -> Sequence[str]:
@@ -188,7 +178,7 @@ def train_base(
     heldout: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """The whole stage; returns the facts of the model card. heldout: text files to measure bits per byte on."""
-    corpus = read_corpus(texts, heldout, spec.seed)
+    documents, held_out = read_corpus(texts, heldout, spec.seed)
     states = out / "resume"
     sweep(out, "resume", "checkpoint", "metrics.jsonl")
     sweep(states, "*")
@@ -196,19 +186,19 @@ def train_base(
         if saved_states(states) and not (out / "checkpoint").is_dir():
             raise unfinished(out)
         forget_states(states)
-    tokenizer = open_tokenizer(states / "tokenizer", corpus.documents, spec, listener)
+    tokenizer = open_tokenizer(states / "tokenizer", documents, spec, listener)
     listener.say("encoding the text")
-    stream = token_stream(tokenizer, corpus.documents, int(spec.tokens * 1.02) + spec.context * 64)
+    stream = token_stream(tokenizer, documents, int(spec.tokens * 1.02) + spec.context * 64)
     model = build_model(spec, len(tokenizer), tokenizer.bos_token_id)
     settings = spec.settings(save_every)
     trainer = Trainer(model, RowPlan(rows_of(stream, spec.context), settings), settings, runtime, ["text"])
-    identity = {"corpus": corpus.digest(), "spec": json.dumps(asdict(spec) | {"compile": None})}
+    identity = {"corpus": corpus_hash(documents), "spec": json.dumps(asdict(spec) | {"compile": None})}
     run = TrainingRun(out, trainer, listener, identity=identity)
     run.restore()
     run.begin()
     run.train()
     listener.say("measuring held-out bits per byte")
-    measured = {name: bits_per_byte(trainer, tokenizer, documents) for name, documents in corpus.held_out.items()}
+    measured = {name: bits_per_byte(trainer, tokenizer, documents) for name, documents in held_out.items()}
     card = {
         "command": "sftflow " + " ".join(sys.argv[1:]),
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -9,25 +9,25 @@ import hashlib
 import re
 import secrets
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from sftflow.chat.schema import Conversation, parse_row
 from sftflow.errors import FormatError, SftflowError
+from sftflow.generation.request import GenerationRequest
 from sftflow.serving.errors import ApiError, refused, wrong
+from sftflow.serving.schemas import SamplingBody
 
 if TYPE_CHECKING:
     from sftflow.checkpoint import Assistant
-    from sftflow.generation.request import GenerationRequest
     from sftflow.serving.model_entry import ServedModel
-    from sftflow.serving.schemas import SamplingBody
 
 MOST_MESSAGES = 2_000
 """a conversation is rendered once for each of its replies, which grows with the square of their number"""
 MOST_TOOLS = 128
 MESSAGE_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content")
-SAMPLED = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
-"""fields of a body that are fields of the request to the engine"""
+SAMPLED = (SamplingBody.model_fields.keys() & {f.name for f in fields(GenerationRequest)}) - {"seed"}
+"""fields of a body that the request to the engine has, too; the seed differs from reply to reply"""
 _TOOL_NAME = re.compile(r"[\w.:/-]{1,128}", re.ASCII)
 
 

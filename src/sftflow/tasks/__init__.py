@@ -19,10 +19,10 @@ TASKS = {
     "gsm8k": "gsm8k:Gsm8k",
     "mmlu": "mmlu:Mmlu",
     "arc": "multiple_choice:MultipleChoice",
-    "arc_easy": "multiple_choice:ArcEasy",
-    "arc_challenge": "multiple_choice:ArcChallenge",
-    "openbookqa": "multiple_choice:OpenBookQA",
-    "boolq": "questions:BoolQ",
+    "arc_easy": "multiple_choice:MultipleChoice",
+    "arc_challenge": "multiple_choice:MultipleChoice",
+    "openbookqa": "multiple_choice:MultipleChoice",
+    "boolq": "questions:Jsonl",
     "ifeval": "ifeval:IFEval",
     "jsonl": "questions:Jsonl",
     "humaneval": "humaneval:HumanEval",
@@ -45,6 +45,7 @@ def make_task(name: str, source: TaskSource, place: str = "--tasks") -> Task:
         if not (source.path.startswith("hub:") or several or Path(source.path).exists()):
             raise TaskError(place, f"{name}: no such file {source.path}", "check the path")
     task: Task = getattr(import_module(f"sftflow.tasks.{module}"), cls)(source)
+    task.name = name
     return task
 
 

@@ -6,22 +6,7 @@ import random
 
 from sftflow.calculator import calculate
 from sftflow.chat.schema import Conversation, Part
-from sftflow.tasks.task import Item, Task, ask, is_test_case, last_number, make_item
-
-QUESTIONS = (
-    "What is {a} {op} {b}?",
-    "Calculate {a} {op} {b}.",
-    "Compute {a} {op} {b}.",
-    "How much is {a} {op} {b}?",
-    "Please work out {a} {op} {b}.",
-    "{a} {op} {b} = ?",
-)
-WORDED = {
-    "+": ("Add {a} and {b}.", "What is {a} plus {b}?", "I have {a} apples and get {b} more. How many do I have?"),
-    "-": ("What is {a} minus {b}?", "I have {a} coins and lose {b}. How many coins are left?"),
-    "*": ("Multiply {a} by {b}.", "What is {a} times {b}?", "There are {a} boxes with {b} pens each. How many pens?"),
-    "/": ("Divide {a} by {b}.", "What is {a} divided by {b}?"),
-}
+from sftflow.tasks.task import Item, Task, ask, is_test_case, last_number, load_data, make_item
 
 
 class Arithmetic(Task):
@@ -32,7 +17,7 @@ class Arithmetic(Task):
 
     def _cases(self, split: str, count: int) -> list[tuple[str, str, str]]:
         """(question, expression, result)"""
-        rng = random.Random(f"{self.name}:{split}:{self.source.seed}")
+        rng, phrases = random.Random(f"{self.name}:{split}:{self.source.seed}"), load_data("phrases.json")[self.name]
         out: list[tuple[str, str, str]] = []
         while len(out) < count:
             op = rng.choice("++--**/")
@@ -49,7 +34,7 @@ class Arithmetic(Task):
                 continue
             result = calculate(expression)
             assert result is not None, expression
-            template = rng.choice(QUESTIONS if rng.random() < 0.6 else WORDED[op])
+            template = rng.choice(phrases["signs"] if rng.random() < 0.6 else phrases["words"][op])
             out.append((template.format(a=a, b=b, op=op), expression, result))
         return out
 

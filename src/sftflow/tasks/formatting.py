@@ -17,11 +17,6 @@ from sftflow.chat.schema import Conversation
 from sftflow.tasks.task import Item, Task, ask, is_test_case, load_data, make_item
 
 NUMBERS = {2: "two", 3: "three", 4: "four"}
-END_WORDS = ("done", "over", "thanks", "end", "bye", "finished")
-JSON_KEYS = ("animal", "color", "fruit", "number", "name", "food", "city", "day")
-NAMES = ("Ann", "Ben", "Eva", "Max", "Leo", "Mia", "Tom", "Zoe")
-CITIES = ("Paris", "Rome", "London", "Berlin", "Madrid", "Tokyo")
-DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
 ONE_IN = 8  # of the cases are test cases
 MAX_ITEMS = 120  # two kinds have not many more held-out cases than a sixth of this, and one_word has fewer
@@ -31,82 +26,40 @@ Case = tuple[str, str, dict[str, Any]]  # question, reply, what the checker need
 
 
 def _bullets(rng: random.Random, data: Any) -> Case:
-    topic = rng.choice(sorted(data["sentences"]))
-    n = rng.choice((2, 3, 4))
-    ask_for = rng.choice(
-        (
-            "Give exactly {n} bullets about {t}.",
-            "Write exactly {n} bullet points about {t}.",
-            "Tell me about {t} in exactly {n} bullets.",
-            "Use exactly {n} bullets to describe {t}.",
-        )
-    )
+    topic, n = rng.choice(sorted(data["sentences"])), rng.choice((2, 3, 4))
+    ask_for = rng.choice(data["bullets"])
     lines = rng.sample(data["sentences"][topic], n)
     return ask_for.format(n=NUMBERS[n], t=topic), "\n".join(f"- {x}" for x in lines), {"kind": "bullets", "n": n}
 
 
 def _commas(rng: random.Random, data: Any) -> Case:
-    what = rng.choice(sorted(data["lists"]))
-    n = rng.choice((2, 3, 4))
-    ask_for = rng.choice(
-        (
-            "Name {n} {t}, separated by commas.",
-            "List {n} {t} with commas between them.",
-            "Give me {n} {t} in one line with commas.",
-        )
-    )
+    what, n = rng.choice(sorted(data["lists"])), rng.choice((2, 3, 4))
+    ask_for = rng.choice(data["commas"])
     picked = rng.sample(data["lists"][what], n)
     return ask_for.format(n=NUMBERS[n], t=what), ", ".join(picked), {"kind": "commas", "n": n}
 
 
 def _json(rng: random.Random, data: Any) -> Case:
-    keys = rng.sample(JSON_KEYS, rng.choice((2, 2, 3)))
-    lists = data["lists"]
-    pools: dict[str, Any] = {
-        "animal": lists["animals"],
-        "color": lists["colors"],
-        "fruit": lists["fruits"],
-        "number": range(1, 10),
-        "name": NAMES,
-        "food": lists["fruits"],
-        "city": CITIES,
-        "day": DAYS,
-    }
-    value = {k: rng.choice(list(pools[k])) for k in keys}
+    pools = {k: data["lists"][v] if isinstance(v, str) else v for k, v in data["json_values"].items()}
+    keys = rng.sample(list(pools), rng.choice((2, 2, 3)))
+    value = {k: rng.choice(pools[k]) for k in keys}
     named = " and ".join([", ".join(keys[:-1]), keys[-1]])
-    ask_for = rng.choice(
-        (
-            "Reply in JSON with the keys {k}.",
-            "Give me a JSON object with the keys {k}.",
-            "Answer only with JSON. Use the keys {k}.",
-        )
-    )
-    return ask_for.format(k=named), json.dumps(value), {"kind": "json", "keys": keys}
+    return rng.choice(data["json"]).format(k=named), json.dumps(value), {"kind": "json", "keys": keys}
 
 
 def _one_word(rng: random.Random, data: Any) -> Case:
-    question, answer = rng.choice(data["one_word"])
-    ask_for = rng.choice(("Answer in one word: {q}", "{q} Answer with one word.", "In one word: {q}"))
-    return ask_for.format(q=question), answer, {"kind": "one_word", "answer": answer}
+    question, answer = rng.choice(data["one_word_answers"])
+    return rng.choice(data["one_word"]).format(q=question), answer, {"kind": "one_word", "answer": answer}
 
 
 def _capitals(rng: random.Random, data: Any) -> Case:
-    question, answer = rng.choice(data["one_word"])
-    ask_for = rng.choice(
-        ("Answer in capital letters: {q}", "{q} Use only capital letters.", "{q} Answer in all capitals.")
-    )
-    return ask_for.format(q=question), answer.upper(), {"kind": "capitals"}
+    question, answer = rng.choice(data["one_word_answers"])
+    return rng.choice(data["capitals"]).format(q=question), answer.upper(), {"kind": "capitals"}
 
 
 def _ends_with(rng: random.Random, data: Any) -> Case:
-    topic, word = rng.choice(sorted(data["sentences"])), rng.choice(END_WORDS)
-    ask_for = rng.choice(
-        (
-            "Tell me about {t} and end with the word {w}.",
-            "Describe {t}. The last word must be {w}.",
-            "Write about {t}. Finish with the word {w}.",
-        )
-    )
+    topic, word = rng.choice(sorted(data["sentences"])), rng.choice(data["end_words"])
+    ask_for = rng.choice(data["ends_with"])
     lines = " ".join(rng.sample(data["sentences"][topic], 2))
     return ask_for.format(t=topic, w=word), f"{lines} {word}", {"kind": "ends_with", "word": word}
 
@@ -170,7 +123,7 @@ class Formatting(Task):
     max_new_tokens = 96
 
     def _cases(self, split: str, count: int) -> list[Case]:
-        data = load_data("topics.json")
+        data = load_data("topics.json") | load_data("phrases.json")[self.name]
         rng = random.Random(f"{self.name}:{split}:{self.source.seed}")
         out: list[Case] = []
         seen: set[str] = set()

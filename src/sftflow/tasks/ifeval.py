@@ -14,8 +14,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from sftflow.chat.schema import Conversation
-from sftflow.errors import SchemaError, TaskError
+from sftflow.errors import SchemaError
 from sftflow.tasks.ifeval_checks import CHECKS, is_supported, wrong_argument
 from sftflow.tasks.ifeval_text import language_package
 from sftflow.tasks.task import Item, Task, line_of, make_item, rows_of, sample, text_of
@@ -29,10 +28,6 @@ class IFEval(Task):
     name = "ifeval"
     max_new_tokens = 1280  # as published scores are made; one prompt asks for more, 1,200 words
     plain_stops = ("\nQuestion:",)  # replies of several paragraphs are asked for
-
-    def conversations(self, split: str = "train") -> list[Conversation]:
-        fact = "it has no replies to learn from, it is for evaluation only"
-        raise TaskError(self.name, fact, "leave it out of the mixture")
 
     def items(self, split: str = "test") -> list[Item]:
         return sample(self, (self._item(row, place) for place, row in rows_of(self, split)))

@@ -50,18 +50,6 @@ class MultipleChoice(Task):
         return float(first_letter(reply, item.choices) == item.answer)
 
 
-class ArcEasy(MultipleChoice):
-    name = "arc_easy"
-
-
-class ArcChallenge(MultipleChoice):
-    name = "arc_challenge"
-
-
-class OpenBookQA(MultipleChoice):
-    name = "openbookqa"
-
-
 def prompt(question: str, choices: Sequence[str]) -> str:
     """The question as the user asks it.
 

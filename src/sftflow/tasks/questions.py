@@ -48,7 +48,8 @@ class Jsonl(Task):
     """Rows `{"question", "answer", "grader"?, "choices"?}` of any file `rows_of` reads. The file is its own split.
 
     Without `grader` it is choice where there are choices or the answer is true or false, number where every answer is
-    a number, else exact; an answer of more than 20 words must name its grader.
+    a number, else exact; an answer of more than 20 words must name its grader. BoolQ's rows are such ones, asked closed
+    book: a passage beside them is not shown.
     """
 
     name = "jsonl"
@@ -82,12 +83,6 @@ class Jsonl(Task):
         free = {"grader": row.grader, "answers": list(row.answers)}
         answer = row.answers[0] if row.choices else free
         return make_item(f"{self.name}:{line_of(row.place)}", row.asked, answer, LETTERS[: len(row.choices)])
-
-
-class BoolQ(Jsonl):
-    """Rows `{"question", "answer": true|false}`, closed book: a passage beside them is not shown."""
-
-    name = "boolq"
 
 
 def normal(text: str) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from sftflow.chat.schema import Conversation, parse_row
-from sftflow.errors import TaskError
-from sftflow.tasks.task import Item, Task, rows_of, sample
+from sftflow.tasks.task import Task, rows_of, sample
 
 
 class SmolTalk(Task):
@@ -14,12 +13,3 @@ class SmolTalk(Task):
 
     def conversations(self, split: str = "train") -> list[Conversation]:
         return sample(self, (parse_row(row, place) for place, row in rows_of(self, split)))
-
-    def items(self, split: str = "test") -> list[Item]:
-        raise self._only_training()
-
-    def grade(self, item: Item, reply: str) -> float:
-        raise self._only_training()
-
-    def _only_training(self) -> TaskError:
-        return TaskError(self.name, "its replies have no grader, it is for training only", "leave it out of --tasks")

@@ -6,24 +6,7 @@ import random
 from functools import cache
 
 from sftflow.chat.schema import Conversation, Part
-from sftflow.tasks.task import DATA, Item, Task, ask, is_test_case, last_number, make_item
-
-SPELL = (
-    "Spell the word {w}.",
-    "How do you spell {w}?",
-    "Please spell {w}.",
-    "Spell {w} for me.",
-    "Can you spell the word {w}?",
-    "What are the letters of the word {w}?",
-)
-COUNT = (
-    "How many {c} are in the word {w}?",
-    "How many times does {c} appear in {w}?",
-    "Count the letter {c} in {w}.",
-    "How often is the letter {c} in the word {w}?",
-    "How many {c} letters are there in {w}?",
-    "Please count the {c} in the word {w}.",
-)
+from sftflow.tasks.task import DATA, Item, Task, ask, is_test_case, last_number, load_data, make_item
 
 
 @cache
@@ -49,23 +32,26 @@ class Spelling(Task):
     max_new_tokens = 40
 
     def conversations(self, split: str = "train") -> list[Conversation]:
-        rng = random.Random(f"{self.name}:{split}:{self.source.seed}")
+        rng, phrases = random.Random(f"{self.name}:{split}:{self.source.seed}"), load_data("phrases.json")[self.name]
         pool = list(words(split))
         out: list[Conversation] = []
         wanted = self.source.limit or len(pool)
         while len(out) < wanted:
             rng.shuffle(pool)
             for word in pool[: wanted - len(out)]:
-                text = rng.choice(SPELL).format(w=word)
+                text = rng.choice(phrases).format(w=word)
                 out.append(ask(text, spelled(word), f"{self.name}:{len(out) + 1}"))
         return out
 
     def items(self, split: str = "test") -> list[Item]:
-        rng = random.Random(f"{self.name}:items:{split}:{self.source.seed}")
+        rng, phrases = (
+            random.Random(f"{self.name}:items:{split}:{self.source.seed}"),
+            load_data("phrases.json")[self.name],
+        )
         pool = list(words(split))
         rng.shuffle(pool)
         chosen = pool[: self.source.limit]
-        return [make_item(f"{self.name}:{w}", rng.choice(SPELL).format(w=w), spelled(w)) for w in chosen]
+        return [make_item(f"{self.name}:{w}", rng.choice(phrases).format(w=w), spelled(w)) for w in chosen]
 
     def grade(self, item: Item, reply: str) -> float:
         """1 where the reply is the letters, separated by spaces, hyphens or commas, and nothing else."""
@@ -82,6 +68,7 @@ class SpellingBee(Task):
 
     def _cases(self, split: str, kind: str) -> list[tuple[str, str, str]]:
         rng = random.Random(f"{self.name}:{kind}:{split}:{self.source.seed}")
+        phrases = load_data("phrases.json")[self.name]
         pool = list(words(split))
         out: list[tuple[str, str, str]] = []
         wanted = self.source.limit or len(pool)
@@ -93,7 +80,7 @@ class SpellingBee(Task):
                 repeated = [c for c in set(word) if word.count(c) > 1]
                 if repeated and rng.random() < 0.5:
                     letter = rng.choice(sorted(repeated))
-                out.append((rng.choice(COUNT).format(w=word, c=letter), word, letter))
+                out.append((rng.choice(phrases).format(w=word, c=letter), word, letter))
             if kind == "items":
                 break
         return out

@@ -60,7 +60,10 @@ class Item:
 
 
 class Task:
-    """Base of all tasks. Train and test rows are disjoint by construction or by the set's own splits."""
+    """Base of all tasks. Train and test rows are disjoint by construction or by the set's own splits.
+
+    A task that only trains or only evaluates leaves the other out, and says so where it is asked for it.
+    """
 
     name = ""
     max_new_tokens = 64
@@ -77,15 +80,19 @@ class Task:
 
     def conversations(self, split: str = "train") -> list[Conversation]:
         """Training conversations, at most `source.limit`, deterministic in `source.seed`."""
-        raise NotImplementedError
+        fact = "it has no replies to learn from, it is for evaluation only"
+        raise TaskError(self.name, fact, "leave it out of the mixture")
 
     def items(self, split: str = "test") -> list[Item]:
         """Graded questions of the held-out split, at most `source.limit`, deterministic in `source.seed`."""
-        raise NotImplementedError
+        raise self._no_grader()
 
     def grade(self, item: Item, reply: str) -> float:
         """Score in 0..1 of a reply's text."""
-        raise NotImplementedError
+        raise self._no_grader()
+
+    def _no_grader(self) -> TaskError:
+        return TaskError(self.name, "its replies have no grader, it is for training only", "leave it out of --tasks")
 
     def details(self, item: Item, reply: str) -> dict[str, Any]:
         """What the grader found beside the score, JSON-able: {"strict": 0.0, "flexible": 1.0}."""

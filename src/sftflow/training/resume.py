@@ -1,6 +1,8 @@
 """Saving and restoring a run between two steps, without pickle: tensors as safetensors, the rest as JSON.
 
 resume/step-00000200/   model.safetensors  optimizer.safetensors  state.json
+
+What `sftflow base` or an earlier fine-tuning has left there, `warm_start` takes up for training on from its checkpoint.
 """
 
 from __future__ import annotations
@@ -12,24 +14,20 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from sftflow.atomic_io import (
-    check_hashes,
-    read_record,
-    remove_directory,
-    sha256_file,
-    with_checksum,
-    write_directory,
-)
+from sftflow.atomic_io import check_hashes, read_record, remove_directory, sha256_file, with_checksum, write_directory
 from sftflow.errors import CheckpointError
+from sftflow.training.optimizers import Muon
 from sftflow.training.trainer import Trainer
 
+MOMENTS = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}
+NO_WARM_START = "set train.warm_start: false"
 
-def save_state(root: Path, trainer: Trainer, identity: dict[str, str], extra: dict[str, Any], keep: int) -> Path:
+
+def save_state(root: Path, trainer: Trainer, identity: dict[str, str], extra: dict[str, Any], keep: int) -> None:
     """Write `root/step-N` for the trainer's present step and drop all but the newest `keep`.
 
     identity: what must not change on resume (recipe, data, tokenizer and format), compared by `load_state`.
     """
-    target = root / f"step-{trainer.step:08d}"
 
     def fill(directory: Path) -> None:
         parameters = {n: p.detach().contiguous() for n, p in trainer.model.named_parameters()}
@@ -44,10 +42,9 @@ def save_state(root: Path, trainer: Trainer, identity: dict[str, str], extra: di
         }
         (directory / "state.json").write_text(json.dumps(with_checksum(state), indent=2), encoding="utf-8")
 
-    write_directory(target, fill)
+    write_directory(root / f"step-{trainer.step:08d}", fill)
     for old in saved_states(root)[:-keep]:
         remove_directory(old)
-    return target
 
 
 def saved_states(root: Path) -> list[Path]:
@@ -152,3 +149,48 @@ def _go_on_without(directory: Path) -> str:
     older = [p.name for p in saved_states(directory.parent) if p.name < directory.name]
     go_on = f"goes on from {older[-1]}" if older else "starts from the beginning (no older state is kept)"
     return f"remove the folder {directory}; --resume then {go_on}"
+
+
+# ---- taking over the optimizer state of another run
+
+
+def warm_start(base: Path, trainer: Trainer) -> str:
+    """Give a fresh trainer the moments of the run that made `base` (its directory or checkpoint); says from where.
+    They estimate the gradient's scale for every weight, so that the first steps need not.
+
+    Rows that the embeddings have gained since start at zero. Raises CheckpointError where there is no saved state, or
+    it is that of another optimizer or model.
+    """
+    run = base.parent if base.name == "checkpoint" else base
+    states = saved_states(run / "resume")
+    if not states:
+        raise CheckpointError(str(run), "no optimizer state beside the base (resume/ is what holds it)", NO_WARM_START)
+    newest = states[-1]
+    check_hashes(newest, read_record(newest / "state.json", NO_WARM_START)["sha256"], NO_WARM_START)
+    saved, _ = read_optimizers(newest)
+    wanted = {
+        (number, index): parameter
+        for number, optimizer in enumerate(trainer.optimizers)
+        for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"])
+    }
+    if saved.keys() != wanted.keys():
+        raise CheckpointError(str(newest), "its optimizer state is that of another optimizer or model", NO_WARM_START)
+    for (number, index), parameter in wanted.items():
+        optimizer = trainer.optimizers[number]
+        state = saved[number, index]
+        if state.keys() != MOMENTS[type(optimizer)]:
+            raise CheckpointError(str(newest), f"its state is not that of {type(optimizer).__name__}", NO_WARM_START)
+        optimizer.state[parameter] = {name: _with_new_rows(value, parameter, newest) for name, value in state.items()}
+    return f"optimizer state taken over from {newest}"
+
+
+def _with_new_rows(value: torch.Tensor, parameter: torch.Tensor, place: Path) -> torch.Tensor:
+    """The moment in its parameter's shape: zeros for rows that were added to an embedding."""
+    if value.ndim == 0:
+        return value
+    if value.shape[1:] != parameter.shape[1:] or len(value) > len(parameter):
+        fact = f"a moment of shape {tuple(value.shape)} does not fit a weight of shape {tuple(parameter.shape)}"
+        raise CheckpointError(str(place), fact, NO_WARM_START)
+    out = torch.zeros_like(parameter, dtype=value.dtype)
+    out[: len(value)] = value.to(parameter.device)
+    return out

@@ -31,13 +31,12 @@ from sftflow.recipe import Recipe, to_yaml
 from sftflow.runtime import detect
 from sftflow.training.batch_plan import RowPlan, StepLog
 from sftflow.training.loggers import open_logger, require_logger
-from sftflow.training.resume import forget_states, unfinished
+from sftflow.training.resume import forget_states, unfinished, warm_start
 from sftflow.training.run_log import RunLog
 from sftflow.training.settings import check_context, decide_compile, resolve_recipe, set_dropout, stored_dtype
 from sftflow.training.signals import Signals, Stopped
 from sftflow.training.trainer import Trainer, resting
 from sftflow.training.training_run import Listener, TrainingRun, cannot_write
-from sftflow.training.warm_start import warm_start
 
 DONE = "DONE"
 MEASURED_LATER = ("eval.json", "compare.json", "report.html")

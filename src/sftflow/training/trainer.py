@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from sftflow.errors import RunError
-from sftflow.packing.attending import attending
+from sftflow.packing.attending import attending, evaluating
 from sftflow.packing.pack import Example, PackedBatch
 from sftflow.recipe import Train
 from sftflow.runtime import Runtime, keep_freed_memory
@@ -44,7 +44,7 @@ class Trainer:
         self, model: Any, plan: RowPlan, settings: Train, runtime: Runtime, source_names: Sequence[str] = ()
     ) -> None:
         self.model, self.plan, self.settings, self.runtime = model, plan, settings, runtime
-        self.source_names = list(source_names)
+        self.names = dict(enumerate(source_names))
         self.step = 0
         self.bad_steps = 0
         torch.manual_seed(settings.seed)
@@ -52,6 +52,7 @@ class Trainer:
         restore_classes(model)
         check_length(model, settings.max_length)
         prove_forward(model, packed=settings.packing)
+        self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizers = make_optimizers(model, settings)
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -77,7 +78,8 @@ class Trainer:
         examples = [e for row in self.plan.step_rows(self.step) for e in row]
         batches = micro_batches(examples, self.settings)
         losses, sources = self._backward(batches)
-        norm = self._clip()
+        bound = self.settings.clip if self.settings.clip > 0 else math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(self.trained, bound))
         factor = self._set_rates()
         loss_sum = float(losses.sum(dtype=np.float64))
         finite = math.isfinite(loss_sum) and math.isfinite(norm)
@@ -89,6 +91,7 @@ class Trainer:
         self.model.zero_grad(set_to_none=False)
         self.step += 1
         n_computed = sum(b.n_computed for b in batches)
+        present = np.unique(sources).tolist()
         log = StepLog(
             step=self.step,
             loss=loss_sum / max(1, len(losses)),
@@ -100,7 +103,7 @@ class Trainer:
             padding_share=1 - n_computed / max(1, sum(b.input_ids.size for b in batches)),
             computed_tokens=n_computed,
             flops=6.0 * (self.n_body * n_computed + self.n_head * len(losses)),
-            source_loss={self._source(int(s)): float(losses[sources == s].mean()) for s in np.unique(sources)},
+            source_loss={self.names.get(s, str(s)): float(losses[sources == s].mean()) for s in present},
             skipped=not finite,
         )
         if self.bad_steps >= MAX_BAD_STEPS:
@@ -123,7 +126,7 @@ class Trainer:
     def evaluate(self, examples: Sequence[Example]) -> tuple[float, list[float | None], int]:
         """Held-out loss: nats per supervised token over all examples, per source, and the number of tokens."""
         self.model.eval()
-        n_sources = max([len(self.source_names), *(e.source + 1 for e in examples)])
+        n_sources = max([len(self.names), *(e.source + 1 for e in examples)])
         sums, counts = np.zeros(n_sources), np.zeros(n_sources, np.int64)
         for batch in micro_batches(list(examples), self.settings):
             sums += np.bincount(batch.sources, self.loss(batch).cpu().double().numpy(), n_sources)
@@ -142,12 +145,6 @@ class Trainer:
             sources.append(batch.sources)
         return np.concatenate(losses), np.concatenate(sources)
 
-    def _clip(self) -> float:
-        """Clip the whole gradient's norm (0: measure only); the norm before."""
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        bound = self.settings.clip if self.settings.clip > 0 else math.inf
-        return float(torch.nn.utils.clip_grad_norm_(parameters, bound))
-
     def _set_rates(self) -> float:
         factor = lr_factor(self.step, self.plan.total_steps, self.settings.schedule)
         for optimizer in self.optimizers:
@@ -155,21 +152,16 @@ class Trainer:
                 group["lr"] = group["peak_lr"] * factor
         return factor
 
-    def _source(self, number: int) -> str:
-        return self.source_names[number] if number < len(self.source_names) else str(number)
-
 
 @contextmanager
 def resting(model: Any) -> Iterator[None]:
     """For generating with the live model: no dropout, nothing compiled anew for other shapes, and the training goes
     on with the random numbers it would have had."""
     random = torch.random.get_rng_state()
-    model.eval()
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with evaluating(model), torch.compiler.set_stance("force_eager"):
             yield
     finally:
-        model.train()
         torch.random.set_rng_state(random)
 
 
