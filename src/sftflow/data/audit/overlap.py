@@ -186,16 +186,18 @@ class EvalIndex:
             row = np.searchsorted(words.first, at, side="right") - 1
             new = np.flatnonzero(~self.found[owner, source[row]])
             for a, item, r in zip(at[new].tolist(), owner[new].tolist(), row[new].tolist(), strict=True):
-                if self.found[item, source[r]]:
-                    continue
                 text = words.text(a, a + width)
-                if self._holds(item, text, words, r):
+                if not self.found[item, source[r]] and self._holds(item, text, words, r):
                     self.found[item, source[r]] = True
-                    self._example(item, int(source[r]), rows.place(int(chunk[r])), text)
+                    task = self._task(item)
+                    where = {"source": self.sources[source[r]], "place": rows.place(int(chunk[r]))}
+                    task.examples.append(OverlapExample(item=item - task.start, words=text, **where))
 
     def _holds(self, item: int, text: str, words: Words, row: int) -> bool:
         """Whether the words that were found by their hash are the item's, and all of it where it is a short one."""
-        parts = self._item(item)
+        task = self._task(item)
+        split = split_words(task.items[item - task.start])
+        parts = [split.row(i) for i in range(len(split.first) - 1)]
         if item in self.whole:
             there = f" {words.row(row)} "
             return all(f" {part} " in there for part in parts if part)
@@ -203,17 +205,6 @@ class EvalIndex:
 
     def _task(self, item: int) -> _Task:
         return next(t for t in reversed(self.tasks) if item >= t.start)
-
-    def _item(self, item: int) -> list[str]:
-        task = self._task(item)
-        parts = split_words(task.items[item - task.start])
-        return [parts.row(i) for i in range(len(parts.first) - 1)]
-
-    def _example(self, item: int, source: int, place: str, text: str) -> None:
-        task = self._task(item)
-        if len(task.examples) < EXAMPLES:
-            name = self.sources[source]
-            task.examples.append(OverlapExample(item=item - task.start, source=name, place=place, words=text))
 
     def result(self) -> Iterator[TaskOverlap]:
         for task in self.tasks:
@@ -226,6 +217,6 @@ class EvalIndex:
                 contaminated=hit,
                 share=round(hit / max(1, len(task.items)), 5),
                 template_ngrams=task.templates,
-                sources=tuple(zip(self.sources, (int(n) for n in found.sum(axis=0)), strict=True)),
-                examples=tuple(task.examples),
+                sources=tuple(zip(self.sources, found.sum(axis=0).tolist(), strict=True)),
+                examples=tuple(task.examples[:EXAMPLES]),
             )
