@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.generation import text_of
 from sftflow.chat.streaming import held_back
 from sftflow.generation.detokenize import LONGEST, Detokenizer, StopTexts, detokenize
 from sftflow.generation.request import Delta, GenerationRequest
@@ -144,7 +145,7 @@ def test_streamed_replies_with_the_calculator_in_them(decoder: ReplyDecoder, dat
         st.lists(st.one_of(st.integers(0, 399), st.sampled_from(decoder.python)), min_size=1, max_size=40)
     )
     text, reply = streamed(decoder, plain, stop_ids=frozenset())
-    assert text == reply.text == decoder.text(plain)
+    assert text == reply.text == text_of(decoder, plain)
     if not text:
         return
     at = data.draw(st.integers(0, len(text) - 1))
@@ -153,7 +154,7 @@ def test_streamed_replies_with_the_calculator_in_them(decoder: ReplyDecoder, dat
     assert cut == stopped.text == text[: text.index(stop)]
     assert (stopped.finish_reason, stopped.stopped_by) == ("stop", stop)
     if "\ufffd" not in stop:  # it ended with the first token that made the stop text whole
-        assert stop not in decoder.text(stopped.ids[:-1])
+        assert stop not in text_of(decoder, stopped.ids[:-1])
 
 
 def test_a_stop_text_across_a_call(decoder: ReplyDecoder) -> None:

@@ -148,7 +148,7 @@ def test_a_client_that_hangs_up_takes_its_work_with_it(assistant: Any) -> None:
                 return {"type": "http.disconnect"}
 
             request = starlette.requests.Request({"type": "http"}, receive)
-            deltas = thread.submit([ask(5, ENDLESS)]).deltas(request)
+            deltas = thread.submit([ask(5, ENDLESS)], client=request).deltas()
             await anext(deltas)
             gone.set()
             rest = [d async for _, d in deltas]

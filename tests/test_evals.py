@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from helpers.generation import text_of
 from sftflow.atomic_io import write_json
 from sftflow.chat.schema import text_message
 from sftflow.errors import ContextError, TaskError
@@ -56,7 +57,7 @@ def test_rows_hold_their_evidence(assistant: Any, run: EvalTask, tmp_path: Path)
         assert row["id"] == item.id and row["prompt_sha256"] == prompt_hash(ids) and row["n_prompt"] == len(ids)
         assert row["score"] == run.task.grade(item, row["reply"])
         assert row["finish_reason"] in ("stop", "length") and len(row["ids"]) >= row["n_generated"] > 0
-        assert assistant.engine.reply_decoder.text(row["ids"]) == row["reply"]
+        assert text_of(assistant.engine.reply_decoder, row["ids"]) == row["reply"]
     meta = json.loads((tmp_path / "eval" / f"{name}.meta.json").read_text())
     assert {**meta, "data": result.provenance["data"]} == result.provenance
     assert meta["checkpoint"] == weights_hash(assistant.model) and meta["decoding"] == "greedy"

@@ -84,18 +84,9 @@ class Assistant:
         """
         config = getattr(self.model, "generation_config", None)
         drawn = bool(getattr(config, "do_sample", False))
-
-        def value(key: str, otherwise: float) -> float:
-            found = getattr(config, key, None)
-            return otherwise if found is None else float(found)
-
-        return {
-            "temperature": value("temperature", 1.0) if drawn else 0.0,
-            "top_p": value("top_p", 1.0) if drawn else 1.0,
-            "top_k": int(value("top_k", 0)) if drawn else 0,
-            "min_p": value("min_p", 0.0) if drawn else 0.0,
-            "repetition_penalty": value("repetition_penalty", 1.0),
-        }
+        off = {"temperature": float(drawn), "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+        own = {key: getattr(config, key, None) for key in (off if drawn else ("repetition_penalty",))}
+        return {**off, **{key: type(off[key])(value) for key, value in own.items() if value is not None}}
 
     def request(
         self, prompt: Conversation | Sequence[int], *, max_tokens: int | None = None, **options: Any

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,12 +11,17 @@ import torch
 
 from helpers.architectures import VOCABULARY
 from sftflow.generation.request import GenerationRequest
+from sftflow.generation.sequence import ReplyDecoder
 
 Ids = list[int]
 
 
 def draw(rng: Any, n: int) -> Ids:
     return rng.integers(0, VOCABULARY, n).tolist()
+
+
+def text_of(decoder: ReplyDecoder, ids: Sequence[int]) -> str:
+    return "".join(part.text for part in decoder.parts(ids) if part.kind == "text")
 
 
 def requests_of(seed: int, n: int, **more: Any) -> list[GenerationRequest]:

@@ -8,7 +8,7 @@ What these return, joined, is the same: it does not depend on how the input was 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeVar
 
 Piece = TypeVar("Piece", contravariant=True)
@@ -25,6 +25,11 @@ class StreamDecoder(Protocol[Piece, Out]):
     def flush(self) -> Out:
         """Nothing more comes: what was held back."""
         ...
+
+
+def outputs(decoder: StreamDecoder[Piece, Out], pieces: Iterable[Piece]) -> list[Out]:
+    """What is certain after each piece, and last what was held back then."""
+    return [*(decoder.feed(piece) for piece in pieces), decoder.flush()]
 
 
 def held_back(text: str, words: Sequence[str]) -> int:

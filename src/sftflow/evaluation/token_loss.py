@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from sftflow.checkpoint import Assistant
 from sftflow.errors import CheckpointError
-from sftflow.packing.attending import changed
+from sftflow.packing.attending import evaluating
 from sftflow.packing.length_limits import length_limit
 from sftflow.packing.pack import Example, PackedBatch, pack_batch, pad_batch, split_padded, split_step
 from sftflow.training.check_model import prove_forward
@@ -31,7 +31,7 @@ def token_losses(assistant: Assistant, examples: Sequence[Example]) -> list[Floa
     """
     model, runtime = assistant.model, assistant.engine.runtime
     out = [np.zeros(0)] * len(examples)
-    with changed((module, "training", False) for module in model.modules()):
+    with evaluating(model):
         numbered = [replace(e, source=i) for i, e in enumerate(examples)]
         for batch, packed in _batches(numbered, model, _can_pack(assistant)):
             losses = batch_loss(model, batch, runtime, packed=packed).cpu().double().numpy()

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from sftflow.errors import CheckpointError
+from sftflow.errors import CheckpointError, first_line
 from sftflow.generation.decoder import PackedDecoder
 from sftflow.generation.hf_decoders import OwnDecoder
 from sftflow.generation.onednn import Forwards
@@ -88,8 +88,7 @@ def _truth(model: Any, runtime: Runtime, sequences: Sequence[Sequence[int]]) -> 
         try:
             return [own_logits(model, ids) for ids in sequences]
         except BROKEN as error:
-            said = (str(error).strip().splitlines() or [""])[0]
-            fact = f"it cannot compute a sequence ({type(error).__name__}: {said})"
+            fact = f"it cannot compute a sequence ({type(error).__name__}: {first_line(error)})"
             raise CheckpointError(type(model).__name__, fact, "this model cannot be generated from") from error
 
 

@@ -4,8 +4,8 @@
     step([token, ...])  ->  logits of all rows, one token further
     keep([row, ...])        the others leave
 
-Every decoder has these. In `PackedDecoder` a prompt may also be read in parts, beside the rows that run: open() -> ids
-known from the start; read([id, ...]) -> logits; join(), and it is the last row. drop() forgets it.
+Every decoder has these. In `PackedDecoder` a prompt may also be read in parts, beside the rows that run: read(prefix,
+[id, ...]) -> logits, and the prefix has these tokens, too; join(prefix), and it is the last row.
 
 `PackedDecoder` computes tokens only: prompts as the packed rows of training (no padding, equal beginnings once), then
 one token a row, so rows may come and go at any step. It works through transformers' attention interface. For models
@@ -47,20 +47,19 @@ class PackedDecoder:
     ) -> None:
         """shared_prefix: ids that every prompt begins with, computed here once.   forwards: see `ordered_forwards`."""
         self.model, self.runtime = model, runtime
-        self.cache, self.prefix, self._reading = Cache(), Prefix(), Prefix()
+        self.cache, self.prefix = Cache(), Prefix()
         self._mode = ExitStack()
         self._mode.enter_context(attending(model, "packed", forwards=forwards or ()))
         if shared_prefix:
             try:
-                self.read(shared_prefix)
+                self.read(self.prefix, shared_prefix)
             except BaseException:
                 self.close()
                 raise
-            self.prefix, self._reading = self._reading, Prefix()
 
     def close(self) -> None:
         self._mode.close()
-        self.cache, self.prefix, self._reading = Cache(), Prefix(), Prefix()
+        self.cache, self.prefix = Cache(), Prefix()
 
     @torch.inference_mode()
     def add(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -92,30 +91,20 @@ class PackedDecoder:
     def keep(self, rows: Sequence[int]) -> None:
         self.cache.keep(rows)
 
-    def open(self, *, whole: bool = False) -> int:
-        """whole: from its first token on, not behind the shared prefix."""
-        self._reading = Prefix() if whole else self.prefix.copy()
-        return self._reading.length
-
     @torch.inference_mode()
-    def read(self, ids: Sequence[int], *, every: bool = False) -> torch.Tensor:
+    def read(self, prefix: Prefix, ids: Sequence[int], *, every: bool = False) -> torch.Tensor:
         """(1, vocabulary) logits after the last of these tokens; every: (n, vocabulary), after each of them."""
-        batch, prefix = _packed([ids], 0), self._reading
-        wanted = batch.segments[0] if every else batch.label_positions
-        logits = self._read(batch, prefix, prefix.extend, wanted)
+        batch = _packed([ids], 0)
+        logits = self._read(batch, prefix, prefix.extend, batch.segments[0] if every else batch.label_positions)
         prefix.length += len(ids)
         return logits
 
     @torch.inference_mode()
-    def join(self) -> None:
-        store, lengths = self.cache.new_rows([np.arange(self._reading.length)], self.model.device)
-        for layer, states in self._reading.layers.items():
+    def join(self, prefix: Prefix) -> None:
+        store, lengths = self.cache.new_rows([np.arange(prefix.length)], self.model.device)
+        for layer, states in prefix.layers.items():
             store(layer, *states)
         self.cache.lengths = lengths
-        self.drop()
-
-    def drop(self) -> None:
-        self._reading = Prefix()
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         """Compute prompts behind the shared prefix as one packed row; their keys become new rows of the cache."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
-from sftflow.chat.streaming import held_back
+from sftflow.chat.streaming import held_back, outputs
 
 Decode = Callable[[list[int]], str]
 UNFINISHED = "\ufffd"
@@ -75,8 +75,7 @@ def detokenize(decode: Decode, ids: Sequence[int], skipped: Collection[int] = ()
     text = decode(list(ids))
     if UNFINISHED not in text:
         return text
-    pieces = Detokenizer(decode, skipped)
-    return "".join([*(pieces.feed(i) for i in ids), pieces.flush()])
+    return "".join(outputs(Detokenizer(decode, skipped), ids))
 
 
 class StopTexts:

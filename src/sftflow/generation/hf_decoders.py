@@ -20,6 +20,9 @@ from sftflow.runtime import Runtime
 CACHES = ("past_key_values", "cache_params", "state", "mems")
 """the names by which architectures return their cache or state, and take it again"""
 
+AT_ONCE = 1024
+"""tokens of a prompt whose logits are all held"""
+
 
 @dataclass
 class _Group:
@@ -86,14 +89,14 @@ class OwnDecoder:
         return out
 
     @torch.inference_mode()
-    def prompt_logits(self, prompt: Sequence[int], at_once: int = 1024) -> Iterator[torch.Tensor]:
+    def prompt_logits(self, prompt: Sequence[int]) -> Iterator[torch.Tensor]:
         """(n, vocabulary) logits after each of the prompt's tokens, some at a time; nothing is kept.
 
-        It is computed again for each `at_once` tokens, so that never more than their logits are held.
+        It is computed again for each AT_ONCE tokens, so that never more than their logits are held.
         """
         ids = torch.tensor([list(prompt)], device=self.model.device)
         in_parts = "logits_to_keep" in self._takes
-        size = at_once if in_parts else len(prompt)
+        size = AT_ONCE if in_parts else len(prompt)
         for start in range(0, len(prompt), size):
             wanted = torch.arange(start, min(start + size, len(prompt)), device=ids.device)
             some = {"logits_to_keep": wanted} if in_parts else {}

@@ -27,9 +27,8 @@ class Sampler:
     def __init__(self, request: GenerationRequest) -> None:
         self.request = request
         self.greedy = request.temperature <= 0
-        self.penalised = (
-            request.repetition_penalty != 1 or request.presence_penalty != 0 or request.frequency_penalty != 0
-        )
+        penalties = request.repetition_penalty, request.presence_penalty, request.frequency_penalty
+        self.penalised = penalties != (1, 0, 0)
         # Random ignores the sign of a seed.
         self._random = random.Random(request.seed % 2**64)
         self._counts: torch.Tensor | None = None  # (vocabulary,) how often each was generated

@@ -14,6 +14,7 @@ import torch
 from sftflow.errors import ContextError
 from sftflow.generation.check_decoder import Decoder
 from sftflow.generation.decoder import PackedDecoder
+from sftflow.generation.kv_cache import Prefix
 from sftflow.generation.request import GenerationRequest
 from sftflow.generation.sampling import choose, token_logprobs
 from sftflow.generation.sequence import ReplyDecoder, ReplySequence
@@ -45,9 +46,8 @@ class Scheduler:
         self._decoder, self._reply_decoder, self._tick = decoder, reply_decoder, tick
         self._n_shared = decoder.prefix.length if isinstance(decoder, PackedDecoder) else 0
         self._waiting: deque[ReplySequence] = deque()
-        self._reading: ReplySequence | None = None  # its prompt is read in parts
+        self._reading: tuple[ReplySequence, Prefix] | None = None  # a prompt that is read in parts, and what is known
         self._running: list[ReplySequence] = []
-        self._tokens: list[int] = []  # the running replies' last ones, which are still to be computed
         self._logits: torch.Tensor | None = None  # of the running replies' next ones; only while `advance` runs
         self._count = 0
 
@@ -88,8 +88,8 @@ class Scheduler:
         """Give requests up; nothing where they have ended already."""
         gone = {numbers} if isinstance(numbers, int) else set(numbers)
         self._waiting = deque(d for d in self._waiting if d.number not in gone)
-        if self._reading is not None and self._reading.number in gone:
-            self._stop_reading()
+        if self._reading is not None and self._reading[0].number in gone:
+            self._reading = None
         kept = [i for i, d in enumerate(self._running) if d.number not in gone]
         if len(kept) < len(self._running):
             self._keep(kept)
@@ -99,11 +99,11 @@ class Scheduler:
         ended: list[ReplySequence] = []
         self._tick()
         try:
-            self._logits = self._decoder.step(self._tokens) if self._tokens else None
+            last = [sequence.ids[-1] for sequence in self._running]  # accepted, and still to be computed
+            self._logits = self._decoder.step(last) if last else None
         except Exception as error:  # the weights are as they were, the replies are not to be saved
             ended = self._running
-            self._decoder.keep([])
-            self._running, self._tokens = [], []
+            self._keep([])
             for sequence in ended:
                 sequence.error = error
         ended += self._admit()
@@ -121,7 +121,6 @@ class Scheduler:
     def _keep(self, rows: list[int]) -> None:
         self._decoder.keep(rows)
         self._running = [self._running[i] for i in rows]
-        self._tokens = [self._tokens[i] for i in rows]
 
     def _choose(self) -> None:
         """The next token of every running reply."""
@@ -140,7 +139,6 @@ class Scheduler:
                 self._running[row].logprobs.append(logprob)
         for sequence, token in zip(self._running, tokens, strict=True):
             sequence.accept(token)
-        self._tokens = tokens
 
     def _admit(self) -> list[ReplySequence]:
         """Read the prompts of waiting requests, in order. Returns those that ended over it."""
@@ -152,14 +150,14 @@ class Scheduler:
             return []  # a few at a time, since each call computes few tokens alone
         while left is None or left > 0:
             if self._reading is not None:
-                sequences, n = [self._reading], self._read(self._reading, left)
+                sequences, n = [self._reading[0]], self._read(*self._reading, left)
             elif not self._waiting or self.running >= self.max_running:
                 break
             elif self._in_parts(self._waiting[0]):
-                self._reading = self._waiting.popleft()
-                self._reading.start()
-                whole = self._reading.request.prompt_logprobs is not None
-                self._reading.n_read = self._packed.open(whole=whole)
+                sequence = self._waiting.popleft()
+                sequence.start()
+                every = sequence.request.prompt_logprobs is not None  # of the shared beginning, too
+                self._reading = sequence, Prefix() if every else self._packed.prefix.copy()
                 continue
             else:
                 sequences, n = self._group(self.max_running - self.running, left)
@@ -231,28 +229,23 @@ class Scheduler:
         self._logits = logits if self._logits is None else torch.cat([self._logits, logits])
         self._running += sequences
 
-    def _read(self, sequence: ReplySequence, left: int | None) -> int:
+    def _read(self, sequence: ReplySequence, prefix: Prefix, left: int | None) -> int:
         """The next part of the prompt that is read in parts, at most `left` tokens; how many they were."""
         prompt, every = sequence.request.prompt_ids, sequence.request.prompt_logprobs is not None
-        size = len(prompt) - sequence.n_read if left is None else left
-        part = prompt[sequence.n_read :][: min(size, EVERY) if every else size]
+        size = len(prompt) if left is None else left
+        part = prompt[prefix.length :][: min(size, EVERY) if every else size]
         try:
-            logits = self._packed.read(part, every=every)
+            logits = self._packed.read(prefix, part, every=every)
             if every:
                 sequence.tell_prompt(logits)
-            sequence.n_read += len(part)
-            if sequence.n_read < len(prompt):
+            if prefix.length < len(prompt):
                 return len(part)
             if sequence.room > 0:
-                self._packed.join()
+                self._packed.join(prefix)
                 self._run([sequence], logits[-1:])
             else:
                 sequence.finish = "length"
         except Exception as error:
             sequence.error = error
-        self._stop_reading()
-        return len(part)
-
-    def _stop_reading(self) -> None:
         self._reading = None
-        self._packed.drop()
+        return len(part)

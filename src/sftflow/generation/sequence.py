@@ -41,11 +41,8 @@ class ReplyDecoder:
         return text
 
     def reply_text(self, stops: Sequence[str] = ()) -> ReplyText:
-        """`text`, for ids that come one by one, up to the first of the stop texts."""
+        """The text parts joined, for ids that come one by one, up to the first of the stop texts."""
         return ReplyText(Detokenizer(self.decode, self.control), self.python, stops)
-
-    def text(self, ids: Sequence[int]) -> str:
-        return "".join(p.text for p in self.parts(ids) if p.kind == "text")
 
     def parts(self, ids: Sequence[int]) -> tuple[Part, ...]:
         """Generated ids as text, calculator calls and their results; control tokens themselves are not text."""
@@ -89,11 +86,10 @@ class ReplyDecoder:
 class ReplySequence:
     """One reply while it is generated.
 
-    room: the tokens it may have.   number: its place among all requests of its scheduler.   streamed: whether its text
-    is wanted piece by piece (`take`).   n_read: tokens of its prompt that have been computed, where that is done in
-    parts.   ids: the reply's tokens so far.   forced: tokens that must come next, whatever
-    the model would choose: a calculator's result.   call: the tokens of a calculator call that is open.   error: what
-    ended it, in place of `finish`.   The rest is what `Reply` reports.
+    room: the tokens it may have.   number: its place among its scheduler's requests.   streamed: whether its text is
+    wanted piece by piece (`take`).   ids: the reply's tokens so far.   forced: tokens that come next whatever the model
+    would choose: a calculator's result.   call: the tokens of a calculator call that is open.   error: what ended it,
+    in place of `finish`.   The rest is what `Reply` reports.
     """
 
     request: GenerationRequest
@@ -101,7 +97,6 @@ class ReplySequence:
     room: int
     number: int = 0
     streamed: bool = False
-    n_read: int = 0
     ids: list[int] = field(default_factory=list)
     forced: deque[int] = field(default_factory=deque)
     call: list[int] | None = None

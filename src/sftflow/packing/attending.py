@@ -10,7 +10,7 @@ Every change that is not for good goes through here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -49,7 +49,7 @@ def attending(
     """While it lasts, `model` (a transformers causal LM) computes in this mode. May be nested.
 
     mode: "packed": packed rows, through `packed_attention`; the forward pass must be given the batch's `layout`, or a
-    `plan` for the keys and values that are kept.   "own": the attention it came with, where that is ours torch's.
+    `plan` for the keys and values that are kept.   "own": the attention that it has; where that is "packed", torch's.
     "eager": transformers' plain formulas.
     forwards: layers, each with the function that computes it meanwhile.
     sparse_embedding: the gradient of the token embedding is added to its `.grad` row by row, and not as a second tensor
@@ -66,16 +66,20 @@ def attending(
     if sparse_embedding and isinstance(embedding, torch.nn.Embedding):
         weight = embedding.weight
         changes.append((embedding, "sparse", weight.device.type == "cpu" and weight.grad is not None))
-    with changed(changes):
-        if name == before:  # setting it walks through all modules, even where it changes nothing
-            yield
-            return
-        AttentionInterface.register(NAME, packed_attention)
-        try:
+    AttentionInterface.register(NAME, packed_attention)
+    try:
+        if name != before:  # setting it walks through all modules, even where it changes nothing
             model.set_attn_implementation(name)
+        with changed(changes):
             yield
-        finally:
+    finally:
+        if name != before:
             model.set_attn_implementation(before)
+
+
+def evaluating(model: Any) -> AbstractContextManager[None]:
+    """While it lasts, no module of the model is in training mode: nothing is dropped out."""
+    return changed((module, "training", False) for module in model.modules())
 
 
 def own_logits(model: Any, ids: Iterable[int]) -> torch.Tensor:

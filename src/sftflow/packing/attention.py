@@ -17,6 +17,7 @@ Three ways, the same mathematics:
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any, NamedTuple
 
@@ -162,45 +163,43 @@ def _rectangles(
     return out.view(*query.shape[:2], -1)
 
 
-def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, how: Scoring) -> torch.Tensor:
-    """FlashAttention over sequences of different length. Its causal mask is aligned at the end, so a conversation's
-    own queries see the shared beginning among its keys."""
-    from torch.nn.attention.varlen import varlen_attn
+@functools.cache
+def _varlen() -> Any:
+    """torch's FlashAttention over sequences of different length, where it knows windows and shared heads; else None."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters) else None
 
-    options: dict[str, Any] = {"scale": how.scale}
-    known = inspect.signature(varlen_attn).parameters
-    if "window_size" in known:
-        options["window_size"] = (-1 if how.window is None else how.window - 1, 0)
-    else:
-        options["is_causal"] = True
-    if key.shape[1] != query.shape[1]:
-        if "enable_gqa" in known:
-            options["enable_gqa"] = True
-        else:
-            repeat = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+
+def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, how: Scoring) -> torch.Tensor:
+    """The same by `_varlen`. Its causal mask is aligned at the end, so a conversation's own queries see the shared
+    beginning among its keys."""
     n = layout.n_computed
-    k, v = key.index_select(0, layout.paths), value.index_select(0, layout.paths)
-    out: Any = varlen_attn(
-        query[:n], k, v, layout.starts_q, layout.starts_k, layout.longest_q, layout.longest_k, **options
+    out: torch.Tensor = _varlen()(
+        query[:n],
+        key.index_select(0, layout.paths),
+        value.index_select(0, layout.paths),
+        layout.starts_q,
+        layout.starts_k,
+        layout.longest_q,
+        layout.longest_k,
+        scale=how.scale,
+        window_size=(-1 if how.window is None else how.window - 1, 0),
+        enable_gqa=key.shape[1] != query.shape[1],
     )
     return F.pad(out, (0, 0, 0, 0, 0, len(query) - n))
 
 
 def _can_flash(query: torch.Tensor, value: torch.Tensor, how: Scoring) -> bool:
-    """Whether `torch.nn.attention.varlen` takes these: CUDA of capability 8.0 or more, half precision, sizes to 256."""
-    if how.softcap is not None or how.dropout:
-        return False
+    """Whether `_varlen` takes these: CUDA of capability 8.0 or more, half precision, sizes to 256."""
     if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16):
         return False
     if query.shape[-1] != value.shape[-1] or query.shape[-1] > 256 or query.shape[-1] % 8:
         return False
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return False
-    has_window = "window_size" in inspect.signature(varlen_attn).parameters
-    return torch.cuda.get_device_capability(query.device) >= (8, 0) and (how.window is None or has_window)
+    plain = how.softcap is None and how.dropout == 0
+    return plain and _varlen() is not None and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def in_autocast_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

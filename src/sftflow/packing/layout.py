@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -53,8 +52,9 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Layout:
-    """All buckets of a batch. paths: the keys' slots of all conversations on end; starts_q and starts_k: where each
-    conversation begins in the row and in `paths`, (n + 1,) int32, for variable-length kernels."""
+    """All buckets of a batch, and for variable-length kernels: paths: the keys' slots of all conversations on end;
+    starts_q and starts_k: where each conversation begins in the row and in `paths`, (n + 1,) int32; n_computed: slots
+    of the row that hold a token."""
 
     buckets: tuple[Bucket, ...]
     paths: torch.Tensor
@@ -62,10 +62,7 @@ class Layout:
     starts_k: torch.Tensor
     longest_q: int
     longest_k: int
-
-    @cached_property
-    def n_computed(self) -> int:
-        return int(self.starts_q[-1])
+    n_computed: int
 
 
 def layout_of(batch: PackedBatch, device: torch.device | str = "cpu", n_shared: int = 0) -> Layout:
@@ -102,4 +99,5 @@ def layout_of(batch: PackedBatch, device: torch.device | str = "cpu", n_shared: 
         starts_k=torch.from_numpy(starts[1]).to(device),
         longest_q=max(o for _, o in given),
         longest_k=max(len(p) for p, _ in given),
+        n_computed=sum(o for _, o in given),
     )

@@ -81,45 +81,42 @@ def _choose(isolation: Isolation) -> str:
 
 def _run(program: str, seconds: float, memory_mib: int, isolation: str) -> Outcome:
     token, tag = secrets.token_hex(16), secrets.token_hex(16)
-    folder = Path(tempfile.mkdtemp(prefix="sftflow-"))
-    receiver, sender = os.pipe()
-    try:
-        with tempfile.TemporaryFile() as source:
-            source.write(token.encode() + program.encode("utf-8", "surrogatepass"))
-            source.flush()
-            source.seek(0)
-            try:
-                process = subprocess.Popen(
-                    _command(isolation, sender, seconds, memory_mib),
-                    stdin=source,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    cwd=folder,
-                    env=_environment(isolation, folder, tag),
-                    pass_fds=(sender,),
-                    start_new_session=True,
-                )
-            except OSError as error:
-                raise RunError("sandbox", f"cannot start a process ({error})", "free some and try again") from None
-        os.close(sender)
-        sender = -1
+    with contextlib.ExitStack() as stack:
+        folder = Path(tempfile.mkdtemp(prefix="sftflow-"))
+        stack.callback(remove, folder)
+        source = stack.enter_context(tempfile.TemporaryFile())
+        source.write(token.encode() + program.encode("utf-8", "surrogatepass"))
+        source.flush()
+        source.seek(0)
+        receiver, sender = os.pipe()
+        stack.callback(os.close, receiver)
         try:
-            running = _RunningProgram(process, receiver, seconds)
+            process = subprocess.Popen(
+                _command(isolation, sender, seconds, memory_mib),
+                stdin=source,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                env=_environment(isolation, folder, tag),
+                pass_fds=(sender,),
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise RunError("sandbox", f"cannot start a process ({error})", "free some and try again") from None
+        finally:
+            os.close(sender)
+        running = _RunningProgram(process, receiver, seconds)
+        try:
             stopped = running.wait()
             taken = time.monotonic() - running.started
         finally:
             kill_all(process, tag)
         running.drain()
-        if not running.ready:  # not the program's fault, so no verdict on it
-            said = running.output.strip().splitlines() or [stopped or f"exit status {process.returncode}"]
-            raise RunError("sandbox", f"the interpreter did not start ({said[-1]})", f"check that {python()} runs")
-        how = stopped or _verdict(running.report, token, process.returncode)
-        return Outcome(ok=how == "passed", how=how, output=running.output, seconds=round(taken, 3), isolation=isolation)
-    finally:
-        os.close(receiver)
-        if sender >= 0:
-            os.close(sender)
-        remove(folder)
+    if not running.ready:  # not the program's fault, so no verdict on it
+        said = running.output.strip().splitlines() or [stopped or f"exit status {process.returncode}"]
+        raise RunError("sandbox", f"the interpreter did not start ({said[-1]})", f"check that {python()} runs")
+    how = stopped or _verdict(running.report, token, process.returncode)
+    return Outcome(ok=how == "passed", how=how, output=running.output, seconds=round(taken, 3), isolation=isolation)
 
 
 def _command(isolation: str, report: int, seconds: float, memory_mib: int) -> list[str]:

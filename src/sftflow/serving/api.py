@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import StreamingResponse
 
 from sftflow.errors import RunError, SftflowError, first_line
 from sftflow.serving.chat import chat_response
@@ -27,7 +28,7 @@ from sftflow.serving.middleware import Auth, RequestLog, UnforeseenErrors, acces
 from sftflow.serving.model_entry import ServedModel
 from sftflow.serving.prompt import chat_ids
 from sftflow.serving.request_body import ReaderPool, parse_json, read_body
-from sftflow.serving.responses import EventStream, Responder, ResponseShape, slices
+from sftflow.serving.responses import Responder, ResponseShape, slices
 from sftflow.serving.schemas import ChatBody, CompletionBody, RenderBody, SamplingBody
 from sftflow.serving.uvicorn_limits import Server, config, open_socket
 
@@ -161,11 +162,12 @@ async def _answered(
     shape = await serving.readers.run(read, len(data))
     record = request.state.record
     record.model, record.n_prompt = shape.model.name, shape.n_prompt
-    generations = shape.model.thread.submit(shape.requests, streamed=bool(shape.body.stream))
+    generations = shape.model.thread.submit(shape.requests, streamed=bool(shape.body.stream), client=request)
     responder = Responder(shape, generations, record, serving.metrics)
     if shape.body.stream:
-        return EventStream(responder)
-    return Response(await responder.whole(request), media_type="application/json")
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        return StreamingResponse(responder.events(), media_type="text/event-stream", headers=headers)
+    return Response(await responder.whole(), media_type="application/json")
 
 
 async def page(request: Request) -> Response:

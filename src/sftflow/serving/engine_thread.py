@@ -48,14 +48,24 @@ class Generations:
     """The replies to one HTTP request while they are computed, as the event loop sees them.
 
     streamed: whether they are wanted in pieces; else each comes as one delta, for less work.
+    client: the request, whose body has been read: when its client hangs up, the replies are cancelled. That is a task
+    which sleeps until the server says so, and costs nothing meanwhile.
     """
 
-    def __init__(self, thread: EngineThread, requests: Sequence[GenerationRequest], *, streamed: bool) -> None:
+    def __init__(
+        self, thread: EngineThread, requests: Sequence[GenerationRequest], streamed: bool, client: Request | None
+    ) -> None:
         self.jobs = [Job(self, index, request) for index, request in enumerate(requests)]
         self.streamed, self.cancelled = streamed, False
         self.loop = asyncio.get_running_loop()
-        self._thread = thread
         self.queue: asyncio.Queue[tuple[int, Delta] | Exception | None] = asyncio.Queue()
+        self._thread = thread
+        self._watcher = self.loop.create_task(self._watch(client)) if client is not None else None
+
+    async def _watch(self, client: Request) -> None:
+        while (await client.receive())["type"] != "http.disconnect":
+            pass
+        self.cancel()
 
     def cancel(self) -> None:
         """Give the replies up; their places are free at the latest after the next token. Those that are over stay."""
@@ -64,20 +74,9 @@ class Generations:
             self._thread.leave(self.jobs)
             self.queue.put_nowait(None)
 
-    async def deltas(self, request: Request | None = None) -> AsyncGenerator[tuple[int, Delta]]:
+    async def deltas(self) -> AsyncGenerator[tuple[int, Delta]]:
         """(index of the reply, a piece of it), as they come; the last piece of each has the reply. Ends early where the
-        replies were cancelled. Raises what ended one of them. Leaving it cancels those that still run.
-
-        request: the client's, whose body has been read: when it hangs up, the replies are cancelled. That is a task
-        which sleeps until the server says so, and costs nothing meanwhile.
-        """
-
-        async def watch(request: Request) -> None:
-            while (await request.receive())["type"] != "http.disconnect":
-                pass
-            self.cancel()
-
-        watcher = asyncio.create_task(watch(request)) if request is not None else None
+        replies were cancelled. Raises what ended one of them. Leaving it cancels those that still run."""
         unfinished = len(self.jobs)
         try:
             while unfinished and (item := await self.queue.get()) is not None:
@@ -86,8 +85,8 @@ class Generations:
                 yield item
                 unfinished -= item[1].reply is not None
         finally:
-            if watcher is not None:
-                watcher.cancel()
+            if self._watcher is not None:
+                self._watcher.cancel()
             self.cancel()
 
 
@@ -143,11 +142,13 @@ class EngineThread:
         if len(self._jobs) + n > self.max_running + self.max_waiting:
             raise ApiError(503, "too many requests are waiting; try again soon", code="queue_full", Retry_After="5")
 
-    def submit(self, requests: Sequence[GenerationRequest], *, streamed: bool = True) -> Generations:
+    def submit(
+        self, requests: Sequence[GenerationRequest], *, streamed: bool = True, client: Request | None = None
+    ) -> Generations:
         """Put requests in line, from the event loop. Raises ApiError 503 where there is no room for all of them."""
-        made = Generations(self, requests, streamed=streamed)
         with self._changed:
             self.check_room(len(requests))
+            made = Generations(self, requests, streamed, client)
             self._jobs.update(made.jobs)
             self._line.extend(made.jobs)
             self._changed.notify()

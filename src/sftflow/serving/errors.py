@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from sftflow.errors import ContextError, SftflowError
+from sftflow.errors import ContextError
 
 log = logging.getLogger("sftflow.serving")
 
@@ -50,12 +50,6 @@ def _clipped(text: str, most: int) -> str:
 def wrong(param: str, message: str, code: str = "invalid_value") -> ApiError:
     """A 400 that names its field."""
     return ApiError(400, f"{param}: {message}", param=param, code=code)
-
-
-def refused(error: SftflowError, place: str, param: str, code: str) -> ApiError:
-    """A 400 in an error's own words. place: what its place begins with; the rest of it is the field."""
-    where = error.place.removeprefix(place).lstrip(".") or param
-    return wrong(where, error.fact + (f"; {error.remedy}" if error.remedy else ""), code)
 
 
 def internal(error: Exception) -> ApiError:

@@ -6,6 +6,7 @@ import codecs
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from sftflow.chat.streaming import outputs
 from sftflow.chat.token_rows import token_bytes
 from sftflow.generation.detokenize import Detokenizer
 from sftflow.generation.request import TokenLogprob
@@ -89,6 +90,5 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     def decode(some: list[int]) -> str:
         return str(tokenizer.decode(some, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    pieces = Detokenizer(decode)
-    texts = [pieces.feed(i) for i in ids]
-    return [*texts[:-1], texts[-1] + pieces.flush()] if texts else []
+    *texts, rest = outputs(Detokenizer(decode), ids)
+    return [*texts[:-1], texts[-1] + rest] if texts else []

@@ -9,25 +9,25 @@ import hashlib
 import re
 import secrets
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from sftflow.chat.schema import Conversation, parse_row
 from sftflow.errors import FormatError, SftflowError
-from sftflow.serving.errors import ApiError, refused, wrong
+from sftflow.generation.request import GenerationRequest
+from sftflow.serving.errors import ApiError, wrong
+from sftflow.serving.schemas import SamplingBody
 
 if TYPE_CHECKING:
     from sftflow.checkpoint import Assistant
-    from sftflow.generation.request import GenerationRequest
     from sftflow.serving.model_entry import ServedModel
-    from sftflow.serving.schemas import SamplingBody
 
 MOST_MESSAGES = 2_000
 """a conversation is rendered once for each of its replies, which grows with the square of their number"""
 MOST_TOOLS = 128
 MESSAGE_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content")
-SAMPLED = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
-"""fields of a body that are fields of the request to the engine"""
+SAMPLED = (SamplingBody.model_fields.keys() & {f.name for f in fields(GenerationRequest)}) - {"seed"}
+"""fields of a body that the request to the engine has, too; the seed differs from reply to reply"""
 _TOOL_NAME = re.compile(r"[\w.:/-]{1,128}", re.ASCII)
 
 
@@ -59,7 +59,13 @@ def read_messages(messages: Sequence[Any], tools: Sequence[Any] = ()) -> Convers
     try:
         return parse_row(row, "request")
     except SftflowError as error:
-        raise refused(error, "request", "messages", "invalid_messages") from None
+        raise _refused(error) from None
+
+
+def _refused(error: SftflowError) -> ApiError:
+    """A 400 in the error's own words; its place is the field. (Remedies of a format speak of rows: left out.)"""
+    remedy = "" if isinstance(error, FormatError) or not error.remedy else f"; {error.remedy}"
+    return wrong(error.place.removeprefix("request").lstrip(".") or "messages", error.fact + remedy, "invalid_messages")
 
 
 def _known_fields(message: Any, place: str) -> Any:
@@ -109,11 +115,8 @@ def _rendered(assistant: Assistant, conversation: Conversation) -> tuple[int, ..
             n = len(ids)
     except RecursionError:
         raise ApiError(400, "the request is nested too deeply", code="invalid_json") from None
-    except FormatError as error:
-        plain = FormatError(error.place, error.fact)  # its remedy speaks of rows
-        raise refused(plain, "request", "messages", "invalid_messages") from None
     except SftflowError as error:
-        raise refused(error, "request", "messages", "invalid_messages") from None
+        raise _refused(error) from None
     if n >= context:
         raise too_long("messages", n, context)
     return tuple(ids)

@@ -17,10 +17,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from fastapi import Request
-from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
 
 from sftflow.generation.request import Delta, GenerationRequest, Reply
 from sftflow.serving.engine_thread import Generations
@@ -89,11 +86,11 @@ class Responder:
         self._head = {"id": identity, "created": int(time.time()), "model": shape.model.name}
         self._replies: dict[int, Reply] = {}
 
-    async def _deltas(self, request: Request | None) -> AsyncGenerator[tuple[int, Delta]]:
+    async def _deltas(self) -> AsyncGenerator[tuple[int, Delta]]:
         """(index, piece) of all replies. Raises ClientDisconnect where the client left before all had ended."""
         first = self.generations.streamed  # else the first piece is the last one, and tells nothing of the first token
         try:
-            async with aclosing(self.generations.deltas(request)) as pieces:
+            async with aclosing(self.generations.deltas()) as pieces:
                 async for index, delta in pieces:
                     if first:
                         first = False
@@ -111,9 +108,9 @@ class Responder:
         n_prompt, n_completion = self.shape.n_prompt, sum(len(r.ids) for r in self._replies.values())
         return {"prompt_tokens": n_prompt, "completion_tokens": n_completion, "total_tokens": n_prompt + n_completion}
 
-    async def whole(self, request: Request) -> bytes:
+    async def whole(self) -> bytes:
         """The answer to a request that does not stream, as JSON."""
-        async with aclosing(self._deltas(request)) as deltas:
+        async with aclosing(self._deltas()) as deltas:
             pieces = [piece async for piece in deltas]
 
         def encode() -> bytes:
@@ -129,7 +126,7 @@ class Responder:
 
     async def events(self) -> AsyncIterator[str]:
         """The OpenAI event stream. An error in the middle is an event of its own, on which the clients raise; the
-        status line is long gone. (Whoever sends the events closes this when the client hangs up.)"""
+        status line is long gone."""
         head = {**self._head, "object": self.shape.choices[0].piece_object}
         before = f'data: {EVENT.encode(head)[:-1]}, "choices": ['
         after = f"]{', ' + EVENT.encode({'usage': None})[1:-1] if self.shape.body.include_usage else ''}}}\n\n"
@@ -145,7 +142,7 @@ class Responder:
             for index, choice in enumerate(self.shape.choices):
                 for chunk in choice.opening():
                     yield event(index, chunk)
-            async with aclosing(self._deltas(None)) as deltas:
+            async with aclosing(self._deltas()) as deltas:
                 async for index, delta in deltas:
                     large = self.shape.choices[index].is_large(delta)
                     work = functools.partial(shaped, index, delta, large)
@@ -159,21 +156,6 @@ class Responder:
         if self.shape.body.include_usage:
             yield f"data: {EVENT.encode({**head, 'choices': [], 'usage': self._usage()})}\n\n"
         yield "data: [DONE]\n\n"
-
-
-class EventStream(StreamingResponse):
-    """Sends the events of an answer, and gives up its replies when the client hangs up: before the first event, too."""
-
-    def __init__(self, responder: Responder) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(responder.events(), media_type="text/event-stream", headers=headers)
-        self._generations = responder.generations
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._generations.cancel()
 
 
 def slices(value: Any, encoder: json.JSONEncoder = PLAIN) -> Iterator[str]:

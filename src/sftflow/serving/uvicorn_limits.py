@@ -7,6 +7,7 @@ drips in, for a client that does not read its answer, and for the number of conn
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import json
 import socket
@@ -37,8 +38,8 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self.most:
-            self._refuse(ApiError(503, "too many connections; try again soon", code="too_many_connections",
-                                  Retry_After="5"))  # fmt: skip
+            fact = "too many connections; try again soon"
+            self._refuse(ApiError(503, fact, code="too_many_connections", Retry_After="5"))
         else:
             self._watch()
 
@@ -68,7 +69,6 @@ class Connection(H11Protocol):
         self._stage = stage
         if self._deadline is not None:
             self._deadline.cancel()
-            self._deadline = None
         if stage is not None:
             seconds = self.header_seconds if state is h11.IDLE else self.body_seconds
             self._deadline = self.loop.call_later(seconds, self._too_slow)
@@ -96,15 +96,11 @@ class Connection(H11Protocol):
             body = json.dumps(error.body).encode()
             headers = [("content-type", "application/json"), ("content-length", str(len(body)))]
             headers += [*error.headers.items(), ("connection", "close")]
-            try:
-                for event in (
-                    h11.Response(status_code=error.status, headers=headers),
-                    h11.Data(data=body),
-                    h11.EndOfMessage(),
-                ):
+            events = (h11.Response(status_code=error.status, headers=headers), h11.Data(data=body), h11.EndOfMessage())
+            # Its state may allow no answer any more; hanging up is all that is left then.
+            with contextlib.suppress(h11.LocalProtocolError):
+                for event in events:
                     self.transport.write(self.conn.send(event) or b"")
-            except h11.LocalProtocolError:
-                pass  # its state allows no answer any more; hanging up is all that is left
         self.transport.close()
 
     def pause_writing(self) -> None:

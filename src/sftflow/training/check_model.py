@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sftflow.errors import CheckpointError
-from sftflow.packing.attending import attending, own_logits
+from sftflow.errors import CheckpointError, first_line
+from sftflow.packing.attending import attending, evaluating, own_logits
 from sftflow.packing.layout import layout_of
 from sftflow.packing.length_limits import length_limit, short_windows
 from sftflow.packing.pack import Example, PackedBatch, pack_batch, pad_batch
@@ -65,16 +65,11 @@ def prove_forward(model: Any, packed: bool = True) -> None:
     name = type(model).__name__
     refuse = f"{name} cannot be trained{' packed' if packed else ''}"
     remedy = UNPACKED if packed else OTHER
-    was_training = model.training
-    model.eval()
     try:
-        with short_windows(model):
+        with evaluating(model), short_windows(model):
             gap, size = _gap(model, packed)
     except (TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError) as error:
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise CheckpointError("base", f"{refuse}: {type(error).__name__}: {first}", remedy) from error
-    finally:
-        model.train(was_training)
+        raise CheckpointError("base", f"{refuse}: {type(error).__name__}: {first_line(error)}", remedy) from error
     if not np.isfinite(size):
         return  # weights that are not finite prove nothing; training will say so
     if not gap <= TOLERANCE * max(1.0, size):

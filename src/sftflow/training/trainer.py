@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from sftflow.errors import RunError
-from sftflow.packing.attending import attending
+from sftflow.packing.attending import attending, evaluating
 from sftflow.packing.pack import Example, PackedBatch
 from sftflow.recipe import Train
 from sftflow.runtime import Runtime, keep_freed_memory
@@ -164,12 +164,10 @@ def resting(model: Any) -> Iterator[None]:
     """For generating with the live model: no dropout, nothing compiled anew for other shapes, and the training goes
     on with the random numbers it would have had."""
     random = torch.random.get_rng_state()
-    model.eval()
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with evaluating(model), torch.compiler.set_stance("force_eager"):
             yield
     finally:
-        model.train()
         torch.random.set_rng_state(random)
 
 
