@@ -35,8 +35,6 @@ from sftflow.chat.format import ChatFormat, tokenizer_json
 if TYPE_CHECKING:
     import torch
 
-    from sftflow.recipe import Recipe
-    from sftflow.tasks import Item
 
 PACKAGE = Path(__file__).parent
 CODE_SUFFIXES = (".py", ".jinja", ".json", ".jsonl", ".txt")
@@ -128,7 +126,7 @@ def prompt_hash(ids: Iterable[int]) -> str:
     return hashlib.sha256(np.asarray(list(ids), np.int64).tobytes()).hexdigest()[:16]
 
 
-def items_hash(items: Iterable[Item]) -> str:
+def items_hash(items: Iterable[Any]) -> str:
     """Of everything that is asked and graded."""
     digest = hashlib.sha256()
     for i in items:
@@ -174,7 +172,7 @@ FREE_TO_CHANGE = {"out", "save_every", "keep", "best", "logger"}
 
 
 def run_identity(
-    recipe: Recipe, tokenizer: Any, chat_format: ChatFormat, sources: Sequence[StoredRows]
+    recipe: Any, tokenizer: Any, chat_format: ChatFormat, sources: Sequence[StoredRows]
 ) -> dict[str, str]:
     """What a run is made of, so that it is resumed only with the same, and a change is told by its name:
 

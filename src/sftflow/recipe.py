@@ -31,7 +31,12 @@ class SourceEntry(_Frozen):
 
     @property
     def label(self) -> str:
-        return self.name or (Path(self.source).stem if "/" in self.source or "." in self.source else self.source)
+        return self.name or (self.source if self.has_bare_name else Path(self.source).stem)
+
+    @property
+    def has_bare_name(self) -> bool:
+        """Whether `source` has neither folder nor ending: the name of a task, or where there is a `path`, just a name."""
+        return "/" not in self.source and "." not in self.source
 
 
 class AssistantIdentity(_Frozen):
@@ -215,7 +220,6 @@ def apply_override(data: Any, override: str) -> None:
 
 def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     """Relative paths of data, base and prompts become absolute, seen from the recipe's folder."""
-    from sftflow.tasks import TASKS
 
     def absolute(value: str) -> str:
         return value if value.startswith("hub:") or Path(value).is_absolute() else str(folder / value)
@@ -225,11 +229,7 @@ def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
         update: dict[str, Any] = {}
         if entry.path is not None:
             update["path"] = absolute(entry.path)
-        elif entry.source not in TASKS:
-            if "/" not in entry.source and "." not in entry.source:
-                near = difflib.get_close_matches(entry.source, TASKS, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(TASKS)}, or a data file"
-                raise RecipeError("mixture", f"unknown task {entry.source!r}", hint)
+        elif not entry.has_bare_name:
             update = {"source": absolute(entry.source), "name": entry.label}
         entries.append(entry.model_copy(update=update))
     update = {"mixture": tuple(entries)}

@@ -21,6 +21,7 @@ from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation, parse_row, text_message
 from sftflow.chat.token_rows import TokenRow, token_row
 from sftflow.data.row_cache import cache_folder
+from sftflow.data.sources import check_source
 from sftflow.errors import DataError, MaskError, RecipeError, SftflowError
 from sftflow.recipe import SourceEntry, parse_recipe, resolve_paths
 from sftflow.report.tables import as_text
@@ -123,7 +124,9 @@ def entry_of(source: Any) -> SourceEntry:
     if isinstance(source, SourceEntry):
         return source
     if isinstance(source, Mapping) and "source" in source:
-        return resolve_paths(parse_recipe({"mixture": [dict(source)]}, "recipe"), Path.cwd()).mixture[0]
+        (entry,) = resolve_paths(parse_recipe({"mixture": [dict(source)]}, "recipe"), Path.cwd()).mixture
+        check_source(entry)
+        return entry
     rows = read([source] if isinstance(source, Mapping) else source)
     return SourceEntry(source=rows.path, name=rows.name, place=rows.place)
 

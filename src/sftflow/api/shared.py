@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sftflow.checkpoint import Assistant
+from sftflow.data.sources import check_source
 from sftflow.evaluation.options import EvalOptions
 from sftflow.recipe import Eval, Recipe, SourceEntry, load_recipe, parse_recipe, resolve_paths
 from sftflow.report.progress import ProgressDisplay
@@ -81,4 +82,7 @@ def recipe_of(
             data[key] = value
         else:  # one that is known nowhere, too: it is named there, with its nearest neighbour
             data["train"] = {**(data.get("train") or {}), key: value}
-    return resolve_paths(parse_recipe(data, "recipe"), Path.cwd())
+    made = resolve_paths(parse_recipe(data, "recipe"), Path.cwd())
+    for entry in made.mixture:
+        check_source(entry)
+    return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import random
 from collections.abc import Iterator
@@ -11,13 +12,22 @@ from pathlib import Path
 from sftflow.chat.data_files import read_lines, read_rows
 from sftflow.chat.schema import Conversation, conversation_of
 from sftflow.data.render_pool import NumberedRow
-from sftflow.errors import DataError, SftflowError
+from sftflow.errors import DataError, RecipeError, SftflowError
 from sftflow.recipe import Recipe, SourceEntry
 from sftflow.tasks import TASKS, TaskSource, make_task
 
 
+def check_source(entry: SourceEntry) -> None:
+    """Raises RecipeError where an entry names a task that there is not."""
+    if entry.path is None and entry.has_bare_name and entry.source not in TASKS:
+        near = difflib.get_close_matches(entry.source, TASKS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(TASKS)}, or a data file"
+        raise RecipeError("mixture", f"unknown task {entry.source!r}", hint)
+
+
 def rows_of_entry(entry: SourceEntry, recipe: Recipe) -> Iterator[NumberedRow]:
     """(number, payload) of each row of a mixture entry, a sample of `limit` of them where it asks for one."""
+    check_source(entry)
     if entry.source in TASKS:
         options = {"identity": recipe.identity.model_dump()}
         source = TaskSource(path=entry.path, seed=recipe.train.seed, limit=entry.limit, options=options)
