@@ -18,10 +18,10 @@ import torch
 
 from sftflow.checkpoint import BUILTIN_TINY, prepare, resolve
 from sftflow.data.mixture import build_mixture
+from sftflow.foundation.runtime import Runtime, detect
+from sftflow.packing.loss import batch_loss
 from sftflow.packing.pack import Example, best_fit, pack_batch
 from sftflow.recipe import parse_recipe
-from sftflow.runtime import Runtime, detect
-from sftflow.training.trainer import batch_loss
 
 TOKENS = 4096
 IGNORE = -100

@@ -159,8 +159,8 @@ class FixedPlan:
 
 
 def run_ours(job: dict[str, Any]) -> dict[str, Any]:
+    from sftflow.foundation.runtime import detect
     from sftflow.recipe import Schedule, Train
-    from sftflow.runtime import detect
     from sftflow.training.trainer import Trainer
 
     model, _ = load(job)

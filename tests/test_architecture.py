@@ -11,17 +11,13 @@ import sftflow
 ROOT = Path(sftflow.__file__).parent
 # From the ground up: the package's folders and the files beside them. Each may import only from floors below its own.
 FLOORS = (
-    "errors",
-    "atomic_io",
-    "runtime",
-    "rounding",
-    "calculator",
+    "foundation",
     "sandbox",
     "packing",
     "chat",
+    "recipe",
     "generation",
     "tasks",
-    "recipe",
     "gguf",
     "fingerprint",
     "checkpoint",
@@ -31,9 +27,9 @@ FLOORS = (
     "evaluation",
     "comparison",
     "exporting",
-    "report",
     "serving",
     "terminal",
+    "report",
     "api",
     "cli",
     "__main__",
@@ -49,7 +45,7 @@ def modules() -> dict[str, Path]:
 def imports_of(tree: ast.AST, names: set[str]) -> set[str]:
     """The modules among `names` that a file imports, however it says so.
 
-    >>> tree = ast.parse("from sftflow import api\\nfrom sftflow.chat import render\\nimport sftflow.errors")
+    >>> tree = ast.parse("from sftflow import api\\nfrom sftflow.chat import render\\nimport sftflow.foundation.errors")
     >>> sorted(imports_of(tree, {"", "api", "chat", "chat.render", "errors"}))
     ['api', 'chat.render', 'errors']
     """

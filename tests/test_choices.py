@@ -16,14 +16,14 @@ from sftflow.chat.format import ChatFormat
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import text_message
 from sftflow.checkpoint import Assistant
-from sftflow.errors import RunError, TaskError
 from sftflow.evaluation import multiple_choice as choices
 from sftflow.evaluation.evaluate import evaluate, evaluate_models
 from sftflow.evaluation.multiple_choice import letter_scores, plain_letters
 from sftflow.evaluation.options import EvalTask, open_tasks
 from sftflow.evaluation.prompts_for import prompts_for
+from sftflow.foundation.errors import RunError, TaskError
+from sftflow.foundation.runtime import Runtime
 from sftflow.generation.engine import Engine
-from sftflow.runtime import Runtime
 from sftflow.tasks import Item, TaskSource
 from sftflow.tasks.multiple_choice import MultipleChoice, prompt
 

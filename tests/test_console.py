@@ -11,9 +11,9 @@ from rich.console import Console
 
 from sftflow.evaluation.journal import EvalRow
 from sftflow.evaluation.results import EvalResult, Evaluation, ModelScores
+from sftflow.foundation.runtime import Runtime, measure_peak, peak_memory
 from sftflow.report import tables
 from sftflow.report.progress import Pace, ProgressDisplay, fitted
-from sftflow.runtime import Runtime, measure_peak, peak_memory
 
 FP32 = Runtime(device="cpu", precision="fp32", reason="test")
 

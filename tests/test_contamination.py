@@ -15,9 +15,9 @@ from sftflow.checkpoint import open_renderer, resolve
 from sftflow.data.audit import audit, item_parts
 from sftflow.data.mixture import Mixture, build_mixture
 from sftflow.data.run_rows import write_run_rows
-from sftflow.errors import DataError
 from sftflow.evaluation.contamination import contamination, contamination_of_run
 from sftflow.evaluation.options import EvalTask, open_tasks
+from sftflow.foundation.errors import DataError
 from sftflow.recipe import Recipe, parse_recipe
 
 NOUNS = ["apples", "pears", "books", "cups", "lamps", "chairs", "stones", "shells", "boats", "coins", "kites", "drums"]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from helpers.architectures import ARCHITECTURES, FP32, STATEFUL, stateful, tiny
 from helpers.generation import Ids, draw, requests_of
-from sftflow.errors import CheckpointError
+from sftflow.foundation.errors import CheckpointError
 from sftflow.generation.check_decoder import find_decode_mode
 from sftflow.generation.decoder import PackedDecoder
 from sftflow.generation.engine import Engine, shared_beginning

@@ -16,7 +16,7 @@ import torch
 from fastapi.testclient import TestClient
 
 from helpers.generation import ask, failing
-from sftflow.errors import CheckpointError, RunError, SftflowError
+from sftflow.foundation.errors import CheckpointError, RunError, SftflowError
 from sftflow.generation.engine import Engine
 from sftflow.generation.request import Reply
 from sftflow.serving import api

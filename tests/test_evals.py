@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from helpers.generation import text_of
-from sftflow.atomic_io import write_json
 from sftflow.chat.schema import text_message
-from sftflow.errors import ContextError, TaskError
 from sftflow.evaluation.evaluate import evaluate, evaluate_models
 from sftflow.evaluation.journal import safe_name
 from sftflow.evaluation.options import EvalTask, open_tasks
 from sftflow.evaluation.results import CHATCORE, ModelScores
 from sftflow.fingerprint import prompt_hash, weights_hash
+from sftflow.foundation.atomic_io import write_json
+from sftflow.foundation.errors import ContextError, TaskError
 from sftflow.generation.engine import Engine
 from sftflow.tasks import Item
 from sftflow.tasks.spelling import words

@@ -23,7 +23,6 @@ from helpers.training import examples, spec
 from sftflow.chat.schema import Conversation, parse_row
 from sftflow.checkpoint import Assistant, load_assistant
 from sftflow.data.mixture import build_mixture
-from sftflow.errors import ContextError, DataError
 from sftflow.evaluation import token_loss
 from sftflow.evaluation.heldout_loss import (
     GROUPS,
@@ -38,10 +37,11 @@ from sftflow.evaluation.heldout_loss import (
     plain_texts,
     windows,
 )
+from sftflow.foundation.errors import ContextError, DataError
+from sftflow.foundation.runtime import Runtime
 from sftflow.generation.engine import Engine
 from sftflow.pretraining.pretrain import bits_per_byte as base_bits
 from sftflow.recipe import load_recipe
-from sftflow.runtime import Runtime
 from sftflow.training.batch_plan import RowPlan
 from sftflow.training.run import run_training
 from sftflow.training.trainer import Trainer

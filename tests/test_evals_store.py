@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from helpers.runs import run as command
-from sftflow.errors import RunError
 from sftflow.evaluation.evaluate import evaluate
 from sftflow.evaluation.journal import EvalRow, Journal, key_of, safe_name
 from sftflow.evaluation.options import EvalTask, open_tasks
 from sftflow.fingerprint import weights_hash
+from sftflow.foundation.errors import RunError
 from sftflow.generation.engine import Engine
 from sftflow.tasks import TaskSource
 from sftflow.tasks.humaneval import HumanEval

@@ -15,12 +15,12 @@ from helpers.outside import each, tokenizer_names
 from helpers.tiny import make_renderer
 from sftflow import checkpoint
 from sftflow.chat.schema import parse_row
-from sftflow.errors import CheckpointError, RecipeError
 from sftflow.exporting import llamacpp, parity
 from sftflow.exporting import to_gguf as exporting
 from sftflow.exporting.llamacpp import LlamaCpp
 from sftflow.exporting.parity_prompts import cases
 from sftflow.exporting.to_gguf import export_gguf
+from sftflow.foundation.errors import CheckpointError, RecipeError
 from sftflow.generation.request import GenerationRequest
 from sftflow.gguf import architectures as layout
 from sftflow.gguf import writer as writing

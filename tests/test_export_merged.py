@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from sftflow import checkpoint
-from sftflow.errors import CheckpointError, RecipeError
+from sftflow.foundation.errors import CheckpointError, RecipeError
 
 IDS = torch.tensor([[0, 17, 99, 256, 12, 301, 7]])
 

@@ -72,7 +72,7 @@ def listed(module: str, made_by: MadeBy) -> bool:
 @pytest.mark.parametrize("made_by", ENTRIES, ids=["rendered", "graded"])
 def test_every_module_that_makes_rows_is_in_the_list(made_by: MadeBy) -> None:
     everything = makers(ENTRIES[made_by])
-    assert {"chat.render", "tasks.task", "calculator", ENTRIES[made_by]} <= everything
+    assert {"chat.render", "tasks.task", "foundation.calculator", ENTRIES[made_by]} <= everything
     missing = sorted(m for m in everything if not listed(m, made_by) and not left_out(m))
     assert not missing
     for name in made_by.code:
@@ -110,7 +110,7 @@ def test_what_draws_and_serves_changes_neither_and_the_calculator_both(tmp_path:
     assert len(drawing) > 30 and hashes(package) == (rendered, graded)
     for path, text in before.items():
         path.write_bytes(text)
-    for name in ("calculator.py", "chat/render.py", "chat/formats/chatml.jinja", "tasks/data/words.txt"):
+    for name in ("foundation/calculator.py", "chat/render.py", "chat/formats/chatml.jinja", "tasks/data/words.txt"):
         both = touch(name)
         assert both[0] != rendered and both[1] != graded, name
     only_grades = touch("generation/engine.py")

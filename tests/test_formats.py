@@ -19,7 +19,7 @@ from helpers.tiny import make_renderer
 from sftflow.chat.format import BUILTIN, builtin_format
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation, parse_row
-from sftflow.errors import FormatError
+from sftflow.foundation.errors import FormatError
 
 NAMES = sorted(BUILTIN)
 STRICT = ("alpaca", "llama2", "sftflow")  # user and assistant must alternate

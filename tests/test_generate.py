@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sftflow.calculator import calculate
 from sftflow.chat.schema import parse_row
-from sftflow.errors import ContextError
+from sftflow.foundation.calculator import calculate
+from sftflow.foundation.errors import ContextError
 from sftflow.generation.request import GenerationRequest
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from helpers.outside import outside
-from sftflow.errors import SchemaError
+from sftflow.foundation.errors import SchemaError
 from sftflow.tasks import humaneval
 from sftflow.tasks.humaneval import HumanEval, body_of, code_of, program_of
 from sftflow.tasks.task import Item, TaskSource

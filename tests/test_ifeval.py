@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.outside import outside
-from sftflow.errors import SchemaError, TaskError
+from sftflow.foundation.errors import SchemaError, TaskError
 from sftflow.tasks import Item, TaskSource, chance_of, make_task
 from sftflow.tasks.ifeval import IFEval, follows, loose_variants
 from sftflow.tasks.ifeval_checks import CHECKS, NEED_LANGUAGE, is_supported

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.outside import each, outside
-from sftflow.errors import SchemaError, SftflowError
+from sftflow.foundation.errors import SchemaError, SftflowError
 from sftflow.tasks import Item, TaskSource, chance_of, make_task
 from sftflow.tasks.questions import GRADERS, Jsonl, is_contained, is_exact, is_number, parse
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from sftflow.errors import RecipeError
+from sftflow.foundation.errors import RecipeError
 from sftflow.recipe import Recipe, parse_recipe
 from sftflow.training import loggers
 from sftflow.training.loggers import LOGGERS, open_logger, require_logger

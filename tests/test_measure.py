@@ -15,17 +15,17 @@ import pytest
 from helpers.runs import Quiet, write_recipe
 from helpers.runs import run as command
 from sftflow import api
-from sftflow.atomic_io import CHECKSUM, with_checksum, write_json
 from sftflow.checkpoint import Assistant, base_format, load_assistant, load_info, resolve
 from sftflow.comparison.compare import kind_of
 from sftflow.comparison.run_artifacts import read_run, run_of
 from sftflow.evaluation.callback import EvalDuringTraining
 from sftflow.evaluation.options import open_tasks
+from sftflow.foundation.atomic_io import CHECKSUM, with_checksum, write_json
+from sftflow.foundation.runtime import detect
 from sftflow.generation.engine import Engine
 from sftflow.packing.attending import attending
 from sftflow.packing.attention import NAME
 from sftflow.recipe import load_recipe
-from sftflow.runtime import detect
 from sftflow.training.run import run_training
 from sftflow.training.signals import Stopped
 from sftflow.training.trainer import resting

@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 
 from helpers.architectures import ARCHITECTURES, FP32, REFUSED, SMALL, VOCABULARY, tiny
-from sftflow.errors import CheckpointError
+from sftflow.foundation.errors import CheckpointError
 from sftflow.packing.attending import attending, own_logits
 from sftflow.packing.attention import NAME
+from sftflow.packing.check_model import check_length, prove_forward
+from sftflow.packing.loss import batch_loss
 from sftflow.packing.pack import Example, pack_batch, pad_batch
 from sftflow.recipe import Train
-from sftflow.training.check_model import check_length, prove_forward
 from sftflow.training.optimizers import groups_of, muon
 from sftflow.training.settings import set_dropout
-from sftflow.training.trainer import batch_loss
 
 
 def rows(count: int = 9, seed: int = 0) -> list[Example]:

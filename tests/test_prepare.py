@@ -20,7 +20,7 @@ from sftflow.chat.verify import BOS, CONTROL, ENDS, PARITY, verify
 from sftflow.data import prepare
 from sftflow.data import render_pool as worker
 from sftflow.data.mixture import build_mixture, write_bad_rows
-from sftflow.errors import DataError, MaskError, RunError, SchemaError, SftflowError
+from sftflow.foundation.errors import DataError, MaskError, RunError, SchemaError, SftflowError
 from sftflow.packing.pack import best_fit
 from sftflow.recipe import Recipe, parse_recipe
 

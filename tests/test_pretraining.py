@@ -15,9 +15,9 @@ from helpers.runs import Quiet, digest
 from helpers.runs import run as sftflow
 from sftflow.checkpoint import load_assistant
 from sftflow.data.documents import read_documents
-from sftflow.errors import CheckpointError, DataError
+from sftflow.foundation.errors import CheckpointError, DataError
+from sftflow.foundation.runtime import Runtime
 from sftflow.pretraining.pretrain import BaseSpec, read_corpus, train_base
-from sftflow.runtime import Runtime
 
 FP32 = Runtime(device="cpu", precision="fp32", reason="test")
 SPEC = BaseSpec(params="0.1M", vocab=320, tokens=12 * 512, context=64, tokens_per_step=512)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from helpers.outside import each, outside
 from sftflow.chat.schema import Conversation, Part
-from sftflow.errors import DataError, SchemaError, SftflowError, TaskError
+from sftflow.foundation.errors import DataError, SchemaError, SftflowError, TaskError
 from sftflow.tasks import make_task
 from sftflow.tasks.gsm8k import Gsm8k, final_number, split_marks
 from sftflow.tasks.humaneval import HumanEval

@@ -15,7 +15,7 @@ from helpers.tiny import make_renderer
 from sftflow.chat.calculator_parts import flatten_python
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation, Message, Part, parse_row, text_message
-from sftflow.errors import FormatError, MaskError
+from sftflow.foundation.errors import FormatError, MaskError
 
 TEXTS = st.text(
     st.one_of(

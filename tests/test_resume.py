@@ -20,8 +20,8 @@ import torch
 
 from helpers.runs import Quiet, digest, error_line, run, write_recipe
 from helpers.runs import run as sftflow
-from sftflow.atomic_io import Lock, sweep, write_directory
-from sftflow.errors import CheckpointError, RunError
+from sftflow.foundation.atomic_io import Lock, sweep, write_directory
+from sftflow.foundation.errors import CheckpointError, RunError
 from sftflow.recipe import load_recipe
 from sftflow.training.run import run_training
 from sftflow.training.signals import Signals, Stopped
@@ -186,7 +186,7 @@ def test_what_killed_writers_left_is_cleared_away(tmp_path: Path) -> None:
 def test_a_reader_that_puts_the_old_directory_back_does_not_stop_the_writer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sftflow.atomic_io import recover_directory
+    from sftflow.foundation.atomic_io import recover_directory
 
     target = tmp_path / "checkpoint"
     write_directory(target, lambda d: (d / "f").write_text("old") and None)
@@ -706,8 +706,8 @@ def test_steps_smaller_than_a_row_are_a_recipe_error(tiny_base: Path, tmp_path: 
 def test_bf16_resumes_bit_for_bit(settings: dict[str, Any], tmp_path: Path) -> None:
     """Working weights are derived from the saved ones, and compiled code does not hang on the batch it was made for."""
     from helpers.training import shared_rows, spec
+    from sftflow.foundation.runtime import Runtime
     from sftflow.pretraining.pretrain import BaseSpec, build_model
-    from sftflow.runtime import Runtime
     from sftflow.training.batch_plan import RowPlan
     from sftflow.training.resume import load_state, save_state
     from sftflow.training.trainer import Trainer

@@ -12,7 +12,7 @@ from sftflow.checkpoint import prepare, resolve
 from sftflow.data import run_rows
 from sftflow.data.mixture import Mixture, build_mixture
 from sftflow.data.run_rows import HELD_OUT, TRAINING_ROWS, read_held_out, read_training_rows, write_run_rows
-from sftflow.errors import DataError
+from sftflow.foundation.errors import DataError
 from sftflow.recipe import Recipe, load_recipe, parse_recipe
 from sftflow.training.run import run_training
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sftflow.runtime import free_memory
+from sftflow.foundation.runtime import free_memory
 
 GIB = 1 << 30
 

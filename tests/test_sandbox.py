@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 import sftflow
-from sftflow.errors import RunError
+from sftflow.foundation.errors import RunError
 from sftflow.sandbox import Isolation, Outcome, bubblewrap, isolation_available, run_python, why_no_bubblewrap
 from sftflow.sandbox import execute as run
 

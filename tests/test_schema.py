@@ -10,7 +10,7 @@ import pytest
 
 from sftflow.chat.data_files import read_conversations
 from sftflow.chat.schema import parse_row
-from sftflow.errors import DataError, SchemaError
+from sftflow.foundation.errors import DataError, SchemaError
 
 SAME: list[Any] = [
     {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]},

@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from helpers.serving import ask, local, refusal
 from sftflow.checkpoint import Assistant
 from sftflow.cli import app
-from sftflow.errors import ServeError
+from sftflow.foundation.errors import ServeError
 from sftflow.serving import api
 from sftflow.serving import uvicorn_limits as listen
 from sftflow.serving.host_check import check_origin, host_names

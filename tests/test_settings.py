@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.runs import Quiet, digest, write_recipe
-from sftflow.errors import CheckpointError, RecipeError
+from sftflow.foundation.errors import CheckpointError, RecipeError
+from sftflow.foundation.runtime import Runtime
 from sftflow.recipe import Recipe, load_recipe, parse_recipe
-from sftflow.runtime import Runtime
 from sftflow.training.run import run_training
 from sftflow.training.settings import decide_compile, resolve_recipe
 from sftflow.training.trainer import Trainer

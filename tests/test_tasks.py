@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from sftflow.errors import TaskError
+from sftflow.foundation.errors import TaskError
 from sftflow.tasks import GENERATED, TaskSource, make_task
 from sftflow.tasks.formatting import CHECKS
 from sftflow.tasks.task import load_data

@@ -13,7 +13,7 @@ from sftflow.chat.format import choose_format
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import parse_row
 from sftflow.chat.template_options import append_eos, choose_arguments, options_note
-from sftflow.errors import FormatError, MaskError
+from sftflow.foundation.errors import FormatError, MaskError
 
 PREFILLS = HEAD + "{{ m.content }}" + TAIL + "{% if enable_thinking is not false %}<think>\n{% endif %}{% endif %}"
 ENDLESS = (

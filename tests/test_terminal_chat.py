@@ -22,7 +22,7 @@ import pytest
 from sftflow.chat.data_files import read_conversations
 from sftflow.chat.schema import Conversation, Message, Part, text_message
 from sftflow.checkpoint import Assistant, load_assistant, save
-from sftflow.errors import DataError
+from sftflow.foundation.errors import DataError
 from sftflow.generation.request import Delta, GenerationRequest, Reply
 from sftflow.pretraining.pretrain import BaseSpec, build_model
 from sftflow.terminal.repl import chat

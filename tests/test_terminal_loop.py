@@ -12,7 +12,7 @@ import pytest
 from helpers.serving import ASK, own, request
 from sftflow.chat.schema import Conversation, Message, text_message
 from sftflow.checkpoint import Assistant
-from sftflow.errors import ContextError, FormatError
+from sftflow.foundation.errors import ContextError, FormatError
 from sftflow.generation.request import Delta, GenerationRequest, Reply
 from sftflow.terminal.repl import chat
 

@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from helpers.architectures import tiny
 from helpers.runs import Quiet, write_recipe
 from helpers.training import BF16, FP32, examples, shared_rows, spec
-from sftflow.errors import RunError
+from sftflow.foundation.errors import RunError
+from sftflow.foundation.rounding import round_bf16
+from sftflow.foundation.runtime import Runtime
+from sftflow.packing.loss import Head, chunked_cross_entropy, fused_parts, loss_parts
 from sftflow.packing.pack import best_fit
 from sftflow.pretraining.pretrain import BaseSpec, build_model
 from sftflow.recipe import Schedule
-from sftflow.rounding import round_bf16
-from sftflow.runtime import Runtime
 from sftflow.training.batch_plan import RowPlan
 from sftflow.training.bf16_weights import restore_classes
-from sftflow.training.loss import Head, chunked_cross_entropy, fused_parts, loss_parts
 from sftflow.training.optimizers import lr_factor
 from sftflow.training.trainer import Trainer
 
@@ -35,8 +35,8 @@ from sftflow.training.trainer import Trainer
 def test_chunked_loss_equals_full(
     bias: bool, softcap: float | None, scale: float, parts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sftflow.training.loss.LOGITS", 50 * 256)
-    monkeypatch.setattr("sftflow.training.loss.BLOCK", 50 * 100)
+    monkeypatch.setattr("sftflow.packing.loss.LOGITS", 50 * 256)
+    monkeypatch.setattr("sftflow.packing.loss.BLOCK", 50 * 100)
     torch.manual_seed(0)
     n = 700  # more than two chunks
     hidden = torch.randn(n, 16, dtype=torch.float32, requires_grad=True)

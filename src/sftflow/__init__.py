@@ -30,7 +30,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from sftflow.api import compare, evaluate, export, load, mix, read, render, serve, task, train
-    from sftflow.errors import SftflowError
+    from sftflow.foundation.errors import SftflowError
 
 
 def __getattr__(name: str) -> Any:
@@ -38,7 +38,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    value = getattr(import_module("sftflow.errors" if name == "SftflowError" else "sftflow.api"), name)
+    value = getattr(import_module("sftflow.foundation.errors" if name == "SftflowError" else "sftflow.api"), name)
     globals()[name] = value
     return value
 

@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sftflow.gguf.reader as gguf
-from sftflow.atomic_io import (
+from sftflow.chat.format import ChatFormat, add_tokens, choose_format
+from sftflow.chat.schema import Conversation
+from sftflow.fingerprint import format_fingerprint
+from sftflow.foundation.atomic_io import (
     check_hashes,
     read_record,
     recover_directory,
@@ -26,13 +29,10 @@ from sftflow.atomic_io import (
     write_directory,
     write_json,
 )
-from sftflow.chat.format import ChatFormat, add_tokens, choose_format
-from sftflow.chat.schema import Conversation
-from sftflow.errors import CheckpointError, RunError, first_line
-from sftflow.fingerprint import format_fingerprint
+from sftflow.foundation.errors import CheckpointError, RunError, first_line
+from sftflow.foundation.rounding import round_bf16
 from sftflow.gguf.vocabulary import as_llama_cpp_splits
 from sftflow.gguf.writer import FORMAT
-from sftflow.rounding import round_bf16
 
 if TYPE_CHECKING:
     from sftflow.chat.render import Renderer
@@ -327,8 +327,8 @@ def load_assistant(
     name: str, *, format: str = "auto", precision: str = "fp32", fallback: ChatFormat | None = None
 ) -> Assistant:
     """Load a checkpoint that answers in a chat format (its own, or the named one)."""
+    from sftflow.foundation.runtime import detect
     from sftflow.generation.engine import Engine
-    from sftflow.runtime import detect
 
     location = resolve(name)
     model, tokenizer, renderer, info = prepare(location, format_name=format, fallback=fallback)

@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sftflow.atomic_io import sha256_file
 from sftflow.chat.format import ChatFormat, tokenizer_json
+from sftflow.foundation.atomic_io import sha256_file
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,6 @@ class MadeBy:
 
 RENDERED_ROWS = MadeBy(
     code=(
-        "calculator.py",  # the results in arithmetic conversations
         "chat",  # conversation -> ids and mask
         "data/prepare.py",
         "data/render_pool.py",
@@ -71,27 +70,28 @@ RENDERED_ROWS = MadeBy(
 )
 GRADED_ROWS = MadeBy(
     code=(
-        "calculator.py",  # the results that replies are continued with
         "chat",  # item -> prompt
         "evaluation/grading.py",
         "evaluation/journal.py",
         "evaluation/multiple_choice.py",
         "evaluation/options.py",
         "evaluation/prompts_for.py",
+        "foundation/calculator.py",  # the results that replies are continued with
+        "foundation/rounding.py",
+        "foundation/runtime.py",  # device and precision
+        "foundation/sequences.py",
         "generation",  # prompt -> reply
         "packing",  # attention of the model
-        "rounding.py",
-        "runtime.py",  # device and precision
         "sandbox",  # code that a reply holds is run here
         "tasks",  # items and graders
     ),
     libraries=("sftflow", "torch", "transformers"),
 )
 LEFT_OUT = {
-    "atomic_io": "how files are written",
+    "foundation.atomic_io": "how files are written",
     "checkpoint": "what it loads has fingerprints of its own: weights, tokenizer, template",
     "data.row_cache": "where rows are kept; its key is compared",
-    "errors": "what refusals look like",
+    "foundation.errors": "what refusals look like",
     "fingerprint": "its hashes are compared",
     "recipe": "what it asks for is in the key",
     "sandbox": "of rendered rows only: it grades",
@@ -171,9 +171,7 @@ def data_digest(sources: Iterable[StoredRows], *chosen: NDArray[np.int32]) -> st
 FREE_TO_CHANGE = {"out", "save_every", "keep", "best", "logger"}
 
 
-def run_identity(
-    recipe: Any, tokenizer: Any, chat_format: ChatFormat, sources: Sequence[StoredRows]
-) -> dict[str, str]:
+def run_identity(recipe: Any, tokenizer: Any, chat_format: ChatFormat, sources: Sequence[StoredRows]) -> dict[str, str]:
     """What a run is made of, so that it is resumed only with the same, and a change is told by its name:
 
     {"recipe.train.lr": "0.008", ..., "tokenizer": HASH, "chat format": HASH, "rows of source 1 (data.jsonl)": HASH}

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from sftflow.errors import RecipeError
+from sftflow.foundation.errors import RecipeError
 
 
 class _Frozen(BaseModel):

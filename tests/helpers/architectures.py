@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sftflow.runtime import Runtime
+from sftflow.foundation.runtime import Runtime
 
 FP32 = Runtime(device="cpu", precision="fp32", reason="test")
 

@@ -15,7 +15,7 @@ from sftflow.chat.format import TEMPLATE_NOW, choose_format
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import parse_row
 from sftflow.chat.template_options import append_eos, choose_arguments
-from sftflow.errors import FormatError, MaskError, SchemaError
+from sftflow.foundation.errors import FormatError, MaskError, SchemaError
 
 CONTROL = re.compile(
     r"<\|[A-Za-z0-9_ ]+\|>|<｜[^｜<>]+｜>|<\|[a-z_]+>|<[a-z_]+\|>|<\|\"\|>|<(?:start|end)_of_(?:turn|utterance)>"

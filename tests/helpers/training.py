@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from sftflow.foundation.runtime import Runtime
 from sftflow.packing.pack import Example
 from sftflow.recipe import Schedule, Train
-from sftflow.runtime import Runtime
 
 FP32 = Runtime(device="cpu", precision="fp32", reason="test")
 

@@ -11,10 +11,10 @@ import torch
 
 from sftflow.api.mixture import mix
 from sftflow.api.shared import RecipeLike, eval_options, recipe_of
+from sftflow.foundation.runtime import Runtime, detect
+from sftflow.packing.loss import batch_loss
 from sftflow.packing.pack import Example, pack_batch
 from sftflow.pretraining.pretrain import BaseSpec, build_model
-from sftflow.runtime import Runtime, detect
-from sftflow.training.trainer import batch_loss
 
 
 def doctor(recipe: RecipeLike | None = None, *, math: bool = False) -> tuple[list[str], bool]:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from sftflow.api.assistant import base_beside, load
 from sftflow.api.shared import ModelLike, name_of, parts_of, watching
-from sftflow.atomic_io import Lock, write_text
 from sftflow.checkpoint import open_renderer, resolve
 from sftflow.comparison import results as comparison
 from sftflow.comparison.compare import CompareOptions, compare_models
@@ -19,6 +18,7 @@ from sftflow.evaluation import results as evaluation
 from sftflow.evaluation.evaluate import evaluate_models
 from sftflow.evaluation.options import EvalOptions
 from sftflow.evaluation.prompts_for import require_askable
+from sftflow.foundation.atomic_io import Lock, write_text
 from sftflow.report.comparison_page import comparison_page
 from sftflow.report.pages import frame
 from sftflow.report.progress import ProgressDisplay

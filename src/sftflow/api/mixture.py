@@ -9,12 +9,12 @@ from typing import Any
 from sftflow import checkpoint
 from sftflow.api.rows import entry_of
 from sftflow.api.shared import ModelLike, RecipeLike, eval_options, parts_of, recipe_of, watching
-from sftflow.atomic_io import write_json, write_text
 from sftflow.chat.render import Renderer
 from sftflow.chat.template_options import options_note
 from sftflow.chat.token_rows import TokenRow, token_row
 from sftflow.data import audit as data_audit
 from sftflow.data import mixture as data_mixture
+from sftflow.foundation.atomic_io import write_json, write_text
 from sftflow.recipe import Recipe
 from sftflow.report.audit_page import audit_page
 from sftflow.report.pages import frame

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from sftflow.api.assistant import base_beside, load
 from sftflow.api.shared import ModelLike, name_of, watching
 from sftflow.checkpoint import Assistant
-from sftflow.errors import ProofError, RecipeError
+from sftflow.foundation.errors import ProofError, RecipeError
 from sftflow.report.progress import ProgressDisplay
 
 

@@ -14,7 +14,6 @@ from typing import Any, overload
 
 from sftflow import checkpoint
 from sftflow.api.shared import ModelLike, quiet
-from sftflow.atomic_io import write_text
 from sftflow.chat import template_options
 from sftflow.chat.data_files import read_conversations, read_rows
 from sftflow.chat.render import Renderer
@@ -22,7 +21,8 @@ from sftflow.chat.schema import Conversation, parse_row, text_message
 from sftflow.chat.token_rows import TokenRow, token_row
 from sftflow.data.row_cache import cache_folder
 from sftflow.data.sources import check_source
-from sftflow.errors import DataError, MaskError, RecipeError, SftflowError
+from sftflow.foundation.atomic_io import write_text
+from sftflow.foundation.errors import DataError, MaskError, RecipeError, SftflowError
 from sftflow.recipe import SourceEntry, parse_recipe, resolve_paths
 from sftflow.report.tables import as_text
 from sftflow.report.token_page import token_html, token_page

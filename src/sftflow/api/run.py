@@ -16,18 +16,18 @@ from sftflow.api.assistant import Assistant, load
 from sftflow.api.measure import Comparison, Evaluation, compare_two, evaluate_all
 from sftflow.api.mixture import Mixture
 from sftflow.api.shared import ModelLike, RecipeLike, eval_options, parts_of, recipe_of, watching
-from sftflow.atomic_io import Lock, clear_directory, write_text
 from sftflow.comparison.compare import CompareOptions
 from sftflow.comparison.run_artifacts import read_run
 from sftflow.data.row_cache import cache_folder
-from sftflow.errors import RecipeError
 from sftflow.evaluation.callback import EvalDuringTraining
+from sftflow.foundation.atomic_io import Lock, clear_directory, write_text
+from sftflow.foundation.errors import RecipeError
+from sftflow.foundation.runtime import detect
 from sftflow.pretraining.pretrain import BaseSpec, train_base
 from sftflow.recipe import Recipe, load_recipe, to_yaml
 from sftflow.report.comparison_page import loss_figure
 from sftflow.report.pages import cell
 from sftflow.report.progress import ProgressDisplay
-from sftflow.runtime import detect
 from sftflow.training import run as training_run
 from sftflow.training.signals import Signals
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sftflow.chat.schema import Conversation, kind_of, parse_line, parse_row
-from sftflow.errors import DataError
+from sftflow.foundation.errors import DataError
 
 NO_FILE = ("no such file", "check the path; a hub data set is written hub:OWNER/NAME")
 

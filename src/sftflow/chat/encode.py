@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftflow.chat.fast_bpe import WordCache
-from sftflow.errors import MaskError
+from sftflow.foundation.errors import MaskError
 
 Literal = tuple[int, int, str]  # (start, end, token): a special token the template itself wrote
 Piece = tuple[str, str]  # ("special", token) or ("content", text)

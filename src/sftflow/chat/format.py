@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sftflow.errors import FormatError
+from sftflow.foundation.errors import FormatError
 
 TEMPLATE_NOW = "2026-01-01T00:00:00"
 

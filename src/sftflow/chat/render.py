@@ -29,7 +29,7 @@ from sftflow.chat.format import ChatFormat, tokenizer_text
 from sftflow.chat.proof.prover import Prover
 from sftflow.chat.schema import Conversation, parse_row
 from sftflow.chat.template import Row, Template
-from sftflow.errors import FormatError, MaskError
+from sftflow.foundation.errors import FormatError, MaskError
 
 
 @dataclass(frozen=True, slots=True)

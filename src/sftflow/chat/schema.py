@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from sftflow.errors import DataError, SchemaError
+from sftflow.foundation.errors import DataError, SchemaError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 PART_KINDS = ("text", "python", "python_output")

@@ -27,7 +27,7 @@ import jinja2.utils
 from sftflow.chat.calculator_parts import flatten_python
 from sftflow.chat.format import ChatFormat
 from sftflow.chat.schema import Conversation, Message
-from sftflow.errors import FormatError
+from sftflow.foundation.errors import FormatError
 
 Messages = list[dict[str, Any]]
 

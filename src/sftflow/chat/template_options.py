@@ -13,7 +13,7 @@ from itertools import combinations, product
 from sftflow.chat.format import ChatFormat
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation
-from sftflow.errors import FormatError, MaskError
+from sftflow.foundation.errors import FormatError, MaskError
 
 _MOST_ARGUMENTS = 6
 

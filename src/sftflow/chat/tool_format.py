@@ -21,8 +21,8 @@ from typing import Any
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation, Message, text_message
 from sftflow.chat.tool_parser import IDENTITIES, CallFormat, JsonEntry, NamedEntry, Path, TaggedEntry, read_calls
-from sftflow.errors import SftflowError
-from sftflow.packing.pack import common_prefix
+from sftflow.foundation.errors import SftflowError
+from sftflow.foundation.sequences import common_prefix
 
 NAMES, KEYS, VALUES, TEXT = ("zqfa", "zqfb"), ("zqka", "zqkb"), ("zqva", "zqvb"), "zqtext"
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from sftflow.chat.render import Rendered, Renderer
 from sftflow.chat.schema import Conversation, Message, Part
-from sftflow.errors import FormatError, MaskError
+from sftflow.foundation.errors import FormatError, MaskError
 
 PARITY = "prompt + supervised = training ids"
 ENDS = "one supervised end of turn per supervised turn"

@@ -19,8 +19,8 @@ from sftflow.cli import (  # noqa: F401  each adds its command
     train,
 )
 from sftflow.cli.common import app
-from sftflow.errors import RunError, SftflowError
-from sftflow.runtime import out_of_memory
+from sftflow.foundation.errors import RunError, SftflowError
+from sftflow.foundation.runtime import out_of_memory
 
 ORDER = ("demo", "base", "render", "mix", "train", "eval", "compare", "chat", "serve", "export", "doctor")
 app.registered_commands.sort(key=lambda c: ORDER.index(c.name or getattr(c.callback, "__name__", "")))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sftflow.errors import RecipeError
+from sftflow.foundation.errors import RecipeError
 
 if TYPE_CHECKING:
     from rich.table import Table

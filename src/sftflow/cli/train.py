@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sftflow.cli.common import app, program, say
-from sftflow.errors import RecipeError
+from sftflow.foundation.errors import RecipeError
 
 if TYPE_CHECKING:
     from sftflow.api import Run

@@ -18,7 +18,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sftflow.atomic_io import write_json
 from sftflow.checkpoint import Assistant
 from sftflow.comparison.judge import JudgeResult, ReplyPair, check_judge, judge_pairs
 from sftflow.comparison.losses import forgetting, held_out_comparison, overlap_with_training
@@ -27,13 +26,14 @@ from sftflow.comparison.prompt_replies import PROMPT_TOKENS, prompt_comparisons,
 from sftflow.comparison.prompts import PromptSet, load_prompts
 from sftflow.comparison.results import CONTINUED, Both, Comparison, NotJudged, PromptComparison
 from sftflow.comparison.run_artifacts import read_run
-from sftflow.errors import RecipeError, SftflowError
 from sftflow.evaluation.evaluate import evaluate, weights_of
 from sftflow.evaluation.options import EvalTask
 from sftflow.evaluation.prompts_for import require_askable
 from sftflow.evaluation.reply_checks import ReplyChecks
 from sftflow.evaluation.results import Evaluation, ModelScores
 from sftflow.fingerprint import GRADED_ROWS, code_hash, format_fingerprint, items_hash
+from sftflow.foundation.atomic_io import write_json
+from sftflow.foundation.errors import RecipeError, SftflowError
 
 JUDGE_KEY = "SFTFLOW_JUDGE_KEY"
 """environment variable of the judge's API key"""

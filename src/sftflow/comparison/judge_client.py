@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from sftflow.errors import SftflowError
+from sftflow.foundation.errors import SftflowError
 
 TRIES = 6
 MAX_WAIT = 60.0

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from sftflow.checkpoint import Assistant
 from sftflow.comparison.results import Forgetting, HeldOutComparison, NotChecked
-from sftflow.errors import SftflowError
 from sftflow.evaluation.contamination import Overlap, contamination_of_run
 from sftflow.evaluation.heldout_loss import bits_per_byte, held_out_conversations, held_out_loss, plain_texts
 from sftflow.evaluation.options import EvalTask
+from sftflow.foundation.errors import SftflowError
 
 HELD_OUT_ROWS = 200
 NO_RUN = "the SFT checkpoint does not lie in a run directory"

@@ -8,9 +8,9 @@ from dataclasses import replace
 from sftflow.checkpoint import Assistant
 from sftflow.comparison.prompts import FixedPrompt, PromptSet
 from sftflow.comparison.results import PromptComparison, PromptReply
-from sftflow.errors import ContextError, SftflowError
 from sftflow.evaluation.options import PLAIN_STOPS, Arm
 from sftflow.evaluation.reply_checks import ReplyChecks
+from sftflow.foundation.errors import ContextError, SftflowError
 from sftflow.generation.request import GenerationRequest, Reply
 
 PROMPT_TOKENS = 96

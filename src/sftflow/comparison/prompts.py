@@ -10,7 +10,7 @@ from typing import Any
 
 from sftflow.chat.data_files import read_rows
 from sftflow.chat.schema import Conversation, parse_row
-from sftflow.errors import DataError
+from sftflow.foundation.errors import DataError
 
 VERSION = 2
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from sftflow.atomic_io import read_log
 from sftflow.chat.token_rows import TokenRow
+from sftflow.foundation.atomic_io import read_log
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sftflow.errors import DataError
+from sftflow.foundation.errors import DataError
 
 
 def read_documents(path: Path) -> Iterator[str]:

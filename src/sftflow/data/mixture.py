@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sftflow.atomic_io import write_text
 from sftflow.chat.render import Rendered, Renderer
 from sftflow.chat.template_options import append_eos, choose_arguments
 from sftflow.chat.verify import Checks, add_checks
 from sftflow.data.prepare import Progress, bad_rows, prepare_source, sample_conversation
 from sftflow.data.sources import sample_of
 from sftflow.data.store import Examples, RowStore
-from sftflow.errors import DataError, ProofError
 from sftflow.fingerprint import data_digest
+from sftflow.foundation.atomic_io import write_text
+from sftflow.foundation.errors import DataError, ProofError
 from sftflow.packing.pack import best_fit, padding_share
 from sftflow.recipe import Recipe, SourceEntry
 

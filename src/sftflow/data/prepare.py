@@ -13,14 +13,14 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from sftflow.atomic_io import write_directory
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation, parse_row
 from sftflow.data.render_pool import Block, Counts, Job, NumberedRow, Workers, n_cores, render_block
 from sftflow.data.row_cache import cache_folder, cache_key, prune
 from sftflow.data.sources import place_of, rows_of_entry
 from sftflow.data.store import RowStore, RowWriter
-from sftflow.errors import DataError, RunError
+from sftflow.foundation.atomic_io import write_directory
+from sftflow.foundation.errors import DataError, RunError
 from sftflow.recipe import Recipe, SourceEntry
 
 BLOCK_ROWS, BLOCK_BYTES = 256, 1 << 20

@@ -27,8 +27,8 @@ from sftflow.chat.schema import Conversation, conversation_of
 from sftflow.chat.verify import Checks, add_checks, checks, verify
 from sftflow.data.store import ROW
 from sftflow.data.truncate import fit_to_length
-from sftflow.errors import DataError, FormatError, MaskError, RunError, SchemaError, SftflowError
 from sftflow.fingerprint import row_digest
+from sftflow.foundation.errors import DataError, FormatError, MaskError, RunError, SchemaError, SftflowError
 
 NumberedRow = tuple[int, Any]  # (number in the source, a line's bytes, a parsed row, or a Conversation)
 

@@ -11,9 +11,9 @@ import os
 import shutil
 from pathlib import Path
 
-from sftflow.atomic_io import sha256_file
 from sftflow.data.render_pool import Job
 from sftflow.fingerprint import RENDERED_ROWS, code_hash, hash_json
+from sftflow.foundation.atomic_io import sha256_file
 from sftflow.recipe import Recipe, SourceEntry
 from sftflow.tasks import TASKS
 

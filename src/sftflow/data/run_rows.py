@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sftflow.atomic_io import write_file
 from sftflow.chat.schema import Conversation, conversation_of, parse_row
 from sftflow.data.mixture import Mixture
 from sftflow.data.sources import place_of, rows_of_entry
 from sftflow.data.store import Rows
 from sftflow.data.truncate import fit_to_length
-from sftflow.errors import DataError
+from sftflow.foundation.atomic_io import write_file
+from sftflow.foundation.errors import DataError
 from sftflow.recipe import Recipe
 
 HELD_OUT, TRAINING_ROWS = "held_out.jsonl", "training_rows.npz"

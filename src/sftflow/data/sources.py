@@ -12,7 +12,7 @@ from pathlib import Path
 from sftflow.chat.data_files import read_lines, read_rows
 from sftflow.chat.schema import Conversation, conversation_of
 from sftflow.data.render_pool import NumberedRow
-from sftflow.errors import DataError, RecipeError, SftflowError
+from sftflow.foundation.errors import DataError, RecipeError, SftflowError
 from sftflow.recipe import Recipe, SourceEntry
 from sftflow.tasks import TASKS, TaskSource, make_task
 

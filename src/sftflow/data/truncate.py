@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from sftflow.chat.render import Rendered, Renderer
 from sftflow.chat.schema import Conversation
-from sftflow.errors import SchemaError, SftflowError
+from sftflow.foundation.errors import SchemaError, SftflowError
 
 TOO_LONG = "longer than max_length"
 Pair = tuple[Conversation, Rendered]

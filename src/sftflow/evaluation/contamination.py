@@ -13,8 +13,8 @@ from sftflow.data.audit.overlap import Overlap as Overlap
 from sftflow.data.audit.rows import AuditRows
 from sftflow.data.run_rows import TRAINING_ROWS, read_training_rows
 from sftflow.data.store import Rows
-from sftflow.errors import DataError
 from sftflow.evaluation.options import EvalTask
+from sftflow.foundation.errors import DataError
 
 
 def contamination(tasks: Sequence[EvalTask], sources: Sequence[Rows], renderer: Renderer) -> dict[str, Overlap]:

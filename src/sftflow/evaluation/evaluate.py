@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sftflow.atomic_io import write_json
 from sftflow.checkpoint import Assistant, require_finite_weights
 from sftflow.evaluation.grading import grade_items
 from sftflow.evaluation.journal import Journal, safe_name, telling_full_disk
@@ -16,6 +15,7 @@ from sftflow.evaluation.options import Arm, EvalTask
 from sftflow.evaluation.prompts_for import require_askable
 from sftflow.evaluation.results import EvalResult, Evaluation, ModelScores
 from sftflow.fingerprint import GRADED_ROWS, code_hash, format_fingerprint, items_hash, weights_hash
+from sftflow.foundation.atomic_io import write_json
 from sftflow.tasks import chance_of
 
 

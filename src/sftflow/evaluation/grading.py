@@ -10,11 +10,11 @@ from dataclasses import replace
 from typing import Any
 
 from sftflow.checkpoint import Assistant
-from sftflow.errors import ContextError, RunError
 from sftflow.evaluation.journal import EvalRow, Journal, key_of
 from sftflow.evaluation.multiple_choice import ItemPrompt, letter_scores
 from sftflow.evaluation.options import Arm, EvalTask
 from sftflow.evaluation.prompts_for import prompts_for
+from sftflow.foundation.errors import ContextError, RunError
 from sftflow.generation.request import GenerationRequest, Reply
 from sftflow.generation.sampling import NEAR
 from sftflow.tasks import Item, Task

@@ -25,8 +25,8 @@ from sftflow.chat.render import Rendered, Renderer
 from sftflow.chat.schema import ROLES, Conversation
 from sftflow.checkpoint import Assistant
 from sftflow.data.run_rows import read_held_out
-from sftflow.errors import ContextError, FormatError, MaskError
 from sftflow.evaluation.token_loss import Float, token_losses
+from sftflow.foundation.errors import ContextError, FormatError, MaskError
 from sftflow.packing.pack import Example
 
 GROUPS = (*ROLES, "end_of_turn")

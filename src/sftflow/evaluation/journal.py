@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
-from sftflow.atomic_io import NO_SPACE, finite, reason, write_json, write_text
-from sftflow.errors import RunError
 from sftflow.fingerprint import hash_json, items_hash, prompt_hash
+from sftflow.foundation.atomic_io import NO_SPACE, finite, reason, write_json, write_text
+from sftflow.foundation.errors import RunError
 from sftflow.tasks import Item
 
 KEPT = "kept"

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation, text_message
 from sftflow.chat.template_options import append_eos, choose_arguments
-from sftflow.errors import FormatError, MaskError, TaskError
+from sftflow.foundation.errors import FormatError, MaskError, TaskError
+from sftflow.foundation.sequences import common_prefix
 from sftflow.generation.engine import Engine
-from sftflow.packing.pack import common_prefix
 from sftflow.tasks import Item
 
 Ids = tuple[int, ...]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from sftflow.checkpoint import load_info, resolve
-from sftflow.errors import TaskError
+from sftflow.foundation.errors import TaskError
 from sftflow.tasks import Item, Task, TaskSource, make_task
 
 Arm = Literal["chat", "plain"]

@@ -21,8 +21,8 @@ import numpy as np
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation, text_message
 from sftflow.chat.token_rows import token_bytes
-from sftflow.errors import SftflowError
 from sftflow.evaluation.journal import EvalRow
+from sftflow.foundation.errors import SftflowError
 from sftflow.generation.request import Reply
 from sftflow.generation.sequence import ReplyDecoder
 

@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftflow.checkpoint import Assistant
-from sftflow.errors import CheckpointError
+from sftflow.foundation.errors import CheckpointError
 from sftflow.packing.attending import evaluating
+from sftflow.packing.check_model import prove_forward
 from sftflow.packing.length_limits import length_limit
+from sftflow.packing.loss import batch_loss
 from sftflow.packing.pack import Example, PackedBatch, pack_batch, pad_batch, split_padded, split_step
-from sftflow.training.check_model import prove_forward
-from sftflow.training.trainer import batch_loss
 
 MICRO_TOKENS = 8192
 """slots that are computed at once"""

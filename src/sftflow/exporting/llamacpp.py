@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sftflow.errors import ProofError
+from sftflow.foundation.errors import ProofError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from sftflow import checkpoint
-from sftflow.atomic_io import read_record
 from sftflow.checkpoint import Location
-from sftflow.errors import CheckpointError, RecipeError, first_line
 from sftflow.exporting.target import check_folder
+from sftflow.foundation.atomic_io import read_record
+from sftflow.foundation.errors import CheckpointError, RecipeError, first_line
 
 ADAPTER = "adapter_config.json"
 DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}

@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sftflow.atomic_io import sha256_file
 from sftflow.chat.token_rows import token_bytes
 from sftflow.checkpoint import Assistant
 from sftflow.exporting.llamacpp import Continuation, LlamaCpp
 from sftflow.exporting.parity_prompts import Case
+from sftflow.foundation.atomic_io import sha256_file
+from sftflow.foundation.sequences import common_prefix
 from sftflow.generation.request import GenerationRequest
 from sftflow.gguf.writer import exported_template
-from sftflow.packing.pack import common_prefix
 
 PROMPTS, TOKENS = 50, 24
 TOLERANCE = 1e-3

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from sftflow.chat.render import Rendered, Renderer
 from sftflow.chat.schema import Conversation, parse_row
 from sftflow.comparison.prompts import load_prompts
-from sftflow.errors import FormatError, MaskError
+from sftflow.foundation.errors import FormatError, MaskError
 
 Message = dict[str, str]
 

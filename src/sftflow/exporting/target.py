@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sftflow.errors import RecipeError
+from sftflow.foundation.errors import RecipeError
 
 
 def check_folder(out: Path) -> None:

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sftflow.atomic_io import write_json
 from sftflow.checkpoint import Assistant, load_assistant, load_config, open_renderer, resolve
-from sftflow.errors import CheckpointError, RecipeError
 from sftflow.exporting import llamacpp, parity
 from sftflow.exporting.parity_prompts import cases
 from sftflow.exporting.target import check_folder
+from sftflow.foundation.atomic_io import write_json
+from sftflow.foundation.errors import CheckpointError, RecipeError
 from sftflow.gguf import architectures as layout
 from sftflow.gguf import reader as read
 from sftflow.gguf.architectures import Array

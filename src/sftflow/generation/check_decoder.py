@@ -19,13 +19,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from sftflow.errors import CheckpointError, first_line
+from sftflow.foundation.errors import CheckpointError, first_line
+from sftflow.foundation.runtime import Runtime
 from sftflow.generation.decoder import PackedDecoder
 from sftflow.generation.hf_decoders import OwnDecoder
 from sftflow.generation.onednn import Forwards
 from sftflow.packing.attending import attending, own_logits
 from sftflow.packing.length_limits import short_windows
-from sftflow.runtime import Runtime
 
 DecodeMode = Literal["packed", "padded", "single", "whole"]
 Decoder = PackedDecoder | OwnDecoder

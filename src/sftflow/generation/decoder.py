@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sftflow.foundation.runtime import Runtime
 from sftflow.generation.kv_cache import Cache, Decoding, Prefix, Reading, Store
 from sftflow.generation.onednn import Forwards
 from sftflow.packing.attending import attending
 from sftflow.packing.layout import layout_of
 from sftflow.packing.pack import Example, PackedBatch, pack_batch
-from sftflow.runtime import Runtime
 
 PREFILL = 2048
 """tokens of prompts computed at once: enough for efficient products, small beside the weights"""

@@ -14,14 +14,14 @@ from itertools import pairwise
 from typing import Any
 
 from sftflow.chat.render import Renderer
+from sftflow.foundation.runtime import Runtime
+from sftflow.foundation.sequences import common_prefix
 from sftflow.generation.check_decoder import DecodeMode, Decoder, find_decode_mode, make_decoder
 from sftflow.generation.onednn import Forwards, ordered_forwards
 from sftflow.generation.request import Delta, GenerationRequest, Reply
 from sftflow.generation.scheduler import Scheduler
 from sftflow.generation.sequence import ReplyDecoder
 from sftflow.packing.length_limits import length_limit
-from sftflow.packing.pack import common_prefix
-from sftflow.runtime import Runtime
 
 SHARED = 16
 """a beginning that all prompts have in common is computed once if it has at least so many tokens"""

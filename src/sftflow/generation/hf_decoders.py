@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from sftflow.foundation.runtime import Runtime
 from sftflow.packing.attending import attending
-from sftflow.runtime import Runtime
 
 CACHES = ("past_key_values", "cache_params", "state", "mems")
 """the names by which architectures return their cache or state, and take it again"""

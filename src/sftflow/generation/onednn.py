@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from sftflow.runtime import free_memory
+from sftflow.foundation.runtime import free_memory
 
 SPARE = 4
 """the copies may take one in so many bytes of the memory that is free"""

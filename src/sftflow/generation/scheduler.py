@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from sftflow.errors import ContextError
+from sftflow.foundation.errors import ContextError
 from sftflow.generation.check_decoder import Decoder
 from sftflow.generation.decoder import PackedDecoder
 from sftflow.generation.kv_cache import Prefix

@@ -10,9 +10,9 @@ from typing import Literal
 
 import torch
 
-from sftflow.calculator import calculate
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Part
+from sftflow.foundation.calculator import calculate
 from sftflow.generation.detokenize import Detokenizer, ReplyText, detokenize
 from sftflow.generation.request import Delta, FinishReason, GenerationRequest, Reply, TokenLogprob
 from sftflow.generation.sampling import Sampler, token_logprobs

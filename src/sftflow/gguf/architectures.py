@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sftflow.errors import CheckpointError
+from sftflow.foundation.errors import CheckpointError
 
 Array = NDArray[Any]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sftflow.chat.format import tokenizer_json
-from sftflow.errors import CheckpointError
+from sftflow.foundation.errors import CheckpointError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama_token_type of llama.h
 

@@ -15,7 +15,7 @@ import numpy as np
 import sftflow.gguf.architectures as layout
 from sftflow.chat.format import ChatFormat, tokenizer_text
 from sftflow.chat.render import Renderer
-from sftflow.errors import CheckpointError
+from sftflow.foundation.errors import CheckpointError
 from sftflow.gguf.architectures import Architecture, Array
 from sftflow.gguf.vocabulary import Vocabulary
 

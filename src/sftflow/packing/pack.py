@@ -19,10 +19,11 @@ import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from sftflow.foundation.sequences import common_prefix
 
 PAD_TO = 128
 """slots of a packed row come in multiples of this, so that kernels and memory blocks are used again"""
@@ -127,19 +128,6 @@ def inputs_of(example: Example) -> Int:
     """The ids that must be computed: all before the last supervised one; none where nothing is supervised."""
     label_positions = label_positions_of(example)
     return np.asarray(example.ids[: label_positions[-1] + 1 if len(label_positions) else 0], np.int64)
-
-
-def common_prefix(a: Sequence[Any] | Int, b: Sequence[Any] | Int) -> int:
-    """How many items two sequences of the same type (ids, or the characters of a text) have in common at the start.
-
-    >>> common_prefix("prompt", "prose"), common_prefix([5, 6], [5, 6, 7])
-    (3, 2)
-    """
-    n = min(len(a), len(b))
-    if isinstance(a, np.ndarray):
-        differ = np.flatnonzero(a[:n] != b[:n])
-        return int(differ[0]) if len(differ) else n
-    return bisect.bisect_left(range(1, n + 1), True, key=lambda size: a[:size] != b[:size])
 
 
 def by_beginning(examples: Sequence[Example]) -> list[Example]:

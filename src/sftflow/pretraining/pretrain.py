@@ -20,13 +20,13 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from sftflow.atomic_io import sweep, write_directory, write_json
 from sftflow.data.documents import read_documents
-from sftflow.errors import DataError, RecipeError
+from sftflow.foundation.atomic_io import sweep, write_directory, write_json
+from sftflow.foundation.errors import DataError, RecipeError
+from sftflow.foundation.runtime import Runtime
 from sftflow.packing.pack import Example
 from sftflow.pretraining.tokenizer import train_tokenizer
 from sftflow.recipe import Schedule, Train
-from sftflow.runtime import Runtime
 from sftflow.training.batch_plan import RowPlan
 from sftflow.training.resume import forget_states, saved_states, unfinished
 from sftflow.training.trainer import Trainer

@@ -14,7 +14,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from sftflow.runtime import Runtime, measure_peak, peak_memory
+from sftflow.foundation.runtime import Runtime, measure_peak, peak_memory
 
 PLAIN_EVERY_SECONDS = 5.0
 WINDOW = 20  # steps that rates and the ETA look back on

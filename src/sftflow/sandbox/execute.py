@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from sftflow.errors import RunError
+from sftflow.foundation.errors import RunError
 from sftflow.sandbox.bubblewrap import FOLDER, bwrap, python, why_no_bubblewrap
 
 Isolation = Literal["auto", "bubblewrap", "process"]

@@ -16,7 +16,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import StreamingResponse
 
-from sftflow.errors import RunError, SftflowError, first_line
+from sftflow.foundation.errors import RunError, SftflowError, first_line
 from sftflow.serving.chat import chat_response
 from sftflow.serving.completions import completion_response
 from sftflow.serving.engine_thread import MAX_RUNNING, MAX_WAITING, unusable

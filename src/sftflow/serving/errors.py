@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from sftflow.errors import ContextError
+from sftflow.foundation.errors import ContextError
 
 log = logging.getLogger("sftflow.serving")
 

@@ -9,7 +9,7 @@ from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from sftflow.errors import ServeError
+from sftflow.foundation.errors import ServeError
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 _KEY = re.compile(r"[!-~]+")
@@ -83,7 +83,7 @@ def check_origin(origin: str | None) -> None:
 
     >>> check_origin("http://localhost:3000/")
     Traceback (most recent call last):
-    sftflow.errors.ServeError: --allow-origin: 'http://localhost:3000/' is no origin; write http://localhost:3000
+    sftflow.foundation.errors.ServeError: --allow-origin: 'http://localhost:3000/' is no origin; write http://localhost:3000
     """
     if origin is None or origin == "*" or _ORIGIN.fullmatch(origin):
         return

@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from sftflow.chat.schema import Conversation, parse_row
-from sftflow.errors import FormatError, SftflowError
+from sftflow.foundation.errors import FormatError, SftflowError
 from sftflow.generation.request import GenerationRequest
 from sftflow.serving.errors import ApiError, wrong
 from sftflow.serving.schemas import SamplingBody

@@ -17,7 +17,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from sftflow.errors import ServeError
+from sftflow.foundation.errors import ServeError
 from sftflow.serving.errors import ApiError
 from sftflow.serving.host_check import check_key, is_loopback
 from sftflow.serving.middleware import MAX_HEADERS

@@ -6,7 +6,7 @@ import difflib
 from importlib import import_module
 from pathlib import Path
 
-from sftflow.errors import TaskError
+from sftflow.foundation.errors import TaskError
 from sftflow.tasks.task import Item, Task, TaskSource, chance_of, is_pattern
 
 TASKS = {

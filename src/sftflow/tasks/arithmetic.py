@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from sftflow.calculator import calculate
 from sftflow.chat.schema import Conversation, Part
+from sftflow.foundation.calculator import calculate
 from sftflow.tasks.task import Item, Task, ask, is_test_case, last_number, load_data, make_item
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sftflow.chat.schema import Conversation, Part
-from sftflow.errors import SchemaError
+from sftflow.foundation.errors import SchemaError
 from sftflow.tasks.task import Item, Task, ask, last_number, line_of, make_item, normal_number, rows_of, sample, text_of
 
 SHAPE = '{"question": ..., "answer": "... #### 72"}'

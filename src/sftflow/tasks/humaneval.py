@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sftflow.chat.schema import Conversation
-from sftflow.errors import SchemaError
+from sftflow.foundation.errors import SchemaError
 from sftflow.sandbox import Outcome, isolation_available, run_python
 from sftflow.tasks.task import Item, Task, TaskSource, ask, line_of, make_item, rows_of, sample, text_of
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from sftflow.chat.schema import Conversation
-from sftflow.errors import RecipeError
+from sftflow.foundation.errors import RecipeError
 from sftflow.tasks.task import Item, Task, ask, load_data, make_item
 
 DEFAULT_IDENTITY = {"name": "Pico", "maker": "the sftflow project"}

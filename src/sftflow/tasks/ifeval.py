@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from sftflow.errors import SchemaError
+from sftflow.foundation.errors import SchemaError
 from sftflow.tasks.ifeval_checks import CHECKS, is_supported, wrong_argument
 from sftflow.tasks.ifeval_text import language_package
 from sftflow.tasks.task import Item, Task, line_of, make_item, rows_of, sample, text_of

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sftflow.chat.data_files import read_rows
-from sftflow.errors import DataError, SchemaError, TaskError
+from sftflow.foundation.errors import DataError, SchemaError, TaskError
 from sftflow.tasks.multiple_choice import LETTERS, MultipleChoice, Question
 from sftflow.tasks.task import is_pattern, line_of, path_of, text_of
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sftflow.chat.schema import Conversation
-from sftflow.errors import SchemaError
+from sftflow.foundation.errors import SchemaError
 from sftflow.tasks.task import Item, Task, ask, line_of, make_item, rows_of, sample, text_of
 
 LETTERS = ("A", "B", "C", "D", "E")

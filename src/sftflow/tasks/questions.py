@@ -19,7 +19,7 @@ from decimal import Decimal
 from typing import Any
 
 from sftflow.chat.schema import Conversation
-from sftflow.errors import SchemaError
+from sftflow.foundation.errors import SchemaError
 from sftflow.tasks.multiple_choice import LETTERS, first_letter, prompt
 from sftflow.tasks.task import Item, Task, ask, line_of, make_item, rows_of, sample, text_of
 

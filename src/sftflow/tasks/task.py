@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from sftflow.chat.data_files import read_rows
 from sftflow.chat.schema import Conversation, Message, Part, text_message
-from sftflow.errors import SchemaError, TaskError
+from sftflow.foundation.errors import SchemaError, TaskError
 
 DATA = Path(__file__).parent / "data"
 T = TypeVar("T")

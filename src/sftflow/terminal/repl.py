@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from sftflow.chat.schema import Conversation, Message, text_message
-from sftflow.errors import CheckpointError, SftflowError
+from sftflow.foundation.errors import CheckpointError, SftflowError
 from sftflow.generation.sequence import ReplyDecoder
 from sftflow.terminal.repl_input import Typed, keyboard, read_message, whole
 from sftflow.terminal.save import append_row, row_of

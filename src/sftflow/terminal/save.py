@@ -11,7 +11,7 @@ from typing import Any
 
 from sftflow.chat.data_files import read_lines
 from sftflow.chat.schema import Conversation, Message, conversation_of, text_message
-from sftflow.errors import DataError, SftflowError
+from sftflow.foundation.errors import DataError, SftflowError
 
 
 def row_of(systems: Sequence[str | None], messages: Sequence[Message]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The bf16 copies of weights that matrix products run on, while the optimizer moves the weights themselves in fp32.
 
 Autocast would round each weight to nearest in every forward pass; here it is rounded once a step, and so that small
-updates are not lost (see `sftflow.rounding`). Gradients go straight to the fp32 weights.
+updates are not lost (see `sftflow.foundation.rounding`). Gradients go straight to the fp32 weights.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers.pytorch_utils import Conv1D
 
-from sftflow.rounding import round_bf16
+from sftflow.foundation.rounding import round_bf16
 from sftflow.training.compile import decoder_layers
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sftflow.errors import RecipeError, first_line
+from sftflow.foundation.errors import RecipeError, first_line
 from sftflow.recipe import Recipe, to_yaml
 from sftflow.training.run_log import RunLog
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from sftflow.foundation.runtime import has_native_bf16
 from sftflow.recipe import Schedule, Train
-from sftflow.runtime import has_native_bf16
 
 Named = list[tuple[str, torch.nn.Parameter]]
 

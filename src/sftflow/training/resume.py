@@ -14,8 +14,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from sftflow.atomic_io import check_hashes, read_record, remove_directory, sha256_file, with_checksum, write_directory
-from sftflow.errors import CheckpointError
+from sftflow.foundation.atomic_io import (
+    check_hashes,
+    read_record,
+    remove_directory,
+    sha256_file,
+    with_checksum,
+    write_directory,
+)
+from sftflow.foundation.errors import CheckpointError
 from sftflow.training.optimizers import Muon
 from sftflow.training.trainer import Trainer
 

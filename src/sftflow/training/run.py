@@ -18,17 +18,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sftflow.atomic_io import NO_SPACE, Lock, read_log, sweep, write_json, write_text
 from sftflow.chat.template_options import options_note
 from sftflow.chat.token_rows import token_row
 from sftflow.checkpoint import Assistant, prepare, require_finite_weights, resolve, save
 from sftflow.data.mixture import build_mixture, write_bad_rows
 from sftflow.data.run_rows import HELD_OUT, TRAINING_ROWS, write_run_rows
-from sftflow.errors import CheckpointError, RunError
 from sftflow.fingerprint import run_identity
+from sftflow.foundation.atomic_io import NO_SPACE, Lock, read_log, sweep, write_json, write_text
+from sftflow.foundation.errors import CheckpointError, RunError
+from sftflow.foundation.runtime import detect
 from sftflow.generation.engine import Engine
 from sftflow.recipe import Recipe, to_yaml
-from sftflow.runtime import detect
 from sftflow.training.batch_plan import RowPlan, StepLog
 from sftflow.training.loggers import open_logger, require_logger
 from sftflow.training.resume import forget_states, unfinished, warm_start

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sftflow.atomic_io import finite, read_log, write_text
+from sftflow.foundation.atomic_io import finite, read_log, write_text
 
 
 class RunLog:

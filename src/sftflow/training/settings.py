@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from sftflow.checkpoint import BUILTIN_TINY
-from sftflow.errors import CheckpointError, RecipeError
+from sftflow.foundation.errors import CheckpointError, RecipeError
+from sftflow.foundation.runtime import Runtime
 from sftflow.recipe import Recipe
-from sftflow.runtime import Runtime
 from sftflow.training.compile import can_compile
 
 SMALL_MODEL = 20_000_000

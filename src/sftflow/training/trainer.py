@@ -16,16 +16,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sftflow.errors import RunError
-from sftflow.packing.attending import attending, evaluating
+from sftflow.foundation.errors import RunError
+from sftflow.foundation.runtime import Runtime, keep_freed_memory
+from sftflow.packing.attending import evaluating
+from sftflow.packing.check_model import check_length, prove_forward
+from sftflow.packing.loss import Parts, batch_loss, fused_parts, head_of, loss_parts
 from sftflow.packing.pack import Example, PackedBatch
 from sftflow.recipe import Train
-from sftflow.runtime import Runtime, keep_freed_memory
 from sftflow.training.batch_plan import RowPlan, StepLog, micro_batches
 from sftflow.training.bf16_weights import Bf16Weights, restore_classes
-from sftflow.training.check_model import check_length, hidden_states, prove_forward
 from sftflow.training.compile import compile_layers
-from sftflow.training.loss import Head, Parts, chunked_cross_entropy, fused_parts, head_of, loss_parts
 from sftflow.training.optimizers import groups_of, lr_factor, make_optimizers
 
 MAX_BAD_STEPS = 3
@@ -185,26 +185,3 @@ def matrix_sizes(model: Any) -> tuple[int, int]:
     matrices = [p for _, p in groups_of(model).matrices]
     body = sum(p.numel() * (active if p.ndim == 3 else 1) for p in matrices)
     return int(body), model.get_output_embeddings().weight.numel()
-
-
-def batch_loss(
-    model: Any,
-    batch: PackedBatch,
-    runtime: Runtime,
-    *,
-    packed: bool = True,
-    parts: Parts = loss_parts,
-    scale: float | None = None,
-    head: Head | None = None,
-) -> torch.Tensor:
-    """(n,) loss per supervised token (`batch.sources` tells their sources), without gradient.
-
-    scale: also add the gradient of scale * their sum to the parameters' `.grad`.   The model is left as it was found.
-    """
-    targets = torch.from_numpy(batch.labels).to(model.device)
-    dtype = torch.bfloat16 if runtime.precision == "bf16" else None
-    with attending(model, "packed" if packed else "own", sparse_embedding=scale is not None):
-        with runtime.autocast(), torch.set_grad_enabled(scale is not None):
-            hidden = hidden_states(model, batch, packed=packed)
-            wanted = hidden.index_select(0, torch.from_numpy(batch.label_positions).to(model.device))
-        return chunked_cross_entropy(wanted, head or head_of(model), targets, dtype=dtype, parts=parts, scale=scale)

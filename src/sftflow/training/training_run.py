@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 from safetensors import SafetensorError
 
-from sftflow.atomic_io import NO_SPACE, reason
-from sftflow.errors import RunError
-from sftflow.runtime import Runtime, out_of_memory, peak_memory
+from sftflow.foundation.atomic_io import NO_SPACE, reason
+from sftflow.foundation.errors import RunError
+from sftflow.foundation.runtime import Runtime, out_of_memory, peak_memory
 from sftflow.training.batch_plan import StepLog
 from sftflow.training.loggers import Logger
 from sftflow.training.resume import load_state, save_state, saved_states

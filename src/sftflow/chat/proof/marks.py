@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sftflow.chat.template import Row
-from sftflow.errors import MaskError
+from sftflow.foundation.errors import MaskError
 
 # Private-use pairs that can stand around a mark's number; the first that the row itself does not use is taken.
 MARKS = (("\uf8f0", "\uf8f1"), ("\ue0f0", "\ue0f1"), ("\uf1d2", "\uf1d3"), ("\U000ff0f0", "\U000ff0f1"))

@@ -16,7 +16,7 @@ from sftflow.chat.proof.marks import MarkedRow, Span
 from sftflow.chat.proof.shape import End, Shape
 from sftflow.chat.schema import parse_row
 from sftflow.chat.template import Row, Template
-from sftflow.errors import FormatError, MaskError
+from sftflow.foundation.errors import FormatError, MaskError
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from sftflow.chat.encode import Literal
 from sftflow.chat.proof.marks import MarkedRow
 from sftflow.chat.template import Template
-from sftflow.errors import FormatError
-from sftflow.packing.pack import common_prefix
+from sftflow.foundation.errors import FormatError
+from sftflow.foundation.sequences import common_prefix
 
 
 @dataclass(frozen=True, slots=True)

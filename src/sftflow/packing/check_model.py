@@ -12,36 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from sftflow.errors import CheckpointError, first_line
+from sftflow.foundation.errors import CheckpointError, first_line
 from sftflow.packing.attending import attending, evaluating, own_logits
-from sftflow.packing.layout import layout_of
 from sftflow.packing.length_limits import length_limit, short_windows
-from sftflow.packing.pack import Example, PackedBatch, pack_batch, pad_batch
-from sftflow.training.loss import head_of, logits_of
+from sftflow.packing.loss import head_of, hidden_states, logits_of
+from sftflow.packing.pack import Example, pack_batch, pad_batch
 
 UNPACKED = "set train.packing: false (each conversation alone, padded), or use a decoder-only attention model"
 OTHER = "use a causal model whose logits are a projection of its last hidden states"
 TOLERANCE = 2e-3
 """of the largest logit; fp32 products on a GPU may be rounded to 10 bits (TF32)"""
-
-
-def body_of(model: Any) -> Any:
-    """The part of a causal LM that ends with the last hidden states."""
-    return model.base_model if model.base_model is not model else model.get_decoder()
-
-
-def hidden_states(model: Any, batch: PackedBatch, *, packed: bool = True) -> torch.Tensor:
-    """The last hidden states, (slots, width), before the output projection.
-
-    packed: through `packed_attention`; else the rows are plain sequences, right-padded, for the model's own forward.
-    """
-    ids = torch.from_numpy(batch.input_ids).to(model.device)
-    extra: dict[str, Any] = {}
-    if packed:
-        positions = torch.from_numpy(batch.positions).to(model.device)
-        extra = {"position_ids": positions, "layout": layout_of(batch, model.device)}
-    out: torch.Tensor = body_of(model)(input_ids=ids, use_cache=False, **extra).last_hidden_state
-    return out.reshape(-1, out.shape[-1])
 
 
 def check_length(model: Any, max_length: int) -> None:

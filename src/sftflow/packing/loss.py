@@ -13,6 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from sftflow.foundation.runtime import Runtime
+from sftflow.packing.attending import attending
+from sftflow.packing.layout import layout_of
+from sftflow.packing.pack import PackedBatch
+
 LOGITS = 1 << 24
 """logits in a chunk: large enough for efficient products, small beside weights and activations"""
 BLOCK = 1 << 19
@@ -156,3 +161,45 @@ def _grad_of(parameter: torch.Tensor | None) -> torch.Tensor | None:
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
+
+
+def body_of(model: Any) -> Any:
+    """The part of a causal LM that ends with the last hidden states."""
+    return model.base_model if model.base_model is not model else model.get_decoder()
+
+
+def hidden_states(model: Any, batch: PackedBatch, *, packed: bool = True) -> torch.Tensor:
+    """The last hidden states, (slots, width), before the output projection.
+
+    packed: through `packed_attention`; else the rows are plain sequences, right-padded, for the model's own forward.
+    """
+    ids = torch.from_numpy(batch.input_ids).to(model.device)
+    extra: dict[str, Any] = {}
+    if packed:
+        positions = torch.from_numpy(batch.positions).to(model.device)
+        extra = {"position_ids": positions, "layout": layout_of(batch, model.device)}
+    out: torch.Tensor = body_of(model)(input_ids=ids, use_cache=False, **extra).last_hidden_state
+    return out.reshape(-1, out.shape[-1])
+
+
+def batch_loss(
+    model: Any,
+    batch: PackedBatch,
+    runtime: Runtime,
+    *,
+    packed: bool = True,
+    parts: Parts = loss_parts,
+    scale: float | None = None,
+    head: Head | None = None,
+) -> torch.Tensor:
+    """(n,) loss per supervised token (`batch.sources` tells their sources), without gradient.
+
+    scale: also add the gradient of scale * their sum to the parameters' `.grad`.   The model is left as it was found.
+    """
+    targets = torch.from_numpy(batch.labels).to(model.device)
+    dtype = torch.bfloat16 if runtime.precision == "bf16" else None
+    with attending(model, "packed" if packed else "own", sparse_embedding=scale is not None):
+        with runtime.autocast(), torch.set_grad_enabled(scale is not None):
+            hidden = hidden_states(model, batch, packed=packed)
+            wanted = hidden.index_select(0, torch.from_numpy(batch.label_positions).to(model.device))
+        return chunked_cross_entropy(wanted, head or head_of(model), targets, dtype=dtype, parts=parts, scale=scale)

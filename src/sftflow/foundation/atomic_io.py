@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from sftflow.errors import CheckpointError
+from sftflow.foundation.errors import CheckpointError
 
 if sys.platform != "win32":
     import fcntl
