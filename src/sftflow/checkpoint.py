@@ -11,7 +11,7 @@ import copy
 import errno
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ from sftflow.gguf.writer import FORMAT
 
 if TYPE_CHECKING:
     from sftflow.chat.render import Renderer
+    from sftflow.foundation.runtime import Runtime
     from sftflow.generation.engine import Engine
     from sftflow.generation.request import GenerationRequest
 
@@ -328,13 +329,29 @@ def load_assistant(
 ) -> Assistant:
     """Load a checkpoint that answers in a chat format (its own, or the named one)."""
     from sftflow.foundation.runtime import detect
-    from sftflow.generation.engine import Engine
 
     location = resolve(name)
     model, tokenizer, renderer, info = prepare(location, format_name=format, fallback=fallback)
     runtime = detect(precision)
     model.to(runtime.device).eval()
-    return Assistant(name, model, tokenizer, renderer, Engine(model, renderer, runtime), info)
+    return assistant_of(model, tokenizer, renderer, runtime, name=name, info=info)
+
+
+def assistant_of(
+    model: Any,
+    tokenizer: Any,
+    renderer: Renderer,
+    runtime: Runtime,
+    *,
+    name: str = "",
+    info: dict[str, Any] | None = None,
+    tick: Callable[[], None] | None = None,
+) -> Assistant:
+    """A model in memory, with an engine of its own.   tick: called before every forward pass; what it raises ends the
+    generation."""
+    from sftflow.generation.engine import Engine
+
+    return Assistant(name, model, tokenizer, renderer, Engine(model, renderer, runtime, tick=tick), info or {})
 
 
 def base_format(sft: Assistant) -> ChatFormat:

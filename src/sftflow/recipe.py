@@ -35,7 +35,7 @@ class SourceEntry(_Frozen):
 
     @property
     def has_bare_name(self) -> bool:
-        """Whether `source` has neither folder nor ending: the name of a task, or where there is a `path`, just a name."""
+        """Whether `source` has neither folder nor ending: a task's name, or where there is a `path`, just a name."""
         return "/" not in self.source and "." not in self.source
 
 

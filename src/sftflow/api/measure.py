@@ -23,7 +23,6 @@ from sftflow.report.comparison_page import comparison_page
 from sftflow.report.pages import frame
 from sftflow.report.progress import ProgressDisplay
 from sftflow.report.tables import as_html, as_text, eval_table, score_table
-from sftflow.tasks import GENERATED
 
 
 class Evaluation(evaluation.Evaluation):
@@ -70,11 +69,7 @@ def evaluate(
     Raises TaskError, CheckpointError; RunError where weights or logits are not finite.
     """
     wanted = [models] if isinstance(models, ModelLike) else list(models)
-    return evaluate_all(wanted, _options(tasks, limit, allow_code), out, watch)
-
-
-def _options(tasks: Sequence[str] | None, limit: int | None, allow_code: bool) -> EvalOptions:
-    return EvalOptions(tasks=GENERATED if tasks is None else tuple(tasks), limit=limit, allow_code=allow_code)
+    return evaluate_all(wanted, EvalOptions(tasks=tasks, limit=limit, allow_code=allow_code), out, watch)
 
 
 def evaluate_all(
@@ -120,7 +115,7 @@ def compare(
     OpenAI-compatible URL and a model of it, whose key is read from SFTFLOW_JUDGE_KEY.   out: where the rows,
     compare.json, eval.json and report.html stay.
     """
-    options = _options(tasks, limit, allow_code)
+    options = EvalOptions(tasks=tasks, limit=limit, allow_code=allow_code)
     how = CompareOptions(prompts=prompts, judge=judge, judge_model=judge_model)
     return compare_two(base, sft, options, how, out, watch)
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from sftflow.checkpoint import load_info, resolve
 from sftflow.foundation.errors import TaskError
-from sftflow.tasks import Item, Task, TaskSource, make_task
+from sftflow.tasks import GENERATED, Item, Task, TaskSource, make_task
 
 Arm = Literal["chat", "plain"]
 """how a model is asked: in its chat format, or as plain text"""
@@ -38,10 +38,11 @@ class EvalTask:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """tasks: `name` or `name=PATH`.   limit: items of each.   allow_code: whether code that the model wrote may be run.
-    identity: name and maker that the identity task asks for; None: those that the model's own recipe taught it."""
+    """tasks: `name` or `name=PATH`; None: the generated ones.   limit: items of each.   allow_code: whether code that the
+    model wrote may be run.   identity: name and maker that the identity task asks for; None: those that the model's own
+    recipe taught it."""
 
-    tasks: Sequence[str]
+    tasks: Sequence[str] | None
     limit: int | None = None
     allow_code: bool = False
     identity: Mapping[str, str] | None = None
@@ -49,7 +50,8 @@ class EvalOptions:
     def open(self, model: str) -> list[EvalTask]:
         """The tasks as they are asked of the model of that name. Raises as `open_tasks` does."""
         identity = self.identity or identity_of(model)
-        return open_tasks(self.tasks, self.limit, identity, allow_code=self.allow_code)
+        tasks = GENERATED if self.tasks is None else self.tasks
+        return open_tasks(tasks, self.limit, identity, allow_code=self.allow_code)
 
 
 def identity_of(model: str) -> Mapping[str, str] | None:

@@ -22,10 +22,11 @@ from sftflow.exporting.llamacpp import Continuation, LlamaCpp
 from sftflow.exporting.parity_prompts import Case
 from sftflow.foundation.atomic_io import sha256_file
 from sftflow.foundation.sequences import common_prefix
-from sftflow.generation.request import GenerationRequest
 from sftflow.gguf.writer import exported_template
 
 PROMPTS, TOKENS = 50, 24
+GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+"""whatever the checkpoint asks for"""
 TOLERANCE = 1e-3
 """of a log-probability in f32: two orders above what single precision loses in 30 layers"""
 NEAR = 1e-4
@@ -118,8 +119,7 @@ def _ours(assistant: Assistant, prompts: list[Case]) -> list[tuple[list[int], bo
     """(generated ids without the end, whether it ended by itself) of our engine."""
     stops = frozenset(assistant.renderer.stop_ids())
     requests = [
-        GenerationRequest(prompt_ids=tuple(c.rendered.ids.tolist()), max_new_tokens=TOKENS, use_python=False)
-        for c in prompts
+        assistant.request(c.rendered.ids.tolist(), max_tokens=TOKENS, use_python=False, **GREEDY) for c in prompts
     ]
     out = []
     for reply in assistant.engine.generate(requests):

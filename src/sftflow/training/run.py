@@ -20,14 +20,13 @@ from typing import Any
 
 from sftflow.chat.template_options import options_note
 from sftflow.chat.token_rows import token_row
-from sftflow.checkpoint import Assistant, prepare, require_finite_weights, resolve, save
+from sftflow.checkpoint import Assistant, assistant_of, prepare, require_finite_weights, resolve, save
 from sftflow.data.mixture import build_mixture, write_bad_rows
 from sftflow.data.run_rows import HELD_OUT, TRAINING_ROWS, write_run_rows
 from sftflow.fingerprint import run_identity
 from sftflow.foundation.atomic_io import NO_SPACE, Lock, read_log, sweep, write_json, write_text
 from sftflow.foundation.errors import CheckpointError, RunError
 from sftflow.foundation.runtime import detect
-from sftflow.generation.engine import Engine
 from sftflow.recipe import Recipe, to_yaml
 from sftflow.training.batch_plan import RowPlan, StepLog
 from sftflow.training.loggers import open_logger, require_logger
@@ -215,9 +214,8 @@ class FineTuning(TrainingRun):
 
     def assistant(self) -> Assistant:
         """The live model, which stops between two tokens where a signal has come."""
-        model, renderer = self.trainer.model, self.renderer
-        engine = Engine(model, renderer, self.trainer.runtime, tick=self.signals.check)
-        return Assistant("", model, self.tokenizer, renderer, engine, {})
+        model, runtime = self.trainer.model, self.trainer.runtime
+        return assistant_of(model, self.tokenizer, self.renderer, runtime, tick=self.signals.check)
 
     def save_checkpoint(self) -> None:
         base = {"name": self.recipe.base, **{key: self.base_info.get(key) for key in ("fingerprint", "kind")}}
