@@ -10,7 +10,7 @@ from typing import Any, Literal
 from sftflow.api.assistant import base_beside, load
 from sftflow.api.shared import ModelLike, name_of, watching
 from sftflow.checkpoint import Assistant
-from sftflow.foundation.errors import ProofError, RecipeError
+from sftflow.foundation.errors import RecipeError
 from sftflow.report.progress import ProgressDisplay
 
 
@@ -109,17 +109,3 @@ def export(
         from sftflow.exporting.to_gguf import export_gguf
 
         return export_gguf(name_of(model), Path(out), type or "f16", prompts=prompts, say=shown.say)
-
-
-def require_passed(certificate: dict[str, Any]) -> None:
-    """Raises ProofError naming the first prompt on which the exported file says something else."""
-    if certificate["passed"] is False:
-        first = certificate["failures"][0]
-        raise ProofError(f"prompt {first['prompt']}", f"{first['check']}: {first['detail']}", "do not trust this file")
-
-
-def certificate_lines(certificate: dict[str, Any]) -> list[str]:
-    """What a parity certificate says, for a person."""
-    from sftflow.exporting.to_gguf import summary
-
-    return summary(certificate)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ from typing import Any
 from sftflow.checkpoint import Assistant, load_assistant, load_config, open_renderer, resolve
 from sftflow.exporting import llamacpp, parity
 from sftflow.exporting.parity_prompts import cases
-from sftflow.exporting.target import check_folder
+from sftflow.exporting.target import require_replaceable
 from sftflow.foundation.atomic_io import write_json
-from sftflow.foundation.errors import CheckpointError, RecipeError
+from sftflow.foundation.errors import CheckpointError, ProofError, RecipeError
 from sftflow.gguf import architectures as layout
 from sftflow.gguf import reader as read
 from sftflow.gguf.architectures import Array
@@ -91,28 +90,22 @@ def _check_target(out: Path, name: str) -> None:
     """A file of ours may be replaced, another's may not."""
     if out.suffix != ".gguf":
         raise RecipeError(f"--out {out}", "it is no .gguf file name", "write for example --out model.gguf")
-    check_folder(out)
-    if not out.exists():
-        return
     if out.is_file() and Path(name).exists() and out.samefile(name):
         raise RecipeError(f"--out {out}", "it is the model itself", "name another file")
-    try:
-        ours = out.is_file() and read.fields(out) is not None
-    except (ValueError, OSError, json.JSONDecodeError):
-        ours = False
-    if not ours:
-        raise RecipeError(f"--out {out}", "it holds something else than an export", "name another file")
+    require_replaceable(out, lambda: out.is_file() and read.fields(out) is not None, "an export", "file")
 
 
 def summary(found: dict[str, Any]) -> list[str]:
     """A certificate in a few lines."""
     if found["passed"] is None:
         return [f"parity: {found['llama_cpp']}; pip install 'sftflow[gguf]' and export again to prove this file"]
-    n = found["prompts"]
+    n, ties = found["prompts"], ""
+    if found["near_ties"]:
+        ties = f" ({found['near_ties']} near ties, {found['greedy_uncompared']} tokens behind them not compared)"
     lines = [
         f"parity with llama.cpp and transformers, {n} prompts: {'passed' if found['passed'] else 'FAILED'}",
         f"  same rendered text {found['rendered_equal']}/{n}, same ids {found['ids_equal']}/{n}, "
-        f"same {found['tokens_each']} greedy tokens {found['greedy_equal']}/{n}" + _ties(found),
+        f"same {found['tokens_each']} greedy tokens {found['greedy_equal']}/{n}{ties}",
         f"  largest logit difference {found['largest_logit_difference']:.2g}, "
         f"over {found['logit_places']} of {found['generated']} generated places",
     ]
@@ -124,7 +117,8 @@ def summary(found: dict[str, Any]) -> list[str]:
     return [*lines, *(f"  note: {note}" for note in found["notes"])]
 
 
-def _ties(found: dict[str, Any]) -> str:
-    if not found["near_ties"]:
-        return ""
-    return f" ({found['near_ties']} near ties, {found['greedy_uncompared']} tokens behind them not compared)"
+def require_passed(found: dict[str, Any]) -> None:
+    """Raises ProofError naming the first prompt on which the exported file says something else."""
+    if found["passed"] is False:
+        first = found["failures"][0]
+        raise ProofError(f"prompt {first['prompt']}", f"{first['check']}: {first['detail']}", "do not trust this file")
