@@ -183,8 +183,8 @@ def load_tokenizer(location: Location) -> Any:
     from transformers import AutoTokenizer
 
     _check_files(location, weights=False)
-    with _named_errors(location):
-        if location.gguf and (own := gguf.fields(location.file)):
+    with _reading(location) as own:
+        if own:
             return gguf.tokenizer_of(own)
         tokenizer = AutoTokenizer.from_pretrained(location.path, **location.load_args)
         if location.gguf:
@@ -197,8 +197,8 @@ def load_config(location: Location) -> Any:
     from transformers import AutoConfig
 
     _check_files(location, weights=False)
-    with _named_errors(location):
-        if location.gguf and (own := gguf.fields(location.file)):
+    with _reading(location) as own:
+        if own:
             return gguf.config_of(own)
         return AutoConfig.from_pretrained(location.path, **location.load_args)
 
@@ -206,9 +206,8 @@ def load_config(location: Location) -> Any:
 def load_info(location: Location) -> dict[str, Any]:
     """sftflow.json of a checkpoint: {} where there is none. Raises CheckpointError where it is damaged."""
     if location.gguf:
-        with _named_errors(location):
-            own = gguf.fields(location.file)
-        return {"format": own[FORMAT]} if own else {}
+        with _reading(location) as own:
+            return {"format": own[FORMAT]} if own else {}
     path = Path(location.path) / "sftflow.json"
     return read_record(path, COPY_AGAIN) if path.is_file() else {}
 
@@ -229,8 +228,8 @@ def load_model(location: Location) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoModelForCausalLM
 
     info = load_info(location) if location.gguf else _check_files(location)
-    with _named_errors(location):
-        if location.gguf and (own := gguf.fields(location.file)):
+    with _reading(location) as own:
+        if own:
             return gguf.model_of(location.file, own), info
         model = AutoModelForCausalLM.from_pretrained(location.path, dtype=torch.float32, **location.load_args)
         if location.gguf:
@@ -247,10 +246,11 @@ def load_model(location: Location) -> tuple[Any, dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _named_errors(location: Location) -> Iterator[None]:
-    """Turn the loading libraries' errors into one line that names the checkpoint."""
+def _reading(location: Location) -> Iterator[dict[str, Any] | None]:
+    """Gives what a .gguf file of ours has of its own (`gguf.reader.fields`), None for other checkpoints; the loading
+    libraries' errors become one line that names the checkpoint."""
     try:
-        yield
+        yield gguf.fields(location.file) if location.gguf else None
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:  # of many kinds
@@ -279,16 +279,12 @@ def grow_embeddings(model: Any, n_tokens: int) -> int:
     old = model.get_input_embeddings().weight.shape[0]
     if n_tokens <= old:
         return 0
-    means = {}
-    for which in ("input", "output"):
-        layer = getattr(model, f"get_{which}_embeddings")()
-        if layer is not None:
-            means[which] = layer.weight.detach().float().mean(0)
+    ends = [end for end in (model.get_input_embeddings, model.get_output_embeddings) if end() is not None]
+    means = [end().weight.detach().float().mean(0) for end in ends]
     model.resize_token_embeddings(n_tokens, mean_resizing=False)
     with torch.no_grad():
-        for which, mean in means.items():
-            weight = getattr(model, f"get_{which}_embeddings")().weight
-            weight[old:] = mean.to(weight.dtype)
+        for end, mean in zip(ends, means, strict=True):
+            end().weight[old:] = mean.to(end().weight.dtype)
     return n_tokens - old
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from sftflow.api.assistant import base_beside, load
@@ -60,7 +60,6 @@ def evaluate(
     limit: int | None = 200,
     allow_code: bool = False,
     out: str | Path | None = None,
-    watch: ProgressDisplay | None = None,
 ) -> Evaluation:
     """Score models on tasks, written as on the command line: `spelling`, `gsm8k=PATH`; None: the generated ones.
 
@@ -69,18 +68,19 @@ def evaluate(
     Raises TaskError, CheckpointError; RunError where weights or logits are not finite.
     """
     wanted = [models] if isinstance(models, ModelLike) else list(models)
-    return evaluate_all(wanted, EvalOptions(tasks=tasks, limit=limit, allow_code=allow_code), out, watch)
+    with watching() as shown:
+        return evaluate_all(wanted, EvalOptions(tasks=tasks, limit=limit, allow_code=allow_code), out, shown)
 
 
 def evaluate_all(
     models: Sequence[ModelLike],
     options: EvalOptions,
     out: str | Path | None,
-    watch: ProgressDisplay | None,
+    shown: ProgressDisplay,
     lock: Lock | None = None,
 ) -> Evaluation:
     """lock: on `out`, where it is held already."""
-    with watching(watch) as shown, _results(out, lock) as folder:
+    with _results(out, lock) as folder:
         runs = [options.open(name_of(m)) for m in models]  # each was taught who it is by its own recipe
         for model, mine in list(zip(models, runs, strict=True))[1:]:  # the first is loaded, and checked, at once
             if isinstance(model, str | Path):
@@ -107,7 +107,6 @@ def compare(
     judge: str | None = None,
     judge_model: str | None = None,
     out: str | Path | None = None,
-    watch: ProgressDisplay | None = None,
 ) -> Comparison:
     """Base versus SFT on the same items and the same fixed prompts, with paired differences and their intervals.
 
@@ -117,7 +116,8 @@ def compare(
     """
     options = EvalOptions(tasks=tasks, limit=limit, allow_code=allow_code)
     how = CompareOptions(prompts=prompts, judge=judge, judge_model=judge_model)
-    return compare_two(base, sft, options, how, out, watch)
+    with watching() as shown:
+        return compare_two(base, sft, options, how, out, shown)
 
 
 def compare_two(
@@ -126,11 +126,11 @@ def compare_two(
     options: EvalOptions,
     how: CompareOptions,
     out: str | Path | None,
-    watch: ProgressDisplay | None,
+    shown: ProgressDisplay,
     lock: Lock | None = None,
 ) -> Comparison:
     """lock: on `out`, where it is held already."""
-    with watching(watch) as shown, _results(out, lock) as folder:
+    with _results(out, lock) as folder:
         runs = options.open(name_of(sft))
         prompt_set = how.check()
         trained = load(sft)
@@ -153,10 +153,9 @@ def compare_two(
 @contextmanager
 def _results(out: str | Path | None, lock: Lock | None = None) -> Iterator[Path]:
     """The folder that results go to, locked; one that is thrown away where none is named."""
-    with ExitStack() as stack:
-        if out is None:
-            yield Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sftflow-")))
-            return
-        if lock is None:
-            stack.enter_context(Lock(Path(out)))
-        yield Path(out)
+    if out is None:
+        with tempfile.TemporaryDirectory(prefix="sftflow-") as folder:
+            yield Path(folder)
+    else:
+        with nullcontext() if lock else Lock(Path(out)):
+            yield Path(out)

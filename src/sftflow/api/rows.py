@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import tempfile
@@ -208,19 +209,12 @@ def render(
     if append_eos:
         renderer = template_options.append_eos(renderer)
     if renderer.arguments():
-        renderer = template_options.choose_arguments(renderer, _readable(rows.conversations(), SETTLE_ROWS))
+        first: list[Conversation] = []
+        with contextlib.suppress(SftflowError):  # a bad row is named when its turn comes
+            first.extend(islice(rows.conversations(), SETTLE_ROWS))
+        renderer = template_options.choose_arguments(renderer, first)
     chosen = islice(rows.conversations(), index, None if index is None else index + 1)
     found = rendering_of(chosen, renderer)
     if index is not None and not found.rows and not found.refused:
         raise RecipeError(f"--index {index}", f"{rows.place} has not so many rows", "give a smaller number")
     return found
-
-
-def _readable(conversations: Iterable[Conversation], n: int) -> list[Conversation]:
-    """The first n conversations, or those before the first bad row, which is named when its turn comes."""
-    out: list[Conversation] = []
-    try:
-        out.extend(islice(conversations, n))
-    except SftflowError:
-        return out
-    return out

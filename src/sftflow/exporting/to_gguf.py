@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from sftflow.foundation.atomic_io import write_json
 from sftflow.foundation.errors import CheckpointError, ProofError, RecipeError
 from sftflow.gguf import architectures as layout
 from sftflow.gguf import reader as read
-from sftflow.gguf.architectures import Array
 from sftflow.gguf.vocabulary import vocabulary_of
 from sftflow.gguf.writer import TYPES, Plan, write
 
@@ -70,10 +69,6 @@ def plan_of(assistant: Assistant, kind: str) -> Plan:
     if unknown:
         raise CheckpointError(assistant.name, f"GGUF has no place for {unknown[0]}", "this model has a part of its own")
 
-    def tensors() -> Iterator[tuple[str, Array]]:
-        for key, value in weights.items():
-            yield key, value.detach().float().cpu().numpy()
-
     return Plan(
         config=config,
         layout=layout.layout_of(config, assistant.name),
@@ -81,8 +76,7 @@ def plan_of(assistant: Assistant, kind: str) -> Plan:
         renderer=assistant.renderer,
         name=Path(assistant.name.rstrip("/")).stem,
         kind=kind,
-        shapes={key: tuple(value.shape) for key, value in weights.items()},
-        tensors=tensors,
+        weights=weights,
     )
 
 
