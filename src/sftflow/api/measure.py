@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 from sftflow.api.assistant import base_beside, load
@@ -68,31 +68,25 @@ def evaluate(
     Raises TaskError, CheckpointError; RunError where weights or logits are not finite.
     """
     wanted = [models] if isinstance(models, ModelLike) else list(models)
-    with watching() as shown:
-        return evaluate_all(wanted, EvalOptions(tasks=tasks, limit=limit, allow_code=allow_code), out, shown)
+    options = EvalOptions(tasks=tasks, limit=limit, allow_code=allow_code)
+    with watching() as shown, _results(out) as folder:
+        return evaluate_all(wanted, options, folder, shown)
 
 
-def evaluate_all(
-    models: Sequence[ModelLike],
-    options: EvalOptions,
-    out: str | Path | None,
-    shown: ProgressDisplay,
-    lock: Lock | None = None,
-) -> Evaluation:
-    """lock: on `out`, where it is held already."""
-    with _results(out, lock) as folder:
-        runs = [options.open(name_of(m)) for m in models]  # each was taught who it is by its own recipe
-        for model, mine in list(zip(models, runs, strict=True))[1:]:  # the first is loaded, and checked, at once
-            if isinstance(model, str | Path):
-                require_askable(open_renderer(resolve(str(model)), "auto"), mine)
-        total, done = sum(len(r.items) for mine in runs for r in mine), 0
+def evaluate_all(models: Sequence[ModelLike], options: EvalOptions, folder: Path, shown: ProgressDisplay) -> Evaluation:
+    """folder: of the results, which is locked.   shown: told how far it is."""
+    runs = [options.open(name_of(m)) for m in models]  # each was taught who it is by its own recipe
+    for model, mine in list(zip(models, runs, strict=True))[1:]:  # the first is loaded, and checked, at once
+        if isinstance(model, str | Path):
+            require_askable(open_renderer(resolve(str(model)), "auto"), mine)
+    total, done = sum(len(r.items) for mine in runs for r in mine), 0
 
-        def tell(model: str, task: str, k: int) -> None:
-            nonlocal done
-            done += k
-            shown.counted("evaluate", done, total, f"{task}: {model}")
+    def tell(model: str, task: str, k: int) -> None:
+        nonlocal done
+        done += k
+        shown.counted("evaluate", done, total, f"{task}: {model}")
 
-        found = evaluate_models(((load(m), r) for m, r in zip(models, runs, strict=True)), folder, tell)
+    found = evaluate_models(((load(m), r) for m, r in zip(models, runs, strict=True)), folder, tell)
     return Evaluation(**parts_of(found))
 
 
@@ -116,8 +110,8 @@ def compare(
     """
     options = EvalOptions(tasks=tasks, limit=limit, allow_code=allow_code)
     how = CompareOptions(prompts=prompts, judge=judge, judge_model=judge_model)
-    with watching() as shown:
-        return compare_two(base, sft, options, how, out, shown)
+    with watching() as shown, _results(out) as folder:
+        return compare_two(base, sft, options, how, folder, shown)
 
 
 def compare_two(
@@ -125,37 +119,35 @@ def compare_two(
     sft: ModelLike,
     options: EvalOptions,
     how: CompareOptions,
-    out: str | Path | None,
+    folder: Path,
     shown: ProgressDisplay,
-    lock: Lock | None = None,
 ) -> Comparison:
-    """lock: on `out`, where it is held already."""
-    with _results(out, lock) as folder:
-        runs = options.open(name_of(sft))
-        prompt_set = how.check()
-        trained = load(sft)
-        found = compare_models(
-            base_beside(base, trained),
-            trained,
-            runs,
-            prompt_set,
-            folder,
-            run_directory=run_of(name_of(sft)),
-            options=how,
-            progress=lambda what, done, total: shown.counted("compare", done, total, what),
-            say=shown.say,
-        )
-        result = Comparison(**parts_of(found))
-        result.save_html(folder / "report.html")
+    """folder: of the results, which is locked.   shown: told how far it is."""
+    runs = options.open(name_of(sft))
+    prompt_set = how.check()
+    trained = load(sft)
+    found = compare_models(
+        base_beside(base, trained),
+        trained,
+        runs,
+        prompt_set,
+        folder,
+        run_directory=run_of(name_of(sft)),
+        options=how,
+        progress=lambda what, done, total: shown.counted("compare", done, total, what),
+        say=shown.say,
+    )
+    result = Comparison(**parts_of(found))
+    result.save_html(folder / "report.html")
     return result
 
 
 @contextmanager
-def _results(out: str | Path | None, lock: Lock | None = None) -> Iterator[Path]:
+def _results(out: str | Path | None) -> Iterator[Path]:
     """The folder that results go to, locked; one that is thrown away where none is named."""
     if out is None:
         with tempfile.TemporaryDirectory(prefix="sftflow-") as folder:
             yield Path(folder)
     else:
-        with nullcontext() if lock else Lock(Path(out)):
+        with Lock(Path(out)):
             yield Path(out)

@@ -68,13 +68,7 @@ class Mixture(data_mixture.Mixture):
         return frame(audit_page(self.ledger, [token_row(r, self.renderer.tokenizer) for r in self.samples]))
 
 
-def mix(
-    sources: Any = (),
-    base: ModelLike | None = None,
-    *,
-    recipe: RecipeLike | None = None,
-    **keys: Any,
-) -> Mixture:
+def mix(sources: Any = (), base: ModelLike | None = None, *, recipe: RecipeLike | None = None, **keys: Any) -> Mixture:
     """Render sources into a mixture for a base: rows, files, hub data sets, tasks, or entries as a recipe has them.
 
     keys: the recipe's own (`format`, `validation`, `on_bad_row`, `identity`, `append_eos` ...), and those of `train`

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from sftflow import checkpoint
 from sftflow.api.shared import ModelLike, quiet
@@ -89,10 +89,6 @@ class Rows(Sequence[Any]):
     def __len__(self) -> int:
         return len(self._rows) if self._rows is not None else sum(1 for _ in self)
 
-    @overload
-    def __getitem__(self, index: int) -> Any: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Any]: ...
     def __getitem__(self, index: int | slice) -> Any:
         if self._rows is not None or isinstance(index, slice) or index < 0:
             return list(self)[index]

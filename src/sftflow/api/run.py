@@ -127,9 +127,9 @@ def _train(recipe: Recipe, shown: ProgressDisplay, *, resume: bool, lock: Lock |
             shown.say(f"{out / 'checkpoint'}: trained in {run.seconds:.0f} s")
         if measured and not (run.already_done and (out / measured).is_file()):
             if recipe.compare is None:
-                evaluation = evaluate_all([str(out)], options, out, shown, lock)
+                evaluation = evaluate_all([str(out)], options, out, shown)
             else:
-                comparison = compare_two(recipe.base, str(out), options, how, out, shown, lock)
+                comparison = compare_two(recipe.base, str(out), options, how, out, shown)
     return Run(**parts_of(run), recipe=_kept_recipe(out), evaluation=evaluation, comparison=comparison)
 
 

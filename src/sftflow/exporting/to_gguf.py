@@ -47,13 +47,10 @@ def export_gguf(name: str, out: Path, kind: str, *, prompts: int = parity.PROMPT
     say(f"export: wrote {out} ({out.stat().st_size / 1e6:,.1f} MB, {kind})")
     if not llamacpp.available():
         found = parity.not_checked(out, kind, name, "the package xllamacpp is not installed")
+    elif chosen := cases(assistant.renderer, prompts, assistant.engine.context - parity.TOKENS):
+        found = parity.certificate(out, kind, assistant, chosen, notes=plan.vocabulary.notes, say=say)
     else:
-        room = assistant.engine.context - parity.TOKENS
-        chosen = cases(assistant.renderer, prompts, room)
-        if not chosen:
-            found = parity.not_checked(out, kind, name, "no prompt fits this model")
-        else:
-            found = parity.certificate(out, kind, assistant, chosen, notes=plan.vocabulary.notes, say=say)
+        found = parity.not_checked(out, kind, name, "no prompt fits this model")
     write_json(proof, found)
     return found
 
