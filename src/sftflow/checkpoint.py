@@ -172,9 +172,8 @@ def _check_files(location: Location, *, weights: bool = True) -> dict[str, Any]:
             if not (directory / shard).is_file():
                 raise CheckpointError(f"{location.name}/{shard}", "this shard is missing", COPY_AGAIN)
     elif not any(directory.glob("*.safetensors")):
-        raise CheckpointError(
-            location.name, "no model.safetensors in it", "pickled weights are not loaded; convert them to safetensors"
-        )
+        remedy = "pickled weights are not loaded; convert them to safetensors"
+        raise CheckpointError(location.name, "no model.safetensors in it", remedy)
     return info
 
 
@@ -310,11 +309,9 @@ def prepare(
     if stored and format_name == "auto":
         now = format_fingerprint(tokenizer, chat_format)
         if now != stored:
-            raise CheckpointError(
-                location.name,
-                f"tokenizer or chat format changed since training (fingerprint {stored} -> {now})",
-                "restore tokenizer.json and chat_template.jinja, or train again",
-            )
+            fact = f"tokenizer or chat format changed since training (fingerprint {stored} -> {now})"
+            remedy = "restore tokenizer.json and chat_template.jinja, or train again"
+            raise CheckpointError(location.name, fact, remedy)
     add_tokens(tokenizer, chat_format)
     grow_embeddings(model, len(tokenizer))
     return model, tokenizer, Renderer(tokenizer, chat_format), info
@@ -378,7 +375,7 @@ def save(target: Path, model: Any, tokenizer: Any, renderer: Renderer, *, dtype:
         state = {k: _stored(v, dtype).cpu().contiguous() for k, v in model.state_dict().items()}
         tied = getattr(model, "_tied_weights_keys", None)
         if tied and model.config.tie_word_embeddings:
-            for key in tied if isinstance(tied, (list, tuple, set)) else tied.keys():
+            for key in tied:
                 state.pop(key, None)
         old_dtype = model.config.dtype
         implementation = model.config._attn_implementation
@@ -414,10 +411,8 @@ def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
     """The tokenizers library raises a bare Exception where the disk is full; here it is an OSError."""
     try:
         tokenizer.save_pretrained(directory)
-    except OSError:
-        raise
     except Exception as error:
-        if f"os error {errno.ENOSPC}" not in str(error):
+        if isinstance(error, OSError) or f"os error {errno.ENOSPC}" not in str(error):
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
     # transformers builds a Llama tokenizer anew on loading, by `legacy`, and forgets to save that: text behind control

@@ -55,9 +55,8 @@ def _adapter_directory(name: str) -> Path:
     path = Path(name)
     inside = path / "checkpoint" if (path / "checkpoint").is_dir() else path
     if not (inside / ADAPTER).is_file():
-        raise CheckpointError(
-            name, f"it is no adapter (no {ADAPTER} in it)", "a whole checkpoint needs no merging; use it as it is"
-        )
+        remedy = "a whole checkpoint needs no merging; use it as it is"
+        raise CheckpointError(name, f"it is no adapter (no {ADAPTER} in it)", remedy)
     if not (inside / "adapter_model.safetensors").is_file():
         raise CheckpointError(name, "no adapter_model.safetensors in it", "pickled weights are not loaded")
     return inside

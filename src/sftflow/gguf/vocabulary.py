@@ -81,9 +81,8 @@ def vocabulary_of(tokenizer: Any, rows: int, place: str) -> Vocabulary:
     by_id = {i: t for t, i in model["vocab"].items()}
     size = max([*by_id, *added]) + 1
     if size > rows:
-        raise CheckpointError(
-            place, f"{size} tokens, but {rows} rows in the embedding", "the tokenizer is not this one's"
-        )
+        fact = f"{size} tokens, but {rows} rows in the embedding"
+        raise CheckpointError(place, fact, "the tokenizer is not this one's")
     sentencepiece = bool(model.get("byte_fallback"))
     tokens, types = [], []
     for i in range(rows):

@@ -143,9 +143,5 @@ def exported_template(renderer: Renderer) -> str:
     """The chat template as llama.cpp must read it: the date it was trained with written in, and no bos or eos where
     the tokenizer has none (llama.cpp then takes token 11 for both)."""
     template = _CLOCK.sub(lambda m: json.dumps(renderer.format.clock(m[2])), renderer.format.template)
-    front = "".join(
-        f"{{%- set {name} = '' -%}}"
-        for name in ("bos_token", "eos_token")
-        if name in template and not renderer.spec.names.get(name)
-    )
-    return front + template
+    lacking = [n for n in ("bos_token", "eos_token") if n in template and not renderer.spec.names.get(n)]
+    return "".join(f"{{%- set {name} = '' -%}}" for name in lacking) + template
