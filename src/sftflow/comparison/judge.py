@@ -23,6 +23,9 @@ from sftflow.comparison.judge_client import JudgeClient, endpoint, url_without_s
 from sftflow.evaluation.statistics import wilson
 
 Side = Literal["a", "b", "tie"]
+SIDES: dict[str | None, Side] = {"A": "a", "B": "b", "C": "tie"}
+SIDES_SWAPPED: dict[str | None, Side] = {"A": "b", "B": "a", "C": "tie"}
+"""a letter of the judge -> the pair's reply, where `a` and where `b` is shown first"""
 MAX_TOKENS = 1024
 """of one reply of the judge"""
 MARK = re.compile(r"\[\[([ABC])\]\]")
@@ -197,39 +200,29 @@ def judge_pairs(
     the key or the model, or speaks something else than chat completions: most often before the first pair.
     """
     questions = [judge_prompt(p.messages, *order) for p in pairs for order in ((p.a, p.b), (p.b, p.a))]
-    answers: list[Side | None] = [None] * len(questions)
-    failures: list[str | None] = [None] * len(questions)
     with (
         JudgeClient(endpoint(url), model, api_key, timeout, max_tokens) as client,
         ThreadPoolExecutor(max(1, concurrency)) as pool,
     ):
         client.probe()
-        under_way = {pool.submit(client.ask, text): i for i, text in enumerate(questions)}
+        futures = [pool.submit(client.ask, text) for text in questions]
         try:
-            for done, future in enumerate(as_completed(under_way), 1):
-                i = under_way[future]
-                reply, failures[i] = future.result()
-                answers[i] = _side(parse_verdict(reply or ""), swapped=i % 2 == 1)
+            for done, future in enumerate(as_completed(futures), 1):
+                future.result()  # raises at once what ends the judging
                 if progress:
                     progress(done, len(questions))
         except BaseException:
             client.stop()  # whoever waits to ask again need not wait any more
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    replies = [future.result() for future in futures]
     rows = tuple(
         Verdict(
             pair=pair,
-            first=answers[2 * i],
-            second=answers[2 * i + 1],
-            failure=failures[2 * i] or failures[2 * i + 1],
+            first=SIDES.get(parse_verdict(first or "")),
+            second=SIDES_SWAPPED.get(parse_verdict(second or "")),
+            failure=failure or other_failure,
         )
-        for i, pair in enumerate(pairs)
+        for pair, (first, failure), (second, other_failure) in zip(pairs, replies[::2], replies[1::2], strict=True)
     )
     return JudgeResult(model=model, url=url_without_secrets(endpoint(url)), temperature=client.temperature, rows=rows)
-
-
-def _side(letter: str | None, *, swapped: bool) -> Side | None:
-    """A letter of the question -> the pair's reply."""
-    if letter is None or letter == "C":
-        return None if letter is None else "tie"
-    return "a" if (letter == "A") != swapped else "b"

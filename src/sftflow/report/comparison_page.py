@@ -15,7 +15,7 @@ from typing import Any
 from markupsafe import Markup
 
 from sftflow.comparison.results import Comparison, ItemComparison, PromptComparison, TaskComparison
-from sftflow.comparison.run_artifacts import RunArtifacts, SampledScores
+from sftflow.comparison.run_artifacts import RunArtifacts
 from sftflow.report import charts, line_charts, wording
 from sftflow.report.line_charts import MOST_LINES, Points
 from sftflow.report.pages import render
@@ -142,9 +142,9 @@ def loss_figure(run: RunArtifacts) -> dict[str, Any] | None:
     if not raw:
         return None
     smoothed = list(zip((x for x, _ in raw), line_charts.smooth([y for _, y in raw], len(raw) // 40), strict=True))
-    validation = _finite((v.step, v.loss) for v in run.validation)
-    names = dict.fromkeys(name for v in run.validation for name in v.sources)
-    found = {name: _finite((v.step, v.sources.get(name)) for v in run.validation) for name in names}
+    validation = _finite((v["step"], v["loss"]) for v in run.validation)
+    names = dict.fromkeys(name for v in run.validation for name in v["sources"])
+    found = {name: _finite((v["step"], v["sources"].get(name)) for v in run.validation) for name in names}
     sources = {name: points for name, points in found.items() if points}
     drawn = sources if 2 <= len(sources) <= MOST_LINES else {}
     top, highest = line_charts.ceiling(raw, [validation, *drawn.values()])
@@ -164,20 +164,20 @@ def _finite(points: Iterable[tuple[float, float | None]]) -> Points:
     return [(x, y) for x, y in points if y is not None and math.isfinite(y)]
 
 
-def sampled_figure(rows: Sequence[SampledScores]) -> dict[str, Any] | None:
+def sampled_figure(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Scores and rates of the replies while it trained: drawn, and in numbers at a few steps."""
     if not rows:
         return None
     lines: dict[str, Points] = {}
     for row in rows:
-        for name, value in {"ends by itself": row.hygiene.get("stop_rate"), **row.tasks}.items():
+        for name, value in {"ends by itself": row["hygiene"].get("stop_rate"), **row["tasks"]}.items():
             if value is not None:
-                lines.setdefault(name, []).append((row.step, value))
+                lines.setdefault(name, []).append((row["step"], value))
     last = len(rows) - 1
     chosen = [rows[i] for i in sorted({round(k * last / (MOST_STEPS - 1)) for k in range(MOST_STEPS)})]
-    groups = {"score on a sample": [r.tasks for r in chosen], "replies": [r.hygiene for r in chosen]}
+    groups = {"score on a sample": [r["tasks"] for r in chosen], "replies": [r["hygiene"] for r in chosen]}
     return {
-        "steps": [row.step for row in chosen],
+        "steps": [row["step"] for row in chosen],
         "n": len(rows),
         "groups": {
             title: {name: [v.get(name) for v in values] for name in dict.fromkeys(n for v in values for n in v)}
