@@ -16,6 +16,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -176,7 +177,7 @@ def parse_verdict(reply: str) -> Literal["A", "B", "C"] | None:
 
 def check_judge(url: str, model: str, api_key: str | None = None, *, timeout: float = 120.0) -> None:
     """One tiny question, before minutes are spent on the replies. Raises JudgeError as `judge_pairs` does."""
-    with JudgeClient(endpoint(url), model, api_key, timeout, MAX_TOKENS) as client:
+    with closing(JudgeClient(endpoint(url), model, api_key, timeout, MAX_TOKENS)) as client:
         client.probe()
 
 
@@ -201,7 +202,7 @@ def judge_pairs(
     """
     questions = [judge_prompt(p.messages, *order) for p in pairs for order in ((p.a, p.b), (p.b, p.a))]
     with (
-        JudgeClient(endpoint(url), model, api_key, timeout, max_tokens) as client,
+        closing(JudgeClient(endpoint(url), model, api_key, timeout, max_tokens)) as client,
         ThreadPoolExecutor(max(1, concurrency)) as pool,
     ):
         client.probe()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -76,10 +77,7 @@ class JudgeClient:
         self._stopped = threading.Event()
         self._proven = False
 
-    def __enter__(self) -> JudgeClient:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self.stop()
         self._http.close()
 
@@ -192,11 +190,8 @@ def retry_after(header: str | None, otherwise: float) -> float:
     >>> retry_after("7", 1.0), retry_after("soon", 1.0), retry_after("-1", 1.0)
     (7.0, 1.0, 0.0)
     """
-    try:
+    with suppress(ValueError):
         return max(0.0, float(header or ""))
-    except ValueError:
-        pass
-    try:
+    with suppress(TypeError, ValueError):
         return max(0.0, parsedate_to_datetime(header or "").timestamp() - time.time())
-    except (TypeError, ValueError):
-        return otherwise
+    return otherwise

@@ -14,7 +14,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from sftflow.comparison.results import Comparison, ItemComparison, PromptComparison, TaskComparison
+from sftflow.comparison.results import Comparison, TaskComparison
 from sftflow.comparison.run_artifacts import RunArtifacts
 from sftflow.report import charts, line_charts, wording
 from sftflow.report.line_charts import MOST_LINES, Points
@@ -86,17 +86,15 @@ class Entry:
 
 def item_entries(task: TaskComparison) -> list[Entry]:
     """A task's items, those that changed first; of very many the first."""
-    return [_item(item) for item in task.items[:MOST_ITEMS]]
-
-
-def _item(item: ItemComparison) -> Entry:
     classes = {"improved": "good", "regressed": "alert"}
-    unstopped = item.sft.finish_reason == "length"
-    marks = [item.change] if item.change in classes else []
-    marks += ["wrong"] if item.sft.score < 1 else []
-    marks += ["unstopped"] if unstopped else []
-    tags = [(UNSTOPPED, "alert")] if unstopped else []
-    return Entry(content=item, marks=marks, tags=[*tags, (item.change, classes.get(item.change, ""))])
+    entries = []
+    for item in task.items[:MOST_ITEMS]:
+        unstopped = item.sft.finish_reason == "length"
+        marks = {item.change: item.change in classes, "wrong": item.sft.score < 1, "unstopped": unstopped}
+        tags = [(UNSTOPPED, "alert")] if unstopped else []
+        tags.append((item.change, classes.get(item.change, "")))
+        entries.append(Entry(content=item, marks=[mark for mark, has in marks.items() if has], tags=tags))
+    return entries
 
 
 def prompt_entries(comparison: Comparison, names: ModelNames) -> list[Entry]:
@@ -105,27 +103,20 @@ def prompt_entries(comparison: Comparison, names: ModelNames) -> list[Entry]:
     verdicts = {row.pair.id: row.verdict for row in comparison.verdicts}
     entries = []
     for prompt in comparison.prompts:
-        marks, tags = _prompt_marks(prompt)
-        verdict = verdicts.get(prompt.id)
-        if verdict:
+        before, after, change = faults_of(prompt.base), faults_of(prompt.sft), form_change(prompt)
+        marks = [change] if change else []
+        tags = [(fault, "alert") for fault in after]
+        if UNSTOPPED in after:
+            marks.append("unstopped")
+        elif UNSTOPPED in before and prompt.sft.finish_reason == "stop":
+            tags.append(("now stops", "good"))
+        if prompt.sft.text == prompt.base.text:
+            tags.append(("same reply", ""))
+        if verdict := verdicts.get(prompt.id):
             marks.append(f"judge-{verdict}")
             tags.append((judged[verdict], ""))
         entries.append(Entry(content=prompt, marks=marks, tags=[*tags, (prompt.kind, "")], kind=prompt.kind))
     return entries
-
-
-def _prompt_marks(prompt: PromptComparison) -> tuple[list[str], list[tuple[str, str]]]:
-    """What the list is filtered by, and what the entry's line shows of it."""
-    before, after, change = faults_of(prompt.base), faults_of(prompt.sft), form_change(prompt)
-    marks = [change] if change else []
-    tags = [(fault, "alert") for fault in after]
-    if UNSTOPPED in after:
-        marks.append("unstopped")
-    elif UNSTOPPED in before and prompt.sft.finish_reason == "stop":
-        tags.append(("now stops", "good"))
-    if prompt.sft.text == prompt.base.text:
-        tags.append(("same reply", ""))
-    return marks, tags
 
 
 def n_marked(entries: Sequence[Entry], mark: str) -> int:

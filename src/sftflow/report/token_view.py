@@ -103,8 +103,10 @@ BAR = "┃"
 _OURS = re.compile(f"{UNSEEN.pattern[:-1]}↵⇥␣⟦⟧⟨⟩]")
 
 
-def terminal_lines(row: TokenRow) -> TerminalRow:
-    """A rendered row for `rich`: turns with their role on the left, a bar beside every supervised line.
+@dataclass(frozen=True, slots=True)
+class TerminalRow:
+    """A rendered row, drawn for the width and the colours of whichever rich console prints it: turns with their role on
+    the left, a bar beside every supervised line.
 
         user        ⟦<|user_start|>⟧hi⟦<|user_end|>⟧
         4 tokens
@@ -115,12 +117,6 @@ def terminal_lines(row: TokenRow) -> TerminalRow:
     the text show as ↵. With colour, supervised text is green too and special tokens are cyan instead of bracketed;
     where one token ends and the next begins shows as a change between plain and underlined.
     """
-    return TerminalRow(row)
-
-
-@dataclass(frozen=True, slots=True)
-class TerminalRow:
-    """A row, drawn for the width and the colours of whichever console prints it."""
 
     row: TokenRow
 
