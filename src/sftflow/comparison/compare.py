@@ -62,7 +62,7 @@ def compare_models(
     *,
     run_directory: Path | None = None,
     asked: Compare = Compare(),
-    progress: Progress | None = None,
+    progress: Progress = lambda what, done, total: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Comparison:
     """Compare, and write compare.json, eval.json and a row an item into `out`.
@@ -111,15 +111,14 @@ def compare_models(
     return comparison
 
 
-def _steps(progress: Progress | None, total: int) -> Steps:
+def _steps(progress: Progress, total: int) -> Steps:
     """-> a function of what is being asked, which gives one that is told how many more replies of it are done."""
     done = 0
 
     def more(what: str, k: int) -> None:
         nonlocal done
         done += k
-        if progress:
-            progress(what, done, total)
+        progress(what, done, total)
 
     return lambda what: partial(more, what)
 
@@ -169,7 +168,7 @@ def _fingerprints(base: Assistant, sft: Assistant, runs: Sequence[EvalTask]) -> 
 
 
 def _judged(
-    prompts: Sequence[PromptComparison], kind: str, asked: Compare, progress: Progress | None
+    prompts: Sequence[PromptComparison], kind: str, asked: Compare, progress: Progress
 ) -> JudgeResult | NotJudged | None:
     """Verdicts on the fixed prompts. A base without a format of its own is judged by its plain-text reply."""
     if not asked.judge or not asked.judge_model:
@@ -186,7 +185,7 @@ def _judged(
             asked.judge,
             asked.judge_model,
             api_key=os.environ.get(JUDGE_KEY),
-            progress=(lambda done, total: progress("judge", done, total)) if progress else None,
+            progress=partial(progress, "judge"),
         )
     except SftflowError as error:  # it answered before: what was measured must not be lost with it
         return NotJudged(not_judged=str(error))

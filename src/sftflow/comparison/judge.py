@@ -190,7 +190,7 @@ def judge_pairs(
     concurrency: int = 4,
     timeout: float = 120.0,
     max_tokens: int = MAX_TOKENS,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> JudgeResult:
     """Ask `model` behind `url` (".../v1") about every pair in both orders, `concurrency` questions at a time.
 
@@ -210,8 +210,7 @@ def judge_pairs(
         try:
             for done, future in enumerate(as_completed(futures), 1):
                 future.result()  # raises at once what ends the judging
-                if progress:
-                    progress(done, len(questions))
+                progress(done, len(questions))
         except BaseException:
             client.stop()  # whoever waits to ask again need not wait any more
             pool.shutdown(wait=False, cancel_futures=True)

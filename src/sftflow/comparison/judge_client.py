@@ -70,9 +70,8 @@ class JudgeClient:
         self._key = (api_key or "").strip()
         if not self._key.isascii() or not all(c.isprintable() and c != " " for c in self._key):
             raise JudgeError(self.place, "the API key holds characters that no key has", "copy it again")
-        headers = {"Content-Type": "application/json"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        headers["Content-Type"] = "application/json"
         self._http = httpx.Client(headers=headers, timeout=httpx.Timeout(timeout, connect=min(timeout, 15.0)))
         self._stopped = threading.Event()
         self._proven = False

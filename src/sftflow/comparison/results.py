@@ -277,6 +277,5 @@ def to_json(value: Any) -> Any:
 
 def fields_to_json(value: Any) -> dict[str, Any]:
     """The fields of a result that compare.json holds."""
-    kept = {f.name: getattr(value, f.name) for f in fields(value) if f.metadata != NOT_IN_FILE}
-    absent = {f.name for f in fields(value) if f.metadata == ONLY_IF_GIVEN and kept[f.name] is None}
-    return {name: to_json(v) for name, v in kept.items() if name not in absent}
+    kept = [(f, getattr(value, f.name)) for f in fields(value) if f.metadata != NOT_IN_FILE]
+    return {f.name: to_json(v) for f, v in kept if v is not None or f.metadata != ONLY_IF_GIVEN}

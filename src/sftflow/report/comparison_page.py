@@ -46,6 +46,7 @@ MOST_STEPS = 4
 def comparison_page(comparison: Comparison) -> str:
     """The page. A section that has nothing to show is left out, with its link."""
     names = wording.model_names(comparison)
+    lengths = [side.length["counts"] for side in (comparison.hygiene.base, comparison.hygiene.sft)]
     values = {
         "c": comparison,
         "names": names,
@@ -58,17 +59,13 @@ def comparison_page(comparison: Comparison) -> str:
         "sampled": sampled_figure(comparison.run.sampled),
         "most_lines": MOST_LINES,
         "forest_scale": charts.forest_scale([(t.delta, *t.ci95) for t in comparison.tasks.values()]),
-        "tallest": max(_tallest(side.length) for side in (comparison.hygiene.base, comparison.hygiene.sft)),
+        # the largest share of a model's replies in one bin of their lengths
+        "tallest": max(max(n, default=0) / (sum(n) or 1) for n in lengths),
         "token_boxes": token_boxes,
     }
     bodies = {anchor: Markup(render(f"comparison/{anchor}", **values)) for anchor in SECTIONS}
     kept = [(anchor, title, bodies[anchor]) for anchor, title in SECTIONS.items() if bodies[anchor].strip()]
     return render("comparison/page", sections=kept, **values)
-
-
-def _tallest(length: Mapping[str, Any]) -> float:
-    """The largest share of the replies in one bin of their lengths."""
-    return max(length["counts"], default=0) / (sum(length["counts"]) or 1)
 
 
 # ---- lists to browse

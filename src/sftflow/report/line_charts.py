@@ -71,19 +71,12 @@ def clipped(points: Points, top: float) -> list[Points]:
     >>> clipped([(0, 4.0), (2, 2.0), (3, 1.0)], 3.0)
     [[(1.0, 3.0), (2, 2.0), (3, 1.0)]]
     """
-    pieces: list[Points] = []
-    above = True
-    for i, (x, y) in enumerate(points):
-        if i and above != (y > top):
-            x0, y0 = points[i - 1]
-            edge = (x0 + (x - x0) * (top - y0) / (y - y0), top)
-            pieces.append([edge]) if above else pieces[-1].append(edge)
-        elif i == 0 and y <= top:
-            pieces.append([])
-        above = y > top
-        if not above:
-            pieces[-1].append((x, y))
-    return pieces
+    crossed = points[:1]
+    for (x0, y0), (x, y) in itertools.pairwise(points):
+        if (y0 > top) != (y > top):
+            crossed.append((x0 + (x - x0) * (top - y0) / (y - y0), top))
+        crossed.append((x, y))
+    return [list(piece) for above, piece in itertools.groupby(crossed, lambda point: point[1] > top) if not above]
 
 
 @dataclass(frozen=True)

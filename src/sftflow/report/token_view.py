@@ -49,21 +49,18 @@ class Piece(NamedTuple):
 
 def pieces_of_row(tokens: Sequence[Token]) -> list[list[Piece]]:
     """For each token its pieces; 🙂 over two tokens is Piece("🙂", f0 9f, first) and Piece("🙂", 99 82, not first)."""
-    data = [t.raw for t in tokens]
     out: list[list[Piece]] = [[] for _ in tokens]
-    token, room = -1, 0  # room: bytes of this token that are still to come
-    for character in b"".join(data).decode("utf-8", "surrogateescape"):  # a byte of no character is one from U+DC80 on
-        rest = character.encode("utf-8", "surrogateescape")
+    raw, at = b"".join(t.raw for t in tokens), 0
+    owner = [i for i, t in enumerate(tokens) for _ in t.raw]  # the token of every byte
+    for character in raw.decode("utf-8", "surrogateescape"):  # a byte of no character is one from U+DC80 on
         known, first = not "\udc80" <= character <= "\udcff", True
-        while rest:
-            while not room:
-                token += 1
-                room = len(data[token])
-            part, rest = rest[:room], rest[room:]
-            room -= len(part)
+        end = at + len(character.encode("utf-8", "surrogateescape"))
+        for token, group in itertools.groupby(owner[at:end]):
+            part = raw[at : at + len(list(group))]
+            at += len(part)
             mine = out[token]
             last = mine[-1] if mine else None
-            if known and first and not rest:
+            if known and first and at == end:
                 if last and not last.part:
                     mine[-1] = Piece(last.text + character)
                 else:
