@@ -22,7 +22,7 @@ from sftflow.checkpoint import Assistant
 from sftflow.comparison.judge import JudgeResult, ReplyPair, check_judge, judge_pairs
 from sftflow.comparison.losses import forgetting, held_out_comparison, overlap_with_training
 from sftflow.comparison.paired import PairedResult, check_all_replies, task_comparisons
-from sftflow.comparison.prompt_replies import PROMPT_TOKENS, prompt_comparisons, prompt_replies, with_faults
+from sftflow.comparison.prompt_replies import PROMPT_TOKENS, prompt_replies, with_faults
 from sftflow.comparison.prompts import PromptSet, load_prompts
 from sftflow.comparison.results import CONTINUED, Both, Comparison, NotJudged, PromptComparison
 from sftflow.comparison.run_artifacts import read_run
@@ -134,7 +134,12 @@ def _prompts_and_checks(
         check_all_replies(base, chat, [r.chat for r in results]),
         check_all_replies(sft, after, [r.sft for r in results]),
     )
-    return prompt_comparisons(prompts, with_faults(chat, checks.base), plain, with_faults(after, checks.sft)), checks
+    rows = zip(prompts.prompts, with_faults(chat, checks.base), plain, with_faults(after, checks.sft), strict=True)
+    compared = tuple(
+        PromptComparison(id=p.id, kind=p.kind, messages=p.messages_json(), base=b, base_plain=q, sft=s)
+        for p, b, q, s in rows
+    )
+    return compared, checks
 
 
 def kind_of(base: Assistant) -> str:

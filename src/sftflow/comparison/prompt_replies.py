@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from sftflow.checkpoint import Assistant
 from sftflow.comparison.prompts import FixedPrompt, PromptSet
-from sftflow.comparison.results import PromptComparison, PromptReply
+from sftflow.comparison.results import PromptReply
 from sftflow.evaluation.options import PLAIN_STOPS, Arm
 from sftflow.evaluation.reply_checks import ReplyChecks
 from sftflow.foundation.errors import ContextError, SftflowError
@@ -58,12 +58,3 @@ def with_faults(replies: Sequence[PromptReply], checks: ReplyChecks) -> list[Pro
     """The replies with what the checks have against each. checks: over those that were asked first, then others."""
     number = itertools.count()
     return [replace(r, faults=tuple(checks.faults_of(next(number)))) if r.reply else r for r in replies]
-
-
-def prompt_comparisons(
-    prompts: PromptSet, base: Sequence[PromptReply], plain: Sequence[PromptReply], sft: Sequence[PromptReply]
-) -> tuple[PromptComparison, ...]:
-    return tuple(
-        PromptComparison(id=p.id, kind=p.kind, messages=p.messages_json(), base=b, base_plain=q, sft=s)
-        for p, b, q, s in zip(prompts.prompts, base, plain, sft, strict=True)
-    )
