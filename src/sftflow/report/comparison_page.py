@@ -163,13 +163,13 @@ def sampled_figure(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
                 lines.setdefault(name, []).append((row["step"], value))
     last = len(rows) - 1
     chosen = [rows[i] for i in sorted({round(k * last / (MOST_STEPS - 1)) for k in range(MOST_STEPS)})]
-    groups = {"score on a sample": [r["tasks"] for r in chosen], "replies": [r["hygiene"] for r in chosen]}
+    groups = {}
+    for title, key in (("score on a sample", "tasks"), ("replies", "hygiene")):
+        names = dict.fromkeys(name for row in chosen for name in row[key])
+        groups[title] = {name: [row[key].get(name) for row in chosen] for name in names}
     return {
         "steps": [row["step"] for row in chosen],
         "n": len(rows),
-        "groups": {
-            title: {name: [v.get(name) for v in values] for name in dict.fromkeys(n for v in values for n in v)}
-            for title, values in groups.items()
-        },
+        "groups": groups,
         "chart": line_charts.scores_by_step(lines) if lines and len(rows) > 1 else "",
     }
