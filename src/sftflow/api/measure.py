@@ -11,14 +11,14 @@ from sftflow.api.assistant import base_beside, load
 from sftflow.api.shared import ModelLike, name_of, parts_of, watching
 from sftflow.checkpoint import open_renderer, resolve
 from sftflow.comparison import results as comparison
-from sftflow.comparison.compare import CompareOptions, compare_models
-from sftflow.comparison.remarks import remarks
+from sftflow.comparison.compare import checked_prompts, compare_models
 from sftflow.comparison.run_artifacts import run_of
 from sftflow.evaluation import results as evaluation
 from sftflow.evaluation.evaluate import evaluate_models
 from sftflow.evaluation.options import EvalOptions
 from sftflow.evaluation.prompts_for import require_askable
 from sftflow.foundation.atomic_io import Lock, write_text
+from sftflow.recipe import Compare
 from sftflow.report.comparison_page import comparison_page
 from sftflow.report.pages import frame
 from sftflow.report.progress import ProgressDisplay
@@ -41,10 +41,6 @@ class Comparison(comparison.Comparison):
     def save_html(self, path: str | Path) -> None:
         """The report: one page that loads nothing."""
         write_text(Path(path), comparison_page(self))
-
-    def remarks(self) -> list[str]:
-        """What a reader of the scores must know beside them."""
-        return remarks(self)
 
     def __str__(self) -> str:
         return as_text(score_table(self)) if self.tasks else ""
@@ -109,22 +105,22 @@ def compare(
     compare.json, eval.json and report.html stay.
     """
     options = EvalOptions(tasks=tasks, limit=limit, allow_code=allow_code)
-    how = CompareOptions(prompts=prompts, judge=judge, judge_model=judge_model)
+    asked = Compare(prompts=str(prompts), judge=judge, judge_model=judge_model)
     with watching() as shown, _results(out) as folder:
-        return compare_two(base, sft, options, how, folder, shown)
+        return compare_two(base, sft, options, asked, folder, shown)
 
 
 def compare_two(
     base: ModelLike,
     sft: ModelLike,
     options: EvalOptions,
-    how: CompareOptions,
+    asked: Compare,
     folder: Path,
     shown: ProgressDisplay,
 ) -> Comparison:
     """folder: of the results, which is locked.   shown: told how far it is."""
     runs = options.open(name_of(sft))
-    prompt_set = how.check()
+    prompt_set = checked_prompts(asked)
     trained = load(sft)
     found = compare_models(
         base_beside(base, trained),
@@ -133,7 +129,7 @@ def compare_two(
         prompt_set,
         folder,
         run_directory=run_of(name_of(sft)),
-        options=how,
+        asked=asked,
         progress=lambda what, done, total: shown.counted("compare", done, total, what),
         say=shown.say,
     )

@@ -27,7 +27,7 @@ from sftflow.foundation.errors import DataError, MaskError, RecipeError, Sftflow
 from sftflow.recipe import SourceEntry, parse_recipe, resolve_paths
 from sftflow.report.tables import as_text
 from sftflow.report.token_page import token_html, token_page
-from sftflow.report.token_view import terminal_lines
+from sftflow.report.token_view import TerminalRow
 
 Chat = str | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Conversation
 """one question, a row of any dialect, a list of messages, or a Conversation"""
@@ -170,7 +170,7 @@ class Rendering:
         write_text(Path(path), token_page([*self.rows, *self._refused]))
 
     def __str__(self) -> str:
-        return as_text(*map(terminal_lines, self.rows))
+        return as_text(*map(TerminalRow, self.rows))
 
     def _repr_html_(self) -> str:
         return token_html([*self.rows, *self._refused])

@@ -16,7 +16,7 @@ from sftflow.api.assistant import Assistant, load
 from sftflow.api.measure import Comparison, Evaluation, compare_two, evaluate_all
 from sftflow.api.mixture import Mixture
 from sftflow.api.shared import ModelLike, RecipeLike, eval_options, parts_of, recipe_of, watching
-from sftflow.comparison.compare import CompareOptions
+from sftflow.comparison.compare import checked_prompts
 from sftflow.comparison.run_artifacts import read_run
 from sftflow.data.row_cache import cache_folder
 from sftflow.evaluation.callback import EvalDuringTraining
@@ -110,9 +110,9 @@ def _train(recipe: Recipe, shown: ProgressDisplay, *, resume: bool, lock: Lock |
         signals = stack.enter_context(Signals(_tell_of_waiting))
         if lock is None and (not out.exists() or out.is_dir()):
             lock = stack.enter_context(Lock(out))
-        options, how, callback = eval_options(recipe), CompareOptions.of_recipe(recipe), None
+        options, callback = eval_options(recipe), None
         if recipe.compare is not None:
-            how.check()  # what is wrong with it is said before hours of training
+            checked_prompts(recipe.compare)  # what is wrong with it is said before hours of training
         if recipe.eval is not None:
             options.open(recipe.base)  # and what is wrong with the tasks
             if recipe.eval.every is not None:
@@ -129,7 +129,7 @@ def _train(recipe: Recipe, shown: ProgressDisplay, *, resume: bool, lock: Lock |
             if recipe.compare is None:
                 evaluation = evaluate_all([str(out)], options, out, shown)
             else:
-                comparison = compare_two(recipe.base, str(out), options, how, out, shown)
+                comparison = compare_two(recipe.base, str(out), options, recipe.compare, out, shown)
     return Run(**parts_of(run), recipe=_kept_recipe(out), evaluation=evaluation, comparison=comparison)
 
 
