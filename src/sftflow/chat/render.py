@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sftflow.chat.encode import Encoder
+from sftflow.chat.encode import encoder_of
 from sftflow.chat.format import ChatFormat, tokenizer_text
 from sftflow.chat.proof.prover import Prover
 from sftflow.chat.schema import Conversation, parse_row
@@ -88,7 +88,7 @@ class Renderer:
 
     def _open(self, spec: RendererSpec) -> None:
         self.spec, self.format = spec, spec.format
-        self._encoder = Encoder(spec.tokenizer)
+        self._encoder = encoder_of(spec.tokenizer)
         self.special, self.special_re = self._encoder.special, self._encoder.special_re
         self._template = Template(spec.format, spec.names, self.special)
         self._prover = Prover(self._template, self._encoder, spec.eos)

@@ -11,7 +11,7 @@ import copy
 import json
 import re
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import CodeType
 from typing import Any, NoReturn
@@ -256,21 +256,14 @@ class Template:
 
 def as_dict(message: Message, *, keep_python: bool) -> dict[str, Any]:
     """A message in the shape templates expect; calculator parts become plain text unless `keep_python`."""
-    parts = message.parts
     if message.uses_python and not keep_python:
-        parts = flatten_python(parts)
-    content: Any
-    if any(p.kind != "text" for p in parts):
-        content = [{"type": p.kind, "text": p.text} for p in parts]
-    else:
-        content = "".join(p.text for p in parts)
-    out: dict[str, Any] = {"role": message.role, "content": content}
+        message = replace(message, parts=flatten_python(message.parts))
+    out = message.to_json()
+    out.pop("weight", None)
+    if out["content"] is None:
+        out["content"] = ""
     if message.tool_calls:
         out["tool_calls"] = [_normal_call(c) for c in message.tool_calls]
-    for key in ("tool_call_id", "name", "reasoning_content"):
-        value = getattr(message, key)
-        if value is not None:
-            out[key] = value
     if message.reasoning_content is not None:
         out["thinking"] = message.reasoning_content  # what some templates call it; transformers sets both
     return out

@@ -89,13 +89,13 @@ def choose_arguments(renderer: Renderer, sample: Sequence[Conversation]) -> Rend
 
 
 def _choices(arguments: Sequence[str]) -> list[dict[str, bool]]:
-    singles: list[dict[str, bool]] = [{name: value} for name in arguments for value in (True, False)]
-    pairs = [
+    """Each argument alone, then the first three in pairs; true first."""
+    chosen = [*((name,) for name in arguments), *combinations(arguments[:3], 2)]
+    return [
         dict(zip(names, values, strict=True))
-        for names in combinations(arguments[:3], 2)
-        for values in product((True, False), repeat=2)
+        for names in chosen
+        for values in product((True, False), repeat=len(names))
     ]
-    return singles + pairs
 
 
 def _cost(renderer: Renderer, conversation: Conversation) -> int:
