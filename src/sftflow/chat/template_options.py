@@ -91,11 +91,8 @@ def choose_arguments(renderer: Renderer, sample: Sequence[Conversation]) -> Rend
 def _choices(arguments: Sequence[str]) -> list[dict[str, bool]]:
     """Each argument alone, then the first three in pairs; true first."""
     chosen = [*((name,) for name in arguments), *combinations(arguments[:3], 2)]
-    return [
-        dict(zip(names, values, strict=True))
-        for names in chosen
-        for values in product((True, False), repeat=len(names))
-    ]
+    both = (True, False)
+    return [dict(zip(n, values, strict=True)) for n in chosen for values in product(both, repeat=len(n))]
 
 
 def _cost(renderer: Renderer, conversation: Conversation) -> int:

@@ -71,28 +71,22 @@ class Rows:
         self, table: NDArray[Any], ids: NDArray[Any], masks: NDArray[np.int8], *, name: str, number: int, prefix: str
     ) -> None:
         self.table, self.all_ids, self.all_masks = table, ids, masks
+        self.lengths: NDArray[np.int32] = table["length"]
+        self.supervised: NDArray[np.int32] = table["supervised"]
         self.name, self.number, self.prefix = name, number, prefix
 
     def __len__(self) -> int:
         return len(self.table)
 
-    @property
-    def lengths(self) -> NDArray[np.int32]:
-        out: NDArray[np.int32] = self.table["length"]
-        return out
-
-    @property
-    def supervised(self) -> NDArray[np.int32]:
-        out: NDArray[np.int32] = self.table["supervised"]
-        return out
-
     def ids(self, i: int) -> NDArray[np.int32]:
-        start, length = int(self.table["start"][i]), int(self.table["length"][i])
-        return self.all_ids[start : start + length].astype(np.int32, copy=False)
+        return self.all_ids[self._span(i)].astype(np.int32, copy=False)
 
     def mask(self, i: int) -> NDArray[np.int8]:
-        start, length = int(self.table["start"][i]), int(self.table["length"][i])
-        return self.all_masks[start : start + length]
+        return self.all_masks[self._span(i)]
+
+    def _span(self, i: int) -> slice:
+        start = int(self.table["start"][i])
+        return slice(start, start + int(self.lengths[i]))
 
     def place(self, i: int) -> str:
         """Where the row comes from, e.g. data.jsonl:17."""
@@ -126,11 +120,10 @@ class Examples(Sequence[Example]):
 
     def __init__(self, sources: Sequence[RowStore], index: NDArray[np.int32]) -> None:
         self._sources, self.chosen = sources, index
-        lengths = [s.lengths for s in sources]
         self.lengths = np.empty(len(index), np.int32)
-        for number, mine in enumerate(lengths):
+        for number, source in enumerate(sources):
             chosen = index[:, 0] == number
-            self.lengths[chosen] = mine[index[chosen, 1]]
+            self.lengths[chosen] = source.lengths[index[chosen, 1]]
 
     def __len__(self) -> int:
         return len(self.chosen)
