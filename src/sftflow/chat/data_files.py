@@ -45,20 +45,19 @@ def read_rows(source: str | Path) -> Iterator[tuple[str, Any]]:
 
     Raises DataError naming the file and line where a row cannot be read.
     """
-    name, path = str(source), Path(source)
-    rows: Iterator[Any]
+    for number, row in numbered_rows(str(source)):
+        place = f"{source}:{number}"
+        yield place, parse_line(row, place) if isinstance(row, bytes) else row
+
+
+def numbered_rows(name: str) -> Iterator[tuple[int, Any]]:
+    """As `read_rows`, but (number, raw row), and the row of a .jsonl file is its line's bytes, not yet parsed."""
+    path = Path(name)
     if name.startswith("hub:"):
-        rows = _read_hub(name)
-    elif path.suffix == ".parquet":
-        rows = _read_parquet(path)
-    elif path.suffix == ".json":
-        rows = _read_json(path)
-    else:
-        for number, line in read_lines(name):
-            yield f"{name}:{number}", parse_line(line, f"{name}:{number}")
-        return
-    for number, row in enumerate(rows, 1):
-        yield f"{name}:{number}", row
+        return enumerate(_read_hub(name), 1)
+    if path.suffix == ".parquet":
+        return enumerate(_read_parquet(path), 1)
+    return enumerate(_read_json(path), 1) if path.suffix == ".json" else read_lines(name)
 
 
 def _read_json(path: Path) -> Iterator[Any]:

@@ -76,9 +76,8 @@ class Mixture:
         for name, counts in self.invariants().items():
             if counts["failed"]:
                 place, _, fact = counts["first"].partition(": ")
-                raise ProofError(
-                    place, f"{name}: {fact} ({counts['failed']:,} rows fail)", "remove the row, or use another --format"
-                )
+                fact = f"{name}: {fact} ({counts['failed']:,} rows fail)"
+                raise ProofError(place, fact, "remove the row, or use another --format")
 
     def digest(self) -> str:
         """One hash of every row's ids, in order, and of which are trained on."""
@@ -187,9 +186,6 @@ def split_held_out(digests: NDArray[np.uint64], validation: float, seed: str) ->
             break
         size = int(sizes[group[i]])
         if not held[i] and n_held + size <= n // 2:  # never the whole source, however often its rows repeat
-            if size == 1:
-                held[i] = True
-            else:
-                held[group == group[i]] = True
+            held[i if size == 1 else group == group[i]] = True
             n_held += size
     return held

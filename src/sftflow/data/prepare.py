@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -43,7 +44,10 @@ def prepare_source(
     job = Job(renderer.spec, place, recipe.train.max_length, recipe.train.overlong, recipe.on_bad_row)
 
     def fill(directory: Path) -> None:
-        _render_into(directory, entry, recipe, job, renderer, every_row=every_row, progress=progress)
+        said = functools.partial(progress, entry.label) if progress else None
+        with contextlib.ExitStack() as stack:
+            blocks = _rendered(_blocks(rows_of_entry(entry, recipe)), job, renderer, stack, every_row)
+            _write_rows(directory, blocks, place, "all" if every_row else "sample", said)
 
     def opened(directory: Path) -> RowStore:
         return RowStore(directory, name=entry.label, number=number, prefix=place)
@@ -70,24 +74,14 @@ def prepare_source(
     return opened(kept)
 
 
-def _render_into(
-    directory: Path,
-    entry: SourceEntry,
-    recipe: Recipe,
-    job: Job,
-    renderer: Renderer,
-    *,
-    every_row: bool,
-    progress: Progress | None,
+def _write_rows(
+    directory: Path, blocks: Iterable[Block], prefix: str, verified: str, progress: Callable[[int], None] | None
 ) -> None:
-    """Render a source into a new store in `directory`."""
-    blocks = _blocks(rows_of_entry(entry, recipe))
+    """Rendered blocks -> a new store in `directory`. verified: which rows were, "all" or "sample"."""
     total, bad = Counts(), []
     sample: Conversation | None = None
-    with contextlib.ExitStack() as stack:
-        writer = RowWriter(directory)
-        stack.callback(writer.abandon)
-        for block in _rendered(blocks, job, renderer, stack, every_row):
+    with contextlib.closing(RowWriter(directory)) as writer:
+        for block in blocks:
             if block.error is not None:
                 raise block.error
             total.add(block.counts)
@@ -95,17 +89,16 @@ def _render_into(
             sample = sample or block.sample
             writer.append(block.ids, block.mask, block.table)
             if progress:
-                progress(entry.label, total.seen)
+                progress(total.seen)
         if len(bad) > MOST_BAD * total.seen:
             fact = f"{len(bad):,} of {total.seen:,} rows are bad, more than {MOST_BAD:.0%}; the first: {bad[0][1]}"
-            raise DataError(job.prefix, fact, "mend the data")
+            raise DataError(prefix, fact, "mend the data")
         with (directory / "bad.jsonl").open("w", encoding="utf-8") as f:
             for n, reason, row in bad:
-                f.write(json.dumps({"source": f"{job.prefix}:{n}", "reason": reason, "row": row}) + "\n")
+                f.write(json.dumps({"source": f"{prefix}:{n}", "reason": reason, "row": row}) + "\n")
         first = {"source": sample.source, "row": sample.to_row()} if sample else None
         (directory / "sample.json").write_text(json.dumps(first), encoding="utf-8")
-        verified = "all" if every_row else "sample"
-        writer.close({**vars(total), "bad": len(bad), "verified": verified, "prefix": job.prefix})
+        writer.finish({**vars(total), "bad": len(bad), "verified": verified, "prefix": prefix})
 
 
 def _blocks(rows: Iterable[NumberedRow]) -> Iterator[list[NumberedRow]]:

@@ -36,7 +36,7 @@ class RowWriter:
         self._directory = directory
         self._ids = (directory / "ids.bin").open("wb")
         self._mask = (directory / "mask.bin").open("wb")
-        self._tables: list[NDArray[Any]] = []
+        self._tables: list[NDArray[Any]] = [np.empty(0, ROW)]
         self._tokens = 0
 
     def append(self, ids: NDArray[np.int32], mask: NDArray[np.int8], table: NDArray[Any]) -> None:
@@ -48,15 +48,14 @@ class RowWriter:
         self._ids.write(ids.tobytes())
         self._mask.write(mask.tobytes())
 
-    def abandon(self) -> None:
-        """Close the files without saying that the store is whole; after `close`, nothing."""
+    def close(self) -> None:
+        """Close the files; without `finish` the store is not whole."""
         self._ids.close()
         self._mask.close()
 
-    def close(self, meta: dict[str, Any]) -> None:
-        self.abandon()
-        table = np.concatenate(self._tables) if self._tables else np.empty(0, ROW)
-        np.save(self._directory / "rows.npy", table)
+    def finish(self, meta: dict[str, Any]) -> None:
+        self.close()
+        np.save(self._directory / "rows.npy", np.concatenate(self._tables))
         (self._directory / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
 
 
