@@ -122,7 +122,7 @@ class Encoder:
             for t in data["added_tokens"]
         ]
         plain = {**data, "added_tokens": renamed, "post_processor": None, "padding": None, "truncation": None}
-        twin = Tokenizer.from_str(json.dumps(plain))
+        twin: Any = Tokenizer.from_str(json.dumps(plain))
         both = zip(renamed, data["added_tokens"], strict=True)
         back = {twin.token_to_id(new["content"]): original["id"] for new, original in both}
         assert None not in back, renamed

@@ -43,7 +43,11 @@ _DEFAULTED = re.compile(r"set\s+(\w+)\s*=\s*\1\b|(?<!\w)(\w+) is (?:not )?define
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """The sandbox, with short ways for what templates do most and what the sandbox allows anyway: reading a key of a
     plain dict by a dot, asking the loop for its index, calling a method of a string. All else goes the sandbox's way.
+
+    generated: where the text of each `{% generation %}` block is kept, or None.
     """
+
+    generated: list[str] | None = None
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         kind = type(obj)
@@ -71,16 +75,10 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %} ... {% endgeneration %}`: the template's own word for what the assistant wrote.
-
-    The body is rendered as it is; between `open` and `close` of spans the text of each block is kept.
-    """
+    """`{% generation %} ... {% endgeneration %}`: the template's own word for what the assistant wrote. Rendered as it
+    is."""
 
     tags = {"generation"}  # noqa: RUF012  (jinja2 reads it so)
-
-    def __init__(self, environment: jinja2.Environment) -> None:
-        super().__init__(environment)
-        environment.extend(generated=None)
 
     def parse(self, parser: Any) -> Any:
         line = next(parser.stream).lineno
@@ -89,9 +87,8 @@ class _Generation(jinja2.ext.Extension):
 
     def _keep(self, caller: Any) -> str:
         text = str(caller())
-        kept = self.environment.generated  # type: ignore[attr-defined]
-        if kept is not None:
-            kept.append(text)
+        if self.environment.generated is not None:  # type: ignore[attr-defined]
+            self.environment.generated.append(text)  # type: ignore[attr-defined]
         return text
 
 
@@ -237,12 +234,11 @@ class Template:
         """The texts inside the template's `{% generation %}` marks; None where it has no such marks."""
         if "endgeneration" not in self.format.template:
             return None
-        kept: list[str] = []
-        self._environment.generated = kept  # type: ignore[attr-defined]
+        kept = self._environment.generated = []
         try:
             self.text(messages, tools, False, place)
         finally:
-            self._environment.generated = None  # type: ignore[attr-defined]
+            self._environment.generated = None
         return kept
 
     def arguments(self) -> list[str]:

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftflow.chat.render import Rendered, Renderer
+from sftflow.chat.schema import parse_row
 from sftflow.chat.template_options import append_eos, choose_arguments
 from sftflow.chat.verify import Checks, add_checks
-from sftflow.data.prepare import Progress, bad_rows, prepare_source, sample_conversation
+from sftflow.data.prepare import Progress, prepare_source
 from sftflow.data.sources import sample_of
 from sftflow.data.store import Examples, RowStore
 from sftflow.fingerprint import data_digest
@@ -130,16 +131,16 @@ def build_mixture(
     examples = Examples(sources, np.concatenate(train))
     if not len(examples):
         raise DataError("mixture", "no row is left to train on", "see the ledger's dropped rows")
-    firsts = [sample_conversation(rows) for rows in sources]
+    firsts = [first for rows in sources if (first := rows.meta["sample"])]
     mixture = Mixture(
         examples=examples,
         held_out=Examples(sources, np.concatenate(held)),
         names=[entry.label for entry in recipe.mixture],
         sources=ledgers,
         rows=sources,
-        samples=[renderer.render(c, turns=True) for c in firsts if c is not None],
+        samples=[renderer.render(parse_row(first["row"], first["source"]), turns=True) for first in firsts],
         max_length=recipe.train.max_length,
-        bad=[row for rows in sources if rows.meta["bad"] for row in bad_rows(rows)],
+        bad=[row for rows in sources for row in rows.meta["bad_rows"]],
         renderer=renderer,
     )
     if not every_row:

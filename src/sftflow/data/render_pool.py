@@ -69,15 +69,15 @@ class Counts:
 class Block:
     """What came of a block of rows.
 
-    table: (n,) of ROW, `start` counted from the block's first token.   bad: (number, reason, row) of quarantined rows.
-    sample: the first conversation that was rendered.   error: what stopped the block.
+    table: (n,) of ROW, `start` counted from the block's first token.   bad: of each quarantined row its source (place),
+    reason and row.   sample: the first conversation that was rendered.   error: what stopped the block.
     """
 
     ids: NDArray[np.int32]
     mask: NDArray[np.int8]
     table: NDArray[Any]
     counts: Counts = field(default_factory=Counts)
-    bad: list[tuple[int, str, Any]] = field(default_factory=list)
+    bad: list[dict[str, Any]] = field(default_factory=list)
     sample: Conversation | None = None
     error: SftflowError | None = None
 
@@ -97,7 +97,7 @@ def render_block(renderer: Renderer, job: Job, items: list[NumberedRow], n_verif
             if job.on_bad_row == "stop":
                 block.error = error
                 break
-            block.bad.append((number, str(error), _shown(payload)))
+            block.bad.append({"source": f"{job.prefix}:{number}", "reason": str(error), "row": _shown(payload)})
             continue
         if fitted.dropped:
             counts.dropped[fitted.dropped] += 1
@@ -127,14 +127,11 @@ def _shown(payload: Any) -> Any:
 
 
 def n_cores() -> int:
-    """Cores this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on Linux
-        return os.cpu_count() or 1
+    """Cores this process may use; all of the machine's where the system (not Linux) does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class Workers:
+class Workers(contextlib.AbstractContextManager["Workers"]):
     """Processes that render blocks. A subprocess with a pipe, not multiprocessing: it starts without importing the
     caller's main module (a script without an `if __name__` guard works), and a fork after torch has started its
     threads is not safe."""
@@ -160,9 +157,6 @@ class Workers:
         for process in self._processes:
             _send(process, job)
             self._free.put(process)
-
-    def __enter__(self) -> Workers:
-        return self
 
     def __exit__(self, *_: object) -> None:
         for process in self._processes:
@@ -221,7 +215,7 @@ def main() -> None:
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     try:
         job: Job = pickle.load(requests)
-        renderer = Renderer.from_spec(job.spec)
+        renderer = Renderer(None, job.spec.format, spec=job.spec)
         gc.freeze()  # the tokenizer's vocabulary need not be walked again and again
         gc.set_threshold(50_000)
         while True:

@@ -41,12 +41,11 @@ def rows_of_entry(entry: SourceEntry, recipe: Recipe) -> Iterator[NumberedRow]:
         n = sum(1 for _ in numbered_rows(name))
         if entry.limit < n:
             chosen = frozenset(random.Random(recipe.train.seed).sample(range(n), entry.limit))
-    empty = True
+    i = -1
     for i, item in enumerate(numbered_rows(name)):
-        empty = False
         if chosen is None or i in chosen:
             yield item
-    if empty:
+    if i < 0:
         raise DataError(place_of(entry), "no rows in it", "give a file with conversations")
 
 

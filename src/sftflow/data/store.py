@@ -3,7 +3,7 @@
 ids.bin    int32   the ids of all rows, one after another
 mask.bin   int8    1 where supervised
 rows.npy   a table with a line a row (ROW)
-meta.json  what became of the source's rows
+meta.json  what became of the source's rows, the bad ones, and the first that was rendered
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class RowWriter:
     def finish(self, meta: dict[str, Any]) -> None:
         self.close()
         np.save(self._directory / "rows.npy", np.concatenate(self._tables))
-        (self._directory / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
+        (self._directory / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
 class Rows:

@@ -114,9 +114,7 @@ class Task:
 
 def chance_of(items: Sequence[Item]) -> float:
     """The score of guessing: mean of 1/choices over multiple-choice items, 0 for free text."""
-    if not items:
-        return 0.0
-    return sum(1 / len(i.choices) if i.choices else 0.0 for i in items) / len(items)
+    return sum(1 / len(i.choices) if i.choices else 0.0 for i in items) / max(1, len(items))
 
 
 def ask(question: str, reply: str | Sequence[Part], source: str) -> Conversation:

@@ -195,7 +195,7 @@ class Prover:
         system message in the first user turn, both roles together."""
         out: list[tuple[int, str]] = []
         literals = proof.literals
-        places = [proof.starts[piece] + offset for piece, offset in proof.shape.turn_starts()]
+        places = [proof.starts[piece] + offset for piece, offset in proof.shape.turn_starts]
         own: dict[int, int] = {}
         for mark, (left, _) in zip(proof.shape.skeleton.order, proof.spans, strict=True):
             own.setdefault(proof.shape.placeholders[mark].message, left)
