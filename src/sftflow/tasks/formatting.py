@@ -127,8 +127,7 @@ class Formatting(Task):
         rng = random.Random(f"{self.name}:{split}:{self.source.seed}")
         out: list[Case] = []
         seen: set[str] = set()
-        if split != "train":
-            count = min(count, MAX_ITEMS)
+        count = count if split == "train" else min(count, MAX_ITEMS)
         turns = cycle(MAKERS)
         while len(out) < count:
             maker = next(turns)
