@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from sftflow.foundation.runtime import Runtime
     from sftflow.generation.engine import Engine
     from sftflow.generation.request import GenerationRequest
+    from sftflow.generation.sequence import ReplyDecoder
 
 BUILTIN_TINY = "builtin:tiny"
 COPY_AGAIN = "copy the checkpoint again"
@@ -114,6 +115,13 @@ class Assistant:
         fields["top_k"] = max(fields["top_k"], 0)  # -1 is "off", too
         limit = room if max_tokens is None else min(max_tokens, room)
         return GenerationRequest(prompt_ids=ids, max_new_tokens=limit, **fields)
+
+    @property
+    def reply_decoder(self) -> ReplyDecoder:
+        """What generated ids mean in its chat format: text, calculator calls and their results."""
+        from sftflow.generation.sequence import ReplyDecoder
+
+        return ReplyDecoder(self.renderer)
 
     def plain_ids(self, text: str) -> tuple[int, ...]:
         """Plain text as the base was pretrained to read it: with the tokenizer's own BOS, without control tokens."""

@@ -10,7 +10,11 @@ from typing import Any, Literal
 from sftflow.api.assistant import base_beside, load
 from sftflow.api.shared import ModelLike, name_of, watching
 from sftflow.checkpoint import Assistant
+from sftflow.exporting.merge import merge
+from sftflow.exporting.to_gguf import export_gguf, require_passed, summary
 from sftflow.foundation.errors import RecipeError
+
+__all__ = ["export", "require_passed", "serve", "summary", "talk"]
 
 
 def serve(
@@ -94,8 +98,6 @@ def export(
     """
     with watching() as shown:
         if to == "merged":
-            from sftflow.exporting.merge import merge
-
             if type == "q8_0":
                 raise RecipeError("--type", "a checkpoint directory holds no q8_0", "use f32, f16 or bf16")
             merge(name_of(model), Path(out), base=base, kind=type)
@@ -103,6 +105,4 @@ def export(
             return None
         if base is not None:
             raise RecipeError("--base", "only --to merged has one", "leave it out")
-        from sftflow.exporting.to_gguf import export_gguf
-
         return export_gguf(name_of(model), Path(out), type or "f16", prompts=prompts, say=shown.say)

@@ -33,7 +33,7 @@ def export(
     try:
         with Signals():
             from sftflow import api
-            from sftflow.exporting.to_gguf import require_passed, summary
+            from sftflow.api.publish import require_passed, summary
 
             certificate = api.export(model, to, out, type=kind, base=base, prompts=prompts)
             if certificate is not None:

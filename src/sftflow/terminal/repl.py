@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, TextIO
 
 from sftflow.chat.schema import Conversation, Message, text_message
 from sftflow.foundation.errors import CheckpointError, SftflowError
-from sftflow.generation.sequence import ReplyDecoder
 from sftflow.terminal.repl_input import Typed, keyboard, read_message, whole
 from sftflow.terminal.save import append_row, row_of
 
@@ -92,7 +91,7 @@ def _stream(
     except KeyboardInterrupt:
         pass
     if ended == "interrupted":
-        decoder = ReplyDecoder(assistant.renderer)
+        decoder = assistant.reply_decoder
         parts = decoder.parts(decoder.without_open_call(ids))
         if any(part.text for part in parts):
             message = Message("assistant", parts, weight=0)
