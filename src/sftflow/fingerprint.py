@@ -87,16 +87,6 @@ GRADED_ROWS = MadeBy(
     ),
     libraries=("sftflow", "torch", "transformers"),
 )
-LEFT_OUT = {
-    "foundation.atomic_io": "how files are written",
-    "checkpoint": "what it loads has fingerprints of its own: weights, tokenizer, template",
-    "data.row_cache": "where rows are kept; its key is compared",
-    "foundation.errors": "what refusals look like",
-    "fingerprint": "its hashes are compared",
-    "recipe": "what it asks for is in the key",
-    "sandbox": "of rendered rows only: it grades",
-}
-"""modules that the listed ones import and that are in neither list, or in one only: why they change no row"""
 
 
 @cache

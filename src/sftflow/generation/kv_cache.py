@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from sftflow.packing.attention import Scoring, attend
-from sftflow.packing.layout import Layout
+from sftflow.packing.layout import Layout, causal_mask
 
 ROOM = 128
 """places of a row come in multiples of this"""
@@ -35,9 +35,6 @@ class Prefix:
 
     length: int = 0
     layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-
-    def copy(self) -> Prefix:
-        return Prefix(self.length, dict(self.layers))
 
     def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Those of a packed row, behind what was there; its last slot is no token."""
@@ -140,12 +137,7 @@ class Decoding:
     def mask(self, window: int | None, longest: int) -> torch.Tensor:
         """(rows, 1, longest) zero where a row's new token sees a place, else -inf; every layer asks for it."""
         if window not in self._masks:
-            place = torch.arange(longest, device=self.positions.device)
-            hidden = place > self.positions[:, None]
-            if window is not None:
-                hidden |= place <= self.positions[:, None] - window
-            mask = torch.zeros(hidden.shape, device=place.device).masked_fill_(hidden, float("-inf"))
-            self._masks[window] = mask[:, None]
+            self._masks[window] = causal_mask(self.positions, longest, window, torch.float32)[:, None]
         return self._masks[window]
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: Scoring) -> torch.Tensor:

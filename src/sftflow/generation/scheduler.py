@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 
@@ -157,7 +158,8 @@ class Scheduler:
                 sequence = self._waiting.popleft()
                 sequence.start()
                 every = sequence.request.prompt_logprobs is not None  # of the shared beginning, too
-                self._reading = sequence, Prefix() if every else self._packed.prefix.copy()
+                shared = self._packed.prefix
+                self._reading = sequence, Prefix() if every else replace(shared, layers=dict(shared.layers))
                 continue
             else:
                 sequences, n = self._group(self.max_running - self.running, left)

@@ -15,7 +15,7 @@ import torch
 from sftflow.foundation.runtime import has_native_bf16
 from sftflow.recipe import Schedule, Train
 
-Named = list[tuple[str, torch.nn.Parameter]]
+Parameters = list[torch.nn.Parameter]
 
 # Muon moves matrices by orthogonalised steps whose size does not depend on the gradient, so its learning rate
 # is a fixed multiple of AdamW's in one recipe; `lr` is always AdamW's for the embeddings, norms and biases.
@@ -26,9 +26,9 @@ MUON_RATIO = 4.0
 class Groups:
     """The trainable parameters of a model, by what they are."""
 
-    matrices: Named
-    embeddings: Named
-    rest: Named
+    matrices: Parameters
+    embeddings: Parameters
+    rest: Parameters
 
 
 def groups_of(model: Any) -> Groups:
@@ -37,12 +37,13 @@ def groups_of(model: Any) -> Groups:
     head = model.get_output_embeddings()
     if head is not None:
         tables.add(id(head.weight))
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    return Groups(
-        embeddings=[(n, p) for n, p in named if id(p) in tables],
-        matrices=[(n, p) for n, p in named if p.ndim >= 2 and id(p) not in tables],
-        rest=[(n, p) for n, p in named if p.ndim < 2 and id(p) not in tables],
-    )
+    embeddings: Parameters = []
+    matrices: Parameters = []
+    rest: Parameters = []
+    for p in model.parameters():
+        if p.requires_grad:
+            (embeddings if id(p) in tables else matrices if p.ndim >= 2 else rest).append(p)
+    return Groups(embeddings=embeddings, matrices=matrices, rest=rest)
 
 
 def adamw(groups: Groups, settings: Train) -> list[torch.optim.Optimizer]:
@@ -53,15 +54,14 @@ def adamw(groups: Groups, settings: Train) -> list[torch.optim.Optimizer]:
         (groups.embeddings, lr * scale.embeddings, 0.0),
         (groups.rest, lr * scale.rest, 0.0),
     ]
-    used = [{"params": [p for _, p in named], "lr": rate, "weight_decay": w} for named, rate, w in parts if named]
+    used = [{"params": group, "lr": rate, "weight_decay": decay} for group, rate, decay in parts if group]
     return [torch.optim.AdamW(used, betas=(0.9, 0.95), eps=1e-8, fused=True)] if used else []
 
 
 def muon(groups: Groups, settings: Train) -> list[torch.optim.Optimizer]:
     """Muon (Jordan et al. 2024) for the matrices inside the blocks, AdamW for everything else (experts too)."""
-    matrices = [p for _, p in groups.matrices if p.ndim == 2]
-    experts = [(n, p) for n, p in groups.matrices if p.ndim != 2]
-    others = adamw(replace(groups, matrices=experts), settings)
+    matrices = [p for p in groups.matrices if p.ndim == 2]
+    others = adamw(replace(groups, matrices=[p for p in groups.matrices if p.ndim != 2]), settings)
     if not matrices:
         return others
     rate = settings.peak_lr * MUON_RATIO * settings.lr_scale.matrices

@@ -62,7 +62,11 @@ class Trainer:
             compile_layers(model)
             self.parts = torch.compile(fused_parts, dynamic=True)
         self.n_body, self.n_head = matrix_sizes(model)
-        lasting_gradients(model)
+        # Every gradient is allocated once and for all: made anew each step among activations that come and go, they
+        # leave the heap full of holes, and where it is there, that of the token embedding can be sparse (`attending`).
+        for parameter in self.trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def __iter__(self) -> Iterator[StepLog]:
         while self.step < self.plan.total_steps:
@@ -80,7 +84,9 @@ class Trainer:
         losses, sources = self._backward(batches)
         bound = self.settings.clip if self.settings.clip > 0 else math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.trained, bound))
-        factor = self._set_rates()
+        factor = lr_factor(self.step, self.plan.total_steps, self.settings.schedule)
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["lr"] = group["peak_lr"] * factor
         loss_sum = float(losses.sum(dtype=np.float64))
         finite = math.isfinite(loss_sum) and math.isfinite(norm)
         if finite:
@@ -145,13 +151,6 @@ class Trainer:
             sources.append(batch.sources)
         return np.concatenate(losses), np.concatenate(sources)
 
-    def _set_rates(self) -> float:
-        factor = lr_factor(self.step, self.plan.total_steps, self.settings.schedule)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
-        return factor
-
 
 @contextmanager
 def resting(model: Any) -> Iterator[None]:
@@ -165,23 +164,11 @@ def resting(model: Any) -> Iterator[None]:
         torch.random.set_rng_state(random)
 
 
-def lasting_gradients(model: Any) -> None:
-    """Allocate every gradient once and for all.
-
-    Made anew each step among activations that come and go, they leave the heap full of holes. And since each is there
-    before the backward pass, that of the token embedding can be sparse (see `attending`).
-    """
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-
-
 def matrix_sizes(model: Any) -> tuple[int, int]:
     """(parameters in the blocks' matrices, in the output projection): what products are counted by. Of experts those
     that a token uses."""
     config = model.config.get_text_config()
     experts = next((n for k in EXPERTS if (n := getattr(config, k, None))), 1)
     active = (getattr(config, "num_experts_per_tok", None) or experts) / experts
-    matrices = [p for _, p in groups_of(model).matrices]
-    body = sum(p.numel() * (active if p.ndim == 3 else 1) for p in matrices)
+    body = sum(p.numel() * (active if p.ndim == 3 else 1) for p in groups_of(model).matrices)
     return int(body), model.get_output_embeddings().weight.numel()
