@@ -46,8 +46,8 @@ def imports_of(tree: ast.AST, names: set[str]) -> set[str]:
     """The modules among `names` that a file imports, however it says so.
 
     >>> tree = ast.parse("from sftflow import api\\nfrom sftflow.chat import render\\nimport sftflow.foundation.errors")
-    >>> sorted(imports_of(tree, {"", "api", "chat", "chat.render", "errors"}))
-    ['api', 'chat.render', 'errors']
+    >>> sorted(imports_of(tree, {"", "api", "chat", "chat.render", "foundation.errors"}))
+    ['api', 'chat.render', 'foundation.errors']
     """
     found = set()
     for node in ast.walk(tree):

@@ -28,7 +28,6 @@ from sftflow.data.audit.lengths import length_edges, spread
 from sftflow.data.audit.near_duplicates import AGREE, candidates, minhash
 from sftflow.data.audit.ngrams import SHINGLE, mix64, split_words
 from sftflow.data.audit.overlap import NGRAM, EvalIndex, template_limit
-from sftflow.data.mixture import SourceLedger
 from sftflow.data.store import ROW, Rows
 from sftflow.report.audit_page import audit_page
 from sftflow.report.charts import row_lengths
@@ -480,9 +479,9 @@ def example() -> tuple[dict[str, Any], Audit]:
     rows += [rows[0], rows[1], f"{rows[2]} more"]
     items = {"t": [rows[5], sentence(rng, 20)], "clean": [sentence(rng, 20)]}
     found = run(rows, rows[3:9], eval_sets=items)
-    sources = [
-        vars(SourceLedger(name=s.name, rows=s.rows, tokens=100, supervised_tokens=40, repeat=2)) for s in found.sources
-    ]
+    counts = {"cut": 0, "dropped": 0, "bad": 0, "expanded": 0, "validation_rows": 0, "boundary_splits": 0}
+    more = {"repeat": 2, "tokens": 100, "supervised_tokens": 40, **counts, "dropped_why": {}}
+    sources = [{"name": s.name, "rows": s.rows, **more} for s in found.sources]
     ledger = {"sources": sources, "rows": 69, "tokens": 200, "supervised_tokens": 80, "packed_rows": 3}
     more = {"validation_rows": 0, "bad_rows": [], "data_sha256": "ab12"}
     return {**ledger, **more, "padding_share": 0.25, "max_length": 64}, found

@@ -119,7 +119,7 @@ def served(models: list[Path]) -> Iterator[str]:
 def test_send_stream_regenerate_edit_stop(browser: Chromium, served: str, models: list[Path], tmp_path: Path) -> None:
     with opened(browser, served, downloads=tmp_path) as page:
         page.click("#open-settings")
-        for name, value in (("temperature", "1"), ("max_tokens", "12"), ("min_p", "0.01")):
+        for name, value in (("temperature", "1"), ("max_tokens", "12"), ("min_p", "0.01"), ("seed", "7")):
             page.click(f"[name={name}]")
             page.type(value)
         page.click("#system")

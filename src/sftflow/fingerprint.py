@@ -63,6 +63,8 @@ RENDERED_ROWS = MadeBy(
         "data/sources.py",
         "data/store.py",
         "data/truncate.py",
+        "foundation/calculator.py",  # the results in arithmetic conversations
+        "foundation/sequences.py",
         "packing/pack.py",
         "tasks",  # conversations of the built-in tasks, and the word lists and texts they are made of
     ),

@@ -38,9 +38,9 @@ class EvalTask:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """tasks: `name` or `name=PATH`; None: the generated ones.   limit: items of each.   allow_code: whether code that the
-    model wrote may be run.   identity: name and maker that the identity task asks for; None: those that the model's own
-    recipe taught it."""
+    """tasks: `name` or `name=PATH`; None: the generated ones.   limit: items of each.
+    allow_code: whether code that the model wrote may be run.
+    identity: name and maker that the identity task asks for; None: those that the model's own recipe taught it."""
 
     tasks: Sequence[str] | None
     limit: int | None = None
