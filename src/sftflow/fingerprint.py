@@ -75,7 +75,6 @@ GRADED_ROWS = MadeBy(
         "chat",  # item -> prompt
         "evaluation/grading.py",
         "evaluation/journal.py",
-        "evaluation/multiple_choice.py",
         "evaluation/options.py",
         "evaluation/prompts_for.py",
         "foundation/calculator.py",  # the results that replies are continued with

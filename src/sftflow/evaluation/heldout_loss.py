@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from sftflow.chat.render import Rendered, Renderer
 from sftflow.chat.schema import ROLES, Conversation
 from sftflow.checkpoint import Assistant
 from sftflow.data.run_rows import read_held_out
-from sftflow.evaluation.token_loss import Float, token_losses
+from sftflow.evaluation.token_loss import token_losses
 from sftflow.foundation.errors import ContextError, FormatError, MaskError
 from sftflow.packing.pack import Example
 
@@ -57,21 +57,6 @@ class HeldOutLoss:
     sources: dict[str, float | None]
     skipped: dict[str, int]
     first_skipped: str | None
-
-
-@dataclass
-class _Sums:
-    """Nats and tokens by group or source."""
-
-    nats: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    tokens: Counter[str] = field(default_factory=Counter)
-
-    def add(self, name: str, losses: Float) -> None:
-        self.nats[name] += float(losses.sum())
-        self.tokens[name] += len(losses)
-
-    def mean(self, name: str) -> float | None:
-        return self.nats[name] / self.tokens[name] if self.tokens[name] else None
 
 
 def groups_of(rendered: Rendered, renderer: Renderer, seen: int = 0) -> Int:
@@ -133,20 +118,26 @@ def held_out_loss(assistant: Assistant, conversations: Sequence[tuple[str, Conve
             examples.append(Example(ids=rendered.ids, mask=(groups != NO_GROUP).astype(np.int8)))
             labels.append((source, groups[groups != NO_GROUP]))
             seen = len(made_from.messages)
-    sums, by_source = _Sums(), _Sums()
+    nats: defaultdict[tuple[str, ...], float] = defaultdict(float)
+    tokens: Counter[tuple[str, ...]] = Counter()
     reply = [GROUPS.index("assistant"), GROUPS.index("end_of_turn")]
     for (source, groups), losses in zip(labels, token_losses(assistant, examples), strict=True):
-        for number, name in enumerate(GROUPS):
-            sums.add(name, losses[groups == number])
-        sums.add("all", losses[np.isin(groups, reply)])
-        by_source.add(source, losses[np.isin(groups, reply)])
+        replied = losses[np.isin(groups, reply)]
+        parts = {("group", name): losses[groups == number] for number, name in enumerate(GROUPS)}
+        for key, some in {**parts, ("group", "all"): replied, ("source", source): replied}.items():
+            nats[key] += float(some.sum())
+            tokens[key] += len(some)
+
+    def mean(*key: str) -> float | None:
+        return nats[key] / tokens[key] if tokens[key] else None
+
     return HeldOutLoss(
         rows=rows,
-        tokens=sums.tokens["all"],
-        all=sums.mean("all"),
-        end_of_turn=sums.mean("end_of_turn"),
-        roles={role: sums.mean(role) for role in ROLES},
-        sources={name: by_source.mean(name) for name in dict.fromkeys(name for name, _ in conversations)},
+        tokens=tokens["group", "all"],
+        all=mean("group", "all"),
+        end_of_turn=mean("group", "end_of_turn"),
+        roles={role: mean("group", role) for role in ROLES},
+        sources={name: mean("source", name) for name in dict.fromkeys(name for name, _ in conversations)},
         skipped=dict(skipped),
         first_skipped=first,
     )

@@ -111,13 +111,6 @@ def read_corpus(texts: Sequence[Path], heldout: Sequence[Path], seed: int) -> tu
     return documents[n:] or documents, {"1% of the documents": documents[:n]}
 
 
-def corpus_hash(documents: Sequence[str]) -> str:
-    digest = hashlib.sha256()
-    for document in documents:
-        digest.update(document.encode() + b"\0")
-    return digest.hexdigest()[:16]
-
-
 def first_documents(documents: Sequence[str], size: int, size_of: Callable[[str], int] = len) -> Sequence[str]:
     """As many documents from the start as it takes to have `size` characters, or what `size_of` counts."""
     ends = np.cumsum([size_of(document) for document in documents])
@@ -192,7 +185,10 @@ def train_base(
     model = build_model(spec, len(tokenizer), tokenizer.bos_token_id)
     settings = spec.settings(save_every)
     trainer = Trainer(model, RowPlan(rows_of(stream, spec.context), settings), settings, runtime, ["text"])
-    identity = {"corpus": corpus_hash(documents), "spec": json.dumps(asdict(spec) | {"compile": None})}
+    corpus = hashlib.sha256()
+    for document in documents:
+        corpus.update(document.encode() + b"\0")
+    identity = {"corpus": corpus.hexdigest()[:16], "spec": json.dumps(asdict(spec) | {"compile": None})}
     run = TrainingRun(out, trainer, listener, identity=identity)
     run.restore()
     run.begin()

@@ -28,26 +28,19 @@ class _StraightThrough(torch.autograd.Function):
         return grads[0].float(), None
 
 
-def _linear(module: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return F.linear(x.to(weight.dtype), weight, None if module.bias is None else module.bias.to(weight.dtype))
+class OnCopy:
+    """A linear layer computes on the bf16 copy of its weight; GPT-2's Conv1D keeps its weight transposed."""
+
+    def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
+        weight = _StraightThrough.apply(self.weight, self.bf16)
+        bias = None if self.bias is None else self.bias.to(weight.dtype)
+        return F.linear(input.to(weight.dtype), weight.T if isinstance(self, Conv1D) else weight, bias)
 
 
-class Bf16Linear(torch.nn.Linear):
-    """nn.Linear on the bf16 copy of its weight."""
-
-    bf16: torch.Tensor
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return _linear(self, input, _StraightThrough.apply(self.weight, self.bf16))
+class Bf16Linear(OnCopy, torch.nn.Linear): ...
 
 
-class Bf16Conv1D(Conv1D):
-    """GPT-2's transposed linear layer on the bf16 copy of its weight."""
-
-    bf16: torch.Tensor
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _linear(self, x, _StraightThrough.apply(self.weight, self.bf16).T)
+class Bf16Conv1D(OnCopy, Conv1D): ...
 
 
 CLASSES = {torch.nn.Linear: Bf16Linear, Conv1D: Bf16Conv1D}

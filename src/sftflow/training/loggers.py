@@ -16,7 +16,6 @@ import os
 import secrets
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,8 @@ PROJECT = "sftflow"
 FINISH_SECONDS = 60.0  # a network that is down must not keep a finished run from ending
 
 
-@dataclass(frozen=True)
-class Sink:
-    """One service's own writer. log: (values, step).   close: (whether the run failed)."""
-
-    log: Callable[[dict[str, float], int], object]
-    close: Callable[[bool], object]
+Sink = tuple[Callable[[dict[str, float], int], object], Callable[[bool], object]]
+"""one service's own writer: log(values, step), close(whether the run failed)"""
 
 
 def tensorboard(recipe: Recipe, out: Path, resumed_at: int | None) -> Sink:
@@ -58,7 +53,7 @@ def tensorboard(recipe: Recipe, out: Path, resumed_at: int | None) -> Sink:
         for name, value in values.items():
             writer.add_scalar(name, value, step)
 
-    return Sink(log, lambda failed: writer.close())
+    return log, lambda failed: writer.close()
 
 
 def wandb(recipe: Recipe, out: Path, resumed_at: int | None) -> Sink:
@@ -84,7 +79,7 @@ def wandb(recipe: Recipe, out: Path, resumed_at: int | None) -> Sink:
         config=recipe.model_dump(mode="json"),
         settings=settings,
     )
-    return Sink(run.log, lambda failed: run.finish(exit_code=int(failed)))
+    return run.log, lambda failed: run.finish(exit_code=int(failed))
 
 
 def trackio(recipe: Recipe, out: Path, resumed_at: int | None) -> Sink:
@@ -104,7 +99,7 @@ def trackio(recipe: Recipe, out: Path, resumed_at: int | None) -> Sink:
         auto_log_gpu=False,
     )
     # The run's own finish would be called a second time when the process ends.
-    return Sink(run.log, lambda failed: trackio.finish())
+    return run.log, lambda failed: trackio.finish()
 
 
 # A recipe word, which is the name of the package it needs -> (its writer, whether what was logged can be taken back).
@@ -127,7 +122,7 @@ def require_logger(name: str | None) -> None:
         )
 
 
-class Logger:
+class Logger(contextlib.AbstractContextManager["Logger"]):
     """Sends each step once, and survives its service.
 
     sink: None where the recipe asks for no logger, or once it has failed.
@@ -155,7 +150,7 @@ class Logger:
         if sink is not None:
             # A skipped step has a loss that is no number, which no chart can show.
             finite = {k: float(v) for k, v in values.items() if v is not None and math.isfinite(v)}
-            self.attempt(lambda: sink.log(finite, step))
+            self.attempt(lambda: sink[0](finite, step))
 
     def step(self, log: Any) -> None:
         """log: a StepLog."""
@@ -184,13 +179,10 @@ class Logger:
             values = {f"eval/{name}": score for name, score in figures["tasks"].items()}
             self._send(values | {f"hygiene/{name}": share for name, share in figures["hygiene"].items()}, step)
 
-    def __enter__(self) -> Logger:
-        return self
-
     def __exit__(self, kind: Any, *_: Any) -> None:
         sink, self.sink = self.sink, None
         if sink is not None:
-            self.attempt(lambda: sink.close(kind is not None))
+            self.attempt(lambda: sink[1](kind is not None))
 
 
 def open_logger(recipe: Recipe, out: Path, say: Callable[[str], None], *, resumed_at: int | None) -> Logger:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from sftflow.foundation.errors import RunError
 from sftflow.foundation.runtime import Runtime, keep_freed_memory
@@ -30,8 +29,6 @@ from sftflow.training.optimizers import groups_of, lr_factor, make_optimizers
 
 MAX_BAD_STEPS = 3
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-Float = NDArray[np.float64]
-Int = NDArray[np.int64]
 
 
 class Trainer:
@@ -81,7 +78,10 @@ class Trainer:
         started = time.perf_counter()
         examples = [e for row in self.plan.step_rows(self.step) for e in row]
         batches = micro_batches(examples, self.settings)
-        losses, sources = self._backward(batches)
+        self.model.train()
+        scale = 1 / max(1, sum(b.n_supervised for b in batches))
+        losses = np.concatenate([np.zeros(0), *(self.loss(b, scale).cpu().double().numpy() for b in batches)])
+        sources = np.concatenate([np.zeros(0, np.int64), *(b.sources for b in batches)])
         bound = self.settings.clip if self.settings.clip > 0 else math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.trained, bound))
         factor = lr_factor(self.step, self.plan.total_steps, self.settings.schedule)
@@ -140,16 +140,6 @@ class Trainer:
         self.model.train()
         by_source = [float(s / c) if c else None for s, c in zip(sums, counts, strict=True)]
         return float(sums.sum() / max(1, counts.sum())), by_source, int(counts.sum())
-
-    def _backward(self, batches: Sequence[PackedBatch]) -> tuple[Float, Int]:
-        """Add up the gradients of (loss sum / supervised tokens of the step); (losses, sources) of every token."""
-        scale = 1 / max(1, sum(b.n_supervised for b in batches))
-        self.model.train()
-        losses, sources = [np.zeros(0)], [np.zeros(0, np.int64)]
-        for batch in batches:
-            losses.append(self.loss(batch, scale).cpu().double().numpy())
-            sources.append(batch.sources)
-        return np.concatenate(losses), np.concatenate(sources)
 
 
 @contextmanager
