@@ -65,9 +65,19 @@ def chat_prompt(renderer: Renderer, item: Item) -> Ids:
 def chat_letters(renderer: Renderer, items: Sequence[Item], task: str) -> list[ItemPrompt]:
     """The prompt of each multiple-choice item in a chat format. Raises TaskError where a bare letter is no reply in it,
     or where the tokenizer does not tell the letters apart."""
-    renderer = _format_for_letters(renderer, task)
-    # A reply is encoded apart from its prompt, so that its tokens are the same behind every one.
-    replies = {letter: _reply_ids(renderer, letter) for letter in sorted({c for i in items for c in i.choices})}
+    try:
+        # The template arguments under which a letter alone is a reply: where the prompt opens a think block, those that
+        # close it. A format need not end its turns to be asked this.
+        renderer = choose_arguments(append_eos(renderer), [_exchange("A")])
+        renderer.render(_exchange("A"))
+    except (MaskError, FormatError) as error:
+        fact = f"in this chat format a letter alone is no reply ({error.fact})"
+        raise TaskError(task, fact, "leave it out of --tasks") from None
+    replies: dict[str, Ids] = {}
+    for letter in sorted({c for i in items for c in i.choices}):
+        # A reply is encoded apart from its prompt, so that its tokens are the same behind every one.
+        rendered = renderer.render(_exchange(letter))
+        replies[letter] = tuple(rendered.ids[rendered.mask == 1].tolist())
     return [_split(chat_prompt(renderer, item), {c: replies[c] for c in item.choices}, task) for item in items]
 
 
@@ -76,26 +86,8 @@ def plain_letters(encode: Callable[[str], Ids], items: Sequence[Item], task: str
     return [_split((), {c: encode(f"{item.plain} {c}") for c in item.choices}, task) for item in items]
 
 
-def _format_for_letters(renderer: Renderer, task: str) -> Renderer:
-    """The assistant's format, or the same with the template arguments under which a letter alone is a reply: where the
-    prompt opens a think block, those that close it. A format need not end its turns to be asked this."""
-    exchange = _exchange("A")
-    try:
-        settled = choose_arguments(append_eos(renderer), [exchange])
-        settled.render(exchange)
-    except (MaskError, FormatError) as error:
-        fact = f"in this chat format a letter alone is no reply ({error.fact})"
-        raise TaskError(task, fact, "leave it out of --tasks") from None
-    return settled
-
-
 def _exchange(letter: str) -> Conversation:
     return Conversation((text_message("user", "?"), text_message("assistant", letter)))
-
-
-def _reply_ids(renderer: Renderer, letter: str) -> Ids:
-    rendered = renderer.render(_exchange(letter))
-    return tuple(rendered.ids[rendered.mask == 1].tolist())
 
 
 def _split(prompt: Ids, replies: dict[str, Ids], task: str) -> ItemPrompt:

@@ -78,16 +78,13 @@ class Cache:
                 for buffer in buffers:
                     buffer[to, :, :longest] = buffer[origin, :, :longest]
         self.lengths = [self.lengths[i] for i in rows]
-        self._shrink()
-
-    def _shrink(self) -> None:
-        """Give back what one long reply, or many at once, took long ago."""
-        n, longest = len(self.lengths), max(self.lengths, default=0)
+        # Give back what one long reply, or many at once, took long ago.
+        n, longest = len(rows), max(self.lengths, default=0)
         for buffers in self.layers.values() if n else ():
-            rows, _, places, _ = buffers[0].shape
-            few, short = rows > 8 and 4 * n <= rows, places > 4 * ROOM and 4 * longest <= places
+            had, _, places, _ = buffers[0].shape
+            few, short = had > 8 and 4 * n <= had, places > 4 * ROOM and 4 * longest <= places
             if few or short:
-                self._resize(buffers, 2 * n if few else rows, 2 * longest if short else places)
+                self._resize(buffers, 2 * n if few else had, 2 * longest if short else places)
 
     def buffers(self, layer: int, like: Sequence[torch.Tensor], rows: int, places: int) -> list[torch.Tensor]:
         """The layer's keys and values, with room for so many rows and places.   like: (n, kv heads, size) each."""

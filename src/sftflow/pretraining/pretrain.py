@@ -6,7 +6,6 @@ supervised. A row is one stretch of text, so nothing is isolated in it (as usual
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import sys
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sftflow.data.documents import read_documents
+from sftflow.fingerprint import digest_of
 from sftflow.foundation.atomic_io import sweep, write_directory, write_json
 from sftflow.foundation.errors import DataError, RecipeError
 from sftflow.foundation.runtime import Runtime
@@ -185,10 +185,8 @@ def train_base(
     model = build_model(spec, len(tokenizer), tokenizer.bos_token_id)
     settings = spec.settings(save_every)
     trainer = Trainer(model, RowPlan(rows_of(stream, spec.context), settings), settings, runtime, ["text"])
-    corpus = hashlib.sha256()
-    for document in documents:
-        corpus.update(document.encode() + b"\0")
-    identity = {"corpus": corpus.hexdigest()[:16], "spec": json.dumps(asdict(spec) | {"compile": None})}
+    corpus = digest_of(document.encode() + b"\0" for document in documents)
+    identity = {"corpus": corpus, "spec": json.dumps(asdict(spec) | {"compile": None})}
     run = TrainingRun(out, trainer, listener, identity=identity)
     run.restore()
     run.begin()

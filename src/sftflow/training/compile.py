@@ -29,9 +29,3 @@ def decoder_layers(model: Any) -> list[torch.nn.Module]:
     lists = [m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
     blocks = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=None)
     return [] if blocks is None else list(blocks)
-
-
-def compile_layers(model: Any) -> None:
-    """Compile every decoder layer for any number of slots (one graph, so a resumed run computes the same)."""
-    for layer in decoder_layers(model):
-        layer.compile(dynamic=True)

@@ -17,7 +17,7 @@ import secrets
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sftflow.foundation.errors import RecipeError, first_line
 from sftflow.recipe import Recipe, to_yaml
@@ -27,8 +27,11 @@ PROJECT = "sftflow"
 FINISH_SECONDS = 60.0  # a network that is down must not keep a finished run from ending
 
 
-Sink = tuple[Callable[[dict[str, float], int], object], Callable[[bool], object]]
-"""one service's own writer: log(values, step), close(whether the run failed)"""
+class Sink(NamedTuple):
+    """One service's own writer. log: (values, step).   close: (whether the run failed)."""
+
+    log: Callable[[dict[str, float], int], object]
+    close: Callable[[bool], object]
 
 
 def tensorboard(recipe: Recipe, out: Path, resumed_at: int | None) -> Sink:
@@ -53,7 +56,7 @@ def tensorboard(recipe: Recipe, out: Path, resumed_at: int | None) -> Sink:
         for name, value in values.items():
             writer.add_scalar(name, value, step)
 
-    return log, lambda failed: writer.close()
+    return Sink(log, lambda failed: writer.close())
 
 
 def wandb(recipe: Recipe, out: Path, resumed_at: int | None) -> Sink:
@@ -79,7 +82,7 @@ def wandb(recipe: Recipe, out: Path, resumed_at: int | None) -> Sink:
         config=recipe.model_dump(mode="json"),
         settings=settings,
     )
-    return run.log, lambda failed: run.finish(exit_code=int(failed))
+    return Sink(run.log, lambda failed: run.finish(exit_code=int(failed)))
 
 
 def trackio(recipe: Recipe, out: Path, resumed_at: int | None) -> Sink:
@@ -99,7 +102,7 @@ def trackio(recipe: Recipe, out: Path, resumed_at: int | None) -> Sink:
         auto_log_gpu=False,
     )
     # The run's own finish would be called a second time when the process ends.
-    return run.log, lambda failed: trackio.finish()
+    return Sink(run.log, lambda failed: trackio.finish())
 
 
 # A recipe word, which is the name of the package it needs -> (its writer, whether what was logged can be taken back).
@@ -150,7 +153,7 @@ class Logger(contextlib.AbstractContextManager["Logger"]):
         if sink is not None:
             # A skipped step has a loss that is no number, which no chart can show.
             finite = {k: float(v) for k, v in values.items() if v is not None and math.isfinite(v)}
-            self.attempt(lambda: sink[0](finite, step))
+            self.attempt(lambda: sink.log(finite, step))
 
     def step(self, log: Any) -> None:
         """log: a StepLog."""
@@ -182,7 +185,7 @@ class Logger(contextlib.AbstractContextManager["Logger"]):
     def __exit__(self, kind: Any, *_: Any) -> None:
         sink, self.sink = self.sink, None
         if sink is not None:
-            self.attempt(lambda: sink[1](kind is not None))
+            self.attempt(lambda: sink.close(kind is not None))
 
 
 def open_logger(recipe: Recipe, out: Path, say: Callable[[str], None], *, resumed_at: int | None) -> Logger:

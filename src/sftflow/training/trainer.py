@@ -24,7 +24,7 @@ from sftflow.packing.pack import Example, PackedBatch
 from sftflow.recipe import Train
 from sftflow.training.batch_plan import RowPlan, StepLog, micro_batches
 from sftflow.training.bf16_weights import Bf16Weights, restore_classes
-from sftflow.training.compile import compile_layers
+from sftflow.training.compile import decoder_layers
 from sftflow.training.optimizers import groups_of, lr_factor, make_optimizers
 
 MAX_BAD_STEPS = 3
@@ -56,7 +56,8 @@ class Trainer:
         self.bf16 = Bf16Weights(model) if runtime.precision == "bf16" else None
         self.parts: Parts = loss_parts
         if settings.compile is True:
-            compile_layers(model)
+            for layer in decoder_layers(model):
+                layer.compile(dynamic=True)  # one graph for any number of slots, so a resumed run computes the same
             self.parts = torch.compile(fused_parts, dynamic=True)
         self.n_body, self.n_head = matrix_sizes(model)
         # Every gradient is allocated once and for all: made anew each step among activations that come and go, they
