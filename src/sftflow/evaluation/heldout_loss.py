@@ -15,8 +15,9 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +26,12 @@ from sftflow.chat.render import Rendered, Renderer
 from sftflow.chat.schema import ROLES, Conversation
 from sftflow.checkpoint import Assistant
 from sftflow.data.run_rows import read_held_out
-from sftflow.evaluation.token_loss import token_losses
-from sftflow.foundation.errors import ContextError, FormatError, MaskError
-from sftflow.packing.pack import Example
+from sftflow.foundation.errors import CheckpointError, ContextError, FormatError, MaskError
+from sftflow.packing.attending import evaluating
+from sftflow.packing.check_model import prove_forward
+from sftflow.packing.length_limits import length_limit
+from sftflow.packing.loss import batch_loss
+from sftflow.packing.pack import Example, PackedBatch, pack_batch, pad_batch, split_padded, split_step
 
 GROUPS = (*ROLES, "end_of_turn")
 NO_GROUP = -1
@@ -35,7 +39,9 @@ PLAIN_TEXT = Path(__file__).with_name("plain.txt")
 TOO_LONG = "longer than the model's context"
 NOT_RENDERED = "the format cannot express it, or its mask cannot be proven"
 NO_REPLY = "nothing in it is supervised"
-Int = NDArray[np.int64]
+MICRO_TOKENS = 8192
+"""slots that are computed at once"""
+Int, Float = NDArray[np.int64], NDArray[np.float64]
 
 
 # ---- by group
@@ -141,6 +147,51 @@ def held_out_loss(assistant: Assistant, conversations: Sequence[tuple[str, Conve
         skipped=dict(skipped),
         first_skipped=first,
     )
+
+
+# ---- single tokens, by the forward pass of training
+
+
+def token_losses(assistant: Assistant, examples: Sequence[Example]) -> list[Float]:
+    """For each example (m,) nats of its supervised tokens, in order; the first token is never among them.
+
+    Packed where the model can be, else each example alone and padded. Leaves the model as it was found. Raises
+    CheckpointError where its logits are not those of our head.
+    """
+    model, runtime = assistant.model, assistant.engine.runtime
+    out = [np.zeros(0)] * len(examples)
+    with evaluating(model):
+        numbered = [replace(e, source=i) for i, e in enumerate(examples)]
+        for batch, packed in _batches(numbered, model, _can_pack(assistant)):
+            losses = batch_loss(model, batch, runtime, packed=packed).cpu().double().numpy()
+            for i in np.unique(batch.sources):
+                out[i] = losses[batch.sources == i]
+    return out
+
+
+def _batches(examples: Sequence[Example], model: Any, packed: bool) -> Iterator[tuple[PackedBatch, bool]]:
+    """(batch, whether it is packed). A row so long that the model computes it differently by length stands alone."""
+    limit = length_limit(model)
+    most = math.inf if limit is None else limit[0]
+    short = [e for e in examples if len(e.ids) <= most and e.mask[1:].any()]
+    if packed and short:
+        yield from ((pack_batch(part), True) for part in split_step(short, MICRO_TOKENS))
+    else:
+        yield from ((pad_batch(part), False) for part in split_padded(short, MICRO_TOKENS))
+    yield from ((pad_batch([e]), False) for e in examples if len(e.ids) > most and e.mask[1:].any())
+
+
+def _can_pack(assistant: Assistant) -> bool:
+    """Proven on the model itself, as training does."""
+    try:
+        prove_forward(assistant.model)
+        return True
+    except CheckpointError:
+        try:
+            prove_forward(assistant.model, packed=False)
+        except CheckpointError as error:
+            raise CheckpointError(assistant.name, f"its loss cannot be measured ({error.fact})", error.remedy) from None
+        return False
 
 
 # ---- plain text

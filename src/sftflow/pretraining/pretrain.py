@@ -117,16 +117,6 @@ def first_documents(documents: Sequence[str], size: int, size_of: Callable[[str]
     return documents[: int(np.searchsorted(ends, size)) + 1]
 
 
-def open_tokenizer(directory: Path, documents: Sequence[str], spec: BaseSpec, listener: Listener) -> Any:
-    """The tokenizer that an earlier part of this run has trained, or a new one."""
-    if directory.is_dir():
-        return AutoTokenizer.from_pretrained(directory)
-    listener.say("training the tokenizer")
-    tokenizer = train_tokenizer(first_documents(documents, TOKENIZER_CHARACTERS), spec.vocab, spec.context)
-    write_directory(directory, lambda d: tokenizer.save_pretrained(d) and None)
-    return tokenizer
-
-
 def token_stream(tokenizer: Any, documents: Sequence[str], limit: int | None = None) -> NDArray[np.uint16]:
     """The documents' ids one after another, `limit` of them at most; the tokenizer opens each with `<|bos|>`."""
     parts, n = [np.zeros(0, np.uint16)], 0
@@ -179,7 +169,12 @@ def train_base(
         if saved_states(states) and not (out / "checkpoint").is_dir():
             raise unfinished(out)
         forget_states(states)
-    tokenizer = open_tokenizer(states / "tokenizer", documents, spec, listener)
+    if (states / "tokenizer").is_dir():  # an earlier part of this run has trained it
+        tokenizer = AutoTokenizer.from_pretrained(states / "tokenizer")
+    else:
+        listener.say("training the tokenizer")
+        tokenizer = train_tokenizer(first_documents(documents, TOKENIZER_CHARACTERS), spec.vocab, spec.context)
+        write_directory(states / "tokenizer", lambda d: tokenizer.save_pretrained(d) and None)
     listener.say("encoding the text")
     stream = token_stream(tokenizer, documents, int(spec.tokens * 1.02) + spec.context * 64)
     model = build_model(spec, len(tokenizer), tokenizer.bos_token_id)

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from transformers.pytorch_utils import Conv1D
 
 from sftflow.foundation.rounding import round_bf16
-from sftflow.training.compile import decoder_layers
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -44,6 +43,13 @@ class Bf16Conv1D(OnCopy, Conv1D): ...
 
 
 CLASSES = {torch.nn.Linear: Bf16Linear, Conv1D: Bf16Conv1D}
+
+
+def decoder_layers(model: Any) -> list[torch.nn.Module]:
+    """The model's repeated blocks: its largest list of modules, [] where it has none."""
+    lists = [m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
+    blocks = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=None)
+    return [] if blocks is None else list(blocks)
 
 
 def restore_classes(model: Any) -> None:

@@ -23,8 +23,7 @@ from sftflow.packing.loss import Parts, batch_loss, fused_parts, head_of, loss_p
 from sftflow.packing.pack import Example, PackedBatch
 from sftflow.recipe import Train
 from sftflow.training.batch_plan import RowPlan, StepLog, micro_batches
-from sftflow.training.bf16_weights import Bf16Weights, restore_classes
-from sftflow.training.compile import decoder_layers
+from sftflow.training.bf16_weights import Bf16Weights, decoder_layers, restore_classes
 from sftflow.training.optimizers import groups_of, lr_factor, make_optimizers
 
 MAX_BAD_STEPS = 3
@@ -56,8 +55,11 @@ class Trainer:
         self.bf16 = Bf16Weights(model) if runtime.precision == "bf16" else None
         self.parts: Parts = loss_parts
         if settings.compile is True:
+            # One layer's code serves them all, so it takes seconds and not minutes, and any number of slots, so that a
+            # resumed run computes the same. Attention stays outside (`packed_attention`); what gains is all between the
+            # matrix products: norms, rotary embedding, activations, sums, conversions, each else a pass over memory.
             for layer in decoder_layers(model):
-                layer.compile(dynamic=True)  # one graph for any number of slots, so a resumed run computes the same
+                layer.compile(dynamic=True)
             self.parts = torch.compile(fused_parts, dynamic=True)
         self.n_body, self.n_head = matrix_sizes(model)
         # Every gradient is allocated once and for all: made anew each step among activations that come and go, they
