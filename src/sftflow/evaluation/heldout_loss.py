@@ -41,7 +41,8 @@ NOT_RENDERED = "the format cannot express it, or its mask cannot be proven"
 NO_REPLY = "nothing in it is supervised"
 MICRO_TOKENS = 8192
 """slots that are computed at once"""
-Int, Float = NDArray[np.int64], NDArray[np.float64]
+Int = NDArray[np.int64]
+Float = NDArray[np.float64]
 
 
 # ---- by group

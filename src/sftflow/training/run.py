@@ -44,7 +44,7 @@ LOGS = ("metrics.jsonl", "validation.jsonl", "evals.jsonl")
 
 EvalCallback = Callable[[Assistant, Callable[[int, int], None]], dict[str, Any]]
 """Evaluates the live assistant in the middle of training, and tells how far it is (done, of how many); gives scores as
-{"tasks": {NAME: score}, "hygiene": {RATE: share}} (see `evaluation.callback`)."""
+{"tasks": {NAME: score}, "hygiene": {RATE: share}} (see `EvalDuringTraining`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
