@@ -149,12 +149,8 @@ class Trainer:
 def resting(model: Any) -> Iterator[None]:
     """For generating with the live model: no dropout, nothing compiled anew for other shapes, and the training goes
     on with the random numbers it would have had."""
-    random = torch.random.get_rng_state()
-    try:
-        with evaluating(model), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        torch.random.set_rng_state(random)
+    with torch.random.fork_rng(devices=[]), evaluating(model), torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def matrix_sizes(model: Any) -> tuple[int, int]:
@@ -163,5 +159,5 @@ def matrix_sizes(model: Any) -> tuple[int, int]:
     config = model.config.get_text_config()
     experts = next((n for k in EXPERTS if (n := getattr(config, k, None))), 1)
     active = (getattr(config, "num_experts_per_tok", None) or experts) / experts
-    body = sum(p.numel() * (active if p.ndim == 3 else 1) for p in groups_of(model).matrices)
+    body = sum(p.numel() * (active if p.ndim == 3 else 1) for p in groups_of(model)["matrices"])
     return int(body), model.get_output_embeddings().weight.numel()
