@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from sftflow.exporting.llamacpp import Continuation, Step
-from sftflow.exporting.parity import Agreement, _difference, _greedy
+from sftflow.exporting.llamacpp import Continuation
+from sftflow.exporting.parity import _difference, _greedy
 
 STOP = 7
 
 
 def written(*tokens: int, stopped: bool = False) -> Continuation:
-    return Continuation(steps=tuple(Step(token=t, logprobs={}) for t in tokens), stopped=stopped)
+    return Continuation(tokens=list(tokens), logprobs=[{} for _ in tokens], stopped=stopped)
 
 
 def likeliest(*places: dict[int, float]) -> torch.Tensor:
@@ -33,26 +33,26 @@ TIE = {1: -0.70000, 2: -0.70005, STOP: -0.70002}
 @pytest.mark.parametrize(
     ("theirs", "mine", "places", "found"),
     [
-        ((1, 3), [1, 3], [TIE, {3: -0.1}, {STOP: -0.1}], Agreement()),
-        ((2, 3), [1, 4], [TIE, {3: -0.1}, {STOP: -0.1}], Agreement("", 1, 1)),
-        ((1, 3), [], [TIE, {3: -0.1}, {STOP: -0.1}], Agreement("", 1, 1)),  # its end is one of the two
-        ((2, 3), [2, 3], [TIE, {3: -0.1}, {STOP: -0.1}], Agreement("", 1, 0)),  # a tie that both decided alike
-        ((2, 5), [2, 3], [TIE, {3: -0.1}, {}], Agreement("token 1: llama.cpp 5, sftflow 3, transformers 3", 1)),
-        ((5, 3), [1, 3], [TIE, {3: -0.1}, {STOP: -0.1}], Agreement("token 0: llama.cpp 5, sftflow 1, transformers 1")),
-        ((1, 3), [5, 3], [TIE, {3: -0.1}, {STOP: -0.1}], Agreement("token 0: llama.cpp 1, sftflow 5, transformers 1")),
+        ((1, 3), [1, 3], [TIE, {3: -0.1}, {STOP: -0.1}], ("", 0, 0)),
+        ((2, 3), [1, 4], [TIE, {3: -0.1}, {STOP: -0.1}], ("", 1, 1)),
+        ((1, 3), [], [TIE, {3: -0.1}, {STOP: -0.1}], ("", 1, 1)),  # its end is one of the two
+        ((2, 3), [2, 3], [TIE, {3: -0.1}, {STOP: -0.1}], ("", 1, 0)),  # a tie that both decided alike
+        ((2, 5), [2, 3], [TIE, {3: -0.1}, {}], ("token 1: llama.cpp 5, sftflow 3, transformers 3", 1, 0)),
+        ((5, 3), [1, 3], [TIE, {3: -0.1}, {STOP: -0.1}], ("token 0: llama.cpp 5, sftflow 1, transformers 1", 0, 0)),
+        ((1, 3), [5, 3], [TIE, {3: -0.1}, {STOP: -0.1}], ("token 0: llama.cpp 1, sftflow 5, transformers 1", 0, 0)),
     ],
 )  # fmt: skip
 def test_a_near_tie_is_between_the_two_that_are_near(
-    theirs: Sequence[int], mine: list[int], places: list[dict[int, float]], found: Agreement
+    theirs: Sequence[int], mine: list[int], places: list[dict[int, float]], found: tuple[str, int, int]
 ) -> None:
     assert _greedy(written(*theirs, stopped=True), likeliest(*places), (mine, True), [STOP]) == found
 
 
 def test_log_probabilities_that_were_not_compared_are_counted() -> None:
     rows = likeliest({1: -0.5}, {2: -0.5}, {3: -0.5})
-    told = (Step(token=1, logprobs={1: -0.25, 2: -9.0}), Step(token=2, logprobs={}))
-    assert _difference(rows, Continuation(steps=told, stopped=False)) == (0.25, 1)
+    told: list[dict[int, float]] = [{1: -0.25, 2: -9.0}, {}]
+    assert _difference(rows, Continuation(tokens=[1, 2], logprobs=told, stopped=False)) == (0.25, 1)
     assert _difference(rows, written(1, 2)) == (0.0, 0)
     for value in (math.nan, -math.inf):
-        told = (Step(token=1, logprobs={1: value}), Step(token=2, logprobs={2: -0.5}))
-        assert _difference(rows, Continuation(steps=told, stopped=False)) == (math.inf, 2)
+        told = [{1: value}, {2: -0.5}]
+        assert _difference(rows, Continuation(tokens=[1, 2], logprobs=told, stopped=False)) == (math.inf, 2)

@@ -23,7 +23,7 @@ from helpers.outside import tokenizer_names
 from sftflow.chat.render import Rendered, Renderer
 from sftflow.chat.token_rows import Token, TokenRow, token_row
 from sftflow.report.token_page import token_boxes, token_page, visible
-from sftflow.report.token_view import Piece, pieces_of_row, terminal_lines, turns_of_row
+from sftflow.report.token_view import Piece, TerminalRow, pieces_of_row, turns_of_row
 
 TEXT = "Hello 🙂, naïve مرحبا 世界 👩\u200d💻!\n\n  x = 1\tend"
 
@@ -87,7 +87,7 @@ def printed(what: TokenRow, colour: bool = False, width: int = 80) -> str:
     file = StringIO()
     system: Any = "truecolor" if colour else None
     console = Console(file=file, width=width, color_system=system, force_terminal=colour, highlight=False)
-    console.print(terminal_lines(what))
+    console.print(TerminalRow(what))
     return file.getvalue()
 
 
@@ -288,7 +288,7 @@ def test_terminal_without_colour() -> None:
     ]
 
 
-def test_terminal_lines_fit_80_columns_and_say_the_mask(renderer: Renderer) -> None:
+def test_TerminalRow_fit_80_columns_and_say_the_mask(renderer: Renderer) -> None:
     words = "The cat 世界 sat on 🙂 the mat. " + "x" * 150 + "\n    indented\n\nمرحبا\n"
     parts = [("<|bos|>", "x"), *((w, "") for w in re.findall(r"\s*\S+|\s+$", words * 3))]
     start = len(parts)

@@ -76,7 +76,7 @@ def test_a_torn_line_of_a_log_costs_only_itself(run: Path, tmp_path: Path, torn:
     (tmp_path / "run" / "mask_example.json").write_text("[")
     found = read_run(tmp_path / "run")
     assert [step for step, _ in found.losses] == [1, 2] and found.mask_example is None
-    assert found.ledger and found.ledger.rows > 0
+    assert found.ledger and found.ledger["rows"] > 0
 
 
 def test_a_ledger_elsewhere_makes_no_run_directory(run: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from sftflow.chat.token_rows import Token, TokenRow
 from sftflow.evaluation.results import EvalResult, Evaluation, ModelScores
 from sftflow.report import pages, tables
 from sftflow.report.token_page import token_html
-from sftflow.report.token_view import terminal_lines
+from sftflow.report.token_view import TerminalRow
 
 ROW = TokenRow(HOSTILE, (Token(1, "<hi>", b"<hi>", False), Token(2, "yo", b"yo", True)), turns=((0, HOSTILE),))
 
@@ -57,7 +57,7 @@ def test_tables_as_text_and_in_a_cell() -> None:
     table = tables.eval_table(Evaluation({"[red]m": ModelScores((result,))}))
     row = tables.as_text(table).splitlines()[1]
     assert row.split()[:4] == ["[red]m", "<b>", "0", "0.000"]
-    assert tables.as_text(Text("a"), Text("b")) == "a\n\nb" and "yo" in tables.as_text(terminal_lines(ROW))
+    assert tables.as_text(Text("a"), Text("b")) == "a\n\nb" and "yo" in tables.as_text(TerminalRow(ROW))
     cell = Page(tables.as_html(table))
     assert cell.count("table") == 1 and "[red]m<b>0" in cell.text and not cell.count("b")
 

@@ -75,7 +75,7 @@ def long_words() -> Comparison:
     row, ledger, judge, loss = data.run.mask_example, data.run.ledger, data.judge, data.held_out_loss
     assert row and ledger and isinstance(judge, JudgeResult) and isinstance(loss, HeldOutComparison)
     tokens = [replace(t, text="x" * 300) if i == 3 else t for i, t in enumerate(row.tokens)]
-    sources = (replace(ledger.sources[0], name="n" * 90), *ledger.sources[1:])
+    sources = [ledger["sources"][0] | {"name": "n" * 90}, *ledger["sources"][1:]]
     first = replace(judge.rows[0], pair=replace(judge.rows[0].pair, id="n" * 90))
     changed = replace(
         data,
@@ -87,7 +87,7 @@ def long_words() -> Comparison:
         held_out_loss=replace(loss, sft=replace(loss.sft, sources={**loss.sft.sources, "m" * 90: 1.0})),
         forgetting=replace(data.forgetting, text="p" * 90),
     )
-    return with_run(changed, mask_example=replace(row, tokens=tuple(tokens)), ledger=replace(ledger, sources=sources))
+    return with_run(changed, mask_example=replace(row, tokens=tuple(tokens)), ledger=ledger | {"sources": sources})
 
 
 @pytest.mark.parametrize(("width", "hostile"), [(360, False), (360, True), (780, True), (1000, True)])

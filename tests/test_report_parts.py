@@ -12,7 +12,7 @@ from helpers.report_data import HOSTILE, Page, demo, item, judged, prompt, shipp
 from sftflow.chat.token_rows import TokenRow
 from sftflow.comparison.prompts import load_prompts
 from sftflow.comparison.results import Both, Forgetting, NotChecked
-from sftflow.comparison.run_artifacts import RunArtifacts, ValidationLoss
+from sftflow.comparison.run_artifacts import RunArtifacts
 from sftflow.report import charts, figures, line_charts, token_page
 from sftflow.report.comparison_page import MOST_ITEMS, comparison_page
 from sftflow.report.wording import form_change
@@ -137,7 +137,7 @@ def test_an_entry_has_one_short_line() -> None:
 
 def loss_of(sources: dict[str, float | None], first: float = 2.0) -> Page:
     """A page of 100 steps at loss 2 (the first at `first`) and validation at three steps, per source."""
-    rows = [ValidationLoss(step=s, loss=2.0 if s else first, sources=sources) for s in (0, 50, 100)]
+    rows = [{"step": s, "loss": 2.0 if s else first, "sources": sources} for s in (0, 50, 100)]
     run = RunArtifacts(losses=[(step, 2.0) for step in range(1, 101)], validation=rows)
     html = comparison_page(replace(demo(), run=run))
     return Page(html[html.index('<section id="loss">') : html.index('<section id="made">')])

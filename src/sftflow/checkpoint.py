@@ -172,9 +172,8 @@ def _check_files(location: Location, *, weights: bool = True) -> dict[str, Any]:
             if not (directory / shard).is_file():
                 raise CheckpointError(f"{location.name}/{shard}", "this shard is missing", COPY_AGAIN)
     elif not any(directory.glob("*.safetensors")):
-        raise CheckpointError(
-            location.name, "no model.safetensors in it", "pickled weights are not loaded; convert them to safetensors"
-        )
+        remedy = "pickled weights are not loaded; convert them to safetensors"
+        raise CheckpointError(location.name, "no model.safetensors in it", remedy)
     return info
 
 
@@ -183,8 +182,8 @@ def load_tokenizer(location: Location) -> Any:
     from transformers import AutoTokenizer
 
     _check_files(location, weights=False)
-    with _named_errors(location):
-        if location.gguf and (own := gguf.fields(location.file)):
+    with _reading(location) as own:
+        if own:
             return gguf.tokenizer_of(own)
         tokenizer = AutoTokenizer.from_pretrained(location.path, **location.load_args)
         if location.gguf:
@@ -197,8 +196,8 @@ def load_config(location: Location) -> Any:
     from transformers import AutoConfig
 
     _check_files(location, weights=False)
-    with _named_errors(location):
-        if location.gguf and (own := gguf.fields(location.file)):
+    with _reading(location) as own:
+        if own:
             return gguf.config_of(own)
         return AutoConfig.from_pretrained(location.path, **location.load_args)
 
@@ -206,9 +205,8 @@ def load_config(location: Location) -> Any:
 def load_info(location: Location) -> dict[str, Any]:
     """sftflow.json of a checkpoint: {} where there is none. Raises CheckpointError where it is damaged."""
     if location.gguf:
-        with _named_errors(location):
-            own = gguf.fields(location.file)
-        return {"format": own[FORMAT]} if own else {}
+        with _reading(location) as own:
+            return {"format": own[FORMAT]} if own else {}
     path = Path(location.path) / "sftflow.json"
     return read_record(path, COPY_AGAIN) if path.is_file() else {}
 
@@ -229,8 +227,8 @@ def load_model(location: Location) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoModelForCausalLM
 
     info = load_info(location) if location.gguf else _check_files(location)
-    with _named_errors(location):
-        if location.gguf and (own := gguf.fields(location.file)):
+    with _reading(location) as own:
+        if own:
             return gguf.model_of(location.file, own), info
         model = AutoModelForCausalLM.from_pretrained(location.path, dtype=torch.float32, **location.load_args)
         if location.gguf:
@@ -247,10 +245,11 @@ def load_model(location: Location) -> tuple[Any, dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _named_errors(location: Location) -> Iterator[None]:
-    """Turn the loading libraries' errors into one line that names the checkpoint."""
+def _reading(location: Location) -> Iterator[dict[str, Any] | None]:
+    """Gives what a .gguf file of ours has of its own (`gguf.reader.fields`), None for other checkpoints; the loading
+    libraries' errors become one line that names the checkpoint."""
     try:
-        yield
+        yield gguf.fields(location.file) if location.gguf else None
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:  # of many kinds
@@ -279,16 +278,12 @@ def grow_embeddings(model: Any, n_tokens: int) -> int:
     old = model.get_input_embeddings().weight.shape[0]
     if n_tokens <= old:
         return 0
-    means = {}
-    for which in ("input", "output"):
-        layer = getattr(model, f"get_{which}_embeddings")()
-        if layer is not None:
-            means[which] = layer.weight.detach().float().mean(0)
+    ends = [end for end in (model.get_input_embeddings, model.get_output_embeddings) if end() is not None]
+    means = [end().weight.detach().float().mean(0) for end in ends]
     model.resize_token_embeddings(n_tokens, mean_resizing=False)
     with torch.no_grad():
-        for which, mean in means.items():
-            weight = getattr(model, f"get_{which}_embeddings")().weight
-            weight[old:] = mean.to(weight.dtype)
+        for end, mean in zip(ends, means, strict=True):
+            end().weight[old:] = mean.to(end().weight.dtype)
     return n_tokens - old
 
 
@@ -314,11 +309,9 @@ def prepare(
     if stored and format_name == "auto":
         now = format_fingerprint(tokenizer, chat_format)
         if now != stored:
-            raise CheckpointError(
-                location.name,
-                f"tokenizer or chat format changed since training (fingerprint {stored} -> {now})",
-                "restore tokenizer.json and chat_template.jinja, or train again",
-            )
+            fact = f"tokenizer or chat format changed since training (fingerprint {stored} -> {now})"
+            remedy = "restore tokenizer.json and chat_template.jinja, or train again"
+            raise CheckpointError(location.name, fact, remedy)
     add_tokens(tokenizer, chat_format)
     grow_embeddings(model, len(tokenizer))
     return model, tokenizer, Renderer(tokenizer, chat_format), info
@@ -382,7 +375,7 @@ def save(target: Path, model: Any, tokenizer: Any, renderer: Renderer, *, dtype:
         state = {k: _stored(v, dtype).cpu().contiguous() for k, v in model.state_dict().items()}
         tied = getattr(model, "_tied_weights_keys", None)
         if tied and model.config.tie_word_embeddings:
-            for key in tied if isinstance(tied, (list, tuple, set)) else tied.keys():
+            for key in tied:
                 state.pop(key, None)
         old_dtype = model.config.dtype
         implementation = model.config._attn_implementation
@@ -418,10 +411,8 @@ def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
     """The tokenizers library raises a bare Exception where the disk is full; here it is an OSError."""
     try:
         tokenizer.save_pretrained(directory)
-    except OSError:
-        raise
     except Exception as error:
-        if f"os error {errno.ENOSPC}" not in str(error):
+        if isinstance(error, OSError) or f"os error {errno.ENOSPC}" not in str(error):
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
     # transformers builds a Llama tokenizer anew on loading, by `legacy`, and forgets to save that: text behind control

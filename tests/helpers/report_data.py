@@ -24,7 +24,7 @@ from sftflow.comparison.results import (
     PromptReply,
     TaskComparison,
 )
-from sftflow.comparison.run_artifacts import Ledger, LedgerSource, RunArtifacts, SampledScores, ValidationLoss
+from sftflow.comparison.run_artifacts import RunArtifacts
 from sftflow.data.audit.overlap import Overlap, OverlapExample
 from sftflow.evaluation.heldout_loss import HeldOutLoss
 from sftflow.evaluation.journal import EvalRow
@@ -167,20 +167,20 @@ def run_artifacts() -> RunArtifacts:
     steps = list(range(1, 601))
     losses = [0.4 + 3.2 * math.exp(-s / 90) + 0.15 * math.sin(s * 1.7) * math.cos(s * 0.37) for s in steps]
     names = ["spelling", "counting", "arithmetic", "identity", "concepts", "mine"]
-    sources = tuple(
-        LedgerSource(name=n, rows=4000 // (i + 1), tokens=180_000 // (i + 1), supervised_tokens=60_000 // (i * i + 1),
-                     cut=i, dropped=2 * i, repeat=1 + i)
+    sources = [
+        {"name": n, "rows": 4000 // (i + 1), "tokens": 180_000 // (i + 1), "supervised_tokens": 60_000 // (i * i + 1),
+         "cut": i, "dropped": 2 * i, "repeat": 1 + i}
         for i, n in enumerate(names)
-    )  # fmt: skip
+    ]  # fmt: skip
     return RunArtifacts(
-        ledger=Ledger(sources=sources, rows=9800, tokens=441_000, supervised_tokens=120_500, packed_rows=900,
-                      padding_share=0.013),
+        ledger={"sources": sources, "rows": 9800, "tokens": 441_000, "supervised_tokens": 120_500, "packed_rows": 900,
+                "padding_share": 0.013},
         losses=tuple(zip(steps, losses, strict=True)),
         validation=tuple(
-            ValidationLoss(step=s, loss=0.45 + 3.0 * math.exp(-s / 90), sources={}) for s in range(100, 601, 100)
+            {"step": s, "loss": 0.45 + 3.0 * math.exp(-s / 90), "sources": {}} for s in range(100, 601, 100)
         ),
         sampled=tuple(
-            SampledScores(step=s, tasks={"spelling": s / 600, "counting": s / 900}, hygiene={"stop_rate": s / 700})
+            {"step": s, "tasks": {"spelling": s / 600, "counting": s / 900}, "hygiene": {"stop_rate": s / 700}}
             for s in range(50, 601, 50)
         ),
         mask_example=token_row(),
@@ -261,6 +261,6 @@ def poisoned(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(poisoned(v) for v in value)
     if isinstance(value, dict):
-        free = not value.keys() & {"role", "stop", "mean", "calls"}  # else our own keys
+        free = not value.keys() & {"role", "stop", "mean", "calls", "tokens", "step"}  # else our own keys
         return {poisoned(k) if free else k: poisoned(v) for k, v in value.items()}
     return value

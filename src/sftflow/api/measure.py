@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from sftflow.api.assistant import base_beside, load
 from sftflow.api.shared import ModelLike, name_of, parts_of, watching
 from sftflow.checkpoint import open_renderer, resolve
 from sftflow.comparison import results as comparison
-from sftflow.comparison.compare import CompareOptions, compare_models
-from sftflow.comparison.remarks import remarks
+from sftflow.comparison.compare import checked_prompts, compare_models
 from sftflow.comparison.run_artifacts import run_of
 from sftflow.evaluation import results as evaluation
 from sftflow.evaluation.evaluate import evaluate_models
 from sftflow.evaluation.options import EvalOptions
 from sftflow.evaluation.prompts_for import require_askable
 from sftflow.foundation.atomic_io import Lock, write_text
+from sftflow.recipe import Compare
 from sftflow.report.comparison_page import comparison_page
 from sftflow.report.pages import frame
 from sftflow.report.progress import ProgressDisplay
@@ -42,10 +42,6 @@ class Comparison(comparison.Comparison):
         """The report: one page that loads nothing."""
         write_text(Path(path), comparison_page(self))
 
-    def remarks(self) -> list[str]:
-        """What a reader of the scores must know beside them."""
-        return remarks(self)
-
     def __str__(self) -> str:
         return as_text(score_table(self)) if self.tasks else ""
 
@@ -60,7 +56,6 @@ def evaluate(
     limit: int | None = 200,
     allow_code: bool = False,
     out: str | Path | None = None,
-    watch: ProgressDisplay | None = None,
 ) -> Evaluation:
     """Score models on tasks, written as on the command line: `spelling`, `gsm8k=PATH`; None: the generated ones.
 
@@ -69,30 +64,25 @@ def evaluate(
     Raises TaskError, CheckpointError; RunError where weights or logits are not finite.
     """
     wanted = [models] if isinstance(models, ModelLike) else list(models)
-    return evaluate_all(wanted, EvalOptions(tasks=tasks, limit=limit, allow_code=allow_code), out, watch)
+    options = EvalOptions(tasks=tasks, limit=limit, allow_code=allow_code)
+    with watching() as shown, _results(out) as folder:
+        return evaluate_all(wanted, options, folder, shown)
 
 
-def evaluate_all(
-    models: Sequence[ModelLike],
-    options: EvalOptions,
-    out: str | Path | None,
-    watch: ProgressDisplay | None,
-    lock: Lock | None = None,
-) -> Evaluation:
-    """lock: on `out`, where it is held already."""
-    with watching(watch) as shown, _results(out, lock) as folder:
-        runs = [options.open(name_of(m)) for m in models]  # each was taught who it is by its own recipe
-        for model, mine in list(zip(models, runs, strict=True))[1:]:  # the first is loaded, and checked, at once
-            if isinstance(model, str | Path):
-                require_askable(open_renderer(resolve(str(model)), "auto"), mine)
-        total, done = sum(len(r.items) for mine in runs for r in mine), 0
+def evaluate_all(models: Sequence[ModelLike], options: EvalOptions, folder: Path, shown: ProgressDisplay) -> Evaluation:
+    """folder: of the results, which is locked.   shown: told how far it is."""
+    runs = [options.open(name_of(m)) for m in models]  # each was taught who it is by its own recipe
+    for model, mine in list(zip(models, runs, strict=True))[1:]:  # the first is loaded, and checked, at once
+        if isinstance(model, str | Path):
+            require_askable(open_renderer(resolve(str(model)), "auto"), mine)
+    total, done = sum(len(r.items) for mine in runs for r in mine), 0
 
-        def tell(model: str, task: str, k: int) -> None:
-            nonlocal done
-            done += k
-            shown.counted("evaluate", done, total, f"{task}: {model}")
+    def tell(model: str, task: str, k: int) -> None:
+        nonlocal done
+        done += k
+        shown.counted("evaluate", done, total, f"{task}: {model}")
 
-        found = evaluate_models(((load(m), r) for m, r in zip(models, runs, strict=True)), folder, tell)
+    found = evaluate_models(((load(m), r) for m, r in zip(models, runs, strict=True)), folder, tell)
     return Evaluation(**parts_of(found))
 
 
@@ -107,7 +97,6 @@ def compare(
     judge: str | None = None,
     judge_model: str | None = None,
     out: str | Path | None = None,
-    watch: ProgressDisplay | None = None,
 ) -> Comparison:
     """Base versus SFT on the same items and the same fixed prompts, with paired differences and their intervals.
 
@@ -116,47 +105,45 @@ def compare(
     compare.json, eval.json and report.html stay.
     """
     options = EvalOptions(tasks=tasks, limit=limit, allow_code=allow_code)
-    how = CompareOptions(prompts=prompts, judge=judge, judge_model=judge_model)
-    return compare_two(base, sft, options, how, out, watch)
+    asked = Compare(prompts=str(prompts), judge=judge, judge_model=judge_model)
+    with watching() as shown, _results(out) as folder:
+        return compare_two(base, sft, options, asked, folder, shown)
 
 
 def compare_two(
     base: ModelLike,
     sft: ModelLike,
     options: EvalOptions,
-    how: CompareOptions,
-    out: str | Path | None,
-    watch: ProgressDisplay | None,
-    lock: Lock | None = None,
+    asked: Compare,
+    folder: Path,
+    shown: ProgressDisplay,
 ) -> Comparison:
-    """lock: on `out`, where it is held already."""
-    with watching(watch) as shown, _results(out, lock) as folder:
-        runs = options.open(name_of(sft))
-        prompt_set = how.check()
-        trained = load(sft)
-        found = compare_models(
-            base_beside(base, trained),
-            trained,
-            runs,
-            prompt_set,
-            folder,
-            run_directory=run_of(name_of(sft)),
-            options=how,
-            progress=lambda what, done, total: shown.counted("compare", done, total, what),
-            say=shown.say,
-        )
-        result = Comparison(**parts_of(found))
-        result.save_html(folder / "report.html")
+    """folder: of the results, which is locked.   shown: told how far it is."""
+    runs = options.open(name_of(sft))
+    prompt_set = checked_prompts(asked)
+    trained = load(sft)
+    found = compare_models(
+        base_beside(base, trained),
+        trained,
+        runs,
+        prompt_set,
+        folder,
+        run_directory=run_of(name_of(sft)),
+        asked=asked,
+        progress=lambda what, done, total: shown.counted("compare", done, total, what),
+        say=shown.say,
+    )
+    result = Comparison(**parts_of(found))
+    result.save_html(folder / "report.html")
     return result
 
 
 @contextmanager
-def _results(out: str | Path | None, lock: Lock | None = None) -> Iterator[Path]:
+def _results(out: str | Path | None) -> Iterator[Path]:
     """The folder that results go to, locked; one that is thrown away where none is named."""
-    with ExitStack() as stack:
-        if out is None:
-            yield Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sftflow-")))
-            return
-        if lock is None:
-            stack.enter_context(Lock(Path(out)))
-        yield Path(out)
+    if out is None:
+        with tempfile.TemporaryDirectory(prefix="sftflow-") as folder:
+            yield Path(folder)
+    else:
+        with Lock(Path(out)):
+            yield Path(out)

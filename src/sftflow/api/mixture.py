@@ -18,7 +18,6 @@ from sftflow.foundation.atomic_io import write_json, write_text
 from sftflow.recipe import Recipe
 from sftflow.report.audit_page import audit_page
 from sftflow.report.pages import frame
-from sftflow.report.progress import ProgressDisplay
 from sftflow.report.tables import as_text, audit_tables, ledger_table
 
 
@@ -58,9 +57,9 @@ class Mixture(data_mixture.Mixture):
 
     recipe: Recipe
 
-    def audit(self, *, watch: ProgressDisplay | None = None) -> Audit:
+    def audit(self) -> Audit:
         """Lengths, repeats, near-repeats, overlap with the recipe's evaluation sets, and every mask checked twice."""
-        return audit(self.recipe, watch=watch)
+        return audit(self.recipe)
 
     def __str__(self) -> str:
         return as_text(ledger_table(self.ledger))
@@ -69,14 +68,7 @@ class Mixture(data_mixture.Mixture):
         return frame(audit_page(self.ledger, [token_row(r, self.renderer.tokenizer) for r in self.samples]))
 
 
-def mix(
-    sources: Any = (),
-    base: ModelLike | None = None,
-    *,
-    recipe: RecipeLike | None = None,
-    watch: ProgressDisplay | None = None,
-    **keys: Any,
-) -> Mixture:
+def mix(sources: Any = (), base: ModelLike | None = None, *, recipe: RecipeLike | None = None, **keys: Any) -> Mixture:
     """Render sources into a mixture for a base: rows, files, hub data sets, tasks, or entries as a recipe has them.
 
     keys: the recipe's own (`format`, `validation`, `on_bad_row`, `identity`, `append_eos` ...), and those of `train`
@@ -85,7 +77,7 @@ def mix(
     """
     entries = [entry_of(s) for s in (sources if isinstance(sources, list | tuple) else [sources])]
     made = recipe_of(recipe, base, entries, keys)
-    with watching(watch) as shown:
+    with watching() as shown:
         built = data_mixture.build_mixture(made, renderer_of(made), shown.rendering)
         return Mixture(**parts_of(built), recipe=made)
 
@@ -94,10 +86,10 @@ def renderer_of(recipe: Recipe) -> Renderer:
     return checkpoint.open_renderer(checkpoint.resolve(recipe.base), recipe.format)
 
 
-def audit(recipe: RecipeLike, *, watch: ProgressDisplay | None = None) -> Audit:
+def audit(recipe: RecipeLike) -> Audit:
     """Render every row of a recipe's mixture, check every mask a second time, and measure what is in it."""
     made = recipe_of(recipe, None, (), {})
-    with watching(watch) as shown:
+    with watching() as shown:
         # Nothing is asked here, so nothing that a model wrote runs: the items are only compared with the rows.
         tasks = replace(eval_options(made), allow_code=True).open(made.base)
         mixture = data_mixture.build_mixture(made, renderer_of(made), shown.rendering, every_row=True)

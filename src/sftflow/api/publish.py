@@ -10,8 +10,7 @@ from typing import Any, Literal
 from sftflow.api.assistant import base_beside, load
 from sftflow.api.shared import ModelLike, name_of, watching
 from sftflow.checkpoint import Assistant
-from sftflow.foundation.errors import ProofError, RecipeError
-from sftflow.report.progress import ProgressDisplay
+from sftflow.foundation.errors import RecipeError
 
 
 def serve(
@@ -24,7 +23,6 @@ def serve(
     insecure: bool = False,
     allow_origin: str | None = None,
     allow_hosts: Iterable[str] = (),
-    watch: ProgressDisplay | None = None,
 ) -> None:
     """An OpenAI-compatible server and a chat page, until Ctrl-C.   base: one that is served beside the model.
 
@@ -41,7 +39,7 @@ def serve(
             served[name if name not in served else f"{name}-base"] = base_beside(base, trained)
         return served
 
-    with watching(watch) as shown:
+    with watching() as shown:
         run(
             models,
             host=host,
@@ -87,7 +85,6 @@ def export(
     type: Literal["f32", "f16", "bf16", "q8_0"] | None = None,
     base: str | None = None,
     prompts: int = 50,
-    watch: ProgressDisplay | None = None,
 ) -> dict[str, Any] | None:
     """Write a .gguf file for llama.cpp, proven by a parity certificate beside it, which is returned; or merge a LoRA
     adapter into its base.
@@ -95,7 +92,7 @@ def export(
     type: how weights are stored (gguf: f16).   base: of an adapter whose own is not at hand.   prompts: of the
     certificate.   Raises CheckpointError or FormatError where llama.cpp would compute or read something else.
     """
-    with watching(watch) as shown:
+    with watching() as shown:
         if to == "merged":
             from sftflow.exporting.merge import merge
 
@@ -109,17 +106,3 @@ def export(
         from sftflow.exporting.to_gguf import export_gguf
 
         return export_gguf(name_of(model), Path(out), type or "f16", prompts=prompts, say=shown.say)
-
-
-def require_passed(certificate: dict[str, Any]) -> None:
-    """Raises ProofError naming the first prompt on which the exported file says something else."""
-    if certificate["passed"] is False:
-        first = certificate["failures"][0]
-        raise ProofError(f"prompt {first['prompt']}", f"{first['check']}: {first['detail']}", "do not trust this file")
-
-
-def certificate_lines(certificate: dict[str, Any]) -> list[str]:
-    """What a parity certificate says, for a person."""
-    from sftflow.exporting.to_gguf import summary
-
-    return summary(certificate)

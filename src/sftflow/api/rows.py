@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import tempfile
@@ -10,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from sftflow import checkpoint
 from sftflow.api.shared import ModelLike, quiet
@@ -26,7 +27,7 @@ from sftflow.foundation.errors import DataError, MaskError, RecipeError, Sftflow
 from sftflow.recipe import SourceEntry, parse_recipe, resolve_paths
 from sftflow.report.tables import as_text
 from sftflow.report.token_page import token_html, token_page
-from sftflow.report.token_view import terminal_lines
+from sftflow.report.token_view import TerminalRow
 
 Chat = str | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Conversation
 """one question, a row of any dialect, a list of messages, or a Conversation"""
@@ -88,10 +89,6 @@ class Rows(Sequence[Any]):
     def __len__(self) -> int:
         return len(self._rows) if self._rows is not None else sum(1 for _ in self)
 
-    @overload
-    def __getitem__(self, index: int) -> Any: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Any]: ...
     def __getitem__(self, index: int | slice) -> Any:
         if self._rows is not None or isinstance(index, slice) or index < 0:
             return list(self)[index]
@@ -173,7 +170,7 @@ class Rendering:
         write_text(Path(path), token_page([*self.rows, *self._refused]))
 
     def __str__(self) -> str:
-        return as_text(*map(terminal_lines, self.rows))
+        return as_text(*map(TerminalRow, self.rows))
 
     def _repr_html_(self) -> str:
         return token_html([*self.rows, *self._refused])
@@ -208,19 +205,12 @@ def render(
     if append_eos:
         renderer = template_options.append_eos(renderer)
     if renderer.arguments():
-        renderer = template_options.choose_arguments(renderer, _readable(rows.conversations(), SETTLE_ROWS))
+        first: list[Conversation] = []
+        with contextlib.suppress(SftflowError):  # a bad row is named when its turn comes
+            first.extend(islice(rows.conversations(), SETTLE_ROWS))
+        renderer = template_options.choose_arguments(renderer, first)
     chosen = islice(rows.conversations(), index, None if index is None else index + 1)
     found = rendering_of(chosen, renderer)
     if index is not None and not found.rows and not found.refused:
         raise RecipeError(f"--index {index}", f"{rows.place} has not so many rows", "give a smaller number")
     return found
-
-
-def _readable(conversations: Iterable[Conversation], n: int) -> list[Conversation]:
-    """The first n conversations, or those before the first bad row, which is named when its turn comes."""
-    out: list[Conversation] = []
-    try:
-        out.extend(islice(conversations, n))
-    except SftflowError:
-        return out
-    return out

@@ -16,7 +16,7 @@ from sftflow.api.assistant import Assistant, load
 from sftflow.api.measure import Comparison, Evaluation, compare_two, evaluate_all
 from sftflow.api.mixture import Mixture
 from sftflow.api.shared import ModelLike, RecipeLike, eval_options, parts_of, recipe_of, watching
-from sftflow.comparison.compare import CompareOptions
+from sftflow.comparison.compare import checked_prompts
 from sftflow.comparison.run_artifacts import read_run
 from sftflow.data.row_cache import cache_folder
 from sftflow.evaluation.evaluate import EvalDuringTraining
@@ -32,17 +32,11 @@ from sftflow.training import run as training_run
 from sftflow.training.signals import Signals
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """A picture in a notebook cell; `str` is its SVG."""
-
-    svg: str
-
-    def __str__(self) -> str:
-        return self.svg
+class Drawing(str):
+    """A picture in a notebook cell: its SVG."""
 
     def _repr_html_(self) -> str:
-        return self.svg
+        return str(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +75,6 @@ def train(
     recipe: RecipeLike | None = None,
     out: str | Path | None = None,
     resume: bool = False,
-    watch: ProgressDisplay | None = None,
     **keys: Any,
 ) -> Run:
     """Fine-tune a base on a mixture; then evaluate and compare where the recipe has `eval` or `compare`.
@@ -93,50 +86,50 @@ def train(
     """
     start = recipe if mix is None else mix.recipe
     made = recipe_of(start, base, (), {**keys, **({} if out is None else {"out": str(out)})})
-    with watching(watch) as shown:
+    with watching() as shown:
         return _train(made, shown, resume=resume)
 
 
-def demo(out: str | Path = "runs/demo", *, watch: ProgressDisplay | None = None) -> Run:
+def demo(out: str | Path = "runs/demo") -> Run:
     """The whole flow on the shipped base. Raises RecipeError where `out` holds something else than an earlier demo."""
     folder = Path(out)
     recipe = load_recipe(Path(str(resources.files("sftflow.recipes"))) / "demo.yaml", [f"train.out={folder}"])
     mark = folder / ".demo"
     if folder.exists() and any(folder.iterdir()) and not mark.is_file():
         raise RecipeError(f"--out {folder}", "it holds something else than a demo run", "name another folder")
-    with watching(watch) as shown, Lock(folder) as lock:
+    with watching() as shown, Lock(folder) as lock:
         clear_directory(folder)
         mark.touch()  # this folder is the demo's: the next demo may replace it
         return _train(recipe, shown, resume=False, lock=lock)
 
 
-def _train(recipe: Recipe, watch: ProgressDisplay, *, resume: bool, lock: Lock | None = None) -> Run:
+def _train(recipe: Recipe, shown: ProgressDisplay, *, resume: bool, lock: Lock | None = None) -> Run:
     """lock: on train.out, where it is held already."""
     out = Path(recipe.train.out)
     with ExitStack() as stack:
         signals = stack.enter_context(Signals(_tell_of_waiting))
         if lock is None and (not out.exists() or out.is_dir()):
             lock = stack.enter_context(Lock(out))
-        options, how, callback = eval_options(recipe), CompareOptions.of_recipe(recipe), None
+        options, callback = eval_options(recipe), None
         if recipe.compare is not None:
-            how.check()  # what is wrong with it is said before hours of training
+            checked_prompts(recipe.compare)  # what is wrong with it is said before hours of training
         if recipe.eval is not None:
             options.open(recipe.base)  # and what is wrong with the tasks
             if recipe.eval.every is not None:
                 few = min(options.limit or recipe.eval.sample, recipe.eval.sample)
                 callback = EvalDuringTraining(replace(options, limit=few).open(""))
-        run = training_run.run_training(recipe, watch, resume=resume, signals=signals, lock=lock, callback=callback)
+        run = training_run.run_training(recipe, shown, resume=resume, signals=signals, lock=lock, callback=callback)
         measured = "compare.json" if recipe.compare else "eval.json" if recipe.eval else None
         evaluation = comparison = None
         if run.already_done:
-            watch.say(f"{out}: this run is finished; nothing to resume")
+            shown.say(f"{out}: this run is finished; nothing to resume")
         else:
-            watch.say(f"{out / 'checkpoint'}: trained in {run.seconds:.0f} s")
+            shown.say(f"{out / 'checkpoint'}: trained in {run.seconds:.0f} s")
         if measured and not (run.already_done and (out / measured).is_file()):
             if recipe.compare is None:
-                evaluation = evaluate_all([str(out)], options, out, watch, lock)
+                evaluation = evaluate_all([str(out)], options, out, shown)
             else:
-                comparison = compare_two(recipe.base, str(out), options, how, out, watch, lock)
+                comparison = compare_two(recipe.base, str(out), options, recipe.compare, out, shown)
     return Run(**parts_of(run), recipe=_kept_recipe(out), evaluation=evaluation, comparison=comparison)
 
 
@@ -158,15 +151,13 @@ def _tell_of_waiting() -> None:
     os.write(2, b"\nstopping after this step, which is then saved; Ctrl-C again stops at once\n")
 
 
-def pretrain(
-    texts: Sequence[str | Path], out: str | Path, *, watch: ProgressDisplay | None = None, **keys: Any
-) -> dict[str, Any]:
+def pretrain(texts: Sequence[str | Path], out: str | Path, **keys: Any) -> dict[str, Any]:
     """Train a tokenizer and a tiny base on plain text into `out`; returns the facts of its model card.
 
     keys: the fields of `BaseSpec` (params, vocab, tokens, lr, seed, compile), `heldout` and `resume`.
     """
     heldout, resume = keys.pop("heldout", ()), keys.pop("resume", False)
-    with watching(watch) as shown, Lock(Path(out)):
+    with watching() as shown, Lock(Path(out)):
         card = train_base(
             [Path(t) for t in texts],
             Path(out),

@@ -41,12 +41,9 @@ def quiet() -> None:
 
 
 @contextmanager
-def watching(watch: ProgressDisplay | None) -> Iterator[ProgressDisplay]:
-    """The caller's display, or one of our own: a bar in a terminal or a notebook."""
+def watching() -> Iterator[ProgressDisplay]:
+    """The display of what is done: a bar in a terminal or a notebook."""
     quiet()
-    if watch is not None:
-        yield watch
-        return
     with ProgressDisplay() as shown:
         yield shown
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import zlib
@@ -12,24 +13,31 @@ from typing import Any
 from sftflow.chat.schema import Conversation, kind_of, parse_line, parse_row
 from sftflow.foundation.errors import DataError
 
-NO_FILE = ("no such file", "check the path; a hub data set is written hub:OWNER/NAME")
+
+@contextlib.contextmanager
+def readable(file: str | Path) -> Iterator[None]:
+    """Around the reading of a file. Raises DataError, which names it, where it is not there or cannot be read."""
+    name = str(file)
+    if not Path(file).is_file():
+        raise DataError(name, "no such file", "check the path; a hub data set is written hub:OWNER/NAME")
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise DataError(name, f"not UTF-8 text ({error.reason} at byte {error.start})", "convert it") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(name, f"cannot be unpacked ({error})", "download it again") from None
+    except OSError as error:
+        raise DataError(name, f"cannot be read ({error.strerror or error})", "check the file") from None
 
 
 def read_lines(name: str) -> Iterator[tuple[int, bytes]]:
     """(line number, bytes) of the lines of a file, gzipped or not, that are not blank. Raises DataError where it cannot
     be read."""
     path = Path(name)
-    if not path.is_file():
-        raise DataError(name, *NO_FILE)
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield number, line
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(name, f"cannot be unpacked ({error})", "download it again") from None
-    except OSError as error:
-        raise DataError(name, f"cannot be read ({error.strerror or error})", "check the file") from None
+    with readable(name), gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield number, line
 
 
 def read_rows(source: str | Path) -> Iterator[tuple[str, Any]]:
@@ -37,31 +45,27 @@ def read_rows(source: str | Path) -> Iterator[tuple[str, Any]]:
 
     Raises DataError naming the file and line where a row cannot be read.
     """
-    name, path = str(source), Path(source)
-    rows: Iterator[Any]
+    for number, row in numbered_rows(str(source)):
+        place = f"{source}:{number}"
+        yield place, parse_line(row, place) if isinstance(row, bytes) else row
+
+
+def numbered_rows(name: str) -> Iterator[tuple[int, Any]]:
+    """As `read_rows`, but (number, raw row), and the row of a .jsonl file is its line's bytes, not yet parsed."""
+    path = Path(name)
     if name.startswith("hub:"):
-        rows = _read_hub(name)
-    elif path.suffix == ".parquet":
-        rows = _read_parquet(path)
-    elif path.suffix == ".json":
-        rows = _read_json(path)
-    else:
-        for number, line in read_lines(name):
-            yield f"{name}:{number}", parse_line(line, f"{name}:{number}")
-        return
-    for number, row in enumerate(rows, 1):
-        yield f"{name}:{number}", row
+        return enumerate(_read_hub(name), 1)
+    if path.suffix == ".parquet":
+        return enumerate(_read_parquet(path), 1)
+    return enumerate(_read_json(path), 1) if path.suffix == ".json" else read_lines(name)
 
 
 def _read_json(path: Path) -> Iterator[Any]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(str(path), f"not UTF-8 text ({error.reason} at byte {error.start})", "convert it") from None
+        with readable(path):
+            rows = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}", f"not JSON ({error.msg})", "fix it") from None
-    except OSError as error:
-        raise _unreadable(path, error) from None
     if not isinstance(rows, list):
         raise DataError(str(path), f"the file holds {kind_of(rows)}", "make it a list of rows, or use .jsonl")
     yield from rows
@@ -70,25 +74,16 @@ def _read_json(path: Path) -> Iterator[Any]:
 def _read_parquet(path: Path) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
-    try:
+    with readable(path):
         for batch in pq.ParquetFile(path).iter_batches():
             for row in batch.to_pylist():
                 yield {k: v for k, v in row.items() if v is not None}
-    except OSError as error:
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path: Path, error: OSError) -> DataError:
-    if not path.is_file():
-        return DataError(str(path), *NO_FILE)
-    return DataError(str(path), f"cannot be read ({error.strerror or error})", "check the file")
 
 
 def _read_hub(name: str) -> Iterator[Any]:
     import datasets
 
-    _, _, rest = name.partition(":")
-    hub_id, _, split = rest.partition(":")
+    hub_id, _, split = name.removeprefix("hub:").partition(":")
     try:
         data = datasets.load_dataset(hub_id, split=split or "train", streaming=True)
     except Exception as error:  # the library raises many kinds, from HTTP errors to its own

@@ -64,14 +64,19 @@ def pieces_of(text: str, literals: list[Literal]) -> list[Piece]:
     return pieces
 
 
-class _Backend:
-    """One fast tokenizer, shared by every Encoder of the same tokenizer.json (loading a large one takes a second)."""
+class Encoder:
+    """Encodes with one tokenizer, but lets only literals become special tokens. `encoder_of` makes it.
 
-    def __init__(self, text: str) -> None:
+    encoder = encoder_of(tokenizer_text(tokenizer))
+    encoder.encode(text, encoder.literals(text), [reply_start], "data.jsonl:17").ids
+    """
+
+    def __init__(self, tokenizer: str) -> None:
+        """tokenizer: its tokenizer.json."""
         from tokenizers import Tokenizer
 
-        self._text = text
-        self._backend = Tokenizer.from_str(text)
+        self._text = tokenizer
+        self._backend = Tokenizer.from_str(tokenizer)
         self._backend.no_padding()
         self._backend.no_truncation()
         special = {i: t for i, t in self._backend.get_added_tokens_decoder().items() if t.special}
@@ -83,7 +88,7 @@ class _Backend:
         self.is_special = np.zeros(n_ids, bool)
         self.is_special[list(special)] = True
         self._words = WordCache.of(self._backend)
-        self._twin: tuple[Any, dict[int, int]] | None = None
+        self._tails: dict[tuple[str, bool, bool], list[int]] = {}
         # A SentencePiece-like tokenizer writes a space before the first word of whatever it is given.
         line, letter = self.plain("\n"), self.plain("a")
         self.prepends = self.plain("\na")[len(line) :] != letter
@@ -102,50 +107,26 @@ class _Backend:
     def with_twin(self, pieces: list[Piece]) -> list[int]:
         """Ids from a twin of the tokenizer whose special tokens carry other names, so that their usual names in
         content are plain text while everything else (splitting, merging, prefix spaces) stays as it is."""
-        twin, back = self._make_twin()
+        twin, back = self._twin
         text = "".join(f"{TWIN_OPEN}{t}{TWIN_CLOSE}" if kind == "special" else t for kind, t in pieces)
         return [back.get(i, i) for i in twin.encode_batch_fast([text], add_special_tokens=False)[0].ids]
 
-    def _make_twin(self) -> tuple[Any, dict[int, int]]:
-        """The twin, and which id of it stands for which of ours; made when first needed."""
+    @functools.cached_property
+    def _twin(self) -> tuple[Any, dict[int, int]]:
+        """The twin, and which id of it stands for which of ours."""
         from tokenizers import Tokenizer
 
-        if self._twin is None:
-            data = json.loads(self._text)
-            renamed = [
-                {**t, "content": f"{TWIN_OPEN}{t['content']}{TWIN_CLOSE}"} if t["special"] else t
-                for t in data["added_tokens"]
-            ]
-            plain = {**data, "added_tokens": renamed, "post_processor": None, "padding": None, "truncation": None}
-            twin = Tokenizer.from_str(json.dumps(plain))
-            back: dict[int, int] = {}
-            for new, original in zip(renamed, data["added_tokens"], strict=True):
-                new_id = twin.token_to_id(new["content"])
-                assert new_id is not None, new
-                back[new_id] = original["id"]
-            self._twin = (twin, back)
-        return self._twin
-
-
-@functools.lru_cache(maxsize=8)
-def _backend(text: str) -> _Backend:
-    return _Backend(text)
-
-
-class Encoder:
-    """Encodes with one tokenizer, but lets only literals become special tokens.
-
-    encoder = Encoder(tokenizer_text(tokenizer))
-    encoder.encode(text, encoder.literals(text), [reply_start], "data.jsonl:17").ids
-    """
-
-    def __init__(self, tokenizer: str) -> None:
-        """tokenizer: its tokenizer.json."""
-        self._backend = _backend(tokenizer)
-        self.special = self._backend.special
-        self.prepends = self._backend.prepends
-        self.special_re = self._backend.special_re
-        self._tails: dict[tuple[str, bool, bool], list[int]] = {}
+        data = json.loads(self._text)
+        renamed = [
+            {**t, "content": f"{TWIN_OPEN}{t['content']}{TWIN_CLOSE}"} if t["special"] else t
+            for t in data["added_tokens"]
+        ]
+        plain = {**data, "added_tokens": renamed, "post_processor": None, "padding": None, "truncation": None}
+        twin: Any = Tokenizer.from_str(json.dumps(plain))
+        both = zip(renamed, data["added_tokens"], strict=True)
+        back = {twin.token_to_id(new["content"]): original["id"] for new, original in both}
+        assert None not in back, renamed
+        return twin, back
 
     def literals(self, text: str) -> list[Literal]:
         """Every special token in the text: the template's, where no content holds look-alikes."""
@@ -171,7 +152,7 @@ class Encoder:
         if not done:
             return Encoded(rest.array, rest.special, tuple(cuts), 0)
         ids = np.concatenate([*(part.array for part in done), rest.array])
-        return Encoded(ids, np.flatnonzero(self._backend.is_special[ids]), tuple(cuts), len(done))
+        return Encoded(ids, np.flatnonzero(self.is_special[ids]), tuple(cuts), len(done))
 
     def _encode(self, text: str, literals: list[Literal], start: int, place: str) -> _Part:
         """text[start:], where exactly the literals are special."""
@@ -180,7 +161,7 @@ class Encoder:
         wanted = [self.special[t] for _, _, t in mine]
         part = self._part(self._plain(text, start > 0))
         if part.array[part.special].tolist() != wanted:
-            part = self._part(self._backend.with_twin(pieces_of(text, mine)))
+            part = self._part(self.with_twin(pieces_of(text, mine)))
         if part.array[part.special].tolist() != wanted:
             raise MaskError(
                 place,
@@ -191,16 +172,16 @@ class Encoder:
 
     def _part(self, ids: list[int]) -> _Part:
         array = np.array(ids, np.int64)
-        return _Part(ids, array, self._backend.is_special[array].nonzero()[0])
+        return _Part(ids, array, self.is_special[array].nonzero()[0])
 
     def _plain(self, text: str, continues: bool) -> list[int]:
         """Ids of the text; of one that continues another, without the space that some tokenizers write in front."""
-        if continues and self._backend.prepends:
-            anchor = self._backend.plain("\n")
-            ids = self._backend.plain("\n" + text)
+        if continues and self.prepends:
+            anchor = self.plain("\n")
+            ids = self.plain("\n" + text)
             if ids[: len(anchor)] == anchor:
                 return ids[len(anchor) :]
-        return self._backend.plain(text)
+        return self.plain(text)
 
     def _prompt_length(
         self, text: str, literals: list[Literal], ends: list[int], start: int, boundary: int, part: _Part
@@ -212,7 +193,7 @@ class Encoder:
         if last >= 0 and literals[last][0] >= start:
             base = int(part.special[last - bisect.bisect_left(literals, (start, start, ""))])
             left = literals[last][0]
-            swallowed = literals[last][2] in self._backend.swallows_right and not text[ends[last] : boundary].strip()
+            swallowed = literals[last][2] in self.swallows_right and not text[ends[last] : boundary].strip()
             if swallowed and text[boundary : boundary + 1].isspace():
                 return None  # the control token takes the reply's leading spaces with it
             if ends[last] == boundary:
@@ -231,19 +212,19 @@ class Encoder:
 
     def rough_length(self, text: str) -> tuple[int, int]:
         """About how many ids the text has, special-token strings being one each; and how many of them are those."""
-        ids = self._backend.plain(text)
-        return len(ids), int(self._backend.is_special[ids].sum())
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Ids -> text, control tokens included."""
-        return self._backend.decode(ids)
+        ids = self.plain(text)
+        return len(ids), int(self.is_special[ids].sum())
 
     def round_trip(self, text: str) -> str:
         """The text encoded and decoded again."""
-        return self._backend.decode(self._backend.plain(text))
+        return self.decode(self.plain(text))
 
     def encode_pieces(self, pieces: list[Piece]) -> list[int]:
         """Ids of (kind, text) pieces, kind "special" or "content"."""
         if any(kind == "content" and self.special_re.search(text) for kind, text in pieces):
-            return self._backend.with_twin(pieces)
-        return self._backend.plain("".join(t for _, t in pieces))
+            return self.with_twin(pieces)
+        return self.plain("".join(t for _, t in pieces))
+
+
+encoder_of = functools.lru_cache(maxsize=8)(Encoder)
+"""one Encoder for all that have the same tokenizer.json: loading a large one takes a second"""

@@ -77,7 +77,7 @@ class WordCache:
         self._split = pattern.findall
         self._added = added
         longest_first = sorted(added, key=len, reverse=True)
-        self._added_re = re.compile("|".join(map(re.escape, longest_first))) if added else re.compile(r"(?!)")
+        self._added_re = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._words = _Words(backend.model)
 
     @classmethod
@@ -150,13 +150,11 @@ def _split_pattern(backend: Any) -> re.Pattern[str] | None:
     else:
         return None
     translated = python_pattern(source)
-    if translated is None:
-        return None
     try:
-        pattern = re.compile(translated, re.ASCII)
+        pattern = None if translated is None else re.compile(translated, re.ASCII)
     except re.error:
         return None
-    return pattern if not pattern.groups else None
+    return pattern if pattern and not pattern.groups else None
 
 
 def _splits(step: dict[str, Any]) -> bool:

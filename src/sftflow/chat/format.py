@@ -84,16 +84,14 @@ def choose_format(name: str, tokenizer: Any, stored: dict[str, Any] | None = Non
         template = tokenizer.chat_template
         if isinstance(template, dict):
             template = template.get("default") or next(iter(template.values()))
-        if stored:
-            python = tuple(stored["python"]) if stored.get("python") else None
-            return ChatFormat(
-                name=stored.get("name", "own"),
-                template=template,
-                kwargs=stored.get("kwargs", {}),
-                now=stored.get("template_now", TEMPLATE_NOW),
-                python=python,  # type: ignore[arg-type]
-            )
-        return ChatFormat(name="own", template=template)
+        stored = stored or {}
+        return ChatFormat(
+            name=stored.get("name", "own"),
+            template=template,
+            kwargs=stored.get("kwargs", {}),
+            now=stored.get("template_now", TEMPLATE_NOW),
+            python=tuple(stored.get("python") or ()) or None,  # type: ignore[arg-type]
+        )
     if name in BUILTIN:
         return builtin_format(name)
     path = Path(name)
@@ -124,6 +122,4 @@ def tokenizer_text(tokenizer: Any) -> str:
 def tokenizer_json(tokenizer: Any) -> dict[str, Any]:
     """The fast tokenizer as JSON, without the padding and truncation state that calls leave behind."""
     data: dict[str, Any] = json.loads(tokenizer_text(tokenizer))
-    data.pop("truncation", None)
-    data.pop("padding", None)
-    return data
+    return {key: value for key, value in data.items() if key not in ("truncation", "padding")}

@@ -8,9 +8,6 @@ it is the length of the template's own prompt for that turn (history + generatio
 of the whole text. Where it ends is the control token that the template itself writes after the turn's last word. Which
 words are the template's and which the row's is proven by rendering marks in place of the row's.
 What cannot be proven this way is refused with MaskError.
-
-template.py turns messages into the text, encode.py the text into ids, proof/ says which control tokens are the
-template's and where replies end; here the three meet in the mask.
 '''
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sftflow.chat.encode import Encoder
+from sftflow.chat.encode import encoder_of
 from sftflow.chat.format import ChatFormat, tokenizer_text
 from sftflow.chat.proof.prover import Prover
 from sftflow.chat.schema import Conversation, parse_row
@@ -73,22 +70,13 @@ class Renderer:
     end_token: the token that ends ordinary replies, or None where the format writes none.
     """
 
-    def __init__(self, tokenizer: Any, chat_format: ChatFormat) -> None:
-        self.tokenizer = tokenizer
-        names = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
-        self._open(RendererSpec(tokenizer_text(tokenizer), names, tokenizer.eos_token_id, chat_format))
-
-    @classmethod
-    def from_spec(cls, spec: RendererSpec) -> Renderer:
-        """The same renderer in another process, without transformers; `tokenizer` is None there."""
-        renderer = cls.__new__(cls)
-        renderer.tokenizer = None
-        renderer._open(spec)
-        return renderer
-
-    def _open(self, spec: RendererSpec) -> None:
-        self.spec, self.format = spec, spec.format
-        self._encoder = Encoder(spec.tokenizer)
+    def __init__(self, tokenizer: Any, chat_format: ChatFormat, *, spec: RendererSpec | None = None) -> None:
+        """spec: that of a renderer in another process: without transformers, `tokenizer` is None there."""
+        if spec is None:
+            names = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+            spec = RendererSpec(tokenizer_text(tokenizer), names, tokenizer.eos_token_id, chat_format)
+        self.tokenizer, self.spec, self.format = tokenizer, spec, chat_format
+        self._encoder = encoder_of(spec.tokenizer)
         self.special, self.special_re = self._encoder.special, self._encoder.special_re
         self._template = Template(spec.format, spec.names, self.special)
         self._prover = Prover(self._template, self._encoder, spec.eos)
@@ -98,9 +86,8 @@ class Renderer:
     def with_format(self, chat_format: ChatFormat) -> Renderer:
         """The same tokenizer with another format. Made once for each template."""
         if chat_format.template not in self._others:
-            renderer = Renderer.from_spec(replace(self.spec, format=chat_format))
-            renderer.tokenizer = self.tokenizer
-            self._others[chat_format.template] = renderer
+            spec = replace(self.spec, format=chat_format)
+            self._others[chat_format.template] = Renderer(self.tokenizer, chat_format, spec=spec)
         return self._others[chat_format.template]
 
     # ---- prompt -> text -> ids -> mask

@@ -155,16 +155,16 @@ def parse_message(raw: Any, place: str) -> Message:
         raise SchemaError(place, f"a message is {kind_of(raw)}", "make it an object with role and content")
     unknown = sorted(set(raw) - MESSAGE_KEYS)
     if unknown:
-        raise SchemaError(
-            place, f"unknown key {unknown[0]!r} in a message", f"known: {', '.join(sorted(MESSAGE_KEYS))}"
-        )
+        known = ", ".join(sorted(MESSAGE_KEYS))
+        raise SchemaError(place, f"unknown key {unknown[0]!r} in a message", f"known: {known}")
     role = raw.get("role")
     if role not in ROLES:
         fact = "a message without a role" if role is None else f"role {role!r} is not known"
         raise SchemaError(place, fact, f"use one of {', '.join(ROLES)}")
-    for key in ("tool_call_id", "name", "reasoning_content"):
-        if raw.get(key) is not None and not isinstance(raw[key], str):
-            raise SchemaError(f"{place}.{key}", f"it is {kind_of(raw[key])}", "make it a string")
+    texts = {key: raw.get(key) for key in ("tool_call_id", "name", "reasoning_content")}
+    for key, text in texts.items():
+        if not isinstance(text, str | None):
+            raise SchemaError(f"{place}.{key}", f"it is {kind_of(text)}", "make it a string")
     calls = raw.get("tool_calls") or []
     if not isinstance(calls, list) or not all(isinstance(c, dict) for c in calls):
         raise SchemaError(f"{place}.tool_calls", "not a list of objects", "see the OpenAI chat shape")
@@ -187,15 +187,7 @@ def parse_message(raw: Any, place: str) -> Message:
         raise SchemaError(f"{place}.content", "content is null", 'write "" for an empty message')
     if role != "assistant" and any(p.kind != "text" for p in parts):
         raise SchemaError(f"{place}.content", f"python parts in a {role} message", "only the assistant calls the tool")
-    return Message(
-        role=role,
-        parts=parts,
-        tool_calls=tuple(calls),
-        tool_call_id=raw.get("tool_call_id"),
-        name=raw.get("name"),
-        reasoning_content=raw.get("reasoning_content"),
-        weight=weight,
-    )
+    return Message(role, parts, tuple(calls), weight=weight, **texts)
 
 
 def _side(value: Any, role: str, place: str) -> list[Any]:
@@ -240,8 +232,7 @@ def _dialect(row: Any, place: str) -> tuple[Any, tuple[str, ...]]:
         for key in ("instruction", "output"):
             if not isinstance(row[key], str):
                 raise SchemaError(f"{place}.{key}", f"it is {kind_of(row[key])}", "make it a string")
-        extra = row.get("input")
-        asked = row["instruction"] if not extra else f"{row['instruction']}\n\n{extra}"
+        asked = f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
         exchange = [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
         return exchange, ("instruction", "input", "output")
     if "conversations" in row:

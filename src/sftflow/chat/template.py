@@ -11,7 +11,7 @@ import copy
 import json
 import re
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import CodeType
 from typing import Any, NoReturn
@@ -43,7 +43,11 @@ _DEFAULTED = re.compile(r"set\s+(\w+)\s*=\s*\1\b|(?<!\w)(\w+) is (?:not )?define
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """The sandbox, with short ways for what templates do most and what the sandbox allows anyway: reading a key of a
     plain dict by a dot, asking the loop for its index, calling a method of a string. All else goes the sandbox's way.
+
+    generated: where the text of each `{% generation %}` block is kept, or None.
     """
+
+    generated: list[str] | None = None
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         kind = type(obj)
@@ -71,16 +75,10 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %} ... {% endgeneration %}`: the template's own word for what the assistant wrote.
-
-    The body is rendered as it is; between `open` and `close` of spans the text of each block is kept.
-    """
+    """`{% generation %} ... {% endgeneration %}`: the template's own word for what the assistant wrote. Rendered as it
+    is."""
 
     tags = {"generation"}  # noqa: RUF012  (jinja2 reads it so)
-
-    def __init__(self, environment: jinja2.Environment) -> None:
-        super().__init__(environment)
-        environment.extend(generated=None)
 
     def parse(self, parser: Any) -> Any:
         line = next(parser.stream).lineno
@@ -89,9 +87,8 @@ class _Generation(jinja2.ext.Extension):
 
     def _keep(self, caller: Any) -> str:
         text = str(caller())
-        kept = self.environment.generated  # type: ignore[attr-defined]
-        if kept is not None:
-            kept.append(text)
+        if self.environment.generated is not None:  # type: ignore[attr-defined]
+            self.environment.generated.append(text)  # type: ignore[attr-defined]
         return text
 
 
@@ -109,20 +106,15 @@ class _Namespace(jinja2.utils.Namespace):
     """The `namespace` of templates, without names that begin with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
-        self, rest = args[0], args[1:]
-        values = dict(*rest, **kwargs)
-        for name in values:
-            _refuse_underscore(name)
-        jinja2.utils.Namespace.__init__(self, values)
+        self, *rest = args
+        jinja2.utils.Namespace.__init__(self)
+        for name, value in dict(*rest, **kwargs).items():
+            self[name] = value
 
     def __setitem__(self, name: str, value: Any) -> None:
-        _refuse_underscore(name)
+        if isinstance(name, str) and name.startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}")
         super().__setitem__(name, value)
-
-
-def _refuse_underscore(name: Any) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}")
 
 
 def _raise_exception(message: str) -> NoReturn:
@@ -237,12 +229,11 @@ class Template:
         """The texts inside the template's `{% generation %}` marks; None where it has no such marks."""
         if "endgeneration" not in self.format.template:
             return None
-        kept: list[str] = []
-        self._environment.generated = kept  # type: ignore[attr-defined]
+        kept = self._environment.generated = []
         try:
             self.text(messages, tools, False, place)
         finally:
-            self._environment.generated = None  # type: ignore[attr-defined]
+            self._environment.generated = None
         return kept
 
     def arguments(self) -> list[str]:
@@ -256,21 +247,14 @@ class Template:
 
 def as_dict(message: Message, *, keep_python: bool) -> dict[str, Any]:
     """A message in the shape templates expect; calculator parts become plain text unless `keep_python`."""
-    parts = message.parts
     if message.uses_python and not keep_python:
-        parts = flatten_python(parts)
-    content: Any
-    if any(p.kind != "text" for p in parts):
-        content = [{"type": p.kind, "text": p.text} for p in parts]
-    else:
-        content = "".join(p.text for p in parts)
-    out: dict[str, Any] = {"role": message.role, "content": content}
+        message = replace(message, parts=flatten_python(message.parts))
+    out = message.to_json()
+    out.pop("weight", None)
+    if out["content"] is None:
+        out["content"] = ""
     if message.tool_calls:
         out["tool_calls"] = [_normal_call(c) for c in message.tool_calls]
-    for key in ("tool_call_id", "name", "reasoning_content"):
-        value = getattr(message, key)
-        if value is not None:
-            out[key] = value
     if message.reasoning_content is not None:
         out["thinking"] = message.reasoning_content  # what some templates call it; transformers sets both
     return out

@@ -89,13 +89,10 @@ def choose_arguments(renderer: Renderer, sample: Sequence[Conversation]) -> Rend
 
 
 def _choices(arguments: Sequence[str]) -> list[dict[str, bool]]:
-    singles: list[dict[str, bool]] = [{name: value} for name in arguments for value in (True, False)]
-    pairs = [
-        dict(zip(names, values, strict=True))
-        for names in combinations(arguments[:3], 2)
-        for values in product((True, False), repeat=2)
-    ]
-    return singles + pairs
+    """Each argument alone, then the first three in pairs; true first."""
+    chosen = [*((name,) for name in arguments), *combinations(arguments[:3], 2)]
+    both = (True, False)
+    return [dict(zip(n, values, strict=True)) for n in chosen for values in product(both, repeat=len(n))]
 
 
 def _cost(renderer: Renderer, conversation: Conversation) -> int:

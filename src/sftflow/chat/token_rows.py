@@ -77,10 +77,9 @@ def token_bytes(tokenizer: Any, ids: Sequence[int]) -> list[bytes]:
     Not by decoding tokens one at a time: that gives U+FFFD for a part of a character, and SentencePiece tokenizers
     strip the space that the first token begins with, which here would be every token.
     """
-    added = {int(i): str(t.content).encode("utf-8", "replace") for i, t in tokenizer.added_tokens_decoder.items()}
+    known = {int(i): str(t.content).encode("utf-8", "replace") for i, t in tokenizer.added_tokens_decoder.items()}
     bytes_of_entry = _bytes_of_entry(tokenizer)
-    known: dict[int, bytes] = {}
-    different = [i for i in dict.fromkeys(ids) if i not in added]
+    different = [i for i in dict.fromkeys(ids) if i not in known]
     for i, piece in zip(different, tokenizer.convert_ids_to_tokens(different), strict=True):
         if piece is None:  # an id beyond the vocabulary: the embedding may have more rows than the tokenizer words
             known[i] = b""
@@ -88,7 +87,7 @@ def token_bytes(tokenizer: Any, ids: Sequence[int]) -> list[bytes]:
             known[i] = str(tokenizer.decode([i], skip_special_tokens=False)).encode("utf-8", "replace")
         else:
             known[i] = bytes_of_entry(piece)
-    return [added[i] if i in added else known[i] for i in ids]
+    return [known[i] for i in ids]
 
 
 def _bytes_of_entry(tokenizer: Any) -> Callable[[str], bytes] | None:

@@ -119,9 +119,8 @@ class CallReader:
             except _NotACall:
                 at = start + 1
                 continue
-            before = self._text[:start]
-            self._text, rest = before, self._text[cursor.at :]
-            self._give(out, before, cut=True)
+            rest = self._text[cursor.at :]
+            self._give(out, self._text[:start], cut=True)
             out += calls
             self._text, self._begun, self._after_call, at = rest, True, True, 0
 
@@ -270,12 +269,8 @@ _DECODER = json.JSONDecoder(strict=False, parse_constant=_no_constant)
 @functools.lru_cache(maxsize=256)
 def _words(text: str) -> tuple[tuple[str, bool], ...]:
     """The words of a text, and whether each stands for a call's identity, which is another every time."""
-    out: list[tuple[str, bool]] = []
-    for word in text.split():
-        for piece in re.split(f"({'|'.join(IDENTITIES)})", word):
-            if piece:
-                out.append((piece, piece in IDENTITIES))
-    return tuple(out)
+    pieces = (piece for word in text.split() for piece in re.split(f"({'|'.join(IDENTITIES)})", word))
+    return tuple((piece, piece in IDENTITIES) for piece in pieces if piece)
 
 
 def _end(pattern: re.Pattern[str], text: str, at: int) -> int:

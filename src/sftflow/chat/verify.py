@@ -54,14 +54,8 @@ def verify(renderer: Renderer, conversation: Conversation, rendered: Rendered) -
 
 def checks(wrong: dict[str, str], place: str) -> Checks:
     """What `verify` says of one row, to be added up."""
-    return {
-        name: {
-            "checked": 1,
-            "failed": int(name in wrong),
-            "first": f"{place}: {wrong[name]}" if name in wrong else None,
-        }
-        for name in INVARIANTS
-    }
+    first = {name: f"{place}: {fact}" for name, fact in wrong.items()}
+    return {name: {"checked": 1, "failed": int(name in wrong), "first": first.get(name)} for name in INVARIANTS}
 
 
 def add_checks(total: Checks, more: Checks) -> None:
@@ -101,20 +95,17 @@ def _control_tokens(renderer: Renderer, conversation: Conversation, text: str) -
             return {harmless(k): harmless(v) for k, v in value.items()}
         return [harmless(v) for v in value] if isinstance(value, list) else value
 
-    messages = tuple(_harmless_message(m, harmless) for m in conversation.messages)
-    tools = tuple(harmless(list(conversation.tools)))
+    def harmless_message(message: Message) -> Message:
+        return replace(
+            message,
+            parts=tuple(Part(p.kind, harmless(p.text)) for p in message.parts),
+            tool_calls=tuple(harmless(list(message.tool_calls))),
+            reasoning_content=harmless(message.reasoning_content),
+        )
+
+    messages = tuple(map(harmless_message, conversation.messages))
+    without = replace(conversation, messages=messages, tools=tuple(harmless(list(conversation.tools))))
     try:
-        return [
-            renderer.special[t] for t in found(renderer.text(replace(conversation, messages=messages, tools=tools)))
-        ]
+        return [renderer.special[t] for t in found(renderer.text(without))]
     except FormatError:
         return None
-
-
-def _harmless_message(message: Message, harmless: Any) -> Message:
-    return replace(
-        message,
-        parts=tuple(Part(p.kind, harmless(p.text)) for p in message.parts),
-        tool_calls=tuple(harmless(list(message.tool_calls))),
-        reasoning_content=harmless(message.reasoning_content),
-    )

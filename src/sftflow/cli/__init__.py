@@ -2,65 +2,45 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 
-from sftflow.cli import (  # noqa: F401  each adds its command
-    base,
-    chat,
-    compare,
-    demo,
-    doctor,
-    eval,
-    export,
-    mix,
-    render,
-    serve,
-    train,
-)
 from sftflow.cli.common import app
 from sftflow.foundation.errors import RunError, SftflowError
 from sftflow.foundation.runtime import out_of_memory
 
 ORDER = ("demo", "base", "render", "mix", "train", "eval", "compare", "chat", "serve", "export", "doctor")
+for _command in ORDER:
+    importlib.import_module(f"sftflow.cli.{_command}")  # each adds its command
 app.registered_commands.sort(key=lambda c: ORDER.index(c.name or getattr(c.callback, "__name__", "")))
-
-OUT_OF_MEMORY = RunError(
-    "memory", "out of memory", "close other programs, take a smaller model, or for training lower train.micro_tokens"
-)
 
 
 def main() -> None:
     """Entry point: errors become one line and an exit code."""
     try:
         code = app(standalone_mode=False)
-    except SftflowError as error:
-        if os.environ.get("SFTFLOW_DEBUG"):
-            raise
-        code = _fail(error)
     except (KeyboardInterrupt, EOFError):
         code = 130
     except BrokenPipeError:
         code = 0
-    except MemoryError:
-        code = _fail(OUT_OF_MEMORY)
-    except OSError as error:
-        if os.environ.get("SFTFLOW_DEBUG"):
-            raise
-        place = str(error.filename or "files")
-        fact = error.strerror or str(error)
-        code = _fail(RunError(place, fact, "check space and permissions"))
     except Exception as error:
-        usage = getattr(error, "format_message", None)
-        if not (usage or out_of_memory(error)) or os.environ.get("SFTFLOW_DEBUG"):
+        known = _told(error)
+        if known is None or (os.environ.get("SFTFLOW_DEBUG") and not isinstance(error, MemoryError)):
             raise
-        if usage is None:
-            sys.exit(_fail(OUT_OF_MEMORY))
-        print(f"error: usage: {' '.join(str(usage()).split())}; see sftflow --help", file=sys.stderr)
-        code = getattr(error, "exit_code", 2)
+        line, code = known
+        print(f"error: {line}", file=sys.stderr)
     sys.exit(code or 0)
 
 
-def _fail(error: SftflowError) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return error.exit_code
+def _told(error: Exception) -> tuple[str, int] | None:
+    """(what is said of it, the exit code); None for a fault of the program's own."""
+    if usage := getattr(error, "format_message", None):
+        return f"usage: {' '.join(str(usage()).split())}; see sftflow --help", getattr(error, "exit_code", 2)
+    if isinstance(error, OSError):
+        fact = error.strerror or str(error)
+        error = RunError(str(error.filename or "files"), fact, "check space and permissions")
+    elif isinstance(error, MemoryError) or out_of_memory(error):
+        remedy = "close other programs, take a smaller model, or for training lower train.micro_tokens"
+        error = RunError("memory", "out of memory", remedy)
+    return (str(error), error.exit_code) if isinstance(error, SftflowError) else None

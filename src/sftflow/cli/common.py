@@ -74,7 +74,4 @@ def program() -> str:
     called = Path(sys.argv[0])
     if called.name != "sftflow" or shutil.which("sftflow"):
         return "sftflow"
-    try:
-        return str(called.relative_to(Path.cwd())) if called.is_absolute() else str(called)
-    except ValueError:
-        return str(called)
+    return str(called.relative_to(Path.cwd()) if called.is_relative_to(Path.cwd()) else called)

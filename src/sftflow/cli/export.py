@@ -32,26 +32,15 @@ def export(
 
     try:
         with Signals():
-            _export(model, to, out, kind, base, prompts)
+            from sftflow import api
+            from sftflow.exporting.to_gguf import require_passed, summary
+
+            certificate = api.export(model, to, out, type=kind, base=base, prompts=prompts)
+            if certificate is not None:
+                for line in summary(certificate):
+                    print(line)
+                print(f"certificate: {out.with_suffix('.parity.json')}")
+                require_passed(certificate)
     except Stopped as stopped:
         print(f"stopped; {out} is as it was, or whole" + (" and not proven" if to == "gguf" else ""), file=sys.stderr)
         raise typer.Exit(stopped.exit_code) from None
-
-
-def _export(
-    model: str,
-    to: Literal["gguf", "merged"],
-    out: Path,
-    kind: Literal["f32", "f16", "bf16", "q8_0"] | None,
-    base: str | None,
-    prompts: int,
-) -> None:
-    from sftflow import api
-    from sftflow.api.publish import certificate_lines, require_passed
-
-    certificate = api.export(model, to, out, type=kind, base=base, prompts=prompts)
-    if certificate is not None:
-        for line in certificate_lines(certificate):
-            print(line)
-        print(f"certificate: {out.with_suffix('.parity.json')}")
-        require_passed(certificate)

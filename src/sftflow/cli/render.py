@@ -35,13 +35,13 @@ def render(
     elif html is None:
         from rich.console import Console
 
-        from sftflow.report.token_view import terminal_lines
+        from sftflow.report.token_view import TerminalRow
 
         console = Console(highlight=False)
         for row in found.rows:
             head = f"{row.source}  {len(row.tokens)} tokens, {row.n_supervised} supervised"
             console.print(head, style="bold underline", markup=False, soft_wrap=True)
-            console.print(terminal_lines(row))
+            console.print(TerminalRow(row))
     for entry in found.refused:
         print(f"refused: {entry['reason']}", file=sys.stderr)
     if html is not None:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from sftflow.checkpoint import Assistant
 from sftflow.comparison.judge import JudgeResult, ReplyPair, check_judge, judge_pairs
 from sftflow.comparison.losses import forgetting, held_out_comparison, overlap_with_training
 from sftflow.comparison.paired import PairedResult, check_all_replies, task_comparisons
-from sftflow.comparison.prompt_replies import PROMPT_TOKENS, prompt_comparisons, prompt_replies, with_faults
+from sftflow.comparison.prompt_replies import PROMPT_TOKENS, prompt_replies, with_faults
 from sftflow.comparison.prompts import PromptSet, load_prompts
 from sftflow.comparison.results import CONTINUED, Both, Comparison, NotJudged, PromptComparison
 from sftflow.comparison.run_artifacts import read_run
@@ -34,6 +34,7 @@ from sftflow.evaluation.results import Evaluation, ModelScores
 from sftflow.fingerprint import GRADED_ROWS, code_hash, format_fingerprint, items_hash
 from sftflow.foundation.atomic_io import write_json
 from sftflow.foundation.errors import RecipeError, SftflowError
+from sftflow.recipe import Compare
 
 JUDGE_KEY = "SFTFLOW_JUDGE_KEY"
 """environment variable of the judge's API key"""
@@ -42,36 +43,14 @@ Progress = Callable[[str, int, int], None]  # (what, done, total)
 Steps = Callable[[str], Callable[[int], None]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompareOptions:
-    """What both models are asked beside the tasks.
-
-    prompts: 'default', or a file of fixed prompts.   judge: an OpenAI-compatible address.   judge_model: a model of it.
-    api_key: the judge's; None: that of the environment.
-    """
-
-    prompts: str = "default"
-    judge: str | None = None
-    judge_model: str | None = None
-    api_key: str | None = None
-
-    @classmethod
-    def of_recipe(cls, recipe: Any) -> CompareOptions:
-        asked = recipe.compare
-        return cls(prompts=asked.prompts, judge=asked.judge, judge_model=asked.judge_model) if asked else cls()
-
-    @property
-    def key(self) -> str | None:
-        return self.api_key or os.environ.get(JUDGE_KEY)
-
-    def check(self) -> PromptSet:
-        """The fixed prompts, after asking the judge, where one is named, whether it is there."""
-        if bool(self.judge) != bool(self.judge_model):
-            raise RecipeError("--judge", "it needs --judge-model, and that needs --judge", "give both")
-        prompts = load_prompts(self.prompts)
-        if self.judge and self.judge_model:
-            check_judge(self.judge, self.judge_model, self.key)
-        return prompts
+def checked_prompts(asked: Compare) -> PromptSet:
+    """The fixed prompts, after asking the judge, where one is named, whether it is there."""
+    if bool(asked.judge) != bool(asked.judge_model):
+        raise RecipeError("--judge", "it needs --judge-model, and that needs --judge", "give both")
+    prompts = load_prompts(asked.prompts)
+    if asked.judge and asked.judge_model:
+        check_judge(asked.judge, asked.judge_model, os.environ.get(JUDGE_KEY))
+    return prompts
 
 
 def compare_models(
@@ -82,21 +61,29 @@ def compare_models(
     out: Path,
     *,
     run_directory: Path | None = None,
-    options: CompareOptions = CompareOptions(),
-    progress: Progress | None = None,
+    asked: Compare = Compare(),
+    progress: Progress = lambda what, done, total: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Comparison:
     """Compare, and write compare.json, eval.json and a row an item into `out`.
 
     run_directory: of the SFT model's training, for ledger, losses and the overlap of the tasks with its rows.
-    options: its judge; the prompts are those given.
+    asked: its judge; the prompts are those given.
     """
     began = time.perf_counter()
     for assistant in (base, sft):
         require_askable(assistant.renderer, runs)
         weights_of(assistant)  # which refuses weights that are not finite
     steps = _steps(progress, 3 * (sum(len(r.items) for r in runs) + len(prompts.prompts)))
-    results = [_paired_result(base, sft, run, out, steps) for run in runs]
+    results = [
+        PairedResult(
+            run,
+            evaluate(base, run, "chat", out, model="base", progress=steps(f"{run.name}: base, chat format")),
+            evaluate(base, run, "plain", out, model="base", progress=steps(f"{run.name}: base, plain text")),
+            evaluate(sft, run, "chat", out, model="sft", progress=steps(f"{run.name}: SFT")),
+        )
+        for run in runs
+    ]
     scores = Both(ModelScores(tuple(r.better for r in results)), ModelScores(tuple(r.sft for r in results)))
     replies, checks = _prompts_and_checks(base, sft, prompts, results, steps)
     say("held-out loss, forgetting, overlap with the training rows")
@@ -113,43 +100,27 @@ def compare_models(
         forgetting=forgetting(base, sft),
         settings=_settings(sft, runs),
         fingerprints=_fingerprints(base, sft, runs),
-        judge=None,
-        seconds=0.0,
+        judge=_judged(replies, kind_of(base), asked, progress),
+        seconds=round(time.perf_counter() - began, 1),
         n_parameters=sft.model.num_parameters(),
         finished=datetime.now(UTC),
         run=read_run(run_directory),
     )
-    if options.judge and options.judge_model:
-        comparison = replace(comparison, judge=_judged(comparison, options, progress))
-    comparison = replace(comparison, seconds=round(time.perf_counter() - began, 1), finished=datetime.now(UTC))
     write_json(out / "compare.json", comparison.to_json())
     write_json(out / "eval.json", Evaluation({base.name: scores.base, sft.name: scores.sft}).to_json())
     return comparison
 
 
-def _steps(progress: Progress | None, total: int) -> Steps:
+def _steps(progress: Progress, total: int) -> Steps:
     """-> a function of what is being asked, which gives one that is told how many more replies of it are done."""
     done = 0
 
-    def step(what: str) -> Callable[[int], None]:
-        def more(k: int) -> None:
-            nonlocal done
-            done += k
-            if progress:
-                progress(what, done, total)
+    def more(what: str, k: int) -> None:
+        nonlocal done
+        done += k
+        progress(what, done, total)
 
-        return more
-
-    return step
-
-
-def _paired_result(base: Assistant, sft: Assistant, run: EvalTask, out: Path, steps: Steps) -> PairedResult:
-    return PairedResult(
-        run,
-        evaluate(base, run, "chat", out, model="base", progress=steps(f"{run.name}: base, chat format")),
-        evaluate(base, run, "plain", out, model="base", progress=steps(f"{run.name}: base, plain text")),
-        evaluate(sft, run, "chat", out, model="sft", progress=steps(f"{run.name}: SFT")),
-    )
+    return lambda what: partial(more, what)
 
 
 def _prompts_and_checks(
@@ -163,7 +134,12 @@ def _prompts_and_checks(
         check_all_replies(base, chat, [r.chat for r in results]),
         check_all_replies(sft, after, [r.sft for r in results]),
     )
-    return prompt_comparisons(prompts, with_faults(chat, checks.base), plain, with_faults(after, checks.sft)), checks
+    rows = zip(prompts.prompts, with_faults(chat, checks.base), plain, with_faults(after, checks.sft), strict=True)
+    compared = tuple(
+        PromptComparison(id=p.id, kind=p.kind, messages=p.messages_json(), base=b, base_plain=q, sft=s)
+        for p, b, q, s in rows
+    )
+    return compared, checks
 
 
 def kind_of(base: Assistant) -> str:
@@ -196,24 +172,25 @@ def _fingerprints(base: Assistant, sft: Assistant, runs: Sequence[EvalTask]) -> 
     }
 
 
-def _judged(comparison: Comparison, options: CompareOptions, progress: Progress | None) -> JudgeResult | NotJudged:
+def _judged(
+    prompts: Sequence[PromptComparison], kind: str, asked: Compare, progress: Progress
+) -> JudgeResult | NotJudged | None:
     """Verdicts on the fixed prompts. A base without a format of its own is judged by its plain-text reply."""
-
-    def before(prompt: PromptComparison) -> Any:
-        return prompt.base if comparison.continued else prompt.base_plain
-
+    if not asked.judge or not asked.judge_model:
+        return None
     pairs = [
-        ReplyPair(id=p.id, messages=p.messages, a=p.sft.text, b=before(p).text)
-        for p in comparison.prompts
-        if p.sft.reply is not None and before(p).reply is not None
+        ReplyPair(id=p.id, messages=p.messages, a=p.sft.text, b=before.text)
+        for p in prompts
+        for before in [p.base if kind == CONTINUED else p.base_plain]
+        if p.sft.reply is not None and before.reply is not None
     ]
     try:
         return judge_pairs(
             pairs,
-            str(options.judge),
-            str(options.judge_model),
-            api_key=options.key,
-            progress=(lambda done, total: progress("judge", done, total)) if progress else None,
+            asked.judge,
+            asked.judge_model,
+            api_key=os.environ.get(JUDGE_KEY),
+            progress=partial(progress, "judge"),
         )
     except SftflowError as error:  # it answered before: what was measured must not be lost with it
         return NotJudged(not_judged=str(error))

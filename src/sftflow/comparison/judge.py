@@ -16,6 +16,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +24,9 @@ from sftflow.comparison.judge_client import JudgeClient, endpoint, url_without_s
 from sftflow.evaluation.statistics import wilson
 
 Side = Literal["a", "b", "tie"]
+SIDES: dict[str | None, Side] = {"A": "a", "B": "b", "C": "tie"}
+SIDES_SWAPPED: dict[str | None, Side] = {"A": "b", "B": "a", "C": "tie"}
+"""a letter of the judge -> the pair's reply, where `a` and where `b` is shown first"""
 MAX_TOKENS = 1024
 """of one reply of the judge"""
 MARK = re.compile(r"\[\[([ABC])\]\]")
@@ -173,7 +177,7 @@ def parse_verdict(reply: str) -> Literal["A", "B", "C"] | None:
 
 def check_judge(url: str, model: str, api_key: str | None = None, *, timeout: float = 120.0) -> None:
     """One tiny question, before minutes are spent on the replies. Raises JudgeError as `judge_pairs` does."""
-    with JudgeClient(endpoint(url), model, api_key, timeout, MAX_TOKENS) as client:
+    with closing(JudgeClient(endpoint(url), model, api_key, timeout, MAX_TOKENS)) as client:
         client.probe()
 
 
@@ -186,7 +190,7 @@ def judge_pairs(
     concurrency: int = 4,
     timeout: float = 120.0,
     max_tokens: int = MAX_TOKENS,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> JudgeResult:
     """Ask `model` behind `url` (".../v1") about every pair in both orders, `concurrency` questions at a time.
 
@@ -197,39 +201,28 @@ def judge_pairs(
     the key or the model, or speaks something else than chat completions: most often before the first pair.
     """
     questions = [judge_prompt(p.messages, *order) for p in pairs for order in ((p.a, p.b), (p.b, p.a))]
-    answers: list[Side | None] = [None] * len(questions)
-    failures: list[str | None] = [None] * len(questions)
     with (
-        JudgeClient(endpoint(url), model, api_key, timeout, max_tokens) as client,
+        closing(JudgeClient(endpoint(url), model, api_key, timeout, max_tokens)) as client,
         ThreadPoolExecutor(max(1, concurrency)) as pool,
     ):
         client.probe()
-        under_way = {pool.submit(client.ask, text): i for i, text in enumerate(questions)}
+        futures = [pool.submit(client.ask, text) for text in questions]
         try:
-            for done, future in enumerate(as_completed(under_way), 1):
-                i = under_way[future]
-                reply, failures[i] = future.result()
-                answers[i] = _side(parse_verdict(reply or ""), swapped=i % 2 == 1)
-                if progress:
-                    progress(done, len(questions))
+            for done, future in enumerate(as_completed(futures), 1):
+                future.result()  # raises at once what ends the judging
+                progress(done, len(questions))
         except BaseException:
             client.stop()  # whoever waits to ask again need not wait any more
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    replies = [future.result() for future in futures]
     rows = tuple(
         Verdict(
             pair=pair,
-            first=answers[2 * i],
-            second=answers[2 * i + 1],
-            failure=failures[2 * i] or failures[2 * i + 1],
+            first=SIDES.get(parse_verdict(first or "")),
+            second=SIDES_SWAPPED.get(parse_verdict(second or "")),
+            failure=failure or other_failure,
         )
-        for i, pair in enumerate(pairs)
+        for pair, (first, failure), (second, other_failure) in zip(pairs, replies[::2], replies[1::2], strict=True)
     )
     return JudgeResult(model=model, url=url_without_secrets(endpoint(url)), temperature=client.temperature, rows=rows)
-
-
-def _side(letter: str | None, *, swapped: bool) -> Side | None:
-    """A letter of the question -> the pair's reply."""
-    if letter is None or letter == "C":
-        return None if letter is None else "tie"
-    return "a" if (letter == "A") != swapped else "b"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -69,17 +70,13 @@ class JudgeClient:
         self._key = (api_key or "").strip()
         if not self._key.isascii() or not all(c.isprintable() and c != " " for c in self._key):
             raise JudgeError(self.place, "the API key holds characters that no key has", "copy it again")
-        headers = {"Content-Type": "application/json"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        headers["Content-Type"] = "application/json"
         self._http = httpx.Client(headers=headers, timeout=httpx.Timeout(timeout, connect=min(timeout, 15.0)))
         self._stopped = threading.Event()
         self._proven = False
 
-    def __enter__(self) -> JudgeClient:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self.stop()
         self._http.close()
 
@@ -192,11 +189,8 @@ def retry_after(header: str | None, otherwise: float) -> float:
     >>> retry_after("7", 1.0), retry_after("soon", 1.0), retry_after("-1", 1.0)
     (7.0, 1.0, 0.0)
     """
-    try:
+    with suppress(ValueError):
         return max(0.0, float(header or ""))
-    except ValueError:
-        pass
-    try:
+    with suppress(TypeError, ValueError):
         return max(0.0, parsedate_to_datetime(header or "").timestamp() - time.time())
-    except (TypeError, ValueError):
-        return otherwise
+    return otherwise

@@ -14,7 +14,6 @@ from sftflow.evaluation.options import EvalTask
 from sftflow.foundation.errors import SftflowError
 
 HELD_OUT_ROWS = 200
-NO_RUN = "the SFT checkpoint does not lie in a run directory"
 
 
 def held_out_comparison(base: Assistant, sft: Assistant, run: Path | None) -> HeldOutComparison | NotChecked | None:
@@ -35,7 +34,7 @@ def overlap_with_training(
     runs: Sequence[EvalTask], sft: Assistant, run: Path | None
 ) -> Mapping[str, Overlap | NotChecked]:
     """By task, which of its items stand in the rows that the SFT model was trained on."""
-    why = NO_RUN
+    why = "the SFT checkpoint does not lie in a run directory"
     if run is not None:
         try:
             return contamination_of_run(runs, run, sft.renderer)

@@ -36,42 +36,36 @@ def task_comparisons(
 ) -> dict[str, TaskComparison]:
     """The tasks by name, with p-values adjusted over all of them. overlap: with the training rows, by task."""
     p_values = [task_p_value(r.better.scores, r.sft.scores) for r in results]
-    return {
-        r.run.name: _task_comparison(r, p, adjusted, overlap.get(r.run.name))
-        for r, p, adjusted in zip(results, p_values, holm(p_values), strict=True)
-    }
-
-
-def _task_comparison(
-    result: PairedResult, p: float, adjusted: float, overlap: Overlap | NotChecked | None
-) -> TaskComparison:
-    before, after = result.better, result.sft
-    interval = paired_interval(before.scores, after.scores)
-    return TaskComparison(
-        n=after.n,
-        chance=after.chance,
-        base=before.score,
-        base_chat=result.chat.score,
-        base_plain=result.plain.score,
-        base_arm=before.arm,
-        sft=after.score,
-        delta=after.score - before.score,
-        ci95=interval,
-        base_stderr=before.stderr,
-        sft_stderr=after.stderr,
-        wilson=Both(before.interval, after.interval),
-        p_value=p,
-        p_holm=adjusted,
-        detectable=detectable(before.scores, after.scores),
-        verdict=verdict(interval, after.n, adjusted),
-        metrics=Both(before.metrics, after.metrics),
-        near_ties=Both(before.near_ties, after.near_ties),
-        too_long=Both(before.too_long, after.too_long),
-        contamination=overlap,
-        max_new_tokens=result.run.task.max_new_tokens,
-        tokens=Both(before.tokens, after.tokens),
-        items=changed_first(result),
-    )
+    tasks = {}
+    for result, p, adjusted in zip(results, p_values, holm(p_values), strict=True):
+        name, before, after = result.run.name, result.better, result.sft
+        interval = paired_interval(before.scores, after.scores)
+        tasks[name] = TaskComparison(
+            n=after.n,
+            chance=after.chance,
+            base=before.score,
+            base_chat=result.chat.score,
+            base_plain=result.plain.score,
+            base_arm=before.arm,
+            sft=after.score,
+            delta=after.score - before.score,
+            ci95=interval,
+            base_stderr=before.stderr,
+            sft_stderr=after.stderr,
+            wilson=Both(before.interval, after.interval),
+            p_value=p,
+            p_holm=adjusted,
+            detectable=detectable(before.scores, after.scores),
+            verdict=verdict(interval, after.n, adjusted),
+            metrics=Both(before.metrics, after.metrics),
+            near_ties=Both(before.near_ties, after.near_ties),
+            too_long=Both(before.too_long, after.too_long),
+            contamination=overlap.get(name),
+            max_new_tokens=result.run.task.max_new_tokens,
+            tokens=Both(before.tokens, after.tokens),
+            items=changed_first(result),
+        )
+    return tasks
 
 
 def changed_first(result: PairedResult) -> tuple[ItemComparison, ...]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from sftflow.checkpoint import Assistant
 from sftflow.comparison.prompts import FixedPrompt, PromptSet
-from sftflow.comparison.results import PromptComparison, PromptReply
+from sftflow.comparison.results import PromptReply
 from sftflow.evaluation.options import PLAIN_STOPS, Arm
 from sftflow.evaluation.reply_checks import ReplyChecks
 from sftflow.foundation.errors import ContextError, SftflowError
-from sftflow.generation.request import GenerationRequest, Reply
+from sftflow.generation.request import GenerationRequest
 
 PROMPT_TOKENS = 96
 
@@ -20,29 +21,24 @@ def prompt_replies(
     assistant: Assistant, prompts: PromptSet, arm: Arm, step: Callable[[int], None]
 ) -> list[PromptReply]:
     """The reply to each fixed prompt, in order. One that cannot be asked has the reason as its text."""
-    replies: list[PromptReply | None] = [None] * len(prompts.prompts)
-    requests: list[GenerationRequest] = []
-    asked: list[int] = []  # the prompt of each request
+    told: dict[int, PromptReply] = {}
+    requests: dict[int, GenerationRequest] = {}
     stops = PLAIN_STOPS if arm == "plain" else ()
     for i, prompt in enumerate(prompts.prompts):
         try:
             ids = _prompt_ids(assistant, prompt, arm)
         except SftflowError as error:
-            replies[i] = PromptReply(text=f"[not asked: {error.fact}]", finish_reason="error")
+            told[i] = PromptReply(text=f"[not asked: {error.fact}]", finish_reason="error")
             step(1)
-            continue
-        requests.append(
-            GenerationRequest(prompt_ids=ids, max_new_tokens=PROMPT_TOKENS, stop_texts=stops, use_python=arm == "chat")
-        )
-        asked.append(i)
-
-    def done(number: int, reply: Reply) -> None:
+        else:
+            requests[i] = GenerationRequest(
+                prompt_ids=ids, max_new_tokens=PROMPT_TOKENS, stop_texts=stops, use_python=arm == "chat"
+            )
+    replies = assistant.engine.generate(list(requests.values()), lambda number, reply: step(1))
+    for i, reply in zip(requests, replies, strict=True):
         text = reply.text.strip() if arm == "plain" else reply.text
-        replies[asked[number]] = PromptReply(text=text, finish_reason=reply.finish_reason, reply=reply)
-        step(1)
-
-    assistant.engine.generate(requests, done)
-    return [reply for reply in replies if reply]
+        told[i] = PromptReply(text=text, finish_reason=reply.finish_reason, reply=reply)
+    return [told[i] for i in sorted(told)]
 
 
 def _prompt_ids(assistant: Assistant, prompt: FixedPrompt, arm: Arm) -> tuple[int, ...]:
@@ -60,17 +56,5 @@ def _prompt_ids(assistant: Assistant, prompt: FixedPrompt, arm: Arm) -> tuple[in
 
 def with_faults(replies: Sequence[PromptReply], checks: ReplyChecks) -> list[PromptReply]:
     """The replies with what the checks have against each. checks: over those that were asked first, then others."""
-    out, number = [], 0
-    for reply in replies:
-        out.append(replace(reply, faults=tuple(checks.faults_of(number))) if reply.reply else reply)
-        number += reply.reply is not None
-    return out
-
-
-def prompt_comparisons(
-    prompts: PromptSet, base: Sequence[PromptReply], plain: Sequence[PromptReply], sft: Sequence[PromptReply]
-) -> tuple[PromptComparison, ...]:
-    return tuple(
-        PromptComparison(id=p.id, kind=p.kind, messages=p.messages_json(), base=b, base_plain=q, sft=s)
-        for p, b, q, s in zip(prompts.prompts, base, plain, sft, strict=True)
-    )
+    number = itertools.count()
+    return [replace(r, faults=tuple(checks.faults_of(next(number)))) if r.reply else r for r in replies]

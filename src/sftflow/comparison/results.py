@@ -24,6 +24,8 @@ from sftflow.generation.request import Reply
 T = TypeVar("T")
 FORGOT = 0.02
 """plain text this much worse, relative, counts as forgetting"""
+SMALL_MODEL = 50_000_000
+"""parameters"""
 NOT_IN_FILE = {"in_file": False}
 ONLY_IF_GIVEN = {"in_file": "where it is not None"}
 CONTINUED = "continued SFT"
@@ -230,6 +232,29 @@ class Comparison:
         """The judge's, prompt by prompt; none where no judge was asked."""
         return self.judge.rows if isinstance(self.judge, JudgeResult) else ()
 
+    def remarks(self) -> list[str]:
+        """What a reader of the scores must know beside them, in lines: continued SFT, forgetting, tasks that overlap
+        with the training rows, a model too small to know much."""
+        out = []
+        if self.continued:
+            out.append(
+                "the starting checkpoint was already instruction-tuned: this is continued SFT, not base versus SFT"
+            )
+        plain = self.forgetting
+        if plain.change is not None:
+            text = f"plain text: {plain.base:.3f} -> {plain.sft:.3f} bits per byte ({plain.change:+.1%}"
+            out.append(text + (", it forgot some of its reading)" if plain.forgot else ")"))
+        for name, task in self.tasks.items():
+            overlap = task.contamination
+            if isinstance(overlap, Overlap) and overlap.contaminated:
+                out.append(f"{name}: {overlap.contaminated} of {overlap.items} items share words with training rows")
+        if self.n_parameters < SMALL_MODEL:
+            out.append(
+                f"a {self.n_parameters / 1e6:.1f}M-parameter model knows what it was taught; other questions get weak"
+                " answers (the report shows some)"
+            )
+        return out
+
     def to_json(self) -> dict[str, Any]:
         """compare.json"""
         return fields_to_json(self)
@@ -252,6 +277,5 @@ def to_json(value: Any) -> Any:
 
 def fields_to_json(value: Any) -> dict[str, Any]:
     """The fields of a result that compare.json holds."""
-    kept = {f.name: getattr(value, f.name) for f in fields(value) if f.metadata != NOT_IN_FILE}
-    absent = {f.name for f in fields(value) if f.metadata == ONLY_IF_GIVEN and kept[f.name] is None}
-    return {name: to_json(v) for name, v in kept.items() if name not in absent}
+    kept = [(f, getattr(value, f.name)) for f in fields(value) if f.metadata != NOT_IN_FILE]
+    return {f.name: to_json(v) for f, v in kept if v is not None or f.metadata != ONLY_IF_GIVEN}

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftflow.chat.render import Rendered, Renderer
+from sftflow.chat.schema import parse_row
 from sftflow.chat.template_options import append_eos, choose_arguments
 from sftflow.chat.verify import Checks, add_checks
-from sftflow.data.prepare import Progress, bad_rows, prepare_source, sample_conversation
+from sftflow.data.prepare import Progress, prepare_source
 from sftflow.data.sources import sample_of
 from sftflow.data.store import Examples, RowStore
 from sftflow.fingerprint import data_digest
@@ -77,9 +78,8 @@ class Mixture:
         for name, counts in self.invariants().items():
             if counts["failed"]:
                 place, _, fact = counts["first"].partition(": ")
-                raise ProofError(
-                    place, f"{name}: {fact} ({counts['failed']:,} rows fail)", "remove the row, or use another --format"
-                )
+                fact = f"{name}: {fact} ({counts['failed']:,} rows fail)"
+                raise ProofError(place, fact, "remove the row, or use another --format")
 
     def digest(self) -> str:
         """One hash of every row's ids, in order, and of which are trained on."""
@@ -132,16 +132,16 @@ def build_mixture(
     examples = Examples(sources, np.concatenate(train))
     if not len(examples):
         raise DataError("mixture", "no row is left to train on", "see the ledger's dropped rows")
-    firsts = [sample_conversation(rows) for rows in sources]
+    firsts = [first for rows in sources if (first := rows.meta["sample"])]
     mixture = Mixture(
         examples=examples,
         held_out=Examples(sources, np.concatenate(held)),
         names=[entry.label for entry in recipe.mixture],
         sources=ledgers,
         rows=sources,
-        samples=[renderer.render(c, turns=True) for c in firsts if c is not None],
+        samples=[renderer.render(parse_row(first["row"], first["source"]), turns=True) for first in firsts],
         max_length=recipe.train.max_length,
-        bad=[row for rows in sources if rows.meta["bad"] for row in bad_rows(rows)],
+        bad=[row for rows in sources for row in rows.meta["bad_rows"]],
         renderer=renderer,
     )
     if not every_row:
@@ -188,9 +188,6 @@ def split_held_out(digests: NDArray[np.uint64], validation: float, seed: str) ->
             break
         size = int(sizes[group[i]])
         if not held[i] and n_held + size <= n // 2:  # never the whole source, however often its rows repeat
-            if size == 1:
-                held[i] = True
-            else:
-                held[group == group[i]] = True
+            held[i if size == 1 else group == group[i]] = True
             n_held += size
     return held

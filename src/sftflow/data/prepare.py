@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import json
+import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 from sftflow.chat.render import Renderer
-from sftflow.chat.schema import Conversation, parse_row
+from sftflow.chat.schema import Conversation
 from sftflow.data.render_pool import Block, Counts, Job, NumberedRow, Workers, n_cores, render_block
 from sftflow.data.row_cache import cache_folder, cache_key, prune
 from sftflow.data.sources import place_of, rows_of_entry
@@ -43,7 +42,9 @@ def prepare_source(
     job = Job(renderer.spec, place, recipe.train.max_length, recipe.train.overlong, recipe.on_bad_row)
 
     def fill(directory: Path) -> None:
-        _render_into(directory, entry, recipe, job, renderer, every_row=every_row, progress=progress)
+        said = functools.partial(progress, entry.label) if progress else None
+        with contextlib.closing(_rendered(_blocks(rows_of_entry(entry, recipe)), job, renderer, every_row)) as blocks:
+            _write_rows(directory, blocks, place, "all" if every_row else "sample", said)
 
     def opened(directory: Path) -> RowStore:
         return RowStore(directory, name=entry.label, number=number, prefix=place)
@@ -70,24 +71,14 @@ def prepare_source(
     return opened(kept)
 
 
-def _render_into(
-    directory: Path,
-    entry: SourceEntry,
-    recipe: Recipe,
-    job: Job,
-    renderer: Renderer,
-    *,
-    every_row: bool,
-    progress: Progress | None,
+def _write_rows(
+    directory: Path, blocks: Iterable[Block], prefix: str, verified: str, progress: Callable[[int], None] | None
 ) -> None:
-    """Render a source into a new store in `directory`."""
-    blocks = _blocks(rows_of_entry(entry, recipe))
+    """Rendered blocks -> a new store in `directory`. verified: which rows were, "all" or "sample"."""
     total, bad = Counts(), []
     sample: Conversation | None = None
-    with contextlib.ExitStack() as stack:
-        writer = RowWriter(directory)
-        stack.callback(writer.abandon)
-        for block in _rendered(blocks, job, renderer, stack, every_row):
+    with contextlib.closing(RowWriter(directory)) as writer:
+        for block in blocks:
             if block.error is not None:
                 raise block.error
             total.add(block.counts)
@@ -95,17 +86,15 @@ def _render_into(
             sample = sample or block.sample
             writer.append(block.ids, block.mask, block.table)
             if progress:
-                progress(entry.label, total.seen)
+                progress(total.seen)
         if len(bad) > MOST_BAD * total.seen:
-            fact = f"{len(bad):,} of {total.seen:,} rows are bad, more than {MOST_BAD:.0%}; the first: {bad[0][1]}"
-            raise DataError(job.prefix, fact, "mend the data")
-        with (directory / "bad.jsonl").open("w", encoding="utf-8") as f:
-            for n, reason, row in bad:
-                f.write(json.dumps({"source": f"{job.prefix}:{n}", "reason": reason, "row": row}) + "\n")
+            fact = (
+                f"{len(bad):,} of {total.seen:,} rows are bad, more than {MOST_BAD:.0%}; the first: {bad[0]['reason']}"
+            )
+            raise DataError(prefix, fact, "mend the data")
         first = {"source": sample.source, "row": sample.to_row()} if sample else None
-        (directory / "sample.json").write_text(json.dumps(first), encoding="utf-8")
-        verified = "all" if every_row else "sample"
-        writer.close({**vars(total), "bad": len(bad), "verified": verified, "prefix": job.prefix})
+        kept = {"bad": len(bad), "bad_rows": bad, "sample": first, "verified": verified, "prefix": prefix}
+        writer.finish({**vars(total), **kept})
 
 
 def _blocks(rows: Iterable[NumberedRow]) -> Iterator[list[NumberedRow]]:
@@ -122,9 +111,9 @@ def _blocks(rows: Iterable[NumberedRow]) -> Iterator[list[NumberedRow]]:
 
 
 def _rendered(
-    blocks: Iterator[list[NumberedRow]], job: Job, renderer: Renderer, stack: contextlib.ExitStack, every_row: bool
-) -> Iterator[Block]:
-    """The blocks rendered, in order: here, or where there are many by processes that end with `stack`."""
+    blocks: Iterator[list[NumberedRow]], job: Job, renderer: Renderer, every_row: bool
+) -> Generator[Block, None, None]:
+    """The blocks rendered, in order: here, or where there are many by processes, which end when it is closed."""
     first = list(islice(blocks, ALONE_BLOCKS))
     asked = (
         (block, -1 if every_row else VERIFIED_SAMPLE if n == 0 else 0) for n, block in enumerate(chain(first, blocks))
@@ -135,19 +124,8 @@ def _rendered(
 
     cores = n_cores()
     if len(first) < ALONE_BLOCKS or cores == 1:
-        return map(here, asked)
-    if cores <= FEW_CORES:  # on few cores this process renders, too
-        return stack.enter_context(Workers(job, cores - 1)).render(asked, here)
-    return stack.enter_context(Workers(job, cores)).render(asked)
-
-
-def sample_conversation(rows: RowStore) -> Conversation | None:
-    """The first row of a source that was rendered, as it was rendered."""
-    data = json.loads((rows.directory / "sample.json").read_text(encoding="utf-8"))
-    return parse_row(data["row"], data["source"]) if data else None
-
-
-def bad_rows(rows: RowStore) -> list[dict[str, Any]]:
-    """The quarantined rows of a source: source, reason, row."""
-    text = (rows.directory / "bad.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+        yield from map(here, asked)
+        return
+    few = cores <= FEW_CORES  # then this process renders, too
+    with Workers(job, cores - 1 if few else cores) as workers:
+        yield from workers.render(asked, here if few else None)

@@ -6,6 +6,7 @@ parent and the children it started.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import pickle
@@ -13,7 +14,7 @@ import queue
 import signal
 import subprocess
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -52,7 +53,7 @@ class Counts:
     cut: int = 0
     expanded: int = 0
     boundary_splits: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
+    dropped: Counter[str] = field(default_factory=Counter)
     invariants: Checks = field(default_factory=dict)
 
     def add(self, more: Counts) -> None:
@@ -60,8 +61,7 @@ class Counts:
         self.cut += more.cut
         self.expanded += more.expanded
         self.boundary_splits += more.boundary_splits
-        for why, n in more.dropped.items():
-            self.dropped[why] = self.dropped.get(why, 0) + n
+        self.dropped.update(more.dropped)
         add_checks(self.invariants, more.invariants)
 
 
@@ -69,25 +69,24 @@ class Counts:
 class Block:
     """What came of a block of rows.
 
-    table: (n,) of ROW, `start` counted from the block's first token.   bad: (number, reason, row) of quarantined rows.
-    sample: the first conversation that was rendered.   error: what stopped the block.
+    table: (n,) of ROW, `start` counted from the block's first token.   bad: of each quarantined row its source (place),
+    reason and row.   sample: the first conversation that was rendered.   error: what stopped the block.
     """
 
     ids: NDArray[np.int32]
     mask: NDArray[np.int8]
     table: NDArray[Any]
     counts: Counts = field(default_factory=Counts)
-    bad: list[tuple[int, str, Any]] = field(default_factory=list)
+    bad: list[dict[str, Any]] = field(default_factory=list)
     sample: Conversation | None = None
     error: SftflowError | None = None
 
 
 def render_block(renderer: Renderer, job: Job, items: list[NumberedRow], n_verified: int) -> Block:
     """Render a block; its first `n_verified` rows are verified, all of them where it is negative."""
-    ids: list[NDArray[Any]] = []
-    masks: list[NDArray[np.int8]] = []
+    ids, masks = [np.empty(0, np.int32)], [np.empty(0, np.int8)]
     table: list[tuple[int, int, int, int, int]] = []
-    block = Block(np.empty(0, np.int32), np.empty(0, np.int8), np.empty(0, ROW))
+    block = Block(ids[0], masks[0], np.empty(0, ROW))
     counts, start = block.counts, 0
     for count, (number, payload) in enumerate(items):
         counts.seen += 1
@@ -98,10 +97,10 @@ def render_block(renderer: Renderer, job: Job, items: list[NumberedRow], n_verif
             if job.on_bad_row == "stop":
                 block.error = error
                 break
-            block.bad.append((number, str(error), _shown(payload)))
+            block.bad.append({"source": f"{job.prefix}:{number}", "reason": str(error), "row": _shown(payload)})
             continue
         if fitted.dropped:
-            counts.dropped[fitted.dropped] = counts.dropped.get(fitted.dropped, 0) + 1
+            counts.dropped[fitted.dropped] += 1
             continue
         counts.cut += fitted.cut
         counts.expanded += len(fitted.pairs) > 1
@@ -110,14 +109,12 @@ def render_block(renderer: Renderer, job: Job, items: list[NumberedRow], n_verif
             if n_verified < 0 or count < n_verified:
                 add_checks(counts.invariants, checks(verify(renderer, rendered_from, rendered), conversation.source))
             row = rendered.ids.astype(np.int32)
-            n = len(row)
-            table.append((start, n, int(rendered.mask[1:].sum()), number, row_digest(row)))
+            table.append((start, len(row), int(rendered.mask[1:].sum()), number, row_digest(row)))
             counts.boundary_splits += rendered.boundary_splits
             ids.append(row)
             masks.append(rendered.mask)
-            start += n
-    if ids:
-        block.ids, block.mask = np.concatenate(ids), np.concatenate(masks)
+            start += len(row)
+    block.ids, block.mask = np.concatenate(ids), np.concatenate(masks)
     block.table = np.array(table, ROW)
     return block
 
@@ -130,14 +127,11 @@ def _shown(payload: Any) -> Any:
 
 
 def n_cores() -> int:
-    """Cores this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on Linux
-        return os.cpu_count() or 1
+    """Cores this process may use; all of the machine's where the system (not Linux) does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class Workers:
+class Workers(contextlib.AbstractContextManager["Workers"]):
     """Processes that render blocks. A subprocess with a pipe, not multiprocessing: it starts without importing the
     caller's main module (a script without an `if __name__` guard works), and a fork after torch has started its
     threads is not safe."""
@@ -164,20 +158,15 @@ class Workers:
             _send(process, job)
             self._free.put(process)
 
-    def __enter__(self) -> Workers:
-        return self
-
     def __exit__(self, *_: object) -> None:
         for process in self._processes:
             process.kill()
         self._threads.shutdown(wait=True, cancel_futures=True)
         for process in self._processes:
             for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    try:
-                        pipe.close()
-                    except BrokenPipeError:
-                        continue  # what was still to be written is of no use to anybody now
+                assert pipe is not None
+                with contextlib.suppress(BrokenPipeError):  # what was still to be written is of no use to anybody now
+                    pipe.close()
             process.wait()
 
     def render(
@@ -226,7 +215,7 @@ def main() -> None:
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     try:
         job: Job = pickle.load(requests)
-        renderer = Renderer.from_spec(job.spec)
+        renderer = Renderer(None, job.spec.format, spec=job.spec)
         gc.freeze()  # the tokenizer's vocabulary need not be walked again and again
         gc.set_threshold(50_000)
         while True:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 from sftflow.data.render_pool import Job
@@ -42,22 +43,12 @@ def cache_key(entry: SourceEntry, recipe: Recipe, job: Job) -> str | None:
             data = " ".join(f"{p}={sha256_file(p)}" for p in files)
         except OSError:
             return None  # reading the rows will say what is wrong
-    chat_format = job.spec.format
     parts = [
         entry.model_dump(mode="json", exclude={"repeat", "name"}),
         data,
         recipe.identity.model_dump(mode="json"),
         recipe.train.seed,
-        job.prefix,
-        job.max_length,
-        job.overlong,
-        job.on_bad_row,
-        job.spec.tokenizer,
-        job.spec.names,
-        job.spec.eos,
-        chat_format.template,
-        chat_format.to_json(),
-        chat_format.end,
+        asdict(job),
         code_hash(RENDERED_ROWS),
         RENDERED_ROWS.versions(),
     ]

@@ -85,6 +85,7 @@ def drawn_in_turn(chosen: NDArray[np.int32], seed: int) -> list[tuple[int, int]]
 
 def held_out_conversations(mixture: Mixture, recipe: Recipe) -> dict[tuple[int, int], Conversation]:
     """What each held-out row was rendered from, by (source, row): their lines are read once more."""
+    train = recipe.train
     found: dict[tuple[int, int], Conversation] = {}
     for number, (entry, rows) in enumerate(zip(recipe.mixture, mixture.rows, strict=True)):
         wanted: dict[int, list[int]] = {}
@@ -96,11 +97,9 @@ def held_out_conversations(mixture: Mixture, recipe: Recipe) -> dict[tuple[int, 
             if at in wanted:
                 place = f"{place_of(entry)}:{at}"
                 conversation = conversation_of(payload, place)
-                pairs = fit_to_length(
-                    conversation, mixture.renderer, recipe.train.max_length, recipe.train.overlong
-                ).pairs
+                fitted = fit_to_length(conversation, mixture.renderer, train.max_length, train.overlong)
                 for row in wanted[at]:
-                    same = [c for c, r in pairs if np.array_equal(r.ids, rows.ids(row))]
+                    same = [c for c, r in fitted.pairs if np.array_equal(r.ids, rows.ids(row))]
                     if not same:
                         raise DataError(place, "it has changed since it was rendered", "start again")
                     found[number, row] = same[0]
@@ -125,10 +124,7 @@ def _held_out_line(mixture: Mixture, at: tuple[int, int], conversation: Conversa
 
 def _arrays(mixture: Mixture) -> dict[str, Any]:
     """What training_rows.npz holds: names, prefixes, and for source N "N/table", "N/held_out", "N/ids", "N/mask"."""
-    arrays: dict[str, Any] = {
-        "names": np.array(mixture.names),
-        "prefixes": np.array([rows.prefix for rows in mixture.rows]),
-    }
+    arrays: dict[str, Any] = {"names": mixture.names, "prefixes": [rows.prefix for rows in mixture.rows]}
     whole = sum(int(rows.lengths.sum(dtype=np.int64)) for rows in mixture.rows) <= MAX_TOKENS
     for number, rows in enumerate(mixture.rows):
         held_out = np.zeros(len(rows), bool)
@@ -154,11 +150,11 @@ def read_held_out(run: Path, limit: int | None = None) -> list[HeldOutRow]:
 
 def _held_out_row(line: str) -> HeldOutRow:
     data = json.loads(line)
-    conversation = parse_row({key: data[key] for key in ("messages", "tools") if key in data}, data["place"])
+    first, row = data["index"]
     return HeldOutRow(
         source=data["source"],
-        index=(data["index"][0], data["index"][1]),
-        conversation=conversation,
+        index=(first, row),
+        conversation=parse_row({key: data[key] for key in ("messages", "tools") if key in data}, data["place"]),
         ids=np.array(data["ids"], np.int64),
         mask=np.array(data["mask"], np.int8),
     )

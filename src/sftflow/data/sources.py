@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import random
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 
-from sftflow.chat.data_files import read_lines, read_rows
+from sftflow.chat.data_files import numbered_rows
 from sftflow.chat.schema import Conversation, conversation_of
 from sftflow.data.render_pool import NumberedRow
 from sftflow.foundation.errors import DataError, RecipeError, SftflowError
@@ -38,28 +36,17 @@ def rows_of_entry(entry: SourceEntry, recipe: Recipe) -> Iterator[NumberedRow]:
             raise DataError(entry.path or entry.source, "no rows in it", f"give a data file of {entry.source}")
         return
     name = entry.path or entry.source
-    rows = functools.partial(read_lines, name) if _is_lines(name) else functools.partial(_numbered, name)
     chosen: frozenset[int] | None = None
     if entry.limit is not None:
-        n = sum(1 for _ in rows())
+        n = sum(1 for _ in numbered_rows(name))
         if entry.limit < n:
             chosen = frozenset(random.Random(recipe.train.seed).sample(range(n), entry.limit))
-    empty = True
-    for i, item in enumerate(rows()):
-        empty = False
+    i = -1
+    for i, item in enumerate(numbered_rows(name)):
         if chosen is None or i in chosen:
             yield item
-    if empty:
+    if i < 0:
         raise DataError(place_of(entry), "no rows in it", "give a file with conversations")
-
-
-def _is_lines(name: str) -> bool:
-    return not name.startswith("hub:") and Path(name).suffix not in (".json", ".parquet")
-
-
-def _numbered(name: str) -> Iterator[NumberedRow]:
-    for place, row in read_rows(name):
-        yield int(place.rpartition(":")[2]), row
 
 
 def place_of(entry: SourceEntry) -> str:

@@ -3,7 +3,7 @@
 ids.bin    int32   the ids of all rows, one after another
 mask.bin   int8    1 where supervised
 rows.npy   a table with a line a row (ROW)
-meta.json  what became of the source's rows
+meta.json  what became of the source's rows, the bad ones, and the first that was rendered
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class RowWriter:
         self._directory = directory
         self._ids = (directory / "ids.bin").open("wb")
         self._mask = (directory / "mask.bin").open("wb")
-        self._tables: list[NDArray[Any]] = []
+        self._tables: list[NDArray[Any]] = [np.empty(0, ROW)]
         self._tokens = 0
 
     def append(self, ids: NDArray[np.int32], mask: NDArray[np.int8], table: NDArray[Any]) -> None:
@@ -48,16 +48,15 @@ class RowWriter:
         self._ids.write(ids.tobytes())
         self._mask.write(mask.tobytes())
 
-    def abandon(self) -> None:
-        """Close the files without saying that the store is whole; after `close`, nothing."""
+    def close(self) -> None:
+        """Close the files; without `finish` the store is not whole."""
         self._ids.close()
         self._mask.close()
 
-    def close(self, meta: dict[str, Any]) -> None:
-        self.abandon()
-        table = np.concatenate(self._tables) if self._tables else np.empty(0, ROW)
-        np.save(self._directory / "rows.npy", table)
-        (self._directory / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
+    def finish(self, meta: dict[str, Any]) -> None:
+        self.close()
+        np.save(self._directory / "rows.npy", np.concatenate(self._tables))
+        (self._directory / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
 class Rows:
@@ -71,28 +70,22 @@ class Rows:
         self, table: NDArray[Any], ids: NDArray[Any], masks: NDArray[np.int8], *, name: str, number: int, prefix: str
     ) -> None:
         self.table, self.all_ids, self.all_masks = table, ids, masks
+        self.lengths: NDArray[np.int32] = table["length"]
+        self.supervised: NDArray[np.int32] = table["supervised"]
         self.name, self.number, self.prefix = name, number, prefix
 
     def __len__(self) -> int:
         return len(self.table)
 
-    @property
-    def lengths(self) -> NDArray[np.int32]:
-        out: NDArray[np.int32] = self.table["length"]
-        return out
-
-    @property
-    def supervised(self) -> NDArray[np.int32]:
-        out: NDArray[np.int32] = self.table["supervised"]
-        return out
-
     def ids(self, i: int) -> NDArray[np.int32]:
-        start, length = int(self.table["start"][i]), int(self.table["length"][i])
-        return self.all_ids[start : start + length].astype(np.int32, copy=False)
+        return self.all_ids[self._span(i)].astype(np.int32, copy=False)
 
     def mask(self, i: int) -> NDArray[np.int8]:
-        start, length = int(self.table["start"][i]), int(self.table["length"][i])
-        return self.all_masks[start : start + length]
+        return self.all_masks[self._span(i)]
+
+    def _span(self, i: int) -> slice:
+        start = int(self.table["start"][i])
+        return slice(start, start + int(self.lengths[i]))
 
     def place(self, i: int) -> str:
         """Where the row comes from, e.g. data.jsonl:17."""
@@ -126,11 +119,10 @@ class Examples(Sequence[Example]):
 
     def __init__(self, sources: Sequence[RowStore], index: NDArray[np.int32]) -> None:
         self._sources, self.chosen = sources, index
-        lengths = [s.lengths for s in sources]
         self.lengths = np.empty(len(index), np.int32)
-        for number, mine in enumerate(lengths):
+        for number, source in enumerate(sources):
             chosen = index[:, 0] == number
-            self.lengths[chosen] = mine[index[chosen, 1]]
+            self.lengths[chosen] = source.lengths[index[chosen, 1]]
 
     def __len__(self) -> int:
         return len(self.chosen)

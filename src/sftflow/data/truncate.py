@@ -10,7 +10,6 @@ from sftflow.chat.schema import Conversation
 from sftflow.foundation.errors import SchemaError, SftflowError
 
 TOO_LONG = "longer than max_length"
-Pair = tuple[Conversation, Rendered]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +17,7 @@ class FittedRow:
     """pairs: (what was rendered, its rendering).   cut: whether turns were left out to fit.
     dropped: why nothing is left, or None."""
 
-    pairs: Sequence[Pair]
+    pairs: Sequence[tuple[Conversation, Rendered]]
     cut: bool = False
     dropped: str | None = None
 
@@ -29,9 +28,8 @@ def fit_to_length(conversation: Conversation, renderer: Renderer, max_length: in
     Raises SchemaError where the row holds nothing to supervise; FormatError and MaskError as the renderer does.
     """
     if not conversation.supervised:
-        fact = (
-            "no assistant turn to learn from" if _assistants(conversation) == 0 else "every assistant turn has weight 0"
-        )
+        replies = any(m.role == "assistant" for m in conversation.messages)
+        fact = "every assistant turn has weight 0" if replies else "no assistant turn to learn from"
         raise SchemaError(conversation.source, fact, "add one, remove the row, or set on_bad_row: skip")
     pairs = renderer.render_pairs(conversation)
     if all(len(r.ids) <= max_length for _, r in pairs):
@@ -52,7 +50,3 @@ def fit_to_length(conversation: Conversation, renderer: Renderer, max_length: in
             if len(rendered.ids) <= max_length:
                 return FittedRow([(shorter, rendered)], cut=True)
     return FittedRow([], dropped=TOO_LONG)
-
-
-def _assistants(conversation: Conversation) -> int:
-    return sum(m.role == "assistant" for m in conversation.messages)

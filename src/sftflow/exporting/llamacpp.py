@@ -5,6 +5,7 @@ The wheel runs llama.cpp's own server on a free port of 127.0.0.1 while it is op
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import secrets
@@ -17,26 +18,18 @@ from typing import Any
 
 from sftflow.foundation.errors import ProofError
 
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """One generated token, and the log-probabilities of the likeliest tokens in its place ({id: value};
-    empty where llama.cpp tells none)."""
-
-    token: int
-    logprobs: dict[int, float]
+TOP = 64
+"""log-probabilities asked for at each place"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Continuation:
-    """steps: what was generated, without an end token.   stopped: whether llama.cpp took a token for the end."""
+    """tokens: what was generated, without an end token.   logprobs: of the likeliest tokens in the place of each ({id:
+    value}; empty where llama.cpp tells none).   stopped: whether llama.cpp took a token for the end."""
 
-    steps: tuple[Step, ...]
+    tokens: list[int]
+    logprobs: list[dict[int, float]]
     stopped: bool
-
-
-TOP = 64
-"""log-probabilities asked for at each place"""
 
 
 def _unfinished(text: bytes) -> bool:
@@ -49,17 +42,8 @@ def _unfinished(text: bytes) -> bool:
     return False
 
 
-def _number(value: float | None) -> float:
-    """A log-probability as llama.cpp's JSON has it: null is one that is no number."""
-    return math.nan if value is None else value
-
-
 def available() -> bool:
-    try:
-        import xllamacpp  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return importlib.util.find_spec("xllamacpp") is not None
 
 
 class LlamaCpp:
@@ -120,7 +104,7 @@ class LlamaCpp:
     def greedy(self, ids: list[int], n: int, spell: Callable[[list[int]], list[bytes]]) -> Continuation:
         """At most n likeliest tokens after the ids. spell: the bytes that each of some ids writes.
 
-        llama.cpp tells no log-probabilities of a token that leaves a character unfinished; its step has none.
+        llama.cpp tells no log-probabilities of a token that leaves a character unfinished; its place has none.
         """
         body = {
             "prompt": ids,
@@ -134,14 +118,14 @@ class LlamaCpp:
         if "error" in answer:
             raise ProofError("llama.cpp", str(answer["error"].get("message")), "do not trust this file")
         told = iter(answer.get("completion_probabilities", []))
-        steps: list[Step] = []
+        logprobs: list[dict[int, float]] = []
         written = b""
         for token, part in zip(answer["tokens"], spell(answer["tokens"]), strict=True):
             written += part
-            whole = not _unfinished(written)
-            entry = next(told, None) if whole else None
+            entry = None if _unfinished(written) else next(told, None)
             if entry is not None and entry["id"] != token:
                 entry, told = None, iter(())
-            logprobs = {t["id"]: _number(t["logprob"]) for t in entry["top_logprobs"]} if entry else {}
-            steps.append(Step(token=token, logprobs=logprobs))
-        return Continuation(steps=tuple(steps), stopped=answer.get("stop_type") == "eos")
+            likeliest = entry["top_logprobs"] if entry else []
+            # null is what JSON has for a log-probability that is no number
+            logprobs.append({t["id"]: math.nan if t["logprob"] is None else t["logprob"] for t in likeliest})
+        return Continuation(tokens=answer["tokens"], logprobs=logprobs, stopped=answer.get("stop_type") == "eos")

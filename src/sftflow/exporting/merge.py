@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from sftflow import checkpoint
-from sftflow.checkpoint import Location
-from sftflow.exporting.target import check_folder
+from sftflow.exporting.target import require_replaceable
 from sftflow.foundation.atomic_io import read_record
-from sftflow.foundation.errors import CheckpointError, RecipeError, first_line
+from sftflow.foundation.errors import CheckpointError, first_line
 
 ADAPTER = "adapter_config.json"
 DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
@@ -26,7 +25,7 @@ def merge(name: str, out: Path, *, base: str | None = None, kind: str | None = N
     if importlib.util.find_spec("peft") is None:
         raise CheckpointError(name, "merging an adapter needs the package peft", "pip install 'sftflow[lora]'")
     config = read_record(adapter / ADAPTER, "copy the adapter again")
-    _check_target(out, adapter)
+    require_replaceable(out, lambda: _is_ours(out, adapter), "a merged checkpoint", "folder")
     base = base or config.get("base_model_name_or_path")
     if not base:
         raise CheckpointError(name, "the adapter names no base", "name it with --base")
@@ -35,14 +34,16 @@ def merge(name: str, out: Path, *, base: str | None = None, kind: str | None = N
     except CheckpointError as error:
         raise CheckpointError(base, f"{error.fact} (the adapter's base)", "name the base with --base") from None
     model, info = checkpoint.load_model(location)
-    tokenizer_from = _with_tokenizer(adapter, location)
+    has_tokenizer = (adapter / "tokenizer.json").is_file()  # tokens may have been added; else the base's is meant
+    tokenizer_from = checkpoint.Location(str(adapter), str(adapter)) if has_tokenizer else location
     own = checkpoint.load_info(tokenizer_from)
     renderer = checkpoint.open_renderer(tokenizer_from, "auto")
     checkpoint.grow_embeddings(model, len(renderer.tokenizer))
     merged = _merged(model, adapter, name)
     import torch
 
-    dtype = getattr(torch, DTYPES[kind]) if kind else _base_dtype(location, info)
+    stored = DTYPES[kind] if kind else info.get("dtype") or getattr(checkpoint.load_config(location), "dtype", None)
+    dtype = getattr(torch, stored) if isinstance(stored, str) else stored or torch.float32
     meta = {
         **{k: v for k, v in own.items() if k in ("lineage", "metrics")},
         "merged": {"adapter": str(name), "base": str(base), "peft_type": config.get("peft_type")},
@@ -54,31 +55,18 @@ def _adapter_directory(name: str) -> Path:
     path = Path(name)
     inside = path / "checkpoint" if (path / "checkpoint").is_dir() else path
     if not (inside / ADAPTER).is_file():
-        raise CheckpointError(
-            name, f"it is no adapter (no {ADAPTER} in it)", "a whole checkpoint needs no merging; use it as it is"
-        )
+        remedy = "a whole checkpoint needs no merging; use it as it is"
+        raise CheckpointError(name, f"it is no adapter (no {ADAPTER} in it)", remedy)
     if not (inside / "adapter_model.safetensors").is_file():
         raise CheckpointError(name, "no adapter_model.safetensors in it", "pickled weights are not loaded")
     return inside
 
 
-def _check_target(out: Path, adapter: Path) -> None:
-    """A merged checkpoint of ours may be replaced; another directory may not."""
-    check_folder(out)
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    try:
-        ours = "merged" in json.loads((out / "sftflow.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        ours = False
-    if not ours or out.samefile(adapter):
-        raise RecipeError(f"--out {out}", "it holds something else than a merged checkpoint", "name another folder")
-
-
-def _with_tokenizer(adapter: Path, base: Location) -> Location:
-    """Where the tokenizer is: with the adapter where it brings one (tokens may have been added), else with the base."""
-    has_own = (adapter / "tokenizer.json").is_file()
-    return Location(str(adapter), str(adapter)) if has_own else base
+def _is_ours(out: Path, adapter: Path) -> bool:
+    """Whether a directory may be replaced: it is empty, or holds a merged checkpoint of ours."""
+    if out.is_dir() and not any(out.iterdir()):
+        return True
+    return "merged" in json.loads((out / "sftflow.json").read_text(encoding="utf-8")) and not out.samefile(adapter)
 
 
 def _merged(model: Any, adapter: Path, name: str) -> Any:
@@ -92,11 +80,3 @@ def _merged(model: Any, adapter: Path, name: str) -> Any:
         raise CheckpointError(name, fact, "name the base it was trained on") from error
     merged.tie_weights()
     return merged
-
-
-def _base_dtype(location: Location, info: dict[str, Any]) -> Any:
-    """What the base's weights are stored in."""
-    import torch
-
-    recorded = info.get("dtype") or getattr(checkpoint.load_config(location), "dtype", None) or torch.float32
-    return getattr(torch, recorded) if isinstance(recorded, str) else recorded

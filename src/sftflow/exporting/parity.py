@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +35,6 @@ NEAR = 1e-4
 Row = dict[str, Any]
 
 
-@dataclass
-class Findings:
-    """What the prompts showed. rows: one a prompt.   failures: what must not be, in the order it was found."""
-
-    rows: list[Row] = field(default_factory=list)
-    failures: list[dict[str, str]] = field(default_factory=list)
-
-    def count(self, key: str) -> int:
-        return sum(bool(row[key]) for row in self.rows)
-
-
 def certificate(
     path: Path,
     kind: str,
@@ -60,19 +49,22 @@ def certificate(
     import xllamacpp
 
     context = max(len(c.rendered.ids) for c in prompts) + TOKENS + 8
-    found = Findings()
-    ours = _ours(assistant, prompts)
+    rows: list[Row] = []
+    failures: list[dict[str, str]] = []  # what must not be, in the order it was found
     with LlamaCpp(path, context=context) as engine:
         ends = [i for i in assistant.renderer.stop_ids() if not _ends_at(engine, i)]
         if ends:
-            found.failures.append(_failure("stop ids", "stop", f"llama.cpp does not stop at {ends}"))
-        for n, case in enumerate(prompts, 1):
-            found.rows.append(_compare(case, kind, ours[n - 1], assistant, engine, found))
+            failures.append(_failure("stop ids", "stop", f"llama.cpp does not stop at {ends}"))
+        for n, (case, ours) in enumerate(zip(prompts, _ours(assistant, prompts), strict=True), 1):
+            rows.append(_compare(case, kind, ours, assistant, engine, failures))
             if n % 10 == 0:
                 say(f"parity: {n} of {len(prompts)} prompts")
-    rows = found.rows
+
+    def total(key: str) -> int:
+        return sum(int(row[key]) for row in rows)
+
     return {
-        "passed": not found.failures,
+        "passed": not failures,
         "file": path.name,
         "sha256": sha256_file(path),
         "type": kind,
@@ -81,20 +73,20 @@ def certificate(
         "transformers": transformers.__version__,
         "prompts": len(rows),
         "tokens_each": TOKENS,
-        "rendered_equal": found.count("rendered_equal"),
-        "ids_equal": found.count("ids_equal"),
-        "look_alikes": found.count("look_alike"),
-        "boundary_splits": sum(r["boundary_splits"] for r in rows),
-        "greedy_equal": found.count("greedy_equal"),
-        "near_ties": sum(r["near_ties"] for r in rows),
-        "greedy_uncompared": sum(r["greedy_uncompared"] for r in rows),
+        "rendered_equal": total("rendered_equal"),
+        "ids_equal": total("ids_equal"),
+        "look_alikes": total("look_alike"),
+        "boundary_splits": total("boundary_splits"),
+        "greedy_equal": total("greedy_equal"),
+        "near_ties": total("near_ties"),
+        "greedy_uncompared": total("greedy_uncompared"),
         "stop_ids": assistant.renderer.stop_ids(),
         "largest_logit_difference": max(r["logit_difference"] for r in rows),
-        "logit_places": sum(r["logit_places"] for r in rows),
+        "logit_places": total("logit_places"),
         "generated": sum(len(r["tokens"]) for r in rows),
         "tolerance": TOLERANCE if kind == "f32" else None,
         "notes": list(notes),
-        "failures": found.failures,
+        "failures": failures,
         "rows": rows,
     }
 
@@ -136,8 +128,14 @@ def _ends_at(engine: LlamaCpp, token: int) -> bool:
 
 
 def _compare(
-    case: Case, kind: str, ours: tuple[list[int], bool], assistant: Assistant, engine: LlamaCpp, found: Findings
+    case: Case,
+    kind: str,
+    ours: tuple[list[int], bool],
+    assistant: Assistant,
+    engine: LlamaCpp,
+    failures: list[dict[str, str]],
 ) -> Row:
+    """A prompt's row of the certificate; what must not be goes into `failures`."""
     renderer, rendered = assistant.renderer, case.rendered
     theirs = engine.prompt(case.messages)
     in_transformers = assistant.tokenizer.apply_chat_template(
@@ -146,21 +144,21 @@ def _compare(
     rendered_equal = rendered.text == theirs == in_transformers
     if not rendered_equal:
         who, other = ("llama.cpp", theirs) if theirs != rendered.text else ("transformers", in_transformers)
-        found.failures.append(_failure(case.id, "rendered", f"{who} renders {_apart(rendered.text, other)}"))
+        failures.append(_failure(case.id, "rendered", f"{who} renders {_apart(rendered.text, other)}"))
     problem = _ids_problem(case, assistant, engine)
     if problem:
-        found.failures.append(_failure(case.id, "ids", problem))
+        failures.append(_failure(case.id, "ids", problem))
     ids = rendered.ids.tolist()
     reply = engine.greedy(ids, TOKENS, lambda tokens: _spelled(assistant, tokens))
     likeliest = _likeliest(assistant.model, ids, reply)
     difference, places = _difference(likeliest, reply)
-    greedy = _greedy(reply, likeliest, ours, renderer.stop_ids())
-    if kind == "f32" and greedy.parted:
-        found.failures.append(_failure(case.id, "greedy", greedy.parted))
-    if kind == "f32" and reply.steps and not places:
-        found.failures.append(_failure(case.id, "logits", "llama.cpp told no log-probabilities, so none are compared"))
+    parted, near_ties, uncompared = _greedy(reply, likeliest, ours, renderer.stop_ids())
+    if kind == "f32" and parted:
+        failures.append(_failure(case.id, "greedy", parted))
+    if kind == "f32" and reply.tokens and not places:
+        failures.append(_failure(case.id, "logits", "llama.cpp told no log-probabilities, so none are compared"))
     if kind == "f32" and not difference <= TOLERANCE:
-        found.failures.append(_failure(case.id, "logits", f"they differ by {difference:.2g}, allowed are {TOLERANCE}"))
+        failures.append(_failure(case.id, "logits", f"they differ by {difference:.2g}, allowed are {TOLERANCE}"))
     return {
         "id": case.id,
         "n_prompt": len(ids),
@@ -168,10 +166,10 @@ def _compare(
         "ids_equal": not problem,
         "look_alike": case.look_alike,
         "boundary_splits": rendered.boundary_splits,
-        "greedy_equal": not greedy.parted,
-        "near_ties": greedy.near_ties,
-        "greedy_uncompared": greedy.uncompared,
-        "tokens": [s.token for s in reply.steps],
+        "greedy_equal": not parted,
+        "near_ties": near_ties,
+        "greedy_uncompared": uncompared,
+        "tokens": reply.tokens,
         "logit_difference": difference,
         "logit_places": places,
     }
@@ -194,7 +192,8 @@ def _ids_problem(case: Case, assistant: Assistant, engine: LlamaCpp) -> str:
     rendered, tokenizer = case.rendered, assistant.tokenizer
     ids = rendered.ids.tolist()
     if case.look_alike:
-        for part in _between(ids, set(assistant.renderer.special.values())):
+        control = set(assistant.renderer.special.values())
+        for part in (list(run) for special, run in groupby(ids, control.__contains__) if not special):
             text = assistant.renderer.decode(part)
             if (got := engine.ids(text, special=False)) != part:
                 return f"{text!r} is {got} in llama.cpp, {part} here"
@@ -204,16 +203,6 @@ def _ids_problem(case: Case, assistant: Assistant, engine: LlamaCpp) -> str:
     if plain != ids and not rendered.boundary_splits:
         return f"transformers: {_apart(ids, plain)}"
     return "" if got == plain else f"llama.cpp: {_apart(plain, got)}"
-
-
-def _between(ids: list[int], special: set[int]) -> list[list[int]]:
-    parts: list[list[int]] = [[]]
-    for i in ids:
-        if i in special:
-            parts.append([])
-        else:
-            parts[-1].append(i)
-    return [p for p in parts if p]
 
 
 def _apart(ours: Any, theirs: Any) -> str:
@@ -226,10 +215,9 @@ def _likeliest(model: Any, ids: list[int], reply: Continuation) -> Any:
     """(n + 1, vocabulary) log-probabilities of transformers' own forward pass over what llama.cpp wrote."""
     import torch
 
-    tokens = [s.token for s in reply.steps]
     with torch.inference_mode():
-        row = torch.tensor([[*ids, *tokens]], device=model.device)
-        logits = model(input_ids=row, use_cache=False, logits_to_keep=len(tokens) + 1).logits[0]
+        row = torch.tensor([[*ids, *reply.tokens]], device=model.device)
+        logits = model(input_ids=row, use_cache=False, logits_to_keep=len(reply.tokens) + 1).logits[0]
     return logits.float().log_softmax(-1).cpu()
 
 
@@ -238,30 +226,22 @@ def _difference(likeliest: Any, reply: Continuation) -> tuple[float, int]:
     import torch
 
     gap, places = 0.0, 0
-    for place, step in enumerate(reply.steps):
-        if not step.logprobs:
+    for place, told in enumerate(reply.logprobs):
+        if not told:
             continue
         places += 1
-        theirs = torch.tensor(list(step.logprobs.values()))
-        here = float((likeliest[place, list(step.logprobs)] - theirs).abs().max())
+        here = float((likeliest[place, list(told)] - torch.tensor(list(told.values()))).abs().max())
         gap = max(gap, here if math.isfinite(here) else math.inf)  # max(0.0, nan) would be 0.0
     return gap, places
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """Greedy tokens side by side. parted: where they differ by more than a near tie; "" where they do not.
-    near_ties: the places where rounding chose.   uncompared: the places behind one that parted llama.cpp and us: from
-    there on they answer different texts."""
-
-    parted: str = ""
-    near_ties: int = 0
-    uncompared: int = 0
-
-
-def _greedy(reply: Continuation, likeliest: Any, ours: tuple[list[int], bool], stops: list[int]) -> Agreement:
-    tokens = [s.token for s in reply.steps]
-    ended = reply.stopped
+def _greedy(
+    reply: Continuation, likeliest: Any, ours: tuple[list[int], bool], stops: list[int]
+) -> tuple[str, int, int]:
+    """Greedy tokens side by side: (where they differ by more than a near tie, "" where they do not; the number of
+    places where rounding chose; that of the places behind one that parted llama.cpp and us: from there on they answer
+    different texts)."""
+    tokens, ended = reply.tokens, reply.stopped
     if tokens and tokens[-1] in stops:
         tokens, ended = tokens[:-1], True
     mine, mine_ended = ours
@@ -275,13 +255,13 @@ def _greedy(reply: Continuation, likeliest: Any, ours: tuple[list[int], bool], s
         if not a == b == c:
             if not (_near_best(a, row, stops) and _near_best(b, row, stops)):
                 detail = f"token {place}: llama.cpp {a}, sftflow {b}, transformers {c}"
-                return Agreement(detail, near_ties)
+                return detail, near_ties, 0
             near_ties += 1
             if a != b:
-                return Agreement("", near_ties, max(len(tokens), len(mine)) - place - 1)
+                return "", near_ties, max(len(tokens), len(mine)) - place - 1
         if a == "end":
             break
-    return Agreement("", near_ties)
+    return "", near_ties, 0
 
 
 def _near_best(choice: int | str | None, row: Any, stops: list[int]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sftflow.chat.render import Rendered, Renderer
-from sftflow.chat.schema import Conversation, parse_row
+from sftflow.chat.schema import parse_row
 from sftflow.comparison.prompts import load_prompts
 from sftflow.foundation.errors import FormatError, MaskError
 
@@ -76,9 +76,8 @@ def cases(renderer: Renderer, n: int, room: int) -> list[Case]:
     for name, messages in found:
         if len(out) == n:
             break
-        conversation: Conversation = parse_row({"messages": messages}, name)
         try:
-            rendered = renderer.render(conversation, add_generation_prompt=True)
+            rendered = renderer.render(parse_row({"messages": messages}, name), add_generation_prompt=True)
         except (FormatError, MaskError):
             continue
         if len(rendered.ids) <= room:

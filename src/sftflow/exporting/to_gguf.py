@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sftflow.checkpoint import Assistant, load_assistant, load_config, open_renderer, resolve
 from sftflow.exporting import llamacpp, parity
 from sftflow.exporting.parity_prompts import cases
-from sftflow.exporting.target import check_folder
+from sftflow.exporting.target import require_replaceable
 from sftflow.foundation.atomic_io import write_json
-from sftflow.foundation.errors import CheckpointError, RecipeError
+from sftflow.foundation.errors import CheckpointError, ProofError, RecipeError
 from sftflow.gguf import architectures as layout
 from sftflow.gguf import reader as read
-from sftflow.gguf.architectures import Array
 from sftflow.gguf.vocabulary import vocabulary_of
 from sftflow.gguf.writer import TYPES, Plan, write
 
@@ -49,13 +47,10 @@ def export_gguf(name: str, out: Path, kind: str, *, prompts: int = parity.PROMPT
     say(f"export: wrote {out} ({out.stat().st_size / 1e6:,.1f} MB, {kind})")
     if not llamacpp.available():
         found = parity.not_checked(out, kind, name, "the package xllamacpp is not installed")
+    elif chosen := cases(assistant.renderer, prompts, assistant.engine.context - parity.TOKENS):
+        found = parity.certificate(out, kind, assistant, chosen, notes=plan.vocabulary.notes, say=say)
     else:
-        room = assistant.engine.context - parity.TOKENS
-        chosen = cases(assistant.renderer, prompts, room)
-        if not chosen:
-            found = parity.not_checked(out, kind, name, "no prompt fits this model")
-        else:
-            found = parity.certificate(out, kind, assistant, chosen, notes=plan.vocabulary.notes, say=say)
+        found = parity.not_checked(out, kind, name, "no prompt fits this model")
     write_json(proof, found)
     return found
 
@@ -71,10 +66,6 @@ def plan_of(assistant: Assistant, kind: str) -> Plan:
     if unknown:
         raise CheckpointError(assistant.name, f"GGUF has no place for {unknown[0]}", "this model has a part of its own")
 
-    def tensors() -> Iterator[tuple[str, Array]]:
-        for key, value in weights.items():
-            yield key, value.detach().float().cpu().numpy()
-
     return Plan(
         config=config,
         layout=layout.layout_of(config, assistant.name),
@@ -82,8 +73,7 @@ def plan_of(assistant: Assistant, kind: str) -> Plan:
         renderer=assistant.renderer,
         name=Path(assistant.name.rstrip("/")).stem,
         kind=kind,
-        shapes={key: tuple(value.shape) for key, value in weights.items()},
-        tensors=tensors,
+        weights=weights,
     )
 
 
@@ -91,28 +81,22 @@ def _check_target(out: Path, name: str) -> None:
     """A file of ours may be replaced, another's may not."""
     if out.suffix != ".gguf":
         raise RecipeError(f"--out {out}", "it is no .gguf file name", "write for example --out model.gguf")
-    check_folder(out)
-    if not out.exists():
-        return
     if out.is_file() and Path(name).exists() and out.samefile(name):
         raise RecipeError(f"--out {out}", "it is the model itself", "name another file")
-    try:
-        ours = out.is_file() and read.fields(out) is not None
-    except (ValueError, OSError, json.JSONDecodeError):
-        ours = False
-    if not ours:
-        raise RecipeError(f"--out {out}", "it holds something else than an export", "name another file")
+    require_replaceable(out, lambda: out.is_file() and read.fields(out) is not None, "an export", "file")
 
 
 def summary(found: dict[str, Any]) -> list[str]:
     """A certificate in a few lines."""
     if found["passed"] is None:
         return [f"parity: {found['llama_cpp']}; pip install 'sftflow[gguf]' and export again to prove this file"]
-    n = found["prompts"]
+    n, ties = found["prompts"], ""
+    if found["near_ties"]:
+        ties = f" ({found['near_ties']} near ties, {found['greedy_uncompared']} tokens behind them not compared)"
     lines = [
         f"parity with llama.cpp and transformers, {n} prompts: {'passed' if found['passed'] else 'FAILED'}",
         f"  same rendered text {found['rendered_equal']}/{n}, same ids {found['ids_equal']}/{n}, "
-        f"same {found['tokens_each']} greedy tokens {found['greedy_equal']}/{n}" + _ties(found),
+        f"same {found['tokens_each']} greedy tokens {found['greedy_equal']}/{n}{ties}",
         f"  largest logit difference {found['largest_logit_difference']:.2g}, "
         f"over {found['logit_places']} of {found['generated']} generated places",
     ]
@@ -124,7 +108,8 @@ def summary(found: dict[str, Any]) -> list[str]:
     return [*lines, *(f"  note: {note}" for note in found["notes"])]
 
 
-def _ties(found: dict[str, Any]) -> str:
-    if not found["near_ties"]:
-        return ""
-    return f" ({found['near_ties']} near ties, {found['greedy_uncompared']} tokens behind them not compared)"
+def require_passed(found: dict[str, Any]) -> None:
+    """Raises ProofError naming the first prompt on which the exported file says something else."""
+    if found["passed"] is False:
+        first = found["failures"][0]
+        raise ProofError(f"prompt {first['prompt']}", f"{first['check']}: {first['detail']}", "do not trust this file")

@@ -46,9 +46,9 @@ class Vocabulary:
     pre: str
     tokens: list[str]
     types: list[int]
-    merges: list[str]
-    scores: list[float]
-    space_prefix: bool
+    merges: tuple[str, ...] = ()
+    scores: tuple[float, ...] = ()
+    space_prefix: bool = False
     notes: tuple[str, ...] = ()
 
     def write(self, writer: Any) -> None:
@@ -81,9 +81,8 @@ def vocabulary_of(tokenizer: Any, rows: int, place: str) -> Vocabulary:
     by_id = {i: t for t, i in model["vocab"].items()}
     size = max([*by_id, *added]) + 1
     if size > rows:
-        raise CheckpointError(
-            place, f"{size} tokens, but {rows} rows in the embedding", "the tokenizer is not this one's"
-        )
+        fact = f"{size} tokens, but {rows} rows in the embedding"
+        raise CheckpointError(place, fact, "the tokenizer is not this one's")
     sentencepiece = bool(model.get("byte_fallback"))
     tokens, types = [], []
     for i in range(rows):
@@ -101,19 +100,16 @@ def vocabulary_of(tokenizer: Any, rows: int, place: str) -> Vocabulary:
         types[tokens.index(unknown)] = UNKNOWN
     if not sentencepiece:
         pre, notes = _byte_level(data, place)
-        joined = [" ".join(m) for m in merges]
-        return Vocabulary(
-            model="gpt2", pre=pre, tokens=tokens, types=types, merges=joined, scores=[], space_prefix=False, notes=notes
-        )
+        joined = tuple(" ".join(m) for m in merges)
+        return Vocabulary(model="gpt2", pre=pre, tokens=tokens, types=types, merges=joined, notes=notes)
     # llama.cpp merges the pair whose result has the best score; the tokenizer the pair that comes first in its list.
     rank: dict[str, int] = {}
     for n, (left, right) in enumerate(merges):
         rank.setdefault(left + right, n)
-    scores = [-float(rank.get(t, len(merges))) if k == NORMAL else 0.0 for t, k in zip(tokens, types, strict=True)]
-    return Vocabulary(
-        model="llama", pre="default", tokens=tokens, types=types, merges=[], scores=scores,
-        space_prefix=_space_prefix(data, place),
-    )  # fmt: skip
+    kinds = zip(tokens, types, strict=True)
+    scores = tuple(-float(rank.get(t, len(merges))) if k == NORMAL else 0.0 for t, k in kinds)
+    prefix = _space_prefix(data, place)
+    return Vocabulary(model="llama", pre="default", tokens=tokens, types=types, scores=scores, space_prefix=prefix)
 
 
 def _refused(place: str, fact: str) -> CheckpointError:

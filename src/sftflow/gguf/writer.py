@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import sftflow.gguf.architectures as layout
-from sftflow.chat.format import ChatFormat, tokenizer_text
+from sftflow.chat.format import tokenizer_text
 from sftflow.chat.render import Renderer
 from sftflow.foundation.errors import CheckpointError
 from sftflow.gguf.architectures import Architecture, Array
@@ -23,13 +23,11 @@ TYPES = ("f32", "f16", "bf16", "q8_0")
 CONFIG, FORMAT, NAMES = "sftflow.config", "sftflow.format", "sftflow.special_tokens"
 """our own fields: config.json, the format of sftflow.json, and what the template calls tokens by"""
 
-Tensors = Callable[[], Iterator[tuple[str, Array]]]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is written. tensors: () -> (transformers' name, fp32 array), in the same order at every call; the output
-    head is left out where it is the embedding. shapes: of each, known before one is read."""
+    """What is written. weights: torch's tensors by transformers' names; the output head is left out where it is the
+    embedding."""
 
     config: Any
     layout: Architecture
@@ -37,8 +35,7 @@ class Plan:
     renderer: Renderer
     name: str
     kind: str
-    shapes: dict[str, tuple[int, ...]]
-    tensors: Tensors
+    weights: dict[str, Any]
 
 
 def stored_kind(kind: str, shape: tuple[int, ...]) -> str:
@@ -64,7 +61,8 @@ def write(plan: Plan, target: Path, *, before: Callable[[], None] = lambda: None
         factors = layout.rope_factors(plan.config)
         if factors is not None:
             writer.add_tensor_info(layout.ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes, types.F32)
-        for name, shape in plan.shapes.items():
+        for name, weight in plan.weights.items():
+            shape = tuple(weight.shape)
             as_type = types[stored_kind(plan.kind, shape).upper()]
             block, size = gguf.GGML_QUANT_SIZES[as_type]
             n_bytes = int(np.prod(shape)) // block * size
@@ -74,7 +72,8 @@ def write(plan: Plan, target: Path, *, before: Callable[[], None] = lambda: None
         writer.write_ti_data_to_file()
         if factors is not None:
             writer.write_tensor_data(factors)
-        for name, array in plan.tensors():
+        for name, weight in plan.weights.items():
+            array = weight.detach().float().cpu().numpy()
             heads = layout.permuted(name, plan.config, plan.layout)
             array = layout.interleave(array, heads) if heads else array
             writer.write_tensor_data(_encoded(array, stored_kind(plan.kind, array.shape), name))
@@ -125,13 +124,9 @@ def _describe(writer: Any, plan: Plan) -> None:
 def _special_ids(writer: Any, renderer: Renderer) -> None:
     """bos and eos are what the template calls so; the ends of a turn are `eot` and `eom`: llama.cpp stops at all."""
     special, names = renderer.special, renderer.spec.names
-    for name, add in (
-        ("bos_token", writer.add_bos_token_id),
-        ("unk_token", writer.add_unk_token_id),
-        ("pad_token", writer.add_pad_token_id),
-    ):
+    for name in ("bos_token", "unk_token", "pad_token"):
         if names.get(name) in special:
-            add(special[names[name]])
+            getattr(writer, f"add_{name}_id")(special[names[name]])
     ends = renderer.stop_ids()
     eos = renderer.spec.eos if renderer.spec.eos is not None else ends[0]
     writer.add_eos_token_id(eos)
@@ -147,11 +142,6 @@ _CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 def exported_template(renderer: Renderer) -> str:
     """The chat template as llama.cpp must read it: the date it was trained with written in, and no bos or eos where
     the tokenizer has none (llama.cpp then takes token 11 for both)."""
-    chat_format: ChatFormat = renderer.format
-    template = _CLOCK.sub(lambda m: json.dumps(chat_format.clock(m[2])), chat_format.template)
-    front = "".join(
-        f"{{%- set {name} = '' -%}}"
-        for name in ("bos_token", "eos_token")
-        if name in template and not renderer.spec.names.get(name)
-    )
-    return front + template
+    template = _CLOCK.sub(lambda m: json.dumps(renderer.format.clock(m[2])), renderer.format.template)
+    lacking = [n for n in ("bos_token", "eos_token") if n in template and not renderer.spec.names.get(n)]
+    return "".join(f"{{%- set {name} = '' -%}}" for name in lacking) + template

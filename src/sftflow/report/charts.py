@@ -66,16 +66,12 @@ def _forest_grid(scale: tuple[float, float]) -> list[float]:
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def forest(
-    delta: float, interval: tuple[float, float] | None, scale: tuple[float, float], outcome: str, label: str
-) -> Markup:
+def forest(delta: float, interval: tuple[float, float], scale: tuple[float, float], outcome: str, label: str) -> Markup:
     """One task's difference and interval. scale: of `forest_scale`.   outcome: "better", "worse" or "unclear"."""
     grid = ((_forest_x(t, scale), "grid" if t else "zero") for t in _forest_grid(scale))
     lines = [f'<line class="{kind}" x1="{x}" x2="{x}" y1="0" y2="20"/>' for x, kind in grid]
-    span = ""
-    if interval:
-        a, b = (_forest_x(x, scale) for x in interval)
-        span = f'<path d="M{a} 10H{b}M{a} 6.5V13.5M{b} 6.5V13.5"/>'
+    a, b = (_forest_x(x, scale) for x in interval)
+    span = f'<path d="M{a} 10H{b}M{a} 6.5V13.5M{b} 6.5V13.5"/>'
     dot = f'<circle cx="{_forest_x(delta, scale)}" cy="10" r="3"/>'
     return svg(320, 20, label, [*lines, f'<g class="ci {esc(outcome)}">{span}{dot}</g>'])
 

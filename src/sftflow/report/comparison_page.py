@@ -14,8 +14,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from sftflow.comparison.results import Comparison, ItemComparison, PromptComparison, TaskComparison
-from sftflow.comparison.run_artifacts import RunArtifacts, SampledScores
+from sftflow.comparison.results import Comparison, TaskComparison
+from sftflow.comparison.run_artifacts import RunArtifacts
 from sftflow.report import charts, line_charts, wording
 from sftflow.report.line_charts import MOST_LINES, Points
 from sftflow.report.pages import render
@@ -46,6 +46,7 @@ MOST_STEPS = 4
 def comparison_page(comparison: Comparison) -> str:
     """The page. A section that has nothing to show is left out, with its link."""
     names = wording.model_names(comparison)
+    lengths = [side.length["counts"] for side in (comparison.hygiene.base, comparison.hygiene.sft)]
     values = {
         "c": comparison,
         "names": names,
@@ -58,17 +59,13 @@ def comparison_page(comparison: Comparison) -> str:
         "sampled": sampled_figure(comparison.run.sampled),
         "most_lines": MOST_LINES,
         "forest_scale": charts.forest_scale([(t.delta, *t.ci95) for t in comparison.tasks.values()]),
-        "tallest": max(_tallest(side.length) for side in (comparison.hygiene.base, comparison.hygiene.sft)),
+        # the largest share of a model's replies in one bin of their lengths
+        "tallest": max(max(n, default=0) / (sum(n) or 1) for n in lengths),
         "token_boxes": token_boxes,
     }
     bodies = {anchor: Markup(render(f"comparison/{anchor}", **values)) for anchor in SECTIONS}
     kept = [(anchor, title, bodies[anchor]) for anchor, title in SECTIONS.items() if bodies[anchor].strip()]
     return render("comparison/page", sections=kept, **values)
-
-
-def _tallest(length: Mapping[str, Any]) -> float:
-    """The largest share of the replies in one bin of their lengths."""
-    return max(length["counts"], default=0) / (sum(length["counts"]) or 1)
 
 
 # ---- lists to browse
@@ -86,17 +83,15 @@ class Entry:
 
 def item_entries(task: TaskComparison) -> list[Entry]:
     """A task's items, those that changed first; of very many the first."""
-    return [_item(item) for item in task.items[:MOST_ITEMS]]
-
-
-def _item(item: ItemComparison) -> Entry:
     classes = {"improved": "good", "regressed": "alert"}
-    unstopped = item.sft.finish_reason == "length"
-    marks = [item.change] if item.change in classes else []
-    marks += ["wrong"] if item.sft.score < 1 else []
-    marks += ["unstopped"] if unstopped else []
-    tags = [(UNSTOPPED, "alert")] if unstopped else []
-    return Entry(content=item, marks=marks, tags=[*tags, (item.change, classes.get(item.change, ""))])
+    entries = []
+    for item in task.items[:MOST_ITEMS]:
+        unstopped = item.sft.finish_reason == "length"
+        marks = {item.change: item.change in classes, "wrong": item.sft.score < 1, "unstopped": unstopped}
+        tags = [(UNSTOPPED, "alert")] if unstopped else []
+        tags.append((item.change, classes.get(item.change, "")))
+        entries.append(Entry(content=item, marks=[mark for mark, has in marks.items() if has], tags=tags))
+    return entries
 
 
 def prompt_entries(comparison: Comparison, names: ModelNames) -> list[Entry]:
@@ -105,27 +100,20 @@ def prompt_entries(comparison: Comparison, names: ModelNames) -> list[Entry]:
     verdicts = {row.pair.id: row.verdict for row in comparison.verdicts}
     entries = []
     for prompt in comparison.prompts:
-        marks, tags = _prompt_marks(prompt)
-        verdict = verdicts.get(prompt.id)
-        if verdict:
+        before, after, change = faults_of(prompt.base), faults_of(prompt.sft), form_change(prompt)
+        marks = [change] if change else []
+        tags = [(fault, "alert") for fault in after]
+        if UNSTOPPED in after:
+            marks.append("unstopped")
+        elif UNSTOPPED in before and prompt.sft.finish_reason == "stop":
+            tags.append(("now stops", "good"))
+        if prompt.sft.text == prompt.base.text:
+            tags.append(("same reply", ""))
+        if verdict := verdicts.get(prompt.id):
             marks.append(f"judge-{verdict}")
             tags.append((judged[verdict], ""))
         entries.append(Entry(content=prompt, marks=marks, tags=[*tags, (prompt.kind, "")], kind=prompt.kind))
     return entries
-
-
-def _prompt_marks(prompt: PromptComparison) -> tuple[list[str], list[tuple[str, str]]]:
-    """What the list is filtered by, and what the entry's line shows of it."""
-    before, after, change = faults_of(prompt.base), faults_of(prompt.sft), form_change(prompt)
-    marks = [change] if change else []
-    tags = [(fault, "alert") for fault in after]
-    if UNSTOPPED in after:
-        marks.append("unstopped")
-    elif UNSTOPPED in before and prompt.sft.finish_reason == "stop":
-        tags.append(("now stops", "good"))
-    if prompt.sft.text == prompt.base.text:
-        tags.append(("same reply", ""))
-    return marks, tags
 
 
 def n_marked(entries: Sequence[Entry], mark: str) -> int:
@@ -142,9 +130,9 @@ def loss_figure(run: RunArtifacts) -> dict[str, Any] | None:
     if not raw:
         return None
     smoothed = list(zip((x for x, _ in raw), line_charts.smooth([y for _, y in raw], len(raw) // 40), strict=True))
-    validation = _finite((v.step, v.loss) for v in run.validation)
-    names = dict.fromkeys(name for v in run.validation for name in v.sources)
-    found = {name: _finite((v.step, v.sources.get(name)) for v in run.validation) for name in names}
+    validation = _finite((v["step"], v["loss"]) for v in run.validation)
+    names = dict.fromkeys(name for v in run.validation for name in v["sources"])
+    found = {name: _finite((v["step"], v["sources"].get(name)) for v in run.validation) for name in names}
     sources = {name: points for name, points in found.items() if points}
     drawn = sources if 2 <= len(sources) <= MOST_LINES else {}
     top, highest = line_charts.ceiling(raw, [validation, *drawn.values()])
@@ -164,24 +152,24 @@ def _finite(points: Iterable[tuple[float, float | None]]) -> Points:
     return [(x, y) for x, y in points if y is not None and math.isfinite(y)]
 
 
-def sampled_figure(rows: Sequence[SampledScores]) -> dict[str, Any] | None:
+def sampled_figure(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Scores and rates of the replies while it trained: drawn, and in numbers at a few steps."""
     if not rows:
         return None
     lines: dict[str, Points] = {}
     for row in rows:
-        for name, value in {"ends by itself": row.hygiene.get("stop_rate"), **row.tasks}.items():
+        for name, value in {"ends by itself": row["hygiene"].get("stop_rate"), **row["tasks"]}.items():
             if value is not None:
-                lines.setdefault(name, []).append((row.step, value))
+                lines.setdefault(name, []).append((row["step"], value))
     last = len(rows) - 1
     chosen = [rows[i] for i in sorted({round(k * last / (MOST_STEPS - 1)) for k in range(MOST_STEPS)})]
-    groups = {"score on a sample": [r.tasks for r in chosen], "replies": [r.hygiene for r in chosen]}
+    groups = {}
+    for title, key in (("score on a sample", "tasks"), ("replies", "hygiene")):
+        names = dict.fromkeys(name for row in chosen for name in row[key])
+        groups[title] = {name: [row[key].get(name) for row in chosen] for name in names}
     return {
-        "steps": [row.step for row in chosen],
+        "steps": [row["step"] for row in chosen],
         "n": len(rows),
-        "groups": {
-            title: {name: [v.get(name) for v in values] for name in dict.fromkeys(n for v in values for n in v)}
-            for title, values in groups.items()
-        },
+        "groups": groups,
         "chart": line_charts.scores_by_step(lines) if lines and len(rows) > 1 else "",
     }

@@ -18,6 +18,7 @@ Points = list[tuple[float, float]]
 Line = tuple[str, str, Points]  # name, class, points
 MOST_LINES = 6  # that can still be told apart
 WIDTHS = (900, 340)
+LEFT, TOP, BOTTOM = 34, 28, 40  # margins
 
 
 def smooth(values: Sequence[float], reach: int) -> list[float]:
@@ -70,26 +71,19 @@ def clipped(points: Points, top: float) -> list[Points]:
     >>> clipped([(0, 4.0), (2, 2.0), (3, 1.0)], 3.0)
     [[(1.0, 3.0), (2, 2.0), (3, 1.0)]]
     """
-    pieces: list[Points] = []
-    above = True
-    for i, (x, y) in enumerate(points):
-        if i and above != (y > top):
-            x0, y0 = points[i - 1]
-            edge = (x0 + (x - x0) * (top - y0) / (y - y0), top)
-            pieces.append([edge]) if above else pieces[-1].append(edge)
-        elif i == 0 and y <= top:
-            pieces.append([])
-        above = y > top
-        if not above:
-            pieces[-1].append((x, y))
-    return pieces
+    crossed = points[:1]
+    for (x0, y0), (x, y) in itertools.pairwise(points):
+        if (y0 > top) != (y > top):
+            crossed.append((x0 + (x - x0) * (top - y0) / (y - y0), top))
+        crossed.append((x, y))
+    return [list(piece) for above, piece in itertools.groupby(crossed, lambda point: point[1] > top) if not above]
 
 
 @dataclass(frozen=True)
 class Frame:
     """A line chart's window on its data: x0..x1, y0..y1 inside margins, in units of the drawing.
 
-    names: of lines that are named at their end, for which the right margin leaves room.
+    named: lines that are named at their end, for which the right margin leaves room.
     """
 
     width: int
@@ -98,11 +92,8 @@ class Frame:
     y0: float
     y1: float
     unit: str
-    names: Sequence[str] = ()
+    named: Sequence[Line]
     height: int = 280
-    left: int = 34
-    top: int = 28
-    bottom: int = 40
 
     @property
     def letters(self) -> int:
@@ -110,12 +101,13 @@ class Frame:
         return 9 if self.width < 500 else 18
 
     def at(self, x: float, y: float) -> tuple[float, float]:
-        right = 14 + 7 * min(self.letters, max(map(len, self.names))) if self.names else 12
+        longest = max((len(name) for name, _, _ in self.named), default=0)
+        right = 14 + 7 * min(self.letters, longest) if self.named else 12
         across = (x - self.x0) / ((self.x1 - self.x0) or 1)
         up = (y - self.y0) / ((self.y1 - self.y0) or 1)
         return (
-            round(self.left + (self.width - self.left - right) * across, 1),
-            round(self.top + (self.height - self.top - self.bottom) * (1 - up), 1),
+            round(LEFT + (self.width - LEFT - right) * across, 1),
+            round(TOP + (self.height - TOP - BOTTOM) * (1 - up), 1),
         )
 
     def path(self, points: Points, kind: str) -> str:
@@ -133,24 +125,24 @@ class Frame:
             out.append(f'<path class="grid" d="M{a} {height}H{b}"/>')
             out.append(text(a - 7, height + 4, "end", f"{y:g}"))
         for x in ticks(self.x0, self.x1, 4 if self.width < 500 else 8):
-            out.append(text(self.at(x, self.y0)[0], self.height - self.bottom + 18, "middle", f"{x:,g}"))
+            out.append(text(self.at(x, self.y0)[0], self.height - BOTTOM + 18, "middle", f"{x:,g}"))
         out.append(text(2, 12, "start", self.unit))
         out.append(text(self.at(self.x1, self.y0)[0], self.height - 4, "end", "step"))
         return "".join(out)
 
-    def named_ends(self, lines: Sequence[Line]) -> str:
+    def named_ends(self) -> str:
         """Each line's name beside its last point, moved apart where they would cover each other."""
-        ends = [self.at(*points[-1]) for _, _, points in lines]
-        places = spread([y + 4 for _, y in ends], 13, self.top, self.height - self.bottom + 4)
+        ends = [self.at(*points[-1]) for _, _, points in self.named]
+        places = spread([y + 4 for _, y in ends], 13, TOP, self.height - BOTTOM + 4)
         out = []
-        for (name, kind, _), (x, _), place in zip(lines, ends, places, strict=True):
+        for (name, kind, _), (x, _), place in zip(self.named, ends, places, strict=True):
             cut = name if len(name) <= self.letters else name[: self.letters - 1] + "…"
             out.append(text(x + 8, round(place, 1), "start", cut, kind=f"name {kind}"))
         return "".join(out)
 
     def drawn(self, label: str, parts: Iterable[str]) -> Markup:
         kind = "narrow" if self.width < 500 else "wide"
-        return svg(self.width, self.height, label, [self.axes(), *parts], kind)
+        return svg(self.width, self.height, label, [self.axes(), *parts, self.named_ends()], kind)
 
 
 def ceiling(raw: Points, held_out: Iterable[Points]) -> tuple[float, float]:
@@ -167,33 +159,31 @@ def ceiling(raw: Points, held_out: Iterable[Points]) -> tuple[float, float]:
     return (highest if highest < 1.5 * late else late), highest
 
 
-def loss_by_step(raw: Points, smoothed: Points, val: Points, sources: Mapping[str, Points] | None = None) -> Markup:
+def loss_by_step(raw: Points, smoothed: Points, val: Points, sources: Mapping[str, Points]) -> Markup:
     """The loss of every step, smoothed, and held-out, as (step, loss) points.
 
     sources: held-out loss per source, thin lines with their names at the end, at most MOST_LINES of them.
     """
-    lines: list[Line] = [(name, f"s{i}", points) for i, (name, points) in enumerate((sources or {}).items())]
+    lines: list[Line] = [(name, f"s{i}", points) for i, (name, points) in enumerate(sources.items())]
     held_out = [val, *(points for _, _, points in lines)]
     named: list[Line] = [("all", "val", val), *lines] if val and lines else lines
     xs = [x for x, _ in raw + val]
     floor = min(0.0, min(y for points in (raw, *held_out) for _, y in points))
     top, _ = ceiling(raw, held_out)
-    names = ["all", *(name for name, _, _ in lines)] if lines else []
     out = []
     for width in WIDTHS:
-        frame = Frame(width, min(xs), max(xs), floor, top, "nats per supervised token", names)
+        frame = Frame(width, min(xs), max(xs), floor, top, "nats per supervised token", named)
         parts = [frame.path(raw, "raw")]
         parts += [frame.path(points, f"source {kind}") for _, kind, points in lines]
         parts += [frame.path(smoothed, "smooth"), frame.path(val, "val")]
-        parts += [_dot(frame, x, y) for x, y in val if y <= top]
-        out.append(frame.drawn("Loss by step", [*parts, frame.named_ends(named)]))
+        parts += [
+            '<circle class="dot" r="3.5" cx="{}" cy="{}">'.format(*frame.at(x, y))
+            + f"<title>step {x:,g}: validation loss {y:.4f}</title></circle>"
+            for x, y in val
+            if y <= top
+        ]
+        out.append(frame.drawn("Loss by step", parts))
     return Markup("").join(out)
-
-
-def _dot(frame: Frame, x: float, y: float) -> str:
-    px, py = frame.at(x, y)
-    said = f"step {x:,g}: validation loss {y:.4f}"
-    return f'<circle class="dot" r="3.5" cx="{px}" cy="{py}"><title>{said}</title></circle>'
 
 
 def scores_by_step(scores: Mapping[str, Points]) -> Markup:
@@ -201,10 +191,8 @@ def scores_by_step(scores: Mapping[str, Points]) -> Markup:
     first = itertools.islice(scores.items(), MOST_LINES)
     lines: list[Line] = [(name, f"s{i}", [(x, 100 * y) for x, y in points]) for i, (name, points) in enumerate(first)]
     xs = [x for _, _, points in lines for x, _ in points]
-    names = [name for name, _, _ in lines]
-    out = []
-    for width in WIDTHS:
-        frame = Frame(width, min(xs), max(xs), 0.0, 100.0, "percent of a sample", names, height=220)
-        parts = [frame.path(points, f"source {kind}") for _, kind, points in lines]
-        out.append(frame.drawn("Scores by step", [*parts, frame.named_ends(lines)]))
-    return Markup("").join(out)
+    frames = [Frame(width, min(xs), max(xs), 0.0, 100.0, "percent of a sample", lines, height=220) for width in WIDTHS]
+    return Markup("").join(
+        frame.drawn("Scores by step", [frame.path(points, f"source {kind}") for _, kind, points in lines])
+        for frame in frames
+    )

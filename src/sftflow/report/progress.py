@@ -97,9 +97,17 @@ class Pace:
 
 
 class TwoRows(Progress):
-    """A progress bar with a line of text under it."""
+    """A running bar, whose one task has the fields `note` and `eta`, with a line of text under it."""
 
     under = ""
+
+    def __init__(self, console: Console, stage: str, total: int | None) -> None:
+        fields = ("description", "fields[note]", "fields[eta]")
+        name, note, eta = (TextColumn(f"{{task.{field}}}", markup=False) for field in fields)
+        columns = (name, BarColumn(bar_width=14), TaskProgressColumn(), note, TimeElapsedColumn(), eta)
+        super().__init__(*columns, console=console)
+        self.add_task(f"{stage:<8}", total=total, note="", eta="")
+        self.start()
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield self.make_tasks_table(self.tasks)
@@ -159,7 +167,7 @@ class ProgressDisplay:
         eta = "" if left is None or done == total else f"ETA {clock(left)}"
         if self.live:
             if self._progress is None:
-                self._progress = _bar(self.console, stage, total)
+                self._progress = TwoRows(self.console, stage, total)
             self._progress.under = under
             said = f"step {done:,}/{total:,}" if stage == "train" else note
             self._progress.update(TaskID(0), completed=done, total=total, note=said, eta=eta)
@@ -219,13 +227,3 @@ class ProgressDisplay:
 
     def _note_fitted(self, start: str, parts: list[str]) -> None:
         self.note(fitted(start, parts, self.console.width if self.live else 80))
-
-
-def _bar(console: Console, stage: str, total: int | None) -> TwoRows:
-    """A running bar, whose one task has the fields `note` and `eta`."""
-    texts = [TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[note]", "fields[eta]")]
-    columns = (texts[0], BarColumn(bar_width=14), TaskProgressColumn(), texts[1], TimeElapsedColumn(), texts[2])
-    progress = TwoRows(*columns, console=console)
-    progress.add_task(f"{stage:<8}", total=total, note="", eta="")
-    progress.start()
-    return progress

@@ -46,13 +46,12 @@
     browse.showAll();
   };
 
-  const lists = [...document.querySelectorAll(".browse")];
-  lists.forEach(setUp);
+  document.querySelectorAll(".browse").forEach(setUp);
 
   // A link to an entry that a filter hides would go nowhere.
   const follow = () => {
     const target = document.getElementById(location.hash.slice(1));
-    const entry = target && target.closest(".entry");
+    const entry = target?.closest(".entry");
     if (!entry) return;
     if (entry.hidden) entry.closest(".browse").showAll();
     entry.open = true;
@@ -62,14 +61,12 @@
   addEventListener("hashchange", follow);
   follow();
 
-  const visible = (entry) => !entry.hidden && entry.getClientRects().length > 0;
-
   // The list's own neighbour; with nothing in focus, the first entry that is on the screen.
   const neighbour = (at, step) => {
-    const from = at && at.closest(".entry");
-    const browse = at && at.closest(".browse");
+    const from = at?.closest(".entry");
+    const browse = at?.closest(".browse");
     const row = [...document.querySelectorAll(".browse > .entry")].filter((e) =>
-      visible(e) && (!browse || e.parentElement === browse));
+      !e.hidden && e.getClientRects().length > 0 && (!browse || e.parentElement === browse));
     if (from) return row[row.indexOf(from) + step];
     return browse ? row[0] : row.find((e) => e.getBoundingClientRect().bottom > 0);
   };
@@ -78,15 +75,13 @@
     const at = document.activeElement;
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const typing = at.matches("input, select, textarea");
-    const search = at.closest(".browse") && at.closest(".browse").querySelector("input");
+    const search = at.closest(".browse")?.querySelector("input");
     if (typing && event.key === "Escape" && at === search) { search.value = ""; search.dispatchEvent(new Event("input")); }
     const down = { j: 1, k: -1, ArrowDown: 1, ArrowUp: -1 }[event.key];
     const arrow = event.key.startsWith("Arrow");
     const onEntry = at.matches(".entry > summary");
     // Letters are text while typing; arrows scroll, unless the focus is in a list. From the search, down enters it.
-    if (typing ? !(at === search && event.key === "ArrowDown") : arrow && !onEntry) {
-      return;
-    }
+    if (typing ? !(at === search && event.key === "ArrowDown") : arrow && !onEntry) return;
     if (event.key === "/" && search) { event.preventDefault(); search.focus(); return; }
     if (!down) return;
     const next = neighbour(at === document.body ? null : at, down);

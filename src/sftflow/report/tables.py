@@ -14,6 +14,7 @@ from rich.text import Text
 from sftflow.comparison.results import Comparison
 from sftflow.evaluation.results import Evaluation
 from sftflow.report.pages import cell, macros
+from sftflow.report.wording import model_names
 
 
 def as_text(*drawn: RenderableType) -> str:
@@ -59,8 +60,8 @@ def eval_table(evaluation: Evaluation) -> Table:
 
 def score_table(comparison: Comparison) -> Table:
     """Each task before and after, the gain and whether it can be told from chance."""
-    before, after = ("before", "after") if comparison.continued else ("base", "SFT")
-    columns = ("task", "n", "chance", before, after, "gain", "95% interval", "verdict")
+    names = model_names(comparison)
+    columns = ("task", "n", "chance", names.before, names.after, "gain", "95% interval", "verdict")
     table = _table(*columns, text=("task", "verdict"))
     for name, t in comparison.tasks.items():
         low, high = t.ci95
@@ -101,16 +102,12 @@ def audit_tables(ledger: Mapping[str, Any]) -> list[Table]:
 def _lengths(ledger: Mapping[str, Any]) -> Table:
     columns = ("length", "p5", "median", "p95", "max", "superv.", "repeats", "near-repeats")
     table = _table(*columns, text=("length",))
-
-    def add(name: str, s: Mapping[str, Any]) -> None:
+    sources = ledger["sources"]
+    for s in [*sources, {**ledger, "name": "all"}]:
         lengths = (f"{s['lengths'][key]:,}" for key in ("p5", "p50", "p95", "max"))
         repeats = (f"{s[key]['rows']:,}" for key in ("duplicates", "near_duplicates"))
-        table.add_row(Text(name), *lengths, f"{s['supervised']['share']:.0%}", *repeats)
-
-    for s in ledger["sources"]:
-        add(s["name"], s)
-    table.add_section()
-    add("all", ledger)
+        share = f"{s['supervised']['share']:.0%}"
+        table.add_row(Text(s["name"]), *lengths, share, *repeats, end_section=s is sources[-1])
     return table
 
 

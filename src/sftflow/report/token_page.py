@@ -43,15 +43,12 @@ def token_html(rows: Sequence[TokenRow]) -> str:
 def token_boxes(row: TokenRow, anchor: str = "") -> Markup:
     """One block of boxes; where the row's turns are known, one for every turn, with its role and counts beside it.
     anchor: begins the ids of the turns; without one they have none."""
-    return macros("_tokens").token_boxes(boxes_of_row(row), anchor)
-
-
-def boxes_of_row(row: TokenRow) -> list[TurnBoxes]:
     boxes = [token_box(t, pieces) for t, pieces in zip(row.tokens, pieces_of_row(row.tokens), strict=True)]
-    return [
+    turns = [
         TurnBoxes(role, boxes[start:end], sum(t.supervised for t in row.tokens[start:end]))
         for role, start, end in turns_of_row(row)
     ]
+    return macros("_tokens").token_boxes(turns, anchor)
 
 
 def row_names(rows: Sequence[TokenRow]) -> list[str]:

@@ -49,21 +49,18 @@ class Piece(NamedTuple):
 
 def pieces_of_row(tokens: Sequence[Token]) -> list[list[Piece]]:
     """For each token its pieces; 🙂 over two tokens is Piece("🙂", f0 9f, first) and Piece("🙂", 99 82, not first)."""
-    data = [t.raw for t in tokens]
     out: list[list[Piece]] = [[] for _ in tokens]
-    token, room = -1, 0  # room: bytes of this token that are still to come
-    for character in b"".join(data).decode("utf-8", "surrogateescape"):  # a byte of no character is one from U+DC80 on
-        rest = character.encode("utf-8", "surrogateescape")
+    raw, at = b"".join(t.raw for t in tokens), 0
+    owner = [i for i, t in enumerate(tokens) for _ in t.raw]  # the token of every byte
+    for character in raw.decode("utf-8", "surrogateescape"):  # a byte of no character is one from U+DC80 on
         known, first = not "\udc80" <= character <= "\udcff", True
-        while rest:
-            while not room:
-                token += 1
-                room = len(data[token])
-            part, rest = rest[:room], rest[room:]
-            room -= len(part)
+        end = at + len(character.encode("utf-8", "surrogateescape"))
+        for token, group in itertools.groupby(owner[at:end]):
+            part = raw[at : at + len(list(group))]
+            at += len(part)
             mine = out[token]
             last = mine[-1] if mine else None
-            if known and first and not rest:
+            if known and first and at == end:
                 if last and not last.part:
                     mine[-1] = Piece(last.text + character)
                 else:
@@ -103,8 +100,10 @@ BAR = "┃"
 _OURS = re.compile(f"{UNSEEN.pattern[:-1]}↵⇥␣⟦⟧⟨⟩]")
 
 
-def terminal_lines(row: TokenRow) -> TerminalRow:
-    """A rendered row for `rich`: turns with their role on the left, a bar beside every supervised line.
+@dataclass(frozen=True, slots=True)
+class TerminalRow:
+    """A rendered row, drawn for the width and the colours of whichever rich console prints it: turns with their role on
+    the left, a bar beside every supervised line.
 
         user        ⟦<|user_start|>⟧hi⟦<|user_end|>⟧
         4 tokens
@@ -115,12 +114,6 @@ def terminal_lines(row: TokenRow) -> TerminalRow:
     the text show as ↵. With colour, supervised text is green too and special tokens are cyan instead of bracketed;
     where one token ends and the next begins shows as a change between plain and underlined.
     """
-    return TerminalRow(row)
-
-
-@dataclass(frozen=True, slots=True)
-class TerminalRow:
-    """A row, drawn for the width and the colours of whichever console prints it."""
 
     row: TokenRow
 

@@ -193,11 +193,8 @@ def make_app(
     hosts: the Host names it answers to, see `host_names`.   max_running: replies of each model that are computed side
     by side.   max_waiting: those that may stand in line besides.
     """
-    models = {
-        name: ServedModel(name, assistant, max_running=max_running, max_waiting=max_waiting)
-        for name, assistant in assistants.items()
-    }
-    serving = Serving(models=models)
+    limits = {"max_running": max_running, "max_waiting": max_waiting}
+    serving = Serving(models={name: ServedModel(name, a, **limits) for name, a in assistants.items()})
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -248,7 +245,10 @@ def serve(
     with open_socket(host, port, api_key=api_key, insecure=insecure) as sock:
         assistants = load()
         app = make_app(assistants, api_key=api_key, allow_origin=allow_origin, hosts=hosts)
-        _log_access()
+        handler = logging.StreamHandler(sys.stderr)  # one line a request
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%S"))
+        access.handlers, access.propagate = [handler], False
+        access.setLevel(logging.INFO)
         shown = f"[{host}]" if ":" in host else host
         say(f"serving {', '.join(assistants)} at http://{shown}:{sock.getsockname()[1]} (Ctrl-C stops)")
         with contextlib.suppress(KeyboardInterrupt):
@@ -259,11 +259,3 @@ def serve(
         if error is not None:
             fact = f"the model cannot be generated from ({type(error).__name__}: {first_line(error)})"
             raise RunError("serve", fact) from error
-
-
-def _log_access() -> None:
-    """One line a request on standard error."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%S"))
-    access.handlers, access.propagate = [handler], False
-    access.setLevel(logging.INFO)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -86,9 +87,6 @@ class TextLogprobs:
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """The text of each token, control tokens too; joined, they are the decoded prompt. A character that several tokens
     share stands with the last of them, and the others are empty."""
-
-    def decode(some: list[int]) -> str:
-        return str(tokenizer.decode(some, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
+    decode = functools.partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     *texts, rest = outputs(Detokenizer(decode), ids)
     return [*texts[:-1], texts[-1] + rest] if texts else []

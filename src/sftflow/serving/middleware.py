@@ -11,7 +11,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Container, Mapping
+from collections.abc import Container
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -113,16 +113,10 @@ class Record:
     n_generated: int = 0
 
 
-def request_id(headers: Mapping[str, str]) -> str:
-    """The client's own id of the request where it is a plain word, else a new one."""
-    theirs = headers.get("x-request-id", "")
-    return theirs if _SANE_ID.fullmatch(theirs) else f"req_{uuid.uuid4().hex}"
-
-
 @dataclass
 class RequestLog:
-    """Gives every request an id, and tells log and metrics how it was answered. Routes find the `Record` in their
-    request's state."""
+    """Gives every request an id (the client's own where it is a plain word), and tells log and metrics how it was
+    answered. Routes find the `Record` in their request's state."""
 
     app: ASGIApp
     metrics: Metrics
@@ -131,7 +125,8 @@ class RequestLog:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        record = Record(request_id(Headers(scope=scope)))
+        theirs = Headers(scope=scope).get("x-request-id", "")
+        record = Record(theirs if _SANE_ID.fullmatch(theirs) else f"req_{uuid.uuid4().hex}")
         scope.setdefault("state", {})["record"] = record
         status = 499  # until somebody answers: the client was gone before
 

@@ -6,7 +6,7 @@ import random
 
 from sftflow.chat.schema import Conversation, Part
 from sftflow.foundation.calculator import calculate
-from sftflow.tasks.task import Item, Task, ask, is_test_case, last_number, load_data, make_item
+from sftflow.tasks.task import Item, Task, is_test_case, last_number, load_data, make_item, numbered
 
 
 class Arithmetic(Task):
@@ -39,14 +39,11 @@ class Arithmetic(Task):
         return out
 
     def conversations(self, split: str = "train") -> list[Conversation]:
-        return [
-            ask(
-                asked,
-                [Part("python", expression), Part("python_output", result), Part("text", f"The answer is {result}.")],
-                f"{self.name}:{number}",
-            )
-            for number, (asked, expression, result) in enumerate(self._cases(split, self.source.limit or 3000), 1)
+        rows = [
+            (asked, [Part("python", call), Part("python_output", result), Part("text", f"The answer is {result}.")])
+            for asked, call, result in self._cases(split, self.source.limit or 3000)
         ]
+        return numbered(self, rows)
 
     def items(self, split: str = "test") -> list[Item]:
         return [

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import random
-from typing import Any
 
 from sftflow.chat.schema import Conversation
-from sftflow.tasks.task import Item, Task, ask, load_data, make_item
+from sftflow.tasks.task import Item, Task, load_data, make_item, numbered
 
 
 class Concepts(Task):
@@ -16,21 +15,18 @@ class Concepts(Task):
     max_new_tokens = 80
 
     def conversations(self, split: str = "train") -> list[Conversation]:
-        entries: list[dict[str, Any]] = load_data("concepts.jsonl")
         rows = [
             (question, entry["answer"])
-            for entry in entries
+            for entry in load_data("concepts.jsonl")
             for question in entry["train" if split == "train" else "held_out"]
         ]
         random.Random(f"{self.name}:{self.source.seed}").shuffle(rows)
-        rows = rows[: self.source.limit]
-        return [ask(q, a, f"{self.name}:{n}") for n, (q, a) in enumerate(rows, 1)]
+        return numbered(self, rows[: self.source.limit])
 
     def items(self, split: str = "test") -> list[Item]:
-        entries: list[dict[str, Any]] = load_data("concepts.jsonl")
         items = [
             make_item(f"{self.name}:{entry['id']}:{n}", q, entry["keys"])
-            for entry in entries
+            for entry in load_data("concepts.jsonl")
             for n, q in enumerate(entry["train" if split == "train" else "held_out"])
         ]
         random.Random(self.source.seed).shuffle(items)

@@ -14,7 +14,7 @@ from itertools import cycle
 from typing import Any
 
 from sftflow.chat.schema import Conversation
-from sftflow.tasks.task import Item, Task, ask, is_test_case, load_data, make_item
+from sftflow.tasks.task import Item, Task, is_test_case, load_data, make_item, numbered
 
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 
@@ -127,8 +127,7 @@ class Formatting(Task):
         rng = random.Random(f"{self.name}:{split}:{self.source.seed}")
         out: list[Case] = []
         seen: set[str] = set()
-        if split != "train":
-            count = min(count, MAX_ITEMS)
+        count = count if split == "train" else min(count, MAX_ITEMS)
         turns = cycle(MAKERS)
         while len(out) < count:
             maker = next(turns)
@@ -147,7 +146,7 @@ class Formatting(Task):
 
     def conversations(self, split: str = "train") -> list[Conversation]:
         cases = self._cases(split, self.source.limit or 2400)
-        return [ask(q, a, f"{self.name}:{n}") for n, (q, a, _) in enumerate(cases, 1)]
+        return numbered(self, ((question, reply) for question, reply, _ in cases))
 
     def items(self, split: str = "test") -> list[Item]:
         cases = self._cases(split, self.source.limit or MAX_ITEMS)

@@ -6,7 +6,7 @@ import random
 
 from sftflow.chat.schema import Conversation
 from sftflow.foundation.errors import RecipeError
-from sftflow.tasks.task import Item, Task, ask, load_data, make_item
+from sftflow.tasks.task import Item, Task, load_data, make_item, numbered
 
 DEFAULT_IDENTITY = {"name": "Pico", "maker": "the sftflow project"}
 
@@ -33,8 +33,7 @@ class Identity(Task):
             for question in questions["train" if split == "train" else "held_out"]
         ]
         rng.shuffle(rows)
-        rows = rows[: self.source.limit]
-        return [ask(q, a, f"{self.name}:{n}") for n, (q, a) in enumerate(rows, 1)]
+        return numbered(self, rows[: self.source.limit])
 
     def items(self, split: str = "test") -> list[Item]:
         data, who = load_data("identity.json"), self._identity()

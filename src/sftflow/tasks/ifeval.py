@@ -62,22 +62,18 @@ class IFEval(Task):
         """The four accuracies, and the number of instructions that could not be checked."""
         if not details:
             return {}
-        pool = [i for row in details for i in row["instructions"]]
+        n, pool = len(details), [i for row in details for i in row["instructions"]]
         return {
-            "prompt_strict": mean([row["prompt_strict"] for row in details]),
-            "prompt_loose": mean([row["prompt_loose"] for row in details]),
-            "instruction_strict": mean([i["strict"] for i in pool]),
-            "instruction_loose": mean([i["loose"] for i in pool]),
+            "prompt_strict": sum(row["prompt_strict"] for row in details) / n,
+            "prompt_loose": sum(row["prompt_loose"] for row in details) / n,
+            "instruction_strict": sum(i["strict"] for i in pool) / len(pool),
+            "instruction_loose": sum(i["loose"] for i in pool) / len(pool),
             "unsupported": sum(len(row["unsupported"]) for row in details),
         }
 
     def _item(self, row: Any, place: str) -> Item:
         prompt = text_of(row, "prompt", place, SHAPE)
         return make_item(f"{self.name}:{line_of(place)}", prompt, instructions_of(row, place))
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def instructions_of(row: Any, place: str) -> list[dict[str, Any]]:
@@ -91,9 +87,8 @@ def instructions_of(row: Any, place: str) -> list[dict[str, Any]]:
     if not isinstance(given, list) or not all(isinstance(one, dict) for one in given):
         raise SchemaError(place, "no list of objects under 'kwargs'", f"write {SHAPE}")
     if len(names) != len(given):
-        raise SchemaError(
-            place, f"{len(names)} instructions but {len(given)} kwargs", "give every instruction one object"
-        )
+        fact = f"{len(names)} instructions but {len(given)} kwargs"
+        raise SchemaError(place, fact, "give every instruction one object")
     out = []
     for name, one in zip(names, given, strict=True):
         kwargs = {k: v for k, v in one.items() if v is not None}

@@ -2,7 +2,7 @@
 
 A function takes the reply and the arguments of the row's `kwargs`. Its rules are those the published scores were made
 with, also where they are looser than the instruction's words; such cases are named in its docstring. An empty reply
-never gets here. A new instruction is one function and one row of CHECKS.
+never gets here. A new instruction is one function and its name in GROUPS.
 """
 
 from __future__ import annotations
@@ -16,9 +16,6 @@ from typing import Any
 
 from sftflow.tasks.ifeval_text import count_capital_words, count_sentences, count_words, language_of, language_package
 
-RELATIONS = ("less than", "at least")
-CONSTRAINED = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
-FENCES = ("```json", "```Json", "```JSON", "```")
 Relation = str
 
 
@@ -30,12 +27,12 @@ def holds(count: int, relation: Relation, bound: int) -> bool:
 # ---- keywords
 
 
-def keywords_existence(reply: str, *, keywords: list[str]) -> bool:
+def existence(reply: str, *, keywords: list[str]) -> bool:
     """Every keyword occurs, in any case, also inside a longer word."""
     return all(_occurrences(word, reply) for word in keywords)
 
 
-def keywords_frequency(reply: str, *, keyword: str, frequency: int, relation: Relation) -> bool:
+def frequency(reply: str, *, keyword: str, frequency: int, relation: Relation) -> bool:
     """How often the keyword occurs, in any case, also inside longer words."""
     return holds(_occurrences(keyword.strip(), reply), relation, frequency)
 
@@ -126,7 +123,7 @@ def number_bullet_lists(reply: str, *, num_bullets: int) -> bool:
 
 def constrained_response(reply: str) -> bool:
     """One of the three answers occurs: "My answer is yes." / no. / maybe."""
-    return any(option in reply for option in CONSTRAINED)
+    return re.search(r"My answer is (yes|no|maybe)\.", reply) is not None
 
 
 def number_highlighted_sections(reply: str, *, num_highlights: int) -> bool:
@@ -144,7 +141,7 @@ def multiple_sections(reply: str, *, section_spliter: str, num_sections: int) ->
 def json_format(reply: str) -> bool:
     """The whole reply is one JSON value, in a fenced block or not."""
     text = reply.strip()
-    for fence in FENCES:
+    for fence in ("```json", "```Json", "```JSON", "```"):
         text = text.removeprefix(fence)
     try:
         json.loads(text.removesuffix("```").strip())
@@ -204,42 +201,32 @@ def no_comma(reply: str) -> bool:
     return "," not in reply
 
 
-CHECKS: dict[str, Callable[..., bool]] = {
-    "keywords:existence": keywords_existence,
-    "keywords:frequency": keywords_frequency,
-    "keywords:forbidden_words": forbidden_words,
-    "keywords:letter_frequency": letter_frequency,
-    "language:response_language": response_language,
-    "length_constraints:number_sentences": number_sentences,
-    "length_constraints:number_paragraphs": number_paragraphs,
-    "length_constraints:number_words": number_words,
-    "length_constraints:nth_paragraph_first_word": nth_paragraph_first_word,
-    "detectable_content:number_placeholders": number_placeholders,
-    "detectable_content:postscript": postscript,
-    "detectable_format:number_bullet_lists": number_bullet_lists,
-    "detectable_format:constrained_response": constrained_response,
-    "detectable_format:number_highlighted_sections": number_highlighted_sections,
-    "detectable_format:multiple_sections": multiple_sections,
-    "detectable_format:json_format": json_format,
-    "detectable_format:title": title,
-    "combination:two_responses": two_responses,
-    "combination:repeat_prompt": repeat_prompt,
-    "startend:end_checker": end_checker,
-    "startend:quotation": quotation,
-    "change_case:capital_word_frequency": capital_word_frequency,
-    "change_case:english_capital": english_capital,
-    "change_case:english_lowercase": english_lowercase,
-    "punctuation:no_comma": no_comma,
+GROUPS: dict[str, tuple[Callable[..., bool], ...]] = {
+    "keywords": (existence, frequency, forbidden_words, letter_frequency),
+    "language": (response_language,),
+    "length_constraints": (number_sentences, number_paragraphs, number_words, nth_paragraph_first_word),
+    "detectable_content": (number_placeholders, postscript),
+    "detectable_format": (
+        number_bullet_lists,
+        constrained_response,
+        number_highlighted_sections,
+        multiple_sections,
+        json_format,
+        title,
+    ),
+    "combination": (two_responses, repeat_prompt),
+    "startend": (end_checker, quotation),
+    "change_case": (capital_word_frequency, english_capital, english_lowercase),
+    "punctuation": (no_comma,),
 }
-NEED_LANGUAGE = frozenset(
-    ("language:response_language", "change_case:english_capital", "change_case:english_lowercase")
-)
+CHECKS = {f"{group}:{check.__name__}": check for group, checks in GROUPS.items() for check in checks}
+NEED_LANGUAGE = {"language:response_language", "change_case:english_capital", "change_case:english_lowercase"}
 
 FITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "int": ("a whole number from 0", lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0),
     "str": ("a text", lambda v: isinstance(v, str) and bool(v.strip())),
     "list[str]": ("a list of texts", lambda v: isinstance(v, list) and all(map(FITS["str"][1], v)) and bool(v)),
-    "Relation": ("'less than' or 'at least'", lambda v: v in RELATIONS),
+    "Relation": ("'less than' or 'at least'", lambda v: v in ("less than", "at least")),
 }
 
 

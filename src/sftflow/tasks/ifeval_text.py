@@ -72,13 +72,9 @@ def ends_sentence(text: str, found: re.Match[str]) -> bool:
     after = AFTER.match(text, found.end())
     follower = after[1] if after else ""
     starts = follower[:1].isupper() and follower.lower() in STARTERS
-    if word.endswith(".") or word in ABBREVIATIONS:
+    if word.endswith(".") or word in ABBREVIATIONS or (len(word) == 1 and word.isalpha()):
         return starts
-    if len(word) == 1 and word.isalpha():
-        return starts
-    if re.fullmatch(r"-?[\d.,]*\d", word):
-        return not follower[:1].islower()
-    return True
+    return not (re.fullmatch(r"-?[\d.,]*\d", word) and follower[:1].islower())
 
 
 def count_capital_words(reply: str) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sftflow.chat.data_files import read_rows
+from sftflow.chat.data_files import read_rows, readable
 from sftflow.foundation.errors import DataError, SchemaError, TaskError
 from sftflow.tasks.multiple_choice import LETTERS, MultipleChoice, Question
 from sftflow.tasks.task import is_pattern, line_of, path_of, text_of
@@ -16,7 +16,6 @@ from sftflow.tasks.task import is_pattern, line_of, path_of, text_of
 CHOICES = LETTERS[:4]
 COLUMNS = "question,A,B,C,D,answer"
 SHAPE = '{"question": ..., "choices": [four texts], "answer": 0..3}'
-SPLITS = ("dev", "val", "test")
 
 
 class Mmlu(MultipleChoice):
@@ -52,40 +51,30 @@ def csv_files(path: Path, split: str, name: str) -> list[Path]:
     if not path.is_dir():
         raise DataError(str(path), "no such file or folder", f"check the path of {name}")
     folder = path / split if (path / split).is_dir() else path
-    files = sorted(folder.glob("*.csv"))
-    taken = [f for f in files if said_split(f) in (split, None)]
+    files, others = sorted(folder.glob("*.csv")), {"dev", "val", "test"} - {split}
+    taken = [f for f in files if f.stem.rpartition("_")[2] not in others]
     if not taken:
         raise TaskError(name, f"no {split} files in {path}", f"give a folder with {split}/SUBJECT_{split}.csv")
     return taken
-
-
-def said_split(file: Path) -> str | None:
-    """anatomy_test.csv -> "test"; anatomy.csv -> None"""
-    end = file.stem.rpartition("_")[2]
-    return end if end in SPLITS else None
 
 
 def read_csv(file: Path) -> Iterator[tuple[int, list[str]]]:
     """(line where the row begins, its cells); a header row is left out. A quoted cell may run over several lines."""
     line, last = 1, 0
     try:
-        with file.open(encoding="utf-8-sig", newline="") as f:
+        with readable(file), file.open(encoding="utf-8-sig", newline="") as f:
             reader = csv.reader(f)
             for cells in reader:
                 line, last = last + 1, reader.line_num
                 header = line == 1 and cells[:1] == ["question"] and cells[-1] == "answer"
                 if cells and not header:
                     yield line, cells
-    except UnicodeDecodeError as error:
-        raise DataError(str(file), f"not UTF-8 text ({error.reason} at byte {error.start})", "convert it") from None
     except csv.Error as error:
         raise DataError(f"{file}:{last + 1}", f"not CSV ({error})", "fix or remove the line") from None
-    except OSError as error:
-        raise DataError(str(file), f"cannot be read ({error.strerror or error})", "check the file") from None
 
 
 def parse_cells(cells: list[str], place: str, name: str) -> Question:
-    """question,A,B,C,D,answer -> a Question; the answer is a letter, or 0..3 in the re-published files."""
+    """A line of COLUMNS -> a Question; the answer is a letter, or 0..3 in the re-published files."""
     if len(cells) != 6:
         raise SchemaError(place, f"the number of columns is {len(cells)}, not 6", f"write {COLUMNS}")
     if not cells[0].strip():
@@ -94,7 +83,7 @@ def parse_cells(cells: list[str], place: str, name: str) -> Question:
 
 
 def parse_row(row: Any, place: str, name: str) -> Question:
-    """{"question", "choices": [4 texts], "answer": 0..3} -> a Question"""
+    """A row of SHAPE -> a Question."""
     question = text_of(row, "question", place, SHAPE)
     choices = row.get("choices")
     if not isinstance(choices, list) or len(choices) != 4 or not all(isinstance(c, str) for c in choices):
@@ -105,8 +94,7 @@ def parse_row(row: Any, place: str, name: str) -> Question:
 def letter_of(answer: Any, place: str) -> str:
     """'C' -> 'C';  2 -> 'C';  '2' -> 'C'"""
     said = str(answer).strip()
-    if said in CHOICES:
-        return said
-    if said in ("0", "1", "2", "3"):
-        return CHOICES[int(said)]
-    raise SchemaError(place, f"answer {said!r} is neither a letter A to D nor 0 to 3", "correct it")
+    letter = dict(zip("0123", CHOICES, strict=True)).get(said, said)
+    if letter not in CHOICES:
+        raise SchemaError(place, f"answer {said!r} is neither a letter A to D nor 0 to 3", "correct it")
+    return letter

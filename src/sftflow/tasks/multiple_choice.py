@@ -42,7 +42,7 @@ class MultipleChoice(Task):
 
     def items(self, split: str = "test") -> list[Item]:
         return [
-            make_item(q.id, prompt(q.text, q.choices), q.answer, LETTERS[: len(q.choices)])
+            make_item(q.id, prompt(q.text, q.choices), q.answer, choices=LETTERS[: len(q.choices)])
             for q in sample(self, self.questions(split))
         ]
 

@@ -75,14 +75,12 @@ class Jsonl(Task):
 
     def _item(self, row: Row) -> Item:
         if not row.grader:
-            raise SchemaError(
-                row.place,
-                f"an answer of more than {LONG_WORDS} words and no grader",
-                f'add "grader": one of {", ".join(GRADERS)}, or shorten it',
-            )
+            fact = f"an answer of more than {LONG_WORDS} words and no grader"
+            raise SchemaError(row.place, fact, f'add "grader": one of {", ".join(GRADERS)}, or shorten it')
         free = {"grader": row.grader, "answers": list(row.answers)}
         answer = row.answers[0] if row.choices else free
-        return make_item(f"{self.name}:{line_of(row.place)}", row.asked, answer, LETTERS[: len(row.choices)])
+        identity, letters = f"{self.name}:{line_of(row.place)}", LETTERS[: len(row.choices)]
+        return make_item(identity, row.asked, answer, choices=letters)
 
 
 def normal(text: str) -> str:
@@ -159,9 +157,7 @@ def answers_of(value: Any, place: str) -> tuple[str, ...]:
     """
     if value is None or value == "" or value == []:
         raise SchemaError(place, "no answer", f"write {SHAPE}")
-    if isinstance(value, list):
-        return tuple(_text_of_answer(one, place) for one in value)
-    return (_text_of_answer(value, place),)
+    return tuple(_text_of_answer(one, place) for one in (value if isinstance(value, list) else [value]))
 
 
 def _text_of_answer(value: Any, place: str) -> str:
@@ -194,17 +190,15 @@ def letter_of(answers: tuple[str, ...], choices: tuple[str, ...], place: str) ->
     """
     if len(answers) > 1:
         raise SchemaError(place, f"{len(answers)} answers to one choice", "give one")
-    texts, letters = list(map(normal, choices)), LETTERS[: len(choices)]
-    if normal(answers[0]) in texts:
-        return letters[texts.index(normal(answers[0]))]
-    if answers[0].strip() in letters:
-        return answers[0].strip()
+    letters = LETTERS[: len(choices)]
+    letter = dict(zip(map(normal, choices), letters, strict=True)).get(normal(answers[0]), answers[0].strip())
+    if letter in letters:
+        return letter
     raise SchemaError(place, f"the answer {answers[0]!r} is not one of the choices", "write its text or its letter")
 
 
 def grader_of(named: str | None, answers: tuple[str, ...], place: str) -> str:
     """The row's grader, its answers checked against it; "" for a long text that names none."""
-    numeric = all(NUMBER.fullmatch(text.strip().rstrip("% ")) for text in answers)
     if named == "number" and not all(map(numbers_in, answers)):
         raise SchemaError(place, "the grader number and an answer without one", "correct either")
     if named == "regex":
@@ -212,12 +206,11 @@ def grader_of(named: str | None, answers: tuple[str, ...], place: str) -> str:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise SchemaError(
-                    place, f"the answer {pattern!r} is no regular expression ({error})", "correct it"
-                ) from None
+                fact = f"the answer {pattern!r} is no regular expression ({error})"
+                raise SchemaError(place, fact, "correct it") from None
     if named:
         return named
-    if numeric:
+    if all(NUMBER.fullmatch(text.strip().rstrip("% ")) for text in answers):
         return "number"
     return "exact" if all(len(text.split()) <= LONG_WORDS for text in answers) else ""
 

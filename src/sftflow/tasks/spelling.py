@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from functools import cache
+from itertools import islice
 
 from sftflow.chat.schema import Conversation, Part
-from sftflow.tasks.task import DATA, Item, Task, ask, is_test_case, last_number, load_data, make_item
+from sftflow.tasks.task import DATA, Item, Task, is_test_case, last_number, load_data, make_item, numbered
 
 
 @cache
@@ -15,6 +17,16 @@ def words(split: str) -> tuple[str, ...]:
     every = (DATA / "words.txt").read_text(encoding="utf-8").split()
     test = {w for w in every if is_test_case(w, 16)}
     return tuple(w for w in every if (w in test) == (split != "train"))
+
+
+def drawn_words(rng: random.Random, split: str, limit: int | None) -> Iterator[str]:
+    """`limit` words (None: each once) in random order; in another one each time that all have been drawn."""
+    pool = list(words(split))
+    left = limit or len(pool)
+    while left > 0:
+        rng.shuffle(pool)
+        yield from pool[:left]
+        left -= len(pool)
 
 
 def spelled(word: str) -> str:
@@ -33,21 +45,12 @@ class Spelling(Task):
 
     def conversations(self, split: str = "train") -> list[Conversation]:
         rng, phrases = random.Random(f"{self.name}:{split}:{self.source.seed}"), load_data("phrases.json")[self.name]
-        pool = list(words(split))
-        out: list[Conversation] = []
-        wanted = self.source.limit or len(pool)
-        while len(out) < wanted:
-            rng.shuffle(pool)
-            for word in pool[: wanted - len(out)]:
-                text = rng.choice(phrases).format(w=word)
-                out.append(ask(text, spelled(word), f"{self.name}:{len(out) + 1}"))
-        return out
+        drawn = drawn_words(rng, split, self.source.limit)
+        return numbered(self, ((rng.choice(phrases).format(w=word), spelled(word)) for word in drawn))
 
     def items(self, split: str = "test") -> list[Item]:
-        rng, phrases = (
-            random.Random(f"{self.name}:items:{split}:{self.source.seed}"),
-            load_data("phrases.json")[self.name],
-        )
+        rng = random.Random(f"{self.name}:items:{split}:{self.source.seed}")
+        phrases = load_data("phrases.json")[self.name]
         pool = list(words(split))
         rng.shuffle(pool)
         chosen = pool[: self.source.limit]
@@ -69,34 +72,30 @@ class SpellingBee(Task):
     def _cases(self, split: str, kind: str) -> list[tuple[str, str, str]]:
         rng = random.Random(f"{self.name}:{kind}:{split}:{self.source.seed}")
         phrases = load_data("phrases.json")[self.name]
-        pool = list(words(split))
         out: list[tuple[str, str, str]] = []
-        wanted = self.source.limit or len(pool)
-        while len(out) < wanted:
-            rng.shuffle(pool)
-            for word in pool[: wanted - len(out)]:
-                # Mostly letters that occur, so that "1" is not the answer to everything.
-                letter = rng.choice(word) if rng.random() < 0.85 else rng.choice("abcdefghijklmnopqrstuvwxyz")
-                repeated = [c for c in set(word) if word.count(c) > 1]
-                if repeated and rng.random() < 0.5:
-                    letter = rng.choice(sorted(repeated))
-                out.append((rng.choice(phrases).format(w=word, c=letter), word, letter))
-            if kind == "items":
-                break
+        drawn = drawn_words(rng, split, self.source.limit)
+        for word in islice(drawn, len(words(split))) if kind == "items" else drawn:
+            # Mostly letters that occur, so that "1" is not the answer to everything.
+            letter = rng.choice(word) if rng.random() < 0.85 else rng.choice("abcdefghijklmnopqrstuvwxyz")
+            repeated = [c for c in set(word) if word.count(c) > 1]
+            if repeated and rng.random() < 0.5:
+                letter = rng.choice(sorted(repeated))
+            out.append((rng.choice(phrases).format(w=word, c=letter), word, letter))
         return out
 
     def conversations(self, split: str = "train") -> list[Conversation]:
-        out = []
-        for number, (question, word, letter) in enumerate(self._cases(split, "train"), 1):
+        def reply(word: str, letter: str) -> list[Part]:
             count = str(word.count(letter))
-            reply = [
+            return [
                 Part("text", f"{spelled(word)}. "),
                 Part("python", f"'{word}'.count('{letter}')"),
                 Part("python_output", count),
                 Part("text", f" The answer is {count}."),
             ]
-            out.append(ask(question, reply, f"{self.name}:{number}"))
-        return out
+
+        return numbered(
+            self, ((question, reply(word, letter)) for question, word, letter in self._cases(split, "train"))
+        )
 
     def items(self, split: str = "test") -> list[Item]:
         return [

@@ -114,9 +114,7 @@ class Task:
 
 def chance_of(items: Sequence[Item]) -> float:
     """The score of guessing: mean of 1/choices over multiple-choice items, 0 for free text."""
-    if not items:
-        return 0.0
-    return sum(1 / len(i.choices) if i.choices else 0.0 for i in items) / len(items)
+    return sum(1 / len(i.choices) if i.choices else 0.0 for i in items) / max(1, len(items))
 
 
 def ask(question: str, reply: str | Sequence[Part], source: str) -> Conversation:
@@ -125,13 +123,14 @@ def ask(question: str, reply: str | Sequence[Part], source: str) -> Conversation
     return Conversation((text_message("user", question), Message("assistant", parts)), (), {}, source)
 
 
-def make_item(
-    identity: str, asked: str, answer: Any, choices: tuple[str, ...] = (), plain_text: str | None = None
-) -> Item:
-    """An item of one user message."""
-    return Item(
-        id=identity, messages=(text_message("user", asked),), answer=answer, choices=choices, plain_text=plain_text
-    )
+def numbered(task: Task, rows: Iterable[tuple[str, str | Sequence[Part]]]) -> list[Conversation]:
+    """One-turn conversations of (question, reply), whose source is the task's name and their number from 1."""
+    return [ask(question, reply, f"{task.name}:{n}") for n, (question, reply) in enumerate(rows, 1)]
+
+
+def make_item(identity: str, asked: str, answer: Any, **more: Any) -> Item:
+    """An item of one user message.   more: `choices`, `plain_text`."""
+    return Item(id=identity, messages=(text_message("user", asked),), answer=answer, **more)
 
 
 def is_test_case(case: str, one_in: int) -> bool:

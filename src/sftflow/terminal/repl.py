@@ -152,9 +152,6 @@ class TerminalChat:
                 note("[stopped]" if message is not None else "[stopped before the first word; /retry asks again]")
 
     def retry(self) -> None:
-        if not self.asked:
-            note("there is no question yet")
-            return
         before = self.history[-1] if len(self.history) > len(self.asked) else None
         self.ask(self.asked)
         if before in self.history[-1:] and not self.assistant.sampling["temperature"]:
@@ -162,9 +159,6 @@ class TerminalChat:
 
     def ask_base(self) -> None:
         """The base's reply to the last question, with the same history and seed; it does not enter the conversation."""
-        if not self.asked:
-            note("there is no question yet")
-            return
         if self.base is None:
             self.base = lineage_base(self.assistant)
         note(f"{self.base.name}:")
@@ -207,6 +201,8 @@ class TerminalChat:
         elif name == "/system":
             self.system = rest or None
             note("the system prompt is set" if self.system else "no system prompt")
+        elif name in ("/retry", "/base") and not self.asked:
+            note("there is no question yet")
         elif name == "/retry":
             self.retry()
         elif name == "/base":

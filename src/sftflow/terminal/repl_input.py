@@ -73,17 +73,14 @@ def keyboard() -> Callable[[str], str]:
         reconfigure(errors="replace")  # a terminal that is not what its locale says
     if not sys.stdin.isatty():
         return lambda prompt: input()
-    told = _readline()
     # `input` edits lines only where both ends are a terminal, and would write its prompt among the replies.
-    if not sys.stdout.isatty():
-        told = False
+    both = sys.stdout.isatty()
+    told = _readline() and both
 
     def read(prompt: str) -> str:
-        if sys.stdout.isatty():
-            line = input(prompt)
-        else:
+        if not both:
             print(prompt, end="", file=sys.stderr, flush=True)
-            line = input()
+        line = input(prompt if both else "")
         while not told and _more_waits():
             line = f"{line}\n{input()}"
         return line

@@ -40,10 +40,11 @@ def append_row(path: Path, row: dict[str, Any]) -> int:
         if path.exists():
             for before, (number, line) in enumerate(read_lines(str(path)), 1):  # noqa: B007  the count is the result
                 conversation_of(line, f"{path}:{number}")
-        with path.open("ab") as file:
-            size = file.tell()
+        with path.open("a+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
             try:
-                gap = b"\n" if size and not _ends_line(path) else b""
+                gap = b"" if file.read(1) in (b"", b"\n") else b"\n"
                 file.write(gap + json.dumps(row, ensure_ascii=False).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -56,9 +57,3 @@ def append_row(path: Path, row: dict[str, Any]) -> int:
         fact = f"it is no JSONL file of conversations ({error.fact})"
         raise DataError(error.place or str(path), fact, "choose another file") from None
     return before + 1
-
-
-def _ends_line(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"

@@ -50,8 +50,8 @@ class Prover:
         end = template.format.end
         self.end_token = end if end in encoder.special else None
         ends = self._probe_ends()
-        stops = [encoder.special[t] for t in dict.fromkeys([*([self.end_token] if self.end_token else []), *ends])]
-        self.stop_ids = stops if eos is None or eos in stops else [*stops, eos]
+        stops = [encoder.special[token] for token in (self.end_token, *ends) if token]
+        self.stop_ids = list(dict.fromkeys(stops if eos is None else [*stops, eos]))
 
     def prove(self, row: Row, text: str) -> Proof:
         """Raises MaskError where the text is not the template's words with the row's values in them, or where it
@@ -81,13 +81,13 @@ class Prover:
         Shapes of whole contents are remembered, so that the usual row needs no marks once its shape is known.
         """
         key: Any = None if words else row.shape_key
-        if key is not None and key in self._shapes:
+        if key in self._shapes:
             shape = self._shapes[key]
             return shape, row.texts, [p.required for p in shape.placeholders]
         marked = MarkedRow(row, words=words)
         if not words and key is None:
             key = json.dumps([marked.messages, marked.tools])
-        known = self._shapes.get(key) if key is not None else None
+        known = self._shapes.get(key)
         if known is None:
             try:
                 known = Shape(self._template, self._encoder.special_re, marked, self.end_token)
@@ -101,8 +101,7 @@ class Prover:
 
     def literals(self, row: Row, text: str, add_generation_prompt: bool) -> list[Literal]:
         """The control tokens that the template wrote, in a text without supervised turns."""
-        special_re = self._encoder.special_re
-        if not row.conversation.mentions(special_re):
+        if not row.conversation.mentions(self._encoder.special_re):
             return self._encoder.literals(text)
         for words in (False, True):
             marked = MarkedRow(row, words=words)
@@ -115,9 +114,9 @@ class Prover:
             if spans is not None:
                 starts = [0, *(end for _, end in spans)]
                 return [
-                    (start + m.start(), start + m.end(), m.group())
+                    (start + left, start + right, token)
                     for start, piece in zip(starts, skeleton.pieces, strict=True)
-                    for m in special_re.finditer(piece)
+                    for left, right, token in self._encoder.literals(piece)
                 ]
         fact = "content holds control-token strings and the template changes its text by them"
         raise MaskError(row.source, fact, "remove those strings from the row")
@@ -125,7 +124,7 @@ class Prover:
     def missing_from_prompt(self, row: Row) -> list[str]:
         """Places of the row that the prompt for the next reply does not hold: see Renderer.missing_from_prompt."""
         key = row.shape_key
-        if key is not None and key in self._complete:
+        if key in self._complete:
             return []
         marked = MarkedRow(row, words=False)
         try:
@@ -184,11 +183,8 @@ class Prover:
             return
         _, _, opening, closing = self._template.python
         opened: int | None = None
-        for number in range(last):
-            at, _, token = proof.literals[number]
-            if at < start:
-                continue
-            if token == opening and opened is None:
+        for number, (at, _, token) in enumerate(proof.literals[:last]):
+            if at >= start and token == opening and opened is None:
                 opened = number
             elif token == closing and opened is not None:
                 yield opened, number
@@ -199,7 +195,7 @@ class Prover:
         system message in the first user turn, both roles together."""
         out: list[tuple[int, str]] = []
         literals = proof.literals
-        places = [proof.starts[piece] + offset for piece, offset in proof.shape.turn_starts()]
+        places = [proof.starts[piece] + offset for piece, offset in proof.shape.turn_starts]
         own: dict[int, int] = {}
         for mark, (left, _) in zip(proof.shape.skeleton.order, proof.spans, strict=True):
             own.setdefault(proof.shape.placeholders[mark].message, left)

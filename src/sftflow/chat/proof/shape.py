@@ -4,6 +4,7 @@ where in them replies end and turns begin."""
 from __future__ import annotations
 
 import bisect
+import functools
 import re
 from dataclasses import dataclass
 
@@ -44,7 +45,6 @@ class Shape:
             for m in special_re.finditer(piece)
         ]
         self._ends: dict[int, End | str] = {}
-        self._turns: list[tuple[int, int]] | None = None
 
     def _render(self, n: int, *, add_generation_prompt: bool = False) -> str:
         """The first n messages, with marks."""
@@ -111,18 +111,17 @@ class Shape:
             return False
         return self._render(turn) == prompt
 
+    @functools.cached_property
     def turn_starts(self) -> list[tuple[int, int]]:
         """Where each message begins, as (piece, character in it): where the text leaves that of the messages before."""
-        if self._turns is None:
-            places = [0]
-            for n in range(1, len(self._marked.messages)):
-                try:
-                    before = self._render(n)
-                except FormatError:
-                    before = ""
-                places.append(max(places[-1], common_prefix(before, self.text)))
-            self._turns = [self._place(p) for p in places]
-        return self._turns
+        places = [0]
+        for n in range(1, len(self._marked.messages)):
+            try:
+                before = self._render(n)
+            except FormatError:
+                before = ""
+            places.append(max(places[-1], common_prefix(before, self.text)))
+        return [self._place(p) for p in places]
 
     def _place(self, position: int) -> tuple[int, int]:
         """(piece, character in it) of a position in the marked text; inside a mark, the end of the piece before."""

@@ -19,8 +19,7 @@ def spread(values: Ids) -> dict[str, Any]:
     >>> spread(np.arange(1, 101, dtype=np.int32))
     {'min': 1, 'p5': 5, 'p25': 25, 'p50': 50, 'p75': 75, 'p95': 95, 'p99': 99, 'max': 100, 'mean': 50.5}
     """
-    if not len(values):
-        values = np.zeros(1, np.int32)
+    values = values if len(values) else np.zeros(1, np.int32)
     at = np.percentile(values, (0, *QUANTILES, 100), method="inverted_cdf")
     names = ("min", *(f"p{q}" for q in QUANTILES), "max")
     found = {name: int(value) for name, value in zip(names, at, strict=True)}

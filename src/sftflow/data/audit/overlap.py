@@ -107,8 +107,8 @@ class EvalIndex:
             parts = [(t,) if isinstance(t, str) else tuple(t) for t in texts]
             task = _Task(name=name, items=parts, start=start)
             self.tasks.append(task)
-            h, item = self._index(task)
-            hashes.append(h)
+            found, item = self._index(task)
+            hashes.append(found)
             owners.append(item + start)
             start += len(parts)
         self.found = np.zeros((start, len(self.sources)), bool)
