@@ -39,7 +39,7 @@ Ids = list[tuple[int, ...]]
 
 
 def prompts_of(assistant: Any, data: Path, items: int) -> Ids:
-    from sftflow.evaluation.multiple_choice import chat_prompt
+    from sftflow.evaluation.prompts_for import chat_prompt
     from sftflow.evaluation.options import open_tasks
 
     (run,) = open_tasks([f"gsm8k={data}"], items)

@@ -123,9 +123,8 @@ def main() -> int:
 
     from sftflow.checkpoint import load_assistant, resolve
     from sftflow.evaluation.evaluate import evaluate
-    from sftflow.evaluation.multiple_choice import letter_scores
     from sftflow.evaluation.options import open_tasks
-    from sftflow.evaluation.prompts_for import prompts_for
+    from sftflow.evaluation.prompts_for import letter_scores, prompts_for
 
     assistant = load_assistant(args.model)
     path = resolve(args.model).path
@@ -153,12 +152,8 @@ def main() -> int:
         if args.served:
             context = assistant.engine.context
             theirs = ask_served(args.peer_python, args.model, path, context, tasks, folder)
-            scores: dict[str, list[float]] = {}
-            letter_scores(
-                assistant.engine,
-                prompts_for(assistant, arc, "chat"),
-                lambda k, of: scores.update({arc.items[k].id: [of[c] for c in arc.items[k].choices]}),
-            )
+            known = letter_scores(assistant.engine, prompts_for(assistant, arc, "chat"))
+            scores = {arc.items[k].id: [of[c] for c in arc.items[k].choices] for k, of in known}
             hf = logprobs_of(ask_harness(args.peer_python, "hf", loaded, tasks[1:], folder)["samples"]["arc_ours"])
             told = logprobs_of(theirs["samples"]["arc_ours"])
             for what, other in (("the harness's hf model", hf), ("our evaluation", scores)):

@@ -16,11 +16,10 @@ from sftflow.chat.format import ChatFormat
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import text_message
 from sftflow.checkpoint import Assistant
-from sftflow.evaluation import multiple_choice as choices
+from sftflow.evaluation import prompts_for as choices
 from sftflow.evaluation.evaluate import evaluate, evaluate_models
-from sftflow.evaluation.multiple_choice import letter_scores, plain_letters
 from sftflow.evaluation.options import EvalTask, open_tasks
-from sftflow.evaluation.prompts_for import prompts_for
+from sftflow.evaluation.prompts_for import letter_scores, plain_letters, prompts_for
 from sftflow.foundation.errors import RunError, TaskError
 from sftflow.foundation.runtime import Runtime
 from sftflow.generation.engine import Engine
@@ -84,8 +83,7 @@ def test_letters_have_the_probability_of_all_their_tokens(spaced: Assistant) -> 
     run = choice_run()
     prompts = prompts_for(spaced, run, "plain")
     lengths = {len(ids) for p in prompts for ids in p.letters.values()}
-    found: dict[int, dict[str, float]] = {}
-    letter_scores(spaced.engine, prompts, lambda i, scores: found.update({i: scores}))
+    found = dict(letter_scores(spaced.engine, prompts))
     for i, item in enumerate(run.items):
         assert set(found[i]) == set(item.choices)
         for letter, score in found[i].items():

@@ -17,7 +17,7 @@ from sftflow.comparison.losses import held_out_comparison
 from sftflow.comparison.paired import change_of
 from sftflow.comparison.prompts import load_prompts
 from sftflow.comparison.results import to_json
-from sftflow.evaluation.callback import EvalDuringTraining
+from sftflow.evaluation.evaluate import EvalDuringTraining
 from sftflow.evaluation.options import open_tasks
 from sftflow.recipe import load_recipe
 from sftflow.report.comparison_page import comparison_page

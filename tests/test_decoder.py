@@ -113,8 +113,8 @@ def test_models_with_state_are_decoded_as_they_compute_themselves(name: str, tin
             ids.append(int(alone(model, ids).argmax()))
         assert list(reply.ids) == ids[len(prompt) :]
     options = [[1, 2]] * 4
-    for prompt, scores in zip(prompts, engine.choice_scores(prompts, options), strict=True):
-        torch.testing.assert_close(torch.tensor(scores), alone(model, prompt).log_softmax(-1)[[1, 2]])
+    for i, scores in list(engine.choice_scores(prompts, options)):
+        torch.testing.assert_close(torch.tensor(scores), alone(model, prompts[i]).log_softmax(-1)[[1, 2]])
 
 
 def test_a_model_that_cannot_compute_is_refused() -> None:
@@ -223,9 +223,10 @@ def test_choice_scores_are_log_probabilities(engine: Engine) -> None:
     shared = draw(rng, 20)
     prompts = [[*shared, *draw(rng, int(rng.integers(1, 9)))] for _ in range(7)]
     options = [draw(rng, 4) for _ in prompts]
-    scores = engine.choice_scores(prompts, options)
-    for prompt, ids, got in zip(prompts, options, scores, strict=True):
-        wanted = alone(engine.model, prompt).log_softmax(-1)[ids]
+    scores = list(engine.choice_scores(prompts, options))
+    assert sorted(i for i, _ in scores) == list(range(len(prompts)))
+    for i, got in scores:
+        wanted = alone(engine.model, prompts[i]).log_softmax(-1)[options[i]]
         torch.testing.assert_close(torch.tensor(got), wanted, atol=1e-4, rtol=1e-4)
 
 

@@ -51,7 +51,7 @@ def test_rows_hold_their_evidence(assistant: Any, run: EvalTask, tmp_path: Path)
     rows = rows_of(tmp_path / "eval" / f"{name}.jsonl")
     assert sum(steps) == len(rows) == result.n == 7
     for item, row in zip(run.items, rows, strict=True):
-        from sftflow.evaluation.multiple_choice import chat_prompt
+        from sftflow.evaluation.prompts_for import chat_prompt
 
         ids = chat_prompt(assistant.renderer, item)
         assert row["id"] == item.id and row["prompt_sha256"] == prompt_hash(ids) and row["n_prompt"] == len(ids)

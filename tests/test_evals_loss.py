@@ -23,7 +23,7 @@ from helpers.training import examples, spec
 from sftflow.chat.schema import Conversation, parse_row
 from sftflow.checkpoint import Assistant, load_assistant
 from sftflow.data.mixture import build_mixture
-from sftflow.evaluation import token_loss
+from sftflow.evaluation import heldout_loss
 from sftflow.evaluation.heldout_loss import (
     GROUPS,
     NO_REPLY,
@@ -139,9 +139,9 @@ def test_every_figure_is_transformers_own(assistant: Assistant) -> None:
 def test_without_packing_it_is_the_same(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
     conversations = read(ROWS)
     packed = held_out_loss(assistant, conversations)
-    monkeypatch.setattr(token_loss, "MICRO_TOKENS", 40)  # several batches
+    monkeypatch.setattr(heldout_loss, "MICRO_TOKENS", 40)  # several batches
     several = held_out_loss(assistant, conversations)
-    monkeypatch.setattr(token_loss, "length_limit", lambda model: (20, "test"))  # what is longer stands alone
+    monkeypatch.setattr(heldout_loss, "length_limit", lambda model: (20, "test"))  # what is longer stands alone
     alone = held_out_loss(assistant, conversations)
     for other in (several, alone):
         assert other.roles == pytest.approx(packed.roles, abs=1e-5)

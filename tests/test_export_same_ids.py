@@ -17,7 +17,7 @@ from helpers.outside import each, outside
 from helpers.serving import local
 from sftflow import checkpoint
 from sftflow.chat.schema import parse_row, text_message
-from sftflow.evaluation.multiple_choice import chat_prompt
+from sftflow.evaluation.prompts_for import chat_prompt
 from sftflow.exporting import llamacpp
 from sftflow.exporting import to_gguf as exporting
 from sftflow.exporting.llamacpp import LlamaCpp

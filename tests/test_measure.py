@@ -18,7 +18,7 @@ from sftflow import api
 from sftflow.checkpoint import Assistant, base_format, load_assistant, load_info, resolve
 from sftflow.comparison.compare import kind_of
 from sftflow.comparison.run_artifacts import read_run, run_of
-from sftflow.evaluation.callback import EvalDuringTraining
+from sftflow.evaluation.evaluate import EvalDuringTraining
 from sftflow.evaluation.options import open_tasks
 from sftflow.foundation.atomic_io import CHECKSUM, with_checksum, write_json
 from sftflow.foundation.runtime import detect

@@ -31,7 +31,7 @@ def test_worked_example() -> None:
     assert [p.tolist() for p in batch.segments] == [[0, 1, 2, 3], [0, 1, 4], [5]]
     assert batch.n_own == [4, 1, 1]
     assert (batch.label_positions.tolist(), batch.labels.tolist()) == ([3, 4, 5], [c, e, g])
-    assert (batch.n_supervised, batch.n_tokens, batch.n_computed) == (3, 11, 6)
+    assert (batch.n_supervised, batch.n_computed) == (3, 6)
 
 
 @given(st.lists(st.integers(1, 40), max_size=200))

@@ -40,11 +40,11 @@ def test_micro_tokens_never_cut_a_row_and_never_pass_the_step() -> None:
 
 
 def test_compiling_is_decided_by_work_and_capability(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sftflow.training.compile.shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr("sftflow.training.settings.shutil.which", lambda name: f"/usr/bin/{name}")
     assert decide_compile(recipe(), CPU, 3_000_000, 200)[0].train.compile is False
     assert decide_compile(recipe(), CPU, 135_000_000, 200)[0].train.compile is True
     assert decide_compile(recipe(compile=False), CPU, 135_000_000, 200)[0].train.compile is False
-    monkeypatch.setattr("sftflow.training.compile.shutil.which", lambda _: None)
+    monkeypatch.setattr("sftflow.training.settings.shutil.which", lambda _: None)
     assert decide_compile(recipe(), CPU, 135_000_000, 200)[0].train.compile is False
     with pytest.raises(RecipeError, match="no C\\+\\+ compiler"):
         decide_compile(recipe(compile=True), CPU, 135_000_000, 200)

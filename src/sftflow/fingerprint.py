@@ -40,6 +40,14 @@ PACKAGE = Path(__file__).parent
 CODE_SUFFIXES = (".py", ".jinja", ".json", ".jsonl", ".txt")
 
 
+def digest_of(parts: Iterable[bytes]) -> str:
+    """Sixteen hexadecimal digits of the SHA-256 over all parts in order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
 # ---- code: what rows are made by
 
 
@@ -75,7 +83,6 @@ GRADED_ROWS = MadeBy(
         "chat",  # item -> prompt
         "evaluation/grading.py",
         "evaluation/journal.py",
-        "evaluation/multiple_choice.py",
         "evaluation/options.py",
         "evaluation/prompts_for.py",
         "foundation/calculator.py",  # the results that replies are continued with
@@ -89,27 +96,15 @@ GRADED_ROWS = MadeBy(
     ),
     libraries=("sftflow", "torch", "transformers"),
 )
-LEFT_OUT = {
-    "foundation.atomic_io": "how files are written",
-    "checkpoint": "what it loads has fingerprints of its own: weights, tokenizer, template",
-    "data.row_cache": "where rows are kept; its key is compared",
-    "foundation.errors": "what refusals look like",
-    "fingerprint": "its hashes are compared",
-    "recipe": "what it asks for is in the key",
-    "sandbox": "of rendered rows only: it grades",
-}
-"""modules that the listed ones import and that are in neither list, or in one only: why they change no row"""
 
 
 @cache
 def code_hash(made_by: MadeBy, package: Path = PACKAGE) -> str:
     """Of the listed files: their names below the package and their bytes."""
-    digest = hashlib.sha256()
     listed = [package / name for name in made_by.code]
     files = {p for place in listed for p in (place.rglob("*") if place.is_dir() else [place])}
-    for path in sorted(p for p in files if p.suffix in CODE_SUFFIXES):
-        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
+    paths = sorted(p for p in files if p.suffix in CODE_SUFFIXES)
+    return digest_of(p.relative_to(package).as_posix().encode() + b"\0" + p.read_bytes() + b"\0" for p in paths)
 
 
 # ---- chat formats and prompts
@@ -117,29 +112,24 @@ def code_hash(made_by: MadeBy, package: Path = PACKAGE) -> str:
 
 def format_fingerprint(tokenizer: Any, chat_format: ChatFormat) -> str:
     """Of everything that turns a conversation into ids."""
-    digest = hashlib.sha256()
-    digest.update(json.dumps(tokenizer_json(tokenizer), sort_keys=True, ensure_ascii=False).encode())
-    digest.update(chat_format.template.encode())
-    digest.update(json.dumps([chat_format.kwargs, chat_format.now], sort_keys=True).encode())
-    return digest.hexdigest()[:16]
+    words = json.dumps(tokenizer_json(tokenizer), sort_keys=True, ensure_ascii=False)
+    arguments = json.dumps([chat_format.kwargs, chat_format.now], sort_keys=True)
+    return digest_of(text.encode() for text in (words, chat_format.template, arguments))
 
 
 def prompt_hash(ids: Iterable[int]) -> str:
-    return hashlib.sha256(np.asarray(list(ids), np.int64).tobytes()).hexdigest()[:16]
+    return digest_of([np.asarray(list(ids), np.int64).tobytes()])
 
 
 def items_hash(items: Iterable[Any]) -> str:
     """Of everything that is asked and graded."""
-    digest = hashlib.sha256()
-    for i in items:
-        asked = [i.id, [[m.role, m.text] for m in i.messages], i.answer, i.choices]
-        digest.update(json.dumps(asked, ensure_ascii=False).encode())
-    return digest.hexdigest()[:16]
+    asked = ([i.id, [[m.role, m.text] for m in i.messages], i.answer, i.choices] for i in items)
+    return digest_of(json.dumps(item, ensure_ascii=False).encode() for item in asked)
 
 
 def hash_json(value: Any) -> str:
     """Of a JSON value; the order of an object's keys does not count."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    return digest_of([json.dumps(value, sort_keys=True).encode()])
 
 
 # ---- rendered rows and runs
@@ -161,12 +151,11 @@ def row_digest(ids: NDArray[np.int32]) -> int:
 
 def data_digest(sources: Iterable[StoredRows], *chosen: NDArray[np.int32]) -> str:
     """Of every row's ids, in order, and of which rows are trained on and which are held out."""
-    digest = hashlib.sha256()
-    for rows in sources:
-        digest.update(rows.table["digest"].tobytes() + rows.table["supervised"].tobytes())
-    for index in chosen:
-        digest.update(index.tobytes())
-    return digest.hexdigest()[:16]
+    return digest_of([*map(_table_bytes, sources), *(index.tobytes() for index in chosen)])
+
+
+def _table_bytes(rows: StoredRows) -> bytes:
+    return bytes(rows.table["digest"].tobytes() + rows.table["supervised"].tobytes())
 
 
 # What may differ when a run is resumed: these decide what is written, not the weights that are trained.
@@ -183,9 +172,8 @@ def run_identity(recipe: Any, tokenizer: Any, chat_format: ChatFormat, sources: 
     out["tokenizer"] = hash_json(tokenizer_json(tokenizer))
     out["chat format"] = hash_json([chat_format.template, chat_format.kwargs, chat_format.now])
     for number, rows in enumerate(sources, 1):
-        digest = hashlib.sha256(rows.table["digest"].tobytes() + rows.table["supervised"].tobytes())
-        digest.update(sha256_file(rows.directory / "mask.bin").encode())
-        out[f"rows of source {number} ({rows.meta['prefix']})"] = digest.hexdigest()[:16]
+        digest = digest_of([_table_bytes(rows), sha256_file(rows.directory / "mask.bin").encode()])
+        out[f"rows of source {number} ({rows.meta['prefix']})"] = digest
     return out
 
 
@@ -216,11 +204,10 @@ def weights_hash(model: Any) -> str:
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # hashlib lets other threads run
         names = sorted(own.values())
         of_bytes = dict(zip(names, pool.map(_bytes_hash, [weights[n] for n in names]), strict=True))
-    digest = hashlib.sha256()
-    for name, weight in sorted(weights.items()):
-        line = f"{name} {weight.dtype} {tuple(weight.shape)} {of_bytes[own[_place(weight)]]}\n"
-        digest.update(line.encode())
-    return digest.hexdigest()[:16]
+    return digest_of(
+        f"{name} {weight.dtype} {tuple(weight.shape)} {of_bytes[own[_place(weight)]]}\n".encode()
+        for name, weight in sorted(weights.items())
+    )
 
 
 def _place(weight: torch.Tensor) -> tuple[Any, ...]:

@@ -154,10 +154,8 @@ def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
         if isinstance(step, int) or step not in model.model_fields:
             continue
         annotation = model.model_fields[step].annotation
-        candidates = [annotation, *get_args(annotation)]
-        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-        if nested:
-            model = nested[0]
+        kinds = (annotation, *get_args(annotation))
+        model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), model)
     return list(model.model_fields)
 
 
@@ -226,13 +224,12 @@ def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
 
     entries = []
     for entry in recipe.mixture:
-        update: dict[str, Any] = {}
         if entry.path is not None:
-            update["path"] = absolute(entry.path)
+            entry = entry.model_copy(update={"path": absolute(entry.path)})
         elif not entry.has_bare_name:
-            update = {"source": absolute(entry.source), "name": entry.label}
-        entries.append(entry.model_copy(update=update))
-    update = {"mixture": tuple(entries)}
+            entry = entry.model_copy(update={"source": absolute(entry.source), "name": entry.label})
+        entries.append(entry)
+    update: dict[str, Any] = {"mixture": tuple(entries)}
     base = recipe.base
     if not base.startswith("builtin:") and (
         (folder / base).exists() or base.startswith((".", "/")) or base.endswith(".gguf")

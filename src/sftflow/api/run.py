@@ -19,7 +19,7 @@ from sftflow.api.shared import ModelLike, RecipeLike, eval_options, parts_of, re
 from sftflow.comparison.compare import checked_prompts
 from sftflow.comparison.run_artifacts import read_run
 from sftflow.data.row_cache import cache_folder
-from sftflow.evaluation.callback import EvalDuringTraining
+from sftflow.evaluation.evaluate import EvalDuringTraining
 from sftflow.foundation.atomic_io import Lock, clear_directory, write_text
 from sftflow.foundation.errors import RecipeError
 from sftflow.foundation.runtime import detect

@@ -22,7 +22,7 @@ from sftflow.data.store import Examples, RowStore
 from sftflow.fingerprint import data_digest
 from sftflow.foundation.atomic_io import write_text
 from sftflow.foundation.errors import DataError, ProofError
-from sftflow.packing.pack import best_fit, padding_share
+from sftflow.packing.pack import best_fit
 from sftflow.recipe import Recipe, SourceEntry
 
 SETTLE_ROWS = 64  # rows of a source that decide the template's arguments
@@ -48,13 +48,14 @@ class Mixture:
     def ledger(self) -> dict[str, Any]:
         lengths = self.examples.lengths.tolist()
         packed = best_fit(lengths, self.max_length)
+        slots = len(packed) * self.max_length
         return {
             "sources": self.sources,
             "rows": len(self.examples),
             "tokens": sum(lengths),
             "supervised_tokens": sum(s["supervised_tokens"] for s in self.sources),
             "packed_rows": len(packed),
-            "padding_share": round(padding_share(lengths, packed, self.max_length), 5),
+            "padding_share": round(1 - sum(lengths) / slots if slots else 0.0, 5),
             "validation_rows": len(self.held_out),
             "max_length": self.max_length,
             "format": self.renderer.format.name,

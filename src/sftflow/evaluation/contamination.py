@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from sftflow.chat.render import Renderer
@@ -34,11 +34,8 @@ def contamination(tasks: Sequence[EvalTask], sources: Sequence[Rows], renderer: 
     items = {r.name: r.items for r in tasks}
     return {
         found.task: Overlap(
-            items=found.items,
-            contaminated=found.contaminated,
-            share=found.share,
-            unchecked=found.unchecked,
-            examples=tuple(replace(e, item=items[found.task][int(e.item)].id) for e in found.examples),
+            **{f.name: getattr(found, f.name) for f in fields(Overlap)}
+            | {"examples": tuple(replace(e, item=items[found.task][int(e.item)].id) for e in found.examples)}
         )
         for found in index.result()
     }

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sftflow.checkpoint import Assistant, require_finite_weights
 from sftflow.evaluation.grading import grade_items
-from sftflow.evaluation.journal import Journal, safe_name, telling_full_disk
+from sftflow.evaluation.journal import EvalRow, Journal, safe_name, telling_full_disk
 from sftflow.evaluation.lm_eval_format import harness_results
 from sftflow.evaluation.options import Arm, EvalTask
 from sftflow.evaluation.prompts_for import require_askable
+from sftflow.evaluation.reply_checks import check_replies
 from sftflow.evaluation.results import EvalResult, Evaluation, ModelScores
 from sftflow.fingerprint import GRADED_ROWS, code_hash, format_fingerprint, items_hash, weights_hash
 from sftflow.foundation.atomic_io import write_json
 from sftflow.tasks import chance_of
+
+RATES = ("stop_rate", "empty_rate", "role_leak_rate", "self_turn_rate", "looping_rate")
 
 
 def evaluate(
@@ -102,3 +107,36 @@ def evaluate_models(
     with telling_full_disk(out):
         write_json(out / "eval.json", evaluation.to_json())
     return evaluation
+
+
+@dataclass(frozen=True)
+class EvalDuringTraining:
+    """A sample of each task in the middle of training: evaluates `tasks` (of few items), and checks the form of the
+    replies, whenever it is called with the live assistant."""
+
+    tasks: Sequence[EvalTask]
+
+    def __call__(self, assistant: Assistant, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+        """-> {"tasks": {NAME: score}, "hygiene": {RATE: share}, "seconds"}
+
+        progress: told (items done, of how many).
+        """
+        began = time.perf_counter()
+        scores: dict[str, float] = {}
+        replies: list[EvalRow] = []
+        total, done = sum(len(task.items) for task in self.tasks), 0
+
+        def step(k: int) -> None:
+            nonlocal done
+            done += k
+            if progress:
+                progress(done, total)
+
+        for task in self.tasks:
+            rows = grade_items(assistant, task, "chat", None, step)
+            scores[task.name] = sum(r.score for r in rows) / len(rows)
+            if not task.by_letter:
+                replies += [r for r in rows if r.finish_reason != "too_long"]
+        found = check_replies(replies, assistant.renderer).to_json() if replies else {}
+        rates = {name: found[name] for name in RATES if name in found}
+        return {"tasks": scores, "hygiene": rates, "seconds": round(time.perf_counter() - began, 2)}

@@ -11,9 +11,8 @@ from typing import Any
 
 from sftflow.checkpoint import Assistant
 from sftflow.evaluation.journal import EvalRow, Journal, key_of
-from sftflow.evaluation.multiple_choice import ItemPrompt, letter_scores
 from sftflow.evaluation.options import Arm, EvalTask
-from sftflow.evaluation.prompts_for import prompts_for
+from sftflow.evaluation.prompts_for import ItemPrompt, letter_scores, prompts_for
 from sftflow.foundation.errors import ContextError, RunError
 from sftflow.generation.request import GenerationRequest, Reply
 from sftflow.generation.sampling import NEAR
@@ -139,8 +138,7 @@ def _generate(assistant: Assistant, task: Task, arm: Arm, asked: Asked, grade: G
 
 def _choose(assistant: Assistant, asked: Asked, grade: Grade) -> None:
     """Multiple choice: the item's own letter with the highest probability."""
-
-    def done(number: int, scores: dict[str, float]) -> None:
+    for number, scores in letter_scores(assistant.engine, [prompt for _, prompt in asked]):
         item, prompt = asked[number]
         best, second = sorted(scores, key=lambda c: -scores[c])[:2]
         ids = prompt.letters[best]
@@ -155,8 +153,6 @@ def _choose(assistant: Assistant, asked: Asked, grade: Grade) -> None:
             near_ties=(0,) if scores[best] - scores[second] < NEAR else (),
         )
         grade(item, prompt, reply)
-
-    letter_scores(assistant.engine, [prompt for _, prompt in asked], done)
 
 
 @contextmanager

@@ -15,8 +15,9 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +26,12 @@ from sftflow.chat.render import Rendered, Renderer
 from sftflow.chat.schema import ROLES, Conversation
 from sftflow.checkpoint import Assistant
 from sftflow.data.run_rows import read_held_out
-from sftflow.evaluation.token_loss import Float, token_losses
-from sftflow.foundation.errors import ContextError, FormatError, MaskError
-from sftflow.packing.pack import Example
+from sftflow.foundation.errors import CheckpointError, ContextError, FormatError, MaskError
+from sftflow.packing.attending import evaluating
+from sftflow.packing.check_model import prove_forward
+from sftflow.packing.length_limits import length_limit
+from sftflow.packing.loss import batch_loss
+from sftflow.packing.pack import Example, PackedBatch, pack_batch, pad_batch, split_padded, split_step
 
 GROUPS = (*ROLES, "end_of_turn")
 NO_GROUP = -1
@@ -35,7 +39,10 @@ PLAIN_TEXT = Path(__file__).with_name("plain.txt")
 TOO_LONG = "longer than the model's context"
 NOT_RENDERED = "the format cannot express it, or its mask cannot be proven"
 NO_REPLY = "nothing in it is supervised"
+MICRO_TOKENS = 8192
+"""slots that are computed at once"""
 Int = NDArray[np.int64]
+Float = NDArray[np.float64]
 
 
 # ---- by group
@@ -57,21 +64,6 @@ class HeldOutLoss:
     sources: dict[str, float | None]
     skipped: dict[str, int]
     first_skipped: str | None
-
-
-@dataclass
-class _Sums:
-    """Nats and tokens by group or source."""
-
-    nats: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    tokens: Counter[str] = field(default_factory=Counter)
-
-    def add(self, name: str, losses: Float) -> None:
-        self.nats[name] += float(losses.sum())
-        self.tokens[name] += len(losses)
-
-    def mean(self, name: str) -> float | None:
-        return self.nats[name] / self.tokens[name] if self.tokens[name] else None
 
 
 def groups_of(rendered: Rendered, renderer: Renderer, seen: int = 0) -> Int:
@@ -133,23 +125,74 @@ def held_out_loss(assistant: Assistant, conversations: Sequence[tuple[str, Conve
             examples.append(Example(ids=rendered.ids, mask=(groups != NO_GROUP).astype(np.int8)))
             labels.append((source, groups[groups != NO_GROUP]))
             seen = len(made_from.messages)
-    sums, by_source = _Sums(), _Sums()
+    nats: defaultdict[tuple[str, ...], float] = defaultdict(float)
+    tokens: Counter[tuple[str, ...]] = Counter()
     reply = [GROUPS.index("assistant"), GROUPS.index("end_of_turn")]
     for (source, groups), losses in zip(labels, token_losses(assistant, examples), strict=True):
-        for number, name in enumerate(GROUPS):
-            sums.add(name, losses[groups == number])
-        sums.add("all", losses[np.isin(groups, reply)])
-        by_source.add(source, losses[np.isin(groups, reply)])
+        replied = losses[np.isin(groups, reply)]
+        parts = {("group", name): losses[groups == number] for number, name in enumerate(GROUPS)}
+        for key, some in {**parts, ("group", "all"): replied, ("source", source): replied}.items():
+            nats[key] += float(some.sum())
+            tokens[key] += len(some)
+
+    def mean(*key: str) -> float | None:
+        return nats[key] / tokens[key] if tokens[key] else None
+
     return HeldOutLoss(
         rows=rows,
-        tokens=sums.tokens["all"],
-        all=sums.mean("all"),
-        end_of_turn=sums.mean("end_of_turn"),
-        roles={role: sums.mean(role) for role in ROLES},
-        sources={name: by_source.mean(name) for name in dict.fromkeys(name for name, _ in conversations)},
+        tokens=tokens["group", "all"],
+        all=mean("group", "all"),
+        end_of_turn=mean("group", "end_of_turn"),
+        roles={role: mean("group", role) for role in ROLES},
+        sources={name: mean("source", name) for name in dict.fromkeys(name for name, _ in conversations)},
         skipped=dict(skipped),
         first_skipped=first,
     )
+
+
+# ---- single tokens, by the forward pass of training
+
+
+def token_losses(assistant: Assistant, examples: Sequence[Example]) -> list[Float]:
+    """For each example (m,) nats of its supervised tokens, in order; the first token is never among them.
+
+    Packed where the model can be, else each example alone and padded. Leaves the model as it was found. Raises
+    CheckpointError where its logits are not those of our head.
+    """
+    model, runtime = assistant.model, assistant.engine.runtime
+    out = [np.zeros(0)] * len(examples)
+    with evaluating(model):
+        numbered = [replace(e, source=i) for i, e in enumerate(examples)]
+        for batch, packed in _batches(numbered, model, _can_pack(assistant)):
+            losses = batch_loss(model, batch, runtime, packed=packed).cpu().double().numpy()
+            for i in np.unique(batch.sources):
+                out[i] = losses[batch.sources == i]
+    return out
+
+
+def _batches(examples: Sequence[Example], model: Any, packed: bool) -> Iterator[tuple[PackedBatch, bool]]:
+    """(batch, whether it is packed). A row so long that the model computes it differently by length stands alone."""
+    limit = length_limit(model)
+    most = math.inf if limit is None else limit[0]
+    short = [e for e in examples if len(e.ids) <= most and e.mask[1:].any()]
+    if packed and short:
+        yield from ((pack_batch(part), True) for part in split_step(short, MICRO_TOKENS))
+    else:
+        yield from ((pad_batch(part), False) for part in split_padded(short, MICRO_TOKENS))
+    yield from ((pad_batch([e]), False) for e in examples if len(e.ids) > most and e.mask[1:].any())
+
+
+def _can_pack(assistant: Assistant) -> bool:
+    """Proven on the model itself, as training does."""
+    try:
+        prove_forward(assistant.model)
+        return True
+    except CheckpointError:
+        try:
+            prove_forward(assistant.model, packed=False)
+        except CheckpointError as error:
+            raise CheckpointError(assistant.name, f"its loss cannot be measured ({error.fact})", error.remedy) from None
+        return False
 
 
 # ---- plain text

@@ -14,7 +14,7 @@ import json
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, Any
@@ -94,7 +94,7 @@ def safe_name(model: str) -> str:
     return name if name == model else f"{name or 'model'}-{hashlib.sha256(model.encode()).hexdigest()[:6]}"
 
 
-class Journal:
+class Journal(AbstractContextManager["Journal"]):
     """One task's rows for one model and arm. Thread-safe: rows finish in any order.
 
     rows: the finished ones of this provenance by their keys; there may be more of them than are asked for.
@@ -118,9 +118,6 @@ class Journal:
             write_text(path, "".join(map(_line, self.rows.values())))
         write_json(path.with_suffix(".meta.json"), dict(provenance))
         self._file: IO[bytes] = path.open("ab", buffering=0)
-
-    def __enter__(self) -> Journal:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -49,17 +49,13 @@ class EvalOptions:
 
     def open(self, model: str) -> list[EvalTask]:
         """The tasks as they are asked of the model of that name. Raises as `open_tasks` does."""
-        identity = self.identity or identity_of(model)
+        identity = self.identity
+        if not identity:
+            location = resolve(model)
+            info = {} if location.is_hub or location.gguf else load_info(location)
+            identity = (info.get("recipe") or {}).get("identity")
         tasks = GENERATED if self.tasks is None else self.tasks
         return open_tasks(tasks, self.limit, identity, allow_code=self.allow_code)
-
-
-def identity_of(model: str) -> Mapping[str, str] | None:
-    """The name and maker that a model was taught, by the recipe in its checkpoint; None where it holds none."""
-    location = resolve(model)
-    info = {} if location.is_hub or location.gguf else load_info(location)
-    identity: Mapping[str, str] | None = (info.get("recipe") or {}).get("identity")
-    return identity
 
 
 def open_tasks(

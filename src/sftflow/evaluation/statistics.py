@@ -78,7 +78,11 @@ def paired_interval(before: Sequence[float], after: Sequence[float], seed: int =
     rng = np.random.default_rng(seed)
     values, counts = np.unique(pool, return_counts=True)
     if len(values) > FEW_VALUES:
-        return _middle95(_resampled(pool, n, rng))
+        means = np.empty(RESAMPLES)
+        for start in range(0, RESAMPLES, step := max(1, 1_000_000 // n)):
+            drawn = rng.integers(0, len(pool), (min(step, RESAMPLES - start), n))
+            means[start : start + step] = pool[drawn].mean(1)
+        return _middle95(means)
     # How often each value is drawn is multinomial: the same distribution of means for far fewer draws. Drawn in one
     # orientation, whichever arm comes first.
     turned = (*-values[::-1], *counts[::-1]) > (*values, *counts)
@@ -89,16 +93,6 @@ def paired_interval(before: Sequence[float], after: Sequence[float], seed: int =
         high = (high - low) / 2
         low = -high
     return (0.0 - high, 0.0 - low) if turned else (low, high)
-
-
-def _resampled(pool: Floats, n: int, rng: np.random.Generator) -> Floats:
-    """Means of n items drawn from the pool."""
-    means = np.empty(RESAMPLES)
-    step = max(1, 1_000_000 // n)
-    for start in range(0, RESAMPLES, step):
-        rows = min(step, RESAMPLES - start)
-        means[start : start + rows] = pool[rng.integers(0, len(pool), (rows, n))].mean(1)
-    return means
 
 
 def _middle95(means: Floats) -> tuple[float, float]:

@@ -35,11 +35,8 @@ def reason(error: BaseException) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _fsync(path: Path) -> None:
@@ -231,7 +228,7 @@ def sweep(folder: Path, *names: str) -> None:
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})
 
 
-class Lock:
+class Lock(contextlib.AbstractContextManager["Lock"]):
     """The right to write in a folder, held through the operating system: it ends with the process, however that ends.
 
     The file stays behind and means nothing by itself; where nothing else was written, the folder goes, too.
@@ -266,9 +263,6 @@ class Lock:
                 file.close()
                 raise
         return file
-
-    def __enter__(self) -> Lock:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.release()

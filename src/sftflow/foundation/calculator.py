@@ -18,47 +18,37 @@ _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
 }
-
-
-class _Refused(ValueError):
-    """No arithmetic, or too large."""
 
 
 def _number(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise _Refused
+        raise ValueError("no number")
     if abs(value) > 10**MAX_DIGITS or value != value:
-        raise _Refused
+        raise ValueError("too large")
     return value
 
 
 def _value(node: ast.expr) -> Any:
-    if isinstance(node, ast.Constant):
-        if isinstance(node.value, str) and len(node.value) <= MAX_TEXT:
-            return node.value
-        return _number(node.value)
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.UAdd, ast.USub)):
-        value = _number(_value(node.operand))
-        return -value if isinstance(node.op, ast.USub) else value
-    if isinstance(node, ast.BinOp):
-        left, right = _number(_value(node.left)), _number(_value(node.right))
-        if isinstance(node.op, ast.Pow):
-            if abs(right) > 64 or abs(left) > 10**6:
-                raise _Refused
-            return _number(left**right)
-        if type(node.op) not in _BINARY:
-            raise _Refused
-        return _number(_BINARY[type(node.op)](left, right))
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "count":
-        text = _value(node.func.value)
-        if node.keywords or len(node.args) != 1 or not isinstance(text, str):
-            raise _Refused
-        part = _value(node.args[0])
-        if not isinstance(part, str) or not part:
-            raise _Refused
-        return text.count(part)
-    raise _Refused
+    match node:
+        case ast.Constant(str(text)) if len(text) <= MAX_TEXT:
+            return text
+        case ast.Constant(value):
+            return _number(value)
+        case ast.UnaryOp(ast.UAdd() | ast.USub() as sign, operand):
+            value = _number(_value(operand))
+            return -value if isinstance(sign, ast.USub) else value
+        case ast.BinOp(left_node, op, right_node) if type(op) in _BINARY:
+            left, right = _number(_value(left_node)), _number(_value(right_node))
+            if isinstance(op, ast.Pow) and (abs(right) > 64 or abs(left) > 10**6):
+                raise ValueError("too large")
+            return _number(_BINARY[type(op)](left, right))
+        case ast.Call(ast.Attribute(text_node, "count"), [part_node], []):
+            text, part = _value(text_node), _value(part_node)
+            if isinstance(text, str) and isinstance(part, str) and part:
+                return text.count(part)
+    raise ValueError("no arithmetic")
 
 
 def _show(value: Any) -> str:

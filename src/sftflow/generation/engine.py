@@ -131,13 +131,9 @@ class Engine:
                     yield sequence.take()  # empty, too: whoever listens can stop at any token
 
     def choice_scores(
-        self,
-        prompts: Sequence[Sequence[int]],
-        options: Sequence[Sequence[int]],
-        done: Callable[[int, list[float]], None] | None = None,
-    ) -> list[list[float]]:
-        """For each prompt, the log-probability of each of its options as the very next token."""
-        out: list[list[float]] = [[] for _ in prompts]
+        self, prompts: Sequence[Sequence[int]], options: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[int, list[float]]]:
+        """(number of a prompt, log-probability of each of its options as the very next token), as they are known."""
         # Prompts that begin alike side by side: what they share is computed once.
         order = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))
         decoder = self.decoder(shared_beginning(prompts), max(map(len, prompts), default=0))
@@ -147,12 +143,9 @@ class Engine:
                 group = order[start : start + self.max_running]
                 logprobs = decoder.scores([prompts[i] for i in group]).log_softmax(-1)
                 for row, i in enumerate(group):
-                    out[i] = [float(logprobs[row, o]) for o in options[i]]
-                    if done:
-                        done(i, out[i])
+                    yield i, [float(logprobs[row, o]) for o in options[i]]
         finally:
             decoder.close()
-        return out
 
 
 def shared_beginning(prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:

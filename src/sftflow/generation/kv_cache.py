@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from sftflow.packing.attention import Scoring, attend
-from sftflow.packing.layout import Layout
+from sftflow.packing.layout import Layout, causal_mask
 
 ROOM = 128
 """places of a row come in multiples of this"""
@@ -35,9 +35,6 @@ class Prefix:
 
     length: int = 0
     layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-
-    def copy(self) -> Prefix:
-        return Prefix(self.length, dict(self.layers))
 
     def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Those of a packed row, behind what was there; its last slot is no token."""
@@ -81,16 +78,13 @@ class Cache:
                 for buffer in buffers:
                     buffer[to, :, :longest] = buffer[origin, :, :longest]
         self.lengths = [self.lengths[i] for i in rows]
-        self._shrink()
-
-    def _shrink(self) -> None:
-        """Give back what one long reply, or many at once, took long ago."""
-        n, longest = len(self.lengths), max(self.lengths, default=0)
+        # Give back what one long reply, or many at once, took long ago.
+        n, longest = len(rows), max(self.lengths, default=0)
         for buffers in self.layers.values() if n else ():
-            rows, _, places, _ = buffers[0].shape
-            few, short = rows > 8 and 4 * n <= rows, places > 4 * ROOM and 4 * longest <= places
+            had, _, places, _ = buffers[0].shape
+            few, short = had > 8 and 4 * n <= had, places > 4 * ROOM and 4 * longest <= places
             if few or short:
-                self._resize(buffers, 2 * n if few else rows, 2 * longest if short else places)
+                self._resize(buffers, 2 * n if few else had, 2 * longest if short else places)
 
     def buffers(self, layer: int, like: Sequence[torch.Tensor], rows: int, places: int) -> list[torch.Tensor]:
         """The layer's keys and values, with room for so many rows and places.   like: (n, kv heads, size) each."""
@@ -140,12 +134,7 @@ class Decoding:
     def mask(self, window: int | None, longest: int) -> torch.Tensor:
         """(rows, 1, longest) zero where a row's new token sees a place, else -inf; every layer asks for it."""
         if window not in self._masks:
-            place = torch.arange(longest, device=self.positions.device)
-            hidden = place > self.positions[:, None]
-            if window is not None:
-                hidden |= place <= self.positions[:, None] - window
-            mask = torch.zeros(hidden.shape, device=place.device).masked_fill_(hidden, float("-inf"))
-            self._masks[window] = mask[:, None]
+            self._masks[window] = causal_mask(self.positions, longest, window, torch.float32)[:, None]
         return self._masks[window]
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: Scoring) -> torch.Tensor:

@@ -30,7 +30,7 @@ class Sampler:
         penalties = request.repetition_penalty, request.presence_penalty, request.frequency_penalty
         self.penalised = penalties != (1, 0, 0)
         # Random ignores the sign of a seed.
-        self._random = random.Random(request.seed % 2**64)
+        self.uniform = random.Random(request.seed % 2**64).random
         self._counts: torch.Tensor | None = None  # (vocabulary,) how often each was generated
         self._seen: torch.Tensor | None = None  # (vocabulary,) whether it stands in the prompt or was generated
         self._noted: list[int] = []
@@ -39,9 +39,6 @@ class Sampler:
         """A token has been generated (what the calculator wrote counts, too)."""
         if self.penalised:
             self._noted.append(token)
-
-    def uniform(self) -> float:
-        return self._random.random()
 
     def penalise(self, scores: torch.Tensor) -> None:
         """(vocabulary,) in place. Repetition (Keskar et al. 2019): logits of tokens seen in the prompt or the reply are

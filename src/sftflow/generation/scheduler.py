@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 
@@ -23,7 +25,7 @@ EVERY = 256
 """tokens whose logits are all held at once"""
 
 
-class Scheduler:
+class Scheduler(AbstractContextManager["Scheduler"]):
     """Requests may be submitted, and given up, between any two tokens.
 
     An error while a prompt is read ends that request alone (`ReplySequence.error`). An error in the step that computes
@@ -50,9 +52,6 @@ class Scheduler:
         self._running: list[ReplySequence] = []
         self._logits: torch.Tensor | None = None  # of the running replies' next ones; only while `advance` runs
         self._count = 0
-
-    def __enter__(self) -> Scheduler:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._decoder.close()
@@ -157,7 +156,8 @@ class Scheduler:
                 sequence = self._waiting.popleft()
                 sequence.start()
                 every = sequence.request.prompt_logprobs is not None  # of the shared beginning, too
-                self._reading = sequence, Prefix() if every else self._packed.prefix.copy()
+                shared = self._packed.prefix
+                self._reading = sequence, Prefix() if every else replace(shared, layers=dict(shared.layers))
                 continue
             else:
                 sequences, n = self._group(self.max_running - self.running, left)

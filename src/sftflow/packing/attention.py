@@ -202,14 +202,6 @@ def _can_flash(query: torch.Tensor, value: torch.Tensor, how: Scoring) -> bool:
     return plain and _varlen() is not None and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
-def in_autocast_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """As torch's own attention does under autocast: rotary embedding leaves queries in fp32."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
-
-
 @torch.compiler.disable
 def packed_attention(
     module: torch.nn.Module,
@@ -234,8 +226,11 @@ def packed_attention(
         raise ValueError("packed attention needs the batch's layout")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     how = Scoring(scale, sliding_window, softcap, dropout if module.training else 0.0)
-    q, k, v = in_autocast_dtype(*(x[0].transpose(0, 1) for x in (query, key, value)))
-    with torch.autocast(query.device.type, enabled=False):
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # as torch's own attention does: rotary embedding leaves queries in fp32
+        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+    with torch.autocast(device, enabled=False):
         if layout is not None:
             out = attend(q, k, v, layout, how)
         else:

@@ -20,6 +20,18 @@ def width_for(n: int) -> int:
     return next((w for w in WIDTHS if n <= w), -(-n // 1024) * 1024)
 
 
+def causal_mask(reach: torch.Tensor, wide: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    """(..., wide) zero where a query that has `reach` (...) keys before it sees a key, itself the last one, else -inf.
+
+    window: it sees no more than so many; None: all.
+    """
+    distance = reach[..., None] - torch.arange(wide, device=reach.device)
+    seen = distance >= 0
+    if window is not None:
+        seen &= distance < window
+    return torch.zeros(seen.shape, dtype=dtype, device=reach.device).masked_fill_(~seen, float("-inf"))
+
+
 @dataclass(frozen=True)
 class Bucket:
     """Conversations of similar length, n of them.
@@ -39,14 +51,9 @@ class Bucket:
     def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """(n or 1, wq, wk) zero where a query sees a key, else -inf; made once, every layer asks for it."""
         if (window, dtype) not in self._masks:
-            device, wide_q, wide_k = self.keys.device, self.queries.shape[1], self.keys.shape[1]
-            reach = torch.arange(wide_q, device=device)[None] if self.aligned else self.reach
-            distance = reach[:, :, None] - torch.arange(wide_k, device=device)
-            seen = distance >= 0
-            if window is not None:
-                seen &= distance < window
-            mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
-            self._masks[window, dtype] = mask
+            wide_q, wide_k = self.queries.shape[1], self.keys.shape[1]
+            reach = torch.arange(wide_q, device=self.keys.device)[None] if self.aligned else self.reach
+            self._masks[window, dtype] = causal_mask(reach, wide_k, window, dtype)
         return self._masks[window, dtype]
 
 

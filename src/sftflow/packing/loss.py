@@ -163,11 +163,6 @@ def _grad_of(parameter: torch.Tensor | None) -> torch.Tensor | None:
     return parameter.grad
 
 
-def body_of(model: Any) -> Any:
-    """The part of a causal LM that ends with the last hidden states."""
-    return model.base_model if model.base_model is not model else model.get_decoder()
-
-
 def hidden_states(model: Any, batch: PackedBatch, *, packed: bool = True) -> torch.Tensor:
     """The last hidden states, (slots, width), before the output projection.
 
@@ -178,7 +173,8 @@ def hidden_states(model: Any, batch: PackedBatch, *, packed: bool = True) -> tor
     if packed:
         positions = torch.from_numpy(batch.positions).to(model.device)
         extra = {"position_ids": positions, "layout": layout_of(batch, model.device)}
-    out: torch.Tensor = body_of(model)(input_ids=ids, use_cache=False, **extra).last_hidden_state
+    body = model.base_model if model.base_model is not model else model.get_decoder()
+    out: torch.Tensor = body(input_ids=ids, use_cache=False, **extra).last_hidden_state
     return out.reshape(-1, out.shape[-1])
 
 

@@ -64,8 +64,6 @@ class PackedBatch:
     """(m,) the id that must follow each of these slots"""
     sources: Int
     """(m,) the mixture source of each"""
-    n_tokens: int
-    """real tokens of all conversations, shared ones counted every time"""
 
     @property
     def n_supervised(self) -> int:
@@ -75,12 +73,6 @@ class PackedBatch:
     def n_computed(self) -> int:
         """Slots that hold a token."""
         return sum(self.n_own)
-
-
-def lengths_of(examples: Sequence[Example]) -> NDArray[np.int32]:
-    """(n,) tokens of each example; rows on disk know them without being read."""
-    known: NDArray[np.int32] | None = getattr(examples, "lengths", None)
-    return np.array([len(e.ids) for e in examples], np.int32) if known is None else known
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -227,11 +219,4 @@ def _batch(examples: Sequence[Example], ids: Int, positions: Int, segments: list
         label_positions=joined(path[at] for path, at in zip(segments, asked, strict=True)),
         labels=joined(np.asarray(e.ids)[at + 1] for e, at in zip(examples, asked, strict=True)),
         sources=joined(np.full(len(at), e.source) for e, at in zip(examples, asked, strict=True)),
-        n_tokens=sum(len(e.ids) for e in examples),
     )
-
-
-def padding_share(lengths: Sequence[int], rows: Sequence[Sequence[int]], capacity: int) -> float:
-    """Share of slots that hold no token."""
-    slots = len(rows) * capacity
-    return 1 - sum(lengths) / slots if slots else 0.0

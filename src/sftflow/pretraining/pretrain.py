@@ -6,7 +6,6 @@ supervised. A row is one stretch of text, so nothing is isolated in it (as usual
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import sys
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sftflow.data.documents import read_documents
+from sftflow.fingerprint import digest_of
 from sftflow.foundation.atomic_io import sweep, write_directory, write_json
 from sftflow.foundation.errors import DataError, RecipeError
 from sftflow.foundation.runtime import Runtime
@@ -111,27 +111,10 @@ def read_corpus(texts: Sequence[Path], heldout: Sequence[Path], seed: int) -> tu
     return documents[n:] or documents, {"1% of the documents": documents[:n]}
 
 
-def corpus_hash(documents: Sequence[str]) -> str:
-    digest = hashlib.sha256()
-    for document in documents:
-        digest.update(document.encode() + b"\0")
-    return digest.hexdigest()[:16]
-
-
 def first_documents(documents: Sequence[str], size: int, size_of: Callable[[str], int] = len) -> Sequence[str]:
     """As many documents from the start as it takes to have `size` characters, or what `size_of` counts."""
     ends = np.cumsum([size_of(document) for document in documents])
     return documents[: int(np.searchsorted(ends, size)) + 1]
-
-
-def open_tokenizer(directory: Path, documents: Sequence[str], spec: BaseSpec, listener: Listener) -> Any:
-    """The tokenizer that an earlier part of this run has trained, or a new one."""
-    if directory.is_dir():
-        return AutoTokenizer.from_pretrained(directory)
-    listener.say("training the tokenizer")
-    tokenizer = train_tokenizer(first_documents(documents, TOKENIZER_CHARACTERS), spec.vocab, spec.context)
-    write_directory(directory, lambda d: tokenizer.save_pretrained(d) and None)
-    return tokenizer
 
 
 def token_stream(tokenizer: Any, documents: Sequence[str], limit: int | None = None) -> NDArray[np.uint16]:
@@ -186,13 +169,19 @@ def train_base(
         if saved_states(states) and not (out / "checkpoint").is_dir():
             raise unfinished(out)
         forget_states(states)
-    tokenizer = open_tokenizer(states / "tokenizer", documents, spec, listener)
+    if (states / "tokenizer").is_dir():  # an earlier part of this run has trained it
+        tokenizer = AutoTokenizer.from_pretrained(states / "tokenizer")
+    else:
+        listener.say("training the tokenizer")
+        tokenizer = train_tokenizer(first_documents(documents, TOKENIZER_CHARACTERS), spec.vocab, spec.context)
+        write_directory(states / "tokenizer", lambda d: tokenizer.save_pretrained(d) and None)
     listener.say("encoding the text")
     stream = token_stream(tokenizer, documents, int(spec.tokens * 1.02) + spec.context * 64)
     model = build_model(spec, len(tokenizer), tokenizer.bos_token_id)
     settings = spec.settings(save_every)
     trainer = Trainer(model, RowPlan(rows_of(stream, spec.context), settings), settings, runtime, ["text"])
-    identity = {"corpus": corpus_hash(documents), "spec": json.dumps(asdict(spec) | {"compile": None})}
+    corpus = digest_of(document.encode() + b"\0" for document in documents)
+    identity = {"corpus": corpus, "spec": json.dumps(asdict(spec) | {"compile": None})}
     run = TrainingRun(out, trainer, listener, identity=identity)
     run.restore()
     run.begin()

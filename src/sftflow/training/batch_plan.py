@@ -8,17 +8,9 @@ from dataclasses import dataclass, field
 from functools import cache, lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
-from sftflow.packing.pack import (
-    Example,
-    PackedBatch,
-    best_fit,
-    lengths_of,
-    pack_batch,
-    pad_batch,
-    split_padded,
-    split_step,
-)
+from sftflow.packing.pack import Example, PackedBatch, best_fit, pack_batch, pad_batch, split_padded, split_step
 from sftflow.recipe import Train
 
 
@@ -51,7 +43,8 @@ class RowPlan:
     def __init__(self, examples: Sequence[Example], settings: Train) -> None:
         self.examples, self.settings = examples, settings
         self.rows_per_step = max(1, settings.tokens_per_step // settings.max_length)
-        self.lengths = lengths_of(examples)
+        known: NDArray[np.int32] | None = getattr(examples, "lengths", None)  # rows on disk need not be read for them
+        self.lengths = np.array([len(e.ids) for e in examples], np.int32) if known is None else known
         self.epoch_rows = lru_cache(2)(self._pack_epoch)  # packing a large set takes a while
         self.epoch_size = cache(lambda epoch: len(self.epoch_rows(epoch)))
         epochs = settings.epochs

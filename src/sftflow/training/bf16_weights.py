@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from transformers.pytorch_utils import Conv1D
 
 from sftflow.foundation.rounding import round_bf16
-from sftflow.training.compile import decoder_layers
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -28,29 +27,29 @@ class _StraightThrough(torch.autograd.Function):
         return grads[0].float(), None
 
 
-def _linear(module: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return F.linear(x.to(weight.dtype), weight, None if module.bias is None else module.bias.to(weight.dtype))
+class OnCopy:
+    """A linear layer computes on the bf16 copy of its weight; GPT-2's Conv1D keeps its weight transposed."""
+
+    def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
+        weight = _StraightThrough.apply(self.weight, self.bf16)
+        bias = None if self.bias is None else self.bias.to(weight.dtype)
+        return F.linear(input.to(weight.dtype), weight.T if isinstance(self, Conv1D) else weight, bias)
 
 
-class Bf16Linear(torch.nn.Linear):
-    """nn.Linear on the bf16 copy of its weight."""
-
-    bf16: torch.Tensor
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return _linear(self, input, _StraightThrough.apply(self.weight, self.bf16))
+class Bf16Linear(OnCopy, torch.nn.Linear): ...
 
 
-class Bf16Conv1D(Conv1D):
-    """GPT-2's transposed linear layer on the bf16 copy of its weight."""
-
-    bf16: torch.Tensor
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _linear(self, x, _StraightThrough.apply(self.weight, self.bf16).T)
+class Bf16Conv1D(OnCopy, Conv1D): ...
 
 
 CLASSES = {torch.nn.Linear: Bf16Linear, Conv1D: Bf16Conv1D}
+
+
+def decoder_layers(model: Any) -> list[torch.nn.Module]:
+    """The model's repeated blocks: its largest list of modules, [] where it has none."""
+    lists = [m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
+    blocks = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=None)
+    return [] if blocks is None else list(blocks)
 
 
 def restore_classes(model: Any) -> None:

@@ -16,9 +16,8 @@ import os
 import secrets
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sftflow.foundation.errors import RecipeError, first_line
 from sftflow.recipe import Recipe, to_yaml
@@ -28,8 +27,7 @@ PROJECT = "sftflow"
 FINISH_SECONDS = 60.0  # a network that is down must not keep a finished run from ending
 
 
-@dataclass(frozen=True)
-class Sink:
+class Sink(NamedTuple):
     """One service's own writer. log: (values, step).   close: (whether the run failed)."""
 
     log: Callable[[dict[str, float], int], object]
@@ -127,7 +125,7 @@ def require_logger(name: str | None) -> None:
         )
 
 
-class Logger:
+class Logger(contextlib.AbstractContextManager["Logger"]):
     """Sends each step once, and survives its service.
 
     sink: None where the recipe asks for no logger, or once it has failed.
@@ -183,9 +181,6 @@ class Logger:
         if step > self.seen_validation:
             values = {f"eval/{name}": score for name, score in figures["tasks"].items()}
             self._send(values | {f"hygiene/{name}": share for name, share in figures["hygiene"].items()}, step)
-
-    def __enter__(self) -> Logger:
-        return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         sink, self.sink = self.sink, None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,53 +14,42 @@ import torch
 from sftflow.foundation.runtime import has_native_bf16
 from sftflow.recipe import Schedule, Train
 
-Named = list[tuple[str, torch.nn.Parameter]]
+Groups = dict[str, list[torch.nn.Parameter]]
 
 # Muon moves matrices by orthogonalised steps whose size does not depend on the gradient, so its learning rate
 # is a fixed multiple of AdamW's in one recipe; `lr` is always AdamW's for the embeddings, norms and biases.
 MUON_RATIO = 4.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Groups:
-    """The trainable parameters of a model, by what they are."""
-
-    matrices: Named
-    embeddings: Named
-    rest: Named
-
-
 def groups_of(model: Any) -> Groups:
-    """Every trainable parameter in one group. Experts held as (experts, out, in) count as matrices."""
+    """Every trainable parameter by what it is: "matrices" (experts held as (experts, out, in), too), "embeddings" (the
+    output projection among them), "rest"."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     head = model.get_output_embeddings()
     if head is not None:
         tables.add(id(head.weight))
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    return Groups(
-        embeddings=[(n, p) for n, p in named if id(p) in tables],
-        matrices=[(n, p) for n, p in named if p.ndim >= 2 and id(p) not in tables],
-        rest=[(n, p) for n, p in named if p.ndim < 2 and id(p) not in tables],
-    )
+    groups: Groups = {"matrices": [], "embeddings": [], "rest": []}
+    for p in model.parameters():
+        if p.requires_grad:
+            groups["embeddings" if id(p) in tables else "matrices" if p.ndim >= 2 else "rest"].append(p)
+    return groups
 
 
 def adamw(groups: Groups, settings: Train) -> list[torch.optim.Optimizer]:
     """AdamW (Loshchilov and Hutter 2019) for all; weight decay for matrices, none for norms, biases and embeddings."""
-    lr, scale = settings.peak_lr, settings.lr_scale
-    parts = [
-        (groups.matrices, lr * scale.matrices, settings.weight_decay),
-        (groups.embeddings, lr * scale.embeddings, 0.0),
-        (groups.rest, lr * scale.rest, 0.0),
+    lr, decay = settings.peak_lr, {"matrices": settings.weight_decay}
+    used: list[dict[str, Any]] = [
+        {"params": group, "lr": lr * getattr(settings.lr_scale, name), "weight_decay": decay.get(name, 0.0)}
+        for name, group in groups.items()
+        if group
     ]
-    used = [{"params": [p for _, p in named], "lr": rate, "weight_decay": w} for named, rate, w in parts if named]
     return [torch.optim.AdamW(used, betas=(0.9, 0.95), eps=1e-8, fused=True)] if used else []
 
 
 def muon(groups: Groups, settings: Train) -> list[torch.optim.Optimizer]:
     """Muon (Jordan et al. 2024) for the matrices inside the blocks, AdamW for everything else (experts too)."""
-    matrices = [p for _, p in groups.matrices if p.ndim == 2]
-    experts = [(n, p) for n, p in groups.matrices if p.ndim != 2]
-    others = adamw(replace(groups, matrices=experts), settings)
+    matrices = [p for p in groups["matrices"] if p.ndim == 2]
+    others = adamw(groups | {"matrices": [p for p in groups["matrices"] if p.ndim != 2]}, settings)
     if not matrices:
         return others
     rate = settings.peak_lr * MUON_RATIO * settings.lr_scale.matrices

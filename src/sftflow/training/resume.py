@@ -137,11 +137,8 @@ def _optimizer_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
 def _load_parameters(directory: Path, trainer: Trainer) -> None:
     saved = load_file(directory / "model.safetensors")
     parameters = dict(trainer.model.named_parameters())
-    wrong = [
-        name
-        for name in sorted({*saved, *parameters})
-        if name not in saved or name not in parameters or saved[name].shape != parameters[name].shape
-    ]
+    shapes, wanted = ({name: x.shape for name, x in tensors.items()} for tensors in (saved, parameters))
+    wrong = sorted({name for name, _ in shapes.items() ^ wanted.items()})
     if wrong:
         fact = f"{len(wrong)} tensors are not those of the base's model, the first: {wrong[0]}"
         raise CheckpointError(str(directory), fact, "resume on the base that the run was started from")

@@ -44,7 +44,7 @@ LOGS = ("metrics.jsonl", "validation.jsonl", "evals.jsonl")
 
 EvalCallback = Callable[[Assistant, Callable[[int, int], None]], dict[str, Any]]
 """Evaluates the live assistant in the middle of training, and tells how far it is (done, of how many); gives scores as
-{"tasks": {NAME: score}, "hygiene": {RATE: share}} (see `evaluation.callback`)."""
+{"tasks": {NAME: score}, "hygiene": {RATE: share}} (see `EvalDuringTraining`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +143,9 @@ class FineTuning(TrainingRun):
         """Train from the start, or with `resume` from the newest saved state, to the finished checkpoint."""
         resumed = resume and self.restore()
         if not resumed:
-            self.start()
+            if self.recipe.train.warm_start:
+                self.listener.say(warm_start(self.base_path, self.trainer))
+            forget_states(self.out / "resume")
         self.describe(resumed)
         resumed_at = self.trainer.step if resume else None
         self.logger = open_logger(self.recipe, self.out, self.listener.say, resumed_at=resumed_at)
@@ -154,12 +156,6 @@ class FineTuning(TrainingRun):
             self.evaluate_sample()
         self.train()
         self.finish()
-
-    def start(self) -> None:
-        """Begin at step 0, with the moments of the base's own training where the recipe asks for them."""
-        if self.recipe.train.warm_start:
-            self.listener.say(warm_start(self.base_path, self.trainer))
-        forget_states(self.out / "resume")
 
     def describe(self, resumed: bool) -> None:
         """Write what the run is made of; what was measured on an earlier training in this folder is not of this one."""
@@ -201,9 +197,11 @@ class FineTuning(TrainingRun):
         every = self.recipe.eval.every if self.recipe.eval else None
         if self.callback is None or every is None or self.trainer.step % every:
             return
+        model, runtime = self.trainer.model, self.trainer.runtime
+        live = assistant_of(model, self.tokenizer, self.renderer, runtime, tick=self.signals.check)
         try:
-            with resting(self.trainer.model):
-                found = self.callback(self.assistant(), self.listener.evaluating)
+            with resting(model):
+                found = self.callback(live, self.listener.evaluating)
         except Stopped:  # not to wait for minutes: the state is saved now, and the sample is taken when the run goes on
             return
         row = {"step": self.trainer.step, **found}
@@ -211,11 +209,6 @@ class FineTuning(TrainingRun):
         self.evals.to_disk()
         self.listener.evaluation(self.trainer.step, row)
         self.logger.evaluation(self.trainer.step, row)
-
-    def assistant(self) -> Assistant:
-        """The live model, which stops between two tokens where a signal has come."""
-        model, runtime = self.trainer.model, self.trainer.runtime
-        return assistant_of(model, self.tokenizer, self.renderer, runtime, tick=self.signals.check)
 
     def save_checkpoint(self) -> None:
         base = {"name": self.recipe.base, **{key: self.base_info.get(key) for key in ("fingerprint", "kind")}}

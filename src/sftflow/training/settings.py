@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,6 @@ from sftflow.checkpoint import BUILTIN_TINY
 from sftflow.foundation.errors import CheckpointError, RecipeError
 from sftflow.foundation.runtime import Runtime
 from sftflow.recipe import Recipe
-from sftflow.training.compile import can_compile
 
 SMALL_MODEL = 20_000_000
 """parameters below which a base is treated as the tiny one"""
@@ -46,6 +48,16 @@ def resolve_recipe(recipe: Recipe, runtime: Runtime, n_parameters: int) -> tuple
     if train.epochs is None and train.steps is None:
         update["epochs"] = 1.0
     return recipe.model_copy(update={"train": train.model_copy(update=update)}), notes
+
+
+def can_compile(device: str) -> str | None:
+    """None where torch.compile has what it needs on this device, else what is missing."""
+    if device == "cuda":
+        return None if importlib.util.find_spec("triton") else "no triton"
+    if device == "cpu":
+        compilers = [os.environ.get("CXX"), "g++", "clang++", "c++", "cl"]
+        return None if any(c and shutil.which(c) for c in compilers) else "no C++ compiler"
+    return f"not for {device}"
 
 
 def decide_compile(recipe: Recipe, runtime: Runtime, n_parameters: int, steps: int) -> tuple[Recipe, str]:

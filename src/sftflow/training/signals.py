@@ -11,8 +11,6 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
-EXIT_SIGTERM = 143  # 128 + the signal's number, as shells have it
-
 
 class Stopped(BaseException):
     """A signal came, and the run has stopped. saved: whether its state was saved just now.
@@ -20,10 +18,10 @@ class Stopped(BaseException):
     Like KeyboardInterrupt no Exception, so that no code on its way out takes it for an error of its own.
     """
 
-    def __init__(self, number: int = signal.SIGTERM, *, saved: bool = False) -> None:
+    def __init__(self, number: int, *, saved: bool = False) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.saved = saved
-        self.exit_code = 128 + number
+        self.exit_code = 128 + number  # as shells have it
 
 
 class Signals:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from sftflow.foundation.errors import RunError
 from sftflow.foundation.runtime import Runtime, keep_freed_memory
@@ -24,14 +23,11 @@ from sftflow.packing.loss import Parts, batch_loss, fused_parts, head_of, loss_p
 from sftflow.packing.pack import Example, PackedBatch
 from sftflow.recipe import Train
 from sftflow.training.batch_plan import RowPlan, StepLog, micro_batches
-from sftflow.training.bf16_weights import Bf16Weights, restore_classes
-from sftflow.training.compile import compile_layers
+from sftflow.training.bf16_weights import Bf16Weights, decoder_layers, restore_classes
 from sftflow.training.optimizers import groups_of, lr_factor, make_optimizers
 
 MAX_BAD_STEPS = 3
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-Float = NDArray[np.float64]
-Int = NDArray[np.int64]
 
 
 class Trainer:
@@ -59,10 +55,18 @@ class Trainer:
         self.bf16 = Bf16Weights(model) if runtime.precision == "bf16" else None
         self.parts: Parts = loss_parts
         if settings.compile is True:
-            compile_layers(model)
+            # One layer's code serves them all, so it takes seconds and not minutes, and any number of slots, so that a
+            # resumed run computes the same. Attention stays outside (`packed_attention`); what gains is all between the
+            # matrix products: norms, rotary embedding, activations, sums, conversions, each else a pass over memory.
+            for layer in decoder_layers(model):
+                layer.compile(dynamic=True)
             self.parts = torch.compile(fused_parts, dynamic=True)
         self.n_body, self.n_head = matrix_sizes(model)
-        lasting_gradients(model)
+        # Every gradient is allocated once and for all: made anew each step among activations that come and go, they
+        # leave the heap full of holes, and where it is there, that of the token embedding can be sparse (`attending`).
+        for parameter in self.trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def __iter__(self) -> Iterator[StepLog]:
         while self.step < self.plan.total_steps:
@@ -77,10 +81,15 @@ class Trainer:
         started = time.perf_counter()
         examples = [e for row in self.plan.step_rows(self.step) for e in row]
         batches = micro_batches(examples, self.settings)
-        losses, sources = self._backward(batches)
+        self.model.train()
+        scale = 1 / max(1, sum(b.n_supervised for b in batches))
+        losses = np.concatenate([np.zeros(0), *(self.loss(b, scale).cpu().double().numpy() for b in batches)])
+        sources = np.concatenate([np.zeros(0, np.int64), *(b.sources for b in batches)])
         bound = self.settings.clip if self.settings.clip > 0 else math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.trained, bound))
-        factor = self._set_rates()
+        factor = lr_factor(self.step, self.plan.total_steps, self.settings.schedule)
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["lr"] = group["peak_lr"] * factor
         loss_sum = float(losses.sum(dtype=np.float64))
         finite = math.isfinite(loss_sum) and math.isfinite(norm)
         if finite:
@@ -135,45 +144,13 @@ class Trainer:
         by_source = [float(s / c) if c else None for s, c in zip(sums, counts, strict=True)]
         return float(sums.sum() / max(1, counts.sum())), by_source, int(counts.sum())
 
-    def _backward(self, batches: Sequence[PackedBatch]) -> tuple[Float, Int]:
-        """Add up the gradients of (loss sum / supervised tokens of the step); (losses, sources) of every token."""
-        scale = 1 / max(1, sum(b.n_supervised for b in batches))
-        self.model.train()
-        losses, sources = [np.zeros(0)], [np.zeros(0, np.int64)]
-        for batch in batches:
-            losses.append(self.loss(batch, scale).cpu().double().numpy())
-            sources.append(batch.sources)
-        return np.concatenate(losses), np.concatenate(sources)
-
-    def _set_rates(self) -> float:
-        factor = lr_factor(self.step, self.plan.total_steps, self.settings.schedule)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
-        return factor
-
 
 @contextmanager
 def resting(model: Any) -> Iterator[None]:
     """For generating with the live model: no dropout, nothing compiled anew for other shapes, and the training goes
     on with the random numbers it would have had."""
-    random = torch.random.get_rng_state()
-    try:
-        with evaluating(model), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        torch.random.set_rng_state(random)
-
-
-def lasting_gradients(model: Any) -> None:
-    """Allocate every gradient once and for all.
-
-    Made anew each step among activations that come and go, they leave the heap full of holes. And since each is there
-    before the backward pass, that of the token embedding can be sparse (see `attending`).
-    """
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+    with torch.random.fork_rng(devices=[]), evaluating(model), torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def matrix_sizes(model: Any) -> tuple[int, int]:
@@ -182,6 +159,5 @@ def matrix_sizes(model: Any) -> tuple[int, int]:
     config = model.config.get_text_config()
     experts = next((n for k in EXPERTS if (n := getattr(config, k, None))), 1)
     active = (getattr(config, "num_experts_per_tok", None) or experts) / experts
-    matrices = [p for _, p in groups_of(model).matrices]
-    body = sum(p.numel() * (active if p.ndim == 3 else 1) for p in matrices)
+    body = sum(p.numel() * (active if p.ndim == 3 else 1) for p in groups_of(model)["matrices"])
     return int(body), model.get_output_embeddings().weight.numel()

@@ -107,7 +107,10 @@ class TrainingRun:
         try:
             with self.signals.between_steps(), self.logger:
                 for log in self.trainer:
-                    self.record(log)
+                    self.state.seconds += log.seconds
+                    self.metrics.append(asdict(log) | {"memory": peak_memory(self.trainer.runtime.device)})
+                    self.logger.step(log)
+                    self.listener.step(log, self.trainer.plan.total_steps)
                     self.after_step(log)
                     self.save_if_due(log)
         except (OSError, SafetensorError) as error:
@@ -118,12 +121,6 @@ class TrainingRun:
             if not out_of_memory(error):
                 raise
             raise RunError("training", "out of memory", self.memory_remedy) from error
-
-    def record(self, log: StepLog) -> None:
-        self.state.seconds += log.seconds
-        self.metrics.append(asdict(log) | {"memory": peak_memory(self.trainer.runtime.device)})
-        self.logger.step(log)
-        self.listener.step(log, self.trainer.plan.total_steps)
 
     def after_step(self, log: StepLog) -> None:
         """What a stage does after each step, before the state is saved."""
