@@ -1,13 +1,13 @@
 """Optimizers and learning-rate schedules.
 
-A new optimizer is one function in `OPTIMIZERS`: parameter groups in, a list of torch optimizers out.
+A new optimizer is one function (parameter groups in, a list of torch optimizers out) and one row in `OPTIMIZERS`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -56,12 +56,21 @@ def muon(groups: Groups, settings: Train) -> list[torch.optim.Optimizer]:
     return [Muon(matrices, lr=rate, weight_decay=settings.weight_decay, momentum=0.95, nesterov=True), *others]
 
 
-OPTIMIZERS: dict[str, Callable[[Groups, Train], list[torch.optim.Optimizer]]] = {"adamw": adamw, "muon": muon}
+class OptimizerKind(NamedTuple):
+    """make: builds it.   lr_tiny, lr_real: `lr: auto` for the tiny base (tuned on the demo, docs/decisions.md has the
+    runs) and for full fine-tuning of a real checkpoint (the field's habit)."""
+
+    make: Callable[[Groups, Train], list[torch.optim.Optimizer]]
+    lr_tiny: float
+    lr_real: float
+
+
+OPTIMIZERS = {"adamw": OptimizerKind(adamw, 3e-3, 2e-5), "muon": OptimizerKind(muon, 8e-3, 1e-5)}
 
 
 def make_optimizers(model: Any, settings: Train) -> list[torch.optim.Optimizer]:
     """The optimizers of all trainable parameters; each group remembers its peak rate as `peak_lr`."""
-    optimizers = OPTIMIZERS[settings.optimizer](groups_of(model), settings)
+    optimizers = OPTIMIZERS[settings.optimizer].make(groups_of(model), settings)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

@@ -27,6 +27,7 @@ from sftflow.training.optimizers import Muon
 from sftflow.training.trainer import Trainer
 
 MOMENTS = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}
+"""what each torch optimizer keeps for a parameter; one that is not listed takes over no state of an earlier run"""
 NO_WARM_START = "set train.warm_start: false"
 
 
@@ -182,7 +183,7 @@ def warm_start(base: Path, trainer: Trainer) -> str:
     for (number, index), parameter in wanted.items():
         optimizer = trainer.optimizers[number]
         state = saved[number, index]
-        if state.keys() != MOMENTS[type(optimizer)]:
+        if state.keys() != MOMENTS.get(type(optimizer), set()):
             raise CheckpointError(str(newest), f"its state is not that of {type(optimizer).__name__}", NO_WARM_START)
         optimizer.state[parameter] = {name: _with_new_rows(value, parameter, newest) for name, value in state.items()}
     return f"optimizer state taken over from {newest}"

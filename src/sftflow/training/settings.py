@@ -15,14 +15,10 @@ from sftflow.checkpoint import BUILTIN_TINY
 from sftflow.foundation.errors import CheckpointError, RecipeError
 from sftflow.foundation.runtime import Runtime
 from sftflow.recipe import Recipe
+from sftflow.training.optimizers import OPTIMIZERS
 
 SMALL_MODEL = 20_000_000
 """parameters below which a base is treated as the tiny one"""
-
-# lr: auto. The tiny base's values were tuned on the demo (docs/decisions.md has the runs); those for real checkpoints
-# are the field's habit for full fine-tuning.
-AUTO_LR_TINY = {"adamw": 3e-3, "muon": 8e-3}
-AUTO_LR_REAL = {"adamw": 2e-5, "muon": 1e-5}
 
 # micro_tokens: null. What one forward pass takes: enough for efficient matrix products, and no more, since activations
 # grow with it (about 0.7 MB a token in a 135M model, compiled).
@@ -40,7 +36,8 @@ def resolve_recipe(recipe: Recipe, runtime: Runtime, n_parameters: int) -> tuple
     update: dict[str, Any] = {"precision": runtime.precision}
     notes = {"precision": runtime.reason, "device": runtime.device}
     if train.lr == "auto":
-        update["lr"] = (AUTO_LR_TINY if small else AUTO_LR_REAL)[train.optimizer]
+        kind = OPTIMIZERS[train.optimizer]
+        update["lr"] = kind.lr_tiny if small else kind.lr_real
         notes["lr"] = "auto: " + ("tuned for the tiny base" if small else "full fine-tuning of a real checkpoint")
     if train.micro_tokens is None:
         wanted = AUTO_MICRO["small" if small else runtime.device]
