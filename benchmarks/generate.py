@@ -39,8 +39,8 @@ Ids = list[tuple[int, ...]]
 
 
 def prompts_of(assistant: Any, data: Path, items: int) -> Ids:
-    from sftflow.evaluation.prompts_for import chat_prompt
     from sftflow.evaluation.options import open_tasks
+    from sftflow.evaluation.prompts_for import chat_prompt
 
     (run,) = open_tasks([f"gsm8k={data}"], items)
     return [chat_prompt(assistant.renderer, item) for item in run.items]
