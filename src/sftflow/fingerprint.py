@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftflow.chat.format import ChatFormat, tokenizer_json
-from sftflow.foundation.atomic_io import sha256_file
+from sftflow.foundation.atomic_io import digest_of, sha256_file
 
 if TYPE_CHECKING:
     import torch
@@ -38,14 +38,6 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(__file__).parent
 CODE_SUFFIXES = (".py", ".jinja", ".json", ".jsonl", ".txt")
-
-
-def digest_of(parts: Iterable[bytes]) -> str:
-    """Sixteen hexadecimal digits of the SHA-256 over all parts in order."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:16]
 
 
 # ---- code: what rows are made by

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,6 +32,14 @@ def reason(error: BaseException) -> str:
     """
     found = re.search(r"\(os error (\d+)\)", str(error))
     return os.strerror(int(found[1])) if found else str(getattr(error, "strerror", None) or error)
+
+
+def digest_of(parts: Iterable[bytes]) -> str:
+    """Sixteen hexadecimal digits of the SHA-256 over all parts in order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
 
 
 def sha256_file(path: Path) -> str:

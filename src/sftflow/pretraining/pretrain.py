@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sftflow.data.documents import read_documents
-from sftflow.fingerprint import digest_of
-from sftflow.foundation.atomic_io import sweep, write_directory, write_json
+from sftflow.foundation.atomic_io import digest_of, sweep, write_directory, write_json
 from sftflow.foundation.errors import DataError, RecipeError
 from sftflow.foundation.runtime import Runtime
 from sftflow.packing.pack import Example
