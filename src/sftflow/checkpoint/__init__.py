@@ -1,0 +1,38 @@
+"""Checkpoints: a Hugging Face directory plus `sftflow.json` (lineage, format, fingerprint, file hashes).
+
+A model is named by a directory, a run directory (its `checkpoint/` is meant), `builtin:tiny`, a .gguf file, or a
+hub id (`loading.py`). `assistant.py` makes it talk, `saving.py` writes one.
+"""
+
+from sftflow.checkpoint.assistant import Assistant, assistant_of, base_format, grow_embeddings, load_assistant, prepare
+from sftflow.checkpoint.loading import (
+    BUILTIN_TINY,
+    Location,
+    load_config,
+    load_info,
+    load_model,
+    load_tokenizer,
+    open_renderer,
+    require_finite_weights,
+    resolve,
+)
+from sftflow.checkpoint.saving import save
+
+__all__ = [
+    "BUILTIN_TINY",
+    "Assistant",
+    "Location",
+    "assistant_of",
+    "base_format",
+    "grow_embeddings",
+    "load_assistant",
+    "load_config",
+    "load_info",
+    "load_model",
+    "load_tokenizer",
+    "open_renderer",
+    "prepare",
+    "require_finite_weights",
+    "resolve",
+    "save",
+]

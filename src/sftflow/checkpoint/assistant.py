@@ -1,0 +1,172 @@
+"""A loaded checkpoint that can talk, in one chat format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from sftflow.chat.format import ChatFormat, add_tokens, choose_format
+from sftflow.chat.schema import Conversation
+from sftflow.checkpoint.loading import Location, load_model, load_tokenizer, resolve
+from sftflow.fingerprint import format_fingerprint
+from sftflow.foundation.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from sftflow.chat.render import Renderer
+    from sftflow.foundation.runtime import Runtime
+    from sftflow.generation.engine import Engine
+    from sftflow.generation.request import GenerationRequest
+    from sftflow.generation.sequence import ReplyDecoder
+
+
+@dataclass
+class Assistant:
+    """A loaded checkpoint that can talk: model, tokenizer, renderer and engine of one format."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    renderer: Renderer
+    engine: Engine
+    info: dict[str, Any]
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How the checkpoint asks for its tokens to be drawn: temperature (0: greedy), top_p (1: off), top_k (0: off),
+        min_p (0: off), repetition_penalty (1: off).
+
+        Its generation_config.json is read as transformers' `generate` reads it: without do_sample it is greedy, and
+        only the penalty counts. Nearly all checkpoints have no penalty either: then a reply here is decoded as
+        evaluation decodes, so that what one sees is what was measured.
+        """
+        config = getattr(self.model, "generation_config", None)
+        drawn = bool(getattr(config, "do_sample", False))
+        off = {"temperature": float(drawn), "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+        own = {key: getattr(config, key, None) for key in (off if drawn else ("repetition_penalty",))}
+        return {**off, **{key: type(off[key])(value) for key, value in own.items() if value is not None}}
+
+    def request(
+        self, prompt: Conversation | Sequence[int], *, max_tokens: int | None = None, **options: Any
+    ) -> GenerationRequest:
+        """What the engine is asked for the next reply of a conversation (or behind a prompt's ids).
+
+        max_tokens: of the reply; at most, and by default, as many as the context has room for.
+        options: further fields of `GenerationRequest`; where one is left out or None, the checkpoint's own `sampling`
+        counts, else the field's default.
+
+        Raises what rendering raises. A prompt that leaves no room for a token is refused by the engine.
+        """
+        from sftflow.generation.request import GenerationRequest
+
+        if isinstance(prompt, Conversation):
+            ids = tuple(self.renderer.render(prompt, add_generation_prompt=True).ids.tolist())
+        else:
+            ids = tuple(prompt)
+        room = max(1, self.engine.context - len(ids))
+        fields = {**self.sampling, **{name: value for name, value in options.items() if value is not None}}
+        if fields["temperature"] < 1e-4:
+            fields["temperature"] = 0.0  # the limit of ever smaller ones
+        fields["top_p"] = max(fields["top_p"], 1e-6)
+        fields["top_k"] = max(fields["top_k"], 0)  # -1 is "off", too
+        limit = room if max_tokens is None else min(max_tokens, room)
+        return GenerationRequest(prompt_ids=ids, max_new_tokens=limit, **fields)
+
+    @property
+    def reply_decoder(self) -> ReplyDecoder:
+        """What generated ids mean in its chat format: text, calculator calls and their results."""
+        from sftflow.generation.sequence import ReplyDecoder
+
+        return ReplyDecoder(self.renderer)
+
+    def plain_ids(self, text: str) -> tuple[int, ...]:
+        """Plain text as the base was pretrained to read it: with the tokenizer's own BOS, without control tokens."""
+        opening = self.tokenizer("").input_ids  # BOS where the tokenizer writes one
+        if opening and opening[-1] == self.tokenizer.eos_token_id != self.tokenizer.bos_token_id:
+            opening = opening[:-1]
+        return (*opening, *self.renderer.encode_plain(text))
+
+
+def grow_embeddings(model: Any, n_tokens: int) -> int:
+    """Give the model rows for the tokenizer's new tokens, each at the mean of the old rows; weights stay tied.
+
+    Returns how many rows were added.
+    """
+    import torch
+
+    old = model.get_input_embeddings().weight.shape[0]
+    if n_tokens <= old:
+        return 0
+    ends = [end for end in (model.get_input_embeddings, model.get_output_embeddings) if end() is not None]
+    means = [end().weight.detach().float().mean(0) for end in ends]
+    model.resize_token_embeddings(n_tokens, mean_resizing=False)
+    with torch.no_grad():
+        for end, mean in zip(ends, means, strict=True):
+            end().weight[old:] = mean.to(end().weight.dtype)
+    return n_tokens - old
+
+
+def prepare(
+    location: Location, *, format_name: str = "auto", fallback: ChatFormat | None = None
+) -> tuple[Any, Any, Renderer, dict[str, Any]]:
+    """(model, tokenizer, renderer, info): a checkpoint ready to be trained or asked in one format.
+
+    info: its sftflow.json, and `own_template`: whether it brought a chat template.
+    fallback: the format of a checkpoint that has none of its own, instead of `sftflow`.
+
+    Raises CheckpointError where the stored fingerprint is not that of the files.
+    """
+    from sftflow.chat.render import Renderer
+
+    model, info = load_model(location)
+    tokenizer = load_tokenizer(location)
+    chat_format = choose_format(format_name, tokenizer, info.get("format"))
+    info["own_template"] = bool(getattr(tokenizer, "chat_template", None))
+    if fallback is not None and not info["own_template"]:
+        chat_format = fallback
+    stored = info.get("fingerprint")
+    if stored and format_name == "auto":
+        now = format_fingerprint(tokenizer, chat_format)
+        if now != stored:
+            fact = f"tokenizer or chat format changed since training (fingerprint {stored} -> {now})"
+            remedy = "restore tokenizer.json and chat_template.jinja, or train again"
+            raise CheckpointError(location.name, fact, remedy)
+    add_tokens(tokenizer, chat_format)
+    grow_embeddings(model, len(tokenizer))
+    return model, tokenizer, Renderer(tokenizer, chat_format), info
+
+
+def load_assistant(
+    name: str, *, format: str = "auto", precision: str = "fp32", fallback: ChatFormat | None = None
+) -> Assistant:
+    """Load a checkpoint that answers in a chat format (its own, or the named one)."""
+    from sftflow.foundation.runtime import detect
+
+    location = resolve(name)
+    model, tokenizer, renderer, info = prepare(location, format_name=format, fallback=fallback)
+    runtime = detect(precision)
+    model.to(runtime.device).eval()
+    return assistant_of(model, tokenizer, renderer, runtime, name=name, info=info)
+
+
+def assistant_of(
+    model: Any,
+    tokenizer: Any,
+    renderer: Renderer,
+    runtime: Runtime,
+    *,
+    name: str = "",
+    info: dict[str, Any] | None = None,
+    tick: Callable[[], None] | None = None,
+) -> Assistant:
+    """A model in memory, with an engine of its own.   tick: called before every forward pass; what it raises ends the
+    generation."""
+    from sftflow.generation.engine import Engine
+
+    return Assistant(name, model, tokenizer, renderer, Engine(model, renderer, runtime, tick=tick), info or {})
+
+
+def base_format(sft: Assistant) -> ChatFormat:
+    """The SFT model's format, to be given to a base that has none: with the control tokens it needs."""
+    chat_format = sft.renderer.format
+    return replace(chat_format, tokens=tuple(t for t in sft.renderer.special if t in chat_format.template))

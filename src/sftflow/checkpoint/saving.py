@@ -1,0 +1,93 @@
+"""Writing a checkpoint directory, whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sftflow.chat.format import ChatFormat
+from sftflow.fingerprint import format_fingerprint
+from sftflow.foundation.atomic_io import (
+    sha256_file,
+    with_checksum,
+    write_directory,
+    write_json,
+)
+from sftflow.foundation.rounding import round_bf16
+
+if TYPE_CHECKING:
+    from sftflow.chat.render import Renderer
+
+
+def _stored(weight: Any, dtype: Any) -> Any:
+    """The weight in the checkpoint's dtype: in bf16 as training rounds it, so that what was measured is saved."""
+    import torch
+
+    if dtype == torch.bfloat16 and weight.dtype == torch.float32:
+        return round_bf16(weight)
+    return weight.detach().to(dtype)
+
+
+def save(target: Path, model: Any, tokenizer: Any, renderer: Renderer, *, dtype: Any, meta: dict[str, Any]) -> None:
+    """Write a checkpoint directory, whole or not at all.
+
+    It loads with AutoModelForCausalLM, carries the chat template, and stops at the end-of-turn token by its
+    generation_config.json. The weights are written in `dtype`.
+    """
+    chat_format: ChatFormat = renderer.format
+    stop = renderer.stop_ids()
+
+    def fill(directory: Path) -> None:
+        state = {k: _stored(v, dtype).cpu().contiguous() for k, v in model.state_dict().items()}
+        tied = getattr(model, "_tied_weights_keys", None)
+        if tied and model.config.tie_word_embeddings:
+            for key in tied:
+                state.pop(key, None)
+        old_dtype = model.config.dtype
+        implementation = model.config._attn_implementation
+        model.config.dtype = dtype
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+        model.generation_config.eos_token_id = stop if len(stop) != 1 else stop[0]
+        # A base's generation config may hold sampling values without do_sample, which saving refuses.
+        model.generation_config.do_sample = bool(model.generation_config.do_sample)
+        if not model.generation_config.do_sample:
+            for key in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
+                setattr(model.generation_config, key, None)
+        try:
+            model.save_pretrained(directory, state_dict=state)
+        finally:
+            model.config.dtype = old_dtype
+            model.set_attn_implementation(implementation)
+        _save_tokenizer(tokenizer, directory)
+        files = sorted(p for p in directory.iterdir() if p.is_file())
+        record = {
+            **meta,
+            "kind": "sft",
+            "format": chat_format.to_json(),
+            "fingerprint": format_fingerprint(tokenizer, chat_format),
+            "dtype": str(dtype).removeprefix("torch."),
+            "sha256": {p.name: sha256_file(p) for p in files},
+        }
+        write_json(directory / "sftflow.json", with_checksum(record))
+
+    write_directory(target, fill)
+
+
+def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """The tokenizers library raises a bare Exception where the disk is full; here it is an OSError."""
+    try:
+        tokenizer.save_pretrained(directory)
+    except Exception as error:
+        if isinstance(error, OSError) or f"os error {errno.ENOSPC}" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+    # transformers builds a Llama tokenizer anew on loading, by `legacy`, and forgets to save that: text behind control
+    # tokens would then be encoded otherwise than in training.
+    legacy = getattr(tokenizer, "legacy", None)
+    path = directory / "tokenizer_config.json"
+    if legacy is not None and path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**config, "legacy": legacy}, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
