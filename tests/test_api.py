@@ -51,6 +51,7 @@ def test_the_door_has_these_names() -> None:
     verbs = {"load", "read", "task", "render", "mix", "train", "evaluate", "compare", "serve", "export"}
     assert set(sf.__all__) == verbs | {"SftflowError"} and set(dir(sf)) == set(sf.__all__)
     assert all(callable(getattr(sf, name)) for name in sf.__all__)
+    assert issubclass(sf.errors.RecipeError, sf.SftflowError)
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         sf.trian  # noqa: B018
 

@@ -30,15 +30,20 @@ __all__ = [
 
 if TYPE_CHECKING:
     from sftflow.api import compare, evaluate, export, load, mix, read, render, serve, task, train
+    from sftflow.foundation import errors as errors
     from sftflow.foundation.errors import SftflowError
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """The door's names, and `errors` with the kinds of SftflowError, imported when they are first used."""
     from importlib import import_module
 
-    value = getattr(import_module("sftflow.foundation.errors" if name == "SftflowError" else "sftflow.api"), name)
+    if name == "errors":
+        value: Any = import_module("sftflow.foundation.errors")
+    elif name in __all__:
+        value = getattr(import_module("sftflow.foundation.errors" if name == "SftflowError" else "sftflow.api"), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
     return value
 
