@@ -109,7 +109,8 @@ def _train(recipe: Recipe, shown: ProgressDisplay, *, resume: bool, lock: Lock |
     with ExitStack() as stack:
         signals = stack.enter_context(Signals(_tell_of_waiting))
         if lock is None and (not out.exists() or out.is_dir()):
-            lock = stack.enter_context(Lock(out))
+            with signals.deferred():  # a lock half taken would stay behind
+                lock = stack.enter_context(Lock(out))
         options, callback = eval_options(recipe), None
         if recipe.compare is not None:
             checked_prompts(recipe.compare)  # what is wrong with it is said before hours of training

@@ -84,7 +84,8 @@ def run_training(
     with contextlib.ExitStack() as stack:
         signals = signals or stack.enter_context(Signals())
         if lock is None:
-            stack.enter_context(Lock(out))
+            with signals.deferred():
+                stack.enter_context(Lock(out))
         sweep(out, *DESCRIBED, *LOGS, "resume", "checkpoint", DONE)
         sweep(out / "resume", "*")
         done = (out / DONE).is_file()

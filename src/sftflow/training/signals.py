@@ -56,6 +56,15 @@ class Signals:
         finally:
             self._waits = False
 
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """While inside, a signal is only noted; it takes effect at the end. For what must not be left half done."""
+        notice, self._notice = self._notice, None
+        with self.between_steps():
+            yield
+        self._notice = notice
+        self.check()
+
     def check(self) -> None:
         """Raises Stopped where a signal has come."""
         if self.asked:
