@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from sftflow import api
+from sftflow.foundation import atomic_io
 from sftflow.foundation.atomic_io import Lock
 from sftflow.training.signals import Signals, Stopped
 
@@ -33,3 +35,20 @@ def test_without_a_signal_nothing_happens_and_the_notice_is_as_before() -> None:
         with signals.between_steps():
             os.kill(os.getpid(), signal.SIGTERM)
         assert told == ["waits"] and signals.asked == signal.SIGTERM
+
+
+def test_a_signal_while_an_earlier_demo_is_cleared_leaves_a_demo_s_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".demo").touch()
+    (tmp_path / "report.html").write_text("of an earlier demo")
+
+    def clear_and_signal(folder: Path) -> None:
+        (folder / ".demo").unlink()
+        os.kill(os.getpid(), signal.SIGTERM)
+        atomic_io.clear_directory(folder)
+
+    monkeypatch.setattr("sftflow.api.run.clear_directory", clear_and_signal)
+    with pytest.raises(Stopped), Signals():
+        api.demo(tmp_path)
+    assert (tmp_path / ".demo").is_file() and not (tmp_path / "report.html").exists()

@@ -97,9 +97,11 @@ def demo(out: str | Path = "runs/demo") -> Run:
     mark = folder / ".demo"
     if folder.exists() and any(folder.iterdir()) and not mark.is_file():
         raise RecipeError(f"--out {folder}", "it holds something else than a demo run", "name another folder")
-    with watching() as shown, Lock(folder) as lock:
-        clear_directory(folder)
-        mark.touch()  # this folder is the demo's: the next demo may replace it
+    with watching() as shown, ExitStack() as stack:
+        with stack.enter_context(Signals()).deferred():  # cleared by half, it would not be known as a demo's any more
+            lock = stack.enter_context(Lock(folder))
+            clear_directory(folder)
+            mark.touch()  # this folder is the demo's: the next demo may replace it
         return _train(recipe, shown, resume=False, lock=lock)
 
 
