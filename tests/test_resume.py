@@ -623,7 +623,7 @@ def test_a_base_with_nan_weights_fails_before_training(tiny_base: Path, tmp_path
     weights = load_file(base / "model.safetensors")
     weights["model.norm.weight"][3] = float("nan")
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    line = error_line(run("train", str(write_recipe(tmp_path, base))), 3)
+    line = error_line(run("train", str(write_recipe(tmp_path, base))), 2)
     assert line.startswith(f"error: {base}: its weights are not finite (model.norm.weight); ")
     assert not (tmp_path / "run").exists()
 

@@ -1,7 +1,8 @@
 """Checkpoints: a Hugging Face directory plus `sftflow.json` (lineage, format, fingerprint, file hashes).
 
 A model is named by a directory, a run directory (its `checkpoint/` is meant), `builtin:tiny`, a .gguf file, or a
-hub id (`loading.py`). `assistant.py` makes it talk, `saving.py` writes one.
+hub id (`loading.py`, `hub.py`). `weights.py` accounts for every tensor, `assistant.py` makes it talk, `saving.py`
+writes one.
 """
 
 from sftflow.checkpoint.assistant import Assistant, assistant_of, base_format, grow_embeddings, load_assistant, prepare
@@ -13,10 +14,10 @@ from sftflow.checkpoint.loading import (
     load_model,
     load_tokenizer,
     open_renderer,
-    require_finite_weights,
     resolve,
 )
 from sftflow.checkpoint.saving import save
+from sftflow.checkpoint.weights import require_finite_weights
 
 __all__ = [
     "BUILTIN_TINY",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sftflow.chat.format import ChatFormat
+from sftflow.checkpoint.weights import distinct_weights, settle_head
 from sftflow.fingerprint import format_fingerprint
 from sftflow.foundation.atomic_io import (
     sha256_file,
@@ -41,11 +42,8 @@ def save(target: Path, model: Any, tokenizer: Any, renderer: Renderer, *, dtype:
     stop = renderer.stop_ids()
 
     def fill(directory: Path) -> None:
-        state = {k: _stored(v, dtype).cpu().contiguous() for k, v in model.state_dict().items()}
-        tied = getattr(model, "_tied_weights_keys", None)
-        if tied and model.config.tie_word_embeddings:
-            for key in tied:
-                state.pop(key, None)
+        settle_head(model)
+        state = {k: _stored(v, dtype).cpu().contiguous() for k, v in distinct_weights(model).items()}
         old_dtype = model.config.dtype
         implementation = model.config._attn_implementation
         model.config.dtype = dtype

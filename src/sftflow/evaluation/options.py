@@ -51,9 +51,7 @@ class EvalOptions:
         """The tasks as they are asked of the model of that name. Raises as `open_tasks` does."""
         identity = self.identity
         if not identity:
-            location = resolve(model)
-            info = {} if location.is_hub or location.gguf else load_info(location)
-            identity = (info.get("recipe") or {}).get("identity")
+            identity = (load_info(resolve(model)).get("recipe") or {}).get("identity")
         tasks = GENERATED if self.tasks is None else self.tasks
         return open_tasks(tasks, self.limit, identity, allow_code=self.allow_code)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from sftflow.chat.template_options import options_note
 from sftflow.chat.token_rows import token_row
-from sftflow.checkpoint import Assistant, assistant_of, prepare, require_finite_weights, resolve, save
+from sftflow.checkpoint import Assistant, assistant_of, prepare, resolve, save
 from sftflow.data.mixture import build_mixture, write_bad_rows
 from sftflow.data.run_rows import HELD_OUT, TRAINING_ROWS, write_run_rows
 from sftflow.fingerprint import run_identity
@@ -114,7 +114,6 @@ class FineTuning(TrainingRun):
         location = resolve(recipe.base)
         listener.say(f"loading {recipe.base}")
         model, self.tokenizer, renderer, self.base_info = prepare(location, format_name=recipe.format)
-        require_finite_weights(model, recipe.base, "give another base, or copy this one again")
         self.base_path, self.dtype = Path(location.path), stored_dtype(location)
         runtime = detect(recipe.train.precision)
         recipe, self.notes = resolve_recipe(recipe, runtime, model.num_parameters())

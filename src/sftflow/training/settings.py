@@ -86,7 +86,7 @@ def check_context(model: Any, max_length: int) -> None:
 def stored_dtype(location: Any) -> Any:
     """The dtype the base is stored in; the checkpoint is written in the same."""
     config = Path(location.path) / "config.json"
-    if location.gguf or location.is_hub or not config.is_file():
+    if location.gguf or not config.is_file():
         return torch.bfloat16  # what real checkpoints are published in
     data = json.loads(config.read_text(encoding="utf-8"))
     name = data.get("dtype") or data.get("torch_dtype") or "float32"

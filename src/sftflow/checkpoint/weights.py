@@ -1,0 +1,186 @@
+"""Weights from files into a model, with every parameter and every tensor accounted for."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sftflow.foundation.errors import CheckpointError, RunError
+
+log = logging.getLogger("sftflow.checkpoint")
+
+COPY_AGAIN = "copy the checkpoint again"
+WRAPPERS = ("_orig_mod.", "module.")
+"""what torch.compile and DistributedDataParallel write into the names of a model that is saved inside them"""
+_TABLES = re.compile(r"(inv_freq|(attn|attention)\.(masked_)?bias|causal_mask|position_ids)$")
+"""names of tables that models compute by themselves; earlier versions of transformers saved them"""
+_MODALITIES = ("text_config", "vision_config", "audio_config", "speech_config", "image_config", "video_config")
+
+
+def load_weights(directory: Path, name: str) -> Any:
+    """The causal LM of a directory, in fp32 on the CPU.   name: the checkpoint's, as the user knows it.
+
+    What the files hold decides whether the output head is the embedding; the model's config then says so. Raises
+    CheckpointError naming tensors where the files do not hold the model's parameters, each once, and nothing else.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    stored = stored_types(directory, name)
+    wrappers = {w: rf"\b{re.escape(w)}" for w in WRAPPERS if stored and all(f".{w}" in f".{key}" for key in stored)}
+    if wrappers:
+        log.warning("note: %s: %s in its tensors' names is read away", name, " and ".join(wrappers))
+    model, report = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=torch.float32,
+        trust_remote_code=False,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # `require_whole` refuses them, by name
+        output_loading_info=True,
+        key_mapping=dict.fromkeys(wrappers.values(), ""),
+    )
+    # What was read away is not to be written back on saving.
+    model._weight_conversions = [c for c in model._weight_conversions if c.source_patterns[0] not in wrappers.values()]
+    integers = [key for key, kind in stored.items() if kind[0] in "IUB" and kind != "BF16"]
+    require_floats(model, integers, name)
+    require_whole(model, report, name, multimodal=_is_multimodal(directory))
+    settle_head(model)
+    return model
+
+
+def weight_files(directory: Path, name: str) -> list[Path]:
+    """The files of the weights: model.safetensors, or the shards of its index.
+
+    Raises CheckpointError where there are none, or a shard is missing.
+    """
+    index = directory / "model.safetensors.index.json"
+    if (directory / "model.safetensors").is_file():
+        return [directory / "model.safetensors"]
+    if not index.is_file():
+        remedy = "pickled weights are not loaded; convert them to safetensors"
+        raise CheckpointError(name, "no model.safetensors in it", remedy)
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = [directory / shard for shard in shards]
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise CheckpointError(str(index), "not a shard index", COPY_AGAIN) from None
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{name}/{file.name}", "this shard is missing", COPY_AGAIN)
+    return files
+
+
+def stored_types(directory: Path, name: str) -> dict[str, str]:
+    """Each stored tensor's type by its name, from the files' headers: {"model.norm.weight": "BF16", ...}.
+
+    Raises CheckpointError naming a tensor that stands in two shards: one of the two would be lost.
+    """
+    from safetensors import safe_open
+
+    found: dict[str, str] = {}
+    for path in weight_files(directory, name):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118  (no dictionary)
+                if key in found:
+                    raise CheckpointError(name, f"{key} stands in two of its shards", COPY_AGAIN)
+                found[key] = str(file.get_slice(key).get_dtype())
+    return found
+
+
+def _is_multimodal(directory: Path) -> bool:
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return any(isinstance(config.get(key), dict) for key in _MODALITIES)
+
+
+def require_floats(model: Any, integers: Iterable[str], name: str) -> None:
+    """Raises CheckpointError where a parameter is stored as integers: a quantised one, whose scale would be ignored, or
+    a damaged header. (A checkpoint whose config says how it is quantised is transformers' to read.)"""
+    if getattr(model.config, "quantization_config", None) is not None:
+        return
+    parameters = {parameter for parameter, _ in model.named_parameters()}
+    for key in integers:
+        if any(parameter == key or parameter.endswith(f".{key}") for parameter in parameters):
+            fact = f"{key} is stored as integers, and config.json says nothing of a quantisation"
+            raise CheckpointError(name, fact, "give the checkpoint in fp32, bf16 or fp16")
+
+
+def require_whole(model: Any, report: dict[str, Any], name: str, *, multimodal: bool = False) -> None:
+    """Raises CheckpointError naming what is missing, has another shape, or has no place in the model.
+
+    report: transformers' loading info. What its model class itself ignores, and heads that are the embedding, are not
+    in it.   multimodal: the towers beside the text model may be left unread, which is said.
+    """
+    kind = type(model).__name__
+    for key, there, wanted in sorted(report["mismatched_keys"]):
+        fact = f"{key} is {_shape(there)}, where config.json asks for {_shape(wanted)}"
+        raise CheckpointError(name, fact, "config.json is of another model, or a file is damaged")
+    missing = sorted(key for key in report["missing_keys"] if not _TABLES.search(key))
+    unknown = sorted(key for key in report["unexpected_keys"] if not _TABLES.search(key))
+    if missing:
+        fact = f"{len(missing)} of the {len(model.state_dict())} tensors of {kind} are missing: {_some(missing)}"
+        remedy = COPY_AGAIN
+        if unknown:
+            fact += f" (and it has {_some(unknown)})"
+            remedy = "give their names as transformers saves them, without what it was wrapped in, or copy it again"
+        elif missing == ["lm_head.weight"]:
+            remedy = f"{COPY_AGAIN}; where the head is the embedding, tie_word_embeddings in config.json must be true"
+        raise CheckpointError(name, fact, remedy)
+    if unknown and multimodal:
+        own = {part for key in model.state_dict() for part in key.split(".")[:2]}
+        towers = {key: re.sub(r"^model\.", "", key).split(".")[0] for key in unknown}
+        beside = sorted(set(towers.values()) - own)
+        unknown = [key for key in unknown if towers[key] not in beside]
+        if not unknown:
+            log.warning("note: %s: its text model is meant; not read: %s", name, ", ".join(beside))
+    if unknown:
+        fact = f"{kind} has no place for {len(unknown)} of its tensors: {_some(unknown)}"
+        raise CheckpointError(name, fact, "config.json is of another model, or these tensors are not this one's")
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape)) or "a single number"
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def settle_head(model: Any) -> None:
+    """Make the config say of the output head what is the case: the embedding's weights, or weights of its own."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return
+    tied = head.weight is model.get_input_embeddings().weight
+    for config in (model.config, model.config.get_text_config()):
+        if getattr(config, "tie_word_embeddings", tied) != tied:
+            config.tie_word_embeddings = tied
+
+
+def distinct_weights(model: Any) -> dict[str, Any]:
+    """The model's tensors by name, each once: an output head that is the embedding is left out."""
+    state: dict[str, Any] = dict(model.state_dict())
+    seen: set[int] = set()
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in seen:
+            state.pop(key, None)
+        seen.add(id(parameter))
+    return state
+
+
+def not_finite(model: Any) -> str | None:
+    """The name of the first weight with a NaN or an infinity in it: all that comes of it is NaN, too."""
+    for key, weight in model.state_dict().items():
+        if weight.is_floating_point() and not bool(weight.isfinite().all()):
+            return str(key)
+    return None
+
+
+def require_finite_weights(model: Any, name: str, remedy: str = "give another checkpoint, or copy it again") -> None:
+    """Raises RunError naming the first weight of a model in memory that is not finite."""
+    which = not_finite(model)
+    if which:
+        raise RunError(name, f"its weights are not finite ({which})", remedy)
