@@ -32,7 +32,7 @@ BUILTIN_TINY = "builtin:tiny"
 class Location:
     """Where a checkpoint's files are. path: a directory; gguf: file name inside it.
 
-    from_hub: whether the directory is the hub library's copy of model `name`, whose weights come when they are asked for.
+    from_hub: whether the directory is the hub library's copy of model `name`, whose weights come when asked for.
     """
 
     name: str
