@@ -38,6 +38,8 @@ def quiet() -> None:
     import transformers
 
     transformers.logging.disable_progress_bar()
+    if os.environ["TRANSFORMERS_VERBOSITY"] == "error":  # it may have been imported before this was set
+        transformers.logging.set_verbosity_error()
 
 
 @contextmanager
