@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from helpers.judge import Line, control_tokens, judge, lengths_are_sure
+from helpers.judge import PARTS, Line, control_tokens, judge, lengths_are_sure
 from helpers.oracle import check_rows
 from helpers.shapes import SHAPES
 from helpers.tokenizers import WITH_TOKENS
@@ -35,7 +35,7 @@ class Own:
 
     stops: the tokens that close its replies.   refused: no mask can be proven, or something would vanish.
     declined: the template itself refuses.   by_turn: a row for each reply.   arguments: whole, with arguments built in.
-    whole: exceptions from the others.
+    whole: exceptions from the others.   parts: the roles whose contents are lists of parts.
     """
 
     stops: tuple[str, ...] = ("<|im_end|>",)
@@ -44,6 +44,7 @@ class Own:
     by_turn: str = ""
     arguments: str = ""
     whole: str = ""
+    parts: tuple[str, ...] = ()
 
     def outcomes(self) -> dict[str, str]:
         """The outcome of every shape; of the words that name a shape, the last in this order is right."""
@@ -102,6 +103,10 @@ TEMPLATES = {
     "reasoning_dropped": Own(refused=MUTE),
     "asks_unasked": Own(END, refused=MUTE),
     "looks_into_contents": Own(refused=MUTE),
+    "end_of_two_tokens": Own(("<|say_end|><|turn_end|>",), refused=MUTE),
+    "eos_behind_all": Own(END, refused=MUTE),
+    "parts": Own(("<end_of_utterance>",), refused=MUTE, parts=PARTS),
+    "parts_of_users": Own(refused=MUTE, parts=("user", "tool")),
 }
 # Refused although a right row exists: the reply's end is written only where another turn follows, and a first message
 # that nothing prompts for.
@@ -115,7 +120,7 @@ def path_of(name: str) -> Path:
 def tokenizer_for(name: str, kind: str) -> Any:
     """The tokenizer with every control token that the template writes."""
     make = WITH_TOKENS[kind]
-    return make(special=control_tokens(path_of(name).read_text(encoding="utf-8"), make()))
+    return make(special=control_tokens(path_of(name).read_text(encoding="utf-8"), make(), TEMPLATES[name].parts))
 
 
 @cache
@@ -126,7 +131,8 @@ def renderer_of(name: str, kind: str = "byte-level") -> Renderer:
 
 @cache
 def line_of(name: str, kind: str) -> Line:
-    return judge(path_of(name), kind, tokenizer_for(name, kind), TEMPLATES[name].stops, SHAPES)
+    own = TEMPLATES[name]
+    return judge(path_of(name), kind, tokenizer_for(name, kind), own.stops, SHAPES, parts=own.parts)
 
 
 def test_every_template_is_in_the_table() -> None:

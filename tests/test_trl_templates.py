@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from helpers.judge import control_tokens, judge
+from helpers.judge import CONTROL, PARTS, control_tokens, judge
 from helpers.shapes import SHAPES
 from helpers.tokenizers import byte_level
 
@@ -24,7 +24,7 @@ ABSENT = [pytest.param(None, id="none", marks=pytest.mark.skip(reason="the packa
 # What a template closes an assistant's turn with, by the longest beginning of its name; read from the templates.
 STOPS: dict[str, tuple[str, ...]] = {
     "cohere": ("<|END_OF_TURN_TOKEN|>",),
-    "cohere2": ("<|END_RESPONSE|>",),  # another token follows, but this one is the first behind a reply
+    "cohere2": ("<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",),
     "deepseek": ("<｜end▁of▁sentence｜>",),
     "diffusion_gemma": ("<turn|>", "<|tool_response>"),  # the second behind calls
     "gemma": ("<end_of_turn>",),
@@ -36,7 +36,7 @@ STOPS: dict[str, tuple[str, ...]] = {
     "idefics3": ("<end_of_utterance>",),
     "lfm2": ("<|im_end|>",),
     "llama3": ("<|eot_id|>", "<|eom_id|>"),
-    "llava": (),
+    "llava": ("</s>",),
     "muse": ("<|eot|>",),
     "nemotron": ("<|im_end|>",),
     "phi3": ("<|end|>",),
@@ -45,17 +45,25 @@ STOPS: dict[str, tuple[str, ...]] = {
 }
 
 
+WITH_PARTS = ("idefics3", "llava", "smolvlm")  # want contents as lists of parts
+
+
 def stops_of(path: Path) -> tuple[str, ...]:
     return STOPS[max((name for name in STOPS if path.stem.startswith(name)), key=len)]
 
 
+def parts_of(path: Path) -> tuple[str, ...]:
+    return PARTS if path.stem.startswith(WITH_PARTS) else ()
+
+
 def tokenizer_of(path: Path) -> Any:
-    names = control_tokens(path.read_text(encoding="utf-8"), byte_level())
-    return byte_level(special=tuple(sorted({*names, *stops_of(path)})))
+    names = control_tokens(path.read_text(encoding="utf-8"), byte_level(), parts_of(path))
+    closing = CONTROL.findall("".join(stops_of(path)))
+    return byte_level(special=tuple(sorted({*names, *closing})))
 
 
 @pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in PATHS] or ABSENT)
 def test_every_row_is_right(path: Path) -> None:
-    line = judge(path, "byte-level", tokenizer_of(path), stops_of(path), SHAPES)
+    line = judge(path, "byte-level", tokenizer_of(path), stops_of(path), SHAPES, parts=parts_of(path))
     print(line)
     assert not line.wrong, "\n".join(line.wrong)

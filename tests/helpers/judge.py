@@ -24,6 +24,8 @@ CONTROL = re.compile(
 # In the tokenizers that have these, they are added tokens but not special ones.
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 
+PARTS = ("system", "developer", "user", "assistant", "tool")  # contents of all roles are lists of parts
+
 SWITCHES = ("enable_thinking", "thinking", "keep_past_thinking")
 
 PROBE = [
@@ -76,20 +78,20 @@ def controls(reference: Reference) -> set[str] | None:
     return None
 
 
-def control_tokens(template: str, plain: Any) -> tuple[str, ...]:
+def control_tokens(template: str, plain: Any, parts: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Every control token that a template writes, and the bos and eos of a tokenizer that has no others."""
     # Some templates put their tokens together ('<|' + role + '|>'), so that only a rendering shows them.
-    reference = Reference(plain, template, TEMPLATE_NOW)
+    reference = Reference(plain, template, TEMPLATE_NOW, parts)
     systems = reference.text([{"role": "system", "content": "s"}, *PROBE], None, {})
     written = [*CONTROL.findall(template), *(controls(reference) or ()), *CONTROL.findall(systems or "")]
     return tuple(sorted({plain.bos_token, plain.eos_token, *written}))
 
 
-def owns(template: str, tokenizer: Any, stops: Stops) -> bool:
+def owns(template: str, tokenizer: Any, stops: Stops, parts: tuple[str, ...] = ()) -> bool:
     """Whether all control tokens that the template writes around two turns are tokens of the tokenizer,"""
-    reference = Reference(tokenizer, template, TEMPLATE_NOW)
+    reference = Reference(tokenizer, template, TEMPLATE_NOW, parts)
     written = controls(reference)
-    return written is not None and written | set(stops) <= set(reference.added.values())
+    return written is not None and written <= set(reference.added.values()) and reference.owns(stops)
 
 
 def choices(template: str) -> list[dict[str, Any]]:
@@ -99,17 +101,27 @@ def choices(template: str) -> list[dict[str, Any]]:
     return [{n: v for n, v in zip(names, values, strict=True) if v is not None} for values in settings]
 
 
-def judge(path: Path, label: str, tokenizer: Any, stops: Stops, shapes: dict[str, Row], *, eos: bool = False) -> Line:
+def judge(
+    path: Path,
+    label: str,
+    tokenizer: Any,
+    stops: Stops,
+    shapes: dict[str, Row],
+    *,
+    eos: bool = False,
+    parts: tuple[str, ...] = (),
+) -> Line:
     """Render every shape with the template of a file, and judge every row.
 
     stops: the tokens that close replies, () where the template writes none.   label: the tokenizer's name.
     eos: put the end of text, which is then the only one of `stops`, behind every reply.
+    parts: the roles whose contents the template wants as a list of parts.
     """
     renderer = Renderer(tokenizer, choose_format(str(path), tokenizer))
     renderer = append_eos(renderer) if eos else renderer
     template = renderer.format.template
-    line = Line(path.stem, label, owns(template, tokenizer, stops))
-    reference = Reference(tokenizer, template, TEMPLATE_NOW)
+    line = Line(path.stem, label, owns(template, tokenizer, stops, parts))
+    reference = Reference(tokenizer, template, TEMPLATE_NOW, parts, stops)
     for shape, row in shapes.items():
         where = f"{path.stem} / {label} / {shape}"
         try:
@@ -125,9 +137,7 @@ def judge(path: Path, label: str, tokenizer: Any, stops: Stops, shapes: dict[str
         except MaskError as error:
             reason = re.sub(r"shape:1[^:]*: ", "", str(error))
             reason = re.sub(r"(messages\[)\d+|zq\w+", r"\1", re.sub(r"; .*", "", reason))[:90]
-            why = why_not(
-                reference, row, choices(template), stops if set(stops) <= set(reference.added.values()) else ()
-            )
+            why = why_not(reference, row, choices(template), stops if reference.owns(stops) else ())
             line.reasons[reason] += 1
             line.outcomes[shape] = "refused"
             if why is None:

@@ -25,7 +25,8 @@ MARKER = re.compile(r"zq[a-z0-9]+")
 THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
 EMPTY_THINKING = re.compile(r"\A\s*<think>\s*</think>")
 OPENS_THINKING, CLOSES_THINKING = re.compile(r"<think>\s*\Z"), re.compile(r"\A\s*</think>")
-Stops = tuple[str, ...]  # the tokens that close a reply, whichever it is: () where the template writes none
+# What closes a reply, whichever it is: a token, or several that stand one behind the other. () where nothing does.
+Stops = tuple[str, ...]
 
 Messages = list[dict[str, Any]]
 
@@ -41,22 +42,37 @@ def frozen_clock(now: str) -> Iterator[None]:
 
 @dataclass
 class Reference:
-    """transformers' own rendering with one tokenizer, template and clock. Answers are kept: a check asks repeatedly."""
+    """transformers' own rendering with one tokenizer, template and clock. Answers are kept: a check asks repeatedly.
+
+    parts: the roles whose contents the template wants as a list of parts.
+    ends: what closes replies, whose tokens are control tokens though the tokenizer may not mark them special."""
 
     tokenizer: Any
     template: str
     now: str
+    parts: tuple[str, ...] = ()
+    ends: Stops = ()
     _texts: dict[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         added = self.tokenizer.added_tokens_decoder
         self.added: dict[int, str] = {i: t.content for i, t in added.items()}
-        self.special: dict[int, str] = {i: t.content for i, t in added.items() if t.special}
+        ends = {token for stop in self.ends for token in self.tokens(stop)}
+        self.special: dict[int, str] = {i: t.content for i, t in added.items() if t.special or t.content in ends}
         backend = self.tokenizer.backend_tokenizer
         self.composes: bool = "NFC" in repr(backend.normalizer)
         self.byte_level: bool = "ByteLevel" in repr(backend.pre_tokenizer)
         longest_first = sorted(self.special.values(), key=len, reverse=True)
         self.lookalike = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    def tokens(self, stop: str) -> list[str]:
+        """The added tokens that make up what closes a reply; [] where it is not made of such."""
+        longest_first = sorted(self.added.values(), key=len, reverse=True)
+        found = re.findall("|".join(map(re.escape, longest_first)) or "(?!)", stop)
+        return found if "".join(found) == stop else []
+
+    def owns(self, stops: Stops) -> bool:
+        return all(map(self.tokens, stops))
 
     def text(
         self, messages: Messages, tools: Any, kwargs: dict[str, Any], add_generation_prompt: bool = False
@@ -71,6 +87,7 @@ class Reference:
         self, messages: Messages, tools: Any, kwargs: dict[str, Any], add_generation_prompt: bool
     ) -> str | None:
         try:
+            messages = self._given(messages)
             with frozen_clock(self.now):
                 if not messages:  # apply_chat_template declines an empty list, the template itself may not
                     texts, _ = chat_template_utils.render_jinja_template(
@@ -94,10 +111,33 @@ class Reference:
         except Exception:  # a template raises whatever it likes
             return None
 
+    def _given(self, messages: Messages) -> Messages:
+        return [
+            {**m, "content": [{"type": "text", "text": m["content"] or ""}]} if m["role"] in self.parts else m
+            for m in messages
+        ]
+
+    def marks(self, messages: Messages, tools: Any) -> list[tuple[int, int]]:
+        """(first, past last) character of what stands inside each `{% generation %}` mark of the template."""
+        with frozen_clock(self.now):
+            _, spans = chat_template_utils.render_jinja_template(
+                conversations=[self._given(messages)],
+                tools=tools,
+                chat_template=self.template,
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
+        return list(spans[0])
+
     def ids(self, messages: Messages, tools: Any, kwargs: dict[str, Any]) -> list[int]:
         with frozen_clock(self.now):
             ids = self.tokenizer.apply_chat_template(
-                messages, tools=tools, chat_template=self.template, tokenize=True, return_dict=False, **kwargs
+                self._given(messages),
+                tools=tools,
+                chat_template=self.template,
+                tokenize=True,
+                return_dict=False,
+                **kwargs,
             )
         return list(ids)
 
@@ -393,7 +433,7 @@ def check_rows(
 
     rendered: rows with `ids`, `mask`, `text` and `boundary_splits`: one, or several that share out the turns.
     """
-    reference = reference or Reference(tokenizer, template, now)
+    reference = reference or Reference(tokenizer, template, now, ends=stops)
     problems: list[str] = []
     taught: list[int] = []
     for number, one in enumerate(rendered):
@@ -418,7 +458,7 @@ def check_row(
     ids, mask = [int(i) for i in rendered.ids], np.asarray(rendered.mask)
     if len(ids) != len(mask) or not set(mask.tolist()) <= {0, 1}:
         return [], ["ids and mask do not fit"]
-    if not stops or not set(stops) <= set(reference.added.values()):
+    if not stops or not reference.owns(stops):
         return [], [f"not all ends of turn {stops} are tokens, yet the row was accepted"]
     whole = len(row["messages"])
     for case in cases(reference, row, kwargs, stops):
@@ -484,11 +524,12 @@ def _check(case: Case, upto: int, rendered: Any, ids: list[int], mask: Any) -> t
     if special != [i for i in reference.encode(twin) if i in reference.special]:
         names = [reference.special[i] for i in special]
         problems.append(f"control ids are {names}, not those the template writes")
-    ends = [t for t, (s, m) in enumerate(zip(spans, mask, strict=True)) if m and reference.added.get(ids[t]) in stops]
+    closing = {reference.tokens(stop)[-1] for stop in stops}
+    ends = [t for t, (s, m) in enumerate(zip(spans, mask, strict=True)) if m and reference.added.get(ids[t]) in closing]
     if len(ends) < len(taught):
         problems.append(f"{len(ends)} supervised ends of turn for {len(taught)} turns")
     after = [t for t in range(len(ids)) if mask[t] and (t + 1 == len(ids) or not mask[t + 1])]
-    if any(reference.added.get(ids[t]) not in stops for t in after):
+    if any(reference.added.get(ids[t]) not in closing for t in after):
         problems.append("a supervised stretch does not end in the end of turn")
     bos = reference.tokenizer.bos_token
     if bos and bos not in stops and ids.count(reference.tokenizer.bos_token_id) != twin.count(bos):

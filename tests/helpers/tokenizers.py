@@ -117,14 +117,16 @@ def write_tokenizer(kind: str, directory: Path) -> Path:
     return directory
 
 
-def byte_level(bos: str = "<s>", eos: str = "</s>", special: tuple[str, ...] = ()) -> Any:
-    """Its fast way through our encoder is the one of remembered words."""
-    return _open(_gpt2(), bos, eos, special)
+def byte_level(bos: str = "<s>", eos: str = "</s>", special: tuple[str, ...] = (), plain: tuple[str, ...] = ()) -> Any:
+    """Its fast way through our encoder is the one of remembered words. plain: added tokens that are not special."""
+    return _open(_gpt2(), bos, eos, special, plain)
 
 
-def sentencepiece(bos: str = "<s>", eos: str = "</s>", special: tuple[str, ...] = ()) -> Any:
+def sentencepiece(
+    bos: str = "<s>", eos: str = "</s>", special: tuple[str, ...] = (), plain: tuple[str, ...] = ()
+) -> Any:
     """Writes a blank before the first word of whatever it is given, and bytes for what it does not know."""
-    return _open(_bare_llama2(), bos, eos, special)
+    return _open(_bare_llama2(), bos, eos, special, plain)
 
 
 WITH_TOKENS = {"byte-level": byte_level, "sentencepiece": sentencepiece}
@@ -140,7 +142,7 @@ def _bare_llama2() -> str:
     return json.dumps(json.loads(llama2()[0].to_str()) | {"post_processor": None})
 
 
-def _open(text: str, bos: str, eos: str, special: tuple[str, ...]) -> Any:
+def _open(text: str, bos: str, eos: str, special: tuple[str, ...], plain: tuple[str, ...]) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(
@@ -149,5 +151,5 @@ def _open(text: str, bos: str, eos: str, special: tuple[str, ...]) -> Any:
     if special:
         tokens = [AddedToken(t, normalized=False, special=True) for t in special if t not in (bos, eos)]
         tokenizer.add_special_tokens({"additional_special_tokens": tokens})
-        tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in TAGS])
+        tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in (*TAGS, *plain)])
     return tokenizer

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from sftflow.chat.fast_bpe import WordCache
 from sftflow.foundation.errors import MaskError
 
-Literal = tuple[int, int, str]  # (start, end, token): a special token the template itself wrote
+Literal = tuple[int, int, str]  # (start, end, token): a control token the template itself wrote
 Piece = tuple[str, str]  # ("special", token) or ("content", text)
 Int = NDArray[np.int64]
 
@@ -65,21 +65,26 @@ def pieces_of(text: str, literals: list[Literal]) -> list[Piece]:
 
 
 class Encoder:
-    """Encodes with one tokenizer, but lets only literals become special tokens. `encoder_of` makes it.
+    """Encodes with one tokenizer, but lets only literals become control tokens. `encoder_of` makes it.
 
     encoder = encoder_of(tokenizer_text(tokenizer))
     encoder.encode(text, encoder.literals(text), [reply_start], "data.jsonl:17").ids
+
+    special: id of each control token: those that the tokenizer marks special, and the ends of turns that it does not.
+    added: id of each token that stands beside the vocabulary, as `<think>`; the control tokens are among them.
     """
 
-    def __init__(self, tokenizer: str) -> None:
-        """tokenizer: its tokenizer.json."""
+    def __init__(self, tokenizer: str, ends: tuple[str, ...] = ()) -> None:
+        """tokenizer: its tokenizer.json.   ends: added tokens at which generation stops though they are not special."""
         from tokenizers import Tokenizer
 
         self._text = tokenizer
         self._backend = Tokenizer.from_str(tokenizer)
         self._backend.no_padding()
         self._backend.no_truncation()
-        special = {i: t for i, t in self._backend.get_added_tokens_decoder().items() if t.special}
+        added = self._backend.get_added_tokens_decoder()
+        self.added: dict[str, int] = {t.content: i for i, t in added.items()}
+        special = {i: t for i, t in added.items() if t.special or t.content in ends}
         self.special: dict[str, int] = {t.content: i for i, t in special.items()}
         self.swallows_right = frozenset(t.content for t in special.values() if t.rstrip)
         longest_first = sorted(self.special, key=len, reverse=True)
@@ -118,7 +123,7 @@ class Encoder:
 
         data = json.loads(self._text)
         renamed = [
-            {**t, "content": f"{TWIN_OPEN}{t['content']}{TWIN_CLOSE}"} if t["special"] else t
+            {**t, "content": f"{TWIN_OPEN}{t['content']}{TWIN_CLOSE}"} if t["content"] in self.special else t
             for t in data["added_tokens"]
         ]
         plain = {**data, "added_tokens": renamed, "post_processor": None, "padding": None, "truncation": None}

@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sftflow.chat.content_parts import Messages
 from sftflow.chat.encode import encoder_of
 from sftflow.chat.format import ChatFormat, tokenizer_text
-from sftflow.chat.proof.prover import Prover
+from sftflow.chat.proof.prover import Prover, unflagged_ends
 from sftflow.chat.schema import Conversation, parse_row
 from sftflow.chat.template import Row, Template
 from sftflow.foundation.errors import FormatError, MaskError
@@ -67,7 +68,7 @@ class Renderer:
         renderer.render(conversation, add_generation_prompt=True).ids    the prompt that evaluation and server send
 
     special: id of each control token.   special_re: any of them, in a text.
-    end_token: the token that ends ordinary replies, or None where the format writes none.
+    end_token: the token at which ordinary replies stop, or None where the format writes none.
     """
 
     def __init__(self, tokenizer: Any, chat_format: ChatFormat, *, spec: RendererSpec | None = None) -> None:
@@ -76,9 +77,11 @@ class Renderer:
             names = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
             spec = RendererSpec(tokenizer_text(tokenizer), names, tokenizer.eos_token_id, chat_format)
         self.tokenizer, self.spec, self.format = tokenizer, spec, chat_format
-        self._encoder = encoder_of(spec.tokenizer)
+        encoder = encoder_of(spec.tokenizer)
+        self._template = Template(spec.format, spec.names, encoder.special)
+        ends = unflagged_ends(self._template, encoder, spec.eos)
+        self._encoder = encoder_of(spec.tokenizer, ends) if ends else encoder
         self.special, self.special_re = self._encoder.special, self._encoder.special_re
-        self._template = Template(spec.format, spec.names, self.special)
         self._prover = Prover(self._template, self._encoder, spec.eos)
         self.end_token = self._prover.end_token
         self._others: dict[str, Renderer] = {}
@@ -175,11 +178,19 @@ class Renderer:
         row = self._template.row(conversation)
         return self._template.text(row.messages, row.tools, add_generation_prompt, row.source)
 
+    def as_given(self, messages: Messages) -> Messages:
+        """Messages as the template takes them: contents as lists of parts where it leaves texts out."""
+        return self._template.as_given(messages)
+
     # ---- ids
 
     def stop_ids(self) -> list[int]:
         """Ids at which a reply ends: the end-of-turn tokens, and the tokenizer's own end of text."""
         return list(self._prover.stop_ids)
+
+    def end_ids(self) -> frozenset[int]:
+        """Ids of all tokens that turns end with: `stop_ids`, and what the template writes directly in front of them."""
+        return self._prover.end_ids
 
     def python_ids(self) -> tuple[int, int, int, int] | None:
         """(call start, call end, output start, output end) ids where the format has calculator tokens."""

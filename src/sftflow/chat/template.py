@@ -8,11 +8,11 @@ The tests compare the two on every real template at hand.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import re
 from collections.abc import Container
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from types import CodeType
 from typing import Any, NoReturn
 
@@ -25,11 +25,10 @@ import jinja2.sandbox
 import jinja2.utils
 
 from sftflow.chat.calculator_parts import flatten_python
+from sftflow.chat.content_parts import Messages, in_parts, roles_in_parts
 from sftflow.chat.format import ChatFormat
 from sftflow.chat.schema import Conversation, Message
 from sftflow.foundation.errors import FormatError
-
-Messages = list[dict[str, Any]]
 
 _DICT_ATTRIBUTES = frozenset(dir(dict))
 _STR_METHODS = frozenset({"startswith", "endswith", "strip", "lstrip", "rstrip", "split", "rsplit", "replace", "lower"})
@@ -137,13 +136,13 @@ def _environment() -> _Environment:
     return environment
 
 
-@lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=64)
 def _code_of(template: str) -> CodeType:
     """Compiled once for all the arguments that are tried with it."""
     return _environment().compile(template)
 
 
-@lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=64)
 def _free_names(template: str) -> frozenset[str]:
     """What it reads and does not set, or only to a default: {% set thinking = thinking | default(0) %}."""
     tree = _environment().parse(template)
@@ -206,7 +205,20 @@ class Template:
 
     def text(self, messages: Messages, tools: Any, add_generation_prompt: bool, place: str) -> str:
         """The rendering, where asked with the generation prompt. Raises FormatError in the template's own words."""
+        return self._text(self.as_given(messages), tools, add_generation_prompt, place)
 
+    def as_given(self, messages: Messages) -> Messages:
+        """The messages with contents as lists of parts where the template leaves texts out."""
+        return in_parts(messages, self._in_parts) if self._in_parts else messages
+
+    @functools.cached_property
+    def _in_parts(self) -> frozenset[str]:
+        """The roles whose contents the template wants as parts."""
+        if not re.search(r"\btext\b", self.format.template):
+            return frozenset()
+        return roles_in_parts(lambda messages: self._text(messages, (), False, "probe"))
+
+    def _text(self, messages: Messages, tools: Any, add_generation_prompt: bool, place: str) -> str:
         def render(chat: Messages) -> str:
             return self._compiled.render(
                 self._context, messages=chat, tools=list(tools) or None, add_generation_prompt=add_generation_prompt

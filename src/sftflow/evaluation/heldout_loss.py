@@ -85,7 +85,7 @@ def groups_of(rendered: Rendered, renderer: Renderer, seen: int = 0) -> Int:
             groups[start:end][words[start:end]] = GROUPS.index(last)
         message += role.count("+") + 1
     groups[supervised] = GROUPS.index("assistant")
-    groups[supervised & np.isin(ids, renderer.stop_ids())] = GROUPS.index("end_of_turn")
+    groups[supervised & np.isin(ids, list(renderer.end_ids()))] = GROUPS.index("end_of_turn")
     return groups
 
 

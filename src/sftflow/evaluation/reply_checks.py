@@ -94,7 +94,7 @@ class ReplyChecks:
 def check_replies(replies: Sequence[Reply | EvalRow], renderer: Renderer) -> ReplyChecks:
     """Check replies that were generated in the renderer's format."""
     decoder = ReplyDecoder(renderer)
-    control = frozenset(renderer.special.values()) - decoder.stop - frozenset(decoder.python or ())
+    control = frozenset(renderer.special.values()) - renderer.end_ids() - frozenset(decoder.python or ())
     header = user_header(renderer)
     # <s> is also struck-out text in HTML
     spelled = [t for t in renderer.special if len(t) > 2 and not HTML_LIKE.fullmatch(t)]
@@ -193,7 +193,7 @@ def user_header(renderer: Renderer) -> str:
     except SftflowError:
         return ""
     between = text.partition(texts[1])[2].partition(texts[2])[0]
-    ends = [t for t, i in renderer.special.items() if i in renderer.stop_ids()]
+    ends = [t for t, i in renderer.special.items() if i in renderer.end_ids()]
     for token in (*ends, renderer.spec.names.get("bos_token")):
         between = between.replace(token, "") if token else between
     return "".join(between.split())

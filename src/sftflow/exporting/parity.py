@@ -139,7 +139,10 @@ def _compare(
     renderer, rendered = assistant.renderer, case.rendered
     theirs = engine.prompt(case.messages)
     in_transformers = assistant.tokenizer.apply_chat_template(
-        case.messages, chat_template=exported_template(renderer), tokenize=False, add_generation_prompt=True
+        renderer.as_given(case.messages),
+        chat_template=exported_template(renderer),
+        tokenize=False,
+        add_generation_prompt=True,
     )
     rendered_equal = rendered.text == theirs == in_transformers
     if not rendered_equal:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -33,12 +33,20 @@ class ReplyDecoder:
         self.renderer = renderer
         self.python = renderer.python_ids()
         self.stop = frozenset(renderer.stop_ids())
-        added = renderer.tokenizer.added_tokens_decoder
-        self.control = frozenset(i for i, token in added.items() if token.special)
+        self.control = frozenset(renderer.special.values())
+        self._ends = renderer.end_ids()
 
     def decode(self, ids: list[int]) -> str:
-        text: str = self.renderer.tokenizer.decode(ids, skip_special_tokens=True)
+        shown = [i for i in ids if i not in self.control]  # an end of turn need not be one of the "special" tokens
+        text: str = self.renderer.tokenizer.decode(shown, skip_special_tokens=True)
         return text
+
+    def length_without_end(self, ids: Sequence[int], stop: Collection[int]) -> int:
+        """How many ids come before the end of turn that they stopped with, at one of `stop`."""
+        n = len(ids)
+        while n and ids[n - 1] in (stop if n == len(ids) else self._ends):
+            n -= 1
+        return n
 
     def reply_text(self, stops: Sequence[str] = ()) -> ReplyText:
         """The text parts joined, for ids that come one by one, up to the first of the stop texts."""
@@ -189,7 +197,7 @@ class ReplySequence:
             parts=parts,
             finish_reason=self.finish,
             n_prompt=len(self.request.prompt_ids),
-            n_generated=len(self.ids) - (1 if self.ids and self.ids[-1] in self.stop else 0),
+            n_generated=self.decoder.length_without_end(self.ids, self.stop),
             seconds=time.perf_counter() - self.began,
             near_ties=tuple(self.near_ties),
             logprobs=tuple(self.logprobs),

@@ -6,7 +6,9 @@ What cannot be proven is refused with MaskError.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,8 @@ from sftflow.chat.proof.shape import End, Shape
 from sftflow.chat.schema import parse_row
 from sftflow.chat.template import Row, Template
 from sftflow.foundation.errors import FormatError, MaskError
+
+_EXCHANGE: list[dict[str, Any]] = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,20 +42,24 @@ class Proof:
 class Prover:
     """Proves where in the renderings of one format the values stand and the replies end.
 
-    end_token: the token that ends ordinary replies, or None.
+    end_token: the token at which ordinary replies stop, or None.
     stop_ids: ids at which a reply ends: the ends of turns that the template writes, and the end of text.
+    end_ids: ids of all tokens that the template ends turns with, those at which generation goes on for a token or two
+    (`<|END_RESPONSE|>` in front of `<|END_OF_TURN_TOKEN|>`) among them.
     """
 
     def __init__(self, template: Template, encoder: Encoder, eos: int | None) -> None:
         """eos: the id of the end of text, or None."""
         self._template, self._encoder = template, encoder
+        self._stops = [token for token, i in encoder.special.items() if i == eos]
         self._shapes: dict[Any, Shape] = {}
         self._complete: set[Any] = set()  # shapes of conversations whose prompt leaves nothing out
         end = template.format.end
         self.end_token = end if end in encoder.special else None
         ends = self._probe_ends()
-        stops = [encoder.special[token] for token in (self.end_token, *ends) if token]
+        stops = [encoder.special[token] for token in (self.end_token, *(e.token for e in ends)) if token]
         self.stop_ids = list(dict.fromkeys(stops if eos is None else [*stops, eos]))
+        self.end_ids = frozenset([*self.stop_ids, *(encoder.special[token] for e in ends for token in e.tokens)])
 
     def prove(self, row: Row, text: str) -> Proof:
         """Raises MaskError where the text is not the template's words with the row's values in them, or where it
@@ -90,7 +98,7 @@ class Prover:
         known = self._shapes.get(key)
         if known is None:
             try:
-                known = Shape(self._template, self._encoder.special_re, marked, self.end_token)
+                known = Shape(self._template, self._encoder.special_re, marked, self.end_token, self._stops)
             except FormatError:
                 return None
             if key is not None:
@@ -147,7 +155,7 @@ class Prover:
     # ---- replies
 
     def end_of_turn(self, proof: Proof, turn: int, start: int) -> int:
-        """The number of the literal that ends assistant turn `turn`, whose reply begins at character `start`; after
+        """The number of the last literal of assistant turn `turn`, whose reply begins at character `start`; after
         proving that the reply holds all the turn's values, and nothing of another message."""
         place, shape, literals = f"{proof.row.source}.messages[{turn}]", proof.shape, proof.literals
         end = shape.end_of(turn)
@@ -155,21 +163,22 @@ class Prover:
             raise MaskError(place, end, "use another --format, or append_eos: true where the format writes no end")
         if self._encoder.special[end.token] not in self.stop_ids:
             raise MaskError(place, f"this reply ends with {end.token}, at which generation would not stop", "")
-        at = proof.starts[end.piece] + end.start
+        first, at = proof.starts[end.piece] + end.start, proof.starts[end.piece] + end.last
         own = []
         for mark, (left, right) in zip(shape.skeleton.order, proof.spans, strict=True):
             mine = shape.placeholders[mark].message == turn
             own += [left] if mine else []
             # (The beginning of a content may be what the template pre-fills, as `<think>`: then it is in the prompt.)
-            if mine and not (start < right <= at):
+            if mine and not (start < right <= first):
                 raise MaskError(place, "its content does not lie between its prompt and its end-of-turn token", "")
             if not mine and left < at and right > start:
                 raise MaskError(place, "another message's content lies inside this reply", "use another --format")
         inside = [n for n, x in enumerate(literals) if start <= x[0] <= at]
         if at < start or not inside or literals[inside[-1]][0] != at:
             raise MaskError(place, "its end-of-turn token does not follow its prompt", "use another --format")
-        if any(literals[n][2] == end.token for n in inside[:-1]):
-            raise MaskError(place, f"the format writes {end.token} inside the reply, where generation would stop", "")
+        early = [literals[n][2] for n in inside[:-1] if self._encoder.special[literals[n][2]] in self.stop_ids]
+        if early:
+            raise MaskError(place, f"the format writes {early[0]} inside the reply, where generation would stop", "")
         # Many templates write no header unasked where there is no message: what looks like a first reply would then
         # begin with its own header.
         if turn == 0 and (not own or proof.text[start : min(own)].strip()):
@@ -218,18 +227,18 @@ class Prover:
             waiting = ""
         return tuple(out)
 
-    def _probe_ends(self) -> list[str]:
-        """The end-of-turn tokens: of an ordinary reply, and of a reply that calls a tool where the format has that."""
+    def _probe_ends(self) -> list[End]:
+        """The ends of turns: of an ordinary reply, and of a reply that calls a tool where the format has that."""
         call = {"type": "function", "function": {"name": "look", "arguments": {"at": "x"}}, "id": "probe0000"}
         parameters = {"type": "object", "properties": {"at": {"type": "string"}}}
         tool = {"type": "function", "function": {"name": "look", "description": "d", "parameters": parameters}}
-        user = {"role": "user", "content": "u"}
+        calls = [_EXCHANGE[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
         probes = [
-            {"messages": [user, {"role": "assistant", "content": "a"}]},
-            {"messages": [user, {"role": "assistant", "content": "a"}], "tools": [tool]},
-            {"messages": [user, {"role": "assistant", "content": "", "tool_calls": [call]}], "tools": [tool]},
+            {"messages": _EXCHANGE},
+            {"messages": _EXCHANGE, "tools": [tool]},
+            {"messages": calls, "tools": [tool]},
         ]
-        ends: list[str] = []
+        ends: list[End] = []
         for probe in probes:
             found = self._shape(self._template.row(parse_row(probe, "probe")), words=False)
             if found is None or any(found[0].placeholders[mark].message == 1 for mark in found[0].left_out):
@@ -237,5 +246,23 @@ class Prover:
             end = found[0].end_of(1)
             if isinstance(end, End):
                 self.end_token = self.end_token or end.token
-                ends.append(end.token)
+                ends.append(end)
         return ends
+
+
+def unflagged_ends(template: Template, encoder: Encoder, eos: int | None) -> tuple[str, ...]:
+    """Tokens that end turns though the tokenizer does not mark them special: the end of text, and those of the added
+    tokens that the template writes directly behind an ordinary reply.
+
+    encoder: one that knows no ends."""
+    unflagged = {token: i for token, i in encoder.added.items() if token not in encoder.special}
+    ends = {token for token, i in unflagged.items() if i == eos}
+    written = re.compile("|".join(map(re.escape, sorted(encoder.added, key=len, reverse=True))))
+    marked = MarkedRow(template.row(parse_row(_EXCHANGE, "probe")), words=False)
+    with contextlib.suppress(FormatError):
+        rendering = template.text(marked.messages, (), False, "probe") if unflagged else ""
+        behind = marked.skeleton(rendering).pieces[-1].lstrip()
+        while rendering and (m := written.match(behind)):
+            ends |= {m.group()} & unflagged.keys()
+            behind = behind[m.end() :]
+    return tuple(sorted(ends))

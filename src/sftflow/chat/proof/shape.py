@@ -4,8 +4,10 @@ where in them replies end and turns begin."""
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from sftflow.chat.encode import Literal
@@ -17,12 +19,20 @@ from sftflow.foundation.sequences import common_prefix
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """The control token that ends a turn: in piece `piece` of the skeleton, characters [start, end) of it."""
+    """The control tokens that end a turn, mostly one: in piece `piece` of the skeleton, from character `start` of it.
+
+    last: where the last of them begins, at which generation stops.   tokens: all of them, in order.
+    """
 
     piece: int
     start: int
-    end: int
-    token: str
+    last: int
+    tokens: tuple[str, ...]
+
+    @property
+    def token(self) -> str:
+        """The one at which generation stops."""
+        return self.tokens[-1]
 
 
 class Shape:
@@ -31,10 +41,18 @@ class Shape:
     left_out: the marks that the template does not write.
     """
 
-    def __init__(self, template: Template, special_re: re.Pattern[str], marked: MarkedRow, plain_end: str | None):
-        """plain_end: the token that ends ordinary replies, where it is known. Raises FormatError where the template
-        refuses the marks."""
-        self._template, self._special_re, self._marked, self._plain_end = template, special_re, marked, plain_end
+    def __init__(
+        self,
+        template: Template,
+        special_re: re.Pattern[str],
+        marked: MarkedRow,
+        plain_end: str | None,
+        stops: Collection[str],
+    ) -> None:
+        """plain_end: the token that ends ordinary replies, where it is known.   stops: tokens at which generation
+        stops wherever they come. Raises FormatError where the template refuses the marks."""
+        self._template, self._special_re, self._marked = template, special_re, marked
+        self._plain_end, self._stops = plain_end, {*stops, plain_end}
         self.placeholders = marked.placeholders
         self.text = self._render(len(marked.messages))
         self.skeleton = marked.skeleton(self.text)
@@ -56,7 +74,7 @@ class Shape:
         return [(piece_starts[p] + s, piece_starts[p] + e, token) for p, s, e, token in self._literals]
 
     def end_of(self, turn: int) -> End | str:
-        """The control token that ends assistant turn number `turn`, or why that cannot be said."""
+        """What ends assistant turn number `turn`, or why that cannot be said."""
         if turn not in self._ends:
             try:
                 self._ends[turn] = self._find_end(turn)
@@ -65,9 +83,9 @@ class Shape:
         return self._ends[turn]
 
     def _find_end(self, turn: int) -> End | str:
-        """The first control token after the turn's last word; behind a call, the one that ends ordinary replies, for
-        others may close the call. The template must write it there, too, when the conversation stops with this turn:
-        then it belongs to this turn and is not the next one's header."""
+        """The first control token after the turn's last word, and those directly behind it; behind a call, the one
+        that ends ordinary replies, for others may close the call. The template must write it there, too, when the
+        conversation stops with this turn: then it belongs to this turn and is not the next one's header."""
         message, name = self._marked.messages[turn], self._template.format.name
         no_end = f"the {name} format writes no end-of-turn token after this reply: it could not learn to stop"
         prompt, alone = self._render(turn, add_generation_prompt=True), self._render(turn + 1)
@@ -100,7 +118,44 @@ class Shape:
             return f"the {name} format ends this reply with {between.strip()!r}, which is no token of this tokenizer"
         if self._opens_reply(turn, prompt, after):
             return no_end
-        return End(piece, found.start(), found.end(), found.group())
+        more = self._more_ends(turn, found, found_alone, own)
+        tokens = (found.group(), *more)
+        return End(piece, found.start(), found.start() + len("".join(tokens[:-1])), tokens)
+
+    def _more_ends(self, turn: int, here: re.Match[str], alone: re.Match[str], own: list[int]) -> list[str]:
+        """The control tokens directly behind a turn's first end token, as `<|END_RESPONSE|><|END_OF_TURN_TOKEN|>` has
+        them, up to one at which generation stops: those that the template writes here, when the conversation stops
+        with this turn, and when the user speaks next. None where more than control tokens follow when it stops: there
+        the template opens the next turn unasked."""
+        if here.group() in self._stops or self._special_re.sub("", alone.string[alone.end() :]).strip():
+            return []
+        runs = [self._run_behind(m.string, m.end()) for m in (here, alone)]
+        if not all(runs):
+            return []
+        if own:  # an empty reply is taken at the two words for it
+            asked = [*self._marked.messages[: turn + 1], {"role": "user", "content": "u"}]
+            with contextlib.suppress(FormatError):  # a format may not let the user speak here
+                asks = self._marked.skeleton(self._template.text(asked, self._marked.tools, False, "marked row"))
+                mark = self.skeleton.order[own[-1]]
+                pieces = [p for m, p in zip(asks.order, asks.pieces[1:], strict=True) if m == mark]
+                first = self._special_re.search(pieces[-1]) if pieces else None
+                runs += [self._run_behind(first.string, first.end())] if first else []
+        more: list[str] = []
+        for tokens in zip(*runs, strict=False):
+            if len(set(tokens)) > 1:
+                break
+            more.append(tokens[0])
+            if tokens[0] in self._stops:
+                break
+        return more
+
+    def _run_behind(self, text: str, at: int) -> list[str]:
+        """The control tokens that stand one behind the other from character `at`."""
+        run = []
+        while m := self._special_re.match(text, at):
+            run.append(m.group())
+            at = m.end()
+        return run
 
     def _opens_reply(self, turn: int, prompt: str, after: str) -> bool:
         """Whether what follows the turn is the next reply's header, which the template writes unasked."""
