@@ -11,11 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers.architectures import ARCHITECTURES, FP32, REFUSED, SMALL, VOCABULARY, tiny
+from helpers.architectures import ARCHITECTURES, FP32, REFUSED, SMALL, STATEFUL, VOCABULARY, stateful, tiny
 from sftflow.foundation.errors import CheckpointError
+from sftflow.generation.check_decoder import find_decode_mode
 from sftflow.packing.attending import attending, own_logits
 from sftflow.packing.attention import NAME
-from sftflow.packing.check_model import check_length, prove_forward
+from sftflow.packing.check_model import check_length, prove_forward, sees_neighbours
 from sftflow.packing.loss import batch_loss
 from sftflow.packing.pack import Example, pack_batch, pad_batch
 from sftflow.recipe import Train
@@ -120,6 +121,40 @@ def test_state_is_refused_by_name_and_trains_unpacked(name: str) -> None:
     wanted = full_logits(model, examples)
     padded = pad_batch([e for e in examples if e.mask[1:].any()])
     close(model, examples, lambda: batch_loss(model, padded, FP32, packed=False, scale=1.0), wanted)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+@pytest.mark.parametrize("name", [name for name in STATEFUL if name != "Phimoe"])
+def test_state_is_noticed_however_weak_it_is(name: str, size: float) -> None:
+    """As a fresh model's is, whose state changes its logits by less than a proof's tolerance, until it is trained."""
+    model = stateful(name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(size)
+    assert sees_neighbours(model)
+    with pytest.raises(CheckpointError, match=rf"{name}ForCausalLM cannot be trained packed"):
+        prove_forward(model)
+    assert find_decode_mode(model, FP32) != "packed"
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_attention_of_any_size_is_let_through(name: str) -> None:
+    for size in (1e-3, 30.0):
+        model = tiny(name)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(size)
+        prove_forward(model)
+
+
+def test_a_state_behind_zeros_is_noticed() -> None:
+    """A projection that begins at zero lets nothing through, and will in training."""
+    model = stateful("Lfm2")
+    with torch.no_grad():
+        model.model.layers[0].conv.out_proj.weight.zero_()
+    with pytest.raises(CheckpointError, match="it carries state from one conversation into the next"):
+        prove_forward(model)
+    assert not model.model.layers[0].conv.out_proj.weight.any()
 
 
 def test_a_head_that_is_not_a_plain_projection_is_refused() -> None:
