@@ -11,10 +11,10 @@ import torch
 from helpers.outside import each, tokenizer_names
 from sftflow import checkpoint
 
-TEXTS = ["Hello world", " two", "a<s>b", "x\n y", "</s> and on", "naïve 東京"]
+TEXTS = ["Hello world", "\n\n1. one\n\n20 two", " two", "a<s>b", "x\n y", "</s> and on", "naïve 東京"]
 
 
-@pytest.mark.parametrize("name", tokenizer_names("llama2", "llama3_1", "qwen3"))
+@pytest.mark.parametrize("name", [*tokenizer_names("llama2", "llama3_1", "qwen3"), "own_smollm2"])
 def test_saved_and_loaded(tmp_path: Path, known_tokenizers: dict[str, Path], name: str) -> None:
     saved_and_loaded(tmp_path, known_tokenizers[name])
 
@@ -26,6 +26,7 @@ def test_whole_ones_are_saved_and_loaded(tmp_path: Path, whole_tokenizers: dict[
 
 
 def saved_and_loaded(tmp_path: Path, directory: Path) -> None:
+    from tokenizers import Tokenizer
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer: Any = AutoTokenizer.from_pretrained(directory)
@@ -39,5 +40,10 @@ def saved_and_loaded(tmp_path: Path, directory: Path) -> None:
     base = checkpoint.load_assistant(str(tmp_path / "base"))
     checkpoint.save(tmp_path / "sft", base.model, base.tokenizer, base.renderer, dtype=torch.float32, meta={})
     sft = checkpoint.load_assistant(str(tmp_path / "sft"))  # raises where the fingerprint differs
+    file, plain = (
+        Tokenizer.from_file(str(directory / "tokenizer.json")),
+        AutoTokenizer.from_pretrained(tmp_path / "sft"),
+    )
     for text in TEXTS:
-        assert sft.tokenizer(text).input_ids == base.tokenizer(text).input_ids
+        wanted = file.encode(text).ids
+        assert sft.tokenizer(text).input_ids == base.tokenizer(text).input_ids == plain(text).input_ids == wanted

@@ -46,10 +46,10 @@ def exchange(i: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def caches(tokenizer_dir: Path, known_tokenizers: dict[str, Path]) -> list[tuple[Any, words.WordCache]]:
     """Tokenizers, and what remembers their words."""
-    from transformers import AutoTokenizer
+    from tokenizers import Tokenizer
 
     places = [tokenizer_dir, *(p for name, p in known_tokenizers.items() if not name.endswith("llama2"))]
-    backends = [AutoTokenizer.from_pretrained(p).backend_tokenizer for p in places]
+    backends = [Tokenizer.from_file(str(p / "tokenizer.json")) for p in places]
     found = [(backend, words.WordCache.of(backend)) for backend in backends]
     assert all(cache is not None for _, cache in found)
     return found  # type: ignore[return-value]

@@ -5,6 +5,7 @@ As files, with the published ones' normaliser, pre-tokenizer, byte handling, spe
     llama2      sentencepiece's layout: a space before every text, <0xE6> for bytes without a character, adds <s>
     llama3_1    byte-level, numbers in groups of three, header tokens, adds <|begin_of_text|>
     qwen3       byte-level behind NFC, one digit at a time, no beginning token, tags that are added but not special
+    smollm2     byte-level, split as GPT-2 does between digits that stand alone, read by a class that does not do that
 
 As objects, with the control tokens that a test asks for: `byte_level`, which splits text as GPT-2 does, and
 `sentencepiece`, Llama 2's without its own beginning.
@@ -57,11 +58,12 @@ def llama2() -> tuple[Tokenizer, dict[str, Any]]:
     }  # fmt: skip
 
 
-def _over_bytes(pre_tokenizer: Any, **options: Any) -> Tokenizer:
+def _over_bytes(pre_tokenizer: Any, more: tuple[str, ...] = (), **options: Any) -> Tokenizer:
     backend = Tokenizer(BPE(**options))
     backend.pre_tokenizer = pre_tokenizer
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(SENTENCES, BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False))
+    trainer = BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator([*SENTENCES, *more], trainer)
     backend.decoder = decoders.ByteLevel()
     return backend
 
@@ -97,10 +99,22 @@ def qwen3() -> tuple[Tokenizer, dict[str, Any]]:
     }  # fmt: skip
 
 
+def smollm2() -> tuple[Tokenizer, dict[str, Any]]:
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    split = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_])
+    backend = _over_bytes(split, ("A list:\n\n1. one\n\n2. two\n\n    10 of 20\n\n\n3" * 9,))
+    backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    return backend, {
+        "tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "unk_token": "<|endoftext|>", "vocab_size": 49152,
+    }  # fmt: skip
+
+
 KINDS: dict[str, Callable[[], tuple[Tokenizer, dict[str, Any]]]] = {
     "llama2": llama2,
     "llama3_1": llama3_1,
     "qwen3": qwen3,
+    "smollm2": smollm2,
 }
 
 

@@ -21,6 +21,8 @@ _MOST_WORDS = 1 << 20
 _OTHER = {0x85, 0xA0, 0x17F}
 _ALPHABET = [chr(c) for c in (*range(0x17F), *range(0x2010, 0x2028), 0x20AC) if c not in _OTHER]
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# The same between digits that stand alone: blanks before a digit are the last of their piece.
+_DIGITS_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
 # What the self-test encodes both ways before the short way is taken.
 _PROBE = (
@@ -145,6 +147,8 @@ def _split_pattern(backend: Any) -> re.Pattern[str] | None:
         return None
     if last["use_regex"] and len(steps) == 1:
         source = _GPT2_PATTERN
+    elif last["use_regex"] and len(steps) == 2 and steps[0] == {"type": "Digits", "individual_digits": True}:
+        source = _DIGITS_PATTERN
     elif not last["use_regex"] and len(steps) == 2 and _splits(steps[0]):
         source = steps[0]["pattern"]["Regex"]
     else:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import sftflow.gguf.reader as gguf
 from sftflow.chat.format import add_tokens, choose_format
 from sftflow.checkpoint import hub
+from sftflow.checkpoint.tokenizer import read_tokenizer
 from sftflow.checkpoint.weights import COPY_AGAIN, load_weights, not_finite, require_whole
 from sftflow.foundation.atomic_io import (
     check_hashes,
@@ -103,9 +104,10 @@ def load_tokenizer(location: Location) -> Any:
     with _reading(location) as own:
         if own:
             return gguf.tokenizer_of(own)
+        if not location.gguf:
+            return read_tokenizer(Path(location.path), **location.load_args)
         tokenizer = AutoTokenizer.from_pretrained(location.path, **location.load_args)
-        if location.gguf:
-            as_llama_cpp_splits(tokenizer, gguf.pre_tokenizer(location.file))
+        as_llama_cpp_splits(tokenizer, gguf.pre_tokenizer(location.file))
         return tokenizer
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
-import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sftflow.chat.format import ChatFormat
+from sftflow.checkpoint.tokenizer import write_tokenizer
 from sftflow.checkpoint.weights import distinct_weights, settle_head
 from sftflow.fingerprint import format_fingerprint
 from sftflow.foundation.atomic_io import (
@@ -59,7 +57,7 @@ def save(target: Path, model: Any, tokenizer: Any, renderer: Renderer, *, dtype:
         finally:
             model.config.dtype = old_dtype
             model.set_attn_implementation(implementation)
-        _save_tokenizer(tokenizer, directory)
+        write_tokenizer(tokenizer, directory)
         files = sorted(p for p in directory.iterdir() if p.is_file())
         record = {
             **meta,
@@ -72,20 +70,3 @@ def save(target: Path, model: Any, tokenizer: Any, renderer: Renderer, *, dtype:
         write_json(directory / "sftflow.json", with_checksum(record))
 
     write_directory(target, fill)
-
-
-def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
-    """The tokenizers library raises a bare Exception where the disk is full; here it is an OSError."""
-    try:
-        tokenizer.save_pretrained(directory)
-    except Exception as error:
-        if isinstance(error, OSError) or f"os error {errno.ENOSPC}" not in str(error):
-            raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
-    # transformers builds a Llama tokenizer anew on loading, by `legacy`, and forgets to save that: text behind control
-    # tokens would then be encoded otherwise than in training.
-    legacy = getattr(tokenizer, "legacy", None)
-    path = directory / "tokenizer_config.json"
-    if legacy is not None and path.is_file():
-        config = json.loads(path.read_text(encoding="utf-8"))
-        path.write_text(json.dumps({**config, "legacy": legacy}, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
