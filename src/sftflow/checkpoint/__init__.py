@@ -1,14 +1,15 @@
 """Checkpoints: a Hugging Face directory plus `sftflow.json` (lineage, format, fingerprint, file hashes).
 
 A model is named by a directory, a run directory (its `checkpoint/` is meant), `builtin:tiny`, a .gguf file, or a
-hub id (`loading.py`, `hub.py`). `weights.py` accounts for every tensor, `assistant.py` makes it talk, `saving.py`
-writes one.
+hub id (`loading.py`, `hub.py`). The directory of an adapter of peft is its base with the adapter added
+(`adapters.py`). `weights.py` accounts for every tensor, `assistant.py` makes it talk, `saving.py` writes one.
 """
 
 from sftflow.checkpoint.assistant import Assistant, assistant_of, base_format, grow_embeddings, load_assistant, prepare
 from sftflow.checkpoint.loading import (
     BUILTIN_TINY,
     Location,
+    base_location,
     load_config,
     load_info,
     load_model,
@@ -25,6 +26,7 @@ __all__ = [
     "Location",
     "assistant_of",
     "base_format",
+    "base_location",
     "grow_embeddings",
     "load_assistant",
     "load_config",

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sftflow.gguf.reader as gguf
 from sftflow.chat.format import add_tokens, choose_format
-from sftflow.checkpoint import hub
+from sftflow.checkpoint import adapters, hub
 from sftflow.checkpoint.tokenizer import read_tokenizer
 from sftflow.checkpoint.weights import COPY_AGAIN, load_weights, not_finite, require_whole
 from sftflow.foundation.atomic_io import (
@@ -34,12 +34,14 @@ class Location:
     """Where a checkpoint's files are. path: a directory; gguf: file name inside it.
 
     from_hub: whether the directory is the hub library's copy of model `name`, whose weights come when asked for.
+    adapter_of: of an adapter's directory, the name of its base; "" where it names none.
     """
 
     name: str
     path: str
     gguf: str | None = None
     from_hub: bool = False
+    adapter_of: str | None = None
 
     @property
     def file(self) -> Path:
@@ -71,12 +73,36 @@ def resolve(name: str) -> Location:
         inside = path / "checkpoint" if (path / "checkpoint").is_dir() else path
         if (path / "resume").is_dir() and inside == path:
             raise CheckpointError(name, "this run has not finished", "continue it with train RECIPE --resume")
+        if adapters.is_adapter(inside):
+            return Location(name, str(inside), adapter_of=adapters.base_name(inside))
         if not any((inside / f).is_file() for f in ("config.json", "tokenizer.json", "tokenizer_config.json")):
             raise CheckpointError(name, "no config.json in it", "give a Hugging Face checkpoint directory")
         return Location(name, str(inside))
     if path.exists() or not hub.is_hub_id(name):
         raise CheckpointError(name, "no such checkpoint directory", f"give a directory, a hub id or {BUILTIN_TINY}")
-    return Location(name, str(hub.snapshot(name)), from_hub=True)
+    folder = hub.snapshot(name)
+    base = adapters.base_name(folder) if adapters.is_adapter(folder) else None
+    return Location(name, str(folder), from_hub=True, adapter_of=base)
+
+
+def base_location(adapter: Location) -> Location:
+    """Where the base of an adapter is."""
+    remedy = "put it there, or name the base: export --to merged --base BASE"
+    if not adapter.adapter_of:
+        raise CheckpointError(adapter.name, "the adapter names no base", remedy)
+    try:
+        return resolve(adapter.adapter_of)
+    except CheckpointError as error:
+        raise CheckpointError(error.place, f"{error.fact} (the base of {adapter.name})", remedy) from None
+
+
+def tokenizer_location(location: Location) -> Location:
+    """Where a model's tokenizer and chat format are: of an adapter without a tokenizer, with its base."""
+    if location.adapter_of is None:
+        return location
+    if adapters.has_tokenizer(Path(location.path)):
+        return replace(location, adapter_of=None)
+    return tokenizer_location(base_location(location))
 
 
 def _check_files(location: Location, *, weights: bool = True) -> dict[str, Any]:
@@ -100,6 +126,7 @@ def load_tokenizer(location: Location) -> Any:
     """The fast tokenizer of a checkpoint."""
     from transformers import AutoTokenizer
 
+    location = tokenizer_location(location)
     _check_files(location, weights=False)
     with _reading(location) as own:
         if own:
@@ -112,9 +139,11 @@ def load_tokenizer(location: Location) -> Any:
 
 
 def load_config(location: Location) -> Any:
-    """The transformers config of a checkpoint, without its weights."""
+    """The transformers config of a checkpoint, without its weights; of an adapter, its base's."""
     from transformers import AutoConfig
 
+    if location.adapter_of is not None:
+        return load_config(base_location(location))
     _check_files(location, weights=False)
     with _reading(location) as own:
         if own:
@@ -123,7 +152,16 @@ def load_config(location: Location) -> Any:
 
 
 def load_info(location: Location) -> dict[str, Any]:
-    """sftflow.json of a checkpoint: {} where there is none. Raises CheckpointError where it is damaged."""
+    """sftflow.json of a checkpoint: {} where there is none. Raises CheckpointError where it is damaged.
+
+    Of an adapter: what its base's still says of both, the format of its tokenizer, and the base's name.
+    """
+    if location.adapter_of is not None:
+        base = base_location(location)
+        of_base, of_tokenizer = load_info(base), load_info(tokenizer_location(location))
+        kept = {key: of_base[key] for key in ("recipe", "kind", "dtype") if key in of_base}
+        kept |= {key: of_tokenizer[key] for key in ("format", "fingerprint") if key in of_tokenizer}
+        return kept | {"base": {"name": base.name, **{key: of_base.get(key) for key in ("fingerprint", "kind")}}}
     if location.gguf:
         with _reading(location) as own:
             return {"format": own[FORMAT]} if own else {}
@@ -135,6 +173,7 @@ def open_renderer(location: Location, format_name: str) -> Renderer:
     """A renderer without the model: the checkpoint's tokenizer, in the named format or its own stored one."""
     from sftflow.chat.render import Renderer
 
+    location = tokenizer_location(location)
     tokenizer = load_tokenizer(location)
     chat_format = choose_format(format_name, tokenizer, load_info(location).get("format"))
     add_tokens(tokenizer, chat_format)
@@ -142,11 +181,13 @@ def open_renderer(location: Location, format_name: str) -> Renderer:
 
 
 def load_model(location: Location) -> tuple[Any, dict[str, Any]]:
-    """(model in fp32 on the CPU, its sftflow.json).
+    """(model in fp32 on the CPU, its sftflow.json). An adapter is added into its base.
 
     Raises CheckpointError naming a missing or damaged file, and the tensors that are missing, strange, of another shape
-    or not finite.
+    or not finite; of an adapter, also what `adapters.merge_into` does.
     """
+    if location.adapter_of is not None:
+        return _load_with_adapter(location), load_info(location)
     info = load_info(location) if location.gguf else _check_files(location)
     with _reading(location) as own:
         if own:
@@ -180,6 +221,21 @@ def _from_other_gguf(location: Location) -> Any:
     fresh.tie_weights()
     fresh.generation_config = model.generation_config
     return fresh
+
+
+def _load_with_adapter(location: Location) -> Any:
+    base = base_location(location)
+    if quantised := getattr(load_config(base), "quantization_config", None):
+        kind = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", "")
+        fact = f"its weights are quantised ({kind}), and {location.name} cannot be added into those"
+        raise CheckpointError(base.name, fact, "name the full base: export --to merged --base BASE")
+    if location.from_hub:
+        hub.fetch_weights(location.name, Path(location.path))
+    model, _ = load_model(base)
+    n_tokens = len(load_tokenizer(location))
+    if n_tokens <= len(load_tokenizer(base)):
+        n_tokens = 0
+    return adapters.merge_into(model, Path(location.path), location.name, n_tokens)
 
 
 @contextlib.contextmanager

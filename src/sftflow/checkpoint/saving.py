@@ -30,14 +30,17 @@ def _stored(weight: Any, dtype: Any) -> Any:
     return weight.detach().to(dtype)
 
 
-def save(target: Path, model: Any, tokenizer: Any, renderer: Renderer, *, dtype: Any, meta: dict[str, Any]) -> None:
+def save(
+    target: Path, model: Any, tokenizer: Any, renderer: Renderer | None, *, dtype: Any, meta: dict[str, Any]
+) -> None:
     """Write a checkpoint directory, whole or not at all.
+
+    renderer: None leaves chat template and generation config as they are; `meta` may name the format.
 
     It loads with AutoModelForCausalLM, carries the chat template, and stops at the end-of-turn token by its
     generation_config.json. The weights are written in `dtype`.
     """
-    chat_format: ChatFormat = renderer.format
-    stop = renderer.stop_ids()
+    stop = renderer.stop_ids() if renderer else []
 
     def fill(directory: Path) -> None:
         settle_head(model)
@@ -46,7 +49,8 @@ def save(target: Path, model: Any, tokenizer: Any, renderer: Renderer, *, dtype:
         implementation = model.config._attn_implementation
         model.config.dtype = dtype
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-        model.generation_config.eos_token_id = stop if len(stop) != 1 else stop[0]
+        if stop:
+            model.generation_config.eos_token_id = stop if len(stop) != 1 else stop[0]
         # A base's generation config may hold sampling values without do_sample, which saving refuses.
         model.generation_config.do_sample = bool(model.generation_config.do_sample)
         if not model.generation_config.do_sample:
@@ -61,12 +65,15 @@ def save(target: Path, model: Any, tokenizer: Any, renderer: Renderer, *, dtype:
         files = sorted(p for p in directory.iterdir() if p.is_file())
         record = {
             **meta,
-            "kind": "sft",
-            "format": chat_format.to_json(),
-            "fingerprint": format_fingerprint(tokenizer, chat_format),
+            **(_format_record(tokenizer, renderer.format) if renderer else {}),
             "dtype": str(dtype).removeprefix("torch."),
             "sha256": {p.name: sha256_file(p) for p in files},
         }
         write_json(directory / "sftflow.json", with_checksum(record))
 
     write_directory(target, fill)
+
+
+def _format_record(tokenizer: Any, chat_format: ChatFormat) -> dict[str, Any]:
+    fingerprint = format_fingerprint(tokenizer, chat_format)
+    return {"kind": "sft", "format": chat_format.to_json(), "fingerprint": fingerprint}

@@ -31,8 +31,6 @@ def export_gguf(name: str, out: Path, kind: str, *, prompts: int = parity.PROMPT
     if kind not in TYPES:
         raise RecipeError("--type", f"{kind!r} is not a type", f"use one of {', '.join(TYPES)}")
     _check_target(out, name)
-    if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file():
-        raise CheckpointError(name, "it is an adapter, not a model", "merge it first with export --to merged")
     location = resolve(name)
     config = load_config(location)
     layout.layout_of(config, name)

@@ -113,6 +113,8 @@ class FineTuning(TrainingRun):
         """Load the base, render the mixture, decide what the recipe leaves to `auto`."""
         location = resolve(recipe.base)
         listener.say(f"loading {recipe.base}")
+        if location.adapter_of is not None:
+            listener.say(f"the base is {location.adapter_of} with the adapter merged into it: all weights are trained")
         model, self.tokenizer, renderer, self.base_info = prepare(location, format_name=recipe.format)
         self.base_path, self.dtype = Path(location.path), stored_dtype(location)
         runtime = detect(recipe.train.precision)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sftflow.checkpoint import BUILTIN_TINY
+from sftflow.checkpoint import BUILTIN_TINY, Location, base_location
 from sftflow.foundation.errors import CheckpointError, RecipeError
 from sftflow.foundation.runtime import Runtime
 from sftflow.recipe import Recipe
@@ -83,8 +83,10 @@ def check_context(model: Any, max_length: int) -> None:
         raise CheckpointError("train.max_length", fact, "lower it")
 
 
-def stored_dtype(location: Any) -> Any:
+def stored_dtype(location: Location) -> Any:
     """The dtype the base is stored in; the checkpoint is written in the same."""
+    if location.adapter_of is not None:
+        return stored_dtype(base_location(location))
     config = Path(location.path) / "config.json"
     if location.gguf or not config.is_file():
         return torch.bfloat16  # what real checkpoints are published in

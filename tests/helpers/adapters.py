@@ -1,0 +1,81 @@
+"""Random adapters as peft trains and saves them, and the logits that peft computes with each beside its base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+IDS = torch.tensor([[0, 5, 9, 7, 17, 99, 256, 12, 301, 3], [3, 301, 17, 5, 5, 9, 200, 140, 1, 7]])
+QV = ["q_proj", "v_proj"]
+
+
+def lora(**options: Any) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", "target_modules": QV, **options})
+
+
+def write_base(folder: Path, tokenizer: Any, *, tied: bool, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
+    """A random Llama with biases in its attention, and no chat template."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    own = {"num_key_value_heads": 2, "max_position_embeddings": 256, "attention_bias": True, "pad_token_id": None}
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=tied, **sizes, **own | config)
+    ).eval()
+    randomise(model.parameters(), 0.2)
+    model.generation_config.eos_token_id = [1, 3]
+    model.to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def randomise(parameters: Any, scale: float) -> None:
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(torch.randn_like(parameter) * scale)
+
+
+def write_adapter(
+    folder: Path,
+    base: Path,
+    config: Any,
+    *,
+    tokenizer: Any = None,
+    prepare: Callable[[Any], object] = lambda model: None,
+    save_embeddings: bool | str = "auto",
+) -> torch.Tensor:
+    """Save an adapter with random weights; its logits over `IDS`, (2, 10, rows).
+
+    tokenizer: saved beside it.   prepare: what is done to the base before (a resized embedding).
+    """
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    prepare(model)
+    torch.manual_seed(1)
+    wrapped = get_peft_model(model, config).eval()
+    randomise((p for p in wrapped.parameters() if p.requires_grad), 0.2)
+    wrapped.save_pretrained(folder, save_embedding_layers=save_embeddings)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return logits(wrapped)
+
+
+def logits(model: Any) -> torch.Tensor:
+    """Over `IDS`, with the last ids of the vocabulary behind them."""
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    ids = torch.cat([IDS, torch.arange(rows - 8, rows).view(2, 4)], 1)
+    with torch.inference_mode():
+        return model(ids).logits
+
+
+def off_by(model: Any, wanted: torch.Tensor) -> float:
+    """The largest difference of a logit, as a part of the largest logit."""
+    return float((logits(model) - wanted).abs().max() / wanted.abs().max())
