@@ -359,10 +359,10 @@ def test_what_cannot_be_exported_is_refused_by_name(tmp_path: Path, tokenizer_di
         assert not (tmp_path / "out").exists()
 
 
-def test_an_adapter_is_to_be_merged_first(tmp_path: Path) -> None:
+def test_an_adapter_whose_base_is_not_named_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="it is an adapter, not a model; merge it first"):
-        export_gguf(str(tmp_path), tmp_path / "m.gguf", "f32", say=silent)
+    with pytest.raises(CheckpointError, match=r"the adapter names no base; .*export --to merged --base BASE"):
+        export_gguf(str(tmp_path), tmp_path / "x.gguf", "f32")
 
 
 def test_out_is_ours_or_new(tmp_path: Path, sft: Path) -> None:

@@ -4,6 +4,7 @@ outside         public data sets, tokenizers and templates, where SFTFLOW_TEST_D
 tiny            text for a tiny tokenizer, a renderer of it
 tokenizers      small tokenizers of the kinds that Llama 2, Llama 3.1, Qwen3 and GPT-2 have
 architectures   random models of real transformers code, a few layers of 32
+adapters        random adapters as peft saves them, and their logits
 generation      requests with random prompts; a model that runs out of memory when told to
 training        random examples and the settings of a short training loop
 templates       small chat templates of our own, and renderers of them

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,11 @@ def write_adapter(
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     prepare(model)
     torch.manual_seed(1)
-    wrapped = get_peft_model(model, config).eval()
-    randomise((p for p in wrapped.parameters() if p.requires_grad), 0.2)
-    wrapped.save_pretrained(folder, save_embedding_layers=save_embeddings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tied ends, which is what we are after
+        wrapped = get_peft_model(model, config).eval()
+        randomise((p for p in wrapped.parameters() if p.requires_grad), 0.2)
+        wrapped.save_pretrained(folder, save_embedding_layers=save_embeddings)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return logits(wrapped)

@@ -159,8 +159,8 @@ def load_info(location: Location) -> dict[str, Any]:
     if location.adapter_of is not None:
         base = base_location(location)
         of_base, of_tokenizer = load_info(base), load_info(tokenizer_location(location))
-        kept = {key: of_base[key] for key in ("recipe", "kind", "dtype") if key in of_base}
-        kept |= {key: of_tokenizer[key] for key in ("format", "fingerprint") if key in of_tokenizer}
+        kept = {key: value for key, value in of_base.items() if key in ("recipe", "kind", "dtype")}
+        kept |= {key: value for key, value in of_tokenizer.items() if key in ("format", "fingerprint")}
         return kept | {"base": {"name": base.name, **{key: of_base.get(key) for key in ("fingerprint", "kind")}}}
     if location.gguf:
         with _reading(location) as own:

@@ -27,7 +27,7 @@ def export(
     ] = None,
     prompts: Annotated[int, typer.Option(min=1, max=70, help="gguf: prompts of the parity certificate")] = 50,
 ) -> None:
-    """Write a GGUF file with its parity certificate, or merge a LoRA adapter into its base."""
+    """Write a GGUF file with its parity certificate, or merge an adapter into its base."""
     from sftflow.training.signals import Signals, Stopped
 
     try:

@@ -33,7 +33,8 @@ def merge(name: str, out: Path, *, base: str | None = None, kind: str | None = N
     import torch
 
     dtype = getattr(torch, stored or str(checkpoint.load_config(location).dtype or "float32").removeprefix("torch."))
-    meta = {key: info[key] for key in ("base", "recipe", "kind", "format", "fingerprint") if key in info}
+    kept = ("base", "recipe", "kind", "format", "fingerprint")
+    meta = {key: value for key, value in info.items() if key in kept}
     meta["merged"] = {"adapter": str(name), "base": location.adapter_of}
     checkpoint.save(out, model, checkpoint.load_tokenizer(location), None, dtype=dtype, meta=meta)
 
