@@ -53,12 +53,19 @@ class RendererSpec:
     """What a Renderer is made of; can be sent to another process.
 
     tokenizer: tokenizer.json.   names: what the template calls tokens by.   eos: id of the end of text, or None.
+    ends: further ids at which the checkpoint says that a reply ends.
     """
 
     tokenizer: str
     names: dict[str, str]
     eos: int | None
     format: ChatFormat
+    ends: tuple[int, ...] = ()
+
+    @property
+    def stops(self) -> list[int]:
+        """Ids at which generation stops, whatever the format."""
+        return [*([] if self.eos is None else [self.eos]), *self.ends]
 
 
 class Renderer:
@@ -71,18 +78,21 @@ class Renderer:
     end_token: the token at which ordinary replies stop, or None where the format writes none.
     """
 
-    def __init__(self, tokenizer: Any, chat_format: ChatFormat, *, spec: RendererSpec | None = None) -> None:
-        """spec: that of a renderer in another process: without transformers, `tokenizer` is None there."""
+    def __init__(
+        self, tokenizer: Any, chat_format: ChatFormat, *, ends: tuple[int, ...] = (), spec: RendererSpec | None = None
+    ) -> None:
+        """ends: ids at which the checkpoint says that a reply ends, beside the tokenizer's end of text.
+        spec: that of a renderer in another process: without transformers, `tokenizer` is None there."""
         if spec is None:
             names = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
-            spec = RendererSpec(tokenizer_text(tokenizer), names, tokenizer.eos_token_id, chat_format)
+            spec = RendererSpec(tokenizer_text(tokenizer), names, tokenizer.eos_token_id, chat_format, ends)
         self.tokenizer, self.spec, self.format = tokenizer, spec, chat_format
         encoder = encoder_of(spec.tokenizer)
         self._template = Template(spec.format, spec.names, encoder.special)
-        ends = unflagged_ends(self._template, encoder, spec.eos)
-        self._encoder = encoder_of(spec.tokenizer, ends) if ends else encoder
+        unflagged = unflagged_ends(self._template, encoder, spec.stops)
+        self._encoder = encoder_of(spec.tokenizer, unflagged) if unflagged else encoder
         self.special, self.special_re = self._encoder.special, self._encoder.special_re
-        self._prover = Prover(self._template, self._encoder, spec.eos)
+        self._prover = Prover(self._template, self._encoder, spec.stops)
         self.end_token = self._prover.end_token
         self._others: dict[str, Renderer] = {}
 
@@ -185,7 +195,7 @@ class Renderer:
     # ---- ids
 
     def stop_ids(self) -> list[int]:
-        """Ids at which a reply ends: the end-of-turn tokens, and the tokenizer's own end of text."""
+        """Ids at which a reply ends: the end-of-turn tokens, the tokenizer's end of text, the checkpoint's own ends."""
         return list(self._prover.stop_ids)
 
     def end_ids(self) -> frozenset[int]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from sftflow.chat.format import ChatFormat, add_tokens, choose_format
 from sftflow.chat.schema import Conversation
-from sftflow.checkpoint.loading import Location, load_model, load_tokenizer, resolve
+from sftflow.checkpoint.generation import sampling_of
+from sftflow.checkpoint.loading import Location, load_ends, load_model, load_tokenizer, resolve
 from sftflow.fingerprint import format_fingerprint
 from sftflow.foundation.errors import CheckpointError
 
@@ -36,15 +37,10 @@ class Assistant:
         """How the checkpoint asks for its tokens to be drawn: temperature (0: greedy), top_p (1: off), top_k (0: off),
         min_p (0: off), repetition_penalty (1: off).
 
-        Its generation_config.json is read as transformers' `generate` reads it: without do_sample it is greedy, and
-        only the penalty counts. Nearly all checkpoints have no penalty either: then a reply here is decoded as
-        evaluation decodes, so that what one sees is what was measured.
+        Its generation_config.json is read as transformers' `generate` reads it. Without do_sample, and most bases have
+        none, a reply here is decoded as evaluation decodes, so that what one sees is what was measured.
         """
-        config = getattr(self.model, "generation_config", None)
-        drawn = bool(getattr(config, "do_sample", False))
-        off = {"temperature": float(drawn), "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-        own = {key: getattr(config, key, None) for key in (off if drawn else ("repetition_penalty",))}
-        return {**off, **{key: type(off[key])(value) for key, value in own.items() if value is not None}}
+        return sampling_of(getattr(self.model, "generation_config", None))
 
     def request(
         self, prompt: Conversation | Sequence[int], *, max_tokens: int | None = None, **options: Any
@@ -120,6 +116,7 @@ def prepare(
 
     model, info = load_model(location)
     tokenizer = load_tokenizer(location)
+    ends = load_ends(location, tokenizer)
     chat_format = choose_format(format_name, tokenizer, info.get("format"))
     info["own_template"] = bool(getattr(tokenizer, "chat_template", None))
     if fallback is not None and not info["own_template"]:
@@ -133,7 +130,7 @@ def prepare(
             raise CheckpointError(location.name, fact, remedy)
     add_tokens(tokenizer, chat_format)
     grow_embeddings(model, len(tokenizer))
-    return model, tokenizer, Renderer(tokenizer, chat_format), info
+    return model, tokenizer, Renderer(tokenizer, chat_format, ends=ends), info
 
 
 def load_assistant(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import sftflow.gguf.reader as gguf
 from sftflow.chat.format import add_tokens, choose_format
 from sftflow.checkpoint import adapters, hub
+from sftflow.checkpoint.generation import read_ends
 from sftflow.checkpoint.tokenizer import read_tokenizer
 from sftflow.checkpoint.weights import COPY_AGAIN, load_weights, not_finite, require_whole
 from sftflow.foundation.atomic_io import (
@@ -151,6 +152,16 @@ def load_config(location: Location) -> Any:
         return AutoConfig.from_pretrained(location.path, **location.load_args)
 
 
+def load_ends(location: Location, tokenizer: Any) -> tuple[int, ...]:
+    """Ids at which the checkpoint itself says that a reply ends.
+
+    tokenizer: as it was loaded, before a format's tokens are added.
+    """
+    if location.adapter_of is not None:
+        return load_ends(base_location(location), tokenizer)
+    return () if location.gguf else read_ends(Path(location.path), tokenizer)
+
+
 def load_info(location: Location) -> dict[str, Any]:
     """sftflow.json of a checkpoint: {} where there is none. Raises CheckpointError where it is damaged.
 
@@ -173,11 +184,12 @@ def open_renderer(location: Location, format_name: str) -> Renderer:
     """A renderer without the model: the checkpoint's tokenizer, in the named format or its own stored one."""
     from sftflow.chat.render import Renderer
 
-    location = tokenizer_location(location)
     tokenizer = load_tokenizer(location)
+    ends = load_ends(location, tokenizer)
+    location = tokenizer_location(location)
     chat_format = choose_format(format_name, tokenizer, load_info(location).get("format"))
     add_tokens(tokenizer, chat_format)
-    return Renderer(tokenizer, chat_format)
+    return Renderer(tokenizer, chat_format, ends=ends)
 
 
 def load_model(location: Location) -> tuple[Any, dict[str, Any]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sftflow.chat.format import ChatFormat
+from sftflow.checkpoint.generation import write_generation
 from sftflow.checkpoint.tokenizer import write_tokenizer
 from sftflow.checkpoint.weights import distinct_weights, settle_head
 from sftflow.fingerprint import format_fingerprint
@@ -37,9 +38,11 @@ def save(
 
     renderer: None leaves chat template and generation config as they are; `meta` may name the format.
 
-    It loads with AutoModelForCausalLM, carries the chat template, and stops at the end-of-turn token by its
-    generation_config.json. The weights are written in `dtype`.
+    It loads with AutoModelForCausalLM, carries the chat template, and stops by its generation_config.json where the
+    renderer says that a reply ends. The weights are written in `dtype`.
     """
+    from transformers import GenerationConfig
+
     stop = renderer.stop_ids() if renderer else []
 
     def fill(directory: Path) -> None:
@@ -49,18 +52,14 @@ def save(
         implementation = model.config._attn_implementation
         model.config.dtype = dtype
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-        if stop:
-            model.generation_config.eos_token_id = stop if len(stop) != 1 else stop[0]
-        # A base's generation config may hold sampling values without do_sample, which saving refuses.
-        model.generation_config.do_sample = bool(model.generation_config.do_sample)
-        if not model.generation_config.do_sample:
-            for key in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
-                setattr(model.generation_config, key, None)
+        generation, model.generation_config = model.generation_config, GenerationConfig()
         try:
             model.save_pretrained(directory, state_dict=state)
         finally:
+            model.generation_config = generation
             model.config.dtype = old_dtype
             model.set_attn_implementation(implementation)
+        write_generation(directory, generation, stop)
         write_tokenizer(tokenizer, directory)
         files = sorted(p for p in directory.iterdir() if p.is_file())
         record = {

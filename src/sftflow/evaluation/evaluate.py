@@ -64,6 +64,7 @@ def provenance_of(assistant: Assistant, task: EvalTask, arm: Arm) -> dict[str, A
         "checkpoint": weights_of(assistant),
         "format": assistant.renderer.format.name if arm == "chat" else "plain text",
         "format_sha256": format_fingerprint(assistant.tokenizer, assistant.renderer.format),
+        "stop_ids": sorted(assistant.renderer.stop_ids()),
         "code": code_hash(GRADED_ROWS),
         "versions": GRADED_ROWS.versions(),
         "grading": task.task.provenance(),

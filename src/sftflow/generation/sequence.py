@@ -163,7 +163,7 @@ class ReplySequence:
         stops, full = token in self.stop, len(self.ids) >= self.room
         follower = self._follower
         if follower is not None:
-            self._text += follower.feed(token)
+            self._text += "" if stops else follower.feed(token)  # an end may be a word: it is not said
             if (stops or full) and follower.stopped_by is None:
                 self._text += follower.flush()
         if follower is not None and follower.stopped_by is not None:
@@ -189,7 +189,8 @@ class ReplySequence:
 
     def reply(self) -> Reply:
         assert self.finish is not None
-        parts = self.decoder.parts(self.ids)
+        n_said = self.decoder.length_without_end(self.ids, self.stop)
+        parts = self.decoder.parts(self.ids[:n_said])
         text = "".join(p.text for p in parts if p.kind == "text") if self._follower is None else self._text
         return Reply(
             ids=tuple(self.ids),
@@ -197,7 +198,7 @@ class ReplySequence:
             parts=parts,
             finish_reason=self.finish,
             n_prompt=len(self.request.prompt_ids),
-            n_generated=self.decoder.length_without_end(self.ids, self.stop),
+            n_generated=n_said,
             seconds=time.perf_counter() - self.began,
             near_ties=tuple(self.near_ties),
             logprobs=tuple(self.logprobs),

@@ -9,7 +9,7 @@ import bisect
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,22 +43,22 @@ class Prover:
     """Proves where in the renderings of one format the values stand and the replies end.
 
     end_token: the token at which ordinary replies stop, or None.
-    stop_ids: ids at which a reply ends: the ends of turns that the template writes, and the end of text.
+    stop_ids: ids at which a reply ends: the ends of turns that the template writes, and those given.
     end_ids: ids of all tokens that the template ends turns with, those at which generation goes on for a token or two
     (`<|END_RESPONSE|>` in front of `<|END_OF_TURN_TOKEN|>`) among them.
     """
 
-    def __init__(self, template: Template, encoder: Encoder, eos: int | None) -> None:
-        """eos: the id of the end of text, or None."""
+    def __init__(self, template: Template, encoder: Encoder, stops: Sequence[int]) -> None:
+        """stops: ids at which generation stops, whatever the template writes."""
         self._template, self._encoder = template, encoder
-        self._stops = [token for token, i in encoder.special.items() if i == eos]
+        self._stops = [token for token, i in encoder.special.items() if i in stops]
         self._shapes: dict[Any, Shape] = {}
         self._complete: set[Any] = set()  # shapes of conversations whose prompt leaves nothing out
         end = template.format.end
         self.end_token = end if end in encoder.special else None
         ends = self._probe_ends()
-        stops = [encoder.special[token] for token in (self.end_token, *(e.token for e in ends)) if token]
-        self.stop_ids = list(dict.fromkeys(stops if eos is None else [*stops, eos]))
+        written = [encoder.special[token] for token in (self.end_token, *(e.token for e in ends)) if token]
+        self.stop_ids = list(dict.fromkeys([*written, *stops]))
         self.end_ids = frozenset([*self.stop_ids, *(encoder.special[token] for e in ends for token in e.tokens)])
 
     def prove(self, row: Row, text: str) -> Proof:
@@ -250,13 +250,13 @@ class Prover:
         return ends
 
 
-def unflagged_ends(template: Template, encoder: Encoder, eos: int | None) -> tuple[str, ...]:
-    """Tokens that end turns though the tokenizer does not mark them special: the end of text, and those of the added
+def unflagged_ends(template: Template, encoder: Encoder, stops: Sequence[int]) -> tuple[str, ...]:
+    """Tokens that end turns though the tokenizer does not mark them special: those of `stops`, and those of the added
     tokens that the template writes directly behind an ordinary reply.
 
     encoder: one that knows no ends."""
     unflagged = {token: i for token, i in encoder.added.items() if token not in encoder.special}
-    ends = {token for token, i in unflagged.items() if i == eos}
+    ends = {token for token, i in unflagged.items() if i in stops}
     written = re.compile("|".join(map(re.escape, sorted(encoder.added, key=len, reverse=True))))
     marked = MarkedRow(template.row(parse_row(_EXCHANGE, "probe")), words=False)
     with contextlib.suppress(FormatError):

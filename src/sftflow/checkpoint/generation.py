@@ -1,0 +1,84 @@
+"""What a checkpoint's files say of generation: the tokens that end a reply, and how the next one is drawn."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sftflow.foundation.errors import CheckpointError
+
+FILE = "generation_config.json"
+GREEDY: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+SAMPLED = {**GREEDY, "temperature": 1.0, "top_k": 50}
+"""what transformers' `generate` takes where the checkpoint asks for sampling and says no more"""
+_NESTED = ("decoder", "generator", "text_config")  # where transformers looks next
+
+
+def read_ends(directory: Path, tokenizer: Any) -> tuple[int, ...]:
+    """Ids at which transformers' `generate` ends a reply: `eos_token_id` (one, or a list) of generation_config.json;
+    where there is no such file, of config.json or the text model's part of it.
+
+    Ids that the tokenizer does not have end nothing, and are left out. So is one that nobody chose: the default of a
+    config class (2 for Llama) that is an ordinary word of this tokenizer.
+
+    Raises CheckpointError where it is no list of ids.
+    """
+    config = _read(directory / "config.json")
+    where = FILE if (directory / FILE).is_file() else "config.json"
+    found = _read(directory / FILE).get("eos_token_id") if where == FILE else _from_config(config)
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(i) is int for i in ids):
+        fact = f"eos_token_id is {json.dumps(found)[:80]}, which are no token ids"
+        raise CheckpointError(f"{directory / where}", fact, "write the id of the token that ends a reply, or a list")
+    known = [i for i in dict.fromkeys(ids) if 0 <= i < len(tokenizer)]
+    if type(found) is int and known and found not in tokenizer.added_tokens_decoder:
+        known = [] if found == _default_of(config.get("model_type")) else known
+    return tuple(known)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object, {} where there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(str(path), f"it is no JSON ({error})", "copy the checkpoint again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(str(path), "it is no JSON object", "copy the checkpoint again")
+    return value
+
+
+def _from_config(config: dict[str, Any]) -> Any:
+    parts = [config, *(part for name in _NESTED if isinstance(part := config.get(name), dict))]
+    return next((part["eos_token_id"] for part in parts[:2] if part.get("eos_token_id") is not None), None)
+
+
+def _default_of(model_type: Any) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(model_type).get_text_config().eos_token_id
+    except (ValueError, AttributeError):  # no such model type, or one without ends
+        return None
+
+
+def sampling_of(config: Any) -> dict[str, Any]:
+    """How a transformers GenerationConfig asks for tokens to be drawn, with the keys of GREEDY, as `generate` reads it:
+    without do_sample it is greedy, and only the penalty counts; what is left out has transformers' own value."""
+    drawn = bool(getattr(config, "do_sample", False))
+    own = {key: getattr(config, key, None) for key in (GREEDY if drawn else ("repetition_penalty",))}
+    given = {key: type(GREEDY[key])(value) for key, value in own.items() if value is not None}
+    return {**(SAMPLED if drawn else GREEDY), **given}
+
+
+def write_generation(directory: Path, config: Any, ends: Sequence[int]) -> None:
+    """Write generation_config.json with these ends, where there are any. All else stays as it came: also values for sampling beside a
+    do_sample that is not set, which transformers' own way of saving refuses and other programs obey."""
+    written = copy.deepcopy(config)
+    if ends:
+        written.eos_token_id = ends[0] if len(ends) == 1 else list(ends)
+    written.to_json_file(directory / FILE, use_diff=True, keys_to_pop=["compile_config"])
