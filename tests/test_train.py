@@ -221,3 +221,36 @@ def test_the_checkpoint_is_a_hugging_face_one(tiny_base: Path, tmp_path: Path) -
     assert new.shape[0] == old.shape[0] + 8
     assert torch.allclose(new[old.shape[0] :], old.mean(0).expand(8, -1), atol=1e-6)
     assert grown.lm_head.weight.data_ptr() == new.data_ptr()  # tied as before
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_new_token_on_a_padding_row_starts_like_any_other(tied: bool, tokenizer_dir: Path, tmp_path: Path) -> None:
+    """Of an embedding with more rows than the tokenizer has tokens, to a round number."""
+    import transformers
+
+    from sftflow.checkpoint import prepare, resolve
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_dir)
+    tokenizer.save_pretrained(tmp_path)
+    n = len(tokenizer)
+    config = transformers.PhiConfig(
+        vocab_size=n + 4, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.PhiForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.bias.normal_()
+        model.model.embed_tokens.weight.normal_()
+        model.model.embed_tokens.weight[n:] = 9.0  # what nobody has trained
+    model.save_pretrained(tmp_path)
+    grown, tokenizer, _, _ = prepare(resolve(str(tmp_path)))
+    assert len(tokenizer) > n + 4 and grown.get_input_embeddings().weight.shape[0] == len(tokenizer)
+    for was, now in (
+        (model.model.embed_tokens.weight, grown.model.embed_tokens.weight),
+        (model.lm_head.weight, grown.lm_head.weight),
+        (model.lm_head.bias, grown.lm_head.bias),
+    ):
+        assert torch.equal(now[:n], was[:n])
+        assert torch.allclose(now[n:], was[:n].mean(0).expand_as(now[n:]), atol=1e-6)
+    assert (grown.lm_head.weight is grown.model.embed_tokens.weight) == tied

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -83,23 +83,32 @@ class Assistant:
         return (*opening, *self.renderer.encode_plain(text))
 
 
-def grow_embeddings(model: Any, n_tokens: int) -> int:
-    """Give the model rows for the tokenizer's new tokens, each at the mean of the old rows; weights stay tied.
+def grow_embeddings(model: Any, known: Collection[int], new: Collection[int]) -> int:
+    """Start the rows of the tokenizer's new tokens at the mean of the rows of its known ones; weights stay tied.
 
+    known, new: their ids. Many embeddings have more rows than the tokenizer has tokens, to a round number: a new token
+    may fall on such a row, which nothing has trained. A known token that lies beyond the embedding is started, too.
     Returns how many rows were added.
     """
     import torch
 
-    old = model.get_input_embeddings().weight.shape[0]
-    if n_tokens <= old:
+    old = int(model.get_input_embeddings().weight.shape[0])
+    started = sorted({*new, *(i for i in known if i >= old)})
+    if not started:
         return 0
+    trained = sorted(i for i in known if i < old)
+    chosen = slice(len(trained)) if trained == [*range(len(trained))] else trained  # a slice makes no copy
+    n_rows = max(old, started[-1] + 1)
     ends = [end for end in (model.get_input_embeddings, model.get_output_embeddings) if end() is not None]
-    means = [end().weight.detach().float().mean(0) for end in ends]
-    model.resize_token_embeddings(n_tokens, mean_resizing=False)
+    parts = [(end, part) for end in ends for part in ("weight", "bias") if getattr(end(), part, None) is not None]
+    means = [getattr(end(), part).detach()[chosen].float().mean(0) for end, part in parts]
+    if n_rows > old:
+        model.resize_token_embeddings(n_rows, mean_resizing=False)
     with torch.no_grad():
-        for end, mean in zip(ends, means, strict=True):
-            end().weight[old:] = mean.to(end().weight.dtype)
-    return n_tokens - old
+        for (end, part), mean in zip(parts, means, strict=True):
+            rows = getattr(end(), part)
+            rows[started] = mean.to(rows.dtype)
+    return n_rows - old
 
 
 def prepare(
@@ -128,8 +137,9 @@ def prepare(
             fact = f"tokenizer or chat format changed since training (fingerprint {stored} -> {now})"
             remedy = "restore tokenizer.json and chat_template.jinja, or train again"
             raise CheckpointError(location.name, fact, remedy)
+    known = set(tokenizer.get_vocab().values())
     add_tokens(tokenizer, chat_format)
-    grow_embeddings(model, len(tokenizer))
+    grow_embeddings(model, known, set(tokenizer.get_vocab().values()) - known)
     return model, tokenizer, Renderer(tokenizer, chat_format, ends=ends), info
 
 

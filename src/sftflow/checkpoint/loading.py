@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +19,10 @@ from sftflow.checkpoint.weights import COPY_AGAIN, load_weights, not_finite, req
 from sftflow.foundation.atomic_io import (
     check_hashes,
     read_record,
+    reason,
     recover_directory,
 )
-from sftflow.foundation.errors import CheckpointError, first_line
+from sftflow.foundation.errors import CheckpointError, RunError, first_line
 from sftflow.gguf.vocabulary import as_llama_cpp_splits
 from sftflow.gguf.writer import FORMAT
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from sftflow.chat.render import Renderer
 
 BUILTIN_TINY = "builtin:tiny"
+_NOT_MAPPED = (errno.ENOMEM, errno.ENODEV, errno.EAGAIN, errno.ENFILE, errno.EMFILE)
 
 
 @dataclass(frozen=True)
@@ -262,6 +265,11 @@ def _reading(location: Location) -> Iterator[dict[str, Any] | None]:
         if location.gguf and (isinstance(error, ImportError) or "pip install" in str(error)):
             fact = "reading .gguf needs the packages gguf and accelerate"
             raise CheckpointError(location.name, fact, "pip install 'sftflow[gguf]'") from error
+        if "mmap" in str(error) or (isinstance(error, OSError) and error.errno in _NOT_MAPPED):
+            remedy = "free memory, or copy the checkpoint to a disk that can be mapped"
+            raise RunError(
+                location.name, f"its files cannot be mapped into memory ({reason(error)})", remedy
+            ) from error
         if "trust_remote_code" in str(error):
             fact = "it needs code of its own, and code from a checkpoint is not run"
             remedy = "use one whose model_type and tokenizer transformers itself has"

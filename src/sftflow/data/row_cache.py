@@ -7,6 +7,9 @@ $SFTFLOW_CACHE/rows/KEY/    default ~/.cache/sftflow; SFTFLOW_CACHE=off keeps no
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
+import logging
 import os
 import shutil
 from dataclasses import asdict
@@ -14,20 +17,35 @@ from pathlib import Path
 
 from sftflow.data.render_pool import Job
 from sftflow.fingerprint import RENDERED_ROWS, code_hash, hash_json
-from sftflow.foundation.atomic_io import sha256_file
+from sftflow.foundation.atomic_io import reason, sha256_file
 from sftflow.recipe import Recipe, SourceEntry
 from sftflow.tasks import TASKS
 
 CACHE_BYTES = 20 << 30
 
+log = logging.getLogger("sftflow.data")
+
 
 def cache_folder(what: str = "rows") -> Path | None:
-    """Where rendered rows (or something else) are kept; None where SFTFLOW_CACHE=off."""
+    """Where rendered rows (or something else) are kept; None where SFTFLOW_CACHE=off, and, which is said, where none is
+    named and the usual place cannot be written."""
     named = os.environ.get("SFTFLOW_CACHE", "")
-    if named.lower() == "off":
+    if named:
+        return None if named.lower() == "off" else Path(named) / what
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sftflow" / what
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except (OSError, RuntimeError) as error:  # (RuntimeError: there is no home)
+        _say_once(f"note: the cache cannot be written ({reason(error)}); nothing is kept (or set SFTFLOW_CACHE)")
         return None
-    base = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sftflow"
-    return base / what
+    return folder
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    log.warning(text)
 
 
 def cache_key(entry: SourceEntry, recipe: Recipe, job: Job) -> str | None:

@@ -147,12 +147,32 @@ def check_hashes(directory: Path, recorded: dict[str, str], remedy: str, shown: 
 # ---- directories
 
 
+def _led_to(target: Path) -> Path:
+    """Where a link leads, to another disk perhaps: what is written stands there, and the link stays."""
+    return Path(os.path.realpath(target))
+
+
+def require_writable(target: Path) -> None:
+    """Raises OSError where `write_directory` could not put a directory at `target`."""
+    target = _led_to(target)
+    if target.is_mount():
+        raise OSError(errno.EBUSY, "a disk is mounted there; name a folder on it", str(target))
+    if target.exists() and not target.is_dir():
+        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    beside.mkdir(exist_ok=True)
+    beside.rmdir()
+
+
 def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
     """Create directory `target` through `fill(temporary)`: afterwards it is the new one, or the old one untouched.
 
-    A directory cannot replace another in one step, so the old one is first set aside under a known name
-    (`recover_directory` puts it back after a crash between the two renames).
+    Where `target` is a link, the directory that it leads to is replaced. A directory cannot replace another in one
+    step, so the old one is first set aside under a known name (`recover_directory` puts it back after a crash between
+    the two renames).
     """
+    target = _led_to(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
@@ -191,6 +211,7 @@ def _replace(beside: Path, target: Path) -> None:
 
 def remove_directory(target: Path) -> None:
     """Remove a directory so that a crash in the middle leaves a temporary, never half of it under its name."""
+    target = _led_to(target)
     doomed = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(doomed, ignore_errors=True)
     target.rename(doomed)
@@ -210,6 +231,7 @@ def clear_directory(folder: Path) -> None:
 
 def recover_directory(target: Path) -> None:
     """Undo a crash in the middle of `write_directory`."""
+    target = _led_to(target)
     old = target.with_name(f".{target.name}.old")
     if old.exists() and not target.exists():
         old.rename(target)
@@ -221,7 +243,8 @@ def sweep(folder: Path, *names: str) -> None:
 
     Only for whoever holds the lock: nobody else may be writing these.
     """
-    for name in names:
+    linked = [_led_to(folder / name) for name in names if (folder / name).is_symlink()]
+    for folder, name in [*((folder, name) for name in names), *((place.parent, place.name) for place in linked)]:
         for old in folder.glob(f".{name}.old"):
             recover_directory(folder / old.name[1 : -len(".old")])
         for left in [*folder.glob(f".{name}.old"), *folder.glob(f".{name}.[0-9]*.tmp")]:

@@ -74,7 +74,7 @@ def sees_neighbours(model: Any) -> bool:
 
     def keep(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         embedded.append(output.detach().requires_grad_())
-        return embedded[-1]
+        return embedded[-1].clone()  # which the model may change in place
 
     handle = model.get_input_embeddings().register_forward_hook(keep)
     try:

@@ -24,7 +24,7 @@ from sftflow.checkpoint import Assistant, assistant_of, prepare, resolve, save
 from sftflow.data.mixture import build_mixture, write_bad_rows
 from sftflow.data.run_rows import HELD_OUT, TRAINING_ROWS, write_run_rows
 from sftflow.fingerprint import run_identity
-from sftflow.foundation.atomic_io import NO_SPACE, Lock, read_log, sweep, write_json, write_text
+from sftflow.foundation.atomic_io import NO_SPACE, Lock, read_log, require_writable, sweep, write_json, write_text
 from sftflow.foundation.errors import CheckpointError, RunError
 from sftflow.foundation.runtime import detect
 from sftflow.recipe import Recipe, to_yaml
@@ -94,6 +94,11 @@ def run_training(
         if not done and not resume and (out / "resume").is_dir():
             raise unfinished(out)
         require_logger(recipe.train.logger)
+        try:
+            require_writable(out / "checkpoint")
+        except OSError as error:
+            fact = f"cannot write ({error.strerror or error})"
+            raise RunError(str(out / "checkpoint"), fact, "check the disk and its permissions") from error
         try:
             FineTuning(recipe, listener, signals, callback).run(resume=resume)
         except OSError as error:
