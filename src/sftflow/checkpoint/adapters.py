@@ -209,9 +209,11 @@ def _wrapped(model: Any, config: Any, weights: dict[str, Any], name: str) -> Any
         _refuse(name, "the base has no place for {}", foreign)
         raise CheckpointError(name, f"it leaves out {error.args[0]}", OTHER_BASE) from error
     # Some keys are converted on the way (experts that transformers has fused), so that the names alone say nothing.
-    # What peft itself saves twice, it reads once.
-    _refuse(name, "the base has no place for {}", set(result.unexpected_keys) - places.keys())
-    _refuse(name, "it leaves out {} that its config asks for", _left_out(wrapped, result.missing_keys))
+    # peft puts a name of its own into the keys; and what it saves twice, it reads once.
+    strange = {key.replace(".default", "", 1) for key in result.unexpected_keys}
+    _refuse(name, "the base has no place for {}", strange - places.keys())
+    plain = {key for key in missing if wrapped.base_model.prefix not in key}  # biases, say: these are not converted
+    _refuse(name, "it leaves out {} that its config asks for", [*_left_out(wrapped, result.missing_keys), *plain])
     held = get_peft_model_state_dict(wrapped, save_embedding_layers=True)
     for key in sorted(held.keys() & weights.keys()):
         if not bool((held[key] == weights[key].to(held[key].dtype)).all()):
