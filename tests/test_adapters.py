@@ -263,14 +263,16 @@ def test_a_merge_changes_nothing_unasked(tmp_path: Path, tokenizer_dir: Path) ->
     from transformers import AutoTokenizer, GenerationConfig
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    base = write_base(tmp_path / "base", tokenizer, tied=True, dtype=torch.bfloat16)
+    base = write_base(
+        tmp_path / "base", tokenizer, tied=True, dtype=torch.bfloat16, eos_token_id=[1, 3], do_sample=True, top_p=0.9
+    )
     write_adapter(tmp_path / "adapter", base, lora())
     merge(str(tmp_path / "adapter"), tmp_path / "merged")
     parts = [load_file(p / "model.safetensors") for p in (base, tmp_path / "merged")]
     before, after = ({key: (w.shape, w.dtype) for key, w in part.items()} for part in parts)
     assert after == before
     asked, kept = (GenerationConfig.from_pretrained(p).to_diff_dict() for p in (base, tmp_path / "merged"))
-    assert kept | {"do_sample": None} == asked | {"do_sample": None} and kept["eos_token_id"] == [1, 3]
+    assert kept == asked and kept["eos_token_id"] == [1, 3] and kept["top_p"] == 0.9
     old, now = (AutoTokenizer.from_pretrained(p) for p in (base, tmp_path / "merged"))
     assert now.get_vocab() == old.get_vocab() and now.chat_template is None
     checkpoint.load_assistant(str(tmp_path / "merged"))  # asked in our format, as its base would be

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from helpers.adapters import lora, write_adapter
 from sftflow.checkpoint.hub import is_hub_id
 
 NOBODY = "http://127.0.0.1:9"
@@ -85,15 +87,24 @@ class Answer(BaseHTTPRequestHandler):
             self.answer(404, X_Error_Code="EntryNotFound", X_Error_Message="Entry not found")
 
 
-@pytest.fixture(scope="module")
-def hub(tiny_base: Path) -> Iterator[Hub]:
-    server = Hub({p.name: p.read_bytes() for p in tiny_base.iterdir()})
+@contextmanager
+def serving(*folders: Path) -> Iterator[Hub]:
+    """A hub whose model has the files of these folders."""
+    server = Hub({p.name: p.read_bytes() for folder in folders for p in folder.iterdir()})
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def hub(tiny_base: Path) -> Iterator[Hub]:
+    with serving(tiny_base) as server:
+        yield server
 
 
 SCRIPT = """
@@ -143,6 +154,18 @@ def test_a_model_of_the_hub_is_fetched_kept_and_loaded(hub: Hub, tmp_path: Path)
     offline = {"HF_HUB_OFFLINE": "1"}
     assert find("o/open-1.5 load", "o/open-1.5@v1.0 load", home=tmp_path, endpoint=NOBODY, **offline) == whole
     assert find("o/open-1.5", home=tmp_path, endpoint=NOBODY)["o/open-1.5"] == small
+
+
+def test_an_adapter_of_the_hub_is_its_base_with_it(tmp_path: Path, tiny_base: Path) -> None:
+    pytest.importorskip("peft", reason="adapters: pip install peft")
+    write_adapter(tmp_path / "adapter", tiny_base, lora())
+    with serving(tmp_path / "adapter") as hub:
+        found = find("o/open-1.5", "o/open-1.5@v1.0 load", home=tmp_path, endpoint=hub.address)
+        assert found["o/open-1.5"][0].endswith(SHA) and found["o/open-1.5@v1.0"][1] > 256
+        assert [p for p in hub.asked if "safetensors" in p][-1].endswith(f"{OTHER}/adapter_model.safetensors")
+    with serving(tmp_path / "adapter", tiny_base) as hub:
+        found = find("o/open-1.5", home=tmp_path / "adapter", endpoint=hub.address)
+    assert "holds a model (model.safetensors) and an adapter; download the one" in str(found["o/open-1.5"])
 
 
 def test_why_a_model_cannot_be_had(hub: Hub, tmp_path: Path) -> None:

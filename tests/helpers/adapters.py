@@ -19,18 +19,18 @@ def lora(**options: Any) -> Any:
     return LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", "target_modules": QV, **options})
 
 
-def write_base(folder: Path, tokenizer: Any, *, tied: bool, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
-    """A random Llama with biases in its attention, and no chat template."""
+def write_base(
+    folder: Path, tokenizer: Any, *, tied: bool, dtype: torch.dtype = torch.float32, **generation: Any
+) -> Path:
+    """A random Llama with biases in its attention, and no chat template.   generation: of its generation config."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     own = {"num_key_value_heads": 2, "max_position_embeddings": 256, "attention_bias": True, "pad_token_id": None}
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=tied, **sizes, **own | config)
-    ).eval()
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=tied, **sizes, **own)).eval()
     randomise(model.parameters(), 0.2)
-    model.generation_config.eos_token_id = [1, 3]
+    model.generation_config.update(**generation)
     model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -39,7 +39,12 @@ def snapshot(name: str) -> Path:
     repo, _, revision = name.partition("@")
     try:
         info = HfApi().model_info(repo, revision=revision or None, timeout=TIMEOUT)
-        files = [f.rfilename for f in info.siblings or () if any(fnmatch(f.rfilename, p) for p in SMALL)]
+        there = [f.rfilename for f in info.siblings or ()]
+        files = [f for f in there if any(fnmatch(f, p) for p in SMALL)]
+        whole = [f for f in there if fnmatch(f, "model*.safetensors")]
+        if "adapter_config.json" in files and whole:
+            fact = f"the hub's model holds a model ({whole[0]}) and an adapter"
+            raise CheckpointError(name, fact, "download the one that is meant into a folder of its own")
         if not any(
             f in files for f in ("config.json", "tokenizer.json", "tokenizer_config.json", "adapter_config.json")
         ):
