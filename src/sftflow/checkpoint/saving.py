@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,13 +45,12 @@ def save(
     from transformers import GenerationConfig
 
     stop = renderer.stop_ids() if renderer else []
+    name_of_dtype = str(dtype).removeprefix("torch.")
 
     def fill(directory: Path) -> None:
         settle_head(model)
         state = {k: _stored(v, dtype).cpu().contiguous() for k, v in distinct_weights(model).items()}
-        old_dtype = model.config.dtype
-        implementation = model.config._attn_implementation
-        model.config.dtype = dtype
+        old_dtype, implementation = model.config.dtype, model.config._attn_implementation
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
         generation, model.generation_config = model.generation_config, GenerationConfig()
         try:
@@ -59,18 +59,25 @@ def save(
             model.generation_config = generation
             model.config.dtype = old_dtype
             model.set_attn_implementation(implementation)
+        _write_dtype(directory / "config.json", name_of_dtype)
         write_generation(directory, generation, stop)
         write_tokenizer(tokenizer, directory)
         files = sorted(p for p in directory.iterdir() if p.is_file())
         record = {
             **meta,
             **(_format_record(tokenizer, renderer.format) if renderer else {}),
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": name_of_dtype,
             "sha256": {p.name: sha256_file(p) for p in files},
         }
         write_json(directory / "sftflow.json", with_checksum(record))
 
     write_directory(target, fill)
+
+
+def _write_dtype(path: Path, name: str) -> None:
+    """transformers writes that of the model in memory, whatever is stored: "auto" readers would take fp32 for bf16."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(config | {"dtype": name}, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def _format_record(tokenizer: Any, chat_format: ChatFormat) -> dict[str, Any]:
