@@ -17,6 +17,7 @@ from helpers.oracle import check_rows
 from helpers.shapes import SHAPES
 from helpers.tokenizers import WITH_TOKENS
 from sftflow.chat.format import TEMPLATE_NOW, choose_format
+from sftflow.chat.prefill import drop_prefill
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import parse_row
 
@@ -72,6 +73,7 @@ TEMPLATES = {
     "strips_unless_asked": Own(refused="tools", arguments="reasoning_turns reasoning_mixed think_inline_turns"),
     "prefills_think": Own(refused=f"{MUTE} think_inline_turns", arguments="assistant_first"),
     "prefills_always": Own(refused="everything", whole="think_inline"),
+    "prefills_in_a_word": Own(refused="everything", whole="think_inline"),
     "no_end_of_turn": Own((), refused="everything"),
     "end_is_text": Own((), refused="everything"),
     "last_end_missing": Own(refused="everything"),
@@ -158,6 +160,21 @@ def test_an_end_is_put_where_there_is_none(name: str, kind: str) -> None:
     assert {name for name, outcome in line.outcomes.items() if outcome == "refused"} == set(
         GROUPS["tools"] + GROUPS["reasoning"]
     )
+
+
+@pytest.mark.parametrize("kind", WITH_TOKENS)
+@pytest.mark.parametrize("name", ["prefills_always", "prefills_in_a_word"])
+def test_what_prompts_begin_replies_with_is_taken_out(name: str, kind: str) -> None:
+    """Then every reply can be taught that the template writes whole, with thoughts and without."""
+    line = judge(path_of(name), kind, tokenizer_for(name, kind), ("<|im_end|>",), SHAPES, without_prefill=True)
+    assert not line.wrong, "\n".join(line.wrong)
+    refused = {name for name, outcome in line.outcomes.items() if outcome == "refused"}
+    assert refused == set(GROUPS["tools"] + GROUPS["reasoning"])
+
+
+def test_a_template_that_begins_no_reply_stays_as_it_is() -> None:
+    for name in ("plain", "prefills_think", "end_of_two_tokens"):
+        assert drop_prefill(renderer_of(name)) is renderer_of(name)
 
 
 def test_a_token_across_the_boundary_is_split_and_counted() -> None:

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+import sftflow as sf
 from helpers.templates import HEAD, STRIPS, TAIL, THOUGHTS, chat, open_with
 from sftflow.chat.format import choose_format
+from sftflow.chat.prefill import drop_prefill
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import parse_row
 from sftflow.chat.template_options import append_eos, choose_arguments, options_note
@@ -65,6 +67,36 @@ def test_transformers_renders_the_settled_template_alike(tokenizer_dir: Path) ->
     messages = [{"role": m.role, "content": m.text} for m in THOUGHTS.messages]
     ids = found.tokenizer.apply_chat_template(messages, chat_template=found.format.template, return_dict=False)
     assert ids == found.render(THOUGHTS).ids.tolist()
+
+
+THINKS = HEAD + "{{ m.content }}" + TAIL + "<think>\n{% endif %}"
+
+
+def test_a_prefilled_beginning_without_an_argument_is_dropped_where_asked(tokenizer_dir: Path, tmp_path: Path) -> None:
+    renderer = open_with(tokenizer_dir, THINKS)
+    assert choose_arguments(renderer, [chat("a", "b")]) is renderer  # it is not done unasked
+    with pytest.raises(MaskError, match="drop_prefill"):
+        renderer.render(chat("a", "b"))
+    dropped = drop_prefill(renderer)
+    assert options_note(dropped) == "built into the own template: no '<think>\\n' at the end of prompts"
+    row = dropped.render(chat("a", "<think>\nhm</think>b", "c", "d"))
+    assert supervised(dropped, row) == "<think>\nhm</think>b<|im_end|>d<|im_end|>"
+    messages = [{"role": "user", "content": "a"}]
+    ids = dropped.tokenizer.apply_chat_template(
+        messages, chat_template=dropped.format.template, add_generation_prompt=True, return_dict=False
+    )
+    assert ids == row.ids[: len(ids)].tolist()
+    renderer.tokenizer.save_pretrained(tmp_path)
+    rows = [{"prompt": "a", "completion": "b"}]
+    assert len(sf.render(rows, tmp_path).refused) == 1
+    rendering = sf.render(rows, tmp_path, drop_prefill=True)
+    assert not rendering.refused and options_note(dropped) in rendering.notes
+
+
+def test_a_beginning_that_cannot_be_taken_out_alone_is_named(tokenizer_dir: Path) -> None:
+    woven = HEAD + "{{ m.content }}" + TAIL + "{{ '<thi' + 'nk>' }}{% endif %}"
+    with pytest.raises(FormatError, match="cannot be taken out alone"):
+        drop_prefill(open_with(tokenizer_dir, woven))
 
 
 def test_append_eos(tokenizer_dir: Path) -> None:

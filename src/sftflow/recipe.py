@@ -139,6 +139,7 @@ class Recipe(_Frozen):
     base: str = "builtin:tiny"
     format: str = "auto"
     append_eos: bool = False
+    drop_prefill: bool = False
     mixture: Annotated[tuple[SourceEntry, ...], Field(min_length=1)]
     identity: AssistantIdentity = AssistantIdentity()
     on_bad_row: Literal["stop", "skip"] = "stop"

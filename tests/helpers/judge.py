@@ -12,6 +12,7 @@ from typing import Any
 from helpers.oracle import Reference, Stops, accepts, check_rows, why_not
 from helpers.shapes import SHAPES, WEATHER, Row
 from sftflow.chat.format import TEMPLATE_NOW, choose_format
+from sftflow.chat.prefill import drop_prefill
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import parse_row
 from sftflow.chat.template_options import append_eos, choose_arguments
@@ -109,16 +110,19 @@ def judge(
     shapes: dict[str, Row],
     *,
     eos: bool = False,
+    without_prefill: bool = False,
     parts: tuple[str, ...] = (),
 ) -> Line:
     """Render every shape with the template of a file, and judge every row.
 
     stops: the tokens that close replies, () where the template writes none.   label: the tokenizer's name.
     eos: put the end of text, which is then the only one of `stops`, behind every reply.
+    without_prefill: take out what prompts begin replies with.
     parts: the roles whose contents the template wants as a list of parts.
     """
     renderer = Renderer(tokenizer, choose_format(str(path), tokenizer))
     renderer = append_eos(renderer) if eos else renderer
+    renderer = drop_prefill(renderer) if without_prefill else renderer
     template = renderer.format.template
     line = Line(path.stem, label, owns(template, tokenizer, stops, parts))
     reference = Reference(tokenizer, template, TEMPLATE_NOW, parts, stops)

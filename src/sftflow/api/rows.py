@@ -15,7 +15,7 @@ from typing import Any
 
 from sftflow import checkpoint
 from sftflow.api.shared import ModelLike, quiet
-from sftflow.chat import template_options
+from sftflow.chat import prefill, template_options
 from sftflow.chat.data_files import read_conversations, read_rows
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation, parse_row, text_message
@@ -189,11 +189,18 @@ def rendering_of(conversations: Iterable[Conversation], renderer: Renderer) -> R
 
 
 def render(
-    data: Any, model: ModelLike, *, format: str = "auto", index: int | None = None, append_eos: bool = False
+    data: Any,
+    model: ModelLike,
+    *,
+    format: str = "auto",
+    index: int | None = None,
+    append_eos: bool = False,
+    drop_prefill: bool = False,
 ) -> Rendering:
     """What a model is trained on of some rows. The model may be a directory with a tokenizer only.
 
     index: only this row, counted from 0.   append_eos: put the end of text behind replies that have no end.
+    drop_prefill: prompts without what the template begins every reply with.
     Raises SchemaError or FormatError at the first row that cannot be read or expressed.
     """
     rows = read([data] if isinstance(data, Mapping | Conversation) else data)
@@ -204,6 +211,8 @@ def render(
         renderer = checkpoint.open_renderer(checkpoint.resolve(str(model)), format)
     if append_eos:
         renderer = template_options.append_eos(renderer)
+    if drop_prefill:
+        renderer = prefill.drop_prefill(renderer)
     if renderer.arguments():
         first: list[Conversation] = []
         with contextlib.suppress(SftflowError):  # a bad row is named when its turn comes

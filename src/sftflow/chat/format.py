@@ -24,6 +24,7 @@ class ChatFormat:
     python: (call start, call end, output start, output end) where the format has calculator tokens.
     end: the end-of-turn token of a built-in format; for others it is found by rendering a probe.
     append_eos: whether the template was rewritten to put the end of text behind every reply.
+    prefill: what was taken out of the template's prompt, which began every reply with it.
     """
 
     name: str
@@ -34,6 +35,7 @@ class ChatFormat:
     python: tuple[str, str, str, str] | None = None
     end: str | None = None
     append_eos: bool = False
+    prefill: str = ""
 
     def clock(self, pattern: str) -> str:
         """`strftime_now` for the template, frozen at `now`."""

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from sftflow.chat.content_parts import Messages
 from sftflow.chat.encode import encoder_of
 from sftflow.chat.format import ChatFormat, tokenizer_text
-from sftflow.chat.proof.prover import Prover, unflagged_ends
+from sftflow.chat.proof.prover import UNASKED, Prover, unflagged_ends
 from sftflow.chat.schema import Conversation, parse_row
 from sftflow.chat.template import Row, Template
 from sftflow.foundation.errors import FormatError, MaskError
@@ -143,18 +143,19 @@ class Renderer:
             if message["role"] != "assistant":
                 continue
             place = f"{row.source}.messages[{turn}]"
+            prompt, fact = None, ""
             try:
                 prompt = self._template.text(row.messages[:turn], row.tools, True, place)
             except FormatError as error:
-                if turn in supervised:
-                    raise MaskError(place, f"the format gives no prompt for this reply ({error.fact})", "") from None
-                continue
-            if text.startswith(prompt):
+                fact = f"the format gives no prompt for this reply ({error.fact})"
+            if prompt is not None and text.startswith(prompt):
                 starts[turn] = len(prompt)
+            elif turn in supervised and turn == 0:
+                raise MaskError(place, *UNASKED)
             elif turn in supervised:
-                fact = f"the {self.format.name} format's prompt for this reply is not a prefix of the training text"
-                remedy = "the template rewrites history or pre-fills the reply; use another --format"
-                raise MaskError(place, fact, remedy)
+                other = f"the {self.format.name} format's prompt for this reply is not a prefix of the training text"
+                remedy = "the template rewrites history or pre-fills the reply; use another --format or drop_prefill"
+                raise MaskError(place, fact or other, "" if fact else remedy)
         return starts
 
     def render_rows(self, conversation: Conversation, *, turns: bool = False) -> list[Rendered]:
@@ -179,7 +180,7 @@ class Renderer:
                 example = replace(conversation, messages=tuple(messages))
                 try:
                     pairs.append((example, self.render(example, turns=turns)))
-                except MaskError:
+                except (MaskError, FormatError):
                     raise whole from None
             return pairs
 

@@ -58,6 +58,7 @@ def options_note(renderer: Renderer) -> str | None:
     chat_format = renderer.format
     parts = [f"{name}={str(value).lower()}" for name, value in chat_format.kwargs.items()]
     parts += ["the end of text behind every reply"] if chat_format.append_eos else []
+    parts += [f"no {chat_format.prefill!r} at the end of prompts"] if chat_format.prefill else []
     return f"built into the {chat_format.name} template: {', '.join(parts)}" if parts else None
 
 

@@ -21,11 +21,14 @@ def render(
     html: Annotated[Path | None, typer.Option(help="write a page with every token as a box")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
     append_eos: Annotated[bool, typer.Option(help="put the end of text behind replies that have no end")] = False,
+    drop_prefill: Annotated[
+        bool, typer.Option(help="prompts without what the template begins every reply with")
+    ] = False,
 ) -> None:
     """Show rows as the model sees them: tokens, and which of them are trained on."""
     from sftflow import api
 
-    found = api.render(data, model, format=format, index=index, append_eos=append_eos)
+    found = api.render(data, model, format=format, index=index, append_eos=append_eos, drop_prefill=drop_prefill)
     for note in found.notes:
         print(note, file=sys.stderr)
     if html is not None:

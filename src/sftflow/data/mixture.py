@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sftflow.chat.prefill import drop_prefill
 from sftflow.chat.render import Rendered, Renderer
 from sftflow.chat.schema import parse_row
 from sftflow.chat.template_options import append_eos, choose_arguments
@@ -61,6 +62,7 @@ class Mixture:
             "format": self.renderer.format.name,
             "template_arguments": self.renderer.format.kwargs,
             "append_eos": self.renderer.format.append_eos,
+            "dropped_prefill": self.renderer.format.prefill or None,
             "invariants": self.invariants(),
             "bad_rows": [row["reason"] for row in self.bad[:100]],
             "data_sha256": self.digest(),
@@ -95,10 +97,12 @@ def write_bad_rows(out: Path, mixture: Mixture) -> None:
 
 
 def training_renderer(recipe: Recipe, renderer: Renderer) -> Renderer:
-    """The renderer that the recipe's data is rendered with: the end of text appended where the recipe asks for it,
-    and template arguments chosen by the first rows of each source."""
+    """The renderer that the recipe's data is rendered with: with the end of text appended and without what
+    prompts pre-fill where the recipe asks for that, and template arguments chosen by the first rows of each source."""
     if recipe.append_eos:
         renderer = append_eos(renderer)
+    if recipe.drop_prefill:
+        renderer = drop_prefill(renderer)
     if renderer.arguments() and not renderer.format.kwargs:
         sample = [c for entry in recipe.mixture for c in sample_of(entry, recipe, SETTLE_ROWS)]
         renderer = choose_arguments(renderer, sample)

@@ -20,6 +20,7 @@ from sftflow.chat.schema import parse_row
 from sftflow.chat.template import Row, Template
 from sftflow.foundation.errors import FormatError, MaskError
 
+UNASKED = ("nothing prompts for this reply: it is the first message", "remove it, or give it weight 0")
 _EXCHANGE: list[dict[str, Any]] = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
 
 
@@ -182,7 +183,7 @@ class Prover:
         # Many templates write no header unasked where there is no message: what looks like a first reply would then
         # begin with its own header.
         if turn == 0 and (not own or proof.text[start : min(own)].strip()):
-            raise MaskError(place, "nothing prompts for this reply: it is the first message", "remove it")
+            raise MaskError(place, *UNASKED)
         return inside[-1]
 
     def calculator_results(self, proof: Proof, start: int, last: int) -> Iterator[tuple[int, int]]:
