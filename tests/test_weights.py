@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sftflow as sf
-from helpers.architectures import ARCHITECTURES, REFUSED, STATEFUL, stateful, tiny
+from helpers.architectures import ARCHITECTURES, REFUSED, SMALL, STATEFUL, stateful, tiny
 from helpers.runs import run, write_recipe
 from sftflow.checkpoint import load_model, resolve
 from sftflow.checkpoint.weights import load_weights
@@ -58,6 +58,7 @@ WRONG: dict[str, tuple[Callable[[State], State], str]] = {
     "one too many": (with_tensor("v_head.weight", torch.clone), "no place for 1 of its tensors: v_head.weight"),
     "a layer too many": (with_tensor("model.layers.2.mlp.up_proj.weight", torch.clone), "no place for .*layers.2.mlp"),
     "a bias too many": (with_tensor("model.layers.0.mlp.up_proj.bias", torch.clone), "no place for .*up_proj.bias"),
+    "one under two names": (with_tensor("norm.weight", torch.clone), f"norm.weight and {NORM} are one tensor"),
     "integers": (with_tensor(DOWN, lambda t: (t * 100).to(torch.int8)), f"{DOWN} is stored as integers"),
     "a NaN": (poisoned(DOWN, float("nan")), f"not finite \\({DOWN}\\)"),
     "an infinity": (poisoned("model.embed_tokens.weight", float("-inf")), "not finite \\(model.embed_tokens.weight\\)"),
@@ -224,6 +225,30 @@ def test_the_towers_of_a_multimodal_checkpoint_are_left_unread_and_nothing_else(
         load_weights(base, "base")
 
 
+def test_real_towers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Llama 4's text model is read out of the multimodal checkpoint, its config and its names included; SmolVLM's
+    cannot be, which is said in a line."""
+    import transformers
+
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    text = {**SMALL, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 64, "attention_chunk_size": 64}
+    sizes = {"image_size": 28, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}
+    config = transformers.Llama4Config(text_config=text, vision_config={**vision, **sizes, "pixel_shuffle_ratio": 0.5})
+    model = transformers.Llama4ForConditionalGeneration(config)
+    model.save_pretrained(tmp_path / "llama4")
+    loaded = load_weights(tmp_path / "llama4", "llama4")
+    assert type(loaded).__name__ == "Llama4ForCausalLM"
+    wanted = model.language_model.state_dict()
+    assert all(torch.equal(weight, wanted[key]) for key, weight in loaded.state_dict().items())
+    said = [r.getMessage() for r in caplog.records if r.name == "sftflow.checkpoint"]
+    assert said == ["note: llama4: its text model is meant; not read: multi_modal_projector, vision_model"]
+    llama = {**SMALL, "model_type": "llama"}
+    smol = transformers.SmolVLMConfig(text_config=llama, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    transformers.SmolVLMForConditionalGeneration(smol).save_pretrained(tmp_path / "smolvlm")
+    with pytest.raises(CheckpointError, match="transformers has no causal language model for a smolvlm; "):
+        load_model(resolve(str(tmp_path / "smolvlm")))
+
+
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *REFUSED, *(set(STATEFUL) - set(REFUSED))])
 def test_what_transformers_saves_is_whole(name: str, tmp_path: Path) -> None:
     model = stateful(name) if name in STATEFUL else tiny(name)
@@ -231,3 +256,43 @@ def test_what_transformers_saves_is_whole(name: str, tmp_path: Path) -> None:
     loaded = load_weights(tmp_path, name)
     wanted = model.state_dict()
     assert all(torch.equal(weight, wanted[key]) for key, weight in loaded.state_dict().items())
+
+
+def test_a_head_of_its_own_is_kept_under_a_config_that_says_tied(whole: Path, tmp_path: Path) -> None:
+    """By loading, growing by the format's tokens, training and saving; the config saved says so."""
+    from transformers import AutoModelForCausalLM
+
+    base = changed(whole, tmp_path / "base", with_tensor(HEAD, lambda t: t + 1.0))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    recipe = write_recipe(tmp_path, base, steps=2, lr=1e-9, optimizer="adamw")
+    done = run("train", str(recipe))
+    assert done.returncode == 0, done.stderr
+    trained = tmp_path / "run" / "checkpoint"
+    assert json.loads((trained / "config.json").read_text())["tie_word_embeddings"] is False
+    ids = torch.arange(20)[None]
+    with torch.inference_mode():
+        before, after = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits for folder in (base, trained)
+        )
+    assert after.shape[-1] > before.shape[-1]
+    assert torch.allclose(after[..., : before.shape[-1]], before, atol=1e-3)
+    once_more = load_model(resolve(str(tmp_path / "run")))[0]
+    assert not once_more.config.tie_word_embeddings and once_more.lm_head.weight.mean() > 0.9
+
+
+def test_a_head_that_is_the_embedding_is_stored_once(whole: Path, tmp_path: Path) -> None:
+    """Also where a config in memory says otherwise: what the model is decides."""
+    from sftflow.checkpoint import prepare, save
+
+    base = changed(whole, tmp_path / "base", without(HEAD))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    model, tokenizer, renderer, _ = prepare(resolve(str(base)))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.config.tie_word_embeddings = False
+    save(tmp_path / "saved", model, tokenizer, renderer, dtype=torch.float32, meta={})
+    assert HEAD not in load_file(tmp_path / "saved" / "model.safetensors")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["tie_word_embeddings"] is True
+    again = load_model(resolve(str(tmp_path / "saved")))[0]
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)

@@ -274,5 +274,8 @@ def _reading(location: Location) -> Iterator[dict[str, Any] | None]:
             fact = "it needs code of its own, and code from a checkpoint is not run"
             remedy = "use one whose model_type and tokenizer transformers itself has"
             raise CheckpointError(location.name, fact, remedy) from error
+        if "for this kind of AutoModel" in str(error):
+            fact = f"transformers has no causal language model for a {load_config(location).model_type}"
+            raise CheckpointError(location.name, fact, "give a text model") from error
         fact = f"cannot be loaded ({type(error).__name__}: {first_line(error)})"
         raise CheckpointError(location.name, fact, "check that the files are whole") from error

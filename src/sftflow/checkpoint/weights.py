@@ -45,6 +45,10 @@ def load_weights(directory: Path, name: str) -> Any:
     )
     # What was read away is not to be written back on saving.
     model._weight_conversions = [c for c in model._weight_conversions if c.source_patterns[0] not in wrappers.values()]
+    # transformers reads a body's name with and without the prefix, and of two tensors silently one.
+    twice = [k for k in stored if f"{model.base_model_prefix}.{k}" in stored and k not in model.state_dict()]
+    if twice:
+        raise CheckpointError(name, f"{twice[0]} and {model.base_model_prefix}.{twice[0]} are one tensor", COPY_AGAIN)
     integers = [key for key, kind in stored.items() if kind[0] in "IUB" and kind != "BF16"]
     require_floats(model, integers, name)
     require_whole(model, report, name, multimodal=_is_multimodal(directory))
