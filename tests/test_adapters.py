@@ -205,6 +205,7 @@ WRONG: dict[str, tuple[Callable[[], Any], Callable[[Path], None], str]] = {
     "unknown option": (lora, lambda a: edit_config(a, use_newer=True), "it asks for use_newer, which peft"),
     "a classifier": (lora, lambda a: edit_config(a, task_type="SEQ_CLS"), "it was trained for SEQ_CLS"),
     "a model, too": (lora, beside_a_model, "it holds a model .model.safetensors. and an adapter"),
+    "alora": (lambda: lora(alora_invocation_tokens=[5]), lambda _: None, "type aLoRA cannot be merged"),
     "prefix": (
         lambda: peft.PrefixTuningConfig(num_virtual_tokens=3, **CLM),
         lambda _: None,
@@ -281,6 +282,8 @@ def test_a_merge_changes_nothing_unasked(tmp_path: Path, tokenizer_dir: Path) ->
 
 
 def test_the_format_of_a_trained_base_is_kept(tmp_path: Path, tiny_base: Path) -> None:
+    from transformers import AutoTokenizer
+
     assert runs.run("train", str(runs.write_recipe(tmp_path, tiny_base, steps=1))).returncode == 0
     run = tmp_path / "run"
     write_adapter(tmp_path / "adapter", run / "checkpoint", lora())
@@ -290,6 +293,10 @@ def test_the_format_of_a_trained_base_is_kept(tmp_path: Path, tiny_base: Path) -
         before[key] for key in ("format", "fingerprint", "dtype")
     ]
     checkpoint.load_assistant(str(tmp_path / "merged"))
+    # A tokenizer beside the adapter that has the base's template has its format, too: the calculator stands in no file.
+    AutoTokenizer.from_pretrained(run / "checkpoint").save_pretrained(tmp_path / "adapter")
+    formats = [checkpoint.load_assistant(str(p)).renderer.format for p in (run, tmp_path / "adapter")]
+    assert formats[0] == formats[1] and formats[0].python
 
 
 # ---- an adapter's directory is a model
@@ -338,6 +345,9 @@ def test_where_the_base_is(tmp_path: Path, bases: dict[bool, Path], adapter: tup
             checkpoint.load_assistant(str(directory))
         assert "--base BASE" in str(error.value)
         merge(str(directory), tmp_path / "merged", base=str(bases[True]))
+    edit_config(directory, base_model_name_or_path=str(directory))
+    with pytest.raises(CheckpointError, match="its base is an adapter of itself"):
+        checkpoint.load_assistant(str(directory))
     config = tmp_path / "models" / "mine" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "awq"}}))
     edit_config(directory, base_model_name_or_path="models/mine")

@@ -1,22 +1,19 @@
 """Checkpoints: a Hugging Face directory plus `sftflow.json` (lineage, format, fingerprint, file hashes).
 
 A model is named by a directory, a run directory (its `checkpoint/` is meant), `builtin:tiny`, a .gguf file, or a
-hub id (`loading.py`, `hub.py`). The directory of an adapter of peft is its base with the adapter added
+hub id (`location.py`, `hub.py`). The directory of an adapter of peft is its base with the adapter added
 (`adapters.py`). `weights.py` accounts for every tensor, `assistant.py` makes it talk, `saving.py` writes one.
 """
 
 from sftflow.checkpoint.assistant import Assistant, assistant_of, base_format, grow_embeddings, load_assistant, prepare
 from sftflow.checkpoint.loading import (
-    BUILTIN_TINY,
-    Location,
-    base_location,
     load_config,
     load_info,
     load_model,
     load_tokenizer,
     open_renderer,
-    resolve,
 )
+from sftflow.checkpoint.location import BUILTIN_TINY, Location, base_location, resolve
 from sftflow.checkpoint.saving import save
 from sftflow.checkpoint.weights import require_finite_weights
 

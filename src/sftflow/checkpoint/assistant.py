@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from sftflow.chat.format import ChatFormat, add_tokens, choose_format
 from sftflow.chat.schema import Conversation
 from sftflow.checkpoint.generation import sampling_of
-from sftflow.checkpoint.loading import Location, load_ends, load_model, load_tokenizer, resolve
+from sftflow.checkpoint.loading import load_ends, load_model, load_tokenizer
+from sftflow.checkpoint.location import Location, resolve
 from sftflow.fingerprint import format_fingerprint
 from sftflow.foundation.errors import CheckpointError
 

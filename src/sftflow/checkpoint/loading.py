@@ -1,4 +1,4 @@
-"""What a model's name means, and reading what is there: tokenizer, config, weights, sftflow.json."""
+"""Reading what is there: tokenizer, config, weights, sftflow.json."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import copy
 import errno
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +13,13 @@ import sftflow.gguf.reader as gguf
 from sftflow.chat.format import add_tokens, choose_format
 from sftflow.checkpoint import adapters, hub
 from sftflow.checkpoint.generation import read_ends
+from sftflow.checkpoint.location import Location, base_location, tokenizer_location
 from sftflow.checkpoint.tokenizer import read_tokenizer
 from sftflow.checkpoint.weights import COPY_AGAIN, load_weights, not_finite, require_whole
 from sftflow.foundation.atomic_io import (
     check_hashes,
     read_record,
     reason,
-    recover_directory,
 )
 from sftflow.foundation.errors import CheckpointError, RunError, first_line
 from sftflow.gguf.vocabulary import as_llama_cpp_splits
@@ -31,82 +30,6 @@ if TYPE_CHECKING:
 
 BUILTIN_TINY = "builtin:tiny"
 _NOT_MAPPED = (errno.ENOMEM, errno.ENODEV, errno.EAGAIN, errno.ENFILE, errno.EMFILE)
-
-
-@dataclass(frozen=True)
-class Location:
-    """Where a checkpoint's files are. path: a directory; gguf: file name inside it.
-
-    from_hub: whether the directory is the hub library's copy of model `name`, whose weights come when asked for.
-    adapter_of: of an adapter's directory, the name of its base; "" where it names none.
-    """
-
-    name: str
-    path: str
-    gguf: str | None = None
-    from_hub: bool = False
-    adapter_of: str | None = None
-
-    @property
-    def file(self) -> Path:
-        """The .gguf file."""
-        return Path(self.path) / str(self.gguf)
-
-    @property
-    def load_args(self) -> dict[str, Any]:
-        """Code that a checkpoint brings is never run, and never asked about."""
-        return {"trust_remote_code": False, **({"gguf_file": self.gguf} if self.gguf else {})}
-
-
-def resolve(name: str) -> Location:
-    """Find the files behind a model's name: what exists here is a path, else OWNER/NAME[@REVISION] is asked of the hub.
-
-    Raises CheckpointError where there are none.
-    """
-    if name == BUILTIN_TINY:
-        return Location(name, str(Path(__file__).parents[1] / "pretraining" / "tiny"))
-    if name.startswith("builtin:"):
-        raise CheckpointError(name, "no such built-in base", f"use {BUILTIN_TINY}")
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise CheckpointError(name, "no such file", "check the path")
-        return Location(name, str(path.parent), gguf=path.name)
-    recover_directory(path / "checkpoint")
-    if path.is_dir():
-        inside = path / "checkpoint" if (path / "checkpoint").is_dir() else path
-        if (path / "resume").is_dir() and inside == path:
-            raise CheckpointError(name, "this run has not finished", "continue it with train RECIPE --resume")
-        if adapters.is_adapter(inside):
-            return Location(name, str(inside), adapter_of=adapters.base_name(inside))
-        if not any((inside / f).is_file() for f in ("config.json", "tokenizer.json", "tokenizer_config.json")):
-            raise CheckpointError(name, "no config.json in it", "give a Hugging Face checkpoint directory")
-        return Location(name, str(inside))
-    if path.exists() or not hub.is_hub_id(name):
-        raise CheckpointError(name, "no such checkpoint directory", f"give a directory, a hub id or {BUILTIN_TINY}")
-    folder = hub.snapshot(name)
-    base = adapters.base_name(folder) if adapters.is_adapter(folder) else None
-    return Location(name, str(folder), from_hub=True, adapter_of=base)
-
-
-def base_location(adapter: Location) -> Location:
-    """Where the base of an adapter is."""
-    remedy = "put it there, or name the base: export --to merged --base BASE"
-    if not adapter.adapter_of:
-        raise CheckpointError(adapter.name, "the adapter names no base", remedy)
-    try:
-        return resolve(adapter.adapter_of)
-    except CheckpointError as error:
-        raise CheckpointError(error.place, f"{error.fact} (the base of {adapter.name})", remedy) from None
-
-
-def tokenizer_location(location: Location) -> Location:
-    """Where a model's tokenizer and chat format are: of an adapter without a tokenizer, with its base."""
-    if location.adapter_of is None:
-        return location
-    if adapters.has_tokenizer(Path(location.path)):
-        return replace(location, adapter_of=None)
-    return tokenizer_location(base_location(location))
 
 
 def _check_files(location: Location, *, weights: bool = True) -> dict[str, Any]:
@@ -168,19 +91,27 @@ def load_ends(location: Location, tokenizer: Any) -> tuple[int, ...]:
 def load_info(location: Location) -> dict[str, Any]:
     """sftflow.json of a checkpoint: {} where there is none. Raises CheckpointError where it is damaged.
 
-    Of an adapter: what its base's still says of both, the format of its tokenizer, and the base's name.
+    Of an adapter: what its base's says of both, and the base's name.
     """
     if location.adapter_of is not None:
-        base = base_location(location)
-        of_base, of_tokenizer = load_info(base), load_info(tokenizer_location(location))
-        kept = {key: value for key, value in of_base.items() if key in ("recipe", "kind", "dtype")}
-        kept |= {key: value for key, value in of_tokenizer.items() if key in ("format", "fingerprint")}
-        return kept | {"base": {"name": base.name, **{key: of_base.get(key) for key in ("fingerprint", "kind")}}}
+        return _info_of_adapter(location)
     if location.gguf:
         with _reading(location) as own:
             return {"format": own[FORMAT]} if own else {}
     path = Path(location.path) / "sftflow.json"
     return read_record(path, COPY_AGAIN) if path.is_file() else {}
+
+
+def _info_of_adapter(location: Location) -> dict[str, Any]:
+    base = base_location(location)
+    info = load_info(base)
+    kept = ["recipe", "kind", "dtype"]
+    if tokenizer_location(location).path != location.path:
+        kept += ["format", "fingerprint"]
+    elif "format" in info and load_tokenizer(location).chat_template == load_tokenizer(base).chat_template:
+        kept += ["format"]  # its arguments and clock, which stand in no template
+    of_base = {"name": base.name, **{key: info.get(key) for key in ("fingerprint", "kind")}}
+    return {"base": of_base, **{key: info[key] for key in kept if key in info}}
 
 
 def open_renderer(location: Location, format_name: str) -> Renderer:

@@ -1,0 +1,96 @@
+"""What a model's name means: a directory, a run, an adapter of one, a .gguf file, a model of the hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sftflow.checkpoint import adapters, hub
+from sftflow.foundation.atomic_io import recover_directory
+from sftflow.foundation.errors import CheckpointError
+
+BUILTIN_TINY = "builtin:tiny"
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a checkpoint's files are. path: a directory; gguf: file name inside it.
+
+    from_hub: whether the directory is the hub library's copy of model `name`, whose weights come when asked for.
+    adapter_of: of an adapter's directory, the name of its base; "" where it names none.
+    """
+
+    name: str
+    path: str
+    gguf: str | None = None
+    from_hub: bool = False
+    adapter_of: str | None = None
+
+    @property
+    def file(self) -> Path:
+        """The .gguf file."""
+        return Path(self.path) / str(self.gguf)
+
+    @property
+    def load_args(self) -> dict[str, Any]:
+        """Code that a checkpoint brings is never run, and never asked about."""
+        return {"trust_remote_code": False, **({"gguf_file": self.gguf} if self.gguf else {})}
+
+
+def resolve(name: str) -> Location:
+    """Find the files behind a model's name: what exists here is a path, else OWNER/NAME[@REVISION] is asked of the hub.
+
+    Raises CheckpointError where there are none.
+    """
+    if name == BUILTIN_TINY:
+        return Location(name, str(Path(__file__).parents[1] / "pretraining" / "tiny"))
+    if name.startswith("builtin:"):
+        raise CheckpointError(name, "no such built-in base", f"use {BUILTIN_TINY}")
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise CheckpointError(name, "no such file", "check the path")
+        return Location(name, str(path.parent), gguf=path.name)
+    recover_directory(path / "checkpoint")
+    if path.is_dir():
+        inside = path / "checkpoint" if (path / "checkpoint").is_dir() else path
+        if (path / "resume").is_dir() and inside == path:
+            raise CheckpointError(name, "this run has not finished", "continue it with train RECIPE --resume")
+        if adapters.is_adapter(inside):
+            return Location(name, str(inside), adapter_of=adapters.base_name(inside))
+        if not any((inside / f).is_file() for f in ("config.json", "tokenizer.json", "tokenizer_config.json")):
+            raise CheckpointError(name, "no config.json in it", "give a Hugging Face checkpoint directory")
+        return Location(name, str(inside))
+    if path.exists() or not hub.is_hub_id(name):
+        raise CheckpointError(name, "no such checkpoint directory", f"give a directory, a hub id or {BUILTIN_TINY}")
+    folder = hub.snapshot(name)
+    base = adapters.base_name(folder) if adapters.is_adapter(folder) else None
+    return Location(name, str(folder), from_hub=True, adapter_of=base)
+
+
+def base_location(adapter: Location) -> Location:
+    """Where the base of an adapter is."""
+    remedy = "put it there, or name the base: export --to merged --base BASE"
+    if not adapter.adapter_of:
+        raise CheckpointError(adapter.name, "the adapter names no base", remedy)
+    try:
+        base = resolve(adapter.adapter_of)
+    except CheckpointError as error:
+        raise CheckpointError(error.place, f"{error.fact} (the base of {adapter.name})", remedy) from None
+    below, seen = base, {adapter.path}
+    while below.adapter_of:
+        if below.path in seen:
+            raise CheckpointError(adapter.name, f"its base is an adapter of itself ({below.name})", remedy)
+        seen.add(below.path)
+        below = resolve(below.adapter_of)
+    return base
+
+
+def tokenizer_location(location: Location) -> Location:
+    """Where a model's tokenizer and chat format are: of an adapter without a tokenizer, with its base."""
+    if location.adapter_of is None:
+        return location
+    if adapters.has_tokenizer(Path(location.path)):
+        return replace(location, adapter_of=None)
+    return tokenizer_location(base_location(location))
