@@ -106,6 +106,7 @@ TEMPLATES = {
     "asks_unasked": Own(END, refused=MUTE),
     "looks_into_contents": Own(refused=MUTE),
     "end_of_two_tokens": Own(("<|say_end|><|turn_end|>",), refused=MUTE),
+    "end_with_words": Own(("<|close|>assistant<|sep|><|end_of_msg|>",), refused=MUTE),
     "eos_behind_all": Own(END, refused=MUTE),
     "parts": Own(("<end_of_utterance>",), refused=MUTE, parts=PARTS),
     "parts_of_users": Own(refused=MUTE, parts=("user", "tool")),

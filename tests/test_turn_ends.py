@@ -69,7 +69,7 @@ def test_both_tokens_are_taught_and_the_last_one_stops(two_tokens: Renderer) -> 
     say, turn = (two_tokens.special[t] for t in ("<|say_end|>", "<|turn_end|>"))
     assert two_tokens.end_token == "<|turn_end|>"
     assert turn in two_tokens.stop_ids() and say not in two_tokens.stop_ids()
-    assert {say, turn} <= two_tokens.end_ids()
+    assert (say, turn) in two_tokens.ends()
     assert verify(two_tokens, TURNS, rendered) == {}
 
 
@@ -96,6 +96,36 @@ def test_both_tokens_are_the_end_in_the_held_out_loss(two_tokens: Renderer) -> N
     rendered = two_tokens.render(TURNS, turns=True)
     ends = rendered.ids[groups_of(rendered, two_tokens) == GROUPS.index("end_of_turn")]
     assert two_tokens.decode(ends.tolist()) == "<|say_end|><|turn_end|>" * 3
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_words_inside_an_end_are_not_said(streamed: bool) -> None:
+    """`<|close|>assistant<|sep|><|end_of_msg|>` is held back, and given out where it turns out to be no end."""
+    tokenizer = byte_level(special=("<|open|>", "<|sep|>", "<|close|>", "<|end_of_msg|>"))
+    renderer = renderer_of("end_with_words", tokenizer)
+    rendered = renderer.render(TURNS)
+    said = [int(i) for i, m in zip(rendered.ids, rendered.mask, strict=True) if m]
+    stop = said.index(renderer.special["<|end_of_msg|>"])
+    assert renderer.special["<|close|>"] not in renderer.stop_ids()
+    text, reply = generated(renderer, said, streamed=streamed)
+    assert (text, reply.text, len(reply.ids)) == ("First zqb answer.", "First zqb answer.", stop + 1)
+    other = [renderer.special["<|close|>"], *renderer.encode_plain("assist"), *renderer.encode_plain(" on")]
+    text, reply = generated(renderer, [*other, *said], streamed=streamed)
+    assert (text, reply.text) == ("assist onFirst zqb answer.",) * 2
+    text, reply = generated(renderer, [*said[: stop - 1], *said[stop:]], streamed=streamed)  # not the end as written
+    assert (text, reply.text) == ("First zqb answer.assistant",) * 2
+    assert verify(renderer, TURNS, rendered) == {}
+
+
+def test_a_known_stop_ends_the_end() -> None:
+    """What follows the end of text, or another id at which generation stops, is not taught."""
+    tokenizer = byte_level(special=("<|turn_start|>", "<|say_start|>", "<|say_end|>", "<|turn_end|>"))
+    path = FOLDER / "end_of_two_tokens.jinja"
+    stop = tokenizer.convert_tokens_to_ids("<|say_end|>")
+    renderer = Renderer(tokenizer, choose_format(str(path), tokenizer), ends=(stop,))
+    rendered = renderer.render(parse_row(SHAPES["single"], "t:1"))
+    assert rendered.text.endswith("<|say_end|><|turn_end|>")
+    assert renderer.decode(rendered.ids[rendered.mask == 1].tolist()) == "It is zqreply now.<|say_end|>"
 
 
 def test_an_end_of_text_behind_the_last_turn_is_no_part_of_its_end() -> None:

@@ -25,7 +25,7 @@ MARKER = re.compile(r"zq[a-z0-9]+")
 THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
 EMPTY_THINKING = re.compile(r"\A\s*<think>\s*</think>")
 OPENS_THINKING, CLOSES_THINKING = re.compile(r"<think>\s*\Z"), re.compile(r"\A\s*</think>")
-# What closes a reply, whichever it is: a token, or several that stand one behind the other. () where nothing does.
+# What closes a reply, whichever it is: a token, or several, with words between them. () where nothing does.
 Stops = tuple[str, ...]
 
 Messages = list[dict[str, Any]]
@@ -66,10 +66,10 @@ class Reference:
         self.lookalike = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def tokens(self, stop: str) -> list[str]:
-        """The added tokens that make up what closes a reply; [] where it is not made of such."""
+        """The added tokens in what closes a reply; [] where it does not begin and end with such."""
         longest_first = sorted(self.added.values(), key=len, reverse=True)
         found = re.findall("|".join(map(re.escape, longest_first)) or "(?!)", stop)
-        return found if "".join(found) == stop else []
+        return found if found and stop.startswith(found[0]) and stop.endswith(found[-1]) else []
 
     def owns(self, stops: Stops) -> bool:
         return all(map(self.tokens, stops))

@@ -199,9 +199,9 @@ class Renderer:
         """Ids at which a reply ends: the end-of-turn tokens, the tokenizer's end of text, the checkpoint's own ends."""
         return list(self._prover.stop_ids)
 
-    def end_ids(self) -> frozenset[int]:
-        """Ids of all tokens that turns end with: `stop_ids`, and what the template writes directly in front of them."""
-        return self._prover.end_ids
+    def ends(self) -> list[tuple[int, ...]]:
+        """Ids of each end of a turn, the longest first: a stop id, behind what the template writes in front of it."""
+        return list(self._prover.ends)
 
     def python_ids(self) -> tuple[int, int, int, int] | None:
         """(call start, call end, output start, output end) ids where the format has calculator tokens."""

@@ -85,7 +85,10 @@ def groups_of(rendered: Rendered, renderer: Renderer, seen: int = 0) -> Int:
             groups[start:end][words[start:end]] = GROUPS.index(last)
         message += role.count("+") + 1
     groups[supervised] = GROUPS.index("assistant")
-    groups[supervised & np.isin(ids, list(renderer.end_ids()))] = GROUPS.index("end_of_turn")
+    closing = renderer.ends()
+    for stop in np.flatnonzero(supervised & np.isin(ids, renderer.stop_ids())):
+        n = next(len(end) for end in closing if tuple(ids[max(0, stop + 1 - len(end)) : stop + 1]) == end)
+        groups[stop + 1 - n : stop + 1] = GROUPS.index("end_of_turn")
     return groups
 
 

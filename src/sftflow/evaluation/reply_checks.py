@@ -94,7 +94,7 @@ class ReplyChecks:
 def check_replies(replies: Sequence[Reply | EvalRow], renderer: Renderer) -> ReplyChecks:
     """Check replies that were generated in the renderer's format."""
     decoder = ReplyDecoder(renderer)
-    control = frozenset(renderer.special.values()) - renderer.end_ids() - frozenset(decoder.python or ())
+    control = frozenset(renderer.special.values()) - _in_ends(renderer) - frozenset(decoder.python or ())
     header = user_header(renderer)
     # <s> is also struck-out text in HTML
     spelled = [t for t in renderer.special if len(t) > 2 and not HTML_LIKE.fullmatch(t)]
@@ -183,6 +183,11 @@ def answers_itself(text: str) -> bool:
     return False
 
 
+def _in_ends(renderer: Renderer) -> frozenset[int]:
+    """Ids of the tokens that turns end with."""
+    return frozenset(i for end in renderer.ends() for i in end)
+
+
 def user_header(renderer: Renderer) -> str:
     """What the template writes between a reply's end and the next user text, without white space and without the
     stop and BOS tokens: "<|im_start|>user", "[INST]"; "" where the format has no second user turn."""
@@ -193,7 +198,7 @@ def user_header(renderer: Renderer) -> str:
     except SftflowError:
         return ""
     between = text.partition(texts[1])[2].partition(texts[2])[0]
-    ends = [t for t, i in renderer.special.items() if i in renderer.end_ids()]
+    ends = [t for t, i in renderer.special.items() if i in _in_ends(renderer)]
     for token in (*ends, renderer.spec.names.get("bos_token")):
         between = between.replace(token, "") if token else between
     return "".join(between.split())

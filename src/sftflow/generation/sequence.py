@@ -34,7 +34,7 @@ class ReplyDecoder:
         self.python = renderer.python_ids()
         self.stop = frozenset(renderer.stop_ids())
         self.control = frozenset(renderer.special.values())
-        self._ends = renderer.end_ids()
+        self._ends = renderer.ends()
 
     def decode(self, ids: list[int]) -> str:
         shown = [i for i in ids if i not in self.control]  # an end of turn need not be one of the "special" tokens
@@ -44,9 +44,13 @@ class ReplyDecoder:
     def length_without_end(self, ids: Sequence[int], stop: Collection[int]) -> int:
         """How many ids come before the end of turn that they stopped with, at one of `stop`."""
         n = len(ids)
-        while n and ids[n - 1] in (stop if n == len(ids) else self._ends):
-            n -= 1
-        return n
+        if not n or ids[-1] not in stop:
+            return n
+        return n - next((len(end) for end in self._ends if tuple(ids[-len(end) :]) == end), 1)
+
+    def begins_end(self, ids: Sequence[int]) -> bool:
+        """Whether these ids are the beginning of an end of turn, or all of one."""
+        return any(end[: len(ids)] == tuple(ids) for end in self._ends)
 
     def reply_text(self, stops: Sequence[str] = ()) -> ReplyText:
         """The text parts joined, for ids that come one by one, up to the first of the stop texts."""
@@ -121,6 +125,7 @@ class ReplySequence:
         # The text is followed token by token where somebody reads along, or where it may end the reply.
         follow = self.streamed or bool(self.request.stop_texts)
         self._follower = self.decoder.reply_text(self.request.stop_texts) if follow else None
+        self._held: list[int] = []  # ids that may be the beginning of the end, which is not said
         self._text = ""  # what the follower has given
         self._n_taken = 0  # characters of it
         self._n_told = 0  # ids that `take` has handed out
@@ -163,7 +168,10 @@ class ReplySequence:
         stops, full = token in self.stop, len(self.ids) >= self.room
         follower = self._follower
         if follower is not None:
-            self._text += "" if stops else follower.feed(token)  # an end may be a word: it is not said
+            self._held.append(token)
+            n_end = len(self.ids) - self.decoder.length_without_end(self.ids, self.stop)
+            while self._held[: len(self._held) - n_end] and (stops or full or not self.decoder.begins_end(self._held)):
+                self._text += follower.feed(self._held.pop(0))
             if (stops or full) and follower.stopped_by is None:
                 self._text += follower.flush()
         if follower is not None and follower.stopped_by is not None:
@@ -180,7 +188,7 @@ class ReplySequence:
             return Delta("")
         tokens: tuple[TokenLogprob, ...] = ()
         ids: tuple[int, ...] = ()
-        if reply is not None or (self._follower is not None and not self._follower.waits):
+        if reply is not None or (self._follower is not None and not self._follower.waits and not self._held):
             tokens, ids = tuple(self.logprobs[self._n_told :]), tuple(self.ids[self._n_told :])
             self._n_told = len(self.ids)
         so_far = self._text if reply is None else reply.text

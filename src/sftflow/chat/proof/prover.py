@@ -45,8 +45,8 @@ class Prover:
 
     end_token: the token at which ordinary replies stop, or None.
     stop_ids: ids at which a reply ends: the ends of turns that the template writes, and those given.
-    end_ids: ids of all tokens that the template ends turns with, those at which generation goes on for a token or two
-    (`<|END_RESPONSE|>` in front of `<|END_OF_TURN_TOKEN|>`) among them.
+    ends: ids of each end of a turn, the longest first; most are one token, others more (`<|END_RESPONSE|>` in front of
+    `<|END_OF_TURN_TOKEN|>`), whose last one stops generation.
     """
 
     def __init__(self, template: Template, encoder: Encoder, stops: Sequence[int]) -> None:
@@ -60,7 +60,8 @@ class Prover:
         ends = self._probe_ends()
         written = [encoder.special[token] for token in (self.end_token, *(e.token for e in ends)) if token]
         self.stop_ids = list(dict.fromkeys([*written, *stops]))
-        self.end_ids = frozenset([*self.stop_ids, *(encoder.special[token] for e in ends for token in e.tokens)])
+        ids = {tuple(encoder.encode_pieces(pieces_of(e.text, encoder.literals(e.text)))) for e in ends}
+        self.ends = sorted(ids | {(i,) for i in self.stop_ids}, key=len, reverse=True)
 
     def prove(self, row: Row, text: str) -> Proof:
         """Raises MaskError where the text is not the template's words with the row's values in them, or where it

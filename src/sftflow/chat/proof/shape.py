@@ -4,7 +4,6 @@ where in them replies end and turns begin."""
 from __future__ import annotations
 
 import bisect
-import contextlib
 import functools
 import re
 from collections.abc import Collection
@@ -19,20 +18,17 @@ from sftflow.foundation.sequences import common_prefix
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """The control tokens that end a turn, mostly one: in piece `piece` of the skeleton, from character `start` of it.
+    """What ends a turn, mostly one control token: in piece `piece` of the skeleton, from character `start` of it.
 
-    last: where the last of them begins, at which generation stops.   tokens: all of them, in order.
+    text: all of it, control tokens and what stands between them.   token: the last one, at which generation stops.
+    last: where that begins in the piece.
     """
 
     piece: int
     start: int
     last: int
-    tokens: tuple[str, ...]
-
-    @property
-    def token(self) -> str:
-        """The one at which generation stops."""
-        return self.tokens[-1]
+    text: str
+    token: str
 
 
 class Shape:
@@ -83,8 +79,8 @@ class Shape:
         return self._ends[turn]
 
     def _find_end(self, turn: int) -> End | str:
-        """The first control token after the turn's last word, and those directly behind it; behind a call, the one
-        that ends ordinary replies, for others may close the call. The template must write it there, too, when the
+        """The first control token after the turn's last word, and what belongs to it; behind a call, the one that
+        ends ordinary replies, for others may close the call. The template must write it there, too, when the
         conversation stops with this turn: then it belongs to this turn and is not the next one's header."""
         message, name = self._marked.messages[turn], self._template.format.name
         no_end = f"the {name} format writes no end-of-turn token after this reply: it could not learn to stop"
@@ -118,44 +114,38 @@ class Shape:
             return f"the {name} format ends this reply with {between.strip()!r}, which is no token of this tokenizer"
         if self._opens_reply(turn, prompt, after):
             return no_end
-        more = self._more_ends(turn, found, found_alone, own)
-        tokens = (found.group(), *more)
-        return End(piece, found.start(), found.start() + len("".join(tokens[:-1])), tokens)
+        text = found.group() if calls or not own else self._whole_end(turn, found, found_alone, own[-1])
+        stop = list(self._special_re.finditer(text))[-1]
+        return End(piece, found.start(), found.start() + stop.start(), text, stop.group())
 
-    def _more_ends(self, turn: int, here: re.Match[str], alone: re.Match[str], own: list[int]) -> list[str]:
-        """The control tokens directly behind a turn's first end token, as `<|END_RESPONSE|><|END_OF_TURN_TOKEN|>` has
-        them, up to one at which generation stops: those that the template writes here, when the conversation stops
-        with this turn, and when the user speaks next. None where more than control tokens follow when it stops: there
-        the template opens the next turn unasked."""
-        if here.group() in self._stops or self._special_re.sub("", alone.string[alone.end() :]).strip():
-            return []
-        runs = [self._run_behind(m.string, m.end()) for m in (here, alone)]
-        if not all(runs):
-            return []
-        if own:  # an empty reply is taken at the two words for it
-            asked = [*self._marked.messages[: turn + 1], {"role": "user", "content": "u"}]
-            with contextlib.suppress(FormatError):  # a format may not let the user speak here
-                asks = self._marked.skeleton(self._template.text(asked, self._marked.tools, False, "marked row"))
-                mark = self.skeleton.order[own[-1]]
-                pieces = [p for m, p in zip(asks.order, asks.pieces[1:], strict=True) if m == mark]
-                first = self._special_re.search(pieces[-1]) if pieces else None
-                runs += [self._run_behind(first.string, first.end())] if first else []
-        more: list[str] = []
-        for tokens in zip(*runs, strict=False):
-            if len(set(tokens)) > 1:
-                break
-            more.append(tokens[0])
-            if tokens[0] in self._stops:
-                break
-        return more
+    def _whole_end(self, turn: int, here: re.Match[str], alone: re.Match[str], last_word: int) -> str:
+        """A reply's end, from its first control token to that at which generation stops.
 
-    def _run_behind(self, text: str, at: int) -> list[str]:
-        """The control tokens that stand one behind the other from character `at`."""
-        run = []
-        while m := self._special_re.match(text, at):
-            run.append(m.group())
-            at = m.end()
-        return run
+        It is what the template writes alike here, when the conversation stops with this turn, and when the user speaks
+        next: as far as the first token in it that is known to stop generation, else its last control token. If then
+        more than control tokens follow when the conversation stops, the template opens the next turn unasked, and the
+        first token is the end.
+        """
+        first = here.group()
+        if first in self._stops:
+            return first
+        asked = [*self._marked.messages[: turn + 1], {"role": "user", "content": "u"}]
+        try:
+            asks = self._marked.skeleton(self._template.text(asked, self._marked.tools, False, "marked row"))
+        except FormatError:  # not every format lets a user speak here
+            return first
+        mark = self.skeleton.order[last_word]
+        behind = [piece for m, piece in zip(asks.order, asks.pieces[1:], strict=True) if m == mark]
+        found = self._special_re.search(behind[-1]) if behind else None
+        if found is None:
+            return first
+        texts = [m.string[m.start() :] for m in (here, alone, found)]
+        same = min(common_prefix(texts[0], text) for text in texts)
+        tokens = [m for m in self._special_re.finditer(texts[0]) if m.end() <= same]
+        known = [m for m in tokens if m.group() in self._stops]
+        if not known and (not tokens or self._special_re.sub("", texts[1][tokens[-1].end() :]).strip()):
+            return first
+        return texts[0][: (known or tokens[-1:])[0].end()]
 
     def _opens_reply(self, turn: int, prompt: str, after: str) -> bool:
         """Whether what follows the turn is the next reply's header, which the template writes unasked."""
