@@ -200,10 +200,10 @@ def ids_survive(tmp_path: Path, tokenizer: Path, which: str) -> None:
     found = export_gguf(str(model), tmp_path / "m.gguf", "f32", say=silent)
     if which.startswith("hf"):
         assert found["passed"], found["failures"][:3]
-    else:  # among so few tokens a random model soon writes one that llama.cpp takes for the end, <|eom_id|> for one
-        assert {failure["check"] for failure in found["failures"]} <= {"greedy", "logits"}
+    else:  # among so few tokens a random model may write halves of characters only, of which llama.cpp tells nothing
+        assert all("told no log-prob" in failure["detail"] for failure in found["failures"]), found["failures"][:3]
     assert found["ids_equal"] == found["rendered_equal"] == found["prompts"] == 50
-    assert bool(found["notes"]) == which.endswith("qwen3")  # NFC
+    assert any("NFC" in note for note in found["notes"]) == which.endswith("qwen3")  # NFC
 
 
 def test_a_tokenizer_that_llama_cpp_cannot_follow_is_refused(tokenizer_dir: Path) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from sftflow.exporting.bounds import difference_of, parting_of
 from sftflow.exporting.llamacpp import Continuation
-from sftflow.exporting.parity import _difference, _greedy
 
 STOP = 7
 
@@ -45,14 +45,14 @@ TIE = {1: -0.70000, 2: -0.70005, STOP: -0.70002}
 def test_a_near_tie_is_between_the_two_that_are_near(
     theirs: Sequence[int], mine: list[int], places: list[dict[int, float]], found: tuple[str, int, int]
 ) -> None:
-    assert _greedy(written(*theirs, stopped=True), likeliest(*places), (mine, True), [STOP]) == found
+    assert parting_of(written(*theirs, stopped=True), likeliest(*places), (mine, True), [STOP]) == found
 
 
 def test_log_probabilities_that_were_not_compared_are_counted() -> None:
     rows = likeliest({1: -0.5}, {2: -0.5}, {3: -0.5})
     told: list[dict[int, float]] = [{1: -0.25, 2: -9.0}, {}]
-    assert _difference(rows, Continuation(tokens=[1, 2], logprobs=told, stopped=False)) == (0.25, 1)
-    assert _difference(rows, written(1, 2)) == (0.0, 0)
+    assert difference_of(rows, Continuation(tokens=[1, 2], logprobs=told, stopped=False)) == (0.25, 1)
+    assert difference_of(rows, written(1, 2)) == (0.0, 0)
     for value in (math.nan, -math.inf):
         told = [{1: value}, {2: -0.5}]
-        assert _difference(rows, Continuation(tokens=[1, 2], logprobs=told, stopped=False)) == (math.inf, 2)
+        assert difference_of(rows, Continuation(tokens=[1, 2], logprobs=told, stopped=False)) == (math.inf, 2)

@@ -77,7 +77,7 @@ def sampling_of(config: Any) -> dict[str, Any]:
 
 def write_generation(directory: Path, config: Any, ends: Sequence[int]) -> None:
     """Write generation_config.json with these ends, where there are any. All else stays as it came: also values for
-    sampling beside a do_sample that is not set, which transformers' own way of saving refuses and other programs obey."""
+    sampling beside a do_sample that is not set, which transformers' own way of saving refuses and others obey."""
     written = copy.deepcopy(config)
     if ends:
         written.eos_token_id = ends[0] if len(ends) == 1 else list(ends)

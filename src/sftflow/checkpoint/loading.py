@@ -85,7 +85,10 @@ def load_ends(location: Location, tokenizer: Any) -> tuple[int, ...]:
     """
     if location.adapter_of is not None:
         return load_ends(base_location(location), tokenizer)
-    return () if location.gguf else read_ends(Path(location.path), tokenizer)
+    if location.gguf:  # a reply ends where llama.cpp would end it
+        with _reading(location):
+            return gguf.read_ends(location.file)
+    return read_ends(Path(location.path), tokenizer)
 
 
 def load_info(location: Location) -> dict[str, Any]:

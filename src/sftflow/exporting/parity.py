@@ -2,7 +2,8 @@
 
 The same prompts go through our renderer and engine, through transformers (template, tokenizer, the model's own forward
 pass) and through llama.cpp (its Jinja engine on the stored template, its tokenizer, its own arithmetic). Text and ids
-must be equal whatever the type; in f32 the greedy tokens, too, and logits to TOLERANCE.
+must be equal whatever the type; log-probabilities and greedy tokens within the type's BOUNDS. Replies end where
+llama.cpp ends them: at all the checkpoint's ends, and at others that it knows by name, which the certificate lists.
 
 llama.cpp shows log-probabilities, not logits: they are compared over the likeliest tokens of every generated place
 where it tells them. What could not be compared is counted.
@@ -10,27 +11,25 @@ where it tells them. What could not be compared is counted.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from sftflow.chat.token_rows import token_bytes
 from sftflow.checkpoint import Assistant
-from sftflow.exporting.llamacpp import Continuation, LlamaCpp
+from sftflow.exporting.bounds import BOUNDS, TOKENS, difference_of, likeliest_of, parting_of
+from sftflow.exporting.llamacpp import LlamaCpp
 from sftflow.exporting.parity_prompts import Case
 from sftflow.foundation.atomic_io import sha256_file
 from sftflow.foundation.sequences import common_prefix
+from sftflow.gguf.reader import read_ends
 from sftflow.gguf.writer import exported_template
 
-PROMPTS, TOKENS = 50, 24
+PROMPTS = 50
 GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 """whatever the checkpoint asks for"""
-TOLERANCE = 1e-3
-"""of a log-probability in f32: two orders above what single precision loses in 30 layers"""
-NEAR = 1e-4
-"""two tokens this close in log-probability: rounding chose between them"""
 
 Row = dict[str, Any]
 
@@ -52,11 +51,13 @@ def certificate(
     rows: list[Row] = []
     failures: list[dict[str, str]] = []  # what must not be, in the order it was found
     with LlamaCpp(path, context=context) as engine:
-        ends = [i for i in assistant.renderer.stop_ids() if not _ends_at(engine, i)]
-        if ends:
-            failures.append(_failure("stop ids", "stop", f"llama.cpp does not stop at {ends}"))
-        for n, (case, ours) in enumerate(zip(prompts, _ours(assistant, prompts), strict=True), 1):
-            rows.append(_compare(case, kind, ours, assistant, engine, failures))
+        own = assistant.renderer.stop_ids()
+        stops = [i for i in dict.fromkeys([*own, *read_ends(path)]) if _ends_at(engine, i)]
+        lacking = [i for i in own if i not in stops]
+        if lacking:
+            failures.append(_failure("stop ids", "stop", f"llama.cpp does not stop at {lacking}"))
+        for n, (case, ours) in enumerate(zip(prompts, _ours(assistant, prompts, stops), strict=True), 1):
+            rows.append(_compare(case, kind, ours, assistant, engine, stops, failures))
             if n % 10 == 0:
                 say(f"parity: {n} of {len(prompts)} prompts")
 
@@ -80,12 +81,14 @@ def certificate(
         "greedy_equal": total("greedy_equal"),
         "near_ties": total("near_ties"),
         "greedy_uncompared": total("greedy_uncompared"),
-        "stop_ids": assistant.renderer.stop_ids(),
+        "stop_ids": own,
+        "llama_cpp_stop_ids": stops,
         "largest_logit_difference": max(r["logit_difference"] for r in rows),
+        "largest_likely_difference": max(r["likely_difference"] for r in rows),
         "logit_places": total("logit_places"),
         "generated": sum(len(r["tokens"]) for r in rows),
-        "tolerance": TOLERANCE if kind == "f32" else None,
-        "notes": list(notes),
+        "bounds": asdict(BOUNDS[kind]),
+        "notes": [*notes, *_more_ends(assistant, [i for i in stops if i not in own])],
         "failures": failures,
         "rows": rows,
     }
@@ -107,12 +110,19 @@ def _failure(prompt: str, check: str, detail: str) -> dict[str, str]:
     return {"prompt": prompt, "check": check, "detail": detail}
 
 
-def _ours(assistant: Assistant, prompts: list[Case]) -> list[tuple[list[int], bool]]:
-    """(generated ids without the end, whether it ended by itself) of our engine."""
-    stops = frozenset(assistant.renderer.stop_ids())
-    requests = [
-        assistant.request(c.rendered.ids.tolist(), max_tokens=TOKENS, use_python=False, **GREEDY) for c in prompts
-    ]
+def _more_ends(assistant: Assistant, ids: list[int]) -> list[str]:
+    """The note on ends that the checkpoint does not have."""
+    names = ", ".join(assistant.renderer.decode([i]) for i in ids)
+    return [f"llama.cpp ends replies at {names}, too, which it knows by name; so does sftflow with this file"] * bool(
+        ids
+    )
+
+
+def _ours(assistant: Assistant, prompts: list[Case], ends: Collection[int]) -> list[tuple[list[int], bool]]:
+    """(generated ids without the end, whether it ended by itself) of our engine.   ends: the ids that end a reply."""
+    stops = frozenset(ends)
+    options = {"use_python": False, "stop_ids": stops, **GREEDY}
+    requests = [assistant.request(c.rendered.ids.tolist(), max_tokens=TOKENS, **options) for c in prompts]
     out = []
     for reply in assistant.engine.generate(requests):
         ids = list(reply.ids)
@@ -133,9 +143,11 @@ def _compare(
     ours: tuple[list[int], bool],
     assistant: Assistant,
     engine: LlamaCpp,
+    stops: list[int],
     failures: list[dict[str, str]],
 ) -> Row:
-    """A prompt's row of the certificate; what must not be goes into `failures`."""
+    """A prompt's row of the certificate; what must not be goes into `failures`.   stops: where llama.cpp stops."""
+    bounds = BOUNDS[kind]
     renderer, rendered = assistant.renderer, case.rendered
     theirs = engine.prompt(case.messages)
     in_transformers = assistant.tokenizer.apply_chat_template(
@@ -153,15 +165,19 @@ def _compare(
         failures.append(_failure(case.id, "ids", problem))
     ids = rendered.ids.tolist()
     reply = engine.greedy(ids, TOKENS, lambda tokens: _spelled(assistant, tokens))
-    likeliest = _likeliest(assistant.model, ids, reply)
-    difference, places = _difference(likeliest, reply)
-    parted, near_ties, uncompared = _greedy(reply, likeliest, ours, renderer.stop_ids())
-    if kind == "f32" and parted:
+    likeliest = likeliest_of(assistant.model, ids, reply)
+    difference, places = difference_of(likeliest, reply)
+    likely, _ = difference_of(likeliest, reply, bounds.likely)
+    parted, near_ties, uncompared = parting_of(reply, likeliest, ours, stops, bounds.near)
+    if parted:
         failures.append(_failure(case.id, "greedy", parted))
-    if kind == "f32" and reply.tokens and not places:
+    if reply.tokens and not places:
         failures.append(_failure(case.id, "logits", "llama.cpp told no log-probabilities, so none are compared"))
-    if kind == "f32" and not difference <= TOLERANCE:
-        failures.append(_failure(case.id, "logits", f"they differ by {difference:.2g}, allowed are {TOLERANCE}"))
+    if not likely <= bounds.difference:
+        of = f" for {kind}, of tokens with a probability of {bounds.likely} and more" if bounds.likely else ""
+        failures.append(
+            _failure(case.id, "logits", f"they differ by {likely:.2g}, allowed are {bounds.difference}{of}")
+        )
     return {
         "id": case.id,
         "n_prompt": len(ids),
@@ -174,6 +190,7 @@ def _compare(
         "greedy_uncompared": uncompared,
         "tokens": reply.tokens,
         "logit_difference": difference,
+        "likely_difference": likely,
         "logit_places": places,
     }
 
@@ -212,62 +229,3 @@ def _apart(ours: Any, theirs: Any) -> str:
     """Where two sequences part, in words."""
     at = common_prefix(ours, theirs)
     return f"{theirs[at : at + 8]!r} where {ours[at : at + 8]!r} is right (at {at})"
-
-
-def _likeliest(model: Any, ids: list[int], reply: Continuation) -> Any:
-    """(n + 1, vocabulary) log-probabilities of transformers' own forward pass over what llama.cpp wrote."""
-    import torch
-
-    with torch.inference_mode():
-        row = torch.tensor([[*ids, *reply.tokens]], device=model.device)
-        logits = model(input_ids=row, use_cache=False, logits_to_keep=len(reply.tokens) + 1).logits[0]
-    return logits.float().log_softmax(-1).cpu()
-
-
-def _difference(likeliest: Any, reply: Continuation) -> tuple[float, int]:
-    """(the largest difference of a log-probability, infinite where one is no number; the places compared)."""
-    import torch
-
-    gap, places = 0.0, 0
-    for place, told in enumerate(reply.logprobs):
-        if not told:
-            continue
-        places += 1
-        here = float((likeliest[place, list(told)] - torch.tensor(list(told.values()))).abs().max())
-        gap = max(gap, here if math.isfinite(here) else math.inf)  # max(0.0, nan) would be 0.0
-    return gap, places
-
-
-def _greedy(
-    reply: Continuation, likeliest: Any, ours: tuple[list[int], bool], stops: list[int]
-) -> tuple[str, int, int]:
-    """Greedy tokens side by side: (where they differ by more than a near tie, "" where they do not; the number of
-    places where rounding chose; that of the places behind one that parted llama.cpp and us: from there on they answer
-    different texts)."""
-    tokens, ended = reply.tokens, reply.stopped
-    if tokens and tokens[-1] in stops:
-        tokens, ended = tokens[:-1], True
-    mine, mine_ended = ours
-    near_ties = 0
-    for place in range(min(TOKENS, max(len(tokens), len(mine)) + 1)):
-        a = tokens[place] if place < len(tokens) else "end" if ended else None
-        b = mine[place] if place < len(mine) else "end" if mine_ended else None
-        row = likeliest[place]
-        best = int(row.argmax())
-        c = "end" if best in stops else best
-        if not a == b == c:
-            if not (_near_best(a, row, stops) and _near_best(b, row, stops)):
-                detail = f"token {place}: llama.cpp {a}, sftflow {b}, transformers {c}"
-                return detail, near_ties, 0
-            near_ties += 1
-            if a != b:
-                return "", near_ties, max(len(tokens), len(mine)) - place - 1
-        if a == "end":
-            break
-    return "", near_ties, 0
-
-
-def _near_best(choice: int | str | None, row: Any, stops: list[int]) -> bool:
-    """Whether a token, or one of those that end a reply, is as good as the likeliest of (vocabulary,)."""
-    ids = stops if choice == "end" else [choice] if isinstance(choice, int) else []
-    return any(float(row.max() - row[i]) < NEAR for i in ids)

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from sftflow.checkpoint import Assistant, load_assistant, load_config, open_renderer, resolve
+from sftflow.checkpoint.weights import distinct_weights, settle_head
 from sftflow.exporting import llamacpp, parity
+from sftflow.exporting.bounds import TOKENS
 from sftflow.exporting.parity_prompts import cases
 from sftflow.exporting.target import require_replaceable
 from sftflow.foundation.atomic_io import write_json
@@ -16,7 +18,7 @@ from sftflow.foundation.errors import CheckpointError, ProofError, RecipeError
 from sftflow.gguf import architectures as layout
 from sftflow.gguf import reader as read
 from sftflow.gguf.vocabulary import vocabulary_of
-from sftflow.gguf.writer import TYPES, Plan, write
+from sftflow.gguf.writer import TYPES, Plan, end_fields, write
 
 Say = Callable[[str], None]
 
@@ -35,7 +37,8 @@ def export_gguf(name: str, out: Path, kind: str, *, prompts: int = parity.PROMPT
     config = load_config(location)
     layout.layout_of(config, name)
     renderer = open_renderer(location, "auto")
-    vocabulary_of(renderer.tokenizer, max(config.vocab_size, len(renderer.tokenizer)), name)
+    rows = max(config.vocab_size, len(renderer.tokenizer))
+    end_fields(renderer, vocabulary_of(renderer.tokenizer, rows, name), name)
 
     say(f"export: loading {name}")
     assistant = load_assistant(name)
@@ -45,7 +48,7 @@ def export_gguf(name: str, out: Path, kind: str, *, prompts: int = parity.PROMPT
     say(f"export: wrote {out} ({out.stat().st_size / 1e6:,.1f} MB, {kind})")
     if not llamacpp.available():
         found = parity.not_checked(out, kind, name, "the package xllamacpp is not installed")
-    elif chosen := cases(assistant.renderer, prompts, assistant.engine.context - parity.TOKENS):
+    elif chosen := cases(assistant.renderer, prompts, assistant.engine.context - TOKENS):
         found = parity.certificate(out, kind, assistant, chosen, notes=plan.vocabulary.notes, say=say)
     else:
         found = parity.not_checked(out, kind, name, "no prompt fits this model")
@@ -57,9 +60,8 @@ def plan_of(assistant: Assistant, kind: str) -> Plan:
     """The plan of a loaded model, whose embedding has grown by the format's tokens where it had to."""
     model, config = assistant.model, assistant.model.config
     rows = int(model.get_input_embeddings().weight.shape[0])
-    weights = model.state_dict()
-    if config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)
+    settle_head(model)
+    weights = distinct_weights(model)
     unknown = [name for name in weights if layout.gguf_name(name) is None]
     if unknown:
         raise CheckpointError(assistant.name, f"GGUF has no place for {unknown[0]}", "this model has a part of its own")
@@ -96,7 +98,8 @@ def summary(found: dict[str, Any]) -> list[str]:
         f"  same rendered text {found['rendered_equal']}/{n}, same ids {found['ids_equal']}/{n}, "
         f"same {found['tokens_each']} greedy tokens {found['greedy_equal']}/{n}{ties}",
         f"  largest logit difference {found['largest_logit_difference']:.2g}, "
-        f"over {found['logit_places']} of {found['generated']} generated places",
+        f"over {found['logit_places']} of {found['generated']} generated places"
+        f"; of likely tokens {found['largest_likely_difference']:.2g}, allowed {found['bounds']['difference']:g}",
     ]
     if found["look_alikes"]:
         lines.append(

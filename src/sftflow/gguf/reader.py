@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import sftflow.gguf.architectures as layout
+import sftflow.gguf.ends as ends
 from sftflow.gguf.writer import CONFIG, FORMAT, NAMES
 
 
@@ -38,6 +39,16 @@ def pre_tokenizer(path: Path) -> str | None:
 
     field = gguf.GGUFReader(path).fields.get(gguf.Keys.Tokenizer.PRE)
     return str(field.contents()) if field else None
+
+
+def read_ends(path: Path) -> tuple[int, ...]:
+    """Ids at which llama.cpp ends a reply of this file, whoever wrote it."""
+    import gguf
+
+    fields = gguf.GGUFReader(path).fields
+    tokens, model = (fields[key].contents() for key in (gguf.Keys.Tokenizer.LIST, gguf.Keys.Tokenizer.MODEL))
+    named = {key: int(fields[key].contents()) for key in ends.KEYS if key in fields}
+    return tuple(ends.ends_of(tokens, named, model))
 
 
 def config_of(own: dict[str, Any]) -> Any:

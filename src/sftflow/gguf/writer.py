@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 import sftflow.gguf.architectures as layout
+import sftflow.gguf.ends as ends
 from sftflow.chat.format import tokenizer_text
 from sftflow.chat.render import Renderer
 from sftflow.foundation.errors import CheckpointError
@@ -110,7 +111,7 @@ def _describe(writer: Any, plan: Plan) -> None:
     layout.add_shape(writer, plan.config)
     writer.add_vocab_size(len(plan.vocabulary.tokens))
     plan.vocabulary.write(writer)
-    _special_ids(writer, plan.renderer)
+    _special_ids(writer, plan)
     writer.add_chat_template(exported_template(plan.renderer))
     # What GGUF's own fields cannot say exactly: for our own loader, and for programs that use the tokenizers library.
     renderer = plan.renderer
@@ -121,19 +122,23 @@ def _describe(writer: Any, plan: Plan) -> None:
     writer.add_string(NAMES, json.dumps(renderer.spec.names))
 
 
-def _special_ids(writer: Any, renderer: Renderer) -> None:
-    """bos and eos are what the template calls so; the ends of a turn are `eot` and `eom`: llama.cpp stops at all."""
-    special, names = renderer.special, renderer.spec.names
+def _special_ids(writer: Any, plan: Plan) -> None:
+    """bos, unk and pad are what the template calls so."""
+    special, names = plan.renderer.special, plan.renderer.spec.names
     for name in ("bos_token", "unk_token", "pad_token"):
         if names.get(name) in special:
             getattr(writer, f"add_{name}_id")(special[names[name]])
-    ends = renderer.stop_ids()
-    eos = renderer.spec.eos if renderer.spec.eos is not None else ends[0]
-    writer.add_eos_token_id(eos)
-    for add, end in zip(
-        (writer.add_eot_token_id, writer.add_eom_token_id), [e for e in ends if e != eos], strict=False
-    ):
-        add(end)
+    for key, end in end_fields(plan.renderer, plan.vocabulary, plan.name).items():
+        writer.add_uint32(key, end)
+
+
+def end_fields(renderer: Renderer, vocabulary: Vocabulary, place: str) -> dict[str, int]:
+    """The fields that name the ends of a reply. Raises CheckpointError where llama.cpp cannot be told all of them."""
+    stops = renderer.stop_ids()
+    if not stops:
+        raise CheckpointError(place, "no token ends its replies", "give it a chat format that writes an end of turn")
+    eos = renderer.spec.eos if renderer.spec.eos is not None else stops[0]
+    return ends.fields_for(stops, eos, vocabulary.tokens, vocabulary.model, place)
 
 
 _CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
