@@ -76,15 +76,15 @@ def merge_into(model: Any, directory: Path, name: str, n_tokens: int = 0) -> Any
         raise CheckpointError(name, "it is an adapter, which needs the package peft", "pip install 'sftflow[lora]'")
     weights = _weights(directory, name)
     config = _config(directory, name)
-    tied = _ends(model, "weight")
-    was_tied = len(tied) == 2 and tied[0] is tied[1]
+    ends = _ends(model)
+    was_tied = len(ends) == 2 and len({id(end.weight) for end in ends.values()}) == 1
     old, rows = _resize(model, weights, n_tokens)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of all that peft warns of, we make sure below
         try:
             wrapped = _wrapped(model, config, weights, name)
             ids = _prompts(config, old, rows)
-            with torch.inference_mode():
+            with torch.no_grad():
                 own = wrapped(input_ids=ids, use_cache=False).logits
             _part_shared_weights(wrapped)
             merged = wrapped.merge_and_unload()
@@ -95,11 +95,11 @@ def merge_into(model: Any, directory: Path, name: str, n_tokens: int = 0) -> Any
             raise CheckpointError(name, fact, OTHER_BASE) from error
     if was_tied:
         _tie_equal_ends(merged)
-    for which, end in zip(("input embedding", "head"), _ends(merged, "weight"), strict=False):
-        if rows > old and not bool(end[old:].isfinite().all()):
+    for which, end in _ends(merged).items():
+        if not bool(end.weight[old:].isfinite().all()):
             fact = f"it has {rows} tokens, the base {old} rows, and the new rows of the {which} are not in the adapter"
             raise CheckpointError(name, fact, "save it with save_embedding_layers=True, or take its tokenizer away")
-    with torch.inference_mode():
+    with torch.no_grad():
         gap = float((merged(input_ids=ids, use_cache=False).logits - own).abs().max() / own.abs().max())
     if not gap <= TOLERANCE:
         fact = f"merged, its logits are off by {gap:.1e} of the largest one"
@@ -159,10 +159,10 @@ def _config(directory: Path, name: str) -> Any:
     return config
 
 
-def _ends(model: Any, *attribute: str) -> list[Any]:
-    """The input embedding and the head, or an attribute of both."""
-    ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
-    return [getattr(end, attribute[0]) for end in ends] if attribute else ends
+def _ends(model: Any) -> dict[str, Any]:
+    """The modules at both ends, by what errors call them."""
+    ends = {"input embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+    return {name: end for name, end in ends.items() if end is not None}
 
 
 def _resize(model: Any, weights: dict[str, Any], n_tokens: int) -> tuple[int, int]:
@@ -173,16 +173,15 @@ def _resize(model: Any, weights: dict[str, Any], n_tokens: int) -> tuple[int, in
     import torch
 
     old = int(model.get_input_embeddings().weight.shape[0])
-    ends = {id(end) for end in _ends(model)}
-    names = [name for name, module in model.named_modules() if id(module) in ends]
+    names = [name for name, module in model.named_modules() if module in _ends(model).values()]
     inside = ("", "base_layer.", "modules_to_save.", "original_module.")
     keys = [f"base_model.model.{name}.{part}weight" for name in names for part in inside]
     rows = next((int(weights[key].shape[0]) for key in keys if key in weights), max(old, n_tokens))
     if rows != old:
         model.resize_token_embeddings(rows, mean_resizing=False)
         with torch.no_grad():
-            for weight in _ends(model, "weight"):
-                weight[old:] = torch.nan
+            for end in _ends(model).values():  # new modules
+                end.weight[old:] = torch.nan
     return old, rows
 
 
