@@ -2,7 +2,8 @@
 
 A model is named by a directory, a run directory (its `checkpoint/` is meant), `builtin:tiny`, a .gguf file, or a
 hub id (`location.py`, `hub.py`). The directory of an adapter of peft is its base with the adapter added
-(`adapters.py`). `weights.py` accounts for every tensor, `assistant.py` makes it talk, `saving.py` writes one.
+(`adapters.py`). `weights.py` accounts for every tensor, `tokenizer.py` keeps the tokenizer as its file has it,
+`assistant.py` makes a checkpoint talk, `saving.py` writes one (`older_readers.py`: so that transformers 4 reads it).
 """
 
 from sftflow.checkpoint.assistant import Assistant, assistant_of, base_format, grow_embeddings, load_assistant, prepare

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sftflow.chat.format import ChatFormat
 from sftflow.checkpoint.generation import write_generation
+from sftflow.checkpoint.older_readers import respell_config
 from sftflow.checkpoint.tokenizer import write_tokenizer
 from sftflow.checkpoint.weights import distinct_weights, settle_head
 from sftflow.fingerprint import format_fingerprint
@@ -59,7 +59,8 @@ def save(
             model.generation_config = generation
             model.config.dtype = old_dtype
             model.set_attn_implementation(implementation)
-        _write_dtype(directory / "config.json", name_of_dtype)
+        # transformers writes the dtype in memory, whatever is stored: "auto" readers would take fp32 for bf16.
+        respell_config(directory, dtype=name_of_dtype)
         write_generation(directory, generation, stop)
         write_tokenizer(tokenizer, directory)
         files = sorted(p for p in directory.iterdir() if p.is_file())
@@ -72,12 +73,6 @@ def save(
         write_json(directory / "sftflow.json", with_checksum(record))
 
     write_directory(target, fill)
-
-
-def _write_dtype(path: Path, name: str) -> None:
-    """transformers writes that of the model in memory, whatever is stored: "auto" readers would take fp32 for bf16."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(config | {"dtype": name}, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def _format_record(tokenizer: Any, chat_format: ChatFormat) -> dict[str, Any]:

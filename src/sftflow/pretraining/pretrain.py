@@ -19,6 +19,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from sftflow.checkpoint.older_readers import respell_config
+from sftflow.checkpoint.tokenizer import write_tokenizer
 from sftflow.data.documents import read_documents
 from sftflow.foundation.atomic_io import digest_of, sweep, write_directory, write_json
 from sftflow.foundation.errors import DataError, RecipeError
@@ -206,7 +208,8 @@ def save_base(out: Path, model: Any, tokenizer: Any, card: dict[str, Any]) -> No
 
     def fill(directory: Path) -> None:
         model.to(torch.bfloat16).save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+        respell_config(directory)
+        write_tokenizer(tokenizer, directory)
         write_json(directory / "sftflow.json", {"kind": "base", "card": card})
         (directory / "README.md").write_text(model_card(card), encoding="utf-8")
 
