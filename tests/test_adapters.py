@@ -281,6 +281,20 @@ def test_a_merge_changes_nothing_unasked(tmp_path: Path, tokenizer_dir: Path) ->
     checkpoint.load_assistant(str(tmp_path / "merged"))  # asked in our format, as its base would be
 
 
+def test_the_dtype_is_that_of_the_bases_files(tmp_path: Path, tokenizer_dir: Path) -> None:
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer
+
+    base = tmp_path / "base"
+    write_base(base, AutoTokenizer.from_pretrained(tokenizer_dir), tied=True, dtype=torch.bfloat16)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({key: config[key] for key in config if key != "dtype"}))
+    write_adapter(tmp_path / "adapter", base, lora())
+    merge(str(tmp_path / "adapter"), tmp_path / "merged")
+    assert {w.dtype for w in load_file(tmp_path / "merged" / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
 def test_the_format_of_a_trained_base_is_kept(tmp_path: Path, tiny_base: Path) -> None:
     from transformers import AutoTokenizer
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 from sftflow import checkpoint
+from sftflow.checkpoint.weights import stored_types
 from sftflow.exporting.target import require_replaceable
 from sftflow.foundation.errors import CheckpointError
 
 DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+"""by their names in files and on the command line"""
 
 
 def merge(name: str, out: Path, *, base: str | None = None, kind: str | None = None) -> None:
@@ -28,15 +31,25 @@ def merge(name: str, out: Path, *, base: str | None = None, kind: str | None = N
     location = replace(location, adapter_of=base or location.adapter_of)
     parts = (Path(location.path), Path(checkpoint.base_location(location).path))
     require_replaceable(out, lambda: _is_ours(out, parts), "a merged checkpoint", "folder")
-    stored = DTYPES[kind] if kind else checkpoint.load_info(location).get("dtype")
     model, info = checkpoint.load_model(location)
     import torch
 
-    dtype = getattr(torch, stored or str(checkpoint.load_config(location).dtype or "float32").removeprefix("torch."))
+    dtype = getattr(torch, DTYPES[kind or _stored_type(location)])
     kept = ("base", "recipe", "kind", "format", "fingerprint")
     meta = {key: value for key, value in info.items() if key in kept}
     meta["merged"] = {"adapter": str(name), "base": location.adapter_of}
     checkpoint.save(out, model, checkpoint.load_tokenizer(location), None, dtype=dtype, meta=meta)
+
+
+def _stored_type(location: checkpoint.Location) -> str:
+    """How most tensors of the base are stored, whatever its config says; "f32" for a type that is none of `DTYPES`."""
+    while location.adapter_of is not None:
+        location = checkpoint.base_location(location)
+    if location.gguf:
+        return "f32"
+    kinds = Counter(stored_types(Path(location.path), location.name).values())
+    kind = kinds.most_common(1)[0][0].lower()
+    return kind if kind in DTYPES else "f32"
 
 
 def _is_ours(out: Path, parts: tuple[Path, ...]) -> bool:
