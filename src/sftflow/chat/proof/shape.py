@@ -15,6 +15,8 @@ from sftflow.chat.template import Template
 from sftflow.foundation.errors import FormatError
 from sftflow.foundation.sequences import common_prefix
 
+_ASKS = {"role": "user", "content": "zqasks"}
+
 
 @dataclass(frozen=True, slots=True)
 class End:
@@ -112,40 +114,60 @@ class Shape:
             return f"the {name} format ends this reply in another way when other turns follow"
         if own and between.strip() and not calls:
             return f"the {name} format ends this reply with {between.strip()!r}, which is no token of this tokenizer"
-        if self._opens_reply(turn, prompt, after):
+        plain = bool(own) and not calls
+        unasked = self._opens_reply(turn, prompt, after)
+        closing = self._closing(turn, own[-1]) if unasked and plain else None
+        if unasked and not (
+            self._special_re.search(closing) if closing is not None else found.group() == self._plain_end
+        ):
             return no_end
-        text = found.group() if calls or not own else self._whole_end(turn, found, found_alone, own[-1])
+        text = self._whole_end(turn, found, found_alone, own[-1], closing) if plain else found.group()
         stop = list(self._special_re.finditer(text))[-1]
         return End(piece, found.start(), found.start() + stop.start(), text, stop.group())
 
-    def _whole_end(self, turn: int, here: re.Match[str], alone: re.Match[str], last_word: int) -> str:
+    def _whole_end(
+        self, turn: int, here: re.Match[str], alone: re.Match[str], last_word: int, closing: str | None
+    ) -> str:
         """A reply's end, from its first control token to that at which generation stops.
 
         It is what the template writes alike here, when the conversation stops with this turn, and when the user speaks
-        next: as far as the first token in it that is known to stop generation, else its last control token. If then
-        more than control tokens follow when the conversation stops, the template opens the next turn unasked, and the
-        first token is the end.
+        next: as far as the first token in it that is known to stop generation, else its last control token. If more
+        than control tokens follow that when the conversation stops, the first token is the end.
+        closing: what of it is no header, where the template opens the next reply unasked.
         """
         first = here.group()
         if first in self._stops:
             return first
-        asked = [*self._marked.messages[: turn + 1], {"role": "user", "content": "u"}]
-        try:
-            asks = self._marked.skeleton(self._template.text(asked, self._marked.tools, False, "marked row"))
-        except FormatError:  # not every format lets a user speak here
-            return first
-        mark = self.skeleton.order[last_word]
-        behind = [piece for m, piece in zip(asks.order, asks.pieces[1:], strict=True) if m == mark]
-        found = self._special_re.search(behind[-1]) if behind else None
+        followed = self._followed(turn, last_word)
+        found = self._special_re.search(followed)
         if found is None:
             return first
         texts = [m.string[m.start() :] for m in (here, alone, found)]
         same = min(common_prefix(texts[0], text) for text in texts)
         tokens = [m for m in self._special_re.finditer(texts[0]) if m.end() <= same]
         known = [m for m in tokens if m.group() in self._stops]
-        if not known and (not tokens or self._special_re.sub("", texts[1][tokens[-1].end() :]).strip()):
-            return first
-        return texts[0][: (known or tokens[-1:])[0].end()]
+        if closing is not None:
+            tokens = [m for m in tokens if m.end() <= len(closing) - found.start()]
+        elif tokens and self._special_re.sub("", texts[1][tokens[-1].end() :]).strip():
+            tokens = []
+        return texts[0][: (known or tokens[-1:])[0].end()] if known or tokens else first
+
+    def _followed(self, turn: int, last_word: int) -> str:
+        """What stands between a turn's last word and what a user says next; "" where the format lets none speak."""
+        asked = [*self._marked.messages[: turn + 1], _ASKS]
+        try:
+            asks = self._marked.skeleton(self._template.text(asked, self._marked.tools, False, "marked row"))
+        except FormatError:
+            return ""
+        mark = self.skeleton.order[last_word]
+        behind = [piece for m, piece in zip(asks.order, asks.pieces[1:], strict=True) if m == mark]
+        return behind[-1].partition(_ASKS["content"])[0] if behind else ""
+
+    def _closing(self, turn: int, last_word: int) -> str:
+        """What a turn ends with before the user's header, which is what a conversation begins with, too."""
+        followed = self._followed(turn, last_word)
+        begins = self._template.text([_ASKS], self._marked.tools, False, "marked row").partition(_ASKS["content"])[0]
+        return followed[: len(followed) - common_prefix(followed[::-1], begins[::-1])]
 
     def _opens_reply(self, turn: int, prompt: str, after: str) -> bool:
         """Whether what follows the turn is the next reply's header, which the template writes unasked."""
