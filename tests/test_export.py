@@ -157,7 +157,7 @@ def test_a_certificate_fails_where_the_file_is_another_models(
     monkeypatch.setattr(writing, "exported_template", lambda _: other)
     export_gguf(str(sft), path, "f32", prompts=1, say=silent)
     monkeypatch.undo()
-    monkeypatch.setattr(assistant.renderer._prover, "stop_ids", [5])
+    monkeypatch.setattr(assistant.renderer._plain.prover, "stop_ids", [5])
     assert failures() >= {"rendered", "stop"}
 
 

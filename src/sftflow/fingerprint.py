@@ -106,7 +106,8 @@ def format_fingerprint(tokenizer: Any, chat_format: ChatFormat) -> str:
     """Of everything that turns a conversation into ids."""
     words = json.dumps(tokenizer_json(tokenizer), sort_keys=True, ensure_ascii=False)
     arguments = json.dumps([chat_format.kwargs, chat_format.now], sort_keys=True)
-    return digest_of(text.encode() for text in (words, chat_format.template, arguments))
+    named = [json.dumps(chat_format.named, sort_keys=True)] if chat_format.named else []
+    return digest_of(text.encode() for text in (words, chat_format.template, arguments, *named))
 
 
 def prompt_hash(ids: Iterable[int]) -> str:
@@ -162,7 +163,7 @@ def run_identity(recipe: Any, tokenizer: Any, chat_format: ChatFormat, sources: 
     kept = recipe.model_dump(mode="json", exclude={"eval": True, "compare": True, "train": FREE_TO_CHANGE})
     out = dict(_flattened(kept, "recipe"))
     out["tokenizer"] = hash_json(tokenizer_json(tokenizer))
-    out["chat format"] = hash_json([chat_format.template, chat_format.kwargs, chat_format.now])
+    out["chat format"] = hash_json([chat_format.templates, chat_format.kwargs, chat_format.now])
     for number, rows in enumerate(sources, 1):
         digest = digest_of([_table_bytes(rows), sha256_file(rows.directory / "mask.bin").encode()])
         out[f"rows of source {number} ({rows.meta['prefix']})"] = digest

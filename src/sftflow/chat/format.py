@@ -6,7 +6,8 @@ A new built-in format is one file in formats/ and one row in BUILTIN.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ class ChatFormat:
     end: the end-of-turn token of a built-in format; for others it is found by rendering a probe.
     append_eos: whether the template was rewritten to put the end of text behind every reply.
     prefill: what was taken out of the template's prompt, which began every reply with it.
+    named: the checkpoint's templates beside `template`, which is the one called "default".
     """
 
     name: str
@@ -36,6 +38,23 @@ class ChatFormat:
     end: str | None = None
     append_eos: bool = False
     prefill: str = ""
+    named: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def with_tools(self) -> ChatFormat | None:
+        """The format of conversations with tools, where the checkpoint has a template of its own for them: the one
+        called "tool_use", as in transformers."""
+        return replace(self, template=self.named["tool_use"], named={}) if "tool_use" in self.named else None
+
+    @property
+    def templates(self) -> str | dict[str, str]:
+        """All of them, as a tokenizer's `chat_template` has them."""
+        return {"default": self.template, **self.named} if self.named else self.template
+
+    def behind(self, front: str, **changes: Any) -> ChatFormat:
+        """The format with a text in front of all its templates, and other changes."""
+        named = {name: front + template for name, template in self.named.items()}
+        return replace(self, template=front + self.template, named=named, **changes)
 
     def clock(self, pattern: str) -> str:
         """`strftime_now` for the template, frozen at `now`."""
@@ -83,13 +102,12 @@ def choose_format(name: str, tokenizer: Any, stored: dict[str, Any] | None = Non
     if name == "auto":
         if not getattr(tokenizer, "chat_template", None):
             return builtin_format("sftflow")
-        template = tokenizer.chat_template
-        if isinstance(template, dict):
-            template = template.get("default") or next(iter(template.values()))
+        template, named = _default_of(tokenizer.chat_template)
         stored = stored or {}
         return ChatFormat(
             name=stored.get("name", "own"),
             template=template,
+            named=named,
             kwargs=stored.get("kwargs", {}),
             now=stored.get("template_now", TEMPLATE_NOW),
             python=tuple(stored.get("python") or ()) or None,  # type: ignore[arg-type]
@@ -104,12 +122,26 @@ def choose_format(name: str, tokenizer: Any, stored: dict[str, Any] | None = Non
     raise FormatError("--format", f"{name!r} is not a format", f"use auto, {', '.join(BUILTIN)} or a .jinja path")
 
 
+def _default_of(templates: str | dict[str, str]) -> tuple[str, dict[str, str]]:
+    """(the template called "default", the others by name). Raises FormatError where none is called so."""
+    if isinstance(templates, str):
+        return templates, {}
+    names = ", ".join(map(repr, sorted(templates)))
+    if "default" not in templates:
+        fact = f"the checkpoint has templates called {names}, and none called 'default'"
+        raise FormatError("chat_template", fact, "call one of them so, or give --format")
+    wrong = [name for name in templates if not re.fullmatch(r"[\w.-]+", name)]
+    if wrong:
+        raise FormatError("chat_template", f"{wrong[0]!r} is no name of a template", "use letters, digits and _")
+    return templates["default"], {name: text for name, text in templates.items() if name != "default"}
+
+
 def add_tokens(tokenizer: Any, chat_format: ChatFormat) -> int:
     """Give the tokenizer the format's control tokens and template; returns how many tokens were new."""
     special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
     missing = [t for t in chat_format.tokens if t not in special]
     added = tokenizer.add_special_tokens({"additional_special_tokens": missing}) if missing else 0
-    tokenizer.chat_template = chat_format.template
+    tokenizer.chat_template = chat_format.templates
     return int(added)
 
 

@@ -16,7 +16,7 @@ import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,6 +68,13 @@ class RendererSpec:
         return [*([] if self.eos is None else [self.eos]), *self.ends]
 
 
+class _Way(NamedTuple):
+    """One of a format's templates, and what proves its renderings."""
+
+    template: Template
+    prover: Prover
+
+
 class Renderer:
     """Renders conversations with one tokenizer and one format.
 
@@ -88,20 +95,30 @@ class Renderer:
             spec = RendererSpec(tokenizer_text(tokenizer), names, tokenizer.eos_token_id, chat_format, ends)
         self.tokenizer, self.spec, self.format = tokenizer, spec, chat_format
         encoder = encoder_of(spec.tokenizer)
-        self._template = Template(spec.format, spec.names, encoder.special)
-        unflagged = unflagged_ends(self._template, encoder, spec.stops)
-        self._encoder = encoder_of(spec.tokenizer, unflagged) if unflagged else encoder
+        formats = [spec.format, spec.format.with_tools or spec.format]
+        plain, of_tools = (Template(each, spec.names, encoder.special) for each in formats)
+        unflagged = {end for each in (plain, of_tools) for end in unflagged_ends(each, encoder, spec.stops)}
+        self._encoder = encoder_of(spec.tokenizer, tuple(sorted(unflagged))) if unflagged else encoder
         self.special, self.special_re = self._encoder.special, self._encoder.special_re
-        self._prover = Prover(self._template, self._encoder, spec.stops)
-        self.end_token = self._prover.end_token
+        prover = Prover(plain, self._encoder, spec.stops)
+        self._plain = self._with_tools = _Way(plain, prover)
+        if spec.format.with_tools:  # each of the two stops where the other does
+            self._with_tools = _Way(of_tools, Prover(of_tools, self._encoder, prover.stop_ids))
+            self._plain = _Way(plain, Prover(plain, self._encoder, self._with_tools.prover.stop_ids))
+        self.end_token = self._plain.prover.end_token
         self._others: dict[str, Renderer] = {}
 
     def with_format(self, chat_format: ChatFormat) -> Renderer:
-        """The same tokenizer with another format. Made once for each template."""
-        if chat_format.template not in self._others:
+        """The same tokenizer with another format. Made once for its templates."""
+        key = "\0".join((chat_format.template, *chat_format.named.values()))
+        if key not in self._others:
             spec = replace(self.spec, format=chat_format)
-            self._others[chat_format.template] = Renderer(self.tokenizer, chat_format, spec=spec)
-        return self._others[chat_format.template]
+            self._others[key] = Renderer(self.tokenizer, chat_format, spec=spec)
+        return self._others[key]
+
+    def _way(self, conversation: Conversation) -> _Way:
+        """Which of the format's templates renders it: as transformers' `get_chat_template` chooses."""
+        return self._with_tools if conversation.tools else self._plain
 
     # ---- prompt -> text -> ids -> mask
 
@@ -114,13 +131,14 @@ class Renderer:
         Raises FormatError where the template refuses the conversation (its own message quoted) and MaskError where
         the mask cannot be proven.
         """
-        row = self._template.row(conversation)
-        text = self._template.text(row.messages, row.tools, add_generation_prompt, row.source)
+        template, prover = self._way(conversation)
+        row = template.row(conversation)
+        text = template.text(row.messages, row.tools, add_generation_prompt, row.source)
         supervised = [] if add_generation_prompt else conversation.supervised
         starts = self._reply_starts(row, text, supervised)
         boundaries = sorted(set(starts.values()))
-        proof = self._prover.prove(row, text) if supervised else None
-        literals = proof.literals if proof else self._prover.literals(row, text, add_generation_prompt)
+        proof = prover.prove(row, text) if supervised else None
+        literals = proof.literals if proof else prover.literals(row, text, add_generation_prompt)
         encoded = self._encoder.encode(text, literals, boundaries, row.source)
         mask = np.zeros(len(encoded.ids), np.int8)
         if proof is None:
@@ -128,11 +146,11 @@ class Renderer:
         first_token = dict(zip(boundaries, encoded.cuts, strict=True))
         for turn in supervised:
             start = starts[turn]
-            last = self._prover.end_of_turn(proof, turn, start)
+            last = prover.end_of_turn(proof, turn, start)
             mask[first_token[start] : encoded.literals[last] + 1] = 1
-            for opened, closed in self._prover.calculator_results(proof, start, last):
+            for opened, closed in prover.calculator_results(proof, start, last):
                 mask[encoded.literals[opened] : encoded.literals[closed] + 1] = 0
-        found = self._prover.turns(proof, encoded) if turns else ()
+        found = prover.turns(proof, encoded) if turns else ()
         return Rendered(encoded.ids, mask, text, row.source, encoded.splits, found)
 
     def _reply_starts(self, row: Row, text: str, supervised: Sequence[int]) -> dict[int, int]:
@@ -145,7 +163,7 @@ class Renderer:
             place = f"{row.source}.messages[{turn}]"
             prompt, fact = None, ""
             try:
-                prompt = self._template.text(row.messages[:turn], row.tools, True, place)
+                prompt = self._way(row.conversation).template.text(row.messages[:turn], row.tools, True, place)
             except FormatError as error:
                 fact = f"the format gives no prompt for this reply ({error.fact})"
             if prompt is not None and text.startswith(prompt):
@@ -186,28 +204,31 @@ class Renderer:
 
     def text(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> str:
         """The template's rendering of a conversation, or of the prompt for its next reply."""
-        row = self._template.row(conversation)
-        return self._template.text(row.messages, row.tools, add_generation_prompt, row.source)
+        template = self._way(conversation).template
+        row = template.row(conversation)
+        return template.text(row.messages, row.tools, add_generation_prompt, row.source)
 
     def as_given(self, messages: Messages) -> Messages:
         """Messages as the template takes them: contents as lists of parts where it leaves texts out."""
-        return self._template.as_given(messages)
+        return self._plain.template.as_given(messages)
 
     # ---- ids
 
     def stop_ids(self) -> list[int]:
         """Ids at which a reply ends: the end-of-turn tokens, the tokenizer's end of text, the checkpoint's own ends."""
-        return list(self._prover.stop_ids)
+        return list(self._plain.prover.stop_ids)
 
     def ends(self) -> list[tuple[int, ...]]:
         """Ids of each end of a turn, the longest first: a stop id, behind what the template writes in front of it."""
-        return list(self._prover.ends)
+        found = {*self._plain.prover.ends, *self._with_tools.prover.ends}
+        return sorted(found, key=lambda ids: (-len(ids), ids))
 
     def python_ids(self) -> tuple[int, int, int, int] | None:
         """(call start, call end, output start, output end) ids where the format has calculator tokens."""
-        if self._template.python is None:
+        python = self._plain.template.python
+        if python is None:
             return None
-        a, b, c, d = (self.special[t] for t in self._template.python)
+        a, b, c, d = (self.special[t] for t in python)
         return a, b, c, d
 
     def encode_plain(self, text: str) -> list[int]:
@@ -232,9 +253,8 @@ class Renderer:
         no control tokens stand there. And the template's control tokens are sure in any case.
         """
         about, control = self._encoder.rough_length(self.text(conversation, add_generation_prompt=True))
-        said = json.dumps(
-            [self._template.row(conversation).messages, conversation.tools], ensure_ascii=False, default=str
-        )
+        messages = self._way(conversation).template.row(conversation).messages
+        said = json.dumps([messages, conversation.tools], ensure_ascii=False, default=str)
         as_text = sum(1 for _ in self.special_re.finditer(said))  # control tokens to the whole text, text to `render`
         replies = sum(m.role == "assistant" for m in conversation.messages) + 1
         off = 0 if self._fenced and not as_text else 4 * replies
@@ -255,17 +275,19 @@ class Renderer:
         """Places of the conversation that the prompt for the next reply does not hold, as `messages[1].content`: what
         people, tools and tool definitions say, and the assistant's calls. (What a template strips of the assistant's
         own words, its earlier reasoning, is the format's way.)"""
-        return self._prover.missing_from_prompt(self._template.row(conversation))
+        template, prover = self._way(conversation)
+        return prover.missing_from_prompt(template.row(conversation))
 
     def arguments(self) -> list[str]:
-        """Names of the template's own arguments, such as `enable_thinking`."""
-        return self._template.arguments()
+        """Names of the templates' own arguments, such as `enable_thinking`."""
+        return list(dict.fromkeys([*self._plain.template.arguments(), *self._with_tools.template.arguments()]))
 
     def disagreement(self) -> str | None:
         """Where the template has `{% generation %}` marks: in what they differ from our mask. None: in nothing."""
         probe = parse_row([{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}], "probe")
         try:
-            theirs = self._template.generated(self._template.row(probe).messages, (), "probe")
+            template = self._plain.template
+            theirs = template.generated(template.row(probe).messages, (), "probe")
             rendered = self.render(probe)
         except (MaskError, FormatError):
             return None  # the format has no such plain exchange; rows will be judged one by one

@@ -39,7 +39,7 @@ def with_arguments(chat_format: ChatFormat, arguments: dict[str, bool]) -> ChatF
     '{%- set enable_thinking = false -%}...'
     """
     front = "".join(f"{{%- set {name} = {str(value).lower()} -%}}" for name, value in arguments.items())
-    return replace(chat_format, template=front + chat_format.template, kwargs={**chat_format.kwargs, **arguments})
+    return chat_format.behind(front, kwargs={**chat_format.kwargs, **arguments})
 
 
 def append_eos(renderer: Renderer) -> Renderer:
@@ -49,8 +49,11 @@ def append_eos(renderer: Renderer) -> Renderer:
         return renderer
     if not renderer.spec.names.get("eos_token"):
         raise FormatError("append_eos", "the tokenizer has no end-of-text token", "set its eos_token")
-    template = _APPEND_EOS + renderer.format.template
-    return renderer.with_format(replace(renderer.format, template=template, append_eos=True))
+    found = renderer.format.behind(_APPEND_EOS, append_eos=True)
+    of_tools = renderer.format.with_tools
+    if of_tools and renderer.with_format(of_tools).end_token is not None:
+        found = replace(found, named={**found.named, "tool_use": of_tools.template})
+    return renderer.with_format(found)
 
 
 def options_note(renderer: Renderer) -> str | None:

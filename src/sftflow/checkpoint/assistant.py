@@ -177,4 +177,5 @@ def assistant_of(
 def base_format(sft: Assistant) -> ChatFormat:
     """The SFT model's format, to be given to a base that has none: with the control tokens it needs."""
     chat_format = sft.renderer.format
-    return replace(chat_format, tokens=tuple(t for t in sft.renderer.special if t in chat_format.template))
+    written = "".join((chat_format.template, *chat_format.named.values()))
+    return replace(chat_format, tokens=tuple(t for t in sft.renderer.special if t in written))

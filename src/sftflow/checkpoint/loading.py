@@ -14,6 +14,7 @@ from sftflow.chat.format import add_tokens, choose_format
 from sftflow.checkpoint import adapters, hub
 from sftflow.checkpoint.generation import read_ends
 from sftflow.checkpoint.location import Location, base_location, tokenizer_location
+from sftflow.checkpoint.templates import read_templates
 from sftflow.checkpoint.tokenizer import read_tokenizer
 from sftflow.checkpoint.weights import COPY_AGAIN, load_weights, not_finite, require_whole
 from sftflow.foundation.atomic_io import (
@@ -59,9 +60,12 @@ def load_tokenizer(location: Location) -> Any:
         if own:
             return gguf.tokenizer_of(own)
         if not location.gguf:
-            return read_tokenizer(Path(location.path), **location.load_args)
+            tokenizer = read_tokenizer(Path(location.path), **location.load_args)
+            read_templates(Path(location.path), tokenizer)
+            return tokenizer
         tokenizer = AutoTokenizer.from_pretrained(location.path, **location.load_args)
         as_llama_cpp_splits(tokenizer, gguf.pre_tokenizer(location.file))
+        gguf.add_named_templates(tokenizer, location.file)
         return tokenizer
 
 

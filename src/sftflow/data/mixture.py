@@ -107,7 +107,7 @@ def training_renderer(recipe: Recipe, renderer: Renderer) -> Renderer:
         sample = [c for entry in recipe.mixture for c in sample_of(entry, recipe, SETTLE_ROWS)]
         renderer = choose_arguments(renderer, sample)
     if renderer.tokenizer is not None:
-        renderer.tokenizer.chat_template = renderer.format.template  # what the checkpoint will be saved with
+        renderer.tokenizer.chat_template = renderer.format.templates  # what the checkpoint will be saved with
     return renderer
 
 

@@ -10,13 +10,15 @@ import sftflow.gguf.architectures as layout
 import sftflow.gguf.ends as ends
 from sftflow.gguf.writer import CONFIG, FORMAT, NAMES
 
+TEMPLATES = "tokenizer.chat_templates"
+
 
 def fields(path: Path) -> dict[str, Any] | None:
     """What writer.py stores besides GGUF's usual fields, so that nothing is lost; None where another program wrote the
     file.
 
     {"sftflow.config": {...}, "sftflow.format": {...}, "sftflow.special_tokens": {...},
-     "tokenizer.huggingface.json": "...", "tokenizer.chat_template": "..."}
+     "tokenizer.huggingface.json": "...", "tokenizer.chat_template": "...", "tokenizer.chat_templates": {NAME: "..."}}
 
     Raises ValueError where some of these are missing: another program has changed the file.
     """
@@ -30,7 +32,26 @@ def fields(path: Path) -> dict[str, Any] | None:
     if missing:
         raise ValueError(f"it has {CONFIG} and no {missing[0]}")
     out: dict[str, Any] = {key: json.loads(found[key].contents()) for key in (CONFIG, FORMAT, NAMES)}
-    return {**out, **{key: found[key].contents() for key in plain}}
+    out |= {key: found[key].contents() for key in plain}
+    return {**out, TEMPLATES: _named_templates(found)}
+
+
+def _named_templates(fields: Any) -> dict[str, str]:
+    """The templates beside the default one, as `tool_use`."""
+    import gguf
+
+    names = fields[TEMPLATES].contents() if TEMPLATES in fields else []
+    return {name: fields[gguf.Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name)].contents() for name in names}
+
+
+def add_named_templates(tokenizer: Any, path: Path) -> None:
+    """Give a tokenizer that transformers made of a file all its chat templates: it takes the default one only."""
+    import gguf
+
+    named = _named_templates(gguf.GGUFReader(path).fields)
+    if named:
+        default = {"default": tokenizer.chat_template} if tokenizer.chat_template else {}
+        tokenizer.chat_template = {**default, **named}
 
 
 def pre_tokenizer(path: Path) -> str | None:
@@ -67,7 +88,8 @@ def tokenizer_of(own: dict[str, Any]) -> Any:
         clean_up_tokenization_spaces=False,
         **own[NAMES],
     )
-    tokenizer.chat_template = own["tokenizer.chat_template"]
+    template, named = own["tokenizer.chat_template"], own[TEMPLATES]
+    tokenizer.chat_template = {"default": template, **named} if named else template
     return tokenizer
 
 

@@ -112,7 +112,9 @@ def _describe(writer: Any, plan: Plan) -> None:
     writer.add_vocab_size(len(plan.vocabulary.tokens))
     plan.vocabulary.write(writer)
     _special_ids(writer, plan)
-    writer.add_chat_template(exported_template(plan.renderer))
+    named = {name: _exported(plan.renderer, template) for name, template in plan.renderer.format.named.items()}
+    templates = [{"name": n, "template": t} for n, t in {"default": exported_template(plan.renderer), **named}.items()]
+    writer.add_chat_template(templates)  # llama.cpp takes "tool_use" where a request has tools
     # What GGUF's own fields cannot say exactly: for our own loader, and for programs that use the tokenizers library.
     renderer = plan.renderer
     writer.add_string(gguf.Keys.Tokenizer.HF_JSON, tokenizer_text(renderer.tokenizer))
@@ -147,6 +149,10 @@ _CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 def exported_template(renderer: Renderer) -> str:
     """The chat template as llama.cpp must read it: the date it was trained with written in, and no bos or eos where
     the tokenizer has none (llama.cpp then takes token 11 for both)."""
-    template = _CLOCK.sub(lambda m: json.dumps(renderer.format.clock(m[2])), renderer.format.template)
+    return _exported(renderer, renderer.format.template)
+
+
+def _exported(renderer: Renderer, template: str) -> str:
+    template = _CLOCK.sub(lambda m: json.dumps(renderer.format.clock(m[2])), template)
     lacking = [n for n in ("bos_token", "eos_token") if n in template and not renderer.spec.names.get(n)]
     return "".join(f"{{%- set {name} = '' -%}}" for name in lacking) + template
