@@ -12,13 +12,14 @@ import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from helpers.tokenizers import write_tokenizer
+from helpers.tokenizers import KINDS, write_tokenizer
 from sftflow import checkpoint
 from sftflow.chat.encode import encoder_of
 from sftflow.chat.format import tokenizer_text
 from sftflow.checkpoint.tokenizer import readable_config
 from sftflow.exporting import llamacpp
 from sftflow.exporting.to_gguf import export_gguf
+from sftflow.foundation.errors import CheckpointError
 
 CONTROL = ["<|end|>", "<|turn|>", "<|stop|>"]
 TEXT = (
@@ -258,3 +259,28 @@ def test_a_space_in_front_is_said_in_both_places(tmp_path: Path) -> None:
         assert readable_config({"add_prefix_space": not prefix}, tokenizer)["add_prefix_space"] is prefix
     several = loaded(directory_of(tmp_path / "several", backend("digits"), "llama", None))
     assert "add_prefix_space" not in readable_config({}, several)
+
+
+@pytest.mark.skipif(not llamacpp.available(), reason="llama.cpp: pip install xllamacpp")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gguf_file_of_another_program_is_split_as_llama_cpp_does(tmp_path: Path, kind: str) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    pytest.importorskip("gguf")
+    path = write_tokenizer(kind, tmp_path / "base")
+    size = Tokenizer.from_file(str(path / "tokenizer.json")).get_vocab_size()
+    LlamaForCausalLM(LlamaConfig(vocab_size=size, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                                 num_attention_heads=2)).save_pretrained(path)  # fmt: skip
+    export_gguf(str(path), tmp_path / "m.gguf", "f32", prompts=1, say=lambda _: None)
+    ours = (tmp_path / "m.gguf").read_bytes()
+    (tmp_path / "m.gguf").write_bytes(ours.replace(b"sftflow.config", b"another.config"))
+    tokenizer = checkpoint.load_tokenizer(checkpoint.resolve(str(tmp_path / "m.gguf")))
+    control = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special][:3]
+    with llamacpp.LlamaCpp(tmp_path / "m.gguf", context=64) as engine:
+        for number, text in enumerate(digits_and_blank_lines(200)):
+            text = text.replace("<|im_end|>", control[number % len(control)])
+            assert ids(tokenizer, text) == engine.ids(text), text
+    if kind == "smollm2":
+        (tmp_path / "m.gguf").write_bytes((tmp_path / "m.gguf").read_bytes().replace(b"smollm", b"smollx"))
+        with pytest.raises(CheckpointError, match="split by 'smollx', which is not known here"):
+            checkpoint.load_tokenizer(checkpoint.resolve(str(tmp_path / "m.gguf")))

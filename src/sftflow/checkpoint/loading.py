@@ -64,7 +64,7 @@ def load_tokenizer(location: Location) -> Any:
             read_templates(Path(location.path), tokenizer)
             return tokenizer
         tokenizer = AutoTokenizer.from_pretrained(location.path, **location.load_args)
-        as_llama_cpp_splits(tokenizer, gguf.pre_tokenizer(location.file))
+        as_llama_cpp_splits(tokenizer, gguf.told_of_tokenizer(location.file), location.name)
         gguf.add_named_templates(tokenizer, location.file)
         return tokenizer
 

@@ -54,12 +54,14 @@ def add_named_templates(tokenizer: Any, path: Path) -> None:
         tokenizer.chat_template = {**default, **named}
 
 
-def pre_tokenizer(path: Path) -> str | None:
-    """llama.cpp's name of the pre-tokenizer that the file asks for."""
+def told_of_tokenizer(path: Path) -> dict[str, Any]:
+    """What any program's file says of splitting: model, pre and add_space_prefix (where it has them), architecture."""
     import gguf
 
-    field = gguf.GGUFReader(path).fields.get(gguf.Keys.Tokenizer.PRE)
-    return str(field.contents()) if field else None
+    found = gguf.GGUFReader(path).fields
+    keys = {"architecture": "general.architecture"}
+    keys |= {name: f"tokenizer.ggml.{name}" for name in ("model", "pre", "add_space_prefix")}
+    return {name: found[key].contents() for name, key in keys.items() if key in found}
 
 
 def read_ends(path: Path) -> tuple[int, ...]:

@@ -165,12 +165,46 @@ def _space_prefix(data: dict[str, Any], place: str) -> bool:
     return prefix
 
 
-def as_llama_cpp_splits(tokenizer: Any, pre: str | None) -> None:
-    """Give a tokenizer that transformers made from a GGUF file the pre-tokenizer that the file names, where
-    transformers knows no such name (it then splits as GPT-2 does)."""
-    from tokenizers import pre_tokenizers
+# llama.cpp's other names of the same splits (llama-vocab.cpp); those of `llama-bpe` and `tekken` ignore merges, too.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "gpt-2": ("phi-2", "mpt", "olmo", "jais", "gigachat", "a.x-4.0", "mellum", "exaone4"),
+    "smollm": ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
+    "qwen2": ("stablelm2", "deepseek-r1-qwen", "kormo", "megrez", "f2llmv2"),
+    "llama-bpe": ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"),
+    "smaug-bpe": ("dbrx", "glm4", "chatglm-bpe"),
+    "tekken": (),
+}
+OTHERS = ("qwen35", "gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2")
+"""splits that llama.cpp and transformers know, and this module does not"""
 
-    if pre == "smollm":
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
+
+def as_llama_cpp_splits(tokenizer: Any, told: dict[str, Any], place: str) -> None:
+    """Give a tokenizer that transformers made from a GGUF file the way of splitting that llama.cpp has for the file:
+    transformers takes GPT-2's for all names that it does not know.   told: the file's `tokenizer.ggml.` fields.
+
+    Raises CheckpointError where the file names none, or one that is not known here.
+    """
+    from tokenizers import Regex, normalizers, pre_tokenizers
+
+    backend = tokenizer.backend_tokenizer
+    if told.get("model") == "llama" and told.get("architecture", "")[:5] != "gemma":
+        spaces = normalizers.Replace(" ", "▁")
+        prefix = told.get("add_space_prefix", True)  # behind each control token, as in Llama 2's own tokenizer.json
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
+        backend.pre_tokenizer = None
+    pre = told.get("pre")
+    if told.get("model") != "gpt2" or pre in OTHERS:
+        return
+    name = next((name for name, others in ALIASES.items() if pre in (name, *others)), None)
+    if name is None:
+        fact = f"its text is split by {pre!r}, which is not known here" if pre else "it does not say how text is split"
+        raise CheckpointError(place, fact, "give the checkpoint it was made from")
+    steps, backend.model.ignore_merges = next(key for key, value in SPLITS.items() if value == name)
+    parts: list[Any] = []
+    for step in steps:
+        if step == _DIGITS:
+            parts.append(pre_tokenizers.Digits(individual_digits=True))
+        elif step != _BYTES:
+            parts.append(pre_tokenizers.Split(Regex(step), behavior="isolated"))
+    parts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=_BYTES in steps))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(parts)
