@@ -49,7 +49,9 @@ SINGLE = (
 {{- '{"name": "' + c.function.name + '", "parameters": ' + (c.function.arguments | tojson) + '}' -}}{%- endif -%}"""
     + BACK
 )
-TEMPLATES = {"chatml": CHATML, "named": NAMED, "tagged": TAGGED, "nested": NESTED, "single": SINGLE}
+# Text and calls stand between control tokens that begin alike.
+TOKENS = (Path(__file__).parent / "templates" / "calls_end_of_two_tokens.jinja").read_text(encoding="utf-8")
+TEMPLATES = {"chatml": CHATML, "named": NAMED, "tagged": TAGGED, "nested": NESTED, "single": SINGLE, "tokens": TOKENS}
 
 TOOLS = [
     {
@@ -108,6 +110,7 @@ def test_what_is_learnt(learnt: dict[str, tuple[Renderer, CallFormat]]) -> None:
     assert found["named"].open == "" and isinstance(found["named"].entry, NamedEntry)
     assert isinstance(found["tagged"].entry, TaggedEntry)
     assert found["nested"].entry == JsonEntry(("called",), ("with",))
+    assert (found["tokens"].open, found["tokens"].close) == ("[", "]")
     assert found["single"] == CallFormat("", JsonEntry(("name",), ("parameters",)), None, "")
     assert learn_calls(renderer_of(DROPS)) is None
 

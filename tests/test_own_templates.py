@@ -107,6 +107,9 @@ TEMPLATES = {
     "looks_into_contents": Own(refused=MUTE),
     "end_of_two_tokens": Own(("<|say_end|><|turn_end|>",), refused=MUTE),
     "end_with_words": Own(("<|close|>assistant<|sep|><|end_of_msg|>",), refused=MUTE),
+    "calls_end_of_two_tokens": Own(
+        ("<|say_end|><|turn_end|>", "<|call_end|><|turn_end|>"), refused="reasoning assistant_first"
+    ),
     "two_ends_and_eos": Own(("<|end|>\n</s>",), refused=MUTE),
     "header_always": Own(refused=MUTE),
     "header_always_no_end": Own((), refused="everything"),
@@ -116,7 +119,7 @@ TEMPLATES = {
 }
 # Refused although a right row exists: the reply's end is written only where another turn follows, and a first message
 # that nothing prompts for.
-AVOIDABLE = {"last_end_missing": 2, "other_end_last": 1, "reasoning_kept": 1}
+AVOIDABLE = {"last_end_missing": 2, "other_end_last": 1, "reasoning_kept": 1, "calls_end_of_two_tokens": 1}
 
 
 def path_of(name: str) -> Path:

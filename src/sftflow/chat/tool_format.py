@@ -85,8 +85,11 @@ class _Views:
             start = max(start, len(self._prompt))
         elif start < len(head):
             return None
-        end = common_prefix(tail[::-1], text[start:][::-1])
-        return self._renderer.special_re.sub("", text[start : len(text) - end])
+        end = len(text) - common_prefix(tail[::-1], text[start:][::-1])
+        for token in self._renderer.special_re.finditer(text):  # neither may cut one in two: `<|say|>`, `<|call|>`
+            start = token.start() if token.start() < start < token.end() else start
+            end = token.end() if token.start() < end < token.end() else end
+        return self._renderer.special_re.sub("", text[start:end])
 
 
 def _candidates(views: _Views, single: str, double: str | None) -> Iterator[CallFormat]:
