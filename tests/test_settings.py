@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from helpers.runs import Quiet, digest, write_recipe
+from sftflow.checkpoint import resolve, stored_dtype
 from sftflow.foundation.errors import CheckpointError, RecipeError
 from sftflow.foundation.runtime import Runtime
 from sftflow.recipe import Recipe, load_recipe, parse_recipe
@@ -106,3 +108,14 @@ def test_the_resolved_recipe_tells_what_was_decided(tiny_base: Path, tmp_path: P
     assert resolved.compile is False and resolved.micro_tokens == 512 and resolved.lr == 8e-3
     notes = json.loads((run / "checkpoint" / "sftflow.json").read_text())["notes"]
     assert "not worth it" in notes["compile"] and notes["precision"] == "asked for"
+
+
+def test_the_checkpoint_is_stored_as_the_base_s_files_are(tiny_base: Path, tmp_path: Path) -> None:
+    """Whatever its config.json says."""
+    assert stored_dtype(resolve(str(tiny_base))) == torch.float32
+    shutil.copytree(tiny_base, tmp_path / "base")
+    path = tmp_path / "base" / "model.safetensors"
+    for dtype in (torch.bfloat16, torch.float16):
+        weights = {k: v.to(torch.float32 if "norm" in k else dtype) for k, v in load_file(path).items()}
+        save_file(weights, path, metadata={"format": "pt"})
+        assert stored_dtype(resolve(str(tmp_path / "base"))) == dtype

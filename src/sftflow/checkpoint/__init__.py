@@ -13,6 +13,7 @@ from sftflow.checkpoint.loading import (
     load_model,
     load_tokenizer,
     open_renderer,
+    stored_dtype,
 )
 from sftflow.checkpoint.location import BUILTIN_TINY, Location, base_location, resolve
 from sftflow.checkpoint.saving import save
@@ -36,4 +37,5 @@ __all__ = [
     "require_finite_weights",
     "resolve",
     "save",
+    "stored_dtype",
 ]

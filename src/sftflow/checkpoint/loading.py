@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from sftflow.checkpoint.generation import read_ends
 from sftflow.checkpoint.location import Location, base_location, tokenizer_location
 from sftflow.checkpoint.templates import read_templates
 from sftflow.checkpoint.tokenizer import read_tokenizer
-from sftflow.checkpoint.weights import COPY_AGAIN, load_weights, not_finite, require_whole
+from sftflow.checkpoint.weights import COPY_AGAIN, load_weights, not_finite, require_whole, stored_types
 from sftflow.foundation.atomic_io import (
     check_hashes,
     read_record,
@@ -29,7 +30,6 @@ from sftflow.gguf.writer import FORMAT
 if TYPE_CHECKING:
     from sftflow.chat.render import Renderer
 
-BUILTIN_TINY = "builtin:tiny"
 _NOT_MAPPED = (errno.ENOMEM, errno.ENODEV, errno.EAGAIN, errno.ENFILE, errno.EMFILE)
 
 
@@ -189,6 +189,23 @@ def _load_with_adapter(location: Location) -> Any:
     if n_tokens <= len(load_tokenizer(base)):
         n_tokens = 0
     return adapters.merge_into(model, Path(location.path), location.name, n_tokens)
+
+
+def stored_dtype(location: Location, *, of_gguf: Any = None) -> Any:
+    """The torch dtype that most of the weights are stored in, whatever config.json says; fp32 for one that is no
+    floating-point type of 16 or 32 bits. Of an adapter, its base's.
+
+    of_gguf: for a GGUF file, whose own types are none of torch's; bf16 where None, as real checkpoints are published.
+    """
+    import torch
+
+    while location.adapter_of is not None:
+        location = base_location(location)
+    if location.gguf:
+        return of_gguf or torch.bfloat16
+    kinds = Counter(stored_types(Path(location.path), location.name).values())
+    named = {"BF16": torch.bfloat16, "F16": torch.float16}
+    return named.get(kinds.most_common(1)[0][0], torch.float32)
 
 
 @contextlib.contextmanager

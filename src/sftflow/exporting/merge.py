@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 from sftflow import checkpoint
-from sftflow.checkpoint.weights import stored_types
 from sftflow.exporting.target import require_replaceable
 from sftflow.foundation.errors import CheckpointError
 
@@ -34,22 +32,11 @@ def merge(name: str, out: Path, *, base: str | None = None, kind: str | None = N
     model, info = checkpoint.load_model(location)
     import torch
 
-    dtype = getattr(torch, DTYPES[kind or _stored_type(location)])
+    dtype = getattr(torch, DTYPES[kind]) if kind else checkpoint.stored_dtype(location, of_gguf=torch.float32)
     kept = ("base", "recipe", "kind", "format", "fingerprint")
     meta = {key: value for key, value in info.items() if key in kept}
     meta["merged"] = {"adapter": str(name), "base": location.adapter_of}
     checkpoint.save(out, model, checkpoint.load_tokenizer(location), None, dtype=dtype, meta=meta)
-
-
-def _stored_type(location: checkpoint.Location) -> str:
-    """How most tensors of the base are stored, whatever its config says; "f32" for a type that is none of `DTYPES`."""
-    while location.adapter_of is not None:
-        location = checkpoint.base_location(location)
-    if location.gguf:
-        return "f32"
-    kinds = Counter(stored_types(Path(location.path), location.name).values())
-    kind = kinds.most_common(1)[0][0].lower()
-    return kind if kind in DTYPES else "f32"
 
 
 def _is_ours(out: Path, parts: tuple[Path, ...]) -> bool:

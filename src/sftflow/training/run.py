@@ -20,7 +20,7 @@ from typing import Any
 
 from sftflow.chat.template_options import options_note
 from sftflow.chat.token_rows import token_row
-from sftflow.checkpoint import Assistant, assistant_of, prepare, resolve, save
+from sftflow.checkpoint import Assistant, assistant_of, prepare, resolve, save, stored_dtype
 from sftflow.data.mixture import build_mixture, write_bad_rows
 from sftflow.data.run_rows import HELD_OUT, TRAINING_ROWS, write_run_rows
 from sftflow.fingerprint import run_identity
@@ -32,7 +32,7 @@ from sftflow.training.batch_plan import RowPlan, StepLog
 from sftflow.training.loggers import open_logger, require_logger
 from sftflow.training.resume import forget_states, unfinished, warm_start
 from sftflow.training.run_log import RunLog
-from sftflow.training.settings import check_context, decide_compile, resolve_recipe, set_dropout, stored_dtype
+from sftflow.training.settings import check_context, decide_compile, resolve_recipe, set_dropout
 from sftflow.training.signals import Signals, Stopped
 from sftflow.training.trainer import Trainer, resting
 from sftflow.training.training_run import Listener, TrainingRun, cannot_write

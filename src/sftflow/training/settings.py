@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import shutil
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from sftflow.checkpoint import BUILTIN_TINY, Location, base_location
+from sftflow.checkpoint import BUILTIN_TINY
 from sftflow.foundation.errors import CheckpointError, RecipeError
 from sftflow.foundation.runtime import Runtime
 from sftflow.recipe import Recipe
@@ -81,19 +79,6 @@ def check_context(model: Any, max_length: int) -> None:
     if context and max_length > context:
         fact = f"{max_length} is more than the base's context of {context}"
         raise CheckpointError("train.max_length", fact, "lower it")
-
-
-def stored_dtype(location: Location) -> Any:
-    """The dtype the base is stored in; the checkpoint is written in the same."""
-    if location.adapter_of is not None:
-        return stored_dtype(base_location(location))
-    config = Path(location.path) / "config.json"
-    if location.gguf or not config.is_file():
-        return torch.bfloat16  # what real checkpoints are published in
-    data = json.loads(config.read_text(encoding="utf-8"))
-    name = data.get("dtype") or data.get("torch_dtype") or "float32"
-    found = getattr(torch, str(name), torch.float32)
-    return found if found in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
 
 
 def set_dropout(model: Any, rate: float) -> None:
