@@ -152,6 +152,9 @@ def test_a_shard_index_that_leaves_a_tensor_out_or_a_shard_that_is_not_there(who
     save_file(both, base / one, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="stands in two of its shards"):
         load_model(resolve(str(base)))
+    (base / one).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(CheckpointError, match=f"base/{one}: damaged, or no safetensors file"):
+        load_model(resolve(str(base)))
     (base / one).unlink()
     with pytest.raises(CheckpointError, match=f"base/{one}: this shard is missing"):
         load_model(resolve(str(base)))
@@ -201,6 +204,8 @@ def test_what_wraps_a_model_is_read_away_and_said_once(
 def test_tables_that_earlier_versions_saved_are_no_weights(whole: Path, tmp_path: Path) -> None:
     def with_tables(state: State) -> State:
         tables = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.rand(4) for n in (0, 1)}
+        tables |= {f"model.layers.0.self_attn.rotary_emb.{part}_cached": torch.rand(8, 4) for part in ("cos", "sin")}
+        tables |= {"model.embed_positions.weights": torch.rand(8, 32)}
         return {**state, **tables, "model.layers.0.self_attn.attn.masked_bias": torch.tensor(-1e4)}
 
     load_model(resolve(str(changed(whole, tmp_path / "base", with_tables))))

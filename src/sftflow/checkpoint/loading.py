@@ -232,5 +232,8 @@ def _reading(location: Location) -> Iterator[dict[str, Any] | None]:
         if "for this kind of AutoModel" in str(error):
             fact = f"transformers has no causal language model for a {load_config(location).model_type}"
             raise CheckpointError(location.name, fact, "give a text model") from error
+        if "conversion of the weights" in str(error):
+            fact = "its tensors do not fit together: some are missing, or of another shape"
+            raise CheckpointError(location.name, fact, COPY_AGAIN) from error
         fact = f"cannot be loaded ({type(error).__name__}: {first_line(error)})"
         raise CheckpointError(location.name, fact, "check that the files are whole") from error

@@ -9,15 +9,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sftflow.foundation.errors import CheckpointError, RunError
+from sftflow.foundation.atomic_io import read_record
+from sftflow.foundation.errors import CheckpointError, RunError, first_line
 
 log = logging.getLogger("sftflow.checkpoint")
 
 COPY_AGAIN = "copy the checkpoint again"
 WRAPPERS = ("_orig_mod.", "module.")
 """what torch.compile and DistributedDataParallel write into the names of a model that is saved inside them"""
-_TABLES = re.compile(r"(inv_freq|(attn|attention)\.(masked_)?bias|causal_mask|position_ids)$")
+_TABLES = re.compile(
+    r"(inv_freq|(cos|sin)_cached|(attn|attention)\.(masked_)?bias|causal_mask|position_ids|embed_positions\.weights)$"
+)
 """names of tables that models compute by themselves; earlier versions of transformers saved them"""
+_EXPERT = re.compile(r"(.*\bexperts\.)(\d+)\.(.+)")
 _MODALITIES = ("text_config", "vision_config", "audio_config", "speech_config", "image_config", "video_config")
 
 
@@ -30,7 +34,9 @@ def load_weights(directory: Path, name: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
+    config = read_record(directory / "config.json", COPY_AGAIN)
     stored = stored_types(directory, name)
+    require_scales(stored, name) if config.get("quantization_config") else require_experts(stored, name)
     wrappers = {w: rf"\b{re.escape(w)}" for w in WRAPPERS if stored and all(f".{w}" in f".{key}" for key in stored)}
     if wrappers:
         log.warning("note: %s: %s in its tensors' names is read away", name, " and ".join(wrappers))
@@ -45,13 +51,16 @@ def load_weights(directory: Path, name: str) -> Any:
     )
     # What was read away is not to be written back on saving.
     model._weight_conversions = [c for c in model._weight_conversions if c.source_patterns[0] not in wrappers.values()]
+    if config.get("quantization_config") and not getattr(model.config, "quantization_config", None):
+        model._weight_conversions = None  # nor is what was de-quantised to be written as if it were quantised
     # transformers reads a body's name with and without the prefix, and of two tensors silently one.
     twice = [k for k in stored if f"{model.base_model_prefix}.{k}" in stored and k not in model.state_dict()]
     if twice:
         raise CheckpointError(name, f"{twice[0]} and {model.base_model_prefix}.{twice[0]} are one tensor", COPY_AGAIN)
-    integers = [key for key, kind in stored.items() if kind[0] in "IUB" and kind != "BF16"]
-    require_floats(model, integers, name)
-    require_whole(model, report, name, multimodal=_is_multimodal(directory))
+    if not config.get("quantization_config"):
+        integers = {key for key, kind in stored.items() if kind[0] in "IUB" and kind != "BF16"}
+        require_floats(model, integers - report["unexpected_keys"], name)
+    require_whole(model, report, name, multimodal=any(isinstance(config.get(key), dict) for key in _MODALITIES))
     settle_head(model)
     return model
 
@@ -83,31 +92,56 @@ def stored_types(directory: Path, name: str) -> dict[str, str]:
 
     Raises CheckpointError naming a tensor that stands in two shards: one of the two would be lost.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     found: dict[str, str] = {}
     for path in weight_files(directory, name):
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118  (no dictionary)
-                if key in found:
-                    raise CheckpointError(name, f"{key} stands in two of its shards", COPY_AGAIN)
-                found[key] = str(file.get_slice(key).get_dtype())
+        try:
+            with safe_open(path, framework="pt") as file:
+                types = {key: str(file.get_slice(key).get_dtype()) for key in file.keys()}  # noqa: SIM118  (no dictionary)
+        except SafetensorError as error:
+            if "header" not in str(error):
+                raise
+            fact = f"damaged, or no safetensors file ({first_line(error)})"
+            raise CheckpointError(f"{name}/{path.name}", fact, COPY_AGAIN) from None
+        if both := sorted(found.keys() & types.keys()):
+            raise CheckpointError(name, f"{both[0]} stands in two of its shards", COPY_AGAIN)
+        found |= types
     return found
 
 
-def _is_multimodal(directory: Path) -> bool:
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    return any(isinstance(config.get(key), dict) for key in _MODALITIES)
+def require_experts(stored: Iterable[str], name: str) -> None:
+    """Raises CheckpointError naming a tensor that one of several experts lacks: transformers puts together those that
+    are there, in the order of their numbers, whatever these are."""
+    numbers: dict[str, dict[str, set[int]]] = {}
+    for key in stored:
+        if found := _EXPERT.fullmatch(key):
+            numbers.setdefault(found[1], {}).setdefault(found[3], set()).add(int(found[2]))
+    for experts, parts in numbers.items():
+        every = range(1 + max(max(there) for there in parts.values()))
+        for part, there in parts.items():
+            if lacking := sorted(set(every) - there):
+                raise CheckpointError(name, f"{experts}{lacking[0]}.{part} is missing", COPY_AGAIN)
+
+
+def require_scales(stored: dict[str, str], name: str) -> None:
+    """Raises CheckpointError naming a tensor of 8-bit floats without its scale: it would be read as if that were 1."""
+    for key, kind in stored.items():
+        beside = key.removesuffix("weight")
+        names = {f"{key}_scale_inv", f"{key}_scale", f"{beside}scale", f"{beside}qscale_weight"}
+        if kind.startswith("F8") and "scale" not in key and not names & stored.keys():
+            raise CheckpointError(name, f"{key} is stored as {kind}, and its scale is missing", COPY_AGAIN)
 
 
 def require_floats(model: Any, integers: Iterable[str], name: str) -> None:
-    """Raises CheckpointError where a parameter is stored as integers: a quantised one, whose scale would be ignored, or
-    a damaged header. (A checkpoint whose config says how it is quantised is transformers' to read.)"""
-    if getattr(model.config, "quantization_config", None) is not None:
-        return
-    parameters = {parameter for parameter, _ in model.named_parameters()}
-    for key in integers:
-        if any(parameter == key or parameter.endswith(f".{key}") for parameter in parameters):
+    """Raises CheckpointError where a weight is stored as integers: a quantised one, whose scale would be ignored, or a
+    damaged header. Tables are no weights, nor is what the model keeps as integers, or leaves out.   (A checkpoint whose
+    config says how it is quantised is transformers' to read.)"""
+    kept = {buffer for buffer, _ in model.named_buffers()}
+    left_out = model._keys_to_ignore_on_load_unexpected or ()
+    for key in sorted(integers):
+        is_table = _TABLES.search(key) or any(re.search(pattern, key) for pattern in left_out)
+        if not is_table and not any(buffer.endswith(key) for buffer in kept):
             fact = f"{key} is stored as integers, and config.json says nothing of a quantisation"
             raise CheckpointError(name, fact, "give the checkpoint in fp32, bf16 or fp16")
 
@@ -122,7 +156,8 @@ def require_whole(model: Any, report: dict[str, Any], name: str, *, multimodal: 
     for key, there, wanted in sorted(report["mismatched_keys"]):
         fact = f"{key} is {_shape(there)}, where config.json asks for {_shape(wanted)}"
         raise CheckpointError(name, fact, "config.json is of another model, or a file is damaged")
-    missing = sorted(key for key in report["missing_keys"] if not _TABLES.search(key))
+    weights = {key for key, _ in model.named_parameters()}
+    missing = sorted(key for key in report["missing_keys"] if key in weights or not _TABLES.search(key))
     unknown = sorted(key for key in report["unexpected_keys"] if not _TABLES.search(key))
     if missing:
         fact = f"{len(missing)} of the {len(model.state_dict())} tensors of {kind} are missing: {_some(missing)}"
@@ -133,6 +168,10 @@ def require_whole(model: Any, report: dict[str, Any], name: str, *, multimodal: 
         elif missing == ["lm_head.weight"]:
             remedy = f"{COPY_AGAIN}; where the head is the embedding, tie_word_embeddings in config.json must be true"
         raise CheckpointError(name, fact, remedy)
+    ahead = [key for key in unknown if _predicts_ahead(model.config, key)]
+    if ahead:
+        log.warning("note: %s: its layers that predict further ahead are not read", name)
+        unknown = [key for key in unknown if key not in ahead]
     if unknown and multimodal:
         own = {part for key in model.state_dict() for part in key.split(".")[:2]}
         towers = {key: re.sub(r"^model\.", "", key).split(".")[0] for key in unknown}
@@ -143,6 +182,14 @@ def require_whole(model: Any, report: dict[str, Any], name: str, *, multimodal: 
     if unknown:
         fact = f"{kind} has no place for {len(unknown)} of its tensors: {_some(unknown)}"
         raise CheckpointError(name, fact, "config.json is of another model, or these tensors are not this one's")
+
+
+def _predicts_ahead(config: Any, key: str) -> bool:
+    """Whether a tensor is of the layers for multi-token prediction, which DeepSeek-V3 and its like store behind the
+    last of the model's own, and transformers does not have."""
+    own, extra = getattr(config, "num_hidden_layers", 0), getattr(config, "num_nextn_predict_layers", 0)
+    layer = re.search(r"\blayers\.(\d+)\.", key)
+    return layer is not None and own <= int(layer[1]) < own + (extra or 0)
 
 
 def _shape(shape: Iterable[int]) -> str:
