@@ -19,7 +19,7 @@ from sftflow.checkpoint.generation import read_ends
 from sftflow.evaluation.evaluate import provenance_of
 from sftflow.evaluation.grading import grade_items
 from sftflow.evaluation.options import open_tasks
-from sftflow.foundation.errors import CheckpointError
+from sftflow.foundation.errors import CheckpointError, MaskError
 
 ENDS = ("<|halt|>", "<|over|>", "<|pause|>")
 TEMPLATE = (
@@ -154,6 +154,18 @@ def test_a_base_without_a_template_keeps_its_old_ends(tmp_path: Path) -> None:
     assert renderer.format.name == "sftflow"
     own = [renderer.special[t] for t in ("<|assistant_end|>", "<|eot|>", "<|pause|>", "<|over|>")]
     assert renderer.stop_ids() == own
+
+
+def test_an_end_that_the_template_writes_inside_replies_is_refused(tmp_path: Path) -> None:
+    """transformers would stop there: the rest of the reply could be learnt and never said."""
+    base = a_base(tmp_path / "base", {"eos_token_id": ids_of("<|halt|>", "<|pause|>")})
+    text = TEMPLATE.replace("{{ m.content }}", "{% if m.role == 'assistant' %}<|pause|>{% endif %}{{ m.content }}")
+    (base / "chat_template.jinja").write_text(text)
+    row = parse_row({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "row:1")
+    with pytest.raises(MaskError, match=r"writes <\|pause\|> inside the reply.*take it out of eos_token_id"):
+        checkpoint.open_renderer(checkpoint.resolve(str(base)), "auto").render(row)
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": ids_of("<|halt|>")}))
+    assert checkpoint.open_renderer(checkpoint.resolve(str(base)), "auto").render(row).n_supervised == 4
 
 
 def test_all_is_kept_on_saving(tmp_path: Path) -> None:

@@ -180,7 +180,10 @@ class Prover:
             raise MaskError(place, "its end-of-turn token does not follow its prompt", "use another --format")
         early = [literals[n][2] for n in inside[:-1] if self._encoder.special[literals[n][2]] in self.stop_ids]
         if early:
-            raise MaskError(place, f"the format writes {early[0]} inside the reply, where generation would stop", "")
+            remedy = "use another --format, or take it out of eos_token_id" if early[0] in self._stops else ""
+            raise MaskError(
+                place, f"the format writes {early[0]} inside the reply, where generation would stop", remedy
+            )
         # Many templates write no header unasked where there is no message: what looks like a first reply would then
         # begin with its own header.
         if turn == 0 and (not own or proof.text[start : min(own)].strip()):
