@@ -30,11 +30,11 @@ def test_what_is_a_hub_id(name: str, hub: bool) -> None:
 
 
 class Hub(ThreadingHTTPServer):
-    """A hub with one open model, one gated, one private. asked: the paths of all requests."""
+    """A hub with one open model, one gated, one private. asked: the paths of requests; busy: it answers none."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
-        self.files, self.asked = files, list[str]()
+        self.files, self.asked, self.busy = files, list[str](), False
 
     @property
     def address(self) -> str:
@@ -60,6 +60,9 @@ class Answer(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.asked.append(self.path)
+        if self.server.busy:
+            self.answer(429)
+            return
         gated = {"X_Error_Code": "GatedRepo", "X_Error_Message": "Access to model o/gated is restricted."}
         if self.path.startswith("/api/models/"):
             name, _, revision = self.path.removeprefix("/api/models/").partition("/revision/")
@@ -154,6 +157,11 @@ def test_a_model_of_the_hub_is_fetched_kept_and_loaded(hub: Hub, tmp_path: Path)
     offline = {"HF_HUB_OFFLINE": "1"}
     assert find("o/open-1.5 load", "o/open-1.5@v1.0 load", home=tmp_path, endpoint=NOBODY, **offline) == whole
     assert find("o/open-1.5", home=tmp_path, endpoint=NOBODY)["o/open-1.5"] == small
+    hub.busy = True  # too many requests
+    try:
+        assert find("o/open-1.5", home=tmp_path, endpoint=hub.address)["o/open-1.5"] == small
+    finally:
+        hub.busy = False
 
 
 def test_an_adapter_of_the_hub_is_its_base_with_it(tmp_path: Path, tiny_base: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 
 from helpers.serving import ASK, local, request
 from sftflow.checkpoint import Assistant
+from sftflow.checkpoint.generation import sampling_of
+from sftflow.foundation.errors import CheckpointError
 from sftflow.serving.prompt import requests_for
 from sftflow.serving.schemas import ChatBody
 from sftflow.terminal.repl import chat
@@ -58,3 +61,24 @@ def test_a_penalty_counts_in_greedy_decoding_as_in_transformers(
     with local(assistant) as http:
         answer = http.post("/v1/chat/completions", json={"model": "tiny", "messages": ASK, "max_tokens": n})
     assert answer.json()["choices"][0]["message"]["content"] == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "fact"),
+    [
+        ({"temperature": "hot"}, "temperature is 'hot'"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"top_p": True}, "top_p is True"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0"),
+    ],
+)
+def test_what_no_token_can_be_drawn_by_is_refused(values: dict[str, Any], fact: str) -> None:
+    config = SimpleNamespace(do_sample=True, **values)
+    with pytest.raises(CheckpointError, match=f"generation_config.json: {fact}; write a number"):
+        sampling_of(config)
+
+
+def test_a_value_of_zero_or_off_is_one(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
+    asks_for(assistant, monkeypatch, do_sample=True, temperature=1, top_p=1, top_k=-1, min_p=0, repetition_penalty=1)
+    assert assistant.sampling == {**OFF, "temperature": 1.0, "top_k": -1}

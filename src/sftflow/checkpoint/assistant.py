@@ -152,6 +152,7 @@ def load_assistant(
 
     location = resolve(name)
     model, tokenizer, renderer, info = prepare(location, format_name=format, fallback=fallback)
+    sampling_of(getattr(model, "generation_config", None))  # what cannot be asked for is refused now
     runtime = detect(precision)
     model.to(runtime.device).eval()
     return assistant_of(model, tokenizer, renderer, runtime, name=name, info=info)

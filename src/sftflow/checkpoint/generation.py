@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,11 +69,24 @@ def _default_of(model_type: Any) -> Any:
 
 def sampling_of(config: Any) -> dict[str, Any]:
     """How a transformers GenerationConfig asks for tokens to be drawn, with the keys of GREEDY, as `generate` reads it:
-    without do_sample it is greedy, and only the penalty counts; what is left out has transformers' own value."""
+    without do_sample it is greedy, and only the penalty counts; what is left out has transformers' own value.
+
+    Raises CheckpointError where a value is no number by which one can draw."""
     drawn = bool(getattr(config, "do_sample", False))
     own = {key: getattr(config, key, None) for key in (GREEDY if drawn else ("repetition_penalty",))}
+    for key, value in own.items():
+        if value is not None and not _can_be(key, value):
+            raise CheckpointError(
+                FILE, f"{key} is {value!r:.80}", "write a number that transformers takes, or leave it out"
+            )
     given = {key: type(GREEDY[key])(value) for key, value in own.items() if value is not None}
     return {**(SAMPLED if drawn else GREEDY), **given}
+
+
+def _can_be(key: str, value: Any) -> bool:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        return False
+    return key == "top_k" or value > 0 or (value == 0 and key != "repetition_penalty")  # (top_k of -1 is "off", too)
 
 
 def write_generation(directory: Path, config: Any, ends: Sequence[int]) -> None:

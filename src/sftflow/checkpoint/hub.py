@@ -6,6 +6,7 @@ import functools
 import json
 import re
 from fnmatch import fnmatch
+from http.client import TOO_MANY_REQUESTS
 from pathlib import Path
 from typing import NoReturn
 
@@ -95,7 +96,7 @@ def _status(error: BaseException) -> int | None:
 def _is_answer(error: BaseException) -> bool:
     """Whether the hub has answered, as against: it could not be asked, or is out of order."""
     status = _status(error)
-    return status is not None and status < 500
+    return status is not None and status < 500 and status != TOO_MANY_REQUESTS
 
 
 def _refuse(name: str, error: Exception) -> NoReturn:
