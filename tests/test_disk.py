@@ -14,6 +14,8 @@ import pytest
 
 from helpers.runs import run, write_recipe
 from sftflow.foundation.atomic_io import recover_directory, remove_directory, sweep, write_directory
+from sftflow.foundation.errors import CheckpointError
+from sftflow.training.resume import require_own_links
 
 
 def fill(text: str, directory: Path) -> None:
@@ -70,6 +72,25 @@ def test_where_no_checkpoint_can_be_written_is_said_before_the_first_step(tiny_b
     assert done.returncode == 3
     assert done.stderr.startswith(f"error: {tmp_path / 'run' / 'checkpoint'}: cannot write (")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("linked", ["checkpoint", "resume"])
+def test_a_link_to_what_is_not_ours_is_refused(linked: str, tiny_base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_base, steps=2)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "kept.txt").write_text("mine")
+    (tmp_path / "run" / linked).symlink_to(tmp_path / "photos")
+    with pytest.raises(
+        CheckpointError, match=r"holds something else \(kept.txt\), which would be removed; let it lead"
+    ):
+        require_own_links(tmp_path / "run")
+    done = run("train", str(recipe))
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {tmp_path / 'run' / linked}: it leads to a folder")
+    assert os.listdir(tmp_path / "photos") == ["kept.txt"]
+    (tmp_path / "photos" / "kept.txt").unlink()
+    assert run("train", str(recipe)).returncode == 0
+    require_own_links(tmp_path / "run")  # what we have written is ours
 
 
 @pytest.mark.parametrize("why", ["a file in its place", "no home"])

@@ -29,7 +29,7 @@ from sftflow.packing.pack import Example
 from sftflow.pretraining.tokenizer import train_tokenizer
 from sftflow.recipe import Schedule, Train
 from sftflow.training.batch_plan import RowPlan
-from sftflow.training.resume import forget_states, saved_states, unfinished
+from sftflow.training.resume import forget_states, require_own_links, saved_states, unfinished
 from sftflow.training.trainer import Trainer
 from sftflow.training.training_run import Listener, TrainingRun
 
@@ -164,6 +164,7 @@ def train_base(
     """The whole stage; returns the facts of the model card. heldout: text files to measure bits per byte on."""
     documents, held_out = read_corpus(texts, heldout, spec.seed)
     states = out / "resume"
+    require_own_links(out)
     sweep(out, "resume", "checkpoint", "metrics.jsonl")
     sweep(states, "*")
     if not resume:

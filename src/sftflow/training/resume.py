@@ -60,6 +60,19 @@ def saved_states(root: Path) -> list[Path]:
     return sorted(p for p in root.glob("step-*") if p.is_dir())
 
 
+def require_own_links(out: Path) -> None:
+    """Raises CheckpointError where `checkpoint` or `resume` is a link to a folder that holds something else: what is
+    saved replaces all that is there."""
+    for path in (out / "checkpoint", out / "resume"):
+        if not (path.is_symlink() and path.is_dir()) or (path / "sftflow.json").is_file():
+            continue
+        states = ("step-", "tokenizer", ".") if path.name == "resume" else (".",)
+        foreign = sorted(p.name for p in path.iterdir() if not p.name.startswith(states))
+        if foreign:
+            fact = f"it leads to a folder that holds something else ({foreign[0]}), which would be removed"
+            raise CheckpointError(str(path), fact, "let it lead to a folder of its own")
+
+
 def forget_states(root: Path) -> None:
     """Remove all saved states: a run that starts anew must not find those of an earlier one."""
     if root.is_dir():

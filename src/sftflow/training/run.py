@@ -30,7 +30,7 @@ from sftflow.foundation.runtime import detect
 from sftflow.recipe import Recipe, to_yaml
 from sftflow.training.batch_plan import RowPlan, StepLog
 from sftflow.training.loggers import open_logger, require_logger
-from sftflow.training.resume import forget_states, unfinished, warm_start
+from sftflow.training.resume import forget_states, require_own_links, saved_states, unfinished, warm_start
 from sftflow.training.run_log import RunLog
 from sftflow.training.settings import check_context, decide_compile, resolve_recipe, set_dropout
 from sftflow.training.signals import Signals, Stopped
@@ -86,12 +86,13 @@ def run_training(
         if lock is None:
             with signals.deferred():
                 stack.enter_context(Lock(out))
+        require_own_links(out)
         sweep(out, *DESCRIBED, *LOGS, "resume", "checkpoint", DONE)
         sweep(out / "resume", "*")
         done = (out / DONE).is_file()
         if done and resume:
             return Run(directory=out, seconds=0.0, already_done=True)
-        if not done and not resume and (out / "resume").is_dir():
+        if not done and not resume and saved_states(out / "resume"):
             raise unfinished(out)
         require_logger(recipe.train.logger)
         try:
