@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +170,23 @@ def test_a_head_of_its_own_is_written_whatever_the_config_says(tmp_path: Path) -
     write(plan_of(one, "f32"), tmp_path / "tied.gguf")
     again, _ = checkpoint.load_model(checkpoint.resolve(str(tmp_path / "tied.gguf")))
     assert again.lm_head.weight is again.model.embed_tokens.weight and again.config.tie_word_embeddings
+
+
+def test_what_a_file_says_of_sampling_is_what_its_checkpoint_said(tmp_path: Path) -> None:
+    assistant = checkpoint.load_assistant(str(saying(tmp_path / "model", "Paris", "<|halt|>")))
+    own = {"do_sample": True, "temperature": 0.25, "top_k": 7, "repetition_penalty": 1.5}
+    for key, value in own.items():
+        setattr(assistant.model.generation_config, key, value)
+    write(plan_of(assistant, "f32"), tmp_path / "model.gguf")
+    again = checkpoint.load_assistant(str(tmp_path / "model.gguf"))
+    assert again.sampling == assistant.sampling
+    assert (again.sampling["temperature"], again.sampling["top_k"]) == (0.25, 7)
+
+
+def test_a_tensor_too_many_in_a_file_is_refused_by_name(tmp_path: Path) -> None:
+    assistant = checkpoint.load_assistant(str(saying(tmp_path / "model", "Paris", "<|halt|>")))
+    plan = plan_of(assistant, "f32")
+    extra = {"model.layers.7.mlp.up_proj.weight": torch.ones(4, 32)}
+    write(replace(plan, weights={**plan.weights, **extra}), tmp_path / "model.gguf")
+    with pytest.raises(CheckpointError, match=r"has no place for its tensor blk\.7\.ffn_up\.weight"):
+        checkpoint.load_assistant(str(tmp_path / "model.gguf"))

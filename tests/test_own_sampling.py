@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -82,3 +85,17 @@ def test_what_no_token_can_be_drawn_by_is_refused(values: dict[str, Any], fact: 
 def test_a_value_of_zero_or_off_is_one(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
     asks_for(assistant, monkeypatch, do_sample=True, temperature=1, top_p=1, top_k=-1, min_p=0, repetition_penalty=1)
     assert assistant.sampling == {**OFF, "temperature": 1.0, "top_k": -1}
+
+
+def test_what_is_asked_for_and_not_done_is_said(
+    tiny_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from sftflow.checkpoint import load_assistant
+
+    shutil.copytree(tiny_base, tmp_path / "base")
+    asked = {"do_sample": True, "no_repeat_ngram_size": 3, "suppress_tokens": [5], "num_beams": 1, "typical_p": 1.0}
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(asked))
+    load_assistant(str(tiny_base))
+    load_assistant(str(tmp_path / "base"))
+    said = [r.getMessage() for r in caplog.records if "generation_config" in r.getMessage()]
+    assert len(said) == 1 and said[0].endswith("asks for no_repeat_ngram_size, suppress_tokens; not done here")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sftflow.chat.format import ChatFormat, add_tokens, choose_format
 from sftflow.chat.schema import Conversation
-from sftflow.checkpoint.generation import sampling_of
+from sftflow.checkpoint.generation import left_out, sampling_of
 from sftflow.checkpoint.loading import load_ends, load_model, load_tokenizer
 from sftflow.checkpoint.location import Location, resolve
 from sftflow.fingerprint import format_fingerprint
 from sftflow.foundation.errors import CheckpointError
+
+log = logging.getLogger("sftflow.checkpoint")
 
 if TYPE_CHECKING:
     from sftflow.chat.render import Renderer
@@ -153,6 +156,8 @@ def load_assistant(
     location = resolve(name)
     model, tokenizer, renderer, info = prepare(location, format_name=format, fallback=fallback)
     sampling_of(getattr(model, "generation_config", None))  # what cannot be asked for is refused now
+    if ignored := left_out(model.generation_config):
+        log.warning("note: %s: its generation_config.json asks for %s; not done here", name, ", ".join(ignored))
     runtime = detect(precision)
     model.to(runtime.device).eval()
     return assistant_of(model, tokenizer, renderer, runtime, name=name, info=info)

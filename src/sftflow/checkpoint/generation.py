@@ -89,6 +89,22 @@ def _can_be(key: str, value: Any) -> bool:
     return key == "top_k" or value > 0 or (value == 0 and key != "repetition_penalty")  # (top_k of -1 is "off", too)
 
 
+_LEFT_OUT: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("no_repeat_ngram_size", "min_length", "min_new_tokens", "epsilon_cutoff", "eta_cutoff"), (0,)),
+    **dict.fromkeys(("num_beams", "typical_p", "guidance_scale"), (1,)),
+    **dict.fromkeys(
+        ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "stop_strings", "sequence_bias"), ([],)
+    ),
+    **dict.fromkeys(("exponential_decay_length_penalty", "penalty_alpha", "top_h", "dola_layers"), ()),
+}
+
+
+def left_out(config: Any) -> list[str]:
+    """What a GenerationConfig asks for that changes replies in transformers' `generate`, and is not done here."""
+    asked = {key: getattr(config, key, None) for key in _LEFT_OUT}
+    return [key for key, value in asked.items() if value is not None and value not in _LEFT_OUT[key]]
+
+
 def write_generation(directory: Path, config: Any, ends: Sequence[int]) -> None:
     """Write generation_config.json with these ends, where there are any. All else stays as it came: also values for
     sampling beside a do_sample that is not set, which transformers' own way of saving refuses and others obey."""

@@ -74,6 +74,7 @@ def plan_of(assistant: Assistant, kind: str) -> Plan:
         name=Path(assistant.name.rstrip("/")).stem,
         kind=kind,
         weights=weights,
+        generation=model.generation_config.to_diff_dict(),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import sftflow.gguf.architectures as layout
 import sftflow.gguf.ends as ends
-from sftflow.gguf.writer import CONFIG, FORMAT, NAMES
+from sftflow.gguf.writer import CONFIG, FORMAT, GENERATION, NAMES
 
 TEMPLATES = "tokenizer.chat_templates"
 
@@ -18,7 +18,8 @@ def fields(path: Path) -> dict[str, Any] | None:
     file.
 
     {"sftflow.config": {...}, "sftflow.format": {...}, "sftflow.special_tokens": {...},
-     "tokenizer.huggingface.json": "...", "tokenizer.chat_template": "...", "tokenizer.chat_templates": {NAME: "..."}}
+     "sftflow.generation": {...}, "tokenizer.huggingface.json": "...",
+     "tokenizer.chat_template": "...", "tokenizer.chat_templates": {NAME: "..."}}
 
     Raises ValueError where some of these are missing: another program has changed the file.
     """
@@ -33,6 +34,8 @@ def fields(path: Path) -> dict[str, Any] | None:
         raise ValueError(f"it has {CONFIG} and no {missing[0]}")
     out: dict[str, Any] = {key: json.loads(found[key].contents()) for key in (CONFIG, FORMAT, NAMES)}
     out |= {key: found[key].contents() for key in plain}
+    # (Files that were written before it was stored have none.)
+    out[GENERATION] = json.loads(found[GENERATION].contents()) if GENERATION in found else {}
     return {**out, TEMPLATES: _named_templates(found)}
 
 
@@ -99,7 +102,7 @@ def model_of(path: Path, own: dict[str, Any]) -> Any:
     """The model in fp32, with the weights as the file's type has rounded them."""
     import gguf
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     config = config_of(own)
     table = layout.layout_of(config, str(path))
@@ -107,7 +110,7 @@ def model_of(path: Path, own: dict[str, Any]) -> Any:
     stored = {t.name: t for t in gguf.GGUFReader(path).tensors}
     state = {}
     for name, old in model.state_dict().items():
-        tensor = stored.get(str(layout.gguf_name(name)))
+        tensor = stored.pop(str(layout.gguf_name(name)), None)
         if tensor is None and name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         if tensor is None:
@@ -115,6 +118,11 @@ def model_of(path: Path, own: dict[str, Any]) -> Any:
         array = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(tuple(old.shape))
         heads = layout.permuted(name, config, table)
         state[name] = torch.from_numpy((layout.separate(array, heads) if heads else array).copy())
+    stored.pop(layout.ROPE_FACTORS, None)  # they follow from the config
+    if stored:
+        raise ValueError(f"{type(model).__name__} has no place for its tensor {min(stored)}")
     model.load_state_dict(state, strict=False)
+    if own[GENERATION]:
+        model.generation_config = GenerationConfig(**own[GENERATION])
     model.tie_weights()
     return model

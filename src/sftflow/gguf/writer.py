@@ -23,12 +23,14 @@ from sftflow.gguf.vocabulary import Vocabulary
 TYPES = ("f32", "f16", "bf16", "q8_0")
 CONFIG, FORMAT, NAMES = "sftflow.config", "sftflow.format", "sftflow.special_tokens"
 """our own fields: config.json, the format of sftflow.json, and what the template calls tokens by"""
+GENERATION = "sftflow.generation"
+"""generation_config.json: how replies are drawn unasked"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What is written. weights: torch's tensors by transformers' names; the output head is left out where it is the
-    embedding."""
+    embedding.   generation: of generation_config.json, what is no default."""
 
     config: Any
     layout: Architecture
@@ -37,6 +39,7 @@ class Plan:
     name: str
     kind: str
     weights: dict[str, Any]
+    generation: dict[str, Any]
 
 
 def stored_kind(kind: str, shape: tuple[int, ...]) -> str:
@@ -122,6 +125,7 @@ def _describe(writer: Any, plan: Plan) -> None:
     writer.add_string(CONFIG, json.dumps(config))
     writer.add_string(FORMAT, json.dumps({**renderer.format.to_json(), "kwargs": {}, "append_eos": False}))
     writer.add_string(NAMES, json.dumps(renderer.spec.names))
+    writer.add_string(GENERATION, json.dumps(plan.generation))
 
 
 def _special_ids(writer: Any, plan: Plan) -> None:
