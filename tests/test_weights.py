@@ -201,6 +201,14 @@ def test_what_wraps_a_model_is_read_away_and_said_once(
     assert len(said) == 1 and "read away" in said[0]
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_the_attention_it_was_trained_with_need_not_be_there(whole: Path, tmp_path: Path, key: str) -> None:
+    base = changed(whole, tmp_path / "base", dict)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, key: "flash_attention_2"}))
+    assert load_weights(base, "base").config._attn_implementation == "sdpa"
+
+
 def test_tables_that_earlier_versions_saved_are_no_weights(whole: Path, tmp_path: Path) -> None:
     def with_tables(state: State) -> State:
         tables = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.rand(4) for n in (0, 1)}

@@ -32,7 +32,7 @@ def load_weights(directory: Path, name: str) -> Any:
     CheckpointError naming tensors where the files do not hold the model's parameters, each once, and nothing else.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     config = read_record(directory / "config.json", COPY_AGAIN)
     stored = stored_types(directory, name)
@@ -40,8 +40,14 @@ def load_weights(directory: Path, name: str) -> Any:
     wrappers = {w: rf"\b{re.escape(w)}" for w in WRAPPERS if stored and all(f".{w}" in f".{key}" for key in stored)}
     if wrappers:
         log.warning("note: %s: %s in its tensors' names is read away", name, " and ".join(wrappers))
+    parsed = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    if parsed._attn_implementation not in (None, "eager", "sdpa"):
+        parsed._attn_implementation = (
+            None  # flash attention, as it was trained: not needed to read it, nor there perhaps
+        )
     model, report = AutoModelForCausalLM.from_pretrained(
         directory,
+        config=parsed,
         dtype=torch.float32,
         trust_remote_code=False,
         use_safetensors=True,
