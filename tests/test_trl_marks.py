@@ -21,13 +21,13 @@ import pytest
 
 from helpers.oracle import Case, Reference, cases
 from helpers.shapes import CLOCK, LIMA, PARIS, SHAPES, WEATHER, assistant, call, result, system, user
+from helpers.trl import ABSENT, PATHS, parts_of, stops_of, tokenizer_of
 from sftflow.chat.format import TEMPLATE_NOW, choose_format
 from sftflow.chat.prefill import drop_prefill
 from sftflow.chat.render import Rendered, Renderer
 from sftflow.chat.schema import parse_row
 from sftflow.chat.template_options import choose_arguments
 from sftflow.foundation.errors import FormatError, MaskError
-from test_trl_templates import ABSENT, PATHS, parts_of, stops_of, tokenizer_of
 
 pytestmark = pytest.mark.slow
 TRAINING = [path for path in PATHS if path.stem.endswith("_training")]
