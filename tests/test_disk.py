@@ -114,7 +114,7 @@ def test_an_unwritable_default_cache_is_said_and_done_without(
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of address space as Linux has them")
-@pytest.mark.parametrize("kind", ["safetensors", "gguf"])
+@pytest.mark.parametrize("kind", [pytest.param("safetensors", marks=pytest.mark.slow), "gguf"])
 def test_files_that_cannot_be_mapped_are_not_called_damaged(kind: str, tiny_base: Path, tmp_path: Path) -> None:
     size = 1 << 36  # sparse: it takes no room on the disk
     if kind == "gguf":

@@ -112,6 +112,8 @@ def hub(tiny_base: Path) -> Iterator[Hub]:
 
 SCRIPT = """
 import json, sys
+from pathlib import Path
+from sftflow.checkpoint.hub import fetch_weights
 from sftflow.checkpoint import load_model, load_tokenizer, resolve
 from sftflow.foundation.errors import SftflowError
 
@@ -121,8 +123,10 @@ for name in sys.argv[1:]:
     try:
         resolve(name)
         location = resolve(name)
-        out[name] = [location.path, len(load_tokenizer(location)) if whole else 0]
-        if whole:
+        if whole == "fetch":
+            fetch_weights(name, Path(location.path))
+        out[name] = [location.path, len(load_tokenizer(location)) if whole == "load" else 0]
+        if whole == "load":
             load_model(location)
     except SftflowError as error:
         out[name] = f"{error.exit_code} {error}"
@@ -131,8 +135,8 @@ print(json.dumps(out))
 
 
 def find(*names: str, home: Path, endpoint: str, **environment: str) -> dict[str, Any]:
-    """What comes of each name ("NAME load": its weights are read, too), in a process of its own: the hub library reads
-    its settings when it is imported."""
+    """What comes of each name ("NAME fetch": its weights are fetched, "NAME load": and read), in a process of its own:
+    the hub library reads its settings when it is imported."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     env |= {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", **environment}
     command = [sys.executable, "-c", SCRIPT, *names]
@@ -148,14 +152,14 @@ def test_a_model_of_the_hub_is_fetched_kept_and_loaded(hub: Hub, tmp_path: Path)
     assert small[0].endswith(SHA)
     assert sum("/api/models/" in path for path in hub.asked) == 1  # asked once
     assert not any("safetensors" in path for path in hub.asked)  # rendering needs no weights
-    whole = find("o/open-1.5 load", "o/open-1.5@v1.0 load", home=tmp_path, endpoint=hub.address)
-    assert whole["o/open-1.5"][0] == small[0] and whole["o/open-1.5"][1] > 256
-    assert whole["o/open-1.5@v1.0"][0].endswith(OTHER)
+    both = find("o/open-1.5 fetch", "o/open-1.5@v1.0 fetch", home=tmp_path, endpoint=hub.address)
+    assert both["o/open-1.5"] == small and both["o/open-1.5@v1.0"][0].endswith(OTHER)
     assert any(f"/resolve/{OTHER}/model.safetensors" in path for path in hub.asked)
     assert not any("pytorch_model" in path or "onnx" in path for path in hub.asked)
     # What was fetched before is there without the hub.
     offline = {"HF_HUB_OFFLINE": "1"}
-    assert find("o/open-1.5 load", "o/open-1.5@v1.0 load", home=tmp_path, endpoint=NOBODY, **offline) == whole
+    kept = find("o/open-1.5 load", "o/open-1.5@v1.0", home=tmp_path, endpoint=NOBODY, **offline)
+    assert kept["o/open-1.5"][1] > 256 and [kept[name][0] for name in both] == [both[name][0] for name in both]
     assert find("o/open-1.5", home=tmp_path, endpoint=NOBODY)["o/open-1.5"] == small
     hub.busy = True  # too many requests
     try:
