@@ -116,6 +116,7 @@ TEMPLATES = {
     "eos_behind_all": Own(END, refused=MUTE),
     "parts": Own(("<end_of_utterance>",), refused=MUTE, parts=PARTS),
     "parts_of_users": Own(refused=MUTE, parts=("user", "tool")),
+    "parts_written_out": Own(refused=MUTE, parts=("user",)),
 }
 # Refused although a right row exists: the reply's end is written only where another turn follows, and a first message
 # that nothing prompts for.

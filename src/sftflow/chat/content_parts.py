@@ -45,7 +45,8 @@ def roles_in_parts(render: Callable[[Messages], str]) -> frozenset[str]:
         return {"role": role, "content": f"zqparts{role}", **keys}
 
     exchange = [message("user"), message("assistant")]
-    forms: tuple[frozenset[str], ...] = tuple(map(frozenset, ((), ("user", "assistant"), ("user",), ("assistant",))))
+    # The fewest first: a template that writes a content as it comes writes a list out, brackets and all.
+    forms: tuple[frozenset[str], ...] = tuple(map(frozenset, ((), ("user",), ("assistant",), ("user", "assistant"))))
     found = next((roles for roles in forms if written(exchange, roles)), frozenset[str]())
     called = [message("user"), message("assistant", tool_calls=[_CALL]), message("tool", tool_call_id="probe0000")]
     for role, messages in (
