@@ -30,6 +30,9 @@ LONG = {"rope_type": "longrope", "short_factor": [1.0 + i / 10 for i in range(8)
 LOCAL = {"rope_type": "default", "rope_theta": 20000.0}
 WINDOWS = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 
+MODERNBERT = {"layer_types": WINDOWS["layer_types"], "local_attention": 12, "pad_token_id": 0, "bos_token_id": 0,
+              "eos_token_id": 0}  # fmt: skip
+
 # name: (model type, its rope, other values of its config, whether llama.cpp is given it, too)
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], bool]] = {
     "llama": ("llama", PLAIN, {}, True),
@@ -49,6 +52,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], bool]] = {
     "phi3": ("phi3", {**PLAIN, "partial_rotary_factor": 1.0}, {}, False),
     "phi3 longrope": ("phi3", {**LONG, "partial_rotary_factor": 1.0}, {"original_max_position_embeddings": 32}, False),
     "gpt_neox": ("gpt_neox", {**LINEAR, "partial_rotary_factor": 0.5}, {}, False),
+    "gpt_neox_japanese": ("gpt_neox_japanese", {**LINEAR, "partial_rotary_factor": 0.5}, {}, False),
+    "modernbert": ("modernbert-decoder", {"full_attention": PLAIN, "sliding_attention": PLAIN}, MODERNBERT, False),
     "olmo2": ("olmo2", PLAIN, {}, False),
     "olmo2 linear": ("olmo2", LINEAR, {}, False),
     "olmo3": ("olmo3", {"full_attention": YARN, "sliding_attention": LOCAL | {"rope_theta": 70000.0}}, WINDOWS, False),
@@ -70,7 +75,7 @@ def config_of(name: str, vocab_size: int = 320) -> Any:
     values = {key: v for key, v in SHAPE.items() if key in AutoConfig.for_model(kind).to_dict()}
     ropes = {"rope_parameters": json.loads(json.dumps(rope))} if rope else {}
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    return AutoConfig.for_model(kind, vocab_size=vocab_size, **values, **more, **ropes, **ids)
+    return AutoConfig.for_model(kind, vocab_size=vocab_size, **values, **ropes, **{**ids, **more})
 
 
 def saved(directory: Path, name: str, tokenizer: str) -> Path:
@@ -119,6 +124,8 @@ def test_the_keys_that_transformers_4_reads() -> None:
         "llama longrope": {"rope_theta": 10000.0, "original_max_position_embeddings": 32},
         "gemma3": {**rope, "rope_local_base_freq": 20000.0},
         "gpt_neox": {"rotary_emb_base": 70000.0, "rotary_pct": 0.5, "rope_scaling": rope["rope_scaling"]},
+        "gpt_neox_japanese": {"rotary_emb_base": 70000.0, "rotary_pct": 0.5, "rope_scaling": rope["rope_scaling"]},
+        "modernbert": {"global_rope_theta": 1234567.0, "local_rope_theta": 1234567.0},
         "phi": {"partial_rotary_factor": 0.5, "rope_theta": 70000.0},
         "phi3 longrope": {"rope_scaling": {"type": "longrope"} | {k: LONG[k] for k in ("short_factor", "long_factor")}},
         "olmo2 linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},

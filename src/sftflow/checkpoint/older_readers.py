@@ -17,10 +17,15 @@ FULL, LOCAL = "full_attention", "sliding_attention"
 BY_LAYER: dict[str, str | None] = {
     "gemma3_text": "rope_local_base_freq",
     "gemma3n_text": "rope_local_base_freq",
+    "modernbert-decoder": "local_rope_theta",
     "olmo3": None,
 }
 """model types whose layers of local attention have a rope of their own, and what transformers 4 calls its wavelength"""
-WAVES = {"gpt_neox": ("rotary_emb_base", "rotary_pct")}
+WAVES = {
+    "gpt_neox": ("rotary_emb_base", "rotary_pct"),
+    "gpt_neox_japanese": ("rotary_emb_base", "rotary_pct"),
+    "modernbert-decoder": ("global_rope_theta", "partial_rotary_factor"),
+}
 """model types whose wavelength and rotated share have names of their own there"""
 EXACTLY = {
     ("olmo", "linear"): ("factor",),
