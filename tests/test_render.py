@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from helpers.outside import each, outside
 from helpers.tiny import make_renderer
 from sftflow.chat.calculator_parts import flatten_python
+from sftflow.chat.format import ChatFormat
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation, Message, Part, parse_row, text_message
 from sftflow.foundation.errors import FormatError, MaskError
@@ -329,3 +330,24 @@ def test_tool_calls_of_a_real_template_are_supervised(known_tokenizers: dict[str
     text = supervised_text(renderer, rendered)
     assert '{"name": "get_w", "arguments": {"city": "Rome"}}' in text
     assert text.count("<|im_end|>") == 2 and "sun</tool_response>" not in text and "It is sunny" in text
+
+
+def test_a_reply_that_merges_with_the_line_before_it_gets_no_space() -> None:
+    """A tokenizer that writes a space before every text, and has tokens that begin with the end of a line."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<unk>", "<|end|>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "\n", *"abcdefghijklmnopqrstuvwxyz"]
+    vocab = {token: i for i, token in enumerate([*letters, "\ni", "\nit"])}
+    merges = [("\n", "i"), ("\ni", "t")]
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens(["<|end|>"])
+    template = "{% for m in messages %}{{ m.role + '\n' + m.content + '<|end|>' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+    renderer = Renderer(tokenizer, ChatFormat(name="own", template=template))
+    rendered = renderer.render(conversation(("user", "hi"), ("assistant", "it is")))
+    assert rendered.boundary_splits == 1
+    assert renderer.decode(rendered.ids[rendered.mask == 1].tolist()) == "it is<|end|>"

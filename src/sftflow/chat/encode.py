@@ -181,9 +181,9 @@ class Encoder:
 
     def _plain(self, text: str, continues: bool) -> list[int]:
         """Ids of the text; of one that continues another, without the space that some tokenizers write in front."""
-        if continues and self.prepends:
-            anchor = self.plain("\n")
-            ids = self.plain("\n" + text)
+        for before in ("\n", "\0") if continues and self.prepends else ():  # a text may merge with a line's end
+            anchor = self.plain(before)
+            ids = self.plain(before + text)
             if ids[: len(anchor)] == anchor:
                 return ids[len(anchor) :]
         return self.plain(text)
