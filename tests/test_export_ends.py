@@ -14,7 +14,6 @@ from helpers.tokenizers import byte_level
 from sftflow import checkpoint
 from sftflow.chat.schema import parse_row
 from sftflow.exporting import llamacpp, parity
-from sftflow.exporting.bounds import BOUNDS
 from sftflow.exporting.llamacpp import LlamaCpp
 from sftflow.exporting.parity_prompts import cases
 from sftflow.exporting.to_gguf import export_gguf, plan_of
@@ -129,7 +128,10 @@ def test_five_ends_that_it_knows_need_no_field(tmp_path: Path) -> None:
 # ---- bounds
 
 
-@pytest.mark.parametrize("kind", BOUNDS)
+SLOWER = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("f16", "bf16")]
+
+
+@pytest.mark.parametrize("kind", ["f32", "q8_0", *SLOWER])
 def test_each_type_has_bounds_and_a_wrong_weight_breaks_them(tmp_path: Path, kind: str) -> None:
     """The file of a model with one matrix of another."""
     assistant = checkpoint.load_assistant("builtin:tiny")

@@ -168,6 +168,7 @@ def test_a_model_of_the_hub_is_fetched_kept_and_loaded(hub: Hub, tmp_path: Path)
         hub.busy = False
 
 
+@pytest.mark.slow
 def test_an_adapter_of_the_hub_is_its_base_with_it(tmp_path: Path, tiny_base: Path) -> None:
     pytest.importorskip("peft", reason="adapters: pip install peft")
     write_adapter(tmp_path / "adapter", tiny_base, lora())
