@@ -6,7 +6,7 @@ hub id (`location.py`, `hub.py`). The directory of an adapter of peft is its bas
 `assistant.py` makes a checkpoint talk, `saving.py` writes one (`older_readers.py`: so that transformers 4 reads it).
 """
 
-from sftflow.checkpoint.assistant import Assistant, assistant_of, base_format, grow_embeddings, load_assistant, prepare
+from sftflow.checkpoint.assistant import Assistant, assistant_of, base_format, load_assistant, prepare
 from sftflow.checkpoint.loading import (
     load_config,
     load_info,
@@ -26,7 +26,6 @@ __all__ = [
     "assistant_of",
     "base_format",
     "base_location",
-    "grow_embeddings",
     "load_assistant",
     "load_config",
     "load_info",

@@ -239,8 +239,8 @@ def not_finite(model: Any) -> str | None:
     return None
 
 
-def require_finite_weights(model: Any, name: str, remedy: str = "give another checkpoint, or copy it again") -> None:
+def require_finite_weights(model: Any, name: str) -> None:
     """Raises RunError naming the first weight of a model in memory that is not finite."""
     which = not_finite(model)
     if which:
-        raise RunError(name, f"its weights are not finite ({which})", remedy)
+        raise RunError(name, f"its weights are not finite ({which})", "give another checkpoint, or copy it again")
