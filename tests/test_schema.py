@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sftflow.chat.data_files import read_conversations
-from sftflow.chat.schema import parse_row
+from sftflow.chat.schema import parse_line, parse_row
 from sftflow.foundation.errors import DataError, SchemaError
 
 SAME: list[Any] = [
@@ -86,3 +86,47 @@ def test_json_and_parquet(tmp_path: Path) -> None:
     rows = list(read_conversations(tmp_path / "d.parquet"))
     assert [r.messages[1].text for r in rows] == ["yo", "yo"]
     assert rows[1].source.endswith("d.parquet:2")
+
+
+DEEP = '{"a": ' * 200 + "1" + "}" * 200
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (r'{"prompt": "a\ud83d", "completion": "b"}', r"1.prompt: a lone surrogate, \ud83d at character 1"),
+        (r'{"prompt": "a", "completion": "b", "note": ["\udc00"]}', "1.note[0]: a lone surrogate"),
+        (r'{"prompt": "a", "\ud83d": 1}', "1: a key holds a lone surrogate"),
+        ('{"prompt": "a", "completion": "b", "n": 1' + "0" * 5000 + "}", "1: a number of more than 4,300 digits"),
+        ('{"prompt": "a", "x": ' + DEEP + "}", "nested more than 100 deep"),
+        ("[" * 100_000, "1: nested more than 100 deep"),
+    ],
+)
+def test_a_line_that_nothing_could_write_again_is_named(line: str, said: str) -> None:
+    with pytest.raises(DataError) as error:
+        parse_line(line.encode(), "d.jsonl:1")
+    assert said in str(error.value) and error.value.remedy
+
+
+def test_pairs_of_surrogates_and_shallow_values_are_read() -> None:
+    assert parse_line(r'{"a": "\ud83d\ude00"}'.encode(), "d:1") == {"a": "😀"}
+    assert parse_line(b'{"a": ' * 90 + b"1" + b"}" * 90, "d:1")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ([{"role": "user", "content": "\ud83d"}], r"r.messages[0].content: a lone surrogate, \ud83d"),
+        ([{"role": "user", "content": b"hi"}], "r.messages[0].content: it is of type bytes"),
+        (
+            [{"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"x": float("nan")}}]}],
+            "x: nan",
+        ),
+        ([{"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {1: 2}}]}], "the key 1"),
+        ({"prompt": "a", "completion": "b", "tools": [json.loads(DEEP)]}, "nested more than 100 deep"),
+    ],
+)
+def test_values_that_json_has_not_are_named(row: Any, said: str) -> None:
+    with pytest.raises(SchemaError) as error:
+        parse_row(row, "r")
+    assert said in str(error.value) and len(str(error.value)) < 250

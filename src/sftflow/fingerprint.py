@@ -64,6 +64,7 @@ RENDERED_ROWS = MadeBy(
         "data/store.py",
         "data/truncate.py",
         "foundation/calculator.py",  # the results in arithmetic conversations
+        "foundation/json_values.py",
         "foundation/sequences.py",
         "packing/pack.py",
         "tasks",  # conversations of the built-in tasks, and the word lists and texts they are made of
@@ -80,6 +81,7 @@ GRADED_ROWS = MadeBy(
         "foundation/calculator.py",  # the results that replies are continued with
         "foundation/rounding.py",
         "foundation/runtime.py",  # device and precision
+        "foundation/json_values.py",
         "foundation/sequences.py",
         "generation",  # prompt -> reply
         "packing",  # attention of the model

@@ -14,7 +14,8 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from sftflow.foundation.errors import DataError, SchemaError
+from sftflow.foundation.errors import SchemaError
+from sftflow.foundation.json_values import check_plain, parse_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 PART_KINDS = ("text", "python", "python_output")
@@ -265,6 +266,8 @@ def parse_row(row: Any, place: str) -> Conversation:
         raise SchemaError(f"{place}.tools", "not a list of objects", "see the OpenAI tool shape")
     if not isinstance(raw, list) or not raw:
         raise SchemaError(f"{place}.messages", "no messages", "give at least one")
+    check_plain(raw, f"{place}.messages")
+    check_plain(tools, f"{place}.tools")
     messages = tuple(parse_message(m, f"{place}.messages[{i}]") for i, m in enumerate(raw))
     return Conversation(messages, tuple(tools), meta, place)
 
@@ -278,12 +281,4 @@ def conversation_of(payload: Any, place: str) -> Conversation:
 
 def parse_line(line: bytes, place: str) -> Any:
     """One line of a JSONL file -> its row. Raises DataError where it is not JSON, or not UTF-8."""
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        fact = f"not UTF-8 text ({error.reason} at byte {error.start} of the line)"
-        raise DataError(place, fact, "convert the file, or remove the line") from None
-    except ValueError as error:
-        raise DataError(place, f"not JSON ({error})", "fix or remove the line") from None
-    except RecursionError:
-        raise DataError(place, "JSON nested too deeply", "remove the line") from None
+    return parse_json(line, place)

@@ -1,0 +1,78 @@
+"""Values as JSON has them: what is read from a user's text or file, and must be writable again."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+from sftflow.foundation.errors import DataError, SchemaError
+
+MOST_NESTED = 100
+"""lists and objects inside each other; templates, and Python's own `json`, give up at some hundreds"""
+_MOST_BITS = 14_000  # Python writes no integer of more than 4,300 digits
+_ESCAPED_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def parse_json(text: bytes, place: str) -> Any:
+    """A text in UTF-8 as the value that it is in JSON. Raises DataError where it is none, or one that nothing could
+    write again: half a surrogate pair, nested too deeply, a number of thousands of digits."""
+    try:
+        value = json.loads(text.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        fact = f"not UTF-8 text ({error.reason} at byte {error.start} of the line)"
+        raise DataError(place, fact, "convert the file, or remove the line") from None
+    except json.JSONDecodeError as error:
+        raise DataError(place, f"not JSON ({error})", "fix or remove the line") from None
+    except ValueError:
+        raise DataError(place, "a number of more than 4,300 digits", "make it a string") from None
+    except RecursionError:
+        raise DataError(place, f"nested more than {MOST_NESTED} deep", "remove it") from None
+    if _ESCAPED_HALF.search(text) or text.count(b"[") + text.count(b"{") > MOST_NESTED:
+        fault = _fault(value, finite=False)
+        if fault:
+            raise DataError(place + fault[0], *fault[1:])
+    return value
+
+
+def check_plain(value: Any, place: str) -> None:
+    """Raises SchemaError, naming the place inside the value, where it holds what JSON has not: half a surrogate pair
+    (no tokenizer takes it), NaN, bytes, a date, a key that is no text; or is nested too deeply."""
+    fault = _fault(value)
+    if fault:
+        raise SchemaError(place + fault[0], *fault[1:])
+
+
+def _fault(value: Any, depth: int = 0, *, finite: bool = True) -> tuple[str, str, str] | None:
+    """(where inside the value, fact, remedy); None where it is plain."""
+    kind = type(value)
+    if kind is str:
+        try:
+            if not value.isascii():
+                value.encode()
+        except UnicodeEncodeError as error:
+            half = ascii(value[error.start])[1:-1]
+            return "", f"a lone surrogate, {half} at character {error.start}", "mend the text: it is half a character"
+    elif kind is dict or kind is list:
+        if depth == MOST_NESTED:
+            return "", f"nested more than {MOST_NESTED} deep", "remove it"
+        for key, inner in value.items() if kind is dict else enumerate(value):
+            name = f"[{key}]"
+            if kind is dict:
+                if type(key) is not str:
+                    return "", f"the key {key!r} is not a text", "make it a string"
+                name = f".{key}"
+                if fault := _fault(key):
+                    return "", f"a key holds {fault[1]}", fault[2]
+            if fault := _fault(inner, depth + 1, finite=finite):
+                return (name + fault[0])[:80], *fault[1:]
+    elif kind is float:
+        if finite and not math.isfinite(value):
+            return "", f"{value} is not a number of JSON", "write another value"
+    elif kind is int:
+        if value.bit_length() > _MOST_BITS:
+            return "", "a number of more than 4,300 digits", "make it a string"
+    elif value is not None and kind is not bool:
+        return "", f"it is of type {kind.__name__}, which JSON has not", "make it a string"
+    return None
