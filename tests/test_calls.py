@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 
+from helpers.oracle import frozen_clock
 from helpers.outside import each, outside_files
 from helpers.templates import BACK, CHATML, DROPS, FRONT
 from helpers.tiny import TEXT
-from sftflow.chat.format import ChatFormat
+from sftflow.chat.format import TEMPLATE_NOW, ChatFormat
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import parse_row
 from sftflow.chat.tool_format import learn_calls
 from sftflow.chat.tool_parser import Call, CallFormat, CallReader, JsonEntry, NamedEntry, TaggedEntry, read_calls
+from sftflow.chat.verify import verify
 from sftflow.pretraining.tokenizer import train_tokenizer
 
 NAMED = (
@@ -66,6 +68,11 @@ TOOLS = [
         },
     }
     for name in ("weather", "weather_at", "clock")
+]
+CALLING = [
+    path
+    for path in outside_files("fixtures/chat_templates", "*/*.jinja")
+    if "arguments" in path.read_text(encoding="utf-8") and path.stem not in ("Kimi-K2-Instruct", "GLM-4.6")
 ]
 PARIS = {"city": "Paris, 2nd", "days": 3, "more": {"a": [1, None, "é"]}}
 
@@ -210,3 +217,80 @@ def test_published_templates(path: Path) -> None:
     calls = [("weather", PARIS)]
     text = re.sub(r"(?s)^\s*<think>\s*</think>\s*", "", written(renderer, "", calls))
     assert read_calls(call_format, TOOLS, text) == ("", calls)
+
+
+# ---- what a template is offered as arguments
+
+WRITES = (
+    "{%- for c in m.tool_calls or [] -%}{{- '<call>' + c.function.name + ' ' -}}WRITTEN{{- '</call>' -}}{%- endfor -%}"
+)
+OFFERED = {
+    "object": "{{- c.function.arguments | tojson -}}",
+    "object in an object": "{{- {'with': c.function.arguments} | tojson -}}",
+    "whole call": "{{- c | tojson -}}",
+    "text": "{{- c.function.arguments -}}",
+    "joined text": "{{- '[' + c.function.arguments + ']' -}}",
+    "both": "{%- set a = c.function.arguments -%}{{- a if a is string else a | tojson -}}",
+    "tags": "{%- for k, v in c.function.arguments | items -%}{{- '<' + k + '>' -}}"
+    "{{- v | tojson if v is mapping else v | string -}}{%- endfor -%}",
+}
+OBJECT = {"zeta": True, "a": None, "n": [1, 1.0, 12345678901234567890, -0.5], "deep": {"é": 'x "y"\n<|im_end|>'}}
+TEXTS = (
+    json.dumps(OBJECT),
+    json.dumps(OBJECT, ensure_ascii=False, separators=(",", ":")),
+    json.dumps(OBJECT, indent=1),
+)
+ESCAPED = '{"s": "\\u003c|im_end|\\u003e"}'
+
+
+def calling(arguments: Any) -> dict[str, Any]:
+    call = {"type": "function", "function": {"name": "clock", "arguments": arguments}, "id": "call00001"}
+    turns = ({"role": "user", "content": "u"}, {"role": "assistant", "content": "", "tool_calls": [call]})
+    return {"messages": [*turns, {"role": "user", "content": "v"}, {"role": "assistant", "content": "w"}]}
+
+
+@pytest.mark.parametrize("name", OFFERED)
+def test_arguments_are_written_once(name: str) -> None:
+    """In the row's own form where the template writes its JSON once, as transformers; else in the other."""
+    renderer = renderer_of(FRONT + WRITES.replace("WRITTEN", OFFERED[name]) + BACK)
+    template = renderer.format.template
+
+    def theirs(arguments: Any) -> str:
+        row = calling(arguments)["messages"]
+        return str(renderer.tokenizer.apply_chat_template(row, chat_template=template, tokenize=False))
+
+    for own in (OBJECT, *TEXTS):
+        rendered = renderer.render(parse_row(calling(own), "x"))
+        offered: Any = OBJECT if "object" in name or name in ("whole call", "tags") else own
+        if "text" in name and own is OBJECT:
+            offered = json.dumps(OBJECT, ensure_ascii=False)
+        assert rendered.text == theirs(offered), own
+        # Two replies end; what looks like an end inside the arguments is text.
+        assert rendered.ids.tolist().count(renderer.special["<|im_end|>"]) == 4
+        assert not verify(renderer, parse_row(calling(own), "x"), rendered)
+    assert renderer.decode(rendered.ids[rendered.mask == 1].tolist()).count("<|im_end|>") == 3
+
+
+@pytest.mark.parametrize("name", ["object", "text", "both"])
+def test_an_end_of_turn_that_is_escaped_in_a_text_is_text(name: str) -> None:
+    renderer = renderer_of(FRONT + WRITES.replace("WRITTEN", OFFERED[name]) + BACK)
+    conversation = parse_row(calling(ESCAPED), "x")
+    whole, end = renderer.render(conversation), renderer.special["<|im_end|>"]
+    prompt = renderer.render(conversation, add_generation_prompt=True)
+    assert (whole.ids == end).sum() == (prompt.ids == end).sum() == 4
+    assert not verify(renderer, conversation, whole)
+
+
+@pytest.mark.parametrize("path", each(CALLING))
+def test_arguments_as_transformers_writes_them(path: Path) -> None:
+    """With templates of well-known models: what an object, or where that is its form a text, comes out as."""
+    template = path.read_text(encoding="utf-8")
+    renderer = renderer_of(template)
+    takes_texts = path.stem in ("Qwen-Qwen3-0.6B", "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use")
+    for own in (OBJECT, *TEXTS):
+        offered = own if takes_texts else OBJECT
+        with frozen_clock(TEMPLATE_NOW):
+            theirs = renderer.tokenizer.apply_chat_template(
+                calling(offered)["messages"], tools=TOOLS, chat_template=template, tokenize=False
+            )
+        assert renderer.text(parse_row({**calling(own), "tools": TOOLS}, "x")) == theirs, own

@@ -109,7 +109,7 @@ def test_a_line_that_nothing_could_write_again_is_named(line: str, said: str) ->
 
 
 def test_pairs_of_surrogates_and_shallow_values_are_read() -> None:
-    assert parse_line(r'{"a": "\ud83d\ude00"}'.encode(), "d:1") == {"a": "😀"}
+    assert parse_line(rb'{"a": "\ud83d\ude00"}', "d:1") == {"a": "😀"}
     assert parse_line(b'{"a": ' * 90 + b"1" + b"}" * 90, "d:1")
 
 

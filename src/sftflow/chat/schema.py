@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from sftflow.chat.call_arguments import decoded
 from sftflow.foundation.errors import SchemaError
 from sftflow.foundation.json_values import check_plain, parse_json
 
@@ -108,7 +109,7 @@ class Conversation:
         return any(
             search(m.text)
             or search(m.reasoning_content or "")
-            or (m.tool_calls and search(json.dumps(m.tool_calls, ensure_ascii=False)))
+            or (m.tool_calls and search(json.dumps([decoded(c) for c in m.tool_calls], ensure_ascii=False)))
             for m in self.messages
         ) or bool(self.tools and search(json.dumps(self.tools, ensure_ascii=False)))
 

@@ -7,7 +7,6 @@ The tests compare the two on every real template at hand.
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import re
@@ -25,10 +24,11 @@ import jinja2.sandbox
 import jinja2.utils
 
 from sftflow.chat.calculator_parts import flatten_python
+from sftflow.chat.call_arguments import Forms, forms_written, in_form
 from sftflow.chat.content_parts import Messages, in_parts, roles_in_parts
 from sftflow.chat.format import ChatFormat
 from sftflow.chat.schema import Conversation, Message
-from sftflow.foundation.errors import FormatError
+from sftflow.foundation.errors import FormatError, first_line
 
 _DICT_ATTRIBUTES = frozenset(dir(dict))
 _STR_METHODS = frozenset({"startswith", "endswith", "strip", "lstrip", "rstrip", "split", "rsplit", "replace", "lower"})
@@ -196,45 +196,54 @@ class Template:
         try:
             globals = self._environment.make_globals(None)
             self._compiled = jinja2.Template.from_code(self._environment, _code_of(chat_format.template), globals)
-        except jinja2.TemplateError as error:
-            raise FormatError(chat_format.name, f"the chat template does not compile ({error})", "mend it") from None
+        except Exception as error:  # of Jinja, and of Python where blocks are nested too deeply
+            fact = f"the chat template does not compile ({first_line(error) or type(error).__name__})"
+            raise FormatError(chat_format.name, fact, "mend it") from None
 
     def row(self, conversation: Conversation) -> Row:
         """Calculator parts become plain text where the format has no tokens for them."""
-        return Row(conversation, [as_dict(m, keep_python=self.python is not None) for m in conversation.messages])
+        messages = [as_dict(m, keep_python=self.python is not None) for m in conversation.messages]
+        return Row(conversation, self._with_calls(messages))
 
     def text(self, messages: Messages, tools: Any, add_generation_prompt: bool, place: str) -> str:
         """The rendering, where asked with the generation prompt. Raises FormatError in the template's own words."""
-        return self._text(self.as_given(messages), tools, add_generation_prompt, place)
+        return self._text(self._parted(messages), tools, add_generation_prompt, place)
 
     def as_given(self, messages: Messages) -> Messages:
-        """The messages with contents as lists of parts where the template leaves texts out."""
+        """The messages with contents as lists of parts where the template leaves texts out, and the arguments of calls
+        in a form of which it writes JSON."""
+        return self._parted(self._with_calls(messages))
+
+    def _parted(self, messages: Messages) -> Messages:
         return in_parts(messages, self._in_parts) if self._in_parts else messages
+
+    def _with_calls(self, messages: Messages) -> Messages:
+        return [
+            {**m, "tool_calls": [_normal_call(c, self._forms) for c in m["tool_calls"]]} if m.get("tool_calls") else m
+            for m in messages
+        ]
+
+    @functools.cached_property
+    def _forms(self) -> Forms:
+        """The forms in which the template takes the arguments of calls."""
+        return forms_written(lambda messages, tools: self._text(messages, tools, False, "probe"))
 
     @functools.cached_property
     def _in_parts(self) -> frozenset[str]:
         """The roles whose contents the template wants as parts."""
         if not re.search(r"\btext\b", self.format.template):
             return frozenset()
-        return roles_in_parts(lambda messages: self._text(messages, (), False, "probe"))
+        return roles_in_parts(lambda messages: self._text(self._with_calls(messages), (), False, "probe"))
 
     def _text(self, messages: Messages, tools: Any, add_generation_prompt: bool, place: str) -> str:
-        def render(chat: Messages) -> str:
-            return self._compiled.render(
-                self._context, messages=chat, tools=list(tools) or None, add_generation_prompt=add_generation_prompt
-            )
-
         try:
-            try:
-                return render(messages)
-            except TypeError:
-                if not any(m.get("tool_calls") for m in messages):
-                    raise
-                return render(_calls_as_text(messages))  # templates that join arguments as a string
+            return self._compiled.render(
+                self._context, messages=messages, tools=list(tools) or None, add_generation_prompt=add_generation_prompt
+            )
         except jinja2.TemplateError as error:
             raise FormatError(place, f"the {self.format.name} format refuses it: {error}", "change the row") from None
-        except (TypeError, KeyError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
-            fact = f"the {self.format.name} format cannot express it ({type(error).__name__}: {error})"
+        except Exception as error:  # what templates do with a row may end in any of Python's own
+            fact = f"the {self.format.name} format cannot express it ({type(error).__name__}: {first_line(error)})"
             raise FormatError(place, fact, "change the row or the format") from None
 
     def generated(self, messages: Messages, tools: Any, place: str) -> list[str] | None:
@@ -265,30 +274,14 @@ def as_dict(message: Message, *, keep_python: bool) -> dict[str, Any]:
     out.pop("weight", None)
     if out["content"] is None:
         out["content"] = ""
-    if message.tool_calls:
-        out["tool_calls"] = [_normal_call(c) for c in message.tool_calls]
     if message.reasoning_content is not None:
         out["thinking"] = message.reasoning_content  # what some templates call it; transformers sets both
     return out
 
 
-def _normal_call(call: dict[str, Any]) -> dict[str, Any]:
-    """A tool call in the shape templates expect: a function object whose arguments are an object."""
+def _normal_call(call: dict[str, Any], forms: Forms) -> dict[str, Any]:
+    """A tool call in the shape templates expect: a function with arguments in one of the forms."""
     function = dict(call.get("function", {k: v for k, v in call.items() if k in ("name", "arguments")}))
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        try:
-            parsed = json.loads(arguments)
-            arguments = parsed if isinstance(parsed, dict) else {"value": parsed}
-        except ValueError:
-            arguments = {"value": arguments}
-    function["arguments"] = arguments
-    return {**{k: v for k, v in call.items() if k in ("id", "index")}, "type": "function", "function": function}
-
-
-def _calls_as_text(messages: Messages) -> Messages:
-    out = copy.deepcopy(messages)
-    for message in out:
-        for call in message.get("tool_calls", []):
-            call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-    return out
+    function["arguments"] = in_form(function.get("arguments") or {}, forms)
+    out = {k: v for k, v in call.items() if k in ("id", "index", "type", "function")}
+    return {**({} if "type" in out else {"type": "function"}), **out, "function": function}

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from sftflow.chat.call_arguments import decoded
 from sftflow.chat.render import Rendered, Renderer
 from sftflow.chat.schema import Conversation, Message, Part
 from sftflow.foundation.errors import FormatError, MaskError
@@ -99,7 +100,7 @@ def _control_tokens(renderer: Renderer, conversation: Conversation, text: str) -
         return replace(
             message,
             parts=tuple(Part(p.kind, harmless(p.text)) for p in message.parts),
-            tool_calls=tuple(harmless(list(message.tool_calls))),
+            tool_calls=tuple(harmless([decoded(c) for c in message.tool_calls])),
             reasoning_content=harmless(message.reasoning_content),
         )
 

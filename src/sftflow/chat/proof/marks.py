@@ -19,6 +19,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from sftflow.chat.call_arguments import with_texts
 from sftflow.chat.template import Row
 from sftflow.foundation.errors import MaskError
 
@@ -211,7 +212,11 @@ class MarkedRow:
     def _call(self, i: int, where: str, call: dict[str, Any]) -> dict[str, Any]:
         function = dict(call["function"])
         function["name"] = self._mark(Placeholder(i, where, function["name"]))
-        function["arguments"] = self._values(i, f"{where}.arguments", function["arguments"])
+        arguments, place = function["arguments"], f"{where}.arguments"
+        if isinstance(arguments, str):
+            function["arguments"] = with_texts(arguments, lambda text: self._unless_blank(i, place, text))
+        else:
+            function["arguments"] = self._values(i, place, arguments)
         return {**call, "function": function}
 
     def _values(self, i: int, where: str, value: Any) -> Any:
