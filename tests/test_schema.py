@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sftflow.api.rows import read
 from sftflow.chat.data_files import read_conversations
 from sftflow.chat.schema import parse_line, parse_row
 from sftflow.foundation.errors import DataError, SchemaError
@@ -74,6 +75,71 @@ def test_bad_json_line_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         list(read_conversations(path))
     assert error.value.place == f"{path}:3"
+
+
+TWICE = '[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "no", "content": "yo"}]'
+
+
+@pytest.mark.parametrize(("name", "text"), [("d.jsonl", TWICE), ("d.json", f"[{TWICE}]")])
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match="the key 'content' stands twice in one object"):
+        list(read_conversations(tmp_path / name))
+
+
+def test_nulls_of_arrow_are_absent_keys(tmp_path: Path) -> None:
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [_called("lamp", {"room": "hall"}), _called("heater", {"degrees": 21, "away": [None, 3]})]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
+    table = datasets.Dataset(pa.Table.from_pylist(rows))
+    for source in (tmp_path / "d.parquet", table):
+        for row, found in zip(rows, read(source).conversations(), strict=True):
+            assert found.to_row() == parse_row(row, "x").to_row()
+
+
+def test_maps_of_arrow_are_objects(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def table(*arguments: tuple[str, str]) -> None:
+        call = pa.struct([("name", pa.string()), ("arguments", pa.map_(pa.string(), pa.string()))])
+        message = pa.struct(
+            [
+                ("role", pa.string()),
+                ("content", pa.large_string()),
+                ("tool_calls", pa.list_(pa.struct([("function", call)]))),
+            ]
+        )
+        row = {"messages": _called("lamp", {})["messages"]}
+        row["messages"][1]["tool_calls"] = [{"function": {"name": "lamp", "arguments": list(arguments)}}]
+        pq.write_table(
+            pa.Table.from_pylist([row], schema=pa.schema([("messages", pa.list_(message))])), tmp_path / "d.parquet"
+        )
+
+    table(("room", "hall"), ("colour", "red"))
+    (found,) = read_conversations(tmp_path / "d.parquet")
+    assert found.messages[1].tool_calls[0]["function"]["arguments"] == {"room": "hall", "colour": "red"}
+    table(("room", "hall"), ("room", "attic"))
+    with pytest.raises(DataError, match="a row cannot be read"):
+        list(read_conversations(tmp_path / "d.parquet"))
+
+
+def _called(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """A row whose one call, tool and parameters differ in their keys from those of another tool."""
+    properties = {key: {"type": "string"} for key in arguments}
+    function = {"name": name, "parameters": {"type": "object", "properties": properties}}
+    return {
+        "messages": [
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]},
+            {"role": "tool", "name": name, "content": "ok"},
+            {"role": "assistant", "content": "Done.", "reasoning_content": f"The {name} did it."},
+        ],
+        "tools": [{"type": "function", "function": function}],
+    }
 
 
 def test_json_and_parquet(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from sftflow.data.row_cache import cache_folder
 from sftflow.data.sources import check_source
 from sftflow.foundation.atomic_io import write_text
 from sftflow.foundation.errors import DataError, MaskError, RecipeError, SftflowError
+from sftflow.foundation.json_values import without_nulls
 from sftflow.recipe import SourceEntry, parse_recipe, resolve_paths
 from sftflow.report.tables import as_text
 from sftflow.report.token_page import token_html, token_page
@@ -50,6 +51,8 @@ class Rows(Sequence[Any]):
             data = datasets.Dataset.from_pandas(data, preserve_index=False)
         self._file = str(data) if isinstance(data, str | Path) else None
         self._rows = None if self._file else list(data)
+        if self._rows and type(data).__module__.partition(".")[0] == "datasets":
+            self._rows = [without_nulls(row) for row in self._rows]
         self.name = name or (Path(self._file).stem if self._file else "rows")
 
     @cached_property

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sftflow.chat.schema import Conversation, kind_of, parse_line, parse_row
+from sftflow.chat.schema import Conversation, parse_line, parse_row
 from sftflow.foundation.errors import DataError
+from sftflow.foundation.json_values import kind_of, loads, without_nulls
 
 
 @contextlib.contextmanager
@@ -63,9 +64,11 @@ def numbered_rows(name: str) -> Iterator[tuple[int, Any]]:
 def _read_json(path: Path) -> Iterator[Any]:
     try:
         with readable(path):
-            rows = json.loads(path.read_text(encoding="utf-8"))
+            rows = loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}", f"not JSON ({error.msg})", "fix it") from None
+    except ValueError as error:
+        raise DataError(str(path), f"not JSON ({error})", "fix it") from None
     if not isinstance(rows, list):
         raise DataError(str(path), f"the file holds {kind_of(rows)}", "make it a list of rows, or use .jsonl")
     yield from rows
@@ -76,8 +79,11 @@ def _read_parquet(path: Path) -> Iterator[Any]:
 
     with readable(path):
         for batch in pq.ParquetFile(path).iter_batches():
-            for row in batch.to_pylist():
-                yield {k: v for k, v in row.items() if v is not None}
+            try:
+                rows = batch.to_pylist(maps_as_pydicts="strict")
+            except (KeyError, ValueError, OverflowError) as error:  # a key twice in a map, a date beyond Python's
+                raise DataError(str(path), f"a row cannot be read ({error})", "mend or remove it") from None
+            yield from map(without_nulls, rows)
 
 
 def _read_hub(name: str) -> Iterator[Any]:
@@ -88,7 +94,7 @@ def _read_hub(name: str) -> Iterator[Any]:
         data = datasets.load_dataset(hub_id, split=split or "train", streaming=True)
     except Exception as error:  # the library raises many kinds, from HTTP errors to its own
         raise DataError(name, f"cannot be loaded ({type(error).__name__}: {error})", "check id and network") from None
-    yield from map(dict, data)
+    yield from map(without_nulls, data)
 
 
 def read_conversations(source: str | Path) -> Iterator[Conversation]:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from sftflow.chat.call_arguments import decoded
 from sftflow.foundation.errors import SchemaError
-from sftflow.foundation.json_values import check_plain, parse_json
+from sftflow.foundation.json_values import check_plain, kind_of, parse_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 PART_KINDS = ("text", "python", "python_output")
@@ -142,13 +142,6 @@ def _parts(content: Any, place: str) -> tuple[Part, ...]:
             raise SchemaError(where, f"unknown key {sorted(unknown)[0]!r}", "keep only type and text")
         parts.append(Part(kind, text))
     return tuple(parts)
-
-
-def kind_of(value: Any) -> str:
-    """What a JSON value is, in words: "an object", "a list", "null" ..."""
-    if value is None:
-        return "null"
-    return {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}.get(type(value), "a number")
 
 
 def parse_message(raw: Any, place: str) -> Message:

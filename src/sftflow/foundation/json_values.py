@@ -15,16 +15,61 @@ _MOST_BITS = 14_000  # Python writes no integer of more than 4,300 digits
 _ESCAPED_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
+class RepeatedKeyError(ValueError):
+    """An object of a JSON text has one key twice."""
+
+
+def loads(text: str) -> Any:
+    """Parse JSON. Raises ValueError where it is none, and RepeatedKeyError where one key stands twice in an object, of
+    which all but the last would be lost."""
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RepeatedKeyError(f"the key {twice!a} stands twice in one object")
+    return found
+
+
+def without_nulls(value: Any) -> Any:
+    """An Arrow value without its nulls. All structs of a column have the same keys, so that a null stands for a key
+    that the row does not have; one that was really there cannot be told from it. Nulls in lists stay.
+
+    >>> without_nulls({"a": None, "b": [{"c": None}, None]})
+    {'b': [{}, None]}
+    """
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in words: "an object", "a list", "null" ...; another value by its type.
+
+    >>> kind_of({}), kind_of(2.5), kind_of(b"")
+    ('an object', 'a number', 'a value of type bytes')
+    """
+    if value is None:
+        return "null"
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return kinds.get(type(value), f"a value of type {type(value).__name__}")
+
+
 def parse_json(text: bytes, place: str) -> Any:
     """A text in UTF-8 as the value that it is in JSON. Raises DataError where it is none, or one that nothing could
     write again: half a surrogate pair, nested too deeply, a number of thousands of digits."""
     try:
-        value = json.loads(text.decode("utf-8-sig"))
+        value = loads(text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         fact = f"not UTF-8 text ({error.reason} at byte {error.start} of the line)"
         raise DataError(place, fact, "convert the file, or remove the line") from None
     except json.JSONDecodeError as error:
         raise DataError(place, f"not JSON ({error})", "fix or remove the line") from None
+    except RepeatedKeyError as error:
+        raise DataError(place, str(error), "keep one of them") from None
     except ValueError:
         raise DataError(place, "a number of more than 4,300 digits", "make it a string") from None
     except RecursionError:
