@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from helpers.bigrams import bigrams, write_checkpoint
 from helpers.generation import text_of
+from helpers.tokenizers import byte_level
 from sftflow.chat.schema import text_message
+from sftflow.checkpoint import load_assistant
 from sftflow.evaluation.evaluate import evaluate, evaluate_models
 from sftflow.evaluation.journal import safe_name
 from sftflow.evaluation.options import EvalTask, open_tasks
@@ -172,3 +175,24 @@ def test_tasks_by_name(tmp_path: Path) -> None:
         open_tasks(["spelling", "spelling"], 2)
     with pytest.raises(TaskError, match="unknown task 'gsm8'; did you mean 'gsm8k'"):
         open_tasks(["gsm8"], 2)
+
+
+@pytest.mark.parametrize(
+    ("said", "graded", "score"),
+    [
+        (("so", "\n\n", "7"), "so\n\n7", 1.0),  # the answer comes behind a blank line
+        (("7", "\n\n", "3"), "7", 1.0),  # something else does
+        (("\n\n", "7"), "7", 1.0),
+        (("5", "\n\n", "3"), "5", 0.0),
+        (("7", "\nQuestion:", "3"), "7", 1.0),
+    ],
+)
+def test_no_stop_lowers_the_score_of_a_base(tmp_path: Path, said: tuple[str, ...], graded: str, score: float) -> None:
+    tokenizer = byte_level(special=("<s>",), plain=("\n\n", "\nQuestion:"))
+    ids = [i for piece in (":", *said) for i in tokenizer(piece, add_special_tokens=False).input_ids]
+    base = write_checkpoint(tmp_path, bigrams(len(tokenizer), [*ids, tokenizer.eos_token_id]), tokenizer)
+    sums = tmp_path / "sums.jsonl"
+    sums.write_text('{"question": "How many?", "answer": "#### 7"}\n')
+    (task,) = open_tasks([f"gsm8k={sums}"], None)
+    (row,) = evaluate(load_assistant(str(base)), task, "plain", tmp_path).rows
+    assert (row.reply, row.score, task.task.grade(task.items[0], row.reply)) == (graded, score, score)

@@ -23,6 +23,19 @@ ROW = {
     "test": "def check(f):\n    assert f(1) == math.pi\n    assert twice(f(2)) == 8 * math.pi, 'twice'\n",
 }
 RIGHT = "def area(r):\n    return math.pi * r * r"
+DOCUMENTED = '''def area(r):
+    """Of a disc.
+
+```
+area(1)
+```
+    and so
+
+    ```python
+    area(2)
+    ```
+    """
+    return math.pi * r * r'''
 
 
 @pytest.fixture
@@ -67,6 +80,14 @@ def item(task: HumanEval) -> Item:
         f"```python\nfrom __future__ import annotations\n{RIGHT}\n```",
         "```python\narea = lambda r: math.pi * r * r\n```",
         f"```python\ndef check(f):\n    raise ValueError\n\n{RIGHT}\n```",
+        f"```python\n{DOCUMENTED}\n```\nThat is all.",
+        f"Like this:\n\n```python\n{DOCUMENTED}\n```\nand to try it:\n```\nprint(area(1))\n```",
+        f"```python\n{DOCUMENTED}",
+        DOCUMENTED,
+        f'The marks are """ here.\n```python\n{RIGHT}\n```',
+        f"<think>\n```python\ndef area(r):\n    return 3\n```\n</think>\n{RIGHT}",
+        f"Is it 3?\ndef area(r):\n    return 3\n</think>\n\n```python\n{RIGHT}\n```",
+        "<think>The body alone.</think>\n\n    return math.pi * r**2",
     ],
 )
 def test_right_replies(task: HumanEval, item: Item, reply: str) -> None:
@@ -87,6 +108,7 @@ def test_right_replies(task: HumanEval, item: Item, reply: str) -> None:
         ("import os\ndef area(r):\n    os.system('true')", "refused", "Refused: a process (os.system)"),
         ("def area(r):\n    return [0] * 10**10", "memory", "MemoryError"),
         ("def area(r):\n    while True: pass", "timeout", ""),
+        ("<think>" + RIGHT, "failed", "AssertionError"),
     ],
 )
 def test_wrong_replies(

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from helpers.outside import each, outside
 from sftflow.foundation.errors import SchemaError, SftflowError
 from sftflow.tasks import Item, TaskSource, chance_of, make_task
-from sftflow.tasks.questions import GRADERS, Jsonl, is_contained, is_exact, is_number, parse
+from sftflow.tasks.answers import holds_text, same_number, same_text
+from sftflow.tasks.questions import GRADERS, Jsonl, parse
 
 
 def task_of(path: Path, *rows: Any) -> Jsonl:
@@ -166,16 +167,16 @@ TEXT = st.text(max_size=80)
 def test_graders_never_raise_and_know_their_own_answer(reply: str, answer: str) -> None:
     for name in ("exact", "number", "contains"):
         assert GRADERS[name](reply, answer) in (True, False)
-    assert is_exact(f"  {answer.upper().lower()} \n", answer.upper().lower())
-    assert not is_exact(reply, answer) or is_contained(reply, answer)
+    assert same_text(f"  {answer.upper().lower()} \n", answer.upper().lower())
+    assert not same_text(reply, answer) or holds_text(reply, answer)
 
 
 @given(st.integers(-(10**9), 10**9))
 def test_any_number_is_read_in_its_usual_writings(value: int) -> None:
     sign = "-" if value < 0 else ""
     for text in (f"{value}", f"{value:,}", f"{value}.00", f"{sign}${abs(value):,}", f"so {value:,}.", f"{value}%"):
-        assert is_number(text, str(value)), text
-    assert not is_number(f"{value + 1}", str(value))
+        assert same_number(text, str(value)), text
+    assert not same_number(f"{value + 1}", str(value))
     assert parse({"question": "?", "answer": f"{value:,}"}, "x:1").grader == "number"
 
 

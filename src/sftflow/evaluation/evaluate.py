@@ -71,6 +71,7 @@ def provenance_of(assistant: Assistant, task: EvalTask, arm: Arm) -> dict[str, A
         "decoding": "letter probabilities" if task.by_letter else "greedy",
         "max_new_tokens": task.task.max_new_tokens,
         "stop": list(task.task.plain_stops) if arm == "plain" else [],
+        "paragraph": arm == "plain" and task.task.plain_paragraph,
         "precision": engine.runtime.precision,
         "device": engine.runtime.device,
     }

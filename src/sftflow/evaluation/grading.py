@@ -120,9 +120,8 @@ def _row(task: Task, item: Item, prompt: ItemPrompt, reply: Reply | None) -> Eva
 
 def _generate(assistant: Assistant, task: Task, arm: Arm, asked: Asked, grade: Grade) -> None:
     def done(number: int, reply: Reply) -> None:
-        if arm == "plain":  # without the space around it; code keeps its first line's indentation
-            reply = replace(reply, text=reply.text.rstrip() if task.runs_code else reply.text.strip())
-        grade(*asked[number], reply)
+        item, prompt = asked[number]
+        grade(item, prompt, plain_reply(task, item, reply) if arm == "plain" else reply)
 
     requests = [
         GenerationRequest(
@@ -134,6 +133,15 @@ def _generate(assistant: Assistant, task: Task, arm: Arm, asked: Asked, grade: G
         for _, prompt in asked
     ]
     assistant.engine.generate(requests, done)
+
+
+def plain_reply(task: Task, item: Item, reply: Reply) -> Reply:
+    """A base's reply in plain text as it is graded: without the space around it (code keeps its first line's
+    indentation), and where the task has it so as far as its first blank line, unless the whole is graded higher."""
+    text = reply.text.rstrip() if task.runs_code else reply.text.strip()
+    if task.plain_paragraph:
+        text = max((text.partition("\n\n")[0].rstrip(), text), key=lambda said: task.grade(item, said))
+    return replace(reply, text=text)
 
 
 def _choose(assistant: Assistant, asked: Asked, grade: Grade) -> None:

@@ -13,7 +13,7 @@ from sftflow.tasks import GENERATED, Item, Task, TaskSource, make_task
 
 Arm = Literal["chat", "plain"]
 """how a model is asked: in its chat format, or as plain text"""
-PLAIN_STOPS = Task.plain_stops
+PLAIN_STOPS = ("\n\n", *Task.plain_stops)  # of the replies that nothing but eyes and a judge grade
 SEED = 1234  # of the items: fixed, so that every model answers the same ones
 
 

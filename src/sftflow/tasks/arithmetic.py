@@ -6,7 +6,8 @@ import random
 
 from sftflow.chat.schema import Conversation, Part
 from sftflow.foundation.calculator import calculate
-from sftflow.tasks.task import Item, Task, is_test_case, last_number, load_data, make_item, numbered
+from sftflow.tasks.answers import same_number
+from sftflow.tasks.task import Item, Task, is_test_case, load_data, make_item, numbered
 
 
 class Arithmetic(Task):
@@ -52,4 +53,4 @@ class Arithmetic(Task):
         ]
 
     def grade(self, item: Item, reply: str) -> float:
-        return float(last_number(reply) == item.answer)
+        return float(same_number(reply, item.answer))

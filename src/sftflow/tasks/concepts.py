@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 from sftflow.chat.schema import Conversation
+from sftflow.tasks.answers import answer_of, folded
 from sftflow.tasks.task import Item, Task, load_data, make_item, numbered
 
 
@@ -34,5 +35,5 @@ class Concepts(Task):
 
     def grade(self, item: Item, reply: str) -> float:
         """1 where every group of key facts is met by one of its wordings."""
-        text = " ".join(reply.lower().split())
-        return float(all(any(key in text for key in group) for group in item.answer))
+        text = folded(answer_of(reply))
+        return float(all(any(folded(key) in text for key in group) for group in item.answer))

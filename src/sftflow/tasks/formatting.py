@@ -14,6 +14,7 @@ from itertools import cycle
 from typing import Any
 
 from sftflow.chat.schema import Conversation
+from sftflow.tasks.answers import answer_of
 from sftflow.tasks.task import Item, Task, is_test_case, load_data, make_item, numbered
 
 NUMBERS = {2: "two", 3: "three", 4: "four"}
@@ -153,4 +154,4 @@ class Formatting(Task):
         return [make_item(f"{self.name}:{n}:{need['kind']}", q, need) for n, (q, _, need) in enumerate(cases)]
 
     def grade(self, item: Item, reply: str) -> float:
-        return float(CHECKS[item.answer["kind"]](item.answer, reply))
+        return float(CHECKS[item.answer["kind"]](item.answer, answer_of(reply)))

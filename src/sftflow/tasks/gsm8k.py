@@ -8,12 +8,14 @@ from typing import Any
 
 from sftflow.chat.schema import Conversation, Part
 from sftflow.foundation.errors import SchemaError
-from sftflow.tasks.task import Item, Task, ask, last_number, line_of, make_item, normal_number, rows_of, sample, text_of
+from sftflow.tasks.answers import final_number, numbers_in
+from sftflow.tasks.task import Item, Task, ask, line_of, make_item, rows_of, sample, text_of
 
 SHAPE = '{"question": ..., "answer": "... #### 72"}'
 MARK = re.compile(r"<<([^<>=]+)=([^<>=]+)>>")
 FINAL = re.compile(r"####\s*\$?\s*(-?\d[\d,]*(?:\.\d+)?)")
-GOLD = re.compile(r"####[ \t]*(-?\d[\d,]*(?:\.\d+)?)\s*\Z")
+ANY = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+GOLD = re.compile(r"####[ \t]*(-?(?:\d[\d,]*(?:\.\d+)?|\.\d+))\s*\Z")
 
 
 class Gsm8k(Task):
@@ -30,25 +32,20 @@ class Gsm8k(Task):
         return sample(self, (make_item(f"{self.name}:{line_of(place)}", q, gold) for place, q, _, gold in rows))
 
     def grade(self, item: Item, reply: str) -> float:
-        """1.0 where the number after the last `####` is the gold; without one, where the reply's last number is.
+        """1.0 where the reply's `final_number` is the gold.
 
         gold 72:  "... 70 ... #### 72" 1.0    "72 clips\\n#### 70" 0.0    "so 72 clips" 1.0    "72, or 70?" 0.0
         """
-        said = final_number(reply) or last_number(reply)
-        return float(said == item.answer)
+        return float(final_number(reply) in numbers_in(item.answer))
 
     def details(self, item: Item, reply: str) -> dict[str, Any]:
-        """The two published readings: strict, the number after the last `####`; flexible, the reply's last number.
-
-        `grade` is the strict one where the reply has such a number, else the flexible one: never below strict, and it
-        differs from flexible only where something is written after the `####` line.
+        """The two published readings, of the whole reply: strict, the number after the last `####`; flexible, the
+        last number. They know no reasoning, no headings, and one way to write a number.
 
         gold 72:  "#### 72" both 1.0    "so 72" strict 0.0, flexible 1.0    "#### 72 of 80" strict 1.0, flexible 0.0
         """
-        return {
-            "strict": float(final_number(reply) == item.answer),
-            "flexible": float(last_number(reply) == item.answer),
-        }
+        readings = {"strict": FINAL.findall(reply), "flexible": ANY.findall(reply)}
+        return {name: float(found[-1:] != [] and plain(found[-1]) == item.answer) for name, found in readings.items()}
 
     def _rows(self, split: str) -> Iterator[tuple[str, str, str, str]]:
         """(place, question, answer, gold) of every row."""
@@ -57,18 +54,17 @@ class Gsm8k(Task):
             yield place, question, answer, gold_of(answer, place)
 
 
-def final_number(reply: str) -> str | None:
-    """The number after the last `####` that has one, as the grader compares it.
-
-    >>> [final_number(r) for r in ("#### $1,080.00.", "#### 50%", "#### -5", "so 72")]
-    ['1080', '50', '-5', None]
+def plain(number: str) -> str:
     """
-    found = FINAL.findall(reply)
-    return normal_number(found[-1]) if found else None
+    >>> plain("1,080.50")
+    '1080.5'
+    """
+    value = number.replace(",", "")
+    return value.rstrip("0").rstrip(".") if "." in value else value
 
 
 def gold_of(answer: str, place: str) -> str:
-    """The final number, as the grader compares it.
+    """The final number, without thousands commas and trailing zeros.
 
     >>> gold_of("He earned $<<540*2=1080>>1,080.\\n#### 1,080", "x:1")
     '1080'
@@ -76,7 +72,7 @@ def gold_of(answer: str, place: str) -> str:
     found = GOLD.search(answer)
     if found is None:
         raise SchemaError(place, "the answer does not end in '#### NUMBER'", "end it with a line such as #### 72")
-    return normal_number(found[1])
+    return plain(found[1])
 
 
 def split_marks(answer: str, place: str) -> tuple[Part, ...]:

@@ -17,12 +17,14 @@ from typing import Any
 from sftflow.chat.schema import Conversation
 from sftflow.foundation.errors import SchemaError
 from sftflow.sandbox import Outcome, isolation_available, run_python
+from sftflow.tasks.answers import answer_of
 from sftflow.tasks.task import Item, Task, TaskSource, ask, line_of, make_item, rows_of, sample, text_of
 
 SHAPE = '{"prompt": ..., "canonical_solution": ..., "test": ..., "entry_point": ...}'
 SECONDS = 10.0
 KEPT = 1024  # outcomes remembered, so that a reply's score and its details are one run
-FENCE = re.compile(r"^[ \t]*(```+|~~~+)[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.M | re.S)
+FENCE = re.compile(r"^[ \t]*(```+|~~~+)[^`\n]*$", re.M)
+QUOTES = re.compile(r'"""|\'\'\'')
 FUTURE = re.compile(r"^from __future__ import .*$", re.M)
 # An unindented line that may be code: a keyword, an assignment, a call, a decorator, a comment, a closing bracket.
 CODE_LINE = re.compile(
@@ -46,6 +48,7 @@ class HumanEval(Task):
     max_new_tokens = 512
     runs_code = True
     plain_stops = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")  # as in the paper: what follows the function
+    plain_paragraph = False
 
     def __init__(self, source: TaskSource) -> None:
         super().__init__(source)
@@ -124,12 +127,39 @@ def code_of(reply: str, entry_point: str) -> str:
 
     "Sure:\n```python\ndef f(x):\n    return x\n```\nDone."  ->  "def f(x):\n    return x\n"
     """
-    reply = reply.replace("\r\n", "\n")
-    blocks = [m[2] for m in FENCE.finditer(reply)]
+    reply = answer_of(reply).replace("\r\n", "\n")
+    blocks = blocks_of(reply, entry_point)
     whole = [code for code in map(textwrap.dedent, blocks) if defines(code, entry_point)]
     if blocks:
         return (whole or blocks)[-1]
     return without_prose(reply, entry_point) if defines(reply, entry_point) else reply
+
+
+def blocks_of(text: str, entry_point: str) -> list[str]:
+    """What stands in Markdown's fenced blocks; the last may lack its end. A fence inside a docstring, of a block or of
+    a function that stands outside any, is the docstring's own."""
+    blocks: list[str] = []
+    fences, end = list(FENCE.finditer(text)), 0
+    for n, opening in enumerate(fences):
+        before = text[end : opening.start()]
+        if opening.start() < end or (defines(before, entry_point) and in_docstring(before)):
+            continue
+        start = min(opening.end() + 1, len(text))
+        closing = [fence for fence in fences[n + 1 :] if fence.group().strip() == opening[1]]
+        outside = [fence for fence in closing if not in_docstring(text[start : fence.start()])]
+        unclosed = not outside and not in_docstring(text[start:])
+        last = None if unclosed else next(iter(outside or closing), None)
+        blocks.append(text[start : last.start() if last else len(text)])
+        end = last.end() if last else len(text)
+    return blocks
+
+
+def in_docstring(code: str) -> bool:
+    """Whether code ends inside a triple-quoted string."""
+    opened = ""
+    for quotes in QUOTES.findall(code):
+        opened = quotes if not opened else "" if quotes == opened else opened
+    return bool(opened)
 
 
 def without_prose(text: str, entry_point: str) -> str:
@@ -141,7 +171,7 @@ def without_prose(text: str, entry_point: str) -> str:
     first = next((k for k, line in enumerate(lines) if re.match(r"(?:def|class|from|import|async)\b|@", line)), 0)
     kept: list[str] = []
     for line in lines[first:]:
-        if line[:1].strip() and not CODE_LINE.match(line):
+        if line[:1].strip() and not CODE_LINE.match(line) and not in_docstring("\n".join(kept)):
             if defines("\n".join(kept), entry_point):
                 break
             continue

@@ -6,6 +6,7 @@ import random
 
 from sftflow.chat.schema import Conversation
 from sftflow.foundation.errors import RecipeError
+from sftflow.tasks.answers import answer_of, folded
 from sftflow.tasks.task import Item, Task, load_data, make_item, numbered
 
 DEFAULT_IDENTITY = {"name": "Pico", "maker": "the sftflow project"}
@@ -53,4 +54,5 @@ class Identity(Task):
         return items[: self.source.limit]
 
     def grade(self, item: Item, reply: str) -> float:
-        return float(all(need.lower() in reply.lower() for need in item.answer))
+        said = folded(answer_of(reply))
+        return float(all(folded(need) in said for need in item.answer))

@@ -27,7 +27,7 @@ class IFEval(Task):
 
     name = "ifeval"
     max_new_tokens = 1280  # as published scores are made; one prompt asks for more, 1,200 words
-    plain_stops = ("\nQuestion:",)  # replies of several paragraphs are asked for
+    plain_paragraph = False  # replies of several paragraphs are asked for, and graded as published
 
     def items(self, split: str = "test") -> list[Item]:
         return sample(self, (self._item(row, place) for place, row in rows_of(self, split)))

@@ -9,6 +9,7 @@ from typing import Any
 
 from sftflow.chat.schema import Conversation
 from sftflow.foundation.errors import SchemaError
+from sftflow.tasks.answers import answer_of, marked_text, one_writing
 from sftflow.tasks.task import Item, Task, ask, line_of, make_item, rows_of, sample, text_of
 
 LETTERS = ("A", "B", "C", "D", "E")
@@ -65,12 +66,15 @@ def prompt(question: str, choices: Sequence[str]) -> str:
 
 
 def first_letter(reply: str, letters: Sequence[str]) -> str | None:
-    """The first choice letter that stands alone, in capitals. The article of "A mole" counts as one.
+    r"""The letter in the reply's last \boxed{...}, else the first choice letter that stands alone, in capitals. The
+    article of "A mole" counts as one.
 
     >>> [first_letter(r, "ABCD") for r in ("B", "B.", "(B) a mole", "Answer: B", "b", "Bees, so E")]
     ['B', 'B', 'B', 'B', None, None]
     """
-    found = re.search(rf"(?<!\w)(?<!\w['’])[{''.join(letters)}](?!['’]?\w)", reply) if letters else None
+    said = one_writing(answer_of(reply))
+    alone = re.compile(rf"(?<!\w)(?<!\w')[{''.join(letters)}](?!'?\w)")
+    found = (alone.search(marked_text(said) or "") or alone.search(said)) if letters else None
     return found[0] if found else None
 
 

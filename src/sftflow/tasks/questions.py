@@ -1,7 +1,7 @@
 """Your own questions as a task: a file of questions, answers and how to compare them. BoolQ, too.
 
     {"question": "Which bird sings?", "answer": ["a wren", "wren"]}                      any of them, as the whole reply
-    {"question": "How many legs have 3 ants?", "answer": 18}                             the reply's last number
+    {"question": "How many legs have 3 ants?", "answer": 18}                             the number it ends on
     {"question": "Which one flies?", "answer": "a wren", "choices": ["a mole", "a wren"]}     the letter, here B
     {"question": "Do moles fly?", "answer": false}                                       a choice of yes and no
     {"question": "Name a bird.", "answer": "\\\\b(wren|owl)\\\\b", "grader": "regex"}          found in the reply
@@ -20,12 +20,21 @@ from typing import Any
 
 from sftflow.chat.schema import Conversation
 from sftflow.foundation.errors import SchemaError
+from sftflow.tasks.answers import (
+    answer_of,
+    bare,
+    holds_text,
+    is_number,
+    numbers_in,
+    one_writing,
+    same_number,
+    same_text,
+)
 from sftflow.tasks.multiple_choice import LETTERS, first_letter, prompt
 from sftflow.tasks.task import Item, Task, ask, line_of, make_item, rows_of, sample, text_of
 
 SHAPE = '{"question": ..., "answer": ...}'
 LONG_WORDS = 20  # beyond, no reply will ever equal the answer word for word
-NUMBER = re.compile(r"(?:(?<![\w.])-)?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,49 +92,17 @@ class Jsonl(Task):
         return make_item(identity, row.asked, answer, choices=letters)
 
 
-def normal(text: str) -> str:
-    """What exact and contains compare: without letter case, extra space, quotes or asterisks around, and a final . or !
-
-    >>> normal(' "A  Wren." ')
-    'a wren'
-    """
-    plain = " ".join(text.casefold().split())
-    return plain.strip("\"'“”*`").rstrip(".!").strip("\"'“”*` ") or plain
-
-
-def numbers_in(text: str) -> list[Decimal]:
-    """Every number, without thousands commas and units.
-
-    >>> numbers_in("-$1,080.50, 7-8, .5 and 20%")
-    [Decimal('-1080.50'), Decimal('7'), Decimal('8'), Decimal('0.5'), Decimal('20')]
-    """
-    return [Decimal(re.sub(r"[$,]", "", found)) for found in NUMBER.findall(text.replace("$-", "-$"))]
-
-
-def is_exact(reply: str, answer: str) -> bool:
-    """ "A wren." is "a wren"; "It is a wren" is not."""
-    return normal(reply) == normal(answer)
-
-
-def is_contained(reply: str, answer: str) -> bool:
-    """The answer stands in the reply as whole words: "no" is in "No, 3." but not in "I know"."""
-    return re.search(rf"(?<!\w){re.escape(normal(answer))}(?!\w)", normal(reply)) is not None
-
-
-def is_number(reply: str, answer: str) -> bool:
-    """The reply's last number has the answer's value: "so 72.00%" is 72."""
-    return numbers_in(reply)[-1:] == numbers_in(answer)[-1:]
-
-
 def is_found(reply: str, answer: str) -> bool:
-    """The pattern is found in the reply, letter case counting; write (?i) or ^...$ into it for other wishes."""
-    return re.search(answer, reply) is not None
+    """The pattern is found in the reply as it stands or in one writing, letter case counting; write (?i) or ^...$ into
+    it for other wishes."""
+    said = answer_of(reply)
+    return any(re.search(answer, text) for text in (said, one_writing(said)))
 
 
 GRADERS: dict[str, Callable[[str, str], bool]] = {
-    "exact": is_exact,
-    "number": is_number,
-    "contains": is_contained,
+    "exact": same_text,
+    "number": same_number,
+    "contains": holds_text,
     "regex": is_found,
 }
 
@@ -177,7 +154,7 @@ def choices_of(value: Any, place: str) -> tuple[str, ...]:
         raise SchemaError(place, "choices that are not a list of texts", 'write "choices": ["...", "..."]')
     if not 2 <= len(value) <= len(LETTERS):
         raise SchemaError(place, f"the number of choices is {len(value)}", f"give 2 to {len(LETTERS)}")
-    if len(set(map(normal, value))) != len(value):
+    if len(set(map(bare, value))) != len(value):
         raise SchemaError(place, "two choices are the same", "give every choice its own text")
     return tuple(value)
 
@@ -191,7 +168,7 @@ def letter_of(answers: tuple[str, ...], choices: tuple[str, ...], place: str) ->
     if len(answers) > 1:
         raise SchemaError(place, f"{len(answers)} answers to one choice", "give one")
     letters = LETTERS[: len(choices)]
-    letter = dict(zip(map(normal, choices), letters, strict=True)).get(normal(answers[0]), answers[0].strip())
+    letter = dict(zip(map(bare, choices), letters, strict=True)).get(bare(answers[0]), answers[0].strip())
     if letter in letters:
         return letter
     raise SchemaError(place, f"the answer {answers[0]!r} is not one of the choices", "write its text or its letter")
@@ -210,7 +187,7 @@ def grader_of(named: str | None, answers: tuple[str, ...], place: str) -> str:
                 raise SchemaError(place, fact, "correct it") from None
     if named:
         return named
-    if all(NUMBER.fullmatch(text.strip().rstrip("% ")) for text in answers):
+    if all(map(is_number, answers)):
         return "number"
     return "exact" if all(len(text.split()) <= LONG_WORDS for text in answers) else ""
 

@@ -8,7 +8,8 @@ from functools import cache
 from itertools import islice
 
 from sftflow.chat.schema import Conversation, Part
-from sftflow.tasks.task import DATA, Item, Task, is_test_case, last_number, load_data, make_item, numbered
+from sftflow.tasks.answers import answer_of, one_writing, same_number
+from sftflow.tasks.task import DATA, Item, Task, is_test_case, load_data, make_item, numbered
 
 
 @cache
@@ -58,8 +59,9 @@ class Spelling(Task):
 
     def grade(self, item: Item, reply: str) -> float:
         """1 where the reply is the letters, separated by spaces, hyphens or commas, and nothing else."""
-        letters = [c for c in reply.strip().rstrip(".").lower() if c not in " -,\n"]
-        separated = len(reply.strip()) >= 2 * len(letters) - 1
+        said = one_writing(answer_of(reply)).strip()
+        letters = [c for c in said.rstrip(".").lower() if c not in " -,\n"]
+        separated = len(said) >= 2 * len(letters) - 1
         return float(separated and letters == item.answer.split())
 
 
@@ -104,4 +106,4 @@ class SpellingBee(Task):
         ]
 
     def grade(self, item: Item, reply: str) -> float:
-        return float(last_number(reply) == item.answer)
+        return float(same_number(reply, item.answer))

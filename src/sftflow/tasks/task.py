@@ -11,7 +11,6 @@ import hashlib
 import heapq
 import json
 import random
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,8 +68,11 @@ class Task:
     max_new_tokens = 64
     runs_code = False
     """whether grading executes what the model wrote; such tasks need `--allow-code`"""
-    plain_stops: tuple[str, ...] = ("\n\n", "\nQuestion:")
+    plain_stops: tuple[str, ...] = ("\nQuestion:",)
     """where a reply in plain text ends: a base goes on with a question of its own"""
+    plain_paragraph = True
+    """whether a reply in plain text is also graded as far as its first blank line, behind which a base often goes on
+    with something else; the better grade counts, so that neither reading makes a base look worse than it is"""
 
     n_rows: int | None = None
     """how many rows the split has without the limit, once `sample` has seen them"""
@@ -202,20 +204,3 @@ def load_data(name: str) -> Any:
     if name.endswith(".jsonl"):
         return [json.loads(line) for line in text.splitlines() if line.strip()]
     return json.loads(text)
-
-
-def last_number(text: str) -> str | None:
-    """The last number in a text, without thousands commas and trailing zeros after the point.
-
-    >>> last_number("so 1,200 + 3 = 1,203.00.")
-    '1203'
-    """
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    return normal_number(found[-1]) if found else None
-
-
-def normal_number(text: str) -> str:
-    value = text.replace(",", "").strip().rstrip(".").lstrip("$")
-    if "." in value:
-        value = value.rstrip("0").rstrip(".")
-    return value
