@@ -1,4 +1,8 @@
-"""The rows of a data file or a hub data set, each with its place, as errors name it."""
+"""The rows of a data file or a hub data set, each with its place, as errors name it.
+
+What a file holds is seen from its first bytes, whatever its name says: JSON lines, one JSON array, Parquet, and the
+first two also packed with gzip. `FILE:17` is line 17 of JSON lines, row 17 of anything else.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +12,35 @@ import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sftflow.chat.schema import Conversation, parse_line, parse_row
-from sftflow.foundation.errors import DataError
-from sftflow.foundation.json_values import kind_of, loads, without_nulls
+from sftflow.foundation.errors import DataError, first_line
+from sftflow.foundation.json_values import check_texts, parse_json, without_nulls
+
+PACKED, PARQUET, MARK = b"\x1f\x8b", b"PAR1", b"\xef\xbb\xbf"
+NOT_READ = {
+    b"\xff\xfe": ("UTF-16 text", "convert it to UTF-8"),
+    b"\xfe\xff": ("UTF-16 text", "convert it to UTF-8"),
+    b"ARROW1": ("an Arrow file", "write it as Parquet or JSON lines"),
+    b"BZh": ("packed with bzip2", "unpack it, or pack it with gzip"),
+    b"PK\x03\x04": ("a zip archive, or a spreadsheet", "unpack it, or write its rows as JSON lines"),
+    b"\xfd7zXZ\0": ("packed with xz", "unpack it, or pack it with gzip"),
+    b"\x28\xb5\x2f\xfd": ("packed with zstd", "unpack it, or pack it with gzip"),
+}
+"""what other files begin with: (fact, remedy)"""
 
 
 @contextlib.contextmanager
 def readable(file: str | Path) -> Iterator[None]:
     """Around the reading of a file. Raises DataError, which names it, where it is not there or cannot be read."""
-    name = str(file)
-    if not Path(file).is_file():
-        raise DataError(name, "no such file", "check the path; a hub data set is written hub:OWNER/NAME")
+    name, path = str(file), Path(file)
     try:
+        if path.is_dir():
+            inside = ", ".join(sorted(p.name for p in path.iterdir() if p.is_file())[:3]) or "nothing"
+            raise DataError(name, f"a folder, not a file (in it: {inside})", "name each file as a source of its own")
+        if not path.is_file():
+            raise DataError(name, "no such file", "check the path; a hub data set is written hub:OWNER/NAME")
         yield
     except UnicodeDecodeError as error:
         raise DataError(name, f"not UTF-8 text ({error.reason} at byte {error.start})", "convert it") from None
@@ -31,59 +50,99 @@ def readable(file: str | Path) -> Iterator[None]:
         raise DataError(name, f"cannot be read ({error.strerror or error})", "check the file") from None
 
 
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
+    """The file's bytes, unpacked where gzip packed them, behind a byte-order mark. Raises DataError where it is a file
+    that nobody here reads."""
+    with readable(path), contextlib.ExitStack() as files:
+        file: IO[bytes] | gzip.GzipFile = files.enter_context(path.open("rb"))
+        packed = file.read(2) == PACKED
+        file.seek(0)
+        if packed:
+            file = files.enter_context(gzip.open(path))
+        head = file.read(8)
+        file.seek(len(MARK) if head.startswith(MARK) else 0)
+        for begins, (fact, remedy) in NOT_READ.items():
+            if head.startswith(begins):
+                raise DataError(str(path), fact, remedy)
+        if packed and head.startswith(PARQUET):
+            raise DataError(str(path), "a Parquet file packed with gzip", "unpack it")
+        yield file
+
+
 def read_lines(name: str) -> Iterator[tuple[int, bytes]]:
     """(line number, bytes) of the lines of a file, gzipped or not, that are not blank. Raises DataError where it cannot
     be read."""
-    path = Path(name)
-    with readable(name), gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield number, line
+    number = 0
+    with _opened(Path(name)) as file:
+        for ended in file:  # by "\n"; a lone "\r" ends a line, too, as on old machines: inside JSON it is blank space
+            for line in ended.rstrip(b"\r\n").split(b"\r"):
+                number += 1
+                if line.strip():
+                    yield number, line
 
 
 def read_rows(source: str | Path) -> Iterator[tuple[str, Any]]:
-    """(place, raw row) of a .jsonl (also .gz), .json or .parquet file, or of a hub data set `hub:NAME[:SPLIT]`.
+    """(place, raw row) of a file of JSON lines, a JSON array or Parquet, or of a hub data set `hub:NAME[:SPLIT]`.
 
     Raises DataError naming the file and line where a row cannot be read.
     """
     for number, row in numbered_rows(str(source)):
         place = f"{source}:{number}"
-        yield place, parse_line(row, place) if isinstance(row, bytes) else row
+        if isinstance(row, bytes):
+            yield place, parse_line(row, place)
+        else:
+            check_texts(row, place)
+            yield place, row
 
 
 def numbered_rows(name: str) -> Iterator[tuple[int, Any]]:
-    """As `read_rows`, but (number, raw row), and the row of a .jsonl file is its line's bytes, not yet parsed."""
-    path = Path(name)
+    """As `read_rows`, but (number, raw row), and the row of a file of JSON lines is its line's bytes, not yet
+    parsed."""
     if name.startswith("hub:"):
         return enumerate(_read_hub(name), 1)
-    if path.suffix == ".parquet":
-        return enumerate(_read_parquet(path), 1)
-    return enumerate(_read_json(path), 1) if path.suffix == ".json" else read_lines(name)
+    path = Path(name)
+    with _opened(path) as file:
+        if file.read(4) == PARQUET or path.suffix.lower() == ".parquet":
+            return enumerate(_read_parquet(path), 1)
+    _, first = next(read_lines(name), (0, b""))
+    if first and _is_whole(path, first.strip()):
+        return enumerate(_read_json(path), 1)
+    return read_lines(name)
+
+
+def _is_whole(path: Path, first: bytes) -> bool:
+    """Whether a text is one JSON value, and not one a line, by its first line. (A line that is a list of messages is a
+    row.) Raises DataError where it is neither, by its name too."""
+    named = {suffix.lower() for suffix in path.suffixes[-2:]}
+    try:
+        value = json.loads(first)
+    except (ValueError, RecursionError):
+        if first[:1] not in b"[{" and not named & {".json", ".jsonl", ".ndjson"}:
+            fact = f"neither JSON nor Parquet (it begins with {first[:20].decode('utf-8', 'replace')!r})"
+            raise DataError(str(path), fact, "write its rows as JSON lines") from None
+        return first[:1] == b"[" or ".json" in named
+    return isinstance(value, list) and not all(isinstance(m, dict) and "role" in m for m in value)
 
 
 def _read_json(path: Path) -> Iterator[Any]:
-    try:
-        with readable(path):
-            rows = loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}", f"not JSON ({error.msg})", "fix it") from None
-    except ValueError as error:
-        raise DataError(str(path), f"not JSON ({error})", "fix it") from None
-    if not isinstance(rows, list):
-        raise DataError(str(path), f"the file holds {kind_of(rows)}", "make it a list of rows, or use .jsonl")
-    yield from rows
+    with _opened(path) as file:
+        rows = parse_json(file.read(), str(path), whole=True)
+    yield from rows if isinstance(rows, list) else [rows]
 
 
 def _read_parquet(path: Path) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
-    with readable(path):
-        for batch in pq.ParquetFile(path).iter_batches():
-            try:
-                rows = batch.to_pylist(maps_as_pydicts="strict")
-            except (KeyError, ValueError, OverflowError) as error:  # a key twice in a map, a date beyond Python's
-                raise DataError(str(path), f"a row cannot be read ({error})", "mend or remove it") from None
-            yield from map(without_nulls, rows)
+    try:
+        with readable(path), pq.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                yield from map(without_nulls, batch.to_pylist(maps_as_pydicts="strict"))
+    except (DataError, GeneratorExit):
+        raise
+    except Exception as error:  # of many kinds: pyarrow's, a key twice in a map, a date beyond Python's
+        fact = f"cannot be read as Parquet ({type(error).__name__}: {first_line(error)})"
+        raise DataError(str(path), fact, "write or download it again") from None
 
 
 def _read_hub(name: str) -> Iterator[Any]:

@@ -58,39 +58,49 @@ def kind_of(value: Any) -> str:
     return kinds.get(type(value), f"a value of type {type(value).__name__}")
 
 
-def parse_json(text: bytes, place: str) -> Any:
-    """A text in UTF-8 as the value that it is in JSON. Raises DataError where it is none, or one that nothing could
-    write again: half a surrogate pair, nested too deeply, a number of thousands of digits."""
+def parse_json(text: bytes, place: str, *, whole: bool = False) -> Any:
+    """A text in UTF-8 as the value that it is in JSON.   whole: it is a file's, of many lines.
+
+    Raises DataError where it is none; where it has a key twice or a number of thousands of digits; and a line's, where
+    it holds half a surrogate pair or is nested too deeply (of a whole file that is asked row by row: `check_texts`).
+    """
+    part = "file" if whole else "line"
     try:
         value = loads(text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        fact = f"not UTF-8 text ({error.reason} at byte {error.start} of the line)"
-        raise DataError(place, fact, "convert the file, or remove the line") from None
+        fact = f"not UTF-8 text ({error.reason} at byte {error.start} of the {part})"
+        raise DataError(place, fact, "convert the file" if whole else "convert the file, or remove the line") from None
     except json.JSONDecodeError as error:
-        raise DataError(place, f"not JSON ({error})", "fix or remove the line") from None
+        fact = "zero bytes: it was not written to its end" if b"\0" in text else f"not JSON ({error})"
+        place = f"{place}:{error.lineno}" if whole else place
+        raise DataError(place, fact, "fix or remove the line") from None
     except RepeatedKeyError as error:
         raise DataError(place, str(error), "keep one of them") from None
     except ValueError:
         raise DataError(place, "a number of more than 4,300 digits", "make it a string") from None
     except RecursionError:
         raise DataError(place, f"nested more than {MOST_NESTED} deep", "remove it") from None
-    if _ESCAPED_HALF.search(text) or text.count(b"[") + text.count(b"{") > MOST_NESTED:
-        fault = _fault(value, finite=False)
-        if fault:
-            raise DataError(place + fault[0], *fault[1:])
+    if not whole and (_ESCAPED_HALF.search(text) or text.count(b"[") + text.count(b"{") > MOST_NESTED):
+        check_texts(value, place)
     return value
+
+
+def check_texts(value: Any, place: str) -> None:
+    """Raises DataError, naming the place inside the value, where a text in it is half a surrogate pair (no tokenizer
+    takes it), or it is nested too deeply."""
+    if fault := _fault(value, strict=False):
+        raise DataError(place + fault[0], *fault[1:])
 
 
 def check_plain(value: Any, place: str) -> None:
     """Raises SchemaError, naming the place inside the value, where it holds what JSON has not: half a surrogate pair
     (no tokenizer takes it), NaN, bytes, a date, a key that is no text; or is nested too deeply."""
-    fault = _fault(value)
-    if fault:
+    if fault := _fault(value):
         raise SchemaError(place + fault[0], *fault[1:])
 
 
-def _fault(value: Any, depth: int = 0, *, finite: bool = True) -> tuple[str, str, str] | None:
-    """(where inside the value, fact, remedy); None where it is plain."""
+def _fault(value: Any, depth: int = 0, *, strict: bool = True) -> tuple[str, str, str] | None:
+    """(where inside the value, fact, remedy); None where it is plain.   strict: of kinds that JSON has, too."""
     kind = type(value)
     if kind is str:
         try:
@@ -105,19 +115,19 @@ def _fault(value: Any, depth: int = 0, *, finite: bool = True) -> tuple[str, str
         for key, inner in value.items() if kind is dict else enumerate(value):
             name = f"[{key}]"
             if kind is dict:
-                if type(key) is not str:
+                if type(key) is not str and strict:
                     return "", f"the key {key!r} is not a text", "make it a string"
                 name = f".{key}"
                 if fault := _fault(key):
                     return "", f"a key holds {fault[1]}", fault[2]
-            if fault := _fault(inner, depth + 1, finite=finite):
+            if fault := _fault(inner, depth + 1, strict=strict):
                 return (name + fault[0])[:80], *fault[1:]
     elif kind is float:
-        if finite and not math.isfinite(value):
+        if strict and not math.isfinite(value):
             return "", f"{value} is not a number of JSON", "write another value"
     elif kind is int:
         if value.bit_length() > _MOST_BITS:
             return "", "a number of more than 4,300 digits", "make it a string"
-    elif value is not None and kind is not bool:
+    elif strict and value is not None and kind is not bool:
         return "", f"it is of type {kind.__name__}, which JSON has not", "make it a string"
     return None
