@@ -43,7 +43,7 @@ _NUMBER = re.compile(
     rf"((?<![\w.)\]}}%])-[{_MONEY}]?|(?<!\w)[{_MONEY}]-)?"
     rf"((?:{_GROUPED}|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)(?:[eE]([-+]?\d{{1,4}})(?!\w))?"
 )
-_MARK = re.compile(rf"####\s*(?:\*\*|\\boxed\{{|\\\(|[{_MONEY}](?!-))*")
+_MARK = re.compile(rf"####\s*(?i:(?:final )?answer(?: is)?:?\s*)?(?:\*\*|\\boxed\{{|\\\(|[{_MONEY}](?!-))*")
 _HEADING = re.compile(r"####\s*\d+\s*[.):]\s*[^\W\d]")
 _BOXED = re.compile(r"\\f?boxed\s*\{")
 
