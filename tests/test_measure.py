@@ -55,7 +55,7 @@ def test_training_anew_leaves_no_earlier_results(run: Path, tmp_path: Path, tiny
         (tmp_path / "run" / name).write_text("{}")
     assert run_training(recipe, Quiet(), resume=True).already_done
     assert all((tmp_path / "run" / name).is_file() for name in MEASURED)
-    run_training(recipe, Quiet())
+    run_training(recipe, Quiet(), overwrite=True)
     assert not any((tmp_path / "run" / name).exists() for name in MEASURED)
 
 

@@ -57,6 +57,8 @@ def test_a_stopped_base_goes_on_bit_for_bit(tmp_path: Path) -> None:
         assert digest(tmp_path / "whole" / name) == digest(tmp_path / "parts" / name)
     rows = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 13)) and rows[-1]["loss"] < rows[0]["loss"]
+    with pytest.raises(CheckpointError, match=r"a finished run is in it \(checkpoint\); name another folder"):
+        train(text, tmp_path / "parts")
 
 
 def test_bits_per_byte_are_those_of_the_plain_forward_pass(tmp_path: Path) -> None:

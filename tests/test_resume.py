@@ -453,7 +453,8 @@ def test_a_new_run_in_a_finished_folder_forgets_the_old_states(tiny_base: Path, 
     assert (out / "resume" / "step-00000020").is_dir()
     other = load_recipe(recipe, ["train.lr=0.001"])
     with pytest.raises(Stopped):
-        run_training(other, StopAt(5))
+        run_training(other, StopAt(5), overwrite=True)
+    assert not (out / "checkpoint").exists() or json.loads((out / "ledger.json").read_text())["checkpoint"]["step"] == 4
     assert sorted(p.name for p in (out / "resume").iterdir()) == ["step-00000004", "step-00000005"]
     assert (out / "metrics.jsonl").read_text().count("\n") == 5
     run_training(other, Quiet(), resume=True)
@@ -642,6 +643,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(tiny_base: Path, tmp
     )
     assert all(bool(t.isfinite().all()) for t in load_file(out / "checkpoint" / "model.safetensors").values())
     skipped = [json.loads(row)["step"] for row in (out / "metrics.jsonl").open() if json.loads(row)["skipped"]]
+    assert skipped[-3:] == [skipped[-1] - 2, skipped[-1] - 1, skipped[-1]], "the step that ended the run is logged, too"
     states = [int(p.name.removeprefix("step-")) for p in (out / "resume").iterdir()]
     assert skipped and states and not set(skipped) & set(states)
     assert "not finite 3 steps in a row" in error_line(run("train", str(recipe), *diverging, "--resume"), 3)
@@ -675,14 +677,13 @@ def test_a_conversation_longer_than_the_row_is_cut_or_dropped_and_counted(tiny_b
     rows: list[Any] = [{"messages": turn}, {"messages": turn * 20}, {"prompt": "word " * 90, "completion": "yo"}]
     for overlong, cut, dropped in (("cut", 1, 1), ("drop", 0, 2)):
         recipe = edge_recipe(tmp_path, tiny_base, rows, overlong=overlong)
-        done = run("train", str(recipe))
+        done = run("train", str(recipe), "--overwrite")
         assert done.returncode == 0, done.stderr
         source = json.loads((tmp_path / "run" / "ledger.json").read_text())["sources"][0]
         assert (source["cut"], source["dropped"]) == (cut, dropped)
         assert source["dropped_why"] == {"longer than max_length": dropped}
-    assert "no row is left to train on" in error_line(
-        run("train", str(edge_recipe(tmp_path, tiny_base, rows[1:], overlong="drop")))
-    )
+    recipe = edge_recipe(tmp_path, tiny_base, rows[1:], overlong="drop")
+    assert "no row is left to train on" in error_line(run("train", str(recipe), "--overwrite"))
 
 
 def test_rows_without_anything_supervised(tiny_base: Path, tmp_path: Path) -> None:

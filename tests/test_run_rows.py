@@ -78,7 +78,7 @@ def test_training_writes_them_and_the_same_bytes_again(tiny_base: Path, tmp_path
     recipe = load_recipe(write_recipe(tmp_path, tiny_base, steps=2))
     found = []
     for _ in range(2):
-        run = run_training(recipe, Quiet())
+        run = run_training(recipe, Quiet(), overwrite=True)
         found.append([digest(run.directory / name) for name in (HELD_OUT, TRAINING_ROWS)])
     assert found[0] == found[1] and len(run.losses) == 2
     (tmp_path / "rows.jsonl").unlink()  # the recipe's file is not needed any more

@@ -182,9 +182,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_three_stop_the_run() -> None:
     before = copy.deepcopy(model.model.embed_tokens.weight)
     assert trainer.train_step().skipped
     assert torch.equal(model.model.embed_tokens.weight, before)
-    trainer.train_step()
+    trainer.require_finite(trainer.train_step())
     with pytest.raises(RunError, match="not finite"):
-        trainer.train_step()
+        trainer.require_finite(trainer.train_step())
 
 
 def test_the_checkpoint_is_a_hugging_face_one(tiny_base: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@
     eval/*.jsonl `rests_on`               hash_json of provenance_of   weights, tokenizer, template, decoding, device,
       (graded rows)                                                    GRADED_ROWS
     ... `prompt_sha256, item_sha256`      prompt_hash, items_hash      the prompt's ids; question and answer
-    resume/*/state.json (a run's state)   run_identity                 recipe, tokenizer, template, rows
+    resume/*/state.json, DONE             training.identity            recipe, base, tokenizer, template, rows
     ledger.json `data_sha256`             data_digest                  ids, and which rows are trained on
 
 RENDERED_ROWS and GRADED_ROWS list the code and the libraries; what draws or serves is in neither.
@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -153,39 +153,9 @@ def _table_bytes(rows: StoredRows) -> bytes:
     return bytes(rows.table["digest"].tobytes() + rows.table["supervised"].tobytes())
 
 
-# What may differ when a run is resumed: these decide what is written, not the weights that are trained.
-FREE_TO_CHANGE = {"out", "save_every", "keep", "best", "logger"}
-
-
-def run_identity(recipe: Any, tokenizer: Any, chat_format: ChatFormat, sources: Sequence[StoredRows]) -> dict[str, str]:
-    """What a run is made of, so that it is resumed only with the same, and a change is told by its name:
-
-    {"recipe.train.lr": "0.008", ..., "tokenizer": HASH, "chat format": HASH, "rows of source 1 (data.jsonl)": HASH}
-    """
-    kept = recipe.model_dump(mode="json", exclude={"eval": True, "compare": True, "train": FREE_TO_CHANGE})
-    out = dict(_flattened(kept, "recipe"))
-    out["tokenizer"] = hash_json(tokenizer_json(tokenizer))
-    out["chat format"] = hash_json([chat_format.templates, chat_format.kwargs, chat_format.now])
-    for number, rows in enumerate(sources, 1):
-        digest = digest_of([_table_bytes(rows), sha256_file(rows.directory / "mask.bin").encode()])
-        out[f"rows of source {number} ({rows.meta['prefix']})"] = digest
-    return out
-
-
-def _flattened(value: Any, path: str) -> Iterable[tuple[str, str]]:
-    """Every leaf of a JSON value by its path; an empty list or object is a leaf.
-
-    >>> list(_flattened({"train": {"lr": 0.008}, "mixture": ["a"]}, "recipe"))
-    [('recipe.train.lr', '0.008'), ('recipe.mixture[0]', '"a"')]
-    """
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from _flattened(inner, f"{path}.{key}")
-    elif isinstance(value, list) and value:
-        for number, inner in enumerate(value):
-            yield from _flattened(inner, f"{path}[{number}]")
-    else:
-        yield path, json.dumps(value)
+def rows_digest(rows: StoredRows) -> str:
+    """Of every row's ids and mask, in order."""
+    return digest_of([_table_bytes(rows), sha256_file(rows.directory / "mask.bin").encode()])
 
 
 # ---- weights

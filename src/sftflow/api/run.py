@@ -75,19 +75,23 @@ def train(
     recipe: RecipeLike | None = None,
     out: str | Path | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     **keys: Any,
 ) -> Run:
     """Fine-tune a base on a mixture; then evaluate and compare where the recipe has `eval` or `compare`.
 
     mix: from `sf.mix`.   recipe: in place of it.   out: the run directory.   resume: go on from the last saved state.
+    overwrite: replace a run that is in `out`; else that is an error.
     keys: the recipe's, and those of its `train` by their own names: `steps=60`, `lr=1e-4`.
     Raises RecipeError, CheckpointError and their kin before anything is written, RunError where the run fails, and
     `training.signals.Stopped` after Ctrl-C, once the state is saved.
     """
+    if resume and overwrite:
+        raise RecipeError("--overwrite", "it starts anew, and --resume goes on", "give one of the two")
     start = recipe if mix is None else mix.recipe
     made = recipe_of(start, base, (), {**keys, **({} if out is None else {"out": str(out)})})
     with watching() as shown:
-        return _train(made, shown, resume=resume)
+        return _train(made, shown, resume=resume, overwrite=overwrite)
 
 
 def demo(out: str | Path = "runs/demo") -> Run:
@@ -102,10 +106,12 @@ def demo(out: str | Path = "runs/demo") -> Run:
             lock = stack.enter_context(Lock(folder))
             clear_directory(folder)
             mark.touch()  # this folder is the demo's: the next demo may replace it
-        return _train(recipe, shown, resume=False, lock=lock)
+        return _train(recipe, shown, lock=lock)
 
 
-def _train(recipe: Recipe, shown: ProgressDisplay, *, resume: bool, lock: Lock | None = None) -> Run:
+def _train(
+    recipe: Recipe, shown: ProgressDisplay, *, resume: bool = False, overwrite: bool = False, lock: Lock | None = None
+) -> Run:
     """lock: on train.out, where it is held already."""
     out = Path(recipe.train.out)
     with ExitStack() as stack:
@@ -121,7 +127,9 @@ def _train(recipe: Recipe, shown: ProgressDisplay, *, resume: bool, lock: Lock |
             if recipe.eval.every is not None:
                 few = min(options.limit or recipe.eval.sample, recipe.eval.sample)
                 callback = EvalDuringTraining(replace(options, limit=few).open(""))
-        run = training_run.run_training(recipe, shown, resume=resume, signals=signals, lock=lock, callback=callback)
+        run = training_run.run_training(
+            recipe, shown, resume=resume, overwrite=overwrite, signals=signals, lock=lock, callback=callback
+        )
         measured = "compare.json" if recipe.compare else "eval.json" if recipe.eval else None
         evaluation = comparison = None
         if run.already_done:

@@ -24,6 +24,7 @@ def train(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override, e.g. train.steps=30")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last saved state")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a run that is in train.out")] = False,
     nproc: Annotated[int, typer.Option(min=1, help="processes; this version trains in one")] = 1,
 ) -> None:
     """Fine-tune as the recipe says; evaluate and compare where it asks for it."""
@@ -35,7 +36,7 @@ def train(
     with stopping(Path(loaded.train.out)):
         from sftflow import api
 
-        finish(api.train(recipe=loaded, resume=resume))
+        finish(api.train(recipe=loaded, resume=resume, overwrite=overwrite))
 
 
 @contextmanager

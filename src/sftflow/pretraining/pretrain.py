@@ -29,7 +29,7 @@ from sftflow.packing.pack import Example
 from sftflow.pretraining.tokenizer import train_tokenizer
 from sftflow.recipe import Schedule, Train
 from sftflow.training.batch_plan import RowPlan
-from sftflow.training.resume import forget_states, require_own_links, saved_states, unfinished
+from sftflow.training.resume import forget, require_free, require_own_links
 from sftflow.training.trainer import Trainer
 from sftflow.training.training_run import Listener, TrainingRun
 
@@ -168,9 +168,8 @@ def train_base(
     sweep(out, "resume", "checkpoint", "metrics.jsonl")
     sweep(states, "*")
     if not resume:
-        if saved_states(states) and not (out / "checkpoint").is_dir():
-            raise unfinished(out)
-        forget_states(states)
+        require_free(out, "remove the folder")
+        forget(states)
     if (states / "tokenizer").is_dir():  # an earlier part of this run has trained it
         tokenizer = AutoTokenizer.from_pretrained(states / "tokenizer")
     else:

@@ -23,18 +23,23 @@ from sftflow.foundation.atomic_io import (
     write_directory,
 )
 from sftflow.foundation.errors import CheckpointError
+from sftflow.training.identity import Identity, told_changes
 from sftflow.training.optimizers import Muon
 from sftflow.training.trainer import Trainer
 
 MOMENTS = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}
 """what each torch optimizer keeps for a parameter; one that is not listed takes over no state of an earlier run"""
 NO_WARM_START = "set train.warm_start: false"
+DONE = "DONE"
+"""the file of a finished run: {"steps", "asked": see `asked_for`, "identity"}; of earlier versions, "24 steps\""""
+MEASURED_LATER = ("eval.json", "compare.json", "report.html")
+RESULTS = ("checkpoint", *MEASURED_LATER)
 
 
-def save_state(root: Path, trainer: Trainer, identity: dict[str, str], extra: dict[str, Any], keep: int) -> None:
+def save_state(root: Path, trainer: Trainer, identity: Identity, extra: dict[str, Any], keep: int) -> None:
     """Write `root/step-N` for the trainer's present step and drop all but the newest `keep`.
 
-    identity: what must not change on resume (recipe, data, tokenizer and format), compared by `load_state`.
+    identity: what must not change on resume, compared by `load_state`.
     """
 
     def fill(directory: Path) -> None:
@@ -73,27 +78,35 @@ def require_own_links(out: Path) -> None:
             raise CheckpointError(str(path), fact, "let it lead to a folder of its own")
 
 
-def forget_states(root: Path) -> None:
-    """Remove all saved states: a run that starts anew must not find those of an earlier one."""
+def forget(root: Path) -> None:
+    """Remove the saved states, or the checkpoint, of an earlier run: one that starts anew must not be taken for it."""
     if root.is_dir():
         remove_directory(root)
 
 
-def unfinished(out: Path) -> CheckpointError:
-    """The refusal to start where an earlier run can go on."""
-    return CheckpointError(str(out), "an unfinished run is in it", "continue it with --resume, or remove the folder")
+def require_free(out: Path, anew: str) -> None:
+    """Raises CheckpointError where there is something in a folder that training there would destroy.
+
+    anew: what to do for that to happen.
+    """
+    there = [name for name in RESULTS if (out / name).is_file() or any((out / name).glob("*"))]
+    trained, states = "checkpoint" in there, saved_states(out / "resume")
+    begun = (out / "ledger.json").is_file() if trained else bool(states)
+    if begun and not (out / DONE).is_file():
+        raise CheckpointError(str(out), "an unfinished run is in it", f"continue it with --resume, or {anew}")
+    if there or (out / DONE).is_file():
+        what = "a finished run is in it" if trained else "results are in it"
+        raise CheckpointError(str(out), f"{what} ({', '.join(there)})", f"name another folder, or {anew}")
 
 
-def load_state(directory: Path, trainer: Trainer, identity: dict[str, str]) -> dict[str, Any]:
+def load_state(directory: Path, trainer: Trainer, identity: Identity) -> dict[str, Any]:
     """Put a fresh trainer where the saved one was; returns the saved `extra`.
 
     Raises CheckpointError where a file is damaged or missing, and where the run has changed since, naming all of it.
     """
     remedy = _go_on_without(directory)
     state = read_record(directory / "state.json", remedy)
-    changes = changed(state["identity"], identity)
-    if changes:
-        fact = f"the run has changed since this was saved: {', '.join(changes)}"
+    if fact := told_changes(state["identity"], identity, "the run has changed since this was saved"):
         raise CheckpointError(str(directory), fact, "undo that, or start in a new train.out")
     check_hashes(directory, state["sha256"], remedy)
     _load_parameters(directory, trainer)
@@ -122,18 +135,6 @@ def read_optimizers(directory: Path) -> tuple[Moments, dict[str, torch.Tensor]]:
         else:
             random[key] = value
     return moments, random
-
-
-def changed(was: dict[str, str], now: dict[str, str]) -> list[str]:
-    """What differs, a piece a key, in the order of the keys:
-
-    {"recipe.train.lr": "0.008", ...}, {"recipe.train.lr": "0.004", ...}  ->  ["recipe.train.lr: 0.008 -> 0.004"]
-    """
-    return [
-        f"{key}: {was.get(key, 'absent')} -> {now.get(key, 'absent')}"
-        for key in dict.fromkeys([*now, *was])
-        if was.get(key) != now.get(key)
-    ]
 
 
 def _optimizer_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:

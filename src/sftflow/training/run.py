@@ -10,6 +10,7 @@ training_rows.npz  all rows, by their digests      checkpoint/        the assist
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import time
 from collections.abc import Callable
@@ -23,22 +24,20 @@ from sftflow.chat.token_rows import token_row
 from sftflow.checkpoint import Assistant, assistant_of, prepare, resolve, save, stored_dtype
 from sftflow.data.mixture import build_mixture, write_bad_rows
 from sftflow.data.run_rows import HELD_OUT, TRAINING_ROWS, write_run_rows
-from sftflow.fingerprint import run_identity
 from sftflow.foundation.atomic_io import NO_SPACE, Lock, read_log, require_writable, sweep, write_json, write_text
 from sftflow.foundation.errors import CheckpointError, RunError
 from sftflow.foundation.runtime import detect
-from sftflow.recipe import Recipe, to_yaml
+from sftflow.recipe import Recipe, load_recipe, to_yaml
 from sftflow.training.batch_plan import RowPlan, StepLog
+from sftflow.training.identity import asked_for, base_identity, recipe_identity, run_identity, told_changes
 from sftflow.training.loggers import open_logger, require_logger
-from sftflow.training.resume import forget_states, require_own_links, saved_states, unfinished, warm_start
+from sftflow.training.resume import DONE, MEASURED_LATER, forget, require_free, require_own_links, warm_start
 from sftflow.training.run_log import RunLog
 from sftflow.training.settings import check_context, decide_compile, resolve_recipe, set_dropout
 from sftflow.training.signals import Signals, Stopped
 from sftflow.training.trainer import Trainer, resting
 from sftflow.training.training_run import Listener, TrainingRun, cannot_write
 
-DONE = "DONE"
-MEASURED_LATER = ("eval.json", "compare.json", "report.html")
 DESCRIBED = ("recipe.yaml", "ledger.json", "bad_rows.jsonl", "mask_example.json", HELD_OUT, TRAINING_ROWS)
 LOGS = ("metrics.jsonl", "validation.jsonl", "evals.jsonl")
 
@@ -66,14 +65,16 @@ def run_training(
     listener: Listener,
     *,
     resume: bool = False,
+    overwrite: bool = False,
     signals: Signals | None = None,
     lock: Lock | None = None,
     callback: EvalCallback | None = None,
 ) -> Run:
     """Train as the recipe says, into `train.out`.
 
-    With `resume`, go on from the newest saved state, bit for bit on the CPU; with none saved, start; on a finished
-    run, say so. Raises Stopped when SIGTERM or Ctrl-C comes, after saving once the steps have begun.
+    With `resume`, go on from the newest saved state, bit for bit on the CPU; with none saved, start; on a run that is
+    finished with the same recipe, say so. With `overwrite`, replace a run that is there, once the new one can start.
+    Raises Stopped when SIGTERM or Ctrl-C comes, after saving once the steps have begun.
 
     signals, lock: the caller's, where they shall reach further than the training.   callback: what `eval.every` calls.
     """
@@ -89,11 +90,11 @@ def run_training(
         require_own_links(out)
         sweep(out, *DESCRIBED, *LOGS, "resume", "checkpoint", DONE)
         sweep(out / "resume", "*")
-        done = (out / DONE).is_file()
-        if done and resume:
+        done = read_done(out) if resume else None
+        if done and done.get("asked") == asked_for(recipe):
             return Run(directory=out, seconds=0.0, already_done=True)
-        if not done and not resume and saved_states(out / "resume"):
-            raise unfinished(out)
+        if not overwrite and not (resume and (out / "ledger.json").is_file()):
+            require_free(out, "start anew with --overwrite")
         require_logger(recipe.train.logger)
         try:
             require_writable(out / "checkpoint")
@@ -101,12 +102,26 @@ def run_training(
             fact = f"cannot write ({error.strerror or error})"
             raise RunError(str(out / "checkpoint"), fact, "check the disk and its permissions") from error
         try:
-            FineTuning(recipe, listener, signals, callback).run(resume=resume)
+            tuning = FineTuning(recipe, listener, signals, callback)
+            if done:
+                tuning.require_same(done)
+                return Run(directory=out, seconds=0.0, already_done=True)
+            tuning.run(resume=resume)
         except OSError as error:
             if error.errno not in NO_SPACE:
                 raise
             raise cannot_write(out, error) from error
     return Run(directory=out, seconds=time.perf_counter() - started)
+
+
+def read_done(out: Path) -> dict[str, Any] | None:
+    """What a finished run was: {"steps", "asked", "identity"}; None where none is finished. One of an earlier version
+    is known by its recipe."""
+    if not (out / DONE).is_file():
+        return None
+    with contextlib.suppress(ValueError):
+        return dict(json.loads((out / DONE).read_text(encoding="utf-8")))
+    return {"identity": recipe_identity(load_recipe(out / "recipe.yaml"))}
 
 
 class FineTuning(TrainingRun):
@@ -121,12 +136,17 @@ class FineTuning(TrainingRun):
         listener.say(f"loading {recipe.base}")
         if location.adapter_of is not None:
             listener.say(f"the base is {location.adapter_of} with the adapter merged into it: all weights are trained")
+        self.base_path, out = Path(location.path), Path(recipe.train.out)
+        if self.base_path.resolve().is_relative_to((out / "checkpoint").resolve()):
+            raise CheckpointError(str(out), "the base itself is in it", "name another train.out")
         model, self.tokenizer, renderer, self.base_info = prepare(location, format_name=recipe.format)
-        self.base_path, self.dtype = Path(location.path), stored_dtype(location)
+        self.asked, self.dtype = asked_for(recipe), stored_dtype(location)
         runtime = detect(recipe.train.precision)
         recipe, self.notes = resolve_recipe(recipe, runtime, model.num_parameters())
         check_context(model, recipe.train.max_length)
         set_dropout(model, recipe.train.dropout)
+        base = base_identity(model, self.dtype)
+        self.base_weights = base["base: weights"]
         listener.say("rendering the mixture")
         self.mixture = build_mixture(recipe, renderer, listener.rendering)
         self.renderer = self.mixture.renderer
@@ -137,15 +157,20 @@ class FineTuning(TrainingRun):
         self.recipe, self.notes["compile"] = decide_compile(recipe, runtime, model.num_parameters(), plan.total_steps)
         model.to(runtime.device)
         super().__init__(
-            Path(recipe.train.out),
+            out,
             Trainer(model, plan, self.recipe.train, runtime, self.mixture.names),
             listener,
-            identity=run_identity(self.recipe, self.tokenizer, self.mixture.renderer.format, self.mixture.rows),
+            identity=run_identity(self.recipe, base, self.tokenizer, self.mixture.renderer.format, self.mixture.rows),
             signals=signals,
         )
         self.callback = callback
         self.validation, self.evals = RunLog(self.out / "validation.jsonl"), RunLog(self.out / "evals.jsonl")
         self.logs += [self.validation, self.evals]
+
+    def require_same(self, done: dict[str, Any]) -> None:
+        """Raises CheckpointError where the finished run (`read_done`) was of another recipe, base or data."""
+        if fact := told_changes(done["identity"], self.identity, "the finished run in it is another"):
+            raise CheckpointError(str(self.out), fact, "undo that, name another train.out, or give --overwrite")
 
     def run(self, *, resume: bool) -> None:
         """Train from the start, or with `resume` from the newest saved state, to the finished checkpoint."""
@@ -153,7 +178,8 @@ class FineTuning(TrainingRun):
         if not resumed:
             if self.recipe.train.warm_start:
                 self.listener.say(warm_start(self.base_path, self.trainer))
-            forget_states(self.out / "resume")
+            for earlier in ("resume", "checkpoint"):
+                forget(self.out / earlier)
         self.describe(resumed)
         resumed_at = self.trainer.step if resume else None
         self.logger = open_logger(self.recipe, self.out, self.listener.say, resumed_at=resumed_at)
@@ -170,7 +196,7 @@ class FineTuning(TrainingRun):
         for name in (DONE, *MEASURED_LATER):
             (self.out / name).unlink(missing_ok=True)
         write_text(self.out / "recipe.yaml", to_yaml(self.recipe))
-        write_json(self.out / "ledger.json", self.mixture.ledger)
+        self.write_ledger()
         write_bad_rows(self.out, self.mixture)
         shown = [token_row(rendered, self.tokenizer).to_json() for rendered in self.mixture.samples]
         write_json(self.out / "mask_example.json", shown)
@@ -182,8 +208,8 @@ class FineTuning(TrainingRun):
         if self.is_due or self.is_last:
             loss = self.validate()
             better = loss is None or self.state.best is None or loss < self.state.best
-            sound = math.isfinite(log.loss if loss is None else loss)
-            if sound and (better or self.recipe.train.best == "last"):
+            wanted = better or self.recipe.train.best == "last"
+            if wanted and (loss is None or math.isfinite(loss)) and self.is_new(self.state.checkpoint or 0):
                 self.state.best, self.state.checkpoint = loss, self.trainer.step
                 self.save_checkpoint()
 
@@ -219,7 +245,8 @@ class FineTuning(TrainingRun):
         self.logger.evaluation(self.trainer.step, row)
 
     def save_checkpoint(self) -> None:
-        base = {"name": self.recipe.base, **{key: self.base_info.get(key) for key in ("fingerprint", "kind")}}
+        known = {key: self.base_info.get(key) for key in ("fingerprint", "kind", "base")}
+        base = {"name": self.recipe.base, "weights": self.base_weights, **known}
         meta = {
             "version": version("sftflow"),
             "base": base,
@@ -229,12 +256,24 @@ class FineTuning(TrainingRun):
             "step": self.trainer.step,
         }
         save(self.out / "checkpoint", self.trainer.model, self.tokenizer, self.renderer, dtype=self.dtype, meta=meta)
+        self.write_ledger()
+
+    def write_ledger(self) -> None:
+        """What the run is made of, and of which step its checkpoint is."""
+        kept = {
+            "step": self.state.checkpoint,
+            "of": self.trainer.plan.total_steps,
+            "validation_loss": self.state.best,
+            "chosen_by": self.recipe.train.best if self.mixture.held_out else "last",
+        }
+        write_json(self.out / "ledger.json", {**self.mixture.ledger, "checkpoint": kept})
 
     def finish(self) -> None:
         if self.state.checkpoint is None:
             fact = "the loss was never finite where a checkpoint was due"
             raise RunError(str(self.out), fact, self.divergence_remedy())
-        write_text(self.out / DONE, f"{self.trainer.plan.total_steps} steps\n")
+        done = {"steps": self.trainer.plan.total_steps, "asked": self.asked, "identity": self.identity}
+        write_json(self.out / DONE, done)
         self.signals.check()
 
     def divergence_remedy(self) -> str:

@@ -75,8 +75,7 @@ class Trainer:
     def train_step(self) -> StepLog:
         """One optimizer step over `rows_per_step` packed rows.
 
-        Raises RunError after three steps in a row whose loss or gradient is not finite; such a step's update is
-        skipped and its log says so.
+        The update of a step whose loss or gradient is not finite is skipped, and its log says so.
         """
         started = time.perf_counter()
         examples = [e for row in self.plan.step_rows(self.step) for e in row]
@@ -101,7 +100,7 @@ class Trainer:
         self.step += 1
         n_computed = sum(b.n_computed for b in batches)
         present = np.unique(sources).tolist()
-        log = StepLog(
+        return StepLog(
             step=self.step,
             loss=loss_sum / max(1, len(losses)),
             lr=self.settings.peak_lr * factor,
@@ -115,10 +114,18 @@ class Trainer:
             source_loss={self.names.get(s, str(s)): float(losses[sources == s].mean()) for s in present},
             skipped=not finite,
         )
+
+    def require_finite(self, log: StepLog) -> None:
+        """Raises RunError after the third step in a row whose update was skipped."""
         if self.bad_steps >= MAX_BAD_STEPS:
-            fact = f"loss or gradient not finite {MAX_BAD_STEPS} steps in a row (loss {log.loss}, norm {norm})"
+            why = f"(loss {log.loss}, norm {log.grad_norm})"
+            fact = f"loss or gradient not finite {MAX_BAD_STEPS} steps in a row {why}"
             raise RunError(f"step {log.step}", fact, "lower train.lr, or look at the rows of these steps")
-        return log
+
+    @property
+    def updated(self) -> int:
+        """The last step that has changed the weights."""
+        return self.step - self.bad_steps
 
     def refresh(self) -> None:
         """After every change of the weights: what is derived from them follows."""

@@ -14,10 +14,12 @@ from typing import Any, Protocol
 
 from safetensors import SafetensorError
 
+from sftflow.checkpoint.weights import not_finite
 from sftflow.foundation.atomic_io import NO_SPACE, reason
 from sftflow.foundation.errors import RunError
 from sftflow.foundation.runtime import Runtime, out_of_memory, peak_memory
 from sftflow.training.batch_plan import StepLog
+from sftflow.training.identity import Identity
 from sftflow.training.loggers import Logger
 from sftflow.training.resume import load_state, save_state, saved_states
 from sftflow.training.run_log import RunLog
@@ -73,12 +75,13 @@ class TrainingRun:
         trainer: Trainer,
         listener: Listener,
         *,
-        identity: dict[str, str],
+        identity: Identity,
         signals: Signals | None = None,
     ) -> None:
         self.out, self.trainer, self.listener, self.identity = out, trainer, listener, identity
         self.signals = signals or Signals()
         self.state = RunState()
+        self.saved = 0  # the step of the newest saved state
         self.metrics = RunLog(out / "metrics.jsonl")
         self.logs = [self.metrics]
         self.logger = Logger(None, listener.say)
@@ -89,6 +92,7 @@ class TrainingRun:
         if not states:
             return False
         self.state = RunState(**load_state(states[-1], self.trainer, self.identity))
+        self.saved = self.trainer.step
         self.listener.say(f"resumed at step {self.trainer.step} of {self.trainer.plan.total_steps}")
         return True
 
@@ -111,8 +115,9 @@ class TrainingRun:
                     self.metrics.append(asdict(log) | {"memory": peak_memory(self.trainer.runtime.device)})
                     self.logger.step(log)
                     self.listener.step(log, self.trainer.plan.total_steps)
+                    self.trainer.require_finite(log)
                     self.after_step(log)
-                    self.save_if_due(log)
+                    self.save_if_due()
         except (OSError, SafetensorError) as error:
             raise cannot_write(self.out, error) from error
         except RunError as error:
@@ -125,16 +130,24 @@ class TrainingRun:
     def after_step(self, log: StepLog) -> None:
         """What a stage does after each step, before the state is saved."""
 
-    def save_if_due(self, log: StepLog) -> None:
+    def save_if_due(self) -> None:
         """Save the state each `save_every` steps, and where a signal has come; Raises Stopped then."""
         asked = self.signals.asked
-        # A step that was not finite is none to go back to, unless we are told to stop there.
-        wanted = self.keeps_last_state if self.is_last else asked or (self.is_due and not log.skipped)
+        if self.is_last and self.keeps_last_state and not self.is_new(0):
+            raise RunError(f"step {self.trainer.step}", "the weights are not finite")
+        # A state that would only repeat the one before it is not worth the older one that is dropped for it.
+        wanted = self.keeps_last_state if self.is_last else asked or (self.is_due and self.is_new(self.saved))
         if wanted:
             self.metrics.to_disk()
             save_state(self.out / "resume", self.trainer, self.identity, asdict(self.state), self.trainer.settings.keep)
+            self.saved = self.trainer.step
         if asked and not self.is_last:
             raise Stopped(asked, saved=True)
+
+    def is_new(self, since: int) -> bool:
+        """Whether a step after `since` has changed the weights, and left them finite: what is worth saving, also after
+        a step whose own update was skipped."""
+        return self.trainer.updated > since and not_finite(self.trainer.model) is None
 
     @property
     def is_last(self) -> bool:
