@@ -12,8 +12,9 @@ import pytest
 
 import sftflow as sf
 from helpers.runs import Quiet, digest, error_line, run, write_recipe
+from sftflow.data.sources import labels_of
 from sftflow.foundation.errors import RecipeError
-from sftflow.recipe import load_recipe
+from sftflow.recipe import SourceEntry, load_recipe
 from sftflow.training.identity import changed
 from sftflow.training.resume import saved_states
 from sftflow.training.run import run_training
@@ -185,6 +186,52 @@ def test_what_an_earlier_version_recorded_still_counts(project: Path) -> None:
     assert changed(was, now | {"recipe.train.clip": "0.5"}) == ["recipe.train.clip: absent -> 0.5"]
     assert changed(was, now | {"rows of source 2 (b)": "ab"}) == ["rows of source 2 (b): absent -> ab"]
     assert changed(now, now | {"base: config.json: new_in_the_library": "1"}) == []
+
+
+# ---- what sources are called
+
+
+@pytest.mark.parametrize(
+    ("entries", "labels"),
+    [
+        (["/d/a/train.jsonl", "/d/b/train.jsonl", "spelling"], ["a/train", "b/train", "spelling"]),
+        (["/d/x/a/t.jsonl", "/d/y/a/t.jsonl"], ["x/a/t", "y/a/t"]),
+        (["/d/t.jsonl", "/d/t.parquet"], ["t.jsonl", "t.parquet"]),
+        (["spelling", "/d/spelling.jsonl", "spelling"], ["spelling", "d/spelling", "spelling-2"]),
+        (["/d/c.jsonl", "/d/c.jsonl", "/d/c-2.jsonl"], ["c", "c-3", "c-2"]),
+        ([{"source": "/x/a.jsonl", "name": "mine"}, "/y/mine.jsonl"], ["mine", "y/mine"]),
+        (["/b/c.jsonl", "/b/c.jsonl", {"source": "/a/x.jsonl", "name": "c-2"}], ["c", "c-3", "c-2"]),
+        ([{"source": "/m/1/rows.jsonl", "place": "rows"}, {"source": "/m/2/rows.jsonl", "place": "rows"}],
+         ["rows", "rows-2"]),
+        (["hub:a/x", "hub:b/x"], ["hub:a/x", "hub:b/x"]),
+        (["/d/one.jsonl", "two.jsonl", {"source": "spelling", "name": "three"}], ["one", "two", "three"]),
+    ],
+)  # fmt: skip
+def test_sources_are_told_apart(entries: list[Any], labels: list[str]) -> None:
+    made = [SourceEntry(**({"source": e} if isinstance(e, str) else e)) for e in entries]
+    assert labels_of(made) == labels
+    assert labels_of(list(reversed(made)))[-1] in labels
+
+
+def test_two_files_of_one_name_keep_their_own_losses(tiny_base: Path, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, tiny_base, steps=1)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rows.jsonl").write_bytes((tmp_path / "rows.jsonl").read_bytes())
+    path.write_text(
+        path.read_text().replace('{"source": "rows.jsonl"}', '{"source": "a/rows.jsonl"}, {"source": "b/rows.jsonl"}')
+    )
+    assert run("train", str(path)).returncode == 0
+    out, names = tmp_path / "run", ["a/rows", "b/rows"]
+    ledger, kept = json.loads((out / "ledger.json").read_text()), load_recipe(out / "recipe.yaml")
+    assert [source["name"] for source in ledger["sources"]] == names == labels_of(kept.mixture)
+    (row,) = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
+    validation = [json.loads(line) for line in (out / "validation.jsonl").read_text().splitlines()]
+    assert list(row["source_loss"]) == names and all(list(v["sources"]) == names for v in validation)
+    assert {json.loads(line)["source"] for line in (out / "held_out.jsonl").read_text().splitlines()} == set(names)
+    named = path.read_text().replace('rows.jsonl"}', 'rows.jsonl", "name": "mine"}')
+    path.write_text(named)
+    assert "mixture: two sources have the name 'mine'" in error_line(run("train", str(path), "--overwrite"))
 
 
 # ---- steps that are not finite

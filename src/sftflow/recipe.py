@@ -31,6 +31,7 @@ class SourceEntry(_Frozen):
 
     @property
     def label(self) -> str:
+        """What it is called where it is the only one (`data.sources.labels_of`); it seeds which rows are held out."""
         return self.name or (self.source if self.has_bare_name else Path(self.source).stem)
 
     @property
@@ -148,6 +149,15 @@ class Recipe(_Frozen):
     eval: Eval | None = None
     compare: Compare | None = None
 
+    @field_validator("mixture")
+    @classmethod
+    def _no_name_twice(cls, mixture: tuple[SourceEntry, ...]) -> tuple[SourceEntry, ...]:
+        names = [entry.name for entry in mixture if entry.name]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two sources have the name {name!r}")
+        return mixture
+
 
 def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     """The keys that would have been known at a place of the recipe."""
@@ -228,7 +238,7 @@ def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
         if entry.path is not None:
             entry = entry.model_copy(update={"path": absolute(entry.path)})
         elif not entry.has_bare_name:
-            entry = entry.model_copy(update={"source": absolute(entry.source), "name": entry.label})
+            entry = entry.model_copy(update={"source": absolute(entry.source)})
         entries.append(entry)
     update: dict[str, Any] = {"mixture": tuple(entries)}
     base = recipe.base

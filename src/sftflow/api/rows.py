@@ -53,6 +53,7 @@ class Rows(Sequence[Any]):
         self._rows = None if self._file else list(data)
         if self._rows and type(data).__module__.partition(".")[0] == "datasets":
             self._rows = [without_nulls(row) for row in self._rows]
+        self.given_name = name
         self.name = name or (Path(self._file).stem if self._file else "rows")
 
     @cached_property
@@ -128,7 +129,7 @@ def entry_of(source: Any) -> SourceEntry:
         check_source(entry)
         return entry
     rows = read([source] if isinstance(source, Mapping) else source)
-    return SourceEntry(source=rows.path, name=rows.name, place=rows.place)
+    return SourceEntry(source=rows.path, name=rows.given_name, place=rows.place)
 
 
 def conversation_of_chat(chat: Chat, system: str | None = None) -> Conversation:

@@ -151,7 +151,7 @@ def _kept_recipe(out: Path) -> Recipe:
     for number, entry in enumerate(entries):
         file = Path(entry.source)
         if memory is not None and memory in file.parents and file.is_file():
-            kept = out.resolve() / "rows" / f"{number + 1}-{file.name}"
+            kept = out.resolve() / "rows" / str(number + 1) / file.name  # it is called by its name
             write_text(kept, file.read_text(encoding="utf-8"))
             entries[number] = entry.model_copy(update={"source": str(kept)})
     return recipe.model_copy(update={"mixture": tuple(entries)})

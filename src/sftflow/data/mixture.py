@@ -140,7 +140,7 @@ def build_mixture(
     mixture = Mixture(
         examples=examples,
         held_out=Examples(sources, np.concatenate(held)),
-        names=[entry.label for entry in recipe.mixture],
+        names=[rows.name for rows in sources],
         sources=ledgers,
         rows=sources,
         samples=[renderer.render(parse_row(first["row"], first["source"]), turns=True) for first in firsts],
@@ -157,7 +157,7 @@ def _ledger(entry: SourceEntry, rows: RowStore, here: NDArray[np.int64], n_held_
     """A source's entry in the ledger. here: its training rows; their tokens count repeats."""
     meta = rows.meta
     return {
-        "name": entry.label,
+        "name": rows.name,
         "repeat": entry.repeat,
         "rows": len(here),
         "tokens": entry.repeat * int(rows.lengths[here].sum()),

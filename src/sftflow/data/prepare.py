@@ -16,7 +16,7 @@ from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation
 from sftflow.data.render_pool import Block, Counts, Job, NumberedRow, Workers, n_cores, render_block
 from sftflow.data.row_cache import cache_folder, cache_key, prune
-from sftflow.data.sources import place_of, rows_of_entry
+from sftflow.data.sources import labels_of, place_of, rows_of_entry
 from sftflow.data.store import RowStore, RowWriter
 from sftflow.foundation.atomic_io import write_directory
 from sftflow.foundation.errors import DataError, RunError
@@ -38,16 +38,16 @@ def prepare_source(
 
     Raises the first bad row's error (on_bad_row: stop), or DataError where more than 5% of the rows are bad.
     """
-    place = place_of(entry)
+    place, label = place_of(entry), labels_of(recipe.mixture)[number]
     job = Job(renderer.spec, place, recipe.train.max_length, recipe.train.overlong, recipe.on_bad_row)
 
     def fill(directory: Path) -> None:
-        said = functools.partial(progress, entry.label) if progress else None
+        said = functools.partial(progress, label) if progress else None
         with contextlib.closing(_rendered(_blocks(rows_of_entry(entry, recipe)), job, renderer, every_row)) as blocks:
             _write_rows(directory, blocks, place, "all" if every_row else "sample", said)
 
     def opened(directory: Path) -> RowStore:
-        return RowStore(directory, name=entry.label, number=number, prefix=place)
+        return RowStore(directory, name=label, number=number, prefix=place)
 
     key, folder = cache_key(entry, recipe, job), cache_folder()
     if key is None or folder is None:

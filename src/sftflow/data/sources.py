@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import random
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count, islice
+from pathlib import Path
 
 from sftflow.chat.data_files import numbered_rows
 from sftflow.chat.schema import Conversation, conversation_of
@@ -52,6 +53,43 @@ def rows_of_entry(entry: SourceEntry, recipe: Recipe) -> Iterator[NumberedRow]:
 def place_of(entry: SourceEntry) -> str:
     """What errors call the entry's rows, with the row's number behind it: `data.jsonl` in `data.jsonl:17`."""
     return entry.place or (entry.source if entry.source in TASKS else entry.path or entry.source)
+
+
+def labels_of(entries: Sequence[SourceEntry]) -> list[str]:
+    """What each entry is called in ledger, logs and report: its name, its task, or its file without the ending. Files
+    that would be called alike are told apart by the shortest ends of their paths, what is left by a number.
+
+    >>> labels_of([SourceEntry(source=s) for s in ("a/train.jsonl", "b/train.jsonl", "c.jsonl", "c.jsonl")])
+    ['a/train', 'b/train', 'c', 'c-2']
+    """
+    labels = [entry.label for entry in entries]
+    for label in {label for label in labels if labels.count(label) > 1}:
+        files = {
+            i: Path(place_of(entry))
+            for i, entry in enumerate(entries)
+            if entry.label == label and not (entry.name or entry.has_bare_name)
+        }
+        others = {own for i, own in enumerate(labels) if i not in files}
+        for ends in _ends_of(files):
+            if len(set(ends.values())) == len(set(files.values())) and others.isdisjoint(ends.values()):
+                labels = [ends.get(i, own) for i, own in enumerate(labels)]
+                break
+    distinct = list(labels)
+    taken: set[str] = set()
+    for i in sorted(range(len(entries)), key=lambda i: entries[i].name is None):  # a name that was given stays
+        numbers = count(2)
+        while distinct[i] in taken or (distinct[i] in labels and distinct[i] != labels[i]):
+            distinct[i] = f"{labels[i]}-{next(numbers)}"
+        taken.add(distinct[i])
+    return distinct
+
+
+def _ends_of(files: Mapping[int, Path]) -> Iterator[dict[int, str]]:
+    """Ever longer ends of paths: without the files' endings, then with them."""
+    deepest = max((len(path.parts) for path in files.values()), default=0)
+    for paths in ({i: path.parent / path.stem for i, path in files.items()}, files):
+        for depth in range(1, deepest + 1):
+            yield {i: "/".join(path.parts[-depth:]) for i, path in paths.items()}
 
 
 def sample_of(entry: SourceEntry, recipe: Recipe, n: int) -> list[Conversation]:
