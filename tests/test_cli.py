@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +52,60 @@ def test_two_user_turns(tmp_path: Path, tiny_base: Path) -> None:
     line = error_line(run("train", str(path)))
     assert "rows.jsonl:1" in line and "two user turns in a row" in line
     assert not (tmp_path / "run").exists()
-    assert "two user turns in a row" in error_line(
-        run("render", str(tmp_path / "rows.jsonl"), "--model", str(tiny_base))
-    )
+    shown = run("render", str(tmp_path / "rows.jsonl"), "--model", str(tiny_base))
+    assert shown.returncode == 2 and "two user turns in a row" in shown.stderr
+
+
+GOOD = json.dumps({"prompt": "é", "completion": "b"}, ensure_ascii=False)
+UNASKED = json.dumps([{"role": "assistant", "content": "a"}])
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ("{oops", "rows.jsonl:2: not JSON"),
+        (r'{"prompt": "\ud83d", "completion": "b"}', "rows.jsonl:2.prompt: a lone surrogate"),
+        ('{"prompt": "a", "completion": ' + "[" * 200 + "]" * 200 + "}", "nested more than 100 deep"),
+        (json.dumps([{"role": "user", "content": "a"}] * 2), "two user turns in a row"),
+        (UNASKED, "an assistant turn that does not follow a user turn"),
+    ],
+)
+def test_a_row_that_cannot_be_shown_does_not_hide_the_others(
+    tmp_path: Path, tiny_base: Path, bad: str, said: str
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(f"{GOOD}\n{bad}\n{GOOD}\n", encoding="utf-8")
+    done = run("render", "rows.jsonl", "--model", str(tiny_base), "--json", "--html", "rows.html", cwd=tmp_path)
+    found = json.loads(done.stdout)
+    assert [row["source"] for row in found["rows"]] == ["rows.jsonl:1", "rows.jsonl:3"]
+    (refused,) = found["refused"]
+    assert said in refused["reason"] and said in done.stderr and done.returncode == 2
+    assert said.split(": ")[-1] in (tmp_path / "rows.html").read_text(encoding="utf-8")
+
+
+def test_a_file_without_rows_is_said(tmp_path: Path, tiny_base: Path) -> None:
+    (tmp_path / "rows.json").write_text("[]")
+    done = run("render", "rows.json", "--model", str(tiny_base), cwd=tmp_path)
+    assert error_line(done) == "error: rows.json: no rows in it; give a file with conversations"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("locale", [{"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONIOENCODING": "ascii"}])
+def test_letters_that_a_locale_has_not_are_escaped(tmp_path: Path, tiny_base: Path, locale: dict[str, str]) -> None:
+    """In names of files, in rows and in errors; what is JSON stays so."""
+    (tmp_path / "zoë.jsonl").write_text(f"{GOOD}\n{UNASKED}\n", encoding="utf-8")
+    (tmp_path / "recipe.yaml").write_text("base: builtin:tiny\nmixture: [{source: zoë.jsonl}]\n", encoding="utf-8")
+    command = [sys.executable, "-m", "sftflow"]
+    environment = {**os.environ, "LC_ALL": "C", **locale}
+
+    def started(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run([*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, check=False)
+
+    done = started("render", "zoë.jsonl", "--model", str(tiny_base), "--json")
+    found = json.loads(done.stdout.decode("ascii"))
+    assert found["rows"][0]["source"].endswith(".jsonl:1") and len(found["refused"]) == 1 and done.returncode in (1, 2)
+    mixed = started("mix", "recipe.yaml")
+    (line,) = mixed.stderr.decode("ascii").splitlines()[-1:]
+    assert line.startswith("error: ") and b"Traceback" not in mixed.stderr
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_one_object_over_many_lines_is_one_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.jsonl.gz"])
-@pytest.mark.parametrize("data", [b"", b"\n \r\n\n", BOM])
+@pytest.mark.parametrize("data", [b"", b"\n \r\n\n", BOM, b"[]\n"])
 def test_a_file_without_rows_has_none(name: str, data: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(data)
     assert list(read_rows(tmp_path / name)) == []

@@ -88,7 +88,8 @@ def test_a_prefilled_beginning_without_an_argument_is_dropped_where_asked(tokeni
     assert ids == row.ids[: len(ids)].tolist()
     renderer.tokenizer.save_pretrained(tmp_path)
     rows = [{"prompt": "a", "completion": "b"}]
-    assert len(sf.render(rows, tmp_path).refused) == 1
+    refused = sf.render(rows, tmp_path)
+    assert len(refused.refused) == refused.exit_code == 1 and "refused: rows:1" in str(refused)
     rendering = sf.render(rows, tmp_path, drop_prefill=True)
     assert not rendering.refused and options_note(dropped) in rendering.notes
 

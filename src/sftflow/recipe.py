@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from sftflow.foundation.errors import RecipeError
+from sftflow.foundation.errors import RecipeError, first_line
 
 
 class _Frozen(BaseModel):
@@ -206,6 +206,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raise RecipeError(where, f"not YAML ({getattr(error, 'problem', error)})", "fix the line") from None
     except UnicodeDecodeError:
         raise RecipeError(str(path), "not UTF-8 text", "convert it") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:  # what YAML makes of a date of no calendar
+        raise RecipeError(str(path), f"not YAML ({first_line(error)})", "fix the value") from None
     for override in overrides or []:
         apply_override(data, override)
     return resolve_paths(parse_recipe(data, str(path)), file.resolve().parent)
@@ -223,7 +225,7 @@ def apply_override(data: Any, override: str) -> None:
             raise RecipeError(f"--set {override}", f"{parent!r} holds no keys", "check the key")
     try:
         data[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError):
         raise RecipeError(f"--set {override}", "the value is not YAML", "quote it") from None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import tempfile
@@ -13,17 +12,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
+
 from sftflow import checkpoint
 from sftflow.api.shared import ModelLike, quiet
 from sftflow.chat import prefill, template_options
-from sftflow.chat.data_files import read_conversations, read_rows
+from sftflow.chat.data_files import numbered_rows, read_rows
 from sftflow.chat.render import Renderer
-from sftflow.chat.schema import Conversation, parse_row, text_message
+from sftflow.chat.schema import Conversation, conversation_of, parse_row, text_message
 from sftflow.chat.token_rows import TokenRow, token_row
 from sftflow.data.row_cache import cache_folder
 from sftflow.data.sources import check_source
 from sftflow.foundation.atomic_io import write_text
-from sftflow.foundation.errors import DataError, MaskError, RecipeError, SftflowError
+from sftflow.foundation.errors import DataError, RecipeError, SftflowError
 from sftflow.foundation.json_values import without_nulls
 from sftflow.recipe import SourceEntry, parse_recipe, resolve_paths
 from sftflow.report.tables import as_text
@@ -79,13 +80,22 @@ class Rows(Sequence[Any]):
         """What errors call it: the file, or the name of rows from memory."""
         return self._file or self.name
 
-    def conversations(self) -> Iterator[Conversation]:
-        """Each row in the canonical shape. Raises SchemaError or DataError at the first bad one."""
-        if self._rows is None:
-            yield from read_conversations(self.path)
-            return
-        for number, row in enumerate(self._rows, 1):
-            yield row if isinstance(row, Conversation) else parse_row(row, f"{self.name}:{number}")
+    def conversations(self) -> Iterator[Conversation | SftflowError]:
+        """Each row in the canonical shape, or what is wrong with it; the last may be what is wrong with the file.
+        Raises DataError where nothing of it can be read."""
+        number = 0
+        try:
+            for number, row in numbered_rows(self.path) if self._rows is None else enumerate(self._rows, 1):
+                try:
+                    yield conversation_of(row, f"{self.place}:{number}")
+                except SftflowError as error:
+                    yield error
+        except SftflowError as error:
+            if not number:
+                raise
+            yield error
+        if not number:
+            raise DataError(self.place, "no rows in it", "give a file with conversations")
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._rows) if self._rows is not None else (row for _, row in read_rows(self.path))
@@ -144,13 +154,15 @@ def conversation_of_chat(chat: Chat, system: str | None = None) -> Conversation:
 class Rendering:
     """Rows as the model sees them. It prints as text; in a notebook every token is a box, the supervised ones coloured.
 
-    rows: one for each training example.   refused: rows whose mask cannot be proven: {"source", "reason"}.
-    notes: what a reader must know of the template.
+    rows: one for each training example.   notes: what a reader must know of the template.
+    refused: rows that cannot be read, that the format cannot express, or whose mask cannot be proven: {"source",
+    "reason"}.   exit_code: the command line's: 2 where a row is wrong, 1 where a mask cannot be proven, else 0.
     """
 
     rows: tuple[TokenRow, ...]
     refused: tuple[dict[str, str], ...] = ()
     notes: tuple[str, ...] = ()
+    exit_code: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """What `sftflow render --json` prints."""
@@ -174,22 +186,26 @@ class Rendering:
         write_text(Path(path), token_page([*self.rows, *self._refused]))
 
     def __str__(self) -> str:
-        return as_text(*map(TerminalRow, self.rows))
+        return as_text(*map(TerminalRow, self.rows), *(Text(f"refused: {r['reason']}") for r in self.refused))
 
     def _repr_html_(self) -> str:
         return token_html([*self.rows, *self._refused])
 
 
-def rendering_of(conversations: Iterable[Conversation], renderer: Renderer) -> Rendering:
+def rendering_of(conversations: Iterable[Conversation | SftflowError], renderer: Renderer) -> Rendering:
     rows: list[TokenRow] = []
-    refused = []
-    for conversation in conversations:
+    refused, code = [], 0
+    for found in conversations:
         try:
-            rows += [token_row(r, renderer.tokenizer) for r in renderer.render_rows(conversation, turns=True)]
-        except MaskError as error:
-            refused.append({"source": conversation.source, "reason": str(error)})
+            if isinstance(found, SftflowError):
+                raise found
+            rows += [token_row(r, renderer.tokenizer) for r in renderer.render_rows(found, turns=True)]
+        except SftflowError as error:
+            place = error.place if isinstance(found, SftflowError) else found.source
+            refused.append({"source": place, "reason": str(error)})
+            code = max(code, error.exit_code)
     notes = [n for n in (template_options.options_note(renderer), renderer.disagreement()) if n]
-    return Rendering(rows=tuple(rows), refused=tuple(refused), notes=tuple(notes))
+    return Rendering(rows=tuple(rows), refused=tuple(refused), notes=tuple(notes), exit_code=code)
 
 
 def render(
@@ -205,7 +221,7 @@ def render(
 
     index: only this row, counted from 0.   append_eos: put the end of text behind replies that have no end.
     drop_prefill: prompts without what the template begins every reply with.
-    Raises SchemaError or FormatError at the first row that cannot be read or expressed.
+    Raises DataError where nothing of a file can be read; a row that cannot be shown is among `refused`.
     """
     rows = read([data] if isinstance(data, Mapping | Conversation) else data)
     if isinstance(model, checkpoint.Assistant):
@@ -218,9 +234,7 @@ def render(
     if drop_prefill:
         renderer = prefill.drop_prefill(renderer)
     if renderer.arguments():
-        first: list[Conversation] = []
-        with contextlib.suppress(SftflowError):  # a bad row is named when its turn comes
-            first.extend(islice(rows.conversations(), SETTLE_ROWS))
+        first = [c for c in islice(rows.conversations(), SETTLE_ROWS) if isinstance(c, Conversation)]
         renderer = template_options.choose_arguments(renderer, first)
     chosen = islice(rows.conversations(), index, None if index is None else index + 1)
     found = rendering_of(chosen, renderer)

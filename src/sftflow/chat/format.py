@@ -118,7 +118,10 @@ def choose_format(name: str, tokenizer: Any, stored: dict[str, Any] | None = Non
     if path.suffix == ".jinja":
         if not path.is_file():
             raise FormatError(name, "no such template file", "give a path to a .jinja file")
-        return ChatFormat(name=path.stem, template=path.read_text(encoding="utf-8"))
+        try:
+            return ChatFormat(name=path.stem, template=path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise FormatError(name, f"not UTF-8 text (at byte {error.start})", "convert it") from None
     raise FormatError("--format", f"{name!r} is not a format", f"use auto, {', '.join(BUILTIN)} or a .jinja path")
 
 

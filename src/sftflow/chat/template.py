@@ -237,9 +237,11 @@ class Template:
 
     def _text(self, messages: Messages, tools: Any, add_generation_prompt: bool, place: str) -> str:
         try:
-            return self._compiled.render(
+            text = self._compiled.render(
                 self._context, messages=messages, tools=list(tools) or None, add_generation_prompt=add_generation_prompt
             )
+            text.isascii() or text.encode()  # half a surrogate pair, which a template can write, is no text
+            return text
         except jinja2.TemplateError as error:
             raise FormatError(place, f"the {self.format.name} format refuses it: {error}", "change the row") from None
         except Exception as error:  # what templates do with a row may end in any of Python's own

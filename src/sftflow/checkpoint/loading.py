@@ -236,4 +236,9 @@ def _reading(location: Location) -> Iterator[dict[str, Any] | None]:
             fact = "its tensors do not fit together: some are missing, or of another shape"
             raise CheckpointError(location.name, fact, COPY_AGAIN) from error
         fact = f"cannot be loaded ({type(error).__name__}: {first_line(error)})"
-        raise CheckpointError(location.name, fact, "check that the files are whole") from error
+        remedy = "check that the files are whole"
+        if isinstance(error, ImportError):
+            remedy = "install that package"
+            if "quantiz" in fact:
+                remedy += "; to train, give the base in bf16: quantised weights cannot be trained"
+        raise CheckpointError(location.name, fact, remedy) from error

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib
+import io
+import json
 import os
 import sys
 
 from sftflow.cli.common import app
-from sftflow.foundation.errors import RunError, SftflowError
+from sftflow.foundation.errors import DataError, RunError, SftflowError
 from sftflow.foundation.runtime import out_of_memory
 
 ORDER = ("demo", "base", "render", "mix", "train", "eval", "compare", "chat", "serve", "export", "doctor")
@@ -18,6 +21,9 @@ app.registered_commands.sort(key=lambda c: ORDER.index(c.name or getattr(c.callb
 
 def main() -> None:
     """Entry point: errors become one line and an exit code."""
+    codecs.register_error("escape", _escaped)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="escape")
     try:
         code = app(standalone_mode=False)
     except (KeyboardInterrupt, EOFError):
@@ -33,11 +39,20 @@ def main() -> None:
     sys.exit(code or 0)
 
 
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    """What the terminal's encoding has not, as JSON writes it: a document stays one."""
+    assert isinstance(error, UnicodeEncodeError)
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
 def _told(error: Exception) -> tuple[str, int] | None:
     """(what is said of it, the exit code); None for a fault of the program's own."""
     if usage := getattr(error, "format_message", None):
         return f"usage: {' '.join(str(usage()).split())}; see sftflow --help", getattr(error, "exit_code", 2)
-    if isinstance(error, OSError):
+    if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding() != "utf-8":
+        fact = f"a file's name has letters that {error.encoding}, the encoding of this locale, has not"
+        error = DataError(ascii(error.object), fact, "set LC_ALL=C.UTF-8")
+    elif isinstance(error, OSError):
         fact = error.strerror or str(error)
         error = RunError(str(error.filename or "files"), fact, "check space and permissions")
     elif isinstance(error, MemoryError) or out_of_memory(error):

@@ -50,4 +50,4 @@ def render(
     if html is not None:
         print(f"wrote {html}", file=sys.stderr)
     if found.refused:
-        raise typer.Exit(1)
+        raise typer.Exit(found.exit_code)

@@ -21,7 +21,7 @@ from sftflow.data.prepare import Progress, prepare_source
 from sftflow.data.sources import sample_of
 from sftflow.data.store import Examples, RowStore
 from sftflow.fingerprint import data_digest
-from sftflow.foundation.atomic_io import write_text
+from sftflow.foundation.atomic_io import finite, write_text
 from sftflow.foundation.errors import DataError, ProofError
 from sftflow.packing.pack import best_fit
 from sftflow.recipe import Recipe, SourceEntry
@@ -92,7 +92,7 @@ def write_bad_rows(out: Path, mixture: Mixture) -> None:
     """bad_rows.jsonl: the quarantined rows; none, no file."""
     (out / "bad_rows.jsonl").unlink(missing_ok=True)
     if mixture.bad:
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in mixture.bad)
+        text = "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in mixture.bad)
         write_text(out / "bad_rows.jsonl", text)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import os
 import pickle
 import queue
@@ -123,7 +124,12 @@ def _shown(payload: Any) -> Any:
     """A bad row for bad_rows.jsonl: as it stood."""
     if isinstance(payload, Conversation):
         return payload.to_row()["messages"]
-    return payload.decode("utf-8", "replace").rstrip("\r\n") if isinstance(payload, bytes) else payload
+    if isinstance(payload, bytes):
+        return payload.decode("utf-8", "replace").rstrip("\r\n")
+    try:  # Parquet has bytes and dates, a JSON file may be nested deeply
+        return json.loads(json.dumps(payload, default=str))
+    except (TypeError, ValueError, RecursionError):
+        return "a row that cannot be written as JSON"
 
 
 def n_cores() -> int:
@@ -152,6 +158,7 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
             )
             for _ in range(n)
         ]
+        self._prefix = job.prefix
         self._threads = ThreadPoolExecutor(n)
         self._free: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
         for process in self._processes:
@@ -197,6 +204,8 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
             _send(process, block)
             assert process.stdout is not None
             answer: Block = pickle.load(process.stdout)
+        except RecursionError:
+            raise DataError(self._prefix, "a row is nested too deeply", "remove it") from None
         except (EOFError, OSError, pickle.UnpicklingError):
             raise RunError("rendering", "a worker process died", "is memory short? run with fewer cores") from None
         finally:

@@ -71,7 +71,8 @@ def write_file(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_file(path, lambda file: file.write(text.encode()))
+    """In UTF-8; half a surrogate pair, which that has not, as JSON and YAML write it: \\ud83d."""
+    write_file(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 
 
 def finite(value: Any) -> Any:

@@ -39,8 +39,10 @@ class SftflowError(Exception):
 
     def __init__(self, place: str, fact: str, remedy: str = "") -> None:
         self.place, self.fact, self.remedy = place, fact, remedy
+        fact = fact if len(fact) <= 1_500 else f"{fact[:1_000]} ... {fact[-100:]}"  # it may quote a row's value
         line = f"{place}: {fact}" if place else fact
-        super().__init__(" ".join(f"{line}; {remedy}".split()) if remedy else " ".join(line.split()))
+        line = " ".join((f"{line}; {remedy}" if remedy else line).split())
+        super().__init__(line.encode("utf-8", "backslashreplace").decode())  # half a surrogate pair cannot be printed
 
     def __reduce__(self) -> tuple[type[SftflowError], tuple[str, str, str]]:
         """Errors travel from the processes that render rows."""
