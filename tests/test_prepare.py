@@ -161,7 +161,7 @@ GOOD = exchange(0)
 BAD = {
     "bad JSON": (b'{"messages": [', DataError, "not JSON"),
     "bad UTF-8": (b'{"messages": "\xff"}', DataError, "not UTF-8"),
-    "wrong type": ({"messages": 7}, SchemaError, "no messages"),
+    "wrong type": ({"messages": 7}, SchemaError, "it is a number"),
     "unknown role": ({"messages": [{"role": "bot", "content": "x"}]}, SchemaError, "role 'bot' is not known"),
     "empty": ({"messages": []}, SchemaError, "no messages"),
     "no assistant": ({"messages": [{"role": "user", "content": "x"}]}, SchemaError, "no assistant turn"),
@@ -198,7 +198,7 @@ def test_a_bad_row_stops_or_is_quarantined(tmp_path: Path, tokenizer_dir: Path, 
 def test_rows_from_memory_are_named_as_such(tmp_path: Path, tokenizer_dir: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [exchange(0), {"messages": 7}])
     loaded = parse_recipe({"mixture": [{"source": str(path), "place": "my list"}], "train": {"max_length": 64}}, "test")
-    with pytest.raises(SchemaError, match=r"^my list:2\.messages: no messages"):
+    with pytest.raises(SchemaError, match=r"^my list:2\.messages: it is a number"):
         build_mixture(loaded, make_renderer(tokenizer_dir, "sftflow"))
     assert "place" not in loaded.model_dump()["mixture"][0]  # a written recipe names the file
 

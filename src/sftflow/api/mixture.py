@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
+
 from sftflow import checkpoint
 from sftflow.api.rows import entry_of
 from sftflow.api.shared import ModelLike, RecipeLike, eval_options, parts_of, recipe_of, watching
@@ -45,7 +47,8 @@ class Audit(data_audit.Audit):
         self.mixture.prove()
 
     def __str__(self) -> str:
-        return as_text(ledger_table(self.ledger), *audit_tables(self.ledger))
+        ignored = map(Text, self.mixture.ignored())
+        return as_text(ledger_table(self.ledger), *ignored, *audit_tables(self.ledger))
 
     def _repr_html_(self) -> str:
         return frame(audit_page(self.ledger, self.samples))
@@ -62,7 +65,7 @@ class Mixture(data_mixture.Mixture):
         return audit(self.recipe)
 
     def __str__(self) -> str:
-        return as_text(ledger_table(self.ledger))
+        return as_text(ledger_table(self.ledger), *map(Text, self.ignored()))
 
     def _repr_html_(self) -> str:
         return frame(audit_page(self.ledger, [token_row(r, self.renderer.tokenizer) for r in self.samples]))

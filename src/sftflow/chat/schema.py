@@ -1,11 +1,4 @@
-"""The canonical conversation, and the dialects that are normalised into it.
-
-{"messages": [...], "tools"?: [...]}                       OpenAI chat, the canonical shape
-[{"role": ..., "content": ...}, ...]                       a bare list of messages
-{"prompt": text | messages, "completion": text | messages}
-{"instruction": ..., "input"?: ..., "output": ...}         Alpaca
-{"conversations": [{"from": "human", "value": ...}, ...]}  ShareGPT
-"""
+"""The canonical conversation: what every row becomes, whatever its dialect (`dialects`)."""
 
 from __future__ import annotations
 
@@ -15,20 +8,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from sftflow.chat.call_arguments import decoded
+from sftflow.chat.dialects import read_row
+from sftflow.chat.row_keys import MESSAGE_KEYS
 from sftflow.foundation.errors import SchemaError
-from sftflow.foundation.json_values import check_plain, kind_of, parse_json
+from sftflow.foundation.json_values import kind_of, parse_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 PART_KINDS = ("text", "python", "python_output")
-MESSAGE_KEYS = {"role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "weight"}
-SHAREGPT_NAMES = {
-    "user": ("human", "user"),
-    "assistant": ("gpt", "assistant", "model", "chatgpt", "bot"),
-    "system": ("system",),
-    "developer": ("developer",),
-    "tool": ("tool", "observation", "function_response"),
-}
-SHAREGPT_ROLES = {name: role for role, names in SHAREGPT_NAMES.items() for name in names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +70,8 @@ def text_message(role: str, text: str) -> Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One row. `source` is FILE:LINE (or task:number); `meta` keeps the row's other keys.
+    """One row. `source` is FILE:LINE (or task:number); `meta` keeps the row's other keys, `ignored` names what of
+    them is not empty, and unknown keys of its messages.
 
     `to_row` gives it back in the canonical shape, which `parse_row` reads.
     """
@@ -93,6 +80,7 @@ class Conversation:
     tools: tuple[dict[str, Any], ...] = ()
     meta: dict[str, Any] = field(default_factory=dict)
     source: str = ""
+    ignored: tuple[str, ...] = ()
 
     def before(self, turn: int) -> Conversation:
         """The history in front of message number `turn`."""
@@ -134,6 +122,7 @@ def _parts(content: Any, place: str) -> tuple[Part, ...]:
         kind = part.get("type")
         if kind not in PART_KINDS:
             raise SchemaError(where, f"part type {kind!r} is not known", f"use one of {', '.join(PART_KINDS)}")
+        part = {key: value for key, value in part.items() if value is not None}
         text = part.get("text", part.get("value"))
         if not isinstance(text, str):
             raise SchemaError(where, f"its text is {kind_of(text)}", "make it a string")
@@ -145,9 +134,12 @@ def _parts(content: Any, place: str) -> tuple[Part, ...]:
 
 
 def parse_message(raw: Any, place: str) -> Message:
-    """Validate one message. Raises SchemaError that names the place inside the row."""
+    """Validate one message, whose calls and weight `dialects` has read. Raises SchemaError, naming the place in the
+    row."""
     if not isinstance(raw, dict):
         raise SchemaError(place, f"a message is {kind_of(raw)}", "make it an object with role and content")
+    if len(raw) == 2 and raw.get("role") in ROLES and isinstance(raw.get("content"), str):
+        return text_message(raw["role"], raw["content"])  # most messages: what follows says the same, later
     unknown = sorted(set(raw) - MESSAGE_KEYS)
     if unknown:
         known = ", ".join(sorted(MESSAGE_KEYS))
@@ -161,20 +153,11 @@ def parse_message(raw: Any, place: str) -> Message:
         if not isinstance(text, str | None):
             raise SchemaError(f"{place}.{key}", f"it is {kind_of(text)}", "make it a string")
     calls = raw.get("tool_calls") or []
-    if not isinstance(calls, list) or not all(isinstance(c, dict) for c in calls):
-        raise SchemaError(f"{place}.tool_calls", "not a list of objects", "see the OpenAI chat shape")
-    for number, call in enumerate(calls):
-        function = call.get("function", call)
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise SchemaError(f"{place}.tool_calls[{number}]", "no function name", "give function.name and arguments")
-        if not isinstance(function.get("arguments", {}), (dict, str)):
-            raise SchemaError(f"{place}.tool_calls[{number}]", "arguments are neither object nor string", "mend them")
     for key in ("tool_calls", "reasoning_content", "weight"):
-        if raw.get(key) is not None and role != "assistant":
+        if raw.get(key) not in (None, "") and role != "assistant":
             raise SchemaError(f"{place}.{key}", f"only an assistant message has {key}, this is {role}", "remove it")
-    weight = raw.get("weight", 1)
-    if weight not in (0, 1) or isinstance(weight, bool):
-        raise SchemaError(f"{place}.weight", f"weight is {weight!r}", "use 0 or 1")
+    if role != "assistant":
+        texts["reasoning_content"] = None
     if "content" not in raw and not calls:
         raise SchemaError(place, "no content", "give content, or tool_calls on an assistant message")
     parts = _parts(raw.get("content"), place)
@@ -182,88 +165,22 @@ def parse_message(raw: Any, place: str) -> Message:
         raise SchemaError(f"{place}.content", "content is null", 'write "" for an empty message')
     if role != "assistant" and any(p.kind != "text" for p in parts):
         raise SchemaError(f"{place}.content", f"python parts in a {role} message", "only the assistant calls the tool")
-    return Message(role, parts, tuple(calls), weight=weight, **texts)
-
-
-def _side(value: Any, role: str, place: str) -> list[Any]:
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    if isinstance(value, list):
-        return value
-    raise SchemaError(place, f"it is {kind_of(value)}", "make it a text or a list of messages")
-
-
-def _sharegpt(raw: Any, place: str) -> dict[str, Any]:
-    if not isinstance(raw, dict) or not isinstance(raw.get("value"), str):
-        raise SchemaError(place, "a ShareGPT turn without a text `value`", 'write {"from": "human", "value": ...}')
-    role = SHAREGPT_ROLES.get(str(raw.get("from")))
-    if raw.get("from") == "function_call":
-        try:
-            call = json.loads(raw["value"])
-        except ValueError:
-            raise SchemaError(place, "a function_call that is not JSON", "give name and arguments") from None
-        return {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": call}]}
-    if role is None:
-        raise SchemaError(place, f"from {raw.get('from')!r} is not known", f"use one of {', '.join(SHAREGPT_ROLES)}")
-    out: dict[str, Any] = {"role": role, "content": raw["value"]}
-    if role == "assistant" and "weight" in raw:
-        out["weight"] = raw["weight"]
-    return out
-
-
-def _dialect(row: Any, place: str) -> tuple[Any, tuple[str, ...]]:
-    """(the row's messages in the canonical shape, not yet validated; the keys that were read)."""
-    if isinstance(row, list):
-        return row, ()
-    if not isinstance(row, dict):
-        raise SchemaError(place, f"a row is {kind_of(row)}", "make it an object with messages")
-    if "messages" in row:
-        return row["messages"], ("messages", "tools")
-    if "prompt" in row and "completion" in row:
-        prompt = _side(row["prompt"], "user", f"{place}.prompt")
-        completion = _side(row["completion"], "assistant", f"{place}.completion")
-        return [*prompt, *completion], ("prompt", "completion", "tools")
-    if "instruction" in row and "output" in row:
-        for key in ("instruction", "output"):
-            if not isinstance(row[key], str):
-                raise SchemaError(f"{place}.{key}", f"it is {kind_of(row[key])}", "make it a string")
-        asked = f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
-        exchange = [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
-        return exchange, ("instruction", "input", "output")
-    if "conversations" in row:
-        turns = row["conversations"]
-        if not isinstance(turns, list):
-            raise SchemaError(f"{place}.conversations", f"it is {kind_of(turns)}", "make it a list of turns")
-        raw = [_sharegpt(turn, f"{place}.conversations[{i}]") for i, turn in enumerate(turns)]
-        system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-        return [*system, *raw], ("conversations", "tools", "system")
-    keys = ", ".join(map(repr, list(row)[:4])) or "none"
-    raise SchemaError(place, f"no known dialect (keys: {keys})", "give messages, or prompt and completion")
+    return Message(role, parts, tuple(calls), weight=raw.get("weight", 1), **texts)
 
 
 def parse_row(row: Any, place: str) -> Conversation:
-    """One row of any accepted dialect -> the canonical conversation.
+    """One row of any accepted dialect -> the canonical conversation. Raises SchemaError, naming the place in the row.
 
     >>> parse_row({"prompt": "hi", "completion": "yo"}, "x:1").messages[1].text
     'yo'
     """
-    raw, used = _dialect(row, place)
-    fields = row if isinstance(row, dict) else {}
-    meta = {key: value for key, value in fields.items() if key not in used}
-    tools: Any = (fields.get("tools") or []) if "tools" in used else []
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError:
-            raise SchemaError(f"{place}.tools", "a string that is not JSON", "give a list of tools") from None
-    if not isinstance(tools, list) or not all(isinstance(t, dict) for t in tools):
-        raise SchemaError(f"{place}.tools", "not a list of objects", "see the OpenAI tool shape")
-    if not isinstance(raw, list) or not raw:
+    raw = read_row(row, place)
+    found = [tuple(parse_message(message, where) for where, message in turns) for turns in raw.conversations]
+    if not found[0]:
         raise SchemaError(f"{place}.messages", "no messages", "give at least one")
-    check_plain(raw, f"{place}.messages")
-    check_plain(tools, f"{place}.tools")
-    messages = tuple(parse_message(m, f"{place}.messages[{i}]") for i, m in enumerate(raw))
-    return Conversation(messages, tuple(tools), meta, place)
+    if any(messages != found[0] for messages in found[1:]):
+        raise SchemaError(place, "it holds conversations in two dialects, which differ", "keep one of them")
+    return Conversation(found[0], tuple(raw.tools), raw.meta, place, raw.ignored)
 
 
 def conversation_of(payload: Any, place: str) -> Conversation:

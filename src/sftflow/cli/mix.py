@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
@@ -39,6 +40,8 @@ def mix(
             f"{ledger['packed_rows']:,} packed rows of {ledger['max_length']}, {ledger['padding_share']:.1%} padding, "
             f"{ledger['validation_rows']:,} rows held out"
         )
+        for line in found.mixture.ignored():
+            print(textwrap.fill(line, 80, break_long_words=False, break_on_hyphens=False))
         for table in audit_tables(ledger):
             print()
             print_table(table)

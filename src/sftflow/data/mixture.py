@@ -26,6 +26,7 @@ from sftflow.foundation.errors import DataError, ProofError
 from sftflow.packing.pack import best_fit
 from sftflow.recipe import Recipe, SourceEntry
 
+MOST_KEYS = 12  # ignored keys that are listed; ledger.json has all
 SETTLE_ROWS = 64  # rows of a source that decide the template's arguments
 
 
@@ -82,6 +83,17 @@ class Mixture:
                 place, _, fact = counts["first"].partition(": ")
                 fact = f"{name}: {fact} ({counts['failed']:,} rows fail)"
                 raise ProofError(place, fact, "remove the row, or use another --format")
+
+    def ignored(self) -> list[str]:
+        """A line for each source whose rows have keys that nothing was made of: which, and how many rows."""
+        lines = []
+        for name, source in zip(self.names, self.sources, strict=True):
+            keys = [f"{key} ({n:,} row{'s' * (n != 1)})" for key, n in source["ignored"].items()]
+            if len(keys) > MOST_KEYS:
+                keys[MOST_KEYS:] = [f"and {len(keys) - MOST_KEYS:,} more keys"]
+            if keys:
+                lines.append(f"ignored: {', '.join(keys)} in {name}")
+        return lines
 
     def digest(self) -> str:
         """One hash of every row's ids, in order, and of which are trained on."""
@@ -165,6 +177,7 @@ def _ledger(entry: SourceEntry, rows: RowStore, here: NDArray[np.int64], n_held_
         "cut": meta["cut"],
         "dropped": sum(meta["dropped"].values()) + meta["bad"],
         "bad": meta["bad"],
+        "ignored": dict(sorted(meta["ignored"].items(), key=lambda item: (-item[1], item[0]))),
         "expanded": meta["expanded"],
         "validation_rows": n_held_out,
         "boundary_splits": meta["boundary_splits"],

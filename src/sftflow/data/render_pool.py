@@ -48,13 +48,15 @@ class Job:
 
 @dataclass
 class Counts:
-    """What became of rows. invariants: how often each was checked and failed, and the first failure."""
+    """What became of rows. ignored: how many had each key that nothing was made of.   invariants: how often each was
+    checked and failed, and the first failure."""
 
     seen: int = 0
     cut: int = 0
     expanded: int = 0
     boundary_splits: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    ignored: Counter[str] = field(default_factory=Counter)
     invariants: Checks = field(default_factory=dict)
 
     def add(self, more: Counts) -> None:
@@ -63,6 +65,7 @@ class Counts:
         self.expanded += more.expanded
         self.boundary_splits += more.boundary_splits
         self.dropped.update(more.dropped)
+        self.ignored.update(more.ignored)
         add_checks(self.invariants, more.invariants)
 
 
@@ -93,6 +96,7 @@ def render_block(renderer: Renderer, job: Job, items: list[NumberedRow], n_verif
         counts.seen += 1
         try:
             conversation = conversation_of(payload, f"{job.prefix}:{number}")
+            counts.ignored.update(conversation.ignored)
             fitted = fit_to_length(conversation, renderer, job.max_length, job.overlong)
         except (DataError, SchemaError, FormatError, MaskError) as error:
             if job.on_bad_row == "stop":

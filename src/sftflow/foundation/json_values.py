@@ -22,7 +22,7 @@ class RepeatedKeyError(ValueError):
 def loads(text: str) -> Any:
     """Parse JSON. Raises ValueError where it is none, and RepeatedKeyError where one key stands twice in an object, of
     which all but the last would be lost."""
-    return json.loads(text, object_pairs_hook=_object)
+    return _DECODER.decode(text)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -32,6 +32,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise RepeatedKeyError(f"the key {twice!a} stands twice in one object")
     return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def without_nulls(value: Any) -> Any:

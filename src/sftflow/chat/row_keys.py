@@ -1,0 +1,97 @@
+"""What each key of a row means: the tables that rows are read by (docs/rows.md says the same in words).
+
+read       with the meaning that it has for the programs that write it
+refused    it changes what would be taught, and that cannot be done here: named, with a remedy
+ignored    every other key: counted, and listed by `mix` and `train`
+
+A key whose value is null or empty is not there.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from sftflow.foundation.errors import SchemaError
+
+
+class Refusal(NamedTuple):
+    fact: str
+    remedy: str
+
+
+_PICTURES = Refusal("only text is taught, not pictures or sound", "remove the row, or this key where it is not needed")
+_PREFERENCE = Refusal(
+    "preference data", "give the reply that is wanted as `completion` or `messages`, without this key"
+)
+_ARGUMENTS = Refusal("a template's arguments cannot differ from row to row", "remove the key, or these rows")
+_SPANS = Refusal("a reply is taught as a whole or not at all", "use weight 0 or 1")
+_MASK = Refusal("it may mean taught as well as not taught", "give messages that are not taught weight 0")
+
+CONVERSATIONS = ("messages", "conversations", "conversation")
+SYSTEM = ("system", "system_prompt", "system_message")
+TOOLS = ("tools", "functions")
+PREFERRED = ("label", "kto_tag")
+FLAGS = ("weight", "loss", "train", "training")
+"""1 or true: the message is taught"""
+
+READ = {
+    **dict.fromkeys(CONVERSATIONS, "the conversation: a list of messages, or JSON text of one"),
+    "prompt": "what `completion` answers: a text, or messages, none of which is taught",
+    "completion": "the reply that is taught: a text, or messages",
+    "instruction": "Alpaca: what is asked",
+    "input": "Alpaca: what `instruction` is about, below it",
+    "output": "Alpaca: the reply",
+    "query": "as `instruction`",
+    "response": "as `output`",
+    "history": "of Alpaca and `query`: [asked, replied] pairs in front; their replies are taught",
+    **dict.fromkeys(SYSTEM, "the system message, unless the conversation begins with the same one"),
+    "tools": "tools in the OpenAI shape, or JSON text of them",
+    "functions": "as `tools`, without the envelope",
+    "weight": "0: nothing of the row is taught",
+    **dict.fromkeys(PREFERRED, "true: the reply is wanted"),
+}
+REFUSED = {
+    **dict.fromkeys(("images", "image", "videos", "video", "audios", "audio", "objects"), _PICTURES),
+    **dict.fromkeys(("chosen", "rejected", "rejected_response", "rejected_messages"), _PREFERENCE),
+    **dict.fromkeys(("preferred_output", "non_preferred_output"), _PREFERENCE),
+    **dict.fromkeys(("chat_template_kwargs", "chat_template"), _ARGUMENTS),
+    "documents": Refusal("a template's documents are not taught", "put them into a message"),
+    **dict.fromkeys(("mask", "loss_mask"), _MASK),
+    **dict.fromkeys(("loss_weight", "loss_scale", "sample_weight"), _SPANS),
+}
+
+# ---- of a message
+
+MESSAGE_KEYS = {"role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "weight"}
+SAME_AS = {"from": "role", "value": "content", "thinking": "reasoning_content", "reasoning": "reasoning_content"}
+MESSAGE_REFUSED = {
+    **{key: REFUSED[key] for key in ("images", "image", "videos", "video", "audios", "audio", "mask", "loss_mask")},
+    **dict.fromkeys(("train_detail", "training_detail", "loss_weight", "loss_scale"), _SPANS),
+    "refusal": Refusal("a refusal beside the content is not read", "make it the content"),
+}
+TURN_NAMES = {  # under `from`
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "bot"), "assistant"),
+    "system": "system",
+    "developer": "developer",
+    **dict.fromkeys(("tool", "observation", "function_response", "tool_response"), "tool"),
+}
+ROLES = {"function": "tool", "tool_response": "tool"}  # under `role`, beside OpenAI's own of today
+CALL_ROLES = ("function_call", "tool_call")
+"""an assistant's turn whose content is a call, or a list of calls, as JSON"""
+
+
+def absent(value: Any) -> bool:
+    """Whether a row's value stands for a key that is not there.
+
+    >>> [absent(value) for value in (None, "", [], {}, 0, False)]
+    [True, True, True, True, False, False]
+    """
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def refuse(found: dict[str, Any], refused: dict[str, Refusal], place: str) -> None:
+    """Raises SchemaError at the first key that changes what would be taught. A weight of 1 changes nothing."""
+    for key in found:
+        if key in refused and not absent(found[key]) and not (refused[key] is _SPANS and found[key] == 1):
+            raise SchemaError(f"{place}.{key}", *refused[key])

@@ -1,0 +1,98 @@
+"""Tool calls and tool definitions as rows spell them -> the OpenAI shape. Arguments stay the row's own: a text or an
+object, to the letter."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from sftflow.foundation.errors import SchemaError
+from sftflow.foundation.json_values import check_plain, kind_of, loads
+
+ARGUMENTS = ("arguments", "parameters", "args", "input")
+_THOUGHT = re.compile(r"\s*(<think>.*?</think>)(.*)", re.DOTALL)
+
+
+def read_json(text: str, place: str) -> Any:
+    """A JSON text inside a row. Raises SchemaError where it is none, or holds what JSON has not."""
+    try:
+        value = loads(text)
+    except RecursionError:
+        raise SchemaError(place, "JSON nested too deeply", "mend the text") from None
+    except ValueError as error:
+        raise SchemaError(place, f"a text that is not JSON ({error})", "mend the text") from None
+    check_plain(value, place)
+    return value
+
+
+def read_tools(value: Any, place: str) -> list[dict[str, Any]]:
+    """Definitions of tools: a list of objects, or of JSON texts, or JSON text of one."""
+    if isinstance(value, str):
+        value = read_json(value, place)
+    if isinstance(value, list):
+        value = [read_json(t, place) if isinstance(t, str) else t for t in value]
+    if not isinstance(value, list) or not all(isinstance(t, dict) for t in value):
+        raise SchemaError(place, "not a list of objects", "see the OpenAI tool shape")
+    check_plain(value, place)
+    return value
+
+
+def read_calls(value: Any, place: str) -> list[dict[str, Any]]:
+    """A message's `tool_calls`. Raises SchemaError, naming the call."""
+    if not isinstance(value, list) or not all(isinstance(c, dict) for c in value):
+        raise SchemaError(place, "not a list of objects", "see the OpenAI chat shape")
+    return [_call(call, f"{place}[{number}]") for number, call in enumerate(value)]
+
+
+def calls_in_content(content: Any, place: str) -> tuple[str | None, list[dict[str, Any]]]:
+    """(what is thought, or None; the calls) of a content that is a call or a list of calls, as JSON text behind
+    reasoning between <think> tags, or as it is."""
+    thought = None
+    if isinstance(content, str):
+        if match := _THOUGHT.fullmatch(content):
+            thought, content = match.groups()
+        content = read_json(content, place)
+    calls = [content] if isinstance(content, dict) else content
+    if not calls:
+        raise SchemaError(place, "no call in it", "give name and arguments")
+    return thought, read_calls(calls, place)
+
+
+def _call(raw: dict[str, Any], place: str) -> dict[str, Any]:
+    """One call: {"id"?, "type"?, "index"?, "function": {"name", "arguments"}}, in the row's own order."""
+    call = {key: value for key, value in raw.items() if value is not None}
+    if call.get("type") == "tool_use":
+        call["type"] = "function"
+    if call.get("type", "function") != "function":
+        raise SchemaError(place, f"type {call['type']!r} is not known", "only functions are called")
+    envelope = {key: value for key, value in call.items() if key in ("id", "type", "index")}
+    nested = isinstance(call.get("function"), dict)
+    given = call["function"] if nested else {key: value for key, value in call.items() if key not in envelope}
+    given = {key: value for key, value in given.items() if value is not None}
+    if not isinstance(given.get("name"), str) or not given["name"]:
+        raise SchemaError(place, "no function name", "give function.name and arguments")
+    unknown = [key for key in call if key not in (*envelope, "function")] if nested else []
+    unknown += [key for key in given if key not in ("name", *ARGUMENTS)]
+    if unknown:
+        raise SchemaError(place, f"unknown key {unknown[0]!r} in a call", "known: id, type, index, function")
+    spelled = [key for key in given if key in ARGUMENTS]
+    if len(spelled) > 1:
+        raise SchemaError(place, f"{spelled[0]} and {spelled[1]} in one call", "keep one of them")
+    function = {"name" if key == "name" else "arguments": value for key, value in given.items()}
+    function["arguments"] = _arguments(given[spelled[0]], f"{place}.{spelled[0]}") if spelled else {}
+    return {**call, "function": function} if nested else {**envelope, "type": "function", "function": function}
+
+
+def _arguments(given: Any, place: str) -> Any:
+    """Arguments as they are; an empty text is no arguments."""
+    if isinstance(given, str):
+        if not given.strip():
+            return {}
+        found = read_json(given, place)
+        if isinstance(found, str):
+            raise SchemaError(place, "JSON text of a JSON text", "encode the arguments once")
+    else:
+        found = given
+    if not isinstance(found, dict):
+        raise SchemaError(place, f"arguments are {kind_of(found)}", "make them one JSON object")
+    return given

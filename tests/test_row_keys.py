@@ -1,0 +1,383 @@
+"""Every key of a row is read, refused by name, or counted as ignored; and is the same in every kind of file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from helpers.templates import CHATML
+from sftflow.api.rows import read
+from sftflow.chat import row_keys
+from sftflow.chat.format import ChatFormat
+from sftflow.chat.render import Renderer
+from sftflow.chat.schema import parse_row
+from sftflow.data.mixture import build_mixture
+from sftflow.foundation.errors import SchemaError
+from sftflow.recipe import parse_recipe
+
+ASKED = {"role": "user", "content": "hi"}
+REPLIED = {"role": "assistant", "content": "yo"}
+CHAT = {"messages": [ASKED, REPLIED]}
+BARE = {"prompt": "hi", "completion": "yo"}
+ALPACA = {"instruction": "hi", "output": "yo"}
+SHAREGPT = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]}
+DIALECTS: list[dict[str, Any]] = [CHAT, BARE, ALPACA, SHAREGPT, {"query": "hi", "response": "yo"}]
+
+
+def taught(row: Any) -> list[tuple[str, str, int]]:
+    return [(m.role, m.text, m.weight) for m in parse_row(row, "f:1").messages]
+
+
+def refusal(row: Any) -> str:
+    with pytest.raises(SchemaError) as error:
+        parse_row(row, "f:1")
+    assert error.value.remedy and "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---- read
+
+
+@pytest.mark.parametrize("row", DIALECTS)
+@pytest.mark.parametrize("key", row_keys.SYSTEM)
+def test_a_system_key_is_the_system_message(row: dict[str, Any], key: str) -> None:
+    assert taught({**row, key: "Be brief."}) == [("system", "Be brief.", 1), ("user", "hi", 1), ("assistant", "yo", 1)]
+    assert taught({**row, key: ""}) == taught({**row, key: None}) == taught(row)
+
+
+def test_one_system_message_is_enough() -> None:
+    own = {"messages": [{"role": "system", "content": [{"type": "text", "text": "A"}]}, *CHAT["messages"]]}
+    assert taught({**own, "system": "A", "system_prompt": "A"}) == taught(own)
+    assert "f:1.system: the row's own system message is another" in refusal({**own, "system": "B"})
+    assert "system and system_prompt differ" in refusal({**CHAT, "system": "A", "system_prompt": "B"})
+    assert "f:1.system: it is a list" in refusal({**CHAT, "system": ["A"]})
+
+
+@pytest.mark.parametrize("keys", [("instruction", "output"), ("query", "response")])
+def test_a_history_comes_first(keys: tuple[str, str]) -> None:
+    row = {keys[0]: "three", keys[1]: "C", "system": "S", "history": [["one", "A"], ["two", "B"]]}
+    said = [
+        ("user", "one"),
+        ("assistant", "A"),
+        ("user", "two"),
+        ("assistant", "B"),
+        ("user", "three"),
+        ("assistant", "C"),
+    ]
+    assert taught(row) == [("system", "S", 1), *((role, text, 1) for role, text in said)]
+    assert taught({**row, "history": []}) == [("system", "S", 1), ("user", "three", 1), ("assistant", "C", 1)]
+    assert "f:1.history[1]: not a pair" in refusal({**row, "history": [["one", "A"], ["two"]]})
+    assert "f:1.history[0]: it is null" in refusal({**row, "history": [["one", None]]})
+    assert "a history beside messages" in refusal({**CHAT, "history": [["one", "A"]]})
+
+
+def test_an_input_alone_is_what_is_asked() -> None:
+    assert taught({"instruction": "", "input": "hi", "output": "yo"}) == taught(ALPACA)
+
+
+@pytest.mark.parametrize("row", DIALECTS)
+def test_tools_are_read_in_every_dialect(row: dict[str, Any]) -> None:
+    bell = {"name": "bell", "parameters": {"type": "object", "properties": {}}}
+    tools = ({"type": "function", "function": bell},)
+    for given_as in (
+        {"tools": list(tools)},
+        {"tools": json.dumps(tools)},
+        {"functions": [bell]},
+        {"tools": [json.dumps(tools[0])]},
+    ):
+        assert parse_row({**row, **given_as}, "f:1").tools == tools
+    for empty in (None, "", []):
+        assert parse_row({**row, "tools": empty}, "f:1").tools == ()
+    assert "tools and functions differ" in refusal({**row, "tools": [bell], "functions": [bell]})
+    assert "f:1.tools: a text that is not JSON" in refusal({**row, "tools": "bell"})
+    assert "stands twice" in refusal({**row, "tools": '[{"name": "a", "name": "b"}]'})
+
+
+@pytest.mark.parametrize("key", row_keys.CONVERSATIONS)
+def test_messages_in_any_spelling(key: str) -> None:
+    for turns in (CHAT["messages"], SHAREGPT["conversations"]):
+        assert taught({key: turns}) == taught({key: json.dumps(turns)}) == taught(CHAT)
+    assert "a text that is not JSON" in refusal({key: "[hi"})
+
+
+def test_two_dialects_in_one_row_say_the_same() -> None:
+    assert taught({**CHAT, **ALPACA}) == taught(CHAT)
+    assert taught({**CHAT, "prompt": None, "completion": None}) == taught({**BARE, "messages": []}) == taught(CHAT)
+    assert "two dialects" in refusal({**CHAT, **ALPACA, "output": "no"})
+
+
+def test_nothing_of_a_prompt_is_taught() -> None:
+    prompt = [{"role": "system", "content": "S"}, ASKED, REPLIED, {"role": "user", "content": "and?"}]
+    for completion in ("yes", [{"role": "assistant", "content": "yes"}]):
+        found = taught({"prompt": prompt, "completion": completion})
+        assert found == [
+            ("system", "S", 1),
+            ("user", "hi", 1),
+            ("assistant", "yo", 0),
+            ("user", "and?", 1),
+            ("assistant", "yes", 1),
+        ]
+    more = [{"role": "user", "content": "more"}, {"role": "assistant", "content": "M"}]
+    assert [weight for *_, weight in taught({"prompt": [ASKED, REPLIED], "completion": more})] == [1, 0, 1, 1]
+    assert "ends with a reply" in refusal({"prompt": [ASKED, REPLIED], "completion": "yes"})
+    weighed = [ASKED, {**REPLIED, "weight": 1}, ASKED]
+    assert "f:1.prompt[1].weight: nothing of a prompt is taught" in refusal({"prompt": weighed, "completion": "yes"})
+
+
+# ---- what is not taught
+
+
+@pytest.mark.parametrize("flag", row_keys.FLAGS)
+@pytest.mark.parametrize("value", [0, False, 0.0])
+def test_a_turn_marked_so_is_not_taught(flag: str, value: Any) -> None:
+    call = {"from": "function_call", "value": '{"name": "bell", "arguments": {}}', flag: value}
+    turns = [*SHAREGPT["conversations"], {"from": "human", "value": "ring"}, call]
+    assert [weight for *_, weight in taught({"conversations": turns})] == [1, 1, 1, 0]
+    assert [weight for *_, weight in taught([ASKED, {**REPLIED, flag: value}])] == [1, 0]
+    assert taught([{**ASKED, flag: value}, {**REPLIED, flag: 1}]) == taught(CHAT)
+    assert "only an assistant message" in refusal([{**ASKED, flag: True}, REPLIED])
+    assert f"{flag} is 'no'" in refusal([ASKED, {**REPLIED, flag: "no"}])
+
+
+def test_flags_may_not_contradict_each_other() -> None:
+    assert [weight for *_, weight in taught([ASKED, {**REPLIED, "loss": False, "train": False}])] == [1, 0]
+    assert "loss and weight" in refusal([ASKED, {**REPLIED, "loss": False, "weight": 1}]).replace(
+        "weight and loss", "loss and weight"
+    )
+
+
+@pytest.mark.parametrize("row", DIALECTS)
+def test_a_row_of_weight_0_teaches_nothing(row: dict[str, Any]) -> None:
+    assert parse_row({**row, "weight": 0}, "f:1").supervised == []
+    assert taught({**row, "weight": 1.0}) == taught(row)
+    assert "f:1.weight: weight is 0.5" in refusal({**row, "weight": 0.5})
+
+
+@pytest.mark.parametrize("row", DIALECTS)
+@pytest.mark.parametrize("key", row_keys.PREFERRED)
+def test_a_reply_that_is_not_wanted_is_refused(row: dict[str, Any], key: str) -> None:
+    assert f"f:1.{key}: {key} is false" in refusal({**row, key: False})
+    assert parse_row({**row, key: True}, "f:1").ignored == ()
+    assert parse_row({**row, "label": 0}, "f:1").ignored == ("label",)  # a class
+
+
+# ---- refused, ignored
+
+
+@pytest.mark.parametrize("row", DIALECTS)
+def test_keys_that_change_the_meaning_are_refused_by_name(row: dict[str, Any]) -> None:
+    for key in row_keys.REFUSED:
+        assert refusal({**row, key: ["x"]}).startswith(f"f:1.{key}: ")
+        for empty in (None, "", [], {}):
+            assert taught({**row, key: empty}) == taught(row)
+
+
+def test_preference_data_is_named_also_where_the_dialect_is_not_known() -> None:
+    assert "preference data" in refusal({"prompt": "hi", "chosen": "yo", "rejected": "no"})
+    assert "preference data" in refusal({"chosen": CHAT["messages"], "rejected": [ASKED]})
+    assert "preference data" in refusal(
+        {"input": CHAT, "preferred_output": [REPLIED], "non_preferred_output": [REPLIED]}
+    )
+    both = {**CHAT, "chosen": CHAT["messages"], "rejected": [ASKED, {**REPLIED, "content": "no"}]}
+    assert taught(both) == taught(CHAT)
+    assert parse_row(both, "f:1").ignored == ("chosen", "rejected")
+
+
+def test_keys_of_messages_are_refused_by_name() -> None:
+    for key in row_keys.MESSAGE_REFUSED:
+        assert refusal([ASKED, {**REPLIED, key: ["x"]}]).startswith(f"f:1.messages[1].{key}: ")
+    gone = {"refusal": None, "audio": None, "function_call": None, "tool_calls": [], "annotations": [], "weight": None}
+    assert taught([{**ASKED, "tool_calls": None, "reasoning_content": None}, {**REPLIED, **gone}]) == taught(CHAT)
+    part = {"type": "text", "text": "hi", "image_url": None}
+    assert taught([{"role": "user", "content": [part]}, REPLIED]) == taught(CHAT)
+
+
+def test_reasoning_has_one_name() -> None:
+    for key in ("reasoning_content", "thinking", "reasoning"):
+        (_, message) = parse_row([{**ASKED, "thinking": ""}, {**REPLIED, key: "hm"}], "f:1").messages
+        assert message.reasoning_content == "hm"
+    assert "differ" in refusal([ASKED, {**REPLIED, "thinking": "hm", "reasoning_content": "so"}])
+
+
+def test_other_keys_are_counted(tmp_path: Path, renderer: Renderer) -> None:
+    turn = {"from": "gpt", "value": "yo", "id": 7, "markdown": None}
+    rows = [{**CHAT, "topic": "sea", "empty": []}, {**BARE, "topic": "sky", "id": 1}]
+    rows.append({"conversations": [SHAREGPT["conversations"][0], turn]})
+    assert parse_row(rows[0], "f:1").meta == {"topic": "sea", "empty": []}
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = parse_recipe({"mixture": [{"source": str(tmp_path / "d.jsonl")}], "validation": 0}, "recipe")
+    mixture = build_mixture(recipe, renderer)
+    assert mixture.ledger["sources"][0]["ignored"] == {"topic": 2, "conversations[].id": 1, "id": 1}
+    assert mixture.ignored() == ["ignored: topic (2 rows), conversations[].id (1 row), id (1 row) in d"]
+
+
+# ---- calls
+
+
+def call_of(**call: Any) -> dict[str, Any]:
+    """The function of the one call that a message makes."""
+    row = [ASKED, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    return dict(parse_row(row, "f:1").messages[1].tool_calls[0]["function"])
+
+
+@pytest.mark.parametrize("key", ["arguments", "parameters", "args", "input"])
+def test_arguments_in_any_spelling_are_kept_to_the_letter(key: str) -> None:
+    for given_as in ('{"b":1.0,  "a": 12345678901234567890}', {"b": 1.0, "a": None}):
+        assert call_of(function={"name": "f", key: given_as}) == {"name": "f", "arguments": given_as}
+        assert call_of(name="f", id="c", type="tool_use", **{key: given_as}) == {"name": "f", "arguments": given_as}
+    for nothing in ("", "  ", None, {}):
+        assert call_of(function={"name": "f", key: nothing}) == {"name": "f", "arguments": {}}
+    assert call_of(function={"name": "f"}) == {"name": "f", "arguments": {}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fact"),
+    [
+        ('{"a": 1,}', "a text that is not JSON"),
+        ("{'a': 1}", "a text that is not JSON"),
+        ("[1, 2]", "arguments are a list"),
+        ([1, 2], "arguments are a list"),
+        (7, "arguments are a number"),
+        ("null", "arguments are null"),
+        ('"{\\"a\\": 1}"', "JSON text of a JSON text"),
+        ('{"a": NaN}', "nan is not a number of JSON"),
+        ('{"a": [-Infinity]}', "-inf is not a number of JSON"),
+        ('{"a": 1e400}', "inf is not a number of JSON"),
+        ({"a": float("nan")}, "nan is not a number of JSON"),
+        ('{"a": {"b": 1, "b": 2}}', "the key 'b' stands twice"),
+        ('{"a": "\\ud800"}', "a lone surrogate"),
+        ('{"a": ' * 5000 + "1" + "}" * 5000, "nested"),
+    ],
+)
+def test_arguments_that_are_no_object_are_refused(arguments: Any, fact: str) -> None:
+    row = [ASKED, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
+    said = refusal(row)
+    assert said.startswith("f:1.messages[1].tool_calls[0].") or said.startswith("f:1.messages[1].tool_calls[0]:")
+    assert fact in said
+
+
+@pytest.mark.parametrize(
+    ("call", "fact"),
+    [
+        ({"function": {"name": "f", "arguments": {"a": 1}, "parameters": {"a": 1}}}, "arguments and parameters in one"),
+        ({"function": {"name": "f", "arguments": {}, "strictly": 1}}, "unknown key 'strictly' in a call"),
+        ({"function": {"name": "f"}, "arguments": {"a": 1}}, "unknown key 'arguments' in a call"),
+        ({"type": "custom", "custom": {"name": "f", "input": "x"}}, "type 'custom' is not known"),
+        ({"function": {"arguments": {}}}, "no function name"),
+    ],
+)
+def test_calls_that_say_more_than_is_read_are_refused(call: dict[str, Any], fact: str) -> None:
+    assert fact in refusal([ASKED, {"role": "assistant", "tool_calls": [call]}])
+
+
+def test_calls_of_every_dialect_are_the_same_calls() -> None:
+    one, two = {"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": {}}
+    made = [{"type": "function", "function": call} for call in (one, two)]
+    spelled: list[list[dict[str, Any]]] = [
+        [{"role": "assistant", "content": None, "tool_calls": made}],
+        [{"from": "function_call", "value": json.dumps([{"name": "f", "parameters": {"x": 1}}, two])}],
+        [{"from": "function_call", "value": json.dumps(made)}],
+        [{"from": "function_call", "value": [one, two]}],
+        [{"role": "tool_call", "content": json.dumps(call)} for call in (one, two)],
+    ]
+    for turns in spelled:
+        (message,) = parse_row([ASKED, *turns], "f:1").messages[1:]
+        assert (list(message.tool_calls), message.text) == (made, "")
+    old = [{"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}}]
+    old.append({"role": "function", "name": "f", "content": "ok"})
+    called, answered = parse_row([ASKED, *old], "f:1").messages[1:]
+    assert called.tool_calls[0]["function"] == {"name": "f", "arguments": '{"x": 1}'}
+    assert (answered.role, answered.name, answered.text) == ("tool", "f", "ok")
+    thought = {"from": "function_call", "value": "<think>\nhm\n</think>\n" + json.dumps(one)}
+    (message,) = parse_row([ASKED, thought], "f:1").messages[1:]
+    assert (message.text, list(message.tool_calls)) == ("<think>\nhm\n</think>", made[:1])
+    for value, fact in (
+        ("ring!", "not JSON"),
+        ("[]", "no call"),
+        ("3", "not a list of objects"),
+        ("[1]", "not a list"),
+    ):
+        assert fact in refusal([ASKED, {"from": "function_call", "value": value}])
+
+
+# ---- one row, whatever file it is in
+
+WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=6)
+ARGUMENTS = {"a": st.text(max_size=4), "b": st.integers(-9, 9), "c": st.booleans(), "d": st.just({"e": 1.5})}
+"""of calls: a column of Arrow has one type"""
+
+
+def full_row(**made: Any) -> dict[str, Any]:
+    """A row with all keys that the rows of a table have together, in the order of Arrow's structs."""
+    arguments = made.get("arguments", {"a": "", "b": 1, "c": True, "d": {"e": 1.5}})
+    properties = {name: {"type": "string", "enum": ["x"]} for name in arguments}
+    tool = {"name": "f", "parameters": {"type": "object", "properties": properties}}
+    call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    asked, answered, replied = made.get("words", ("u", "t", "r"))
+    return {
+        "messages": [
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": "", "tool_calls": [call], "weight": 0},
+            {"role": "tool", "content": answered, "tool_call_id": "call00001"},
+            {"role": "assistant", "content": replied, "weight": 1},
+        ],
+        "tools": [{"type": "function", "function": tool}],
+        "system": "S",
+        **BARE,
+    }
+
+
+@st.composite
+def tables(draw: Any) -> list[dict[str, Any]]:
+    """Rows each of which lacks some of the keys."""
+    rows = []
+    for _ in range(draw(st.integers(1, 4))):
+        names = [name for name in ARGUMENTS if draw(st.booleans())] or ["a"]
+        arguments = {name: draw(ARGUMENTS[name]) for name in names}
+        row = full_row(arguments=arguments, words=draw(st.tuples(WORDS, WORDS, WORDS)))
+        bare = draw(st.integers(0, 3)) == 0
+        for key in (
+            ("messages", "tools") if bare else ("prompt", "completion", *draw(st.sampled_from([(), ("tools",)])))
+        ):
+            del row[key]
+        for inner, key in ((row, "system"), *((message, "weight") for message in row.get("messages", ()))):
+            if key in inner and draw(st.booleans()):
+                del inner[key]
+        for schema in row["tools"][0]["function"]["parameters"]["properties"].values() if "tools" in row else ():
+            if draw(st.booleans()):
+                del schema["enum"]
+        rows.append(row)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def calling(tokenizer_dir: Path) -> Renderer:
+    """A format that writes tools, calls and system messages."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    return Renderer(tokenizer, ChatFormat(name="own", template=CHATML))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=tables())
+def test_a_row_is_the_same_in_jsonl_parquet_and_arrow(
+    tmp_path: Path, calling: Renderer, rows: list[dict[str, Any]]
+) -> None:
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    table = pa.Table.from_pylist(rows, schema=pa.Table.from_pylist([full_row()]).schema)
+    pq.write_table(table, tmp_path / "d.parquet")
+    found = []
+    for source in (tmp_path / "d.jsonl", tmp_path / "d.parquet", datasets.Dataset(table)):
+        rendered = [r for c in read(source).conversations() for r in calling.render_rows(c)]
+        found.append([(r.text, r.ids.tolist(), r.mask.tolist()) for r in rendered])
+    assert found[0] == found[1] == found[2]
