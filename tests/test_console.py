@@ -86,6 +86,15 @@ def test_unknown_peak_or_work_is_left_out() -> None:
         assert "of peak" not in watch.lines[0]
 
 
+def test_a_peak_that_the_run_itself_exceeds_is_left_out_from_then_on() -> None:
+    with Screen(live=False) as watch:
+        watch._peak = 1.5e12  # measured on a busy machine
+        for step, seconds in ((1, 2.5), (2, 0.5), (3, 9.0)):
+            watch._shown_at -= 60
+            watch.step(step_log(step, flops=3e12, seconds=seconds), 3)
+    assert ["of peak" in line for line in watch.lines] == [True, False, False]
+
+
 def test_pace_forgets_the_first_step_and_old_ones() -> None:
     pace = Pace()
     pace.add(step_log(1, seconds=60.0))

@@ -53,7 +53,7 @@ def test_page_parses_and_names_everything() -> None:
         "Holm 0.840",
         "±9.4",
         "0.02→0.63",
-        "2 min 20 s",
+        "step 500 of 600, of the lowest validation loss (0.462) · trained for 2 min 20 s",
         "5 of 6",
         "base: builtin:tiny",
         "c3" * 32,
@@ -188,7 +188,9 @@ def test_a_part_that_was_not_measured_is_no_error() -> None:
 def test_the_smallest_comparison_makes_a_page() -> None:
     nothing: dict[str, Any] = {key: value for part in NOT_MEASURED.values() for key, value in part.items()}
     page = Page(comparison_page(replace(demo(), **nothing, run=RunArtifacts(), seconds=61.0)))
-    assert page.count("h1") == 1 and "compare 1 min 1 s" in page.text and "train" not in page.text.split("compare 1")[0]
+    assert (
+        page.count("h1") == 1 and "compared in 1 min 1 s" in page.text and "train" not in page.text.split("compared")[0]
+    )
     check_whole(page)
 
 

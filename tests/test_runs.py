@@ -234,6 +234,27 @@ def test_two_files_of_one_name_keep_their_own_losses(tiny_base: Path, tmp_path: 
     assert "mixture: two sources have the name 'mine'" in error_line(run("train", str(path), "--overwrite"))
 
 
+# ---- which step is kept
+
+
+def test_the_kept_step_is_named_in_ledger_and_last_line(tiny_base: Path, tmp_path: Path) -> None:
+    recipe, out = write_recipe(tmp_path, tiny_base, steps=4, save_every=1, lr=0.5), tmp_path / "run"
+    done = run("train", str(recipe))
+    losses = {row["step"]: row["loss"] for row in map(json.loads, (out / "validation.jsonl").open()) if row["step"]}
+    best = min(losses, key=losses.__getitem__)
+    assert best < 4, "a rate at which it soon gets worse"
+    kept = json.loads((out / "ledger.json").read_text())["checkpoint"]
+    assert kept == {"step": best, "of": 4, "validation_loss": losses[best], "chosen_by": "validation_loss"}
+    assert json.loads((out / "checkpoint" / "sftflow.json").read_text())["step"] == best
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith(
+        f"{out / 'checkpoint'}: step {best} of 4, of the lowest validation loss ({losses[best]:.3f})"
+    )
+    assert "; trained for " in said and " (this command so far: " in said
+    done = run("train", str(recipe), "--overwrite", "--set", "train.best=last")
+    assert "checkpoint: step 4 of 4, the last; trained for " in done.stderr.splitlines()[-1]
+
+
 # ---- steps that are not finite
 
 

@@ -26,8 +26,10 @@ from sftflow.foundation.runtime import detect
 from sftflow.pretraining.pretrain import BaseSpec, train_base
 from sftflow.recipe import Recipe, load_recipe, to_yaml
 from sftflow.report.comparison_page import loss_figure
+from sftflow.report.figures import duration
 from sftflow.report.pages import cell
 from sftflow.report.progress import ProgressDisplay
+from sftflow.report.wording import kept_step
 from sftflow.training import run as training_run
 from sftflow.training.signals import Signals
 
@@ -65,7 +67,8 @@ class Run(training_run.Run):
         write_text(Path(path), to_yaml(self.recipe))
 
     def __repr__(self) -> str:
-        return f"Run({str(self.directory)!r}, {len(self.losses)} steps, {self.seconds:.0f} s)"
+        took = duration(self.train_seconds)
+        return f"Run({str(self.directory)!r}, {len(self.losses)} steps, trained for {took})"
 
 
 def train(
@@ -135,7 +138,8 @@ def _train(
         if run.already_done:
             shown.say(f"{out}: this run is finished; nothing to resume")
         else:
-            shown.say(f"{out / 'checkpoint'}: trained in {run.seconds:.0f} s")
+            took = f"trained for {duration(run.train_seconds)} (this command so far: {duration(run.seconds)})"
+            shown.say(f"{out / 'checkpoint'}: {kept_step(run.kept)}; {took}")
         if measured and not (run.already_done and (out / measured).is_file()):
             if recipe.compare is None:
                 evaluation = evaluate_all([str(out)], options, out, shown)

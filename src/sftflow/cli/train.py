@@ -33,23 +33,27 @@ def train(
     from sftflow.recipe import load_recipe
 
     loaded = load_recipe(recipe, set_)
-    with stopping(Path(loaded.train.out)):
+    with stopping(Path(loaded.train.out), overwrite=overwrite):
         from sftflow import api
 
         finish(api.train(recipe=loaded, resume=resume, overwrite=overwrite))
 
 
 @contextmanager
-def stopping(out: Path) -> Iterator[None]:
+def stopping(out: Path, *, overwrite: bool = False) -> Iterator[None]:
     """A stopped run says what was saved, and leaves with the signal's exit code, while libraries are imported, too."""
     from sftflow.training.signals import Signals, Stopped
 
+    done = out / "DONE"
+    earlier = done.read_bytes() if overwrite and done.is_file() else None
     try:
         with Signals():
             yield
     except Stopped as stopped:
         saved = any((out / "resume").glob("step-*"))
-        if (out / "DONE").is_file():
+        if done.is_file() and done.read_bytes() == earlier:
+            fact = "the run that is there has not been replaced"
+        elif done.is_file():
             fact = "the training itself is finished; --resume goes on with what comes after it"
         elif stopped.saved:
             fact = f"the state is saved in {out / 'resume'}; --resume goes on"

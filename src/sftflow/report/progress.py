@@ -203,6 +203,8 @@ class ProgressDisplay:
         """Loss first: a narrow terminal cuts the end off."""
         pace = self._pace
         parts = [f"loss {pace.loss:.3f} (step {log.loss:.3f})", f"{pace.rate('supervised_tokens'):,.0f} sup.tok/s"]
+        if pace.rate("flops") > self._peak:  # it was measured while something else kept the machine busy
+            self._peak = 0.0
         if self._peak and pace.rate("flops"):
             parts.append(f"{pace.rate('flops') / self._peak:.0%} of peak")
         parts.append(f"{pace.padding():.0%} padding")

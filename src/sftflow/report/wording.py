@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from sftflow.comparison.results import FORGOT, Comparison, Forgetting, PromptComparison, PromptReply
 from sftflow.report.figures import percent
@@ -67,6 +68,18 @@ def plain_text_change(forgetting: Forgetting) -> str:
     if change < -FORGOT:
         return f"it forgot nothing: {percent(-change)}% better on plain text"
     return f"it kept its plain text: {percent(change, '+')}%, within {percent(FORGOT)}%"
+
+
+def kept_step(kept: Mapping[str, Any]) -> str:
+    """Which step a run's checkpoint is of.   kept: `checkpoint` of ledger.json.
+
+    >>> kept_step({"step": 180, "of": 200, "validation_loss": 1.2345, "chosen_by": "validation_loss"})
+    'step 180 of 200, of the lowest validation loss (1.234)'
+    """
+    step = f"step {kept['step']:,} of {kept['of']:,}"
+    if kept["chosen_by"] == "validation_loss":
+        return f"{step}, of the lowest validation loss ({kept['validation_loss']:.3f})"
+    return f"{step}, the last{'' if kept['step'] == kept['of'] else ' that could be saved'}"
 
 
 # ---- replies to the fixed prompts

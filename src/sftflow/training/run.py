@@ -48,7 +48,7 @@ EvalCallback = Callable[[Assistant, Callable[[int, int], None]], dict[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A finished run. seconds: of this process, loading and rendering among them.   already_done: nothing was left."""
+    """A finished run. seconds: of this call, loading and rendering among them.   already_done: nothing was left."""
 
     directory: Path
     seconds: float
@@ -58,6 +58,16 @@ class Run:
     def losses(self) -> list[float | None]:
         """Nats per supervised token of each step, None where it was not finite."""
         return [row["loss"] for row in read_log(self.directory / "metrics.jsonl")]
+
+    @property
+    def train_seconds(self) -> float:
+        """What all its steps took, those before a resume, too."""
+        return float(sum(row["seconds"] for row in read_log(self.directory / "metrics.jsonl")))
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """Which step the checkpoint is of: {"step", "of", "validation_loss", "chosen_by"}, as in the ledger."""
+        return dict(json.loads((self.directory / "ledger.json").read_text(encoding="utf-8")).get("checkpoint", {}))
 
 
 def run_training(
