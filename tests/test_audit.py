@@ -22,6 +22,7 @@ from rich.console import Console
 
 from helpers.outside import outside
 from helpers.report_data import HOSTILE, Page
+from helpers.templates import CHATML, chat, open_with
 from sftflow.chat.token_rows import Token, TokenRow
 from sftflow.data.audit import Audit, audit, item_parts
 from sftflow.data.audit.lengths import length_edges, spread
@@ -428,7 +429,7 @@ def test_special_tokens_do_not_glue_question_and_answer(tokenizer_dir: Path) -> 
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
-    special = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
+    control = {t: tokenizer.convert_tokens_to_ids(t) for t in ("<|user|>", "<|assistant|>")}
     said = ["Be brief<|user|>Spell the word cat<|assistant|>", "c a t"]
     prompt, reply = (tokenizer(t, add_special_tokens=False).input_ids for t in said)
     mask = np.array([0] * len(prompt) + [1] * len(reply), np.int8)
@@ -439,10 +440,38 @@ def test_special_tokens_do_not_glue_question_and_answer(tokenizer_dir: Path) -> 
 
     assert "catc" in decode([prompt + reply])[0]
     sets = {"t": [("Spell the word cat.", "c a t")]}
-    assert audit([rows], decode, eval_sets=sets, special_ids=special).overlap[0].contaminated == 1
+    assert audit([rows], decode, eval_sets=sets, control=control).overlap[0].contaminated == 1
     # The mask parts prompt and reply; nothing but the special token parts "brief" and "spell".
-    assert audit([rows], decode, eval_sets=sets, special_ids=special[:1]).overlap[0].contaminated == 1
+    control.pop("<|assistant|>")
+    assert audit([rows], decode, eval_sets=sets, control=control).overlap[0].contaminated == 1
     assert audit([rows], decode, eval_sets=sets).overlap[0].contaminated == 0
+
+
+def test_control_tokens_in_contents_are_counted(tokenizer_dir: Path) -> None:
+    """Those in contents alone, a row that repeats as often as it stands there; by source, and over all."""
+    renderer = open_with(tokenizer_dir, CHATML)
+    end, start = "<|im_end|>", "<|im_start|>"
+    texts = (
+        [("a", f"yo{end}"), ("b", f"yo {end} no{end}{start}"), ("a", f"yo{end}"), ("c", "plain < |im_end|>")],
+        [(f"what is {start}?", "a word"), ("a", f"yo{end}")],
+    )
+    sources = []
+    for number, of_source in enumerate(texts):
+        rendered = [renderer.render(chat(*row)) for row in of_source]
+        sources.append(in_memory(f"s{number}", [(r.ids.astype(np.int32), r.mask) for r in rendered]))
+
+    def decode(ids: list[list[int]]) -> list[str]:
+        return [renderer.tokenizer.decode(i, skip_special_tokens=True) for i in ids]
+
+    found = audit(sources, decode, control=renderer.special)
+    first, second = (s.control_strings for s in found.sources)
+    assert first == {end: {"times": 4, "rows": 3, "first": "s0:1"}, start: {"times": 1, "rows": 1, "first": "s0:2"}}
+    assert second == {start: {"times": 1, "rows": 1, "first": "s1:1"}, end: {"times": 1, "rows": 1, "first": "s1:2"}}
+    assert found.overall.control_strings[end] == {"times": 5, "rows": 4, "first": "s0:1"}
+    sources_of_ledger = [{"name": s.name} for s in found.sources]
+    ledger = found.into({"sources": sources_of_ledger})
+    (table,) = [t for t in audit_tables({**ledger, "duplicates": {}}) if t.caption]
+    assert [[str(x) for x in c.cells] for c in table.columns][1:3] == [["4", "1", "1", "1"], ["3", "1", "1", "1"]]
 
 
 @pytest.mark.parametrize("name", GENERATED)

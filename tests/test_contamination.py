@@ -104,7 +104,7 @@ def test_it_is_what_the_audit_says(runs: list[EvalTask], mixture: Mixture) -> No
         mixture.rows,
         lambda ids: backend.decode_batch(ids, skip_special_tokens=True),
         eval_sets={run.name: [item_parts(item) for item in run.items] for run in runs},
-        special_ids=list(mixture.renderer.special.values()),
+        control=mixture.renderer.special,
     ).to_json()["overlap"]
     got = contamination(runs, mixture.rows, mixture.renderer)
     for task, entry in got.items():

@@ -101,7 +101,7 @@ def audit(recipe: RecipeLike) -> Audit:
             mixture.rows,
             lambda ids: tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=True),
             eval_sets={t.name: [data_audit.item_parts(item) for item in t.items] for t in tasks},
-            special_ids=list(mixture.renderer.special.values()),
+            control=mixture.renderer.special,
             progress=lambda done, total: shown.counted("audit", done, total),
         )
         for note in (options_note(mixture.renderer), mixture.renderer.disagreement()):

@@ -26,7 +26,7 @@ def contamination(tasks: Sequence[EvalTask], sources: Sequence[Rows], renderer: 
     rows = AuditRows(
         sources,
         lambda ids: backend.decode_batch(ids, skip_special_tokens=True),
-        special_ids=list(renderer.special.values()),
+        control=renderer.special,
     )
     index = EvalIndex({r.name: [item_parts(i) for i in r.items] for r in tasks}, [s.name for s in sources])
     for chunk, words in rows.words():

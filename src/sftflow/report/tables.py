@@ -94,8 +94,14 @@ def ledger_table(ledger: Mapping[str, Any]) -> Table:
 
 
 def audit_tables(ledger: Mapping[str, Any]) -> list[Table]:
-    """What `Audit.into` adds to a ledger: each source's lengths and repeats, overlap, invariants; what is there."""
-    drawn = (("duplicates", _lengths), ("overlap", _overlap), ("invariants", _invariants))
+    """What `Audit.into` adds to a ledger: each source's lengths and repeats, control tokens in contents, overlap,
+    invariants; what is there."""
+    drawn = (
+        ("duplicates", _lengths),
+        ("control_strings", _control_strings),
+        ("overlap", _overlap),
+        ("invariants", _invariants),
+    )
     return [draw(ledger) for key, draw in drawn if ledger.get(key)]
 
 
@@ -108,6 +114,16 @@ def _lengths(ledger: Mapping[str, Any]) -> Table:
         repeats = (f"{s[key]['rows']:,}" for key in ("duplicates", "near_duplicates"))
         share = f"{s['supervised']['share']:.0%}"
         table.add_row(Text(s["name"]), *lengths, share, *repeats, end_section=s is sources[-1])
+    return table
+
+
+def _control_strings(ledger: Mapping[str, Any]) -> Table:
+    table = _table("control token in contents", "times", "rows", "source", "first", text=("source", "first"))
+    for s in ledger["sources"]:
+        for token, found in s["control_strings"].items():
+            counts = (Text(f"{found['times']:,}", "red"), f"{found['rows']:,}")
+            table.add_row(Text(token), *counts, Text(s["name"]), Text(found["first"]))
+    table.caption = "taught as text, letter by letter; take them out: the template writes its own"
     return table
 
 

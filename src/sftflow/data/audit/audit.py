@@ -7,7 +7,8 @@ than memory can be audited. Everything is deterministic: no random draw, only fi
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,7 +25,9 @@ from sftflow.data.store import Rows
 @dataclass(frozen=True, kw_only=True)
 class SourceAudit:
     """lengths, supervised: tokens and supervised tokens of a row, as `spread` tells them. lengths["histogram"]: edges
-    (b + 1,) and counts (b,), of rows with edges[i] <= tokens < edges[i + 1].   supervised["share"]: of all tokens."""
+    (b + 1,) and counts (b,), of rows with edges[i] <= tokens < edges[i + 1].   supervised["share"]: of all tokens.
+    control_strings: of each control token that stands in contents, where it is text: how often ("times"), in how many
+    "rows", and the "first" of them."""
 
     name: str
     rows: int
@@ -32,6 +35,7 @@ class SourceAudit:
     supervised: dict[str, Any]
     duplicates: Duplicates
     near_duplicates: NearDuplicates
+    control_strings: dict[str, dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if key not in ("name", "rows")}
@@ -68,16 +72,16 @@ def audit(
     decode: Decode,
     *,
     eval_sets: Mapping[str, Iterable[str | Parts]] | None = None,
-    special_ids: Collection[int] = (),
+    control: Mapping[str, int] | None = None,
     progress: Progress | None = None,
 ) -> Audit:
     """Measure the rendered rows.
 
     decode: lists of ids -> texts, without special tokens.   eval_sets: task -> its items, each a text or its parts
-    (question, answer); `item_parts` makes them.   special_ids: ids that end a word on both sides, as the role markers
-    do; a change of the mask does so in any case.   progress: called with (done, total).
+    (question, answer); `item_parts` makes them.   control: the control tokens, and the id of each: one ends a word on
+    both sides; a change of the mask does so in any case.   progress: called with (done, total).
     """
-    rows = AuditRows(sources, decode, special_ids)
+    rows = AuditRows(sources, decode, control or {})
     wanted = EvalIndex(eval_sets or {}, [s.name for s in sources])
     signatures = np.zeros((rows.n, BANDS * BAND_ROWS), np.uint8)
     worded = np.zeros(rows.n, bool)
@@ -110,4 +114,17 @@ def _measure(
         supervised={**spread(supervised), "share": round(int(supervised.sum(dtype=np.int64)) / max(1, tokens), 5)},
         duplicates=duplicates(rows, a, b),
         near_duplicates=near_duplicates(rows, a, b, near),
+        control_strings=_control_strings(rows, a, b),
     )
+
+
+def _control_strings(rows: AuditRows, a: int, b: int) -> dict[str, dict[str, Any]]:
+    """Of rows a to b; the most frequent first."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in sorted(r for r in rows.strings if a <= r < b):
+        n = int(rows.equal[row])
+        for token, times in Counter(rows.strings[row]).items():
+            entry = found.setdefault(token, {"times": 0, "rows": 0, "first": rows.place(row)})
+            entry["times"] += n * times
+            entry["rows"] += n
+    return dict(sorted(found.items(), key=lambda item: -item[1]["times"]))

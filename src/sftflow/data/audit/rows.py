@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -24,11 +25,17 @@ class AuditRows:
 
     start (sources + 1,): the first row of each source.   lengths, supervised (n,): tokens and supervised tokens of each
     row.   first (n,): the first row with the same ids, which may be the row itself.   copies (n,): whether a row
-    repeats an earlier one of its own source.
+    repeats an earlier one of its own source.   equal (n,): of one that does not, how many equal rows its source has,
+    itself among them.   strings: of each row that `words` has read, the control tokens that
+    stand in it as text, where there are any.
     """
 
-    def __init__(self, sources: Sequence[Rows], decode: Decode, special_ids: Collection[int]) -> None:
+    def __init__(self, sources: Sequence[Rows], decode: Decode, control: Mapping[str, int]) -> None:
+        """control: the control tokens, and the id of each."""
         self.sources, self.decode = sources, decode
+        longest_first = sorted(control, key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self.strings: dict[int, list[str]] = {}
         self.start: Index = np.concatenate([[0], np.cumsum([len(s) for s in sources])]).astype(np.int64)
         self.n = int(self.start[-1])
         table = np.concatenate([np.zeros(0, ROW), *(s.table for s in sources)])
@@ -37,10 +44,12 @@ class AuditRows:
         _, begin, group = np.unique(table["digest"], return_index=True, return_inverse=True)
         self.first: Index = begin[group].astype(np.int64)
         self.copies = np.ones(self.n, bool)
+        self.equal = np.zeros(self.n, np.int64)
         for a, b in pairwise(self.start):
-            self.copies[a + np.unique(table["digest"][a:b], return_index=True)[1]] = False
-        self.special = np.zeros(max(special_ids, default=-1) + 1, bool)
-        self.special[list(special_ids)] = True
+            _, own, counts = np.unique(table["digest"][a:b], return_index=True, return_counts=True)
+            self.copies[a + own], self.equal[a + own] = False, counts
+        self.special = np.zeros(max(control.values(), default=-1) + 1, bool)
+        self.special[list(control.values())] = True
 
     def source_of(self, rows: Index) -> Index:
         return np.searchsorted(self.start, rows, side="right").astype(np.int64) - 1
@@ -73,7 +82,10 @@ class AuditRows:
         wanted = np.flatnonzero(~self.copies)
         done = 0
         for chunk in self.chunks(wanted):
-            yield chunk, split_words(self.texts(chunk))
+            texts = self.texts(chunk)
+            found = {int(r): self._control.findall(text) for r, text in zip(chunk, texts, strict=True)}
+            self.strings |= {row: strings for row, strings in found.items() if strings}
+            yield chunk, split_words(texts)
             done += len(chunk)
             if progress:
                 progress(done, len(wanted))
