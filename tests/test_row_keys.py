@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,11 @@ DIALECTS: list[dict[str, Any]] = [CHAT, BARE, ALPACA, SHAREGPT, {"query": "hi", 
 
 
 def taught(row: Any) -> list[tuple[str, str, int]]:
-    return [(m.role, m.text, m.weight) for m in parse_row(row, "f:1").messages]
+    return taught_by(parse_row(row, "f:1"))
+
+
+def taught_by(conversation: Any) -> list[tuple[str, str, int]]:
+    return [(m.role, m.text, m.weight) for m in conversation.messages]
 
 
 def refusal(row: Any) -> str:
@@ -306,6 +312,14 @@ def test_calls_of_every_dialect_are_the_same_calls() -> None:
         assert fact in refusal([ASKED, {"from": "function_call", "value": value}])
 
 
+def test_a_tool_call_is_made_by_the_message_in_front_of_it() -> None:
+    call = {"role": "tool_call", "content": '{"name": "f", "arguments": {}}'}
+    (message,) = parse_row([ASKED, REPLIED, call, call], "f:1").messages[1:]
+    assert (message.text, len(message.tool_calls), message.weight) == ("yo", 2, 1)
+    said, called = parse_row([ASKED, REPLIED, {**call, "loss": False}], "f:1").messages[1:]
+    assert (said.weight, called.weight) == (1, 0)
+
+
 # ---- one row, whatever file it is in
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=6)
@@ -362,6 +376,28 @@ def calling(tokenizer_dir: Path) -> Renderer:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     return Renderer(tokenizer, ChatFormat(name="own", template=CHATML))
+
+
+def test_what_json_has_not_is_named_where_it_is_read(tmp_path: Path) -> None:
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    now = datetime.datetime(2020, 1, 1)
+    columns = {"prompt": ["hi"], "completion": ["yo"], "at": [now], "price": [Decimal("1.5")], "raw": [b"x"]}
+    table = pa.table(
+        {**columns, "kind": pa.array(["a"]).dictionary_encode(), "prompt": pa.array(["hi"], pa.large_string())}
+    )
+    pq.write_table(table, tmp_path / "d.parquet")
+    for rows in (read(tmp_path / "d.parquet"), read(read(datasets.Dataset(table)).path)):
+        (found,) = rows.conversations()
+        assert taught_by(found) == taught(CHAT) and found.ignored == ("at", "kind", "price", "raw")
+    for column in ("at", "price", "raw"):
+        pq.write_table(pa.table({**columns, "completion": columns[column]}), tmp_path / "d.parquet")
+        (refused,) = read(tmp_path / "d.parquet").conversations()
+        assert isinstance(refused, SchemaError) and "d.parquet:1.completion: it is a value of type" in str(refused)
+        call = {"function": {"name": "f", "arguments": {"x": columns[column][0]}}}
+        assert "JSON has not" in refusal([ASKED, {"role": "assistant", "tool_calls": [call]}])
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -19,6 +19,7 @@ from sftflow.api.shared import ModelLike, quiet
 from sftflow.chat import prefill, template_options
 from sftflow.chat.data_files import numbered_rows, read_rows
 from sftflow.chat.render import Renderer
+from sftflow.chat.row_keys import READ, REFUSED
 from sftflow.chat.schema import Conversation, conversation_of, parse_row, text_message
 from sftflow.chat.token_rows import TokenRow, token_row
 from sftflow.data.row_cache import cache_folder
@@ -65,7 +66,7 @@ class Rows(Sequence[Any]):
         lines = []
         for number, row in enumerate(self._rows or (), 1):
             try:
-                lines.append(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+                lines.append(_as_json(row) + "\n")
             except (TypeError, ValueError) as error:
                 raise DataError(f"{self.name}:{number}", f"not JSON ({error})", "give plain values") from None
         text = "".join(lines)
@@ -112,6 +113,17 @@ class Rows(Sequence[Any]):
 
     def __repr__(self) -> str:
         return f"Rows({self._file!r})" if self._file else f"Rows({len(self)} in memory, name={self.name!r})"
+
+
+def _as_json(row: Any) -> str:
+    """A row as a line of JSON; what JSON has not (a date) as a text, under keys that nothing is made of."""
+    try:
+        return json.dumps(row, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError):
+        if not isinstance(row, Mapping):
+            raise
+        used = {key: value if key in READ or key in REFUSED else str(value) for key, value in row.items()}
+        return json.dumps(used, ensure_ascii=False, allow_nan=False)
 
 
 def read(data: Any, *, name: str | None = None) -> Rows:

@@ -15,27 +15,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sftflow.chat.row_keys import (
-    CALL_ROLES,
     CONVERSATIONS,
-    FLAGS,
-    MESSAGE_KEYS,
-    MESSAGE_REFUSED,
     PREFERRED,
     REFUSED,
-    ROLES,
-    SAME_AS,
     SYSTEM,
     TOOLS,
-    TURN_NAMES,
     absent,
     refuse,
 )
-from sftflow.chat.tool_calls import calls_in_content, read_calls, read_json, read_tools
+from sftflow.chat.tool_calls import read_json, read_tools
+from sftflow.chat.turns import Turn, flag_of, read_turns
 from sftflow.foundation.errors import SchemaError
 from sftflow.foundation.json_values import check_plain, kind_of
-
-Turn = tuple[str, Any]
-"""(place, message)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +43,11 @@ class RawRow:
 def read_row(row: Any, place: str) -> RawRow:
     """One row of any dialect. Raises SchemaError where it is of none, or a key cannot be honoured."""
     if isinstance(row, list):
-        return RawRow(conversations=[_turns(row, f"{place}.messages", set())])
+        return RawRow(conversations=[read_turns(row, f"{place}.messages", set())])
     if not isinstance(row, dict):
         raise SchemaError(place, f"a row is {kind_of(row)}", "make it an object with messages")
     if len(row) == 1 and isinstance(row.get("messages"), list):
-        return RawRow(conversations=[_turns(row["messages"], f"{place}.messages", set())])
+        return RawRow(conversations=[read_turns(row["messages"], f"{place}.messages", set())])
     row = {key: value for key, value in row.items() if value is not None}
     if row.get("messages") and row.get("chosen") == row["messages"]:  # both: for instruction tuning the first is given
         refuse({key: value for key, value in row.items() if key not in ("chosen", "rejected")}, REFUSED, place)
@@ -110,7 +101,7 @@ def _listed(row: dict[str, Any], keys: tuple[str, ...], place: str, ignored: set
     turns = read_json(row[key], where) if isinstance(row[key], str) else row[key]
     if not isinstance(turns, list):
         raise SchemaError(where, f"it is {kind_of(turns)}", "make it a list of messages")
-    return _turns(turns, where, ignored)
+    return read_turns(turns, where, ignored)
 
 
 def _completed(row: dict[str, Any], keys: tuple[str, ...], place: str, ignored: set[str]) -> list[Turn]:
@@ -137,7 +128,7 @@ def _side(value: Any, role: str, place: str, ignored: set[str]) -> list[Turn]:
     if isinstance(value, str):
         return [(place, {"role": role, "content": _text(value, place)})]
     if isinstance(value, list):
-        return _turns(value, place, ignored)
+        return read_turns(value, place, ignored)
     raise SchemaError(place, f"it is {kind_of(value)}", "make it a text or a list of messages")
 
 
@@ -195,8 +186,8 @@ def _not_taught(row: dict[str, Any], place: str) -> bool:
     for key in PREFERRED:
         if row.get(key) is False or (key == "kto_tag" and row.get(key) == 0):
             fact = f"{key} is false: a reply that is not wanted (preference data)"
-            raise SchemaError(f"{place}.{key}", fact, "remove the row")
-    return _flag({"weight": row["weight"]}, place) == 0 if "weight" in row else False
+            raise SchemaError(f"{place}.{key}", fact, "remove the row, or the key where it means something else")
+    return not absent(row.get("weight")) and not flag_of({"weight": row["weight"]}, place)
 
 
 def _tools(row: dict[str, Any], place: str) -> list[dict[str, Any]]:
@@ -213,79 +204,3 @@ def _text(value: Any, place: str) -> str:
         raise SchemaError(place, f"it is {kind_of(value)}", "make it a string")
     check_plain(value, place)
     return value
-
-
-# ---- messages
-
-
-def _turns(turns: list[Any], place: str, ignored: set[str]) -> list[Turn]:
-    """Messages of any spelling in the canonical one. Calls that follow each other are one message."""
-    out: list[Turn] = []
-    called = False
-    for number, raw in enumerate(turns):
-        where = f"{place}[{number}]"
-        message = _message(raw, where, ignored)
-        calls = isinstance(raw, dict) and raw.get("from", raw.get("role")) in CALL_ROLES
-        if called and calls and message.get("weight") == out[-1][1].get("weight") and message["content"] is None:
-            out[-1][1]["tool_calls"] += message["tool_calls"]
-        else:
-            out.append((where, message))
-        called = calls
-    return out
-
-
-def _message(raw: Any, place: str, ignored: set[str]) -> Any:
-    """One message with the names of OpenAI's; what is not one is left for `parse_message` to name."""
-    if not isinstance(raw, dict):
-        return raw
-    check_plain(raw, place)
-    if len(raw) == 2 and raw.get("role") in _PLAIN and "content" in raw:
-        return dict(raw)  # as most messages are
-    sharegpt = "from" in raw
-    message = {key: value for key, value in raw.items() if key == "content" or value not in (None, [], {})}
-    refuse(message, MESSAGE_REFUSED, place)
-    for alias, name in SAME_AS.items():
-        if alias in message:
-            value = message.pop(alias)
-            if message.get(name, value) != value:
-                raise SchemaError(place, f"{alias} and {name} differ", "keep one of them")
-            message[name] = value
-    said = message.get("role")
-    role = TURN_NAMES.get(str(said)) if sharegpt else ROLES.get(str(said), said)
-    if said in CALL_ROLES:
-        role = "assistant"
-        message["content"], message["tool_calls"] = calls_in_content(message.get("content"), f"{place}.content")
-    elif role is None and sharegpt:
-        raise SchemaError(place, f"from {said!r} is not known", f"use one of {', '.join([*TURN_NAMES, *CALL_ROLES])}")
-    elif "tool_calls" in message:
-        message["tool_calls"] = read_calls(message["tool_calls"], f"{place}.tool_calls")
-    if "function_call" in message:
-        call = read_calls([message.pop("function_call")], f"{place}.function_call")
-        if "tool_calls" in message:
-            raise SchemaError(place, "function_call and tool_calls in one message", "keep one of them")
-        message["tool_calls"] = call
-    message["role"] = role
-    flags = {key: message.pop(key) for key in FLAGS if key in message}
-    if flags and _flag(flags, place) and role != "assistant":
-        flag = next(iter(flags))
-        raise SchemaError(f"{place}.{flag}", f"only an assistant message has {flag}, this is {said}", "remove it")
-    if flags and role == "assistant":
-        message["weight"] = _flag(flags, place)
-    if sharegpt:
-        unknown = message.keys() - MESSAGE_KEYS
-        ignored |= {f"{place.rpartition('.')[2].partition('[')[0]}[].{key}" for key in unknown}
-        message = {key: value for key, value in message.items() if key in MESSAGE_KEYS}
-    return message
-
-
-_PLAIN = ("user", "assistant", "system")
-
-
-def _flag(flags: dict[str, Any], place: str) -> int:
-    """Whether a message is taught, 0 or 1, by flags that say so."""
-    for key, value in flags.items():
-        if value not in (0, 1):
-            raise SchemaError(f"{place}.{key}", f"{key} is {value!r}", "use 0 or 1")
-    if len(set(flags.values())) > 1:
-        raise SchemaError(place, f"{' and '.join(flags)} contradict each other", "keep one of them")
-    return int(next(iter(flags.values())))

@@ -56,7 +56,7 @@ def load_prompts(source: str = "default") -> PromptSet:
     for number, (place, row) in enumerate(read_rows(path), 1):
         if isinstance(row, str):
             row = {"messages": [{"role": "user", "content": row}]}
-        if isinstance(row, dict) and isinstance(row.get("prompt"), str) and "completion" not in row:
+        if isinstance(row, dict) and isinstance(row.get("prompt"), str) and row.get("completion") is None:
             row = {**row, "messages": [{"role": "user", "content": row["prompt"]}]}
         conversation = parse_row(row, place)
         if conversation.messages[-1].role == "assistant":

@@ -1,0 +1,101 @@
+"""Messages of any spelling -> those of OpenAI's, not yet validated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sftflow.chat.row_keys import (
+    CALL_ROLES,
+    FLAGS,
+    MESSAGE_KEYS,
+    MESSAGE_REFUSED,
+    ROLES,
+    SAME_AS,
+    TURN_NAMES,
+    absent,
+    refuse,
+)
+from sftflow.chat.tool_calls import calls_in_content, read_calls
+from sftflow.foundation.errors import SchemaError
+from sftflow.foundation.json_values import check_plain
+
+Turn = tuple[str, Any]
+"""(place, message)"""
+
+
+_PLAIN = ("user", "assistant", "system")
+
+
+def read_turns(turns: list[Any], place: str, ignored: set[str]) -> list[Turn]:
+    """Messages of any spelling in the canonical one. Calls that follow each other are one message, as is a
+    `tool_call` with what the assistant says in front of it."""
+    out: list[Turn] = []
+    joins = False
+    for number, raw in enumerate(turns):
+        where = f"{place}[{number}]"
+        message = _message(raw, where, ignored)
+        name = raw.get("from", raw.get("role")) if isinstance(raw, dict) else None
+        before: Any = out[-1][1] if joins or (out and name == "tool_call") else None
+        said = isinstance(before, dict) and before.get("role") == "assistant"
+        alike = said and before.get("weight", 1) == message.get("weight", 1)
+        if name in CALL_ROLES and alike and not message["content"]:
+            before["tool_calls"] = [*before.get("tool_calls", []), *message["tool_calls"]]
+        else:
+            out.append((where, message))
+        joins = name in CALL_ROLES
+    return out
+
+
+def _message(raw: Any, place: str, ignored: set[str]) -> Any:
+    """One message with the names of OpenAI's; what is not one is left for `parse_message` to name."""
+    if not isinstance(raw, dict):
+        return raw
+    check_plain(raw, place)
+    if len(raw) == 2 and raw.get("role") in _PLAIN and "content" in raw:
+        return dict(raw)  # as most messages are
+    sharegpt = "from" in raw
+    message = {key: value for key, value in raw.items() if key == "content" or value not in (None, [], {})}
+    refuse(message, MESSAGE_REFUSED, place)
+    for alias, name in SAME_AS.items():
+        if alias in message:
+            value = message.pop(alias)
+            if message.get(name, value) != value:
+                raise SchemaError(place, f"{alias} and {name} differ", "keep one of them")
+            message[name] = value
+    said = message.get("role")
+    role = TURN_NAMES.get(str(said)) if sharegpt else ROLES.get(str(said), said)
+    if said in CALL_ROLES:
+        role = "assistant"
+        where = f"{place}.{'value' if sharegpt else 'content'}"
+        message["content"], message["tool_calls"] = calls_in_content(message.get("content"), where)
+    elif role is None and sharegpt:
+        raise SchemaError(place, f"from {said!r} is not known", f"use one of {', '.join([*TURN_NAMES, *CALL_ROLES])}")
+    elif "tool_calls" in message:
+        message["tool_calls"] = read_calls(message["tool_calls"], f"{place}.tool_calls")
+    if "function_call" in message:
+        call = read_calls([message.pop("function_call")], f"{place}.function_call")
+        if "tool_calls" in message:
+            raise SchemaError(place, "function_call and tool_calls in one message", "keep one of them")
+        message["tool_calls"] = call
+    message["role"] = role
+    flags = {key: value for key in FLAGS if not absent(value := message.pop(key, None))}
+    if flags and flag_of(flags, place) and role != "assistant":
+        flag = next(iter(flags))
+        raise SchemaError(f"{place}.{flag}", f"only an assistant message has {flag}, this is {said}", "remove it")
+    if flags and role == "assistant":
+        message["weight"] = flag_of(flags, place)
+    if sharegpt:
+        unknown = message.keys() - MESSAGE_KEYS
+        ignored |= {f"{place.rpartition('.')[2].partition('[')[0]}[].{key}" for key in unknown}
+        message = {key: value for key, value in message.items() if key in MESSAGE_KEYS}
+    return message
+
+
+def flag_of(flags: dict[str, Any], place: str) -> int:
+    """Whether a message is taught, 0 or 1, by flags that say so."""
+    for key, value in flags.items():
+        if value not in (0, 1):
+            raise SchemaError(f"{place}.{key}", f"{key} is {value!r}", "use 0 or 1")
+    if len(set(flags.values())) > 1:
+        raise SchemaError(place, f"{' and '.join(flags)} contradict each other", "keep one of them")
+    return int(next(iter(flags.values())))
