@@ -417,3 +417,10 @@ def test_a_row_is_the_same_in_jsonl_parquet_and_arrow(
         rendered = [r for c in read(source).conversations() for r in calling.render_rows(c)]
         found.append([(r.text, r.ids.tolist(), r.mask.tolist()) for r in rendered])
     assert found[0] == found[1] == found[2]
+
+
+def test_the_page_names_every_key() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "rows.md").read_text(encoding="utf-8")
+    named = {*row_keys.READ, *row_keys.REFUSED, *row_keys.MESSAGE_KEYS, *row_keys.SAME_AS, *row_keys.FLAGS}
+    named |= {"train_detail", "training_detail", "refusal"}
+    assert [key for key in sorted(named) if f"`{key}`" not in page] == []
