@@ -294,3 +294,25 @@ def test_arguments_as_transformers_writes_them(path: Path) -> None:
                 calling(offered)["messages"], tools=TOOLS, chat_template=template, tokenize=False
             )
         assert renderer.text(parse_row({**calling(own), "tools": TOOLS}, "x")) == theirs, own
+
+
+def test_a_turn_that_opens_with_a_call_is_headed_rightly() -> None:
+    """Also where the template writes the last reply, and no other, behind an empty block of thoughts."""
+    thoughts = "{% if loop.last and m.role == 'assistant' %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+    front = FRONT.replace("+ (m.content or '') -}}", f"-}}}}{thoughts}{{{{- m.content or '' -}}}}")
+    renderer = renderer_of(
+        front + "{%- for c in m.tool_calls or [] -%}{{- '<tool_call>' + (c | tojson) -}}{%- endfor -%}" + BACK
+    )
+    call = {"id": "call00001", "type": "function", "function": {"name": "clock", "arguments": {}}}
+    messages = [
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": "", "tool_calls": [call], "weight": 0},
+        {"role": "tool", "content": "noon", "tool_call_id": "call00001"},
+        {"role": "assistant", "content": "It is noon."},
+    ]
+    row = renderer.render(parse_row(messages, "x"), turns=True)
+    starts = [start for start, _ in row.turns]
+    shown = [renderer.decode(row.ids[a:b].tolist()) for a, b in zip(starts, [*starts[1:], len(row.ids)], strict=True)]
+    assert [role for _, role in row.turns] == ["user", "assistant", "tool", "assistant"]
+    assert [text.partition("\n")[0] for text in shown] == [f"<|im_start|>{role}" for _, role in row.turns]
+    assert "<call>" in shown[1] and "<think>" in shown[3]

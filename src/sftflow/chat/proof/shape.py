@@ -180,15 +180,26 @@ class Shape:
 
     @functools.cached_property
     def turn_starts(self) -> list[tuple[int, int]]:
-        """Where each message begins, as (piece, character in it): where the text leaves that of the messages before."""
+        """Where each message begins, as (piece, character in it): where the text leaves that of the messages before. A
+        last message may be written otherwise from its first word on (Qwen3 puts an empty block of thoughts in front):
+        then behind the end of the message before."""
         places = [0]
         for n in range(1, len(self._marked.messages)):
             try:
                 before = self._render(n)
             except FormatError:
                 before = ""
-            places.append(max(places[-1], common_prefix(before, self.text)))
+            places.append(max(places[-1], common_prefix(before, self.text), self._behind(n - 1)))
         return [self._place(p) for p in places]
+
+    def _behind(self, turn: int) -> int:
+        """Where the end of a turn and the blanks behind it are over in the marked text; 0 where it has no end."""
+        own = [number for number, mark in enumerate(self.skeleton.order) if self.placeholders[mark].message == turn]
+        piece = self.skeleton.pieces[own[-1] + 1] if own else ""
+        ends = [m.end() for m in self._special_re.finditer(piece) if m.group() in self._stops]
+        if not ends:
+            return 0
+        return self.skeleton.starts[own[-1] + 1] + ends[0] + len(piece[ends[0] :]) - len(piece[ends[0] :].lstrip())
 
     def _place(self, position: int) -> tuple[int, int]:
         """(piece, character in it) of a position in the marked text; inside a mark, the end of the piece before."""
