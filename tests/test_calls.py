@@ -315,4 +315,4 @@ def test_a_turn_that_opens_with_a_call_is_headed_rightly() -> None:
     shown = [renderer.decode(row.ids[a:b].tolist()) for a, b in zip(starts, [*starts[1:], len(row.ids)], strict=True)]
     assert [role for _, role in row.turns] == ["user", "assistant", "tool", "assistant"]
     assert [text.partition("\n")[0] for text in shown] == [f"<|im_start|>{role}" for _, role in row.turns]
-    assert "<call>" in shown[1] and "<think>" in shown[3]
+    assert "<tool_call>" in shown[1] and "<think>" in shown[3]
