@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from helpers.runs import Quiet, write_recipe
 from helpers.runs import run as command
 from sftflow import api
+from sftflow.api.assistant import base_beside
 from sftflow.checkpoint import Assistant, base_format, load_assistant, load_info, resolve
-from sftflow.comparison.compare import kind_of
+from sftflow.comparison.lineage import kind_of
 from sftflow.comparison.run_artifacts import read_run, run_of
 from sftflow.evaluation.evaluate import EvalDuringTraining
 from sftflow.evaluation.options import open_tasks
@@ -64,8 +66,53 @@ def test_a_base_that_borrows_a_template_is_no_continued_sft(run: Path, tiny_base
     borrowed = base_format(sft)
     for name in (borrowed.name, "own"):  # a model of somebody else's calls every template its own
         fallback = type(borrowed)(name=name, template=borrowed.template, tokens=borrowed.tokens)
-        assert kind_of(load_assistant(str(tiny_base), fallback=fallback)) == "base-versus-SFT"
-    assert kind_of(sft) == "continued SFT"
+        assert kind_of(load_assistant(str(tiny_base), fallback=fallback), sft) == "base-versus-SFT"
+
+
+def test_only_what_the_checkpoints_show_is_said_of_two_models(
+    run: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a base, two models trained from it in formats of their own, a child of one of these, and a stranger."""
+    shutil.copytree(tiny_base, tmp_path / "base")  # it need not lie where it lay
+    for name, base, more in (("sibling", tiny_base, {"format": "chatml"}), ("child", run, {})):
+        (tmp_path / name).mkdir()
+        run_training(load_recipe(short_recipe(tmp_path / name, base, **more)), Quiet())
+    shutil.copytree(run / "checkpoint", tmp_path / "stranger")
+    scaled = load_file(tmp_path / "stranger" / "model.safetensors")
+    scaled["model.norm.weight"] *= 2
+    save_file(scaled, tmp_path / "stranger" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "stranger" / "sftflow.json").unlink()
+    places = {name: str(tmp_path / name / "run") for name in ("sibling", "child")}
+    places |= {"base": str(tmp_path / "base"), "sft": str(run), "stranger": str(tmp_path / "stranger")}
+    for first, second, kind in (
+        ("base", "sft", "base-versus-SFT"),
+        ("base", "child", "base-versus-SFT"),
+        ("sft", "child", "continued SFT"),
+        ("sft", "base", "SFT-versus-base"),
+        ("sft", "sibling", "two of one base"),
+        ("sibling", "child", "two of one base"),
+        ("sft", "sft", "one model twice"),
+        ("sft", "stranger", "two models"),
+        ("stranger", "sft", "two models"),
+    ):
+        trained = api.load(places[second])
+        assert kind_of(base_beside(places[first], trained), trained) == kind, (first, second)
+    # An earlier version wrote the base's name alone.
+    trained = api.load(run)
+    del trained.info["base"]["body"]
+    assert trained.info["base"]["name"] == str(tiny_base)
+    assert kind_of(base_beside(str(tiny_base), trained), trained) == "base-versus-SFT"
+    assert kind_of(base_beside(places["base"], trained), trained) == "two models"
+
+
+def test_a_model_beside_itself_keeps_both_scores(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.jsonl").write_text(json.dumps({"prompt": "Say yes."}) + "\n")
+    found = api.compare(str(run), str(run), ["spelling"], limit=1, prompts=str(tmp_path / "one.jsonl"), out=tmp_path)
+    assert found.kind == "one model twice" and list(found.tasks) == ["spelling"]
+    models = json.loads((tmp_path / "eval.json").read_text())["models"]
+    assert list(models) == [str(run), f"{run} (again)"]
+    page = (tmp_path / "report.html").read_text()
+    assert "forgot" not in page and "Forgetting" not in page and "continued SFT" not in page
 
 
 @pytest.mark.parametrize("torn", ['{"step": 9, "lo', "\ufffd\0", "[1]"])

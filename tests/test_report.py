@@ -24,6 +24,7 @@ from sftflow.comparison.results import (
 )
 from sftflow.comparison.run_artifacts import RunArtifacts
 from sftflow.report.comparison_page import comparison_page
+from sftflow.report.tables import as_text, score_table
 from sftflow.report.token_page import token_page
 
 SECTIONS = (
@@ -218,6 +219,16 @@ def test_continued_sft_says_before_and_after() -> None:
     assert "already instruction-tuned" in page.text and "Before, chat format" in page.text
     assert "SFT, chat" not in page.text and "became an assistant" not in page.text.replace("not whether it became", "")
     assert "Base, " not in page.text
+
+
+@pytest.mark.parametrize("kind", ["two of one base", "two models", "SFT-versus-base", "one model twice"])
+def test_of_two_that_no_training_connects_nothing_is_said_of_training(kind: str) -> None:
+    data = replace(demo(), kind=kind)
+    page = Page(comparison_page(data))
+    assert "First, chat format" in page.text and "The second is better than the first on " in page.text
+    assert "against" in page.text and "4.5% worse on plain text than the first" in page.text
+    for word in ("forgot", "Forgetting", "continued SFT", "became an assistant", "Base,"):
+        assert word not in page.text + as_text(score_table(data)) + " ".join(data.remarks()), word
 
 
 def test_weak_answers_are_those_to_open_prompts() -> None:

@@ -161,10 +161,14 @@ def rows_digest(rows: StoredRows) -> str:
 # ---- weights
 
 
-def weights_hash(model: Any) -> str:
+def weights_hash(model: Any, *, ends: bool = True) -> str:
     """SHA-256 over every weight's name, dtype, shape and bytes: the same on every device, with any number of threads,
-    wherever the files came from. Tied weights are read once."""
+    wherever the files came from. Tied weights are read once.   ends: embedding and head, too."""
     weights: dict[str, torch.Tensor] = model.state_dict()
+    if not ends:
+        parts = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+        theirs = {_place(p) for part in parts for p in part.state_dict().values()}
+        weights = {name: weight for name, weight in weights.items() if _place(weight) not in theirs}
     own = {_place(weight): name for name, weight in reversed(weights.items())}  # the first name of each
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # hashlib lets other threads run
         names = sorted(own.values())

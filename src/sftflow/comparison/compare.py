@@ -20,11 +20,12 @@ from typing import Any
 
 from sftflow.checkpoint import Assistant
 from sftflow.comparison.judge import JudgeResult, ReplyPair, check_judge, judge_pairs
+from sftflow.comparison.lineage import is_tuned, kind_of
 from sftflow.comparison.losses import forgetting, held_out_comparison, overlap_with_training
 from sftflow.comparison.paired import PairedResult, check_all_replies, task_comparisons
 from sftflow.comparison.prompt_replies import PROMPT_TOKENS, prompt_replies, with_faults
 from sftflow.comparison.prompts import PromptSet, load_prompts
-from sftflow.comparison.results import CONTINUED, Both, Comparison, NotJudged, PromptComparison
+from sftflow.comparison.results import Both, Comparison, NotJudged, PromptComparison
 from sftflow.comparison.run_artifacts import read_run
 from sftflow.evaluation.evaluate import evaluate, weights_of
 from sftflow.evaluation.options import EvalTask
@@ -71,6 +72,7 @@ def compare_models(
     asked: its judge; the prompts are those given.
     """
     began = time.perf_counter()
+    names = Both(base.name, sft.name if sft.name != base.name else f"{sft.name} (again)")
     for assistant in (base, sft):
         require_askable(assistant.renderer, runs)
         weights_of(assistant)  # which refuses weights that are not finite
@@ -89,8 +91,8 @@ def compare_models(
     say("held-out loss, forgetting, overlap with the training rows")
     comparison = Comparison(
         version=version("sftflow"),
-        kind=kind_of(base),
-        names=Both(base.name, sft.name),
+        kind=kind_of(base, sft),
+        names=names,
         tasks=task_comparisons(results, overlap_with_training(runs, sft, run_directory)),
         centred_mean=Both(scores.base.centred_mean, scores.sft.centred_mean),
         prompt_set=prompts,
@@ -100,14 +102,14 @@ def compare_models(
         forgetting=forgetting(base, sft),
         settings=_settings(sft, runs),
         fingerprints=_fingerprints(base, sft, runs),
-        judge=_judged(replies, kind_of(base), asked, progress),
+        judge=_judged(replies, is_tuned(base), asked, progress),
         seconds=round(time.perf_counter() - began, 1),
         n_parameters=sft.model.num_parameters(),
         finished=datetime.now(UTC),
         run=read_run(run_directory),
     )
     write_json(out / "compare.json", comparison.to_json())
-    write_json(out / "eval.json", Evaluation({base.name: scores.base, sft.name: scores.sft}).to_json())
+    write_json(out / "eval.json", Evaluation({names.base: scores.base, names.sft: scores.sft}).to_json())
     return comparison
 
 
@@ -142,12 +144,6 @@ def _prompts_and_checks(
     return compared, checks
 
 
-def kind_of(base: Assistant) -> str:
-    """A base that brings a chat template of its own has been instruction-tuned before."""
-    tuned = base.info.get("own_template") or base.info.get("kind") == "sft"
-    return CONTINUED if tuned else "base-versus-SFT"
-
-
 def _settings(sft: Assistant, runs: Sequence[EvalTask]) -> dict[str, Any]:
     return {
         "decoding": "greedy; multiple choice by the probability of its letters",
@@ -173,7 +169,7 @@ def _fingerprints(base: Assistant, sft: Assistant, runs: Sequence[EvalTask]) -> 
 
 
 def _judged(
-    prompts: Sequence[PromptComparison], kind: str, asked: Compare, progress: Progress
+    prompts: Sequence[PromptComparison], tuned: bool, asked: Compare, progress: Progress
 ) -> JudgeResult | NotJudged | None:
     """Verdicts on the fixed prompts. A base without a format of its own is judged by its plain-text reply."""
     if not asked.judge or not asked.judge_model:
@@ -181,7 +177,7 @@ def _judged(
     pairs = [
         ReplyPair(id=p.id, messages=p.messages, a=p.sft.text, b=before.text)
         for p in prompts
-        for before in [p.base if kind == CONTINUED else p.base_plain]
+        for before in [p.base if tuned else p.base_plain]
         if p.sft.reply is not None and before.reply is not None
     ]
     try:

@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Any, Generic, TypeVar
 
 from sftflow.comparison.judge import JudgeResult, Verdict
+from sftflow.comparison.lineage import BASE_AND_SFT, CONTINUED, REMARKS
 from sftflow.comparison.prompts import PromptSet
 from sftflow.comparison.run_artifacts import RunArtifacts
 from sftflow.evaluation.contamination import Overlap
@@ -28,7 +29,6 @@ SMALL_MODEL = 50_000_000
 """parameters"""
 NOT_IN_FILE = {"in_file": False}
 ONLY_IF_GIVEN = {"in_file": "where it is not None"}
-CONTINUED = "continued SFT"
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class NotJudged:
 class Comparison:
     """Base versus SFT on the same items and prompts.
 
-    kind: 'base-versus-SFT', or 'continued SFT' where the start was instruction-tuned already.   tasks: by name.
+    kind: what the checkpoints show of how the two are related (`lineage`).   tasks: by name.
     centred_mean: mean over tasks of (score - chance) / (1 - chance).   held_out_loss: None where nothing was held out
     or the SFT model's run is not known.   seconds: what the comparison took.   n_parameters, finished, run: of the SFT
     model, of the comparison, and what lies beside the checkpoint.
@@ -225,7 +225,13 @@ class Comparison:
 
     @property
     def continued(self) -> bool:
+        """Whether the start was instruction-tuned already."""
         return self.kind == CONTINUED
+
+    @property
+    def trained(self) -> bool:
+        """Whether the SFT model is known to be trained from the other one."""
+        return self.kind in (BASE_AND_SFT, CONTINUED)
 
     @property
     def verdicts(self) -> Sequence[Verdict]:
@@ -233,17 +239,15 @@ class Comparison:
         return self.judge.rows if isinstance(self.judge, JudgeResult) else ()
 
     def remarks(self) -> list[str]:
-        """What a reader of the scores must know beside them, in lines: continued SFT, forgetting, tasks that overlap
+        """What a reader of the scores must know beside them, in lines: lineage, forgetting, tasks that overlap
         with the training rows, a model too small to know much."""
         out = []
-        if self.continued:
-            out.append(
-                "the starting checkpoint was already instruction-tuned: this is continued SFT, not base versus SFT"
-            )
+        if self.kind in REMARKS:
+            out.append(REMARKS[self.kind])
         plain = self.forgetting
         if plain.change is not None:
             text = f"plain text: {plain.base:.3f} -> {plain.sft:.3f} bits per byte ({plain.change:+.1%}"
-            out.append(text + (", it forgot some of its reading)" if plain.forgot else ")"))
+            out.append(text + (", it forgot some of its reading)" if plain.forgot and self.trained else ")"))
         for name, task in self.tasks.items():
             overlap = task.contamination
             if isinstance(overlap, Overlap) and overlap.contaminated:

@@ -64,7 +64,8 @@ def comparison_page(comparison: Comparison) -> str:
         "token_boxes": token_boxes,
     }
     bodies = {anchor: Markup(render(f"comparison/{anchor}", **values)) for anchor in SECTIONS}
-    kept = [(anchor, title, bodies[anchor]) for anchor, title in SECTIONS.items() if bodies[anchor].strip()]
+    titles = SECTIONS if comparison.trained else {**SECTIONS, "forgetting": "Plain text"}
+    kept = [(anchor, title, bodies[anchor]) for anchor, title in titles.items() if bodies[anchor].strip()]
     return render("comparison/page", sections=kept, **values)
 
 

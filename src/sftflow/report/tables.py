@@ -61,7 +61,16 @@ def eval_table(evaluation: Evaluation) -> Table:
 def score_table(comparison: Comparison) -> Table:
     """Each task before and after, the gain and whether it can be told from chance."""
     names = model_names(comparison)
-    columns = ("task", "n", "chance", names.before, names.after, "gain", "95% interval", "verdict")
+    columns = (
+        "task",
+        "n",
+        "chance",
+        names.before,
+        names.after,
+        "gain" if comparison.trained else "diff.",
+        "95% interval",
+        "verdict",
+    )
     table = _table(*columns, text=("task", "verdict"))
     for name, t in comparison.tasks.items():
         low, high = t.ci95

@@ -24,7 +24,9 @@ class ModelNames(NamedTuple):
 
 
 def model_names(comparison: Comparison) -> ModelNames:
-    """A start that was already instruction-tuned is no base."""
+    """A start that was already instruction-tuned is no base; of two that no training connects, neither is before."""
+    if not comparison.trained:
+        return ModelNames("first", "second", "First", "Second")
     if comparison.continued:
         return ModelNames("before", "after", "Before", "After")
     return ModelNames("base", "SFT", "Base", "SFT")
@@ -38,10 +40,14 @@ def headline(comparison: Comparison) -> str:
     better, worse, n = outcomes.count("better"), outcomes.count("worse"), len(outcomes)
     if not n:
         return "No task was graded: judge by the replies below."
+    if not comparison.trained and better + worse:
+        return f"The second is better than the first on {better} of {n} tasks, and worse on {worse}."
     if worse > better:
         return f"No: it got worse on {worse} of {n} tasks."
     if not better:
-        return "Cannot tell: no task changed by more than chance would explain."
+        return (
+            f"Cannot tell: no task {'changed' if comparison.trained else 'differs'} by more than chance would explain."
+        )
     if worse:
         return f"Mixed: better on {better} of {n} tasks, worse on {worse}."
     if 2 * better <= n:
@@ -57,12 +63,16 @@ def headline(comparison: Comparison) -> str:
     return "Yes: the base became an assistant on the tasks measured."
 
 
-def plain_text_change(forgetting: Forgetting) -> str:
-    """
+def plain_text_change(forgetting: Forgetting, trained: bool = True) -> str:
+    """trained: whether the one was trained from the other.
+
     >>> plain_text_change(Forgetting(text="t", bytes=9, base=2.0, sft=2.1))
     'it forgot: 5.0% worse on plain text'
     """
     change = forgetting.change or 0.0
+    if not trained:
+        than = "worse" if change > 0 else "better"
+        return f"the second is {percent(abs(change))}% {than} on plain text than the first"
     if forgetting.forgot:
         return f"it forgot: {percent(change)}% worse on plain text"
     if change < -FORGOT:
