@@ -312,12 +312,28 @@ def test_calls_of_every_dialect_are_the_same_calls() -> None:
         assert fact in refusal([ASKED, {"from": "function_call", "value": value}])
 
 
+def test_reasoning_and_calls_may_be_parts() -> None:
+    def part(kind: str, value: str) -> dict[str, str]:
+        return {"type": kind, "value": value}
+
+    call = part("tool_call", '{"name": "f", "arguments": {"x": 1}}')
+    for said, text in (([part("text", "a"), part("text", "b")], "ab"), ([], "")):
+        turn = {"role": "assistant", "content": [part("reasoning", "hm"), *said, call, call], "loss_weight": 0.0}
+        (message,) = parse_row([ASKED, turn], "f:1").messages[1:]
+        assert (message.reasoning_content, message.text, len(message.tool_calls), message.weight) == ("hm", text, 2, 0)
+        assert message.tool_calls[0]["function"] == {"name": "f", "arguments": {"x": 1}}
+    for parts in ([call, part("text", "a")], [part("text", "a"), part("reasoning", "hm")]):
+        assert "in several places" in refusal([ASKED, {"role": "assistant", "content": parts}])
+    assert "only an assistant message has tool_calls" in refusal([{"role": "user", "content": [call]}])
+
+
 def test_a_tool_call_is_made_by_the_message_in_front_of_it() -> None:
     call = {"role": "tool_call", "content": '{"name": "f", "arguments": {}}'}
     (message,) = parse_row([ASKED, REPLIED, call, call], "f:1").messages[1:]
     assert (message.text, len(message.tool_calls), message.weight) == ("yo", 2, 1)
     said, called = parse_row([ASKED, REPLIED, {**call, "loss": False}], "f:1").messages[1:]
     assert (said.weight, called.weight) == (1, 0)
+    assert "a message is a number" in refusal([ASKED, call, 7])
 
 
 # ---- one row, whatever file it is in

@@ -31,7 +31,7 @@ CONVERSATIONS = ("messages", "conversations", "conversation")
 SYSTEM = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "functions")
 PREFERRED = ("label", "kto_tag")
-FLAGS = ("weight", "loss", "train", "training")
+FLAGS = ("weight", "loss", "train", "training", "loss_weight")
 """1 or true: the message is taught"""
 
 READ = {
@@ -66,7 +66,7 @@ MESSAGE_KEYS = {"role", "content", "tool_calls", "tool_call_id", "name", "reason
 SAME_AS = {"from": "role", "value": "content", "thinking": "reasoning_content", "reasoning": "reasoning_content"}
 MESSAGE_REFUSED = {
     **{key: REFUSED[key] for key in ("images", "image", "videos", "video", "audios", "audio", "mask", "loss_mask")},
-    **dict.fromkeys(("train_detail", "training_detail", "loss_weight", "loss_scale"), _SPANS),
+    **dict.fromkeys(("train_detail", "training_detail", "loss_scale"), _SPANS),
     "refusal": Refusal("a refusal beside the content is not read", "make it the content"),
 }
 TURN_NAMES = {  # under `from`

@@ -35,14 +35,14 @@ def read_turns(turns: list[Any], place: str, ignored: set[str]) -> list[Turn]:
         where = f"{place}[{number}]"
         message = _message(raw, where, ignored)
         name = raw.get("from", raw.get("role")) if isinstance(raw, dict) else None
-        before: Any = out[-1][1] if joins or (out and name == "tool_call") else None
+        calls = name in CALL_ROLES
+        before: Any = out[-1][1] if calls and out and (joins or name == "tool_call") else None
         said = isinstance(before, dict) and before.get("role") == "assistant"
-        alike = said and before.get("weight", 1) == message.get("weight", 1)
-        if name in CALL_ROLES and alike and not message["content"]:
+        if said and not message["content"] and before.get("weight", 1) == message.get("weight", 1):
             before["tool_calls"] = [*before.get("tool_calls", []), *message["tool_calls"]]
         else:
             out.append((where, message))
-        joins = name in CALL_ROLES
+        joins = calls
     return out
 
 
@@ -62,6 +62,8 @@ def _message(raw: Any, place: str, ignored: set[str]) -> Any:
             if message.get(name, value) != value:
                 raise SchemaError(place, f"{alias} and {name} differ", "keep one of them")
             message[name] = value
+    if isinstance(message.get("content"), list):
+        _take_parts(message, place)
     said = message.get("role")
     role = TURN_NAMES.get(str(said)) if sharegpt else ROLES.get(str(said), said)
     if said in CALL_ROLES:
@@ -91,9 +93,33 @@ def _message(raw: Any, place: str, ignored: set[str]) -> Any:
     return message
 
 
+def _take_parts(message: dict[str, Any], place: str) -> None:
+    """Parts of type `reasoning` and `tool_call` become the message's reasoning, in front of the text, and its calls,
+    behind it."""
+    parts = message["content"]
+    kinds = [part.get("type") if isinstance(part, dict) else None for part in parts]
+    start = next((i for i, kind in enumerate(kinds) if kind != "reasoning"), len(kinds))
+    end = next((i for i in range(len(kinds), start, -1) if kinds[i - 1] != "tool_call"), start)
+    if "reasoning" not in kinds and "tool_call" not in kinds:
+        return
+    if "reasoning" in kinds[start:] or "tool_call" in kinds[:end] or "reasoning_content" in message:
+        fact = "reasoning or calls in several places"
+        raise SchemaError(f"{place}.content", fact, "put reasoning first, then text, then calls")
+    values = [part.get("value", part.get("text")) for part in parts]
+    if not all(isinstance(value, str) for value in values[:start]):
+        raise SchemaError(f"{place}.content[0]", "reasoning that is not a text", "make it a string")
+    if start:
+        message["reasoning_content"] = "\n".join(values[:start])
+    for i in range(end, len(parts)):
+        _, calls = calls_in_content(values[i], f"{place}.content[{i}]")
+        message["tool_calls"] = [*message.get("tool_calls", []), *calls]
+    message["content"] = parts[start:end] or None
+
+
 def flag_of(flags: dict[str, Any], place: str) -> int:
     """Whether a message is taught, 0 or 1, by flags that say so."""
     for key, value in flags.items():
+        check_plain(value, f"{place}.{key}")
         if value not in (0, 1):
             raise SchemaError(f"{place}.{key}", f"{key} is {value!r}", "use 0 or 1")
     if len(set(flags.values())) > 1:

@@ -88,7 +88,7 @@ class Mixture:
         """A line for each source whose rows have keys that nothing was made of: which, and how many rows."""
         lines = []
         for name, source in zip(self.names, self.sources, strict=True):
-            keys = [f"{key} ({n:,} row{'s' * (n != 1)})" for key, n in source["ignored"].items()]
+            keys = [f"{_shown(key)} ({n:,} row{'s' * (n != 1)})" for key, n in source["ignored"].items()]
             if len(keys) > MOST_KEYS:
                 keys[MOST_KEYS:] = [f"and {len(keys) - MOST_KEYS:,} more keys"]
             if keys:
@@ -98,6 +98,11 @@ class Mixture:
     def digest(self) -> str:
         """One hash of every row's ids, in order, and of which are trained on."""
         return data_digest(self.rows, self.examples.chosen, self.held_out.chosen)
+
+
+def _shown(key: str) -> str:
+    """A key as a terminal may show it."""
+    return key if len(key) <= 40 and key.isprintable() else f"{key[:40]!a}..."
 
 
 def write_bad_rows(out: Path, mixture: Mixture) -> None:
