@@ -51,7 +51,7 @@ def _message(raw: Any, place: str, ignored: set[str]) -> Any:
     if not isinstance(raw, dict):
         return raw
     check_plain(raw, place)
-    if len(raw) == 2 and raw.get("role") in _PLAIN and "content" in raw:
+    if len(raw) == 2 and raw.get("role") in _PLAIN and isinstance(raw.get("content"), str):
         return dict(raw)  # as most messages are
     sharegpt = "from" in raw
     message = {key: value for key, value in raw.items() if key == "content" or value not in (None, [], {})}
@@ -105,13 +105,13 @@ def _take_parts(message: dict[str, Any], place: str) -> None:
     if "reasoning" in kinds[start:] or "tool_call" in kinds[:end] or "reasoning_content" in message:
         fact = "reasoning or calls in several places"
         raise SchemaError(f"{place}.content", fact, "put reasoning first, then text, then calls")
-    values = [part.get("value", part.get("text")) for part in parts]
-    if not all(isinstance(value, str) for value in values[:start]):
+    thoughts = [part.get("value", part.get("text")) for part in parts[:start]]
+    if not all(isinstance(thought, str) for thought in thoughts):
         raise SchemaError(f"{place}.content[0]", "reasoning that is not a text", "make it a string")
-    if start:
-        message["reasoning_content"] = "\n".join(values[:start])
+    if thoughts:
+        message["reasoning_content"] = "\n".join(thoughts)
     for i in range(end, len(parts)):
-        _, calls = calls_in_content(values[i], f"{place}.content[{i}]")
+        _, calls = calls_in_content(parts[i].get("value", parts[i].get("text")), f"{place}.content[{i}]")
         message["tool_calls"] = [*message.get("tool_calls", []), *calls]
     message["content"] = parts[start:end] or None
 
