@@ -12,7 +12,7 @@ import pytest
 
 from helpers.oracle import frozen_clock
 from helpers.outside import each, outside_files
-from helpers.templates import BACK, CHATML, DROPS, FRONT
+from helpers.templates import BACK, CHATML, DROPS, FRONT, STRIPS, chat
 from helpers.tiny import TEXT
 from sftflow.chat.format import TEMPLATE_NOW, ChatFormat
 from sftflow.chat.render import Renderer
@@ -316,3 +316,50 @@ def test_a_turn_that_opens_with_a_call_is_headed_rightly() -> None:
     assert [role for _, role in row.turns] == ["user", "assistant", "tool", "assistant"]
     assert [text.partition("\n")[0] for text in shown] == [f"<|im_start|>{role}" for _, role in row.turns]
     assert "<tool_call>" in shown[1] and "<think>" in shown[3]
+
+
+def _holding(place: str, text: str) -> dict[str, Any]:
+    """A row of two replies that has the text at one place."""
+    call = {"type": "function", "function": {"name": "clock", "arguments": {"a": 1}}, "id": "call00001"}
+    told = {"role": "tool", "content": "r", "tool_call_id": "call00001", "name": "clock"}
+    tools = json.loads(json.dumps(TOOLS))
+    if place == "id":
+        call["id"] = told["tool_call_id"] = text
+    elif place == "key":
+        call["function"] = {"name": "clock", "arguments": {text: 1}}
+    elif place == "name":
+        told["name"] = text
+    else:
+        tools[0]["function"]["parameters"]["properties"]["city"][place] = [{text: text}, text]
+    said = {"role": "assistant", "content": "", "tool_calls": [call]}
+    return {
+        "messages": [{"role": "user", "content": "u"}, said, told, {"role": "assistant", "content": "w"}],
+        "tools": tools,
+    }
+
+
+@pytest.mark.parametrize("place", ["id", "key", "name", "description", "enum"])
+def test_a_control_token_is_text_wherever_a_row_holds_it(place: str) -> None:
+    """Not in contents alone: in what identifies calls, and deep inside a tool's definition; prompts and rows alike."""
+    front = FRONT.replace("m.role + ", "m.role + (m.name or '') + (m.tool_call_id or '') + ")
+    renderer = renderer_of(front + WRITES.replace("WRITTEN", OFFERED["whole call"]) + BACK)
+    end = renderer.special["<|im_end|>"]
+    counts = []
+    for text in ("plain", "x<|im_end|>"):
+        conversation = parse_row(_holding(place, text), "x")
+        row, prompt = renderer.render(conversation), renderer.render(conversation.before(3), add_generation_prompt=True)
+        assert not verify(renderer, conversation, row)
+        assert row.ids[: len(prompt.ids)].tolist() == prompt.ids.tolist() and text in row.text
+        counts.append([(ids == end).sum() for ids in (row.ids, prompt.ids)])
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("said", ["b<|im_end|>c", "b <|im_end|> c"])
+def test_a_control_token_is_text_where_the_template_cuts_contents(said: str) -> None:
+    renderer = renderer_of(STRIPS)
+    end = renderer.special["<|im_end|>"]
+    for who in (0, 1, 2):
+        texts = ["a", "<think>hm</think>b", "d"]
+        texts[who] = texts[who].replace("b", said) if who == 1 else said
+        prompt = renderer.render(chat(*texts), add_generation_prompt=True)
+        assert said in prompt.text and (prompt.ids == end).sum() == 3

@@ -100,6 +100,7 @@ class Renderer:
         unflagged = {end for each in (plain, of_tools) for end in unflagged_ends(each, encoder, spec.stops)}
         self._encoder = encoder_of(spec.tokenizer, tuple(sorted(unflagged))) if unflagged else encoder
         self.special, self.special_re = self._encoder.special, self._encoder.special_re
+        plain.control = of_tools.control = self.special_re
         prover = Prover(plain, self._encoder, spec.stops)
         self._plain = self._with_tools = _Way(plain, prover)
         if spec.format.with_tools:  # each of the two stops where the other does

@@ -96,7 +96,7 @@ class Conversation:
         search = pattern.search
         return any(
             search(m.text)
-            or search(m.reasoning_content or "")
+            or any(search(text) for text in (m.reasoning_content, m.name, m.tool_call_id) if text)
             or (m.tool_calls and search(json.dumps([decoded(c) for c in m.tool_calls], ensure_ascii=False)))
             for m in self.messages
         ) or bool(self.tools and search(json.dumps(self.tools, ensure_ascii=False)))

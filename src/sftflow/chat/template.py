@@ -153,10 +153,12 @@ def _free_names(template: str) -> frozenset[str]:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A conversation, with its messages in the shape that the format's templates take."""
+    """A conversation, with its messages in the shape that the format's templates take.   control: the tokenizer's
+    control tokens, in a text."""
 
     conversation: Conversation
     messages: Messages
+    control: re.Pattern[str]
 
     @property
     def tools(self) -> list[dict[str, Any]]:
@@ -183,7 +185,10 @@ class Template:
     """A format's template with its arguments and clock.
 
     python: (call start, call end, output start, output end) where format and tokenizer have calculator tokens.
+    control: any of the control tokens, in a text; whoever knows more of them than the tokenizer marks says so.
     """
+
+    control: re.Pattern[str] = re.compile("(?!)")
 
     def __init__(self, chat_format: ChatFormat, names: dict[str, str], special: Container[str]) -> None:
         """names: what the template may call tokens by, e.g. {"bos_token": "<s>"}.   special: the tokenizer's control
@@ -203,7 +208,7 @@ class Template:
     def row(self, conversation: Conversation) -> Row:
         """Calculator parts become plain text where the format has no tokens for them."""
         messages = [as_dict(m, keep_python=self.python is not None) for m in conversation.messages]
-        return Row(conversation, self._with_calls(messages))
+        return Row(conversation, self._with_calls(messages), self.control)
 
     def text(self, messages: Messages, tools: Any, add_generation_prompt: bool, place: str) -> str:
         """The rendering, where asked with the generation prompt. Raises FormatError in the template's own words."""

@@ -102,6 +102,8 @@ def _control_tokens(renderer: Renderer, conversation: Conversation, text: str) -
             parts=tuple(Part(p.kind, harmless(p.text)) for p in message.parts),
             tool_calls=tuple(harmless([decoded(c) for c in message.tool_calls])),
             reasoning_content=harmless(message.reasoning_content),
+            name=harmless(message.name),
+            tool_call_id=harmless(message.tool_call_id),
         )
 
     messages = tuple(map(harmless_message, conversation.messages))

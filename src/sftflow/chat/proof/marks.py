@@ -26,6 +26,7 @@ from sftflow.foundation.errors import MaskError
 # Private-use pairs that can stand around a mark's number; the first that the row itself does not use is taken.
 MARKS = (("\uf8f0", "\uf8f1"), ("\ue0f0", "\ue0f1"), ("\uf1d2", "\uf1d3"), ("\U000ff0f0", "\U000ff0f1"))
 _WORDS = re.compile(r"(<[^<>\s]{1,40}>|\s+)")
+_NONE = re.compile("(?!)")
 _THINK = re.compile(r"<(/?)think(?:ing)?>")
 
 Span = tuple[int, int]
@@ -130,6 +131,7 @@ class MarkedRow:
             fact = "its contents use every private-use character kept for the proof"
             raise MaskError(row.source, fact, "remove them")
         self._pair, self._words = free[0], words
+        self._control = row.control if row.control.search(said) else _NONE
         self.placeholders: list[Placeholder] = []
         last_user = max((i for i, m in enumerate(row.messages) if m["role"] == "user"), default=-1)
         supervised = set(row.conversation.supervised)
@@ -185,6 +187,9 @@ class MarkedRow:
             out["reasoning_content"] = out["thinking"] = self._text(reasoning, thoughts_may_go=False)
         if "tool_calls" in message:
             out["tool_calls"] = [self._call(i, f"{where}.tool_calls[{k}]", c) for k, c in enumerate(out["tool_calls"])]
+        for key in ("name", "tool_call_id"):
+            if key in message:
+                out[key] = self._control_marked(i, f"{where}.{key}", message[key])
         return out
 
     def _text(self, whole: Placeholder, *, thoughts_may_go: bool) -> str:
@@ -200,7 +205,8 @@ class MarkedRow:
             tag = _THINK.fullmatch(piece)
             if tag:
                 thinking = not tag.group(1)
-            if not piece or piece.isspace() or (piece.startswith("<") and _WORDS.fullmatch(piece)):
+            shown = tag or not self._control.fullmatch(piece)  # a control token's look-alike the template need not see
+            if not piece or piece.isspace() or (shown and piece.startswith("<") and _WORDS.fullmatch(piece)):
                 out.append(piece)
             else:
                 # Text before a closing tag without an opening one is reasoning, too.
@@ -217,7 +223,17 @@ class MarkedRow:
             function["arguments"] = with_texts(arguments, lambda text: self._unless_blank(i, place, text))
         else:
             function["arguments"] = self._values(i, place, arguments)
-        return {**call, "function": function}
+        return self._control_marked(i, where, {**call, "function": function})
+
+    def _control_marked(self, message: int, where: str, value: Any) -> Any:
+        """A value of which nothing else is marked, an id or what is deep inside a tool definition: with marks for the
+        control tokens that stand in it."""
+        if isinstance(value, str):
+            return self._control.sub(lambda m: self._mark(Placeholder(message, where, m.group(), False)), value)
+        if isinstance(value, dict):
+            names = {key: self._control_marked(message, where, key) for key in value}
+            return {names[key]: self._control_marked(message, where, inner) for key, inner in value.items()}
+        return [self._control_marked(message, where, v) for v in value] if isinstance(value, list) else value
 
     def _values(self, i: int, where: str, value: Any) -> Any:
         """Every key and every string of a call's arguments."""
@@ -243,4 +259,4 @@ class MarkedRow:
             if isinstance(parameters.get("required"), list):
                 parameters["required"] = [names.get(k, k) if isinstance(k, str) else k for k in parameters["required"]]
             function["parameters"] = parameters
-        return {**tool, "function": function} if "function" in tool else function
+        return self._control_marked(-1, where, {**tool, "function": function} if "function" in tool else function)

@@ -145,7 +145,8 @@ class Prover:
         missing = [
             p.where
             for number, p in enumerate(marked.placeholders)
-            if number not in written
+            if p.required
+            and number not in written
             and (p.message < 0 or row.messages[p.message]["role"] != "assistant" or "tool_calls" in p.where)
         ]
         if key is not None and not missing:
