@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from helpers.templates import CHATML
 from sftflow.api.rows import read
 from sftflow.chat import row_keys
+from sftflow.chat.data_files import read_conversations
 from sftflow.chat.format import ChatFormat
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import parse_row
@@ -180,7 +181,7 @@ def test_a_reply_that_is_not_wanted_is_refused(row: dict[str, Any], key: str) ->
 def test_keys_that_change_the_meaning_are_refused_by_name(row: dict[str, Any]) -> None:
     for key in row_keys.REFUSED:
         assert refusal({**row, key: ["x"]}).startswith(f"f:1.{key}: ")
-        for empty in (None, "", [], {}):
+        for empty in (None, "", [], {}, {"a": None, "b": ""}):
             assert taught({**row, key: empty}) == taught(row)
 
 
@@ -392,6 +393,20 @@ def calling(tokenizer_dir: Path) -> Renderer:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     return Renderer(tokenizer, ChatFormat(name="own", template=CHATML))
+
+
+def test_rows_of_the_hub_lack_what_others_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [_called_with(city="Oslo"), {**BARE, "system": "S"}, _called_with(zone="CET")]
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    found = [c.to_row() for c in read_conversations("hub:set")]
+    assert found == [parse_row(row, "f:1").to_row() for row in rows]
+
+
+def _called_with(**arguments: str) -> dict[str, Any]:
+    call = {"function": {"name": "f", "arguments": arguments}}
+    return {"messages": [ASKED, {"role": "assistant", "content": "", "tool_calls": [call], "weight": 1}]}
 
 
 def test_what_json_has_not_is_named_where_it_is_read(tmp_path: Path) -> None:

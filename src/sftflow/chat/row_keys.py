@@ -82,12 +82,14 @@ CALL_ROLES = ("function_call", "tool_call")
 
 
 def absent(value: Any) -> bool:
-    """Whether a row's value stands for a key that is not there.
+    """Whether a row's value stands for a key that is not there: an object of nothing but such values does, too.
 
-    >>> [absent(value) for value in (None, "", [], {}, 0, False)]
+    >>> [absent(value) for value in (None, "", [], {"a": {}, "b": None}, 0, False)]
     [True, True, True, True, False, False]
     """
-    return value is None or (isinstance(value, str | list | dict) and not value)
+    if isinstance(value, dict):
+        return all(map(absent, value.values()))
+    return value is None or (isinstance(value, str | list) and not value)
 
 
 def refuse(found: dict[str, Any], refused: dict[str, Refusal], place: str) -> None:

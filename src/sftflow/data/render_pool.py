@@ -96,7 +96,8 @@ def render_block(renderer: Renderer, job: Job, items: list[NumberedRow], n_verif
         counts.seen += 1
         try:
             conversation = conversation_of(payload, f"{job.prefix}:{number}")
-            counts.ignored.update(conversation.ignored)
+            if conversation.ignored:
+                counts.ignored.update(conversation.ignored)
             fitted = fit_to_length(conversation, renderer, job.max_length, job.overlong)
         except (DataError, SchemaError, FormatError, MaskError) as error:
             if job.on_bad_row == "stop":
