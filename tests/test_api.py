@@ -232,3 +232,12 @@ def test_errors_are_the_command_line_s(call: Any, line: str, folder: Path) -> No
     with pytest.raises(sf.SftflowError) as error:
         call()
     assert line in str(error.value) and error.value.exit_code == 2 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["\ud83d", json.loads("[" * 300 + "]" * 300)])
+def test_rows_from_memory_that_no_file_can_hold_are_named(base: Any, content: Any) -> None:
+    rows = [ROWS[0], {"prompt": "a", "completion": content}]
+    (refused,) = sf.render(rows, base).refused
+    assert refused["reason"].startswith("rows:2")
+    with pytest.raises(sf.SftflowError, match="rows:2"):
+        sf.mix(sf.read(rows), base)

@@ -24,7 +24,7 @@ from sftflow.chat.schema import Conversation, conversation_of, parse_row, text_m
 from sftflow.chat.token_rows import TokenRow, token_row
 from sftflow.data.row_cache import cache_folder
 from sftflow.data.sources import check_source
-from sftflow.foundation.atomic_io import write_text
+from sftflow.foundation.atomic_io import write_file, write_text
 from sftflow.foundation.errors import DataError, RecipeError, SftflowError
 from sftflow.foundation.json_values import without_nulls
 from sftflow.recipe import SourceEntry, parse_recipe, resolve_paths
@@ -66,14 +66,14 @@ class Rows(Sequence[Any]):
         lines = []
         for number, row in enumerate(self._rows or (), 1):
             try:
-                lines.append(_as_json(row) + "\n")
-            except (TypeError, ValueError) as error:
+                lines.append(_as_json(row).encode() + b"\n")
+            except (TypeError, ValueError, RecursionError) as error:
                 raise DataError(f"{self.name}:{number}", f"not JSON ({error})", "give plain values") from None
-        text = "".join(lines)
+        data = b"".join(lines)
         folder = cache_folder("memory") or Path(tempfile.mkdtemp(prefix="sftflow-memory-"))
-        file = folder / hashlib.sha256(text.encode()).hexdigest()[:16] / f"{self.name}.jsonl"
+        file = folder / hashlib.sha256(data).hexdigest()[:16] / f"{self.name}.jsonl"
         if not file.is_file():
-            write_text(file, text)
+            write_file(file, lambda f: f.write(data))
         return str(file)
 
     @property

@@ -150,10 +150,9 @@ def _read_hub(name: str) -> Iterator[Any]:
 
     hub_id, _, split = name.removeprefix("hub:").partition(":")
     try:
-        data = datasets.load_dataset(hub_id, split=split or "train", streaming=True)
+        yield from map(without_nulls, datasets.load_dataset(hub_id, split=split or "train", streaming=True))
     except Exception as error:  # the library raises many kinds, from HTTP errors to its own
-        raise DataError(name, f"cannot be loaded ({type(error).__name__}: {error})", "check id and network") from None
-    yield from map(without_nulls, data)
+        raise DataError(name, f"cannot be read ({type(error).__name__}: {error})", "check id and network") from None
 
 
 def read_conversations(source: str | Path) -> Iterator[Conversation]:

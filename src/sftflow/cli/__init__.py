@@ -49,7 +49,9 @@ def _told(error: Exception) -> tuple[str, int] | None:
     """(what is said of it, the exit code); None for a fault of the program's own."""
     if usage := getattr(error, "format_message", None):
         return f"usage: {' '.join(str(usage()).split())}; see sftflow --help", getattr(error, "exit_code", 2)
-    if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding() != "utf-8":
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":  # bytes of the command line
+        error = DataError(ascii(error.object), "not text in UTF-8", "write it in UTF-8")
+    elif isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding() != "utf-8":
         fact = f"a file's name has letters that {error.encoding}, the encoding of this locale, has not"
         error = DataError(ascii(error.object), fact, "set LC_ALL=C.UTF-8")
     elif isinstance(error, OSError):
