@@ -13,7 +13,7 @@ import pytest
 import sftflow as sf
 from helpers.runs import Quiet, digest, error_line, run, write_recipe
 from sftflow.data.sources import labels_of
-from sftflow.foundation.errors import RecipeError
+from sftflow.foundation.errors import RecipeError, RunError
 from sftflow.recipe import SourceEntry, load_recipe
 from sftflow.training.identity import changed
 from sftflow.training.resume import saved_states
@@ -260,14 +260,14 @@ def test_the_kept_step_is_named_in_ledger_and_last_line(tiny_base: Path, tmp_pat
 
 @pytest.fixture
 def bad_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Makes the loss of these steps NaN, or of the held-out rows before them."""
+    """Makes the loss of these steps NaN, or that of the held-out rows after them."""
+    real = Trainer.loss
 
-    def spoil(*steps: int) -> None:
-        real = Trainer.loss
-
+    def spoil(*steps: int, held_out: tuple[int, ...] = ()) -> None:
         def loss(self: Trainer, batch: Any, scale: float | None = None) -> Any:
             found = real(self, batch, scale)
-            return found * float("nan") if scale is not None and self.step + 1 in steps else found
+            bad = self.step in held_out if scale is None else self.step + 1 in steps
+            return found * float("nan") if bad else found
 
         monkeypatch.setattr(Trainer, "loss", loss)
 
@@ -285,8 +285,24 @@ def test_a_bad_step_where_a_checkpoint_is_due_loses_nothing(
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["skipped"] and row["loss"] is None] == [3, 5, 6, 8]
     bad_at(1)
-    with pytest.raises(Exception, match="never finite"):  # nothing was learnt: no checkpoint
+    with pytest.raises(RunError, match="no step has changed the weights"):  # nothing was learnt: no checkpoint
         run_training(load_recipe(recipe, ["validation=0", "train.steps=1"]), Quiet(), overwrite=True)
+
+
+def test_a_validation_loss_that_is_not_finite_is_the_worst_one(
+    tiny_base: Path, tmp_path: Path, bad_at: Callable[..., None]
+) -> None:
+    recipe, out = write_recipe(tmp_path, tiny_base, steps=6, save_every=2, keep=9), tmp_path / "run"
+    for best in ("validation_loss", "last"):
+        for held_out, kept in (((2, 4, 6), 6), ((2,), 6), ((6,), 4)):
+            bad_at(held_out=held_out)
+            done = run("train", str(recipe), "--overwrite", "--set", f"train.best={best}")
+            assert done.returncode == 0, done.stderr
+            assert json.loads((out / "checkpoint" / "sftflow.json").read_text())["step"] == kept
+            assert [int(p.name[5:]) for p in saved_states(out / "resume")] == [2, 4]
+            rows = [json.loads(line) for line in (out / "validation.jsonl").read_text().splitlines()]
+            assert [row["step"] for row in rows if row["loss"] is None] == list(held_out)
+        assert f"checkpoint: step {kept} of 6, " in done.stderr.splitlines()[-1]
 
 
 def test_a_state_that_repeats_the_one_before_is_not_saved(

@@ -87,6 +87,8 @@ def kept_step(kept: Mapping[str, Any]) -> str:
     'step 180 of 200, of the lowest validation loss (1.234)'
     """
     step = f"step {kept['step']:,} of {kept['of']:,}"
+    if kept["chosen_by"] == "validation_loss" and kept["validation_loss"] is None:
+        return f"{step}, whose validation loss is not finite"
     if kept["chosen_by"] == "validation_loss":
         return f"{step}, of the lowest validation loss ({kept['validation_loss']:.3f})"
     return f"{step}, the last{'' if kept['step'] == kept['of'] else ' that could be saved'}"

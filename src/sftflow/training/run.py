@@ -220,8 +220,10 @@ class FineTuning(TrainingRun):
             loss = self.validate()
             better = loss is None or self.state.best is None or loss < self.state.best
             wanted = better or self.recipe.train.best == "last"
-            if wanted and (loss is None or math.isfinite(loss)) and self.is_new(self.state.checkpoint or 0):
-                self.state.best, self.state.checkpoint = loss, self.trainer.step
+            finite = loss is None or math.isfinite(loss)
+            # Where no validation loss was finite yet, weights that are finite are better than none.
+            if wanted and (finite or self.state.best is None) and self.is_new(self.state.checkpoint or 0):
+                self.state.best, self.state.checkpoint = loss if finite else None, self.trainer.step
                 self.save_checkpoint()
 
     def validate(self) -> float | None:
@@ -281,7 +283,7 @@ class FineTuning(TrainingRun):
 
     def finish(self) -> None:
         if self.state.checkpoint is None:
-            fact = "the loss was never finite where a checkpoint was due"
+            fact = "no step has changed the weights and left them finite"
             raise RunError(str(self.out), fact, self.divergence_remedy())
         done = {"steps": self.trainer.plan.total_steps, "asked": self.asked, "identity": self.identity}
         write_json(self.out / DONE, done)
@@ -290,5 +292,7 @@ class FineTuning(TrainingRun):
     def divergence_remedy(self) -> str:
         step = self.state.checkpoint
         there = f"{self.out / 'checkpoint'} holds those of step {step}"
+        if self.mixture.held_out and self.state.best is None:
+            there = "no validation loss was finite"
         held = "no checkpoint had been saved yet" if step is None else there
         return f"lower train.lr in a new train.out, or look at the rows of these steps; good weights: {held}"
