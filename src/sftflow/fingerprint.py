@@ -161,22 +161,32 @@ def rows_digest(rows: StoredRows) -> str:
 # ---- weights
 
 
-def weights_hash(model: Any, *, ends: bool = True) -> str:
+def weights_hash(model: Any) -> str:
     """SHA-256 over every weight's name, dtype, shape and bytes: the same on every device, with any number of threads,
-    wherever the files came from. Tied weights are read once.   ends: embedding and head, too."""
+    wherever the files came from. Tied weights are read once."""
+    return digest_of(_weight_lines(model).values())
+
+
+def weights_and_body_hash(model: Any) -> tuple[str, str]:
+    """`weights_hash`, and that of all but embedding and head, which a chat format's tokens make longer."""
+    lines = _weight_lines(model)
+    ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+    theirs = {_place(weight) for end in ends for weight in end.state_dict().values()}
+    body = (lines[name] for name, weight in sorted(model.state_dict().items()) if _place(weight) not in theirs)
+    return digest_of(lines.values()), digest_of(body)
+
+
+def _weight_lines(model: Any) -> dict[str, bytes]:
+    """What is hashed of each weight, by name, sorted."""
     weights: dict[str, torch.Tensor] = model.state_dict()
-    if not ends:
-        parts = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
-        theirs = {_place(p) for part in parts for p in part.state_dict().values()}
-        weights = {name: weight for name, weight in weights.items() if _place(weight) not in theirs}
     own = {_place(weight): name for name, weight in reversed(weights.items())}  # the first name of each
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # hashlib lets other threads run
         names = sorted(own.values())
         of_bytes = dict(zip(names, pool.map(_bytes_hash, [weights[n] for n in names]), strict=True))
-    return digest_of(
-        f"{name} {weight.dtype} {tuple(weight.shape)} {of_bytes[own[_place(weight)]]}\n".encode()
+    return {
+        name: f"{name} {weight.dtype} {tuple(weight.shape)} {of_bytes[own[_place(weight)]]}\n".encode()
         for name, weight in sorted(weights.items())
-    )
+    }
 
 
 def _place(weight: torch.Tensor) -> tuple[Any, ...]:

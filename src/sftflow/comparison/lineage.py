@@ -12,7 +12,7 @@ from typing import Any
 
 from sftflow.checkpoint import Assistant, resolve
 from sftflow.evaluation.evaluate import weights_of
-from sftflow.fingerprint import weights_hash
+from sftflow.fingerprint import weights_and_body_hash
 from sftflow.foundation.errors import SftflowError
 
 BASE_AND_SFT = "base-versus-SFT"
@@ -59,7 +59,9 @@ def _ancestors(model: Assistant) -> Iterator[Mapping[str, Any]]:
 def _is(record: Mapping[str, Any], model: Assistant) -> bool:
     """Whether a record is of this model: by its weights; by its name where an earlier version wrote no hash of them."""
     if record.get("body"):
-        return bool(record["body"] == weights_hash(model.model, ends=False))
+        if "body_hash" not in model.info:
+            model.info["body_hash"] = weights_and_body_hash(model.model)[1]
+        return bool(record["body"] == model.info["body_hash"])
     return _lies_at(record.get("name"), model.name)
 
 

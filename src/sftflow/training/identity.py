@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sftflow.chat.format import ChatFormat, tokenizer_json
-from sftflow.fingerprint import StoredRows, hash_json, rows_digest, weights_hash
+from sftflow.fingerprint import StoredRows, hash_json, rows_digest
 from sftflow.recipe import Recipe, SourceEntry
 
 Identity = dict[str, str]
@@ -61,12 +61,12 @@ def asked_for(recipe: Recipe) -> str:
     return hash_json(recipe.model_dump(mode="json", exclude=FREE_TO_CHANGE, exclude_defaults=True))
 
 
-def base_identity(model: Any, dtype: Any) -> Identity:
+def base_identity(model: Any, dtype: Any, weights: str) -> Identity:
     """Of a base as it was loaded, before it is trained: all that its function, and what is saved of it, depend on.
 
-    dtype: what its weights are stored in.
+    dtype: what its weights are stored in.   weights: their hash.
     """
-    out = {"base: weights": weights_hash(model), "base: stored as": str(dtype).removeprefix("torch.")}
+    out = {"base: weights": weights, "base: stored as": str(dtype).removeprefix("torch.")}
     for name, config in (("config.json", model.config), ("generation_config.json", model.generation_config)):
         if config is not None:
             out |= flattened(_speaking(config.to_dict()), f"base: {name}: ", join="")

@@ -24,7 +24,7 @@ from sftflow.chat.token_rows import token_row
 from sftflow.checkpoint import Assistant, assistant_of, prepare, resolve, save, stored_dtype
 from sftflow.data.mixture import build_mixture, write_bad_rows
 from sftflow.data.run_rows import HELD_OUT, TRAINING_ROWS, write_run_rows
-from sftflow.fingerprint import weights_hash
+from sftflow.fingerprint import weights_and_body_hash
 from sftflow.foundation.atomic_io import NO_SPACE, Lock, read_log, require_writable, sweep, write_json, write_text
 from sftflow.foundation.errors import CheckpointError, RunError
 from sftflow.foundation.runtime import detect
@@ -156,8 +156,8 @@ class FineTuning(TrainingRun):
         recipe, self.notes = resolve_recipe(recipe, runtime, model.num_parameters())
         check_context(model, recipe.train.max_length)
         set_dropout(model, recipe.train.dropout)
-        base = base_identity(model, self.dtype)
-        self.base_body = weights_hash(model, ends=False)
+        weights, self.base_body = weights_and_body_hash(model)
+        base = base_identity(model, self.dtype, weights)
         listener.say("rendering the mixture")
         self.mixture = build_mixture(recipe, renderer, listener.rendering)
         self.renderer = self.mixture.renderer
