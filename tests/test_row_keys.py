@@ -443,11 +443,15 @@ def test_a_row_is_the_same_in_jsonl_parquet_and_arrow(
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     table = pa.Table.from_pylist(rows, schema=pa.Table.from_pylist([full_row()]).schema)
     pq.write_table(table, tmp_path / "d.parquet")
+    for name, opened in (("file.arrow", pa.ipc.new_file), ("stream.arrow", pa.ipc.new_stream)):
+        with opened(tmp_path / name, table.schema) as file:
+            file.write_table(table)
+    files = [tmp_path / name for name in ("d.jsonl", "d.parquet", "file.arrow", "stream.arrow")]
     found = []
-    for source in (tmp_path / "d.jsonl", tmp_path / "d.parquet", datasets.Dataset(table)):
+    for source in (*files, table, datasets.Dataset(table)):
         rendered = [r for c in read(source).conversations() for r in calling.render_rows(c)]
         found.append([(r.text, r.ids.tolist(), r.mask.tolist()) for r in rendered])
-    assert found[0] == found[1] == found[2]
+    assert all(each == found[0] for each in found[1:])
 
 
 def test_the_page_names_every_key() -> None:

@@ -52,9 +52,9 @@ class Rows(Sequence[Any]):
 
             data = datasets.Dataset.from_pandas(data, preserve_index=False)
         self._file = str(data) if isinstance(data, str | Path) else None
-        self._rows = None if self._file else list(data)
-        if self._rows and type(data).__module__.partition(".")[0] == "datasets":
-            self._rows = [without_nulls(row) for row in self._rows]
+        of_arrow = type(data).__module__.partition(".")[0] in ("datasets", "pyarrow")
+        rows = data.to_pylist(maps_as_pydicts="strict") if hasattr(data, "to_pylist") else data
+        self._rows = None if self._file else [without_nulls(row) for row in rows] if of_arrow else list(rows)
         self.given_name = name
         self.name = name or (Path(self._file).stem if self._file else "rows")
 
@@ -128,7 +128,7 @@ def _as_json(row: Any) -> str:
 
 def read(data: Any, *, name: str | None = None) -> Rows:
     """Conversations of any dialect: from a .jsonl, .json or .parquet file, a hub data set `hub:OWNER/NAME`, or memory
-    (a list, an iterator, a `datasets.Dataset`, a pandas DataFrame)."""
+    (a list, an iterator, a `datasets.Dataset`, a table of pyarrow, a pandas DataFrame)."""
     return data if isinstance(data, Rows) else Rows(data, name)
 
 

@@ -1,7 +1,7 @@
 """The rows of a data file or a hub data set, each with its place, as errors name it.
 
-What a file holds is seen from its first bytes, whatever its name says: JSON lines, one JSON array, Parquet, and the
-first two also packed with gzip. `FILE:17` is line 17 of JSON lines, row 17 of anything else.
+What a file holds is seen from its first bytes, whatever its name says: JSON lines, one JSON array, Parquet, Arrow, and
+the first two also packed with gzip. `FILE:17` is line 17 of JSON lines, row 17 of anything else.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from sftflow.chat.schema import Conversation, parse_line, parse_row
 from sftflow.foundation.errors import DataError, first_line
 from sftflow.foundation.json_values import check_texts, parse_json, without_nulls
 
-PACKED, PARQUET, MARK = b"\x1f\x8b", b"PAR1", b"\xef\xbb\xbf"
+PACKED, MARK = b"\x1f\x8b", b"\xef\xbb\xbf"
+PARQUET, ARROW, STREAM = b"PAR1", b"ARRO", b"\xff\xff\xff\xff"
 NOT_READ = {
     b"\xff\xfe": ("UTF-16 text", "convert it to UTF-8"),
     b"\xfe\xff": ("UTF-16 text", "convert it to UTF-8"),
-    b"ARROW1": ("an Arrow file", "write it as Parquet or JSON lines"),
     b"BZh": ("packed with bzip2", "unpack it, or pack it with gzip"),
     b"PK\x03\x04": ("a zip archive, or a spreadsheet", "unpack it, or write its rows as JSON lines"),
     b"\xfd7zXZ\0": ("packed with xz", "unpack it, or pack it with gzip"),
@@ -83,7 +83,8 @@ def read_lines(name: str) -> Iterator[tuple[int, bytes]]:
 
 
 def read_rows(source: str | Path) -> Iterator[tuple[str, Any]]:
-    """(place, raw row) of a file of JSON lines, a JSON array or Parquet, or of a hub data set `hub:NAME[:SPLIT]`.
+    """(place, raw row) of a file of JSON lines, a JSON array, Parquet or Arrow, or of a hub data set
+    `hub:NAME[:SPLIT]`.
 
     Raises DataError naming the file and line where a row cannot be read.
     """
@@ -103,8 +104,9 @@ def numbered_rows(name: str) -> Iterator[tuple[int, Any]]:
         return enumerate(_read_hub(name), 1)
     path = Path(name)
     with _opened(path) as file:
-        if file.read(4) == PARQUET or path.suffix.lower() == ".parquet":
-            return enumerate(_read_parquet(path), 1)
+        head = file.read(4)
+        if head in (PARQUET, ARROW, STREAM) or path.suffix.lower() == ".parquet":
+            return enumerate(_read_columns(path, head), 1)
     _, first = next(read_lines(name), (0, b""))
     if first and _is_whole(path, first.strip()):
         return enumerate(_read_json(path), 1)
@@ -131,17 +133,26 @@ def _read_json(path: Path) -> Iterator[Any]:
     yield from rows if isinstance(rows, list) else [rows]
 
 
-def _read_parquet(path: Path) -> Iterator[Any]:
+def _read_columns(path: Path, head: bytes) -> Iterator[Any]:
+    """The rows of a Parquet file, or of Arrow's: a file, or a stream, as `datasets` keeps them."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
+    kind = "Arrow" if head in (ARROW, STREAM) else "Parquet"
     try:
-        with readable(path), pq.ParquetFile(path) as file:
-            for batch in file.iter_batches():
+        with readable(path), path.open("rb") as file:
+            if head == ARROW:
+                reader = pa.ipc.open_file(file)
+                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+            else:
+                batches = pa.ipc.open_stream(file) if head == STREAM else pq.ParquetFile(file).iter_batches()
+            for batch in batches:
+                batch.validate(full=True)  # Arrow believes the offsets in a damaged file
                 yield from map(without_nulls, batch.to_pylist(maps_as_pydicts="strict"))
     except (DataError, GeneratorExit):
         raise
     except Exception as error:  # of many kinds: pyarrow's, a key twice in a map, a date beyond Python's
-        fact = f"cannot be read as Parquet ({type(error).__name__}: {first_line(error)})"
+        fact = f"cannot be read as {kind} ({type(error).__name__}: {first_line(error)})"
         raise DataError(str(path), fact, "write or download it again") from None
 
 
