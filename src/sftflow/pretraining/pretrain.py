@@ -167,7 +167,7 @@ def train_base(
     require_own_links(out)
     sweep(out, "resume", "checkpoint", "metrics.jsonl")
     sweep(states, "*")
-    if not resume:
+    if not resume or (out / "ledger.json").is_file():  # which a fine-tuning has written
         require_free(out, "remove the folder")
         forget(states)
     if (states / "tokenizer").is_dir():  # an earlier part of this run has trained it

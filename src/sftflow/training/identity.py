@@ -13,7 +13,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sftflow.chat.format import ChatFormat, tokenizer_json
+from sftflow.chat.format import tokenizer_json
+from sftflow.chat.render import Renderer
 from sftflow.fingerprint import StoredRows, hash_json, rows_digest
 from sftflow.recipe import Recipe, SourceEntry
 
@@ -30,12 +31,11 @@ MOST_NAMED = 8
 PATHS = re.compile(r"recipe\.(base|mixture\[\d+\]\.(source|path|name))")  # recorded by earlier versions
 
 
-def run_identity(
-    recipe: Recipe, base: Identity, tokenizer: Any, chat_format: ChatFormat, sources: Sequence[StoredRows]
-) -> Identity:
+def run_identity(recipe: Recipe, base: Identity, renderer: Renderer, sources: Sequence[StoredRows]) -> Identity:
     """recipe: a resolved one.   base: see `base_identity`.   sources: the rendered rows of each mixture entry."""
-    out = recipe_identity(recipe) | base
-    out["tokenizer"] = hash_json(tokenizer_json(tokenizer))
+    out, chat_format = recipe_identity(recipe) | base, renderer.format
+    out["tokenizer"] = hash_json(tokenizer_json(renderer.tokenizer))
+    out["special tokens"] = json.dumps([dict(sorted(renderer.spec.names.items())), sorted(renderer.stop_ids())])
     out["chat format"] = hash_json([chat_format.templates, chat_format.kwargs, chat_format.now])
     for number, rows in enumerate(sources, 1):
         out[f"rows of source {number} ({rows.meta['prefix']})"] = rows_digest(rows)

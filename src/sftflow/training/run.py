@@ -171,7 +171,7 @@ class FineTuning(TrainingRun):
             out,
             Trainer(model, plan, self.recipe.train, runtime, self.mixture.names),
             listener,
-            identity=run_identity(self.recipe, base, self.tokenizer, self.mixture.renderer.format, self.mixture.rows),
+            identity=run_identity(self.recipe, base, self.renderer, self.mixture.rows),
             signals=signals,
         )
         self.callback = callback
