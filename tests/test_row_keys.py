@@ -101,6 +101,11 @@ def test_tools_are_read_in_every_dialect(row: dict[str, Any]) -> None:
         assert parse_row({**row, **given_as}, "f:1").tools == tools
     for empty in (None, "", []):
         assert parse_row({**row, "tools": empty}, "f:1").tools == ()
+    unit = {"type": "string", "enum": ["C", None], "default": None}
+    (tool,) = parse_row(
+        {**row, "tools": [{**bell, "strict": None, "parameters": {"unit": unit, "zone": None}}]}, "f"
+    ).tools
+    assert tool == {"name": "bell", "parameters": {"unit": unit}}
     assert "tools and functions differ" in refusal({**row, "tools": [bell], "functions": [bell]})
     assert "f:1.tools: a text that is not JSON" in refusal({**row, "tools": "bell"})
     assert "stands twice" in refusal({**row, "tools": '[{"name": "a", "name": "b"}]'})
@@ -199,7 +204,14 @@ def test_preference_data_is_named_also_where_the_dialect_is_not_known() -> None:
 def test_keys_of_messages_are_refused_by_name() -> None:
     for key in row_keys.MESSAGE_REFUSED:
         assert refusal([ASKED, {**REPLIED, key: ["x"]}]).startswith(f"f:1.messages[1].{key}: ")
-    gone = {"refusal": None, "audio": None, "function_call": None, "tool_calls": [], "annotations": [], "weight": None}
+    gone = {
+        "refusal": None,
+        "audio": "",
+        "function_call": {"name": None, "arguments": None},
+        "tool_calls": [],
+        "annotations": [],
+        "weight": None,
+    }
     assert taught([{**ASKED, "tool_calls": None, "reasoning_content": None}, {**REPLIED, **gone}]) == taught(CHAT)
     part = {"type": "text", "text": "hi", "image_url": None}
     assert taught([{"role": "user", "content": [part]}, REPLIED]) == taught(CHAT)

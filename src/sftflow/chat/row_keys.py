@@ -64,6 +64,8 @@ REFUSED = {
 
 MESSAGE_KEYS = {"role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "weight"}
 SAME_AS = {"from": "role", "value": "content", "thinking": "reasoning_content", "reasoning": "reasoning_content"}
+TEXTS = {"role", "name", "tool_call_id", "reasoning_content", *SAME_AS}
+"""texts of a message, which may be empty"""
 MESSAGE_REFUSED = {
     **{key: REFUSED[key] for key in ("images", "image", "videos", "video", "audios", "audio", "mask", "loss_mask")},
     **dict.fromkeys(("train_detail", "training_detail", "loss_scale"), _SPANS),

@@ -34,7 +34,14 @@ def read_tools(value: Any, place: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(t, dict) for t in value):
         raise SchemaError(place, "not a list of objects", "see the OpenAI tool shape")
     check_plain(value, place)
-    return value
+    return [_defined(tool) for tool in value]
+
+
+def _defined(schema: Any) -> Any:
+    """A part of a definition without null for what is not defined; null may be a default."""
+    if isinstance(schema, dict):
+        return {key: _defined(v) for key, v in schema.items() if v is not None or key in ("default", "const")}
+    return [_defined(v) for v in schema] if isinstance(schema, list) else schema
 
 
 def read_calls(value: Any, place: str) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from sftflow.chat.row_keys import (
     MESSAGE_REFUSED,
     ROLES,
     SAME_AS,
+    TEXTS,
     TURN_NAMES,
     absent,
     refuse,
@@ -54,7 +55,7 @@ def _message(raw: Any, place: str, ignored: set[str]) -> Any:
     if len(raw) == 2 and raw.get("role") in _PLAIN and isinstance(raw.get("content"), str):
         return dict(raw)  # as most messages are
     sharegpt = "from" in raw
-    message = {key: value for key, value in raw.items() if key == "content" or value not in (None, [], {})}
+    message = {k: v for k, v in raw.items() if k == "content" or not (v is None if k in TEXTS else absent(v))}
     refuse(message, MESSAGE_REFUSED, place)
     for alias, name in SAME_AS.items():
         if alias in message:
