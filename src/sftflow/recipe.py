@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -245,7 +246,7 @@ def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     update: dict[str, Any] = {"mixture": tuple(entries)}
     base = recipe.base
     if not base.startswith("builtin:") and (
-        (folder / base).exists() or base.startswith((".", "/")) or base.endswith(".gguf")
+        os.path.exists(folder / base) or base.startswith((".", "/")) or base.endswith(".gguf")
     ):
         update["base"] = absolute(base)
     if recipe.eval is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import importlib
 import io
 import json
@@ -54,6 +55,8 @@ def _told(error: Exception) -> tuple[str, int] | None:
     elif isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding() != "utf-8":
         fact = f"a file's name has letters that {error.encoding}, the encoding of this locale, has not"
         error = DataError(ascii(error.object), fact, "set LC_ALL=C.UTF-8")
+    elif isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        error = DataError(f"{str(error.filename)[:60]} ...", str(error.strerror), "check the path")
     elif isinstance(error, OSError):
         fact = error.strerror or str(error)
         error = RunError(str(error.filename or "files"), fact, "check space and permissions")
