@@ -229,6 +229,8 @@ def test_other_keys_are_counted(tmp_path: Path, renderer: Renderer) -> None:
     rows = [{**CHAT, "topic": "sea", "empty": []}, {**BARE, "topic": "sky", "id": 1}]
     rows.append({"conversations": [SHAREGPT["conversations"][0], turn]})
     assert parse_row(rows[0], "f:1").meta == {"topic": "sea", "empty": []}
+    for bare in ([ASKED, turn], {"messages": [ASKED, turn]}):
+        assert parse_row(bare, "f:1").ignored == ("messages[].id",)
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = parse_recipe({"mixture": [{"source": str(tmp_path / "d.jsonl")}], "validation": 0}, "recipe")
     mixture = build_mixture(recipe, renderer)

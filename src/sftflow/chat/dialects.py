@@ -14,15 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from sftflow.chat.row_keys import (
-    CONVERSATIONS,
-    PREFERRED,
-    REFUSED,
-    SYSTEM,
-    TOOLS,
-    absent,
-    refuse,
-)
+from sftflow.chat.row_keys import CONVERSATIONS, PREFERRED, REFUSED, SYSTEM, TOOLS, absent, refuse
 from sftflow.chat.tool_calls import read_json, read_tools
 from sftflow.chat.turns import Turn, flag_of, read_turns
 from sftflow.foundation.errors import SchemaError
@@ -42,18 +34,18 @@ class RawRow:
 
 def read_row(row: Any, place: str) -> RawRow:
     """One row of any dialect. Raises SchemaError where it is of none, or a key cannot be honoured."""
-    if isinstance(row, list):
-        return RawRow(conversations=[read_turns(row, f"{place}.messages", set())])
+    ignored: set[str] = set()
+    bare = row["messages"] if isinstance(row, dict) and len(row) == 1 and "messages" in row else row
+    if isinstance(bare, list):
+        conversations = [read_turns(bare, f"{place}.messages", ignored)]
+        return RawRow(conversations=conversations, ignored=tuple(sorted(ignored)))
     if not isinstance(row, dict):
         raise SchemaError(place, f"a row is {kind_of(row)}", "make it an object with messages")
-    if len(row) == 1 and isinstance(row.get("messages"), list):
-        return RawRow(conversations=[read_turns(row["messages"], f"{place}.messages", set())])
     row = {key: value for key, value in row.items() if value is not None}
-    if row.get("messages") and row.get("chosen") == row["messages"]:  # both: for instruction tuning the first is given
+    if row.get("messages") and row.get("chosen") == row["messages"]:  # its rows for instruction tuning keep both
         refuse({key: value for key, value in row.items() if key not in ("chosen", "rejected")}, REFUSED, place)
     else:
         refuse(row, REFUSED, place)
-    ignored: set[str] = set()
     conversations, used = _conversations(row, place, ignored)
     system = _system(row, place)
     without = _not_taught(row, place)
