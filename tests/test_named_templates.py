@@ -118,7 +118,8 @@ def test_arguments_and_ends_are_built_into_all(tmp_path: Path) -> None:
     renderer = opened(base(tmp_path / "base", NAMED))
     assert renderer.arguments() == ["brief"]
     found = with_arguments(renderer.format, {"brief": True})
-    assert all(t.startswith("{%- set brief = true -%}") for t in (found.template, *found.named.values()))
+    default = "{%- set brief = brief if brief is defined else true -%}"
+    assert all(t.startswith(default) for t in (found.template, *found.named.values()))
     endless = {"default": PLAIN.replace("<|halt|>", "\n"), "tool_use": TOOLS}
     appended = append_eos(opened(base(tmp_path / "endless", endless)))
     for row in ("plain", "tools, called"):

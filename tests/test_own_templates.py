@@ -64,6 +64,10 @@ class Own:
 
 EOS, EOT, END = ("</s>",), ("<|eot_id|>",), ("<|end|>",)
 MUTE = "tools reasoning"  # a template that writes neither: nothing may vanish
+TURNS = (
+    "turns system_turns think_inline_turns empty_turn space_only newlines_first padded unicode_composed "
+    "combining_first repeated repeated_inside lookalikes_user lookalikes_assistant lookalikes_edges headers"
+)
 SYSTEMS = "system system_turns developer padded lookalikes_edges"
 
 TEMPLATES = {
@@ -74,13 +78,20 @@ TEMPLATES = {
     "prefills_think": Own(refused=f"{MUTE} think_inline_turns", arguments="assistant_first"),
     "prefills_always": Own(refused="everything", whole="think_inline"),
     "prefills_in_a_word": Own(refused="everything", whole="think_inline"),
+    "prefills_closed": Own(
+        refused=MUTE,
+        by_turn=f"{TURNS} assistants_in_a_row assistant_first",
+        arguments="empty empty_turn space_only",
+    ),
+    "empty_thoughts_last": Own(
+        refused=f"{MUTE} assistants_in_a_row assistant_first", by_turn=TURNS, whole="think_inline_turns"
+    ),
     "no_end_of_turn": Own((), refused="everything"),
     "end_is_text": Own((), refused="everything"),
     "last_end_missing": Own(refused="everything"),
     "other_end_last": Own(
         ("<|end|>", "<|return|>"),
-        by_turn="turns system_turns think_inline_turns empty_turn space_only newlines_first padded unicode_composed "
-        "combining_first repeated repeated_inside lookalikes_user lookalikes_assistant lookalikes_edges headers",
+        by_turn=TURNS,
         refused=f"{MUTE} assistants_in_a_row assistant_first",
     ),
     "merges_at_boundary": Own(EOS, refused=MUTE),
@@ -118,9 +129,8 @@ TEMPLATES = {
     "parts_of_users": Own(refused=MUTE, parts=("user", "tool")),
     "parts_written_out": Own(refused=MUTE, parts=("user",)),
 }
-# Refused although a right row exists: the reply's end is written only where another turn follows, and a first message
-# that nothing prompts for.
-AVOIDABLE = {"last_end_missing": 2, "other_end_last": 1, "reasoning_kept": 1, "calls_end_of_two_tokens": 1}
+# Refused although a right row exists: a first message that nothing prompts for.
+AVOIDABLE = {"empty_thoughts_last": 1, "other_end_last": 1, "reasoning_kept": 1, "calls_end_of_two_tokens": 1}
 
 
 def path_of(name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sftflow.chat.prefill import drop_prefill
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import parse_row
 from sftflow.chat.template_options import append_eos, choose_arguments, options_note
+from sftflow.chat.verify import verify
 from sftflow.foundation.errors import FormatError, MaskError
 
 PREFILLS = HEAD + "{{ m.content }}" + TAIL + "{% if enable_thinking is not false %}<think>\n{% endif %}{% endif %}"
@@ -54,6 +56,75 @@ def test_an_argument_against_a_prefilled_reply_is_found(tokenizer_dir: Path) -> 
     thoughtful = chat("a", "<think>\nhm</think>b")
     assert choose_arguments(renderer, [thoughtful]) is renderer
     assert supervised(renderer, renderer.render(thoughtful)) == "hm</think>b<|im_end|>"
+
+
+SWITCHED = (
+    "{% if enable_thinking is defined and enable_thinking %}<|im_start|>system\nthink<|im_end|>\n{% endif %}"
+    + HEAD
+    + "{{ m.content }}"
+    + TAIL
+    + "{% if not (enable_thinking | default(false)) %}<quiet>\n</quiet>{% endif %}{% endif %}"
+)
+"""Without thoughts, which is the default, the prompt ends with an empty block that no reply has in front of it."""
+
+
+def test_plain_rows_are_taught_behind_the_prompt_that_serving_sends(tokenizer_dir: Path) -> None:
+    renderer = open_with(tokenizer_dir, SWITCHED)
+    several = chat("a", "b", "c", "d")
+    assert choose_arguments(renderer, [chat("a", "b"), several]) is renderer  # thinking stays off, and the caller's
+    pairs = renderer.render_pairs(several)
+    assert [supervised(renderer, row) for _, row in pairs] == ["b<|im_end|>", "d<|im_end|>"]
+    for (of, row), turn in zip(pairs, (1, 3), strict=True):
+        prompt = renderer.render(several.before(turn), add_generation_prompt=True)
+        assert row.text.startswith(prompt.text) and prompt.text.endswith("<quiet>\n</quiet>")
+        assert row.ids[: len(prompt.ids)].tolist() == prompt.ids.tolist() and not row.mask[: len(prompt.ids)].any()
+        assert verify(renderer, of, row) == {}
+        alike = replace(row, text=row.text.replace("<quiet>", "<quite>"))
+        assert verify(renderer, of, alike)
+
+
+def test_a_row_with_look_alikes_is_verified_behind_such_a_block(tokenizer_dir: Path) -> None:
+    renderer = open_with(tokenizer_dir, SWITCHED.replace("<quiet>", "<|im_start|>").replace("</quiet>", "</s>"))
+    row = chat("say <|im_end|>", "no <|im_start|>")
+    assert verify(renderer, row, renderer.render(row)) == {}
+
+
+def test_no_argument_changes_what_rows_are_asked_that_can_be_taught(tokenizer_dir: Path) -> None:
+    """Thoughts alone may ask for thinking; beside rows without, they are refused by name."""
+    shows = SWITCHED.replace(
+        "{{ m.content }}", "{% if m.thinking %}<hm>{{ m.thinking }}</hm>{% endif %}{{ m.content }}"
+    )
+    renderer = open_with(tokenizer_dir, shows)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "hm"}]
+    thoughtful = parse_row(messages, "t:2")
+    assert choose_arguments(renderer, [thoughtful]).format.kwargs == {"enable_thinking": True}
+    assert choose_arguments(renderer, [thoughtful, chat("a", "b")]) is renderer
+    with pytest.raises(MaskError, match=r"^t:2.messages\[1\]: .* not a prefix"):
+        renderer.render_rows(thoughtful)
+
+
+def test_what_is_built_in_is_a_default_that_callers_override(tokenizer_dir: Path) -> None:
+    found = choose_arguments(open_with(tokenizer_dir, PREFILLS), [chat("a", "b")])
+    assert found.format.kwargs == {"enable_thinking": False}
+    for given, thinks in (({}, False), ({"enable_thinking": False}, False), ({"enable_thinking": True}, True)):
+        prompt = found.tokenizer.apply_chat_template(
+            [{"role": "user", "content": "a"}],
+            chat_template=found.format.template,
+            add_generation_prompt=True,
+            tokenize=False,
+            **given,
+        )
+        assert prompt.endswith("<think>\n") == thinks
+
+
+def test_one_prompt_has_one_form_of_reply(tokenizer_dir: Path) -> None:
+    """A template that begins only the last reply with an empty block: each reply is taught as generation begins it."""
+    last = HEAD + "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}{{ m.content }}" + TAIL
+    renderer = open_with(tokenizer_dir, last + "{% endif %}")
+    replies = [supervised(renderer, row) for row in renderer.render_rows(chat("a", "b", "c", "d"))]
+    assert replies == ["<think></think>b<|im_end|>", "<think></think>d<|im_end|>"]
+    first, second = chat("a", "", "c", "d"), chat("a", "b", "c", "")  # a reply without a word has a beginning, too
+    assert [len(renderer.render_rows(row)) for row in (first, second)] == [2, 2]
 
 
 def test_what_needs_no_argument_gets_none(tokenizer_dir: Path) -> None:

@@ -23,6 +23,7 @@ from transformers.utils import chat_template_utils
 
 MARKER = re.compile(r"zq[a-z0-9]+")
 THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
+CLOSED_BLOCK = re.compile(r"\s*<[^<>]+>[\w\s]*<[^<>]+>\s*")
 EMPTY_THINKING = re.compile(r"\A\s*<think>\s*</think>")
 OPENS_THINKING, CLOSES_THINKING = re.compile(r"<think>\s*\Z"), re.compile(r"\A\s*</think>")
 # What closes a reply, whichever it is: a token, or several, with words between them. () where nothing does.
@@ -273,13 +274,17 @@ class Turn:
 
 @dataclass
 class Case:
-    """One source row, as one choice of template arguments and message form renders it."""
+    """One source row, as one choice of template arguments and message form renders it.
+
+    block: the last reply stands behind the whole of its prompt, which ends with an opened and closed block that the
+    template writes before no reply: what serving sends, and then the reply."""
 
     reference: Reference
     row: dict[str, Any]
     kwargs: dict[str, Any]
     stops: Stops
     messages: Messages
+    block: bool = False
 
     @property
     def tools(self) -> Any:
@@ -291,14 +296,23 @@ class Case:
         return [i for i, m in enumerate(self.row["messages"]) if m["role"] == "assistant" and m.get("weight", 1)]
 
     def text(self, upto: int) -> str | None:
-        return self.reference.text(self.messages[:upto], self.tools, self.kwargs)
+        return self._with_block(self.reference.text(self.messages[:upto], self.tools, self.kwargs), upto)
+
+    def _with_block(self, text: str | None, upto: int) -> str | None:
+        if not self.block or text is None:
+            return text
+        last = [*self.messages[: upto - 1], {"role": "assistant", "content": "zqprobe"}]
+        before, _, _ = (self.reference.text(last, self.tools, self.kwargs) or "").partition("zqprobe")
+        prompt = self.prompt(upto - 1) or ""
+        found = prompt.startswith(before) and CLOSED_BLOCK.fullmatch(prompt[len(before) :])
+        return text[: len(before)] + prompt[len(before) :] + text[len(before) :] if found else None
 
     def twin(self, upto: int) -> str | None:
         """The text with the look-alikes of control tokens in the contents replaced by as many letters, so that what
         is left of control tokens is the template's own. None where the template treats the two unlike."""
         text = self.text(upto)
         same = self.reference.harmless(self.messages[:upto])
-        twin = self.reference.text(same, self.reference.harmless(self.tools), self.kwargs)
+        twin = self._with_block(self.reference.text(same, self.reference.harmless(self.tools), self.kwargs), upto)
         if text is None or twin is None or len(twin) != len(text):
             return None
         return twin if all(b in (a, "Q") for a, b in zip(text, twin, strict=True)) else None
@@ -346,6 +360,9 @@ class Case:
             return f"the reply lacks {sorted(missing)}"
         if any(f'\\"{word}' in reply for word in markers(self.messages[k].get("tool_calls"))):
             return "the arguments are JSON inside of JSON"
+        alone = self.text(k + 1)
+        if alone is None or not alone.startswith(text[: stop + len(token)]):
+            return "the reply is another one when the conversation stops with it"
         problem = self._plain(k, reply)
         return problem or Turn(start, stop + len(token))
 
@@ -392,6 +409,7 @@ class Case:
 def cases(reference: Reference, row: dict[str, Any], kwargs: dict[str, Any], stops: Stops) -> Iterator[Case]:
     for messages in template_messages(row):
         yield Case(reference, row, kwargs, stops, messages)
+        yield Case(reference, row, kwargs, stops, messages, block=True)
 
 
 def accepts(reference: Reference, row: dict[str, Any], kwargs: dict[str, Any]) -> bool:
@@ -554,7 +572,8 @@ def _check(case: Case, upto: int, rendered: Any, ids: list[int], mask: Any) -> t
 
     # Ids: the reference's, but for the places where a token was split in two at a boundary.
     if clean:
-        wanted = reference.ids(case.messages[:upto], case.tools, case.kwargs)
+        plain = reference.ids(case.messages[:upto], case.tools, case.kwargs)
+        wanted = reference.encode(rendered.text) if case.block else plain
         if wanted != ids:
             differing = _differing(wanted, ids, reference.special)
             if not rendered.boundary_splits:

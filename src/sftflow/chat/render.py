@@ -24,9 +24,10 @@ from numpy.typing import NDArray
 from sftflow.chat.content_parts import Messages
 from sftflow.chat.encode import encoder_of
 from sftflow.chat.format import ChatFormat, tokenizer_text
-from sftflow.chat.proof.prover import UNASKED, Prover, unflagged_ends
+from sftflow.chat.prompts import Prompts
+from sftflow.chat.proof.prover import Prover, unflagged_ends
 from sftflow.chat.schema import Conversation, parse_row
-from sftflow.chat.template import Row, Template
+from sftflow.chat.template import Template
 from sftflow.foundation.errors import FormatError, MaskError
 
 
@@ -124,21 +125,33 @@ class Renderer:
     # ---- prompt -> text -> ids -> mask
 
     def render(
-        self, conversation: Conversation, *, add_generation_prompt: bool = False, turns: bool = False
+        self,
+        conversation: Conversation,
+        *,
+        add_generation_prompt: bool = False,
+        turns: bool = False,
+        prompts: Prompts | None = None,
     ) -> Rendered:
         """One conversation -> ids and mask. With add_generation_prompt=True, the prompt for the next assistant turn
         (mask all 0). With turns=True, the row also says where its turns begin.
 
+        prompts: those of a row that begins with this conversation, so that none is rendered again.
         Raises FormatError where the template refuses the conversation (its own message quoted) and MaskError where
         the mask cannot be proven.
         """
         template, prover = self._way(conversation)
         row = template.row(conversation)
-        text = template.text(row.messages, row.tools, add_generation_prompt, row.source)
+        prompts = prompts or Prompts(template, row)
+        if add_generation_prompt:
+            text = prompts.before(len(row.messages))
+        else:
+            text = template.text(row.messages, row.tools, False, row.source)
         supervised = [] if add_generation_prompt else conversation.supervised
-        starts = self._reply_starts(row, text, supervised)
+        proof = prompts.proof_behind_block(row, text, prover) if supervised == [len(row.messages) - 1] else None
+        text = proof.text if proof else text
+        starts = prompts.reply_starts(row, text, set(supervised))
         boundaries = sorted(set(starts.values()))
-        proof = prover.prove(row, text) if supervised else None
+        proof = proof or (prover.prove(row, text) if supervised else None)
         literals = proof.literals if proof else prover.literals(row, text, add_generation_prompt)
         encoded = self._encoder.encode(text, literals, boundaries, row.source)
         mask = np.zeros(len(encoded.ids), np.int8)
@@ -154,28 +167,10 @@ class Renderer:
         found = prover.turns(proof, encoded) if turns else ()
         return Rendered(encoded.ids, mask, text, row.source, encoded.splits, found)
 
-    def _reply_starts(self, row: Row, text: str, supervised: Sequence[int]) -> dict[int, int]:
-        """For each assistant turn, the character at which its reply begins. A turn whose prompt is not a prefix of
-        the text is left out where nothing is supervised there, and refused where it is."""
-        starts = {}
-        for turn, message in enumerate(row.messages):
-            if message["role"] != "assistant":
-                continue
-            place = f"{row.source}.messages[{turn}]"
-            prompt, fact = None, ""
-            try:
-                prompt = self._way(row.conversation).template.text(row.messages[:turn], row.tools, True, place)
-            except FormatError as error:
-                fact = f"the format gives no prompt for this reply ({error.fact})"
-            if prompt is not None and text.startswith(prompt):
-                starts[turn] = len(prompt)
-            elif turn in supervised and turn == 0:
-                raise MaskError(place, *UNASKED)
-            elif turn in supervised:
-                other = f"the {self.format.name} format's prompt for this reply is not a prefix of the training text"
-                remedy = "the template rewrites history or pre-fills the reply; use another --format or drop_prefill"
-                raise MaskError(place, fact or other, "" if fact else remedy)
-        return starts
+    def prompts(self, conversation: Conversation) -> Prompts:
+        """The prompts for a conversation's turns, each rendered when it is asked for."""
+        template = self._way(conversation).template
+        return Prompts(template, template.row(conversation))
 
     def render_rows(self, conversation: Conversation, *, turns: bool = False) -> list[Rendered]:
         """Training examples of one row: one, or one per supervised assistant turn where the template rewrites
@@ -184,8 +179,9 @@ class Renderer:
 
     def render_pairs(self, conversation: Conversation, *, turns: bool = False) -> list[tuple[Conversation, Rendered]]:
         """The examples of `render_rows`, each with the conversation that it renders."""
+        prompts = self.prompts(conversation)
         try:
-            return [(conversation, self.render(conversation, turns=turns))]
+            return [(conversation, self.render(conversation, turns=turns, prompts=prompts))]
         except MaskError as whole:
             supervised = conversation.supervised
             if supervised in ([], [len(conversation.messages) - 1]):
@@ -198,7 +194,7 @@ class Renderer:
                 ]
                 example = replace(conversation, messages=tuple(messages))
                 try:
-                    pairs.append((example, self.render(example, turns=turns)))
+                    pairs.append((example, self.render(example, turns=turns, prompts=prompts)))
                 except (MaskError, FormatError):
                     raise whole from None
             return pairs
@@ -231,6 +227,11 @@ class Renderer:
             return None
         a, b, c, d = (self.special[t] for t in python)
         return a, b, c, d
+
+    @property
+    def writes_prefix_spaces(self) -> bool:
+        """Whether the tokenizer writes a space in front of whatever it is given."""
+        return self._encoder.prepends
 
     def encode_plain(self, text: str) -> list[int]:
         """Text that comes from content -> ids; special-token strings stay text."""

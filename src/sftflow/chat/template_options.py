@@ -1,7 +1,7 @@
 """Which arguments a template is rendered with, and how an end of turn is added where it writes none.
 
-Both become a part of the template itself (`{%- set enable_thinking = false -%}` in front of it), so that whoever loads
-the checkpoint (transformers, vLLM, llama.cpp) renders what was trained on.
+Both become a part of the template itself, so that whoever loads the checkpoint (transformers, vLLM, llama.cpp) renders
+what was trained on. Arguments are built in as defaults: a caller who sets one is heard.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from sftflow.chat.schema import Conversation
 from sftflow.foundation.errors import FormatError, MaskError
 
 _MOST_ARGUMENTS = 6
+_REFUSED = 3  # as many rows as this to be expanded are as bad as one that is refused
 
 # The end-of-text token is put behind every reply before the template sees it. (namespace: a `set` inside a `for` would
 # be forgotten after it.)
@@ -33,12 +34,15 @@ _APPEND_EOS = """\
 
 
 def with_arguments(chat_format: ChatFormat, arguments: dict[str, bool]) -> ChatFormat:
-    """The format with template arguments built in.
+    """The format with defaults for template arguments built in.
 
-    >>> with_arguments(ChatFormat(name="own", template="..."), {"enable_thinking": False}).template
-    '{%- set enable_thinking = false -%}...'
+    >>> with_arguments(ChatFormat(name="own", template="..."), {"thinking": False}).template
+    '{%- set thinking = thinking if thinking is defined else false -%}...'
     """
-    front = "".join(f"{{%- set {name} = {str(value).lower()} -%}}" for name, value in arguments.items())
+    front = "".join(
+        f"{{%- set {name} = {name} if {name} is defined else {str(value).lower()} -%}}"
+        for name, value in arguments.items()
+    )
     return chat_format.behind(front, kwargs={**chat_format.kwargs, **arguments})
 
 
@@ -70,7 +74,9 @@ def choose_arguments(renderer: Renderer, sample: Sequence[Conversation]) -> Rend
 
     Where every row is proven as one example, or the template has no arguments, the renderer itself. Arguments are
     found in the template (names it reads and nobody sets), not in a list; each is tried as true and false, alone and
-    in pairs, and taken only where fewer rows must be expanded or refused.
+    in pairs, and taken only where fewer rows must be expanded or refused. What asks for a conversation's first reply
+    is left as it is wherever a reply can be taught behind it: what serving sends by default, such as whether a model
+    is told to think, is not changed for the sake of longer examples.
     """
     arguments = renderer.arguments()[:_MOST_ARGUMENTS]
     if not arguments or renderer.format.kwargs:
@@ -79,17 +85,30 @@ def choose_arguments(renderer: Renderer, sample: Sequence[Conversation]) -> Rend
     hard = [c for c, cost in zip(sample, costs, strict=True) if cost]
     if not hard:
         return renderer
+    taught = [c for c, cost in zip(sample, costs, strict=True) if cost < _REFUSED]
+    asked = [_first_prompt(renderer, c) for c in taught]
     best, best_cost = renderer, sum(costs)
     for choice in _choices(arguments):
         candidate = renderer.with_format(with_arguments(renderer.format, choice))
         if sum(_cost(candidate, c) for c in hard[:50]) >= sum(_cost(best, c) for c in hard[:50]):
             continue  # most candidates end here, before the whole sample is rendered
+        if any(_first_prompt(candidate, c) != before for c, before in zip(taught, asked, strict=True)):
+            continue
         cost = sum(_cost(candidate, c) for c in sample)
         if cost < best_cost:
             best, best_cost = candidate, cost
         if not cost:
             break
     return best
+
+
+def _first_prompt(renderer: Renderer, conversation: Conversation) -> str | None:
+    """The prompt for the conversation's first reply; None where the template gives none."""
+    first = next((i for i, m in enumerate(conversation.messages) if m.role == "assistant"), 0)
+    try:
+        return renderer.text(conversation.before(first), add_generation_prompt=True)
+    except FormatError:
+        return None
 
 
 def _choices(arguments: Sequence[str]) -> list[dict[str, bool]]:
@@ -100,8 +119,8 @@ def _choices(arguments: Sequence[str]) -> list[dict[str, bool]]:
 
 
 def _cost(renderer: Renderer, conversation: Conversation) -> int:
-    """0: proven whole; 1: one example per turn; 3: refused."""
+    """0: proven whole; 1: one example per turn; _REFUSED."""
     try:
         return int(len(renderer.render_rows(conversation)) > 1)
     except (MaskError, FormatError):
-        return 3
+        return _REFUSED

@@ -6,12 +6,14 @@ run gets before training starts.
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from sftflow.chat.call_arguments import decoded
+from sftflow.chat.prompts import Prompts
 from sftflow.chat.render import Rendered, Renderer
 from sftflow.chat.schema import Conversation, Message, Part
 from sftflow.foundation.errors import FormatError, MaskError
@@ -25,16 +27,18 @@ INVARIANTS = (PARITY, ENDS, CONTROL, BOS, CONTENT)
 Checks = dict[str, dict[str, Any]]  # by invariant: {"checked": rows, "failed": rows, "first": "PLACE: FACT" or None}
 
 
-def verify(renderer: Renderer, conversation: Conversation, rendered: Rendered) -> dict[str, str]:
-    """What is wrong with a row, by invariant; {} where nothing is. `conversation` is the one that was rendered."""
+def verify(
+    renderer: Renderer, conversation: Conversation, rendered: Rendered, prompts: Prompts | None = None
+) -> dict[str, str]:
+    """What is wrong with a row, by invariant; {} where nothing is. `conversation` is the one that was rendered.
+
+    prompts: where the row expands, those of its examples, so that none is rendered again for each of them."""
     wrong: dict[str, str] = {}
     ids, mask = rendered.ids, rendered.mask
     turns = conversation.supervised
-    for turn in turns:
-        fact = _parity(renderer, conversation, turn, rendered) if turn else None
-        if fact:
-            wrong[PARITY] = f"messages[{turn}]: {fact}"
-            break
+    fact = _parity(renderer, conversation, rendered, prompts or renderer.prompts(conversation))
+    if fact:
+        wrong[PARITY] = fact
     stops = np.isin(ids, renderer.stop_ids()) & (mask == 1)
     after = np.append(mask[1:], 0)
     if int(stops.sum()) != len(turns) or int((stops & (after == 0)).sum()) != len(turns):
@@ -67,19 +71,36 @@ def add_checks(total: Checks, more: Checks) -> None:
         entry["first"] = entry["first"] or mine["first"]
 
 
-def _parity(renderer: Renderer, conversation: Conversation, turn: int, rendered: Rendered) -> str | None:
-    try:
-        prompt = renderer.render(conversation.before(turn), add_generation_prompt=True).ids
-    except (FormatError, MaskError) as error:
-        return f"no prompt ({error.fact})"
-    n = len(prompt)
-    if n >= len(rendered.ids) or not np.array_equal(rendered.ids[:n], prompt):
-        return "the prompt's ids are not the beginning of the row's"
-    if n and rendered.mask[n - 1]:
-        return "the last token of its prompt is supervised"
-    parts = conversation.messages[turn].parts
-    if not rendered.mask[n] and not (parts and parts[0].kind == "python_output"):
-        return "its first token is not supervised"
+def _parity(renderer: Renderer, conversation: Conversation, rendered: Rendered, prompts: Prompts) -> str | None:
+    """The prompt for each turn is rendered for itself. The last one's ids must be the row's to the first; of the
+    others, whose ids are among those, what follows the last control token is encoded again."""
+    text, ids, mask = rendered.text, rendered.ids, rendered.mask
+    controls = [(m.start(), m.end()) for m in renderer.special_re.finditer(text)]
+    places = np.flatnonzero(np.isin(ids, list(renderer.special.values())))
+    told_apart = len(controls) == len(places) and not conversation.mentions(renderer.special_re)
+    turns = [turn for turn in conversation.supervised if turn]
+    for turn in turns:
+        where = f"messages[{turn}]"
+        try:
+            prompt = prompts.before(turn)
+            n = None
+            if told_apart and turn != turns[-1] and text.startswith(prompt) and not renderer.writes_prefix_spaces:
+                last = bisect.bisect_left(controls, (len(prompt),)) - 1
+                tail = renderer.encode_plain(prompt[controls[last][1] :]) if last >= 0 else []
+                first = int(places[last]) + 1
+                n = first + len(tail) if last >= 0 and ids[first : first + len(tail)].tolist() == tail else None
+            if n is None:
+                whole = renderer.render(conversation.before(turn), add_generation_prompt=True, prompts=prompts).ids
+                n = len(whole) if np.array_equal(ids[: len(whole)], whole) else len(ids)
+        except (FormatError, MaskError) as error:
+            return f"{where}: no prompt ({error.fact})"
+        if n >= len(ids):
+            return f"{where}: the prompt's ids are not the beginning of the row's"
+        if n and mask[n - 1]:
+            return f"{where}: the last token of its prompt is supervised"
+        parts = conversation.messages[turn].parts
+        if not mask[n] and not (parts and parts[0].kind == "python_output"):
+            return f"{where}: its first token is not supervised"
     return None
 
 
@@ -109,6 +130,11 @@ def _control_tokens(renderer: Renderer, conversation: Conversation, text: str) -
     messages = tuple(map(harmless_message, conversation.messages))
     without = replace(conversation, messages=messages, tools=tuple(harmless(list(conversation.tools))))
     try:
-        return [renderer.special[t] for t in found(renderer.text(without))]
+        text_without = renderer.text(without)
+        block = len(text) - len(renderer.text(conversation))  # the last reply stands behind a block of its prompt
+        if block:
+            prompt = renderer.text(without.before(len(messages) - 1), add_generation_prompt=True)
+            text_without = prompt + text_without[len(prompt) - block :]
+        return [renderer.special[t] for t in found(text_without)]
     except FormatError:
         return None

@@ -111,9 +111,11 @@ def render_block(renderer: Renderer, job: Job, items: list[NumberedRow], n_verif
         counts.cut += fitted.cut
         counts.expanded += len(fitted.pairs) > 1
         block.sample = block.sample or fitted.pairs[0][0]
+        prompts = renderer.prompts(conversation)
         for rendered_from, rendered in fitted.pairs:
             if n_verified < 0 or count < n_verified:
-                add_checks(counts.invariants, checks(verify(renderer, rendered_from, rendered), conversation.source))
+                wrong = verify(renderer, rendered_from, rendered, prompts)
+                add_checks(counts.invariants, checks(wrong, conversation.source))
             row = rendered.ids.astype(np.int32)
             table.append((start, len(row), int(rendered.mask[1:].sum()), number, row_digest(row)))
             counts.boundary_splits += rendered.boundary_splits

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+import numpy as np
 
 from sftflow.chat.render import Rendered, Renderer
 from sftflow.chat.schema import Conversation
-from sftflow.foundation.errors import SchemaError, SftflowError
+from sftflow.foundation.errors import FormatError, SchemaError, SftflowError
 
 TOO_LONG = "longer than max_length"
+FEW_REPLIES = 8  # a row of no more is rendered whole before it is cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,28 +28,73 @@ class FittedRow:
 def fit_to_length(conversation: Conversation, renderer: Renderer, max_length: int, overlong: str) -> FittedRow:
     """The row's examples. An over-long conversation is cut back to whole turns that fit (`overlong: cut`), or dropped.
 
+    What is surely too long is left out before anything is proven: the cost is that of what is kept.
     Raises SchemaError where the row holds nothing to supervise; FormatError and MaskError as the renderer does.
     """
     if not conversation.supervised:
         replies = any(m.role == "assistant" for m in conversation.messages)
         fact = "every assistant turn has weight 0" if replies else "no assistant turn to learn from"
         raise SchemaError(conversation.source, fact, "add one, remove the row, or set on_bad_row: skip")
-    pairs = renderer.render_pairs(conversation)
-    if all(len(r.ids) <= max_length for _, r in pairs):
-        return FittedRow(pairs)
+    beginning = _may_fit(conversation, renderer, max_length)
+    shortened = beginning is not conversation
+    pairs = renderer.render_pairs(beginning)
+    kept = [(c, r) for c, r in pairs if len(r.ids) <= max_length]
     if len(pairs) > 1:
-        kept = [(c, r) for c, r in pairs if len(r.ids) <= max_length]
-        return FittedRow(kept, cut=bool(kept), dropped=None if kept else TOO_LONG)
+        cut = bool(kept) and (shortened or len(kept) < len(pairs))
+        return FittedRow(kept, cut=cut, dropped=None if kept else TOO_LONG)
+    if kept and (overlong == "cut" or not shortened):
+        return FittedRow(kept, cut=shortened)
     if overlong == "cut":
-        for turn in range(len(conversation.messages) - 1, 1, -1):
-            last = conversation.messages[turn - 1]
-            if last.role != "assistant" or not last.weight:
-                continue
-            shorter = replace(conversation, messages=conversation.messages[:turn])
-            try:
-                rendered = renderer.render(shorter)
-            except SftflowError:
-                continue
-            if len(rendered.ids) <= max_length:
-                return FittedRow([(shorter, rendered)], cut=True)
+        shorter = _whole_turns(*pairs[0], renderer, max_length)
+        return FittedRow([shorter] if shorter else [], cut=shorter is not None, dropped=None if shorter else TOO_LONG)
     return FittedRow([], dropped=TOO_LONG)
+
+
+def _may_fit(conversation: Conversation, renderer: Renderer, max_length: int) -> Conversation:
+    """The conversation as far as the last reply whose prompt may be shorter than max_length; found by doubling and
+    halving, so that little more than this beginning is read.
+
+    Whole where it has few replies, or where a longer beginning may have the shorter prompt: reasoning that a template
+    writes in the last turns only.
+    """
+    replies = [turn for turn, m in enumerate(conversation.messages) if m.role == "assistant"]
+    if len(replies) <= FEW_REPLIES or any(m.reasoning_content for m in conversation.messages):
+        return conversation
+
+    def too_long(n: int) -> bool:
+        return renderer.rough_length(conversation.before(replies[n]))[1] >= max_length
+
+    try:
+        fits, fails = 0, FEW_REPLIES
+        while fails < len(replies) and not too_long(fails):
+            fits, fails = fails, 2 * fails
+        fails = min(fails, len(replies))
+        while fails - fits > 1:
+            middle = (fits + fails) // 2
+            fits, fails = (fits, middle) if too_long(middle) else (middle, fails)
+    except FormatError:
+        return conversation  # the template takes no such beginning
+    upto = replies[fits] + 1
+    if fails == len(replies) or not conversation.before(upto).supervised:
+        return conversation
+    return conversation.before(upto)
+
+
+def _whole_turns(
+    conversation: Conversation, rendered: Rendered, renderer: Renderer, max_length: int
+) -> tuple[Conversation, Rendered] | None:
+    """The longest beginning that ends with a supervised reply and fits: the rendering says where each reply ends, so
+    that what cannot fit is not rendered."""
+    ends = np.flatnonzero(np.isin(rendered.ids, renderer.stop_ids()) & (rendered.mask == 1))
+    turns = conversation.supervised
+    for turn, end in reversed(list(zip(turns, ends.tolist(), strict=True))):
+        if end >= max_length or turn + 1 == len(conversation.messages):
+            continue
+        shorter = conversation.before(turn + 1)
+        try:
+            found = renderer.render(shorter)
+        except SftflowError:
+            continue
+        if len(found.ids) <= max_length:
+            return shorter, found
+    return None

@@ -10,7 +10,7 @@ import contextlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sftflow.chat.encode import Encoded, Encoder, Literal, pieces_of
@@ -22,6 +22,9 @@ from sftflow.foundation.errors import FormatError, MaskError
 
 UNASKED = ("nothing prompts for this reply: it is the first message", "remove it, or give it weight 0")
 _EXCHANGE: list[dict[str, Any]] = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+
+# What a prompt may end with and no reply begin with: an opened and closed block, as `<think>\n\n</think>\n\n`.
+_CLOSED = re.compile(r"\s*(<[^<>\s]{1,40}>)[^<>]*(?!\1)<[^<>\s]{1,40}>\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,28 @@ class Prover:
             return Proof(row, text, shape, spans, starts, shape.literals(starts))
         fact = f"the {name} format changes the contents, so it cannot be proven that none is left out"
         raise MaskError(row.source, fact, "use another --format")
+
+    def behind(self, proof: Proof, prompt: str) -> Proof | None:
+        """The same row with its last reply behind all of the prompt; None where that does not go on, where the reply's
+        first word is, with an opened and closed block."""
+        own = proof.shape.marks_of.get(len(proof.row.messages) - 1)
+        if not own:
+            return None
+        at = proof.spans[own[0]][0]
+        block, n, first = prompt[at:], len(prompt) - at, own[0]
+        closed, written = _CLOSED.fullmatch(block), self._encoder.literals(block)
+        if not closed or prompt[:at] != proof.text[:at]:
+            return None
+        stops = any(self._encoder.special[token] in self.stop_ids for _, _, token in written)
+        if stops or proof.text[at:].lstrip().startswith(closed.group(1)):  # the reply brings a block of its own
+            return None
+        literals = [x for x in proof.literals if x[0] < at]
+        literals += [(at + start, at + end, token) for start, end, token in written]
+        literals += [(start + n, end + n, token) for start, end, token in proof.literals if start >= at]
+        spans = [*proof.spans[:first], *((left + n, right + n) for left, right in proof.spans[first:])]
+        starts = [*proof.starts[: first + 1], *(start + n for start in proof.starts[first + 1 :])]
+        text = prompt + proof.text[at:]
+        return replace(proof, text=text, spans=spans, starts=starts, literals=literals)
 
     def _shape(self, row: Row, *, words: bool) -> tuple[Shape, list[str], list[bool]] | None:
         """(the row's shape, its values, whether each may not be left out); None where the template refuses marks.
@@ -167,16 +192,17 @@ class Prover:
         if self._encoder.special[end.token] not in self.stop_ids:
             raise MaskError(place, f"this reply ends with {end.token}, at which generation would not stop", "")
         first, at = proof.starts[end.piece] + end.start, proof.starts[end.piece] + end.last
-        own = []
-        for mark, (left, right) in zip(shape.skeleton.order, proof.spans, strict=True):
-            mine = shape.placeholders[mark].message == turn
-            own += [left] if mine else []
-            # (The beginning of a content may be what the template pre-fills, as `<think>`: then it is in the prompt.)
-            if mine and not (start < right <= first):
-                raise MaskError(place, "its content does not lie between its prompt and its end-of-turn token", "")
-            if not mine and left < at and right > start:
-                raise MaskError(place, "another message's content lies inside this reply", "use another --format")
-        inside = [n for n, x in enumerate(literals) if start <= x[0] <= at]
+        own = shape.marks_of.get(turn, [])
+        # (The beginning of a content may be what the template pre-fills, as `<think>`: then it is in the prompt.)
+        if not all(start < proof.spans[n][1] <= first for n in own):
+            raise MaskError(place, "its content does not lie between its prompt and its end-of-turn token", "")
+        within = range(
+            bisect.bisect_right(proof.spans, start, key=lambda span: span[1]),
+            bisect.bisect_left(proof.spans, at, key=lambda span: span[0]),
+        )
+        if any(shape.placeholders[shape.skeleton.order[n]].message != turn for n in within):
+            raise MaskError(place, "another message's content lies inside this reply", "use another --format")
+        inside = range(bisect.bisect_left(literals, (start,)), bisect.bisect_left(literals, (at + 1,)))
         if at < start or not inside or literals[inside[-1]][0] != at:
             raise MaskError(place, "its end-of-turn token does not follow its prompt", "use another --format")
         early = [literals[n][2] for n in inside[:-1] if self._encoder.special[literals[n][2]] in self.stop_ids]
@@ -187,7 +213,7 @@ class Prover:
             )
         # Many templates write no header unasked where there is no message: what looks like a first reply would then
         # begin with its own header.
-        if turn == 0 and (not own or proof.text[start : min(own)].strip()):
+        if turn == 0 and (not own or proof.text[start : proof.spans[own[0]][0]].strip()):
             raise MaskError(place, *UNASKED)
         return inside[-1]
 
@@ -198,8 +224,9 @@ class Prover:
             return
         _, _, opening, closing = self._template.python
         opened: int | None = None
-        for number, (at, _, token) in enumerate(proof.literals[:last]):
-            if at >= start and token == opening and opened is None:
+        for number in range(bisect.bisect_left(proof.literals, (start,)), last):
+            token = proof.literals[number][2]
+            if token == opening and opened is None:
                 opened = number
             elif token == closing and opened is not None:
                 yield opened, number

@@ -36,7 +36,8 @@ class End:
 class Shape:
     """The skeleton of all rows with the same roles and fields, and where in it replies end and turns begin.
 
-    left_out: the marks that the template does not write.
+    left_out: the marks that the template does not write.   marks_of: of each message, where its marks stand in the
+    skeleton's order.
     """
 
     def __init__(
@@ -51,10 +52,13 @@ class Shape:
         stops wherever they come. Raises FormatError where the template refuses the marks."""
         self._template, self._special_re, self._marked = template, special_re, marked
         self._plain_end, self._stops = plain_end, {*stops, plain_end}
-        self.placeholders = marked.placeholders
+        self.placeholders, self.text = marked.placeholders, ""
         self.text = self._render(len(marked.messages))
         self.skeleton = marked.skeleton(self.text)
         self.left_out = sorted(set(range(len(self.placeholders))) - set(self.skeleton.order))
+        self.marks_of: dict[int, list[int]] = {}
+        for number, mark in enumerate(self.skeleton.order):
+            self.marks_of.setdefault(self.placeholders[mark].message, []).append(number)
         self._literals = [
             (number, m.start(), m.end(), m.group())
             for number, piece in enumerate(self.skeleton.pieces)
@@ -64,6 +68,8 @@ class Shape:
 
     def _render(self, n: int, *, add_generation_prompt: bool = False) -> str:
         """The first n messages, with marks."""
+        if n == len(self._marked.messages) and not add_generation_prompt and self.text:
+            return self.text
         messages = self._marked.messages[:n]
         return self._template.text(messages, self._marked.tools, add_generation_prompt, "marked row")
 
@@ -87,17 +93,19 @@ class Shape:
         message, name = self._marked.messages[turn], self._template.format.name
         no_end = f"the {name} format writes no end-of-turn token after this reply: it could not learn to stop"
         prompt, alone = self._render(turn, add_generation_prompt=True), self._render(turn + 1)
-        own = [number for number, mark in enumerate(self.skeleton.order) if self.placeholders[mark].message == turn]
-        if own:
+        own = self.marks_of.get(turn, [])
+        if own:  # all that leads to the turn's last word must be the same whether or not other turns follow
             piece, offset = own[-1] + 1, 0
-            stopped = self._marked.skeleton(alone)
-            last = [n for n, mark in enumerate(stopped.order) if mark == self.skeleton.order[own[-1]]]
-            after = stopped.pieces[last[-1] + 1] if last else ""
+            upto = self.skeleton.starts[piece]
+            alike = alone[:upto] == self.text[:upto]
+            after = self._marked.skeleton(alone[upto:]).pieces[0]
         elif self.text.startswith(prompt) and alone.startswith(prompt):  # an empty reply
             piece, offset = self._place(len(prompt))
-            after = alone[len(prompt) :]
+            alike, after = True, alone[len(prompt) :]
         else:
             return f"the {name} format's prompt for this reply depends on the contents"
+        if not alike:
+            return f"the {name} format writes this reply in another way when other turns follow"
         calls = bool(message.get("tool_calls")) or not isinstance(message["content"], str)
         here, there = (list(self._special_re.finditer(*x)) for x in ((self.skeleton.pieces[piece], offset), (after, 0)))
         both = [(a, b) for a, b in zip(here, there, strict=False) if a.group() == b.group()]
@@ -110,7 +118,7 @@ class Shape:
                 return no_end
             found, found_alone = ordinary[0] if ordinary else both[-1]
         between = self.skeleton.pieces[piece][offset : found.start()]
-        if own and between != after[: found_alone.start()]:
+        if between != after[: found_alone.start()]:
             return f"the {name} format ends this reply in another way when other turns follow"
         if own and between.strip() and not calls:
             return f"the {name} format ends this reply with {between.strip()!r}, which is no token of this tokenizer"
