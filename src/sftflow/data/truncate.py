@@ -74,10 +74,8 @@ def _may_fit(conversation: Conversation, renderer: Renderer, max_length: int) ->
             fits, fails = (fits, middle) if too_long(middle) else (middle, fails)
     except FormatError:
         return conversation  # the template takes no such beginning
-    upto = replies[fits] + 1
-    if fails == len(replies) or not conversation.before(upto).supervised:
-        return conversation
-    return conversation.before(upto)
+    kept = [turn for turn in conversation.supervised if turn <= replies[fits]]
+    return conversation if fails == len(replies) or not kept else conversation.before(kept[-1] + 1)
 
 
 def _whole_turns(
