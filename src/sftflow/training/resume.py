@@ -7,6 +7,7 @@ What `sftflow base` or an earlier fine-tuning has left there, `warm_start` takes
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from sftflow.foundation.atomic_io import (
     write_directory,
 )
 from sftflow.foundation.errors import CheckpointError
-from sftflow.training.identity import Identity, told_changes
+from sftflow.recipe import load_recipe
+from sftflow.training.identity import Identity, recipe_identity, told_changes
 from sftflow.training.optimizers import Muon
 from sftflow.training.trainer import Trainer
 
@@ -97,6 +99,16 @@ def require_free(out: Path, anew: str) -> None:
     if there or (out / DONE).is_file():
         what = "a finished run is in it" if trained else "results are in it"
         raise CheckpointError(str(out), f"{what} ({', '.join(there)})", f"name another folder, or {anew}")
+
+
+def read_done(out: Path) -> dict[str, Any] | None:
+    """What a finished run was: {"steps", "asked", "identity"}; None where none is finished. One of an earlier version
+    is known by its recipe."""
+    if not (out / DONE).is_file():
+        return None
+    with contextlib.suppress(ValueError):
+        return dict(json.loads((out / DONE).read_text(encoding="utf-8")))
+    return {"identity": recipe_identity(load_recipe(out / "recipe.yaml"))}
 
 
 def load_state(directory: Path, trainer: Trainer, identity: Identity) -> dict[str, Any]:

@@ -28,11 +28,19 @@ from sftflow.fingerprint import weights_and_body_hash
 from sftflow.foundation.atomic_io import NO_SPACE, Lock, read_log, require_writable, sweep, write_json, write_text
 from sftflow.foundation.errors import CheckpointError, RunError
 from sftflow.foundation.runtime import detect
-from sftflow.recipe import Recipe, load_recipe, to_yaml
+from sftflow.recipe import Recipe, to_yaml
 from sftflow.training.batch_plan import RowPlan, StepLog
-from sftflow.training.identity import asked_for, base_identity, recipe_identity, run_identity, told_changes
+from sftflow.training.identity import asked_for, base_identity, run_identity, told_changes
 from sftflow.training.loggers import open_logger, require_logger
-from sftflow.training.resume import DONE, MEASURED_LATER, forget, require_free, require_own_links, warm_start
+from sftflow.training.resume import (
+    DONE,
+    MEASURED_LATER,
+    forget,
+    read_done,
+    require_free,
+    require_own_links,
+    warm_start,
+)
 from sftflow.training.run_log import RunLog
 from sftflow.training.settings import check_context, decide_compile, resolve_recipe, set_dropout
 from sftflow.training.signals import Signals, Stopped
@@ -123,16 +131,6 @@ def run_training(
                 raise
             raise cannot_write(out, error) from error
     return Run(directory=out, seconds=time.perf_counter() - started)
-
-
-def read_done(out: Path) -> dict[str, Any] | None:
-    """What a finished run was: {"steps", "asked", "identity"}; None where none is finished. One of an earlier version
-    is known by its recipe."""
-    if not (out / DONE).is_file():
-        return None
-    with contextlib.suppress(ValueError):
-        return dict(json.loads((out / DONE).read_text(encoding="utf-8")))
-    return {"identity": recipe_identity(load_recipe(out / "recipe.yaml"))}
 
 
 class FineTuning(TrainingRun):
