@@ -70,14 +70,13 @@ def plain_text_change(forgetting: Forgetting, trained: bool = True) -> str:
     'it forgot: 5.0% worse on plain text'
     """
     change = forgetting.change or 0.0
+    if abs(change) <= FORGOT:
+        alike = "it kept its plain text" if trained else "both read plain text alike"
+        return f"{alike}: {percent(change, '+')}%, within {percent(FORGOT)}%"
+    figure = f"{percent(abs(change))}% {'worse' if change > 0 else 'better'} on plain text"
     if not trained:
-        than = "worse" if change > 0 else "better"
-        return f"the second is {percent(abs(change))}% {than} on plain text than the first"
-    if forgetting.forgot:
-        return f"it forgot: {percent(change)}% worse on plain text"
-    if change < -FORGOT:
-        return f"it forgot nothing: {percent(-change)}% better on plain text"
-    return f"it kept its plain text: {percent(change, '+')}%, within {percent(FORGOT)}%"
+        return f"the second is {figure} than the first"
+    return f"it forgot{'' if change > 0 else ' nothing'}: {figure}"
 
 
 def kept_step(kept: Mapping[str, Any]) -> str:
