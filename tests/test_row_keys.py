@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from helpers.outside import each, outside
 from helpers.templates import CHATML
 from sftflow.api.rows import read
 from sftflow.chat import row_keys
@@ -349,6 +350,18 @@ def test_a_tool_call_is_made_by_the_message_in_front_of_it() -> None:
     said, called = parse_row([ASKED, REPLIED, {**call, "loss": False}], "f:1").messages[1:]
     assert (said.weight, called.weight) == (1, 0)
     assert "a message is a number" in refusal([ASKED, call, 7])
+
+
+@pytest.mark.parametrize(
+    ("file", "rows", "calls", "thoughts"),
+    each([("glaive_toolcall_en_demo.json", 300, 211, 0), ("reason_tool_use_demo_50.jsonl", 50, 68, 112)]),
+)
+def test_public_rows_with_calls_are_read(file: str, rows: int, calls: int, thoughts: int) -> None:
+    found = list(read_conversations(outside("tools", file)))
+    messages = [m for conversation in found for m in conversation.messages]
+    assert (len(found), sum(len(m.tool_calls) for m in messages)) == (rows, calls)
+    assert sum(m.reasoning_content is not None for m in messages) == thoughts
+    assert not any(conversation.ignored for conversation in found)
 
 
 # ---- one row, whatever file it is in
