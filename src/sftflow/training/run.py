@@ -184,11 +184,8 @@ class FineTuning(TrainingRun):
     def run(self, *, resume: bool) -> None:
         """Train from the start, or with `resume` from the newest saved state, to the finished checkpoint."""
         resumed = resume and self.restore()
-        if not resumed:
-            if self.recipe.train.warm_start:
-                self.listener.say(warm_start(self.base_path, self.trainer))
-            for earlier in ("resume", "checkpoint"):
-                forget(self.out / earlier)
+        if self.recipe.train.warm_start and not resumed:
+            self.listener.say(warm_start(self.base_path, self.trainer))
         self.describe(resumed)
         resumed_at = self.trainer.step if resume else None
         self.logger = open_logger(self.recipe, self.out, self.listener.say, resumed_at=resumed_at)
@@ -204,6 +201,9 @@ class FineTuning(TrainingRun):
         """Write what the run is made of; what was measured on an earlier training in this folder is not of this one."""
         for name in (DONE, *MEASURED_LATER):
             (self.out / name).unlink(missing_ok=True)
+        if not resumed:
+            forget(self.out / "resume")
+            forget(self.out / "checkpoint")
         write_text(self.out / "recipe.yaml", to_yaml(self.recipe))
         self.write_ledger()
         write_bad_rows(self.out, self.mixture)
