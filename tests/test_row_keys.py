@@ -107,6 +107,9 @@ def test_tools_are_read_in_every_dialect(row: dict[str, Any]) -> None:
         {**row, "tools": [{**bell, "strict": None, "parameters": {"unit": unit, "zone": None}}]}, "f"
     ).tools
     assert tool == {"name": "bell", "parameters": {"unit": unit}}
+    as_text = {"type": "function", "function": {**bell, "parameters": json.dumps(bell["parameters"])}}
+    assert parse_row({**row, "tools": [as_text]}, "f:1").tools == tools
+    assert "f:1.tools[0].parameters: it is a list" in refusal({**row, "tools": [{**bell, "parameters": "[1]"}]})
     assert "tools and functions differ" in refusal({**row, "tools": [bell], "functions": [bell]})
     assert "f:1.tools: a text that is not JSON" in refusal({**row, "tools": "bell"})
     assert "stands twice" in refusal({**row, "tools": '[{"name": "a", "name": "b"}]'})
@@ -252,7 +255,8 @@ def call_of(**call: Any) -> dict[str, Any]:
 def test_arguments_in_any_spelling_are_kept_to_the_letter(key: str) -> None:
     for given_as in ('{"b":1.0,  "a": 12345678901234567890}', {"b": 1.0, "a": None}):
         assert call_of(function={"name": "f", key: given_as}) == {"name": "f", "arguments": given_as}
-        assert call_of(name="f", id="c", type="tool_use", **{key: given_as}) == {"name": "f", "arguments": given_as}
+        for kind in ("tool_use", "tool_call"):
+            assert call_of(name="f", id="c", type=kind, **{key: given_as}) == {"name": "f", "arguments": given_as}
     for nothing in ("", "  ", None, {}):
         assert call_of(function={"name": "f", key: nothing}) == {"name": "f", "arguments": {}}
     assert call_of(function={"name": "f"}) == {"name": "f", "arguments": {}}

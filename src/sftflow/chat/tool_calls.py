@@ -34,7 +34,20 @@ def read_tools(value: Any, place: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(t, dict) for t in value):
         raise SchemaError(place, "not a list of objects", "see the OpenAI tool shape")
     check_plain(value, place)
-    return [_defined(tool) for tool in value]
+    return [_defined(_tool(tool, f"{place}[{number}]")) for number, tool in enumerate(value)]
+
+
+def _tool(tool: dict[str, Any], place: str) -> dict[str, Any]:
+    """A definition whose parameters may be JSON text, as in tables whose tools have nothing in common."""
+    if isinstance(tool.get("function"), dict):
+        return {**tool, "function": _tool(tool["function"], place)}
+    schema = tool.get("parameters")
+    if not isinstance(schema, str):
+        return tool
+    found = read_json(schema, f"{place}.parameters") if schema.strip() else None
+    if not isinstance(found, dict | None):
+        raise SchemaError(f"{place}.parameters", f"it is {kind_of(found)}", "make it a JSON schema object")
+    return {**tool, "parameters": found}
 
 
 def _defined(schema: Any) -> Any:
@@ -68,7 +81,7 @@ def calls_in_content(content: Any, place: str) -> tuple[str | None, list[dict[st
 def _call(raw: dict[str, Any], place: str) -> dict[str, Any]:
     """One call: {"id"?, "type"?, "index"?, "function": {"name", "arguments"}}, in the row's own order."""
     call = {key: value for key, value in raw.items() if value is not None}
-    if call.get("type") == "tool_use":
+    if call.get("type") in ("tool_use", "tool_call"):  # Anthropic's, LangChain's
         call["type"] = "function"
     if call.get("type", "function") != "function":
         raise SchemaError(place, f"type {call['type']!r} is not known", "only functions are called")
