@@ -72,10 +72,11 @@ def _are_one(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 
 
 def _lies_at(one: str | None, other: str | None) -> bool:
-    """Whether two names mean the same files."""
-    if not one or not other:
-        return False
+    """Whether two names mean the same files; the hub is not asked."""
+    if not one or not other or one == other:
+        return bool(one) and one == other
     try:
-        return one == other or Path(resolve(one).path).samefile(resolve(other).path)
-    except (SftflowError, OSError):  # it is not there any more
+        here = all(Path(name).expanduser().is_dir() for name in (one, other))
+        return here and Path(resolve(one).path).samefile(resolve(other).path)
+    except SftflowError:  # what lies there is no checkpoint any more
         return False
