@@ -677,13 +677,15 @@ def test_a_conversation_longer_than_the_row_is_cut_or_dropped_and_counted(tiny_b
     rows: list[Any] = [{"messages": turn}, {"messages": turn * 20}, {"prompt": "word " * 90, "completion": "yo"}]
     for overlong, cut, dropped in (("cut", 1, 1), ("drop", 0, 2)):
         recipe = edge_recipe(tmp_path, tiny_base, rows, overlong=overlong)
-        done = run("train", str(recipe), "--overwrite")
+        done = run("train", str(recipe), "--overwrite", "--set", "max_dropped=1")
         assert done.returncode == 0, done.stderr
         source = json.loads((tmp_path / "run" / "ledger.json").read_text())["sources"][0]
         assert (source["cut"], source["dropped"]) == (cut, dropped)
         assert source["dropped_why"] == {"longer than max_length": dropped}
     recipe = edge_recipe(tmp_path, tiny_base, rows[1:], overlong="drop")
-    assert "no row is left to train on" in error_line(run("train", str(recipe), "--overwrite"))
+    assert "2 of 2 rows are longer than max_length 64 and" in error_line(run("train", str(recipe), "--overwrite"))
+    all_lost = run("train", str(recipe), "--overwrite", "--set", "max_dropped=1")
+    assert "no row is left to train on" in error_line(all_lost)
 
 
 def test_rows_without_anything_supervised(tiny_base: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from sftflow.chat.render import Rendered, Renderer
 from sftflow.chat.schema import Conversation, parse_row
 from sftflow.chat.template import Template
 from sftflow.chat.verify import verify
+from sftflow.data.render_pool import Job, render_block
 from sftflow.data.truncate import TOO_LONG, fit_to_length
 from sftflow.foundation.errors import SftflowError
 
@@ -129,3 +131,23 @@ def test_a_beginning_of_one_reply_that_nothing_prompts_for_fits_too() -> None:
     row = parse_row([*messages, {"role": "assistant", "content": "x" * 90}], "t:1")
     [(kept, rendered)] = fit_to_length(row, renderer_of("plain"), 32, "cut").pairs
     assert len(kept.messages) == 1 and len(rendered.ids) <= 32
+
+
+def test_one_long_exchange_is_cut_by_tokens_where_asked() -> None:
+    """Its reply's beginning is taught and has no end; with nothing of a reply within the length, it is dropped."""
+    renderer = renderer_of("plain")
+    long, late = (
+        parse_row([{"role": "user", "content": q}, {"role": "assistant", "content": a}], "t:1")
+        for q, a in (("a", "tell me " * 40), ("tell me " * 40, "b"))
+    )
+    assert fit_to_length(long, renderer, 32, "cut").dropped == TOO_LONG
+    fitted = fit_to_length(long, renderer, 32, "cut_tokens")
+    [(_, whole)] = fitted.pairs
+    assert fitted.cut and verify(renderer, long, whole) == {}
+    block = render_block(renderer, Job(renderer.spec, "t", 32, "cut_tokens", "stop"), [(1, long)], -1)
+    assert block.error is None and block.ids.tolist() == whole.ids[:32].tolist()
+    assert block.mask.tolist() == whole.mask[:32].tolist() and block.mask[-1] == 1
+    assert not np.isin(block.ids[block.mask == 1], renderer.stop_ids()).any()
+    assert fit_to_length(late, renderer, 32, "cut_tokens").dropped == TOO_LONG
+    short = parse_row([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "t:1")
+    assert not fit_to_length(short, renderer, 32, "cut_tokens").cut

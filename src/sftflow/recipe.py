@@ -66,7 +66,9 @@ class Train(_Frozen):
 
     tokens_per_step: slots of the packed rows of one optimizer step.   micro_tokens: of them so many at once on the
     device, the rest is accumulated.   epochs, steps: the smaller wins.   clip: bound of the gradient's norm, 0: none.
-    schedule: see `lr_factor`.   overlong: what becomes of conversations longer than max_length.   keep: saved states.
+    schedule: see `lr_factor`.   keep: saved states.
+    overlong: what becomes of conversations longer than max_length: cut back to whole turns that fit (what has none is
+    dropped), dropped, or cut after so many tokens (the end of a cut reply is then not taught).
     share_prefixes: equal beginnings in a step are computed once.   warm_start: take over the base's optimizer state.
     """
 
@@ -82,7 +84,7 @@ class Train(_Frozen):
     clip: Annotated[float, Field(ge=0)] = 1.0
     schedule: Schedule = Schedule()
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    overlong: Literal["cut", "drop"] = "cut"
+    overlong: Literal["cut", "drop", "cut_tokens"] = "cut"
     save_every: Annotated[int, Field(gt=0)] = 200
     keep: Annotated[int, Field(ge=1)] = 2
     best: Literal["validation_loss", "last"] = "validation_loss"
@@ -136,7 +138,9 @@ class Compare(_Frozen):
 
 
 class Recipe(_Frozen):
-    """A whole run. Paths are relative to the recipe's file, except train.out (current directory)."""
+    """A whole run. Paths are relative to the recipe's file, except train.out (current directory).
+
+    max_dropped: the largest share of a source's rows that may be lost (too long, or bad); more is an error."""
 
     base: str = "builtin:tiny"
     format: str = "auto"
@@ -145,6 +149,7 @@ class Recipe(_Frozen):
     mixture: Annotated[tuple[SourceEntry, ...], Field(min_length=1)]
     identity: AssistantIdentity = AssistantIdentity()
     on_bad_row: Literal["stop", "skip"] = "stop"
+    max_dropped: Annotated[float, Field(ge=0, le=1)] = 0.5
     validation: Annotated[float, Field(ge=0)] = 0.01
     train: Train = Train()
     eval: Eval | None = None

@@ -47,8 +47,8 @@ class Audit(data_audit.Audit):
         self.mixture.prove()
 
     def __str__(self) -> str:
-        ignored = map(Text, self.mixture.ignored())
-        return as_text(ledger_table(self.ledger), *ignored, *audit_tables(self.ledger))
+        notes = map(Text, self.mixture.notes())
+        return as_text(ledger_table(self.ledger), *notes, *audit_tables(self.ledger))
 
     def _repr_html_(self) -> str:
         return frame(audit_page(self.ledger, self.samples))
@@ -65,7 +65,7 @@ class Mixture(data_mixture.Mixture):
         return audit(self.recipe)
 
     def __str__(self) -> str:
-        return as_text(ledger_table(self.ledger), *map(Text, self.ignored()))
+        return as_text(ledger_table(self.ledger), *map(Text, self.notes()))
 
     def _repr_html_(self) -> str:
         return frame(audit_page(self.ledger, [token_row(r, self.renderer.tokenizer) for r in self.samples]))

@@ -40,7 +40,7 @@ def mix(
             f"{ledger['packed_rows']:,} packed rows of {ledger['max_length']}, {ledger['padding_share']:.1%} padding, "
             f"{ledger['validation_rows']:,} rows held out"
         )
-        for line in found.mixture.ignored():
+        for line in found.mixture.notes():
             print(textwrap.fill(line, 80, break_long_words=False, break_on_hyphens=False))
         for table in audit_tables(ledger):
             print()

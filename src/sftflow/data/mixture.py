@@ -20,6 +20,7 @@ from sftflow.chat.verify import Checks, add_checks
 from sftflow.data.prepare import Progress, prepare_source
 from sftflow.data.sources import sample_of
 from sftflow.data.store import Examples, RowStore
+from sftflow.data.truncate import TOO_LONG
 from sftflow.fingerprint import data_digest
 from sftflow.foundation.atomic_io import finite, write_text
 from sftflow.foundation.errors import DataError, ProofError
@@ -84,6 +85,24 @@ class Mixture:
                 fact = f"{name}: {fact} ({counts['failed']:,} rows fail)"
                 raise ProofError(place, fact, "remove the row, or use another --format")
 
+    def notes(self) -> list[str]:
+        """What is to be said of the sources: which rows are not trained on, or not whole, and what of them is not."""
+        return [*(line for rows in self.rows for line in self._losses(rows)), *self.ignored()]
+
+    def _losses(self, rows: RowStore) -> list[str]:
+        meta, long = rows.meta, f"longer than max_length {self.max_length:,}"
+        counts = {
+            f"{long} and {{was}} dropped": meta["dropped"].get(TOO_LONG, 0),
+            f"{long} and {{was}} cut": meta["cut"],
+            "bad and {was} skipped": meta["bad"],
+        }
+        return [
+            f"{rows.name}: {n:,} of {meta['seen']:,} rows {'is' if n == 1 else 'are'} "
+            + what.format(was="was" if n == 1 else "were")
+            for what, n in counts.items()
+            if n
+        ]
+
     def ignored(self) -> list[str]:
         """A line for each source whose rows have keys that nothing was made of: which, and how many rows."""
         lines = []
@@ -144,7 +163,9 @@ def build_mixture(
     held: list[NDArray[np.int32]] = []
     for number, entry in enumerate(recipe.mixture):
         rows = prepare_source(entry, number, recipe, renderer, every_row=every_row, progress=progress)
-        chosen = split_held_out(rows.table["digest"], recipe.validation, f"{entry.label}:{recipe.train.seed}")
+        _require_kept(rows, recipe)
+        seed = f"{entry.label}:{recipe.train.seed}"
+        chosen = split_held_out(rows.table["digest"], rows.table["number"], recipe.validation, seed)
         here, out = np.flatnonzero(~chosen), np.flatnonzero(chosen)
         sources.append(rows)
         train.append(np.tile(_index(number, here), (entry.repeat, 1)))
@@ -168,6 +189,19 @@ def build_mixture(
     if not every_row:
         mixture.prove()
     return mixture
+
+
+def _require_kept(rows: RowStore, recipe: Recipe) -> None:
+    """Raises DataError where more of a source's rows are lost than the recipe says may be."""
+    lost = {**rows.meta["dropped"], "bad": rows.meta["bad"]}
+    seen, n = rows.meta["seen"], sum(lost.values())
+    if n > recipe.max_dropped * seen:
+        named = {TOO_LONG: f"{TOO_LONG} {recipe.train.max_length:,}"}
+        why = " and ".join(f"{k:,} of {seen:,} rows are {named.get(w, w)}" for w, k in lost.items() if k)
+        fact = f"{why} and were dropped, more than max_dropped {recipe.max_dropped:g} allows"
+        raise DataError(
+            rows.prefix, fact, "raise train.max_length, set train.overlong: cut_tokens, or raise max_dropped"
+        )
 
 
 def _ledger(entry: SourceEntry, rows: RowStore, here: NDArray[np.int64], n_held_out: int) -> dict[str, Any]:
@@ -194,8 +228,13 @@ def _index(number: int, rows: NDArray[np.int64]) -> NDArray[np.int32]:
     return np.stack([np.full(len(rows), number), rows], axis=1).astype(np.int32)
 
 
-def split_held_out(digests: NDArray[np.uint64], validation: float, seed: str) -> NDArray[np.bool_]:
-    """Which rows of a source are held out: a share below 1, a count from 1 on. Equal rows stay on one side."""
+def split_held_out(
+    digests: NDArray[np.uint64], numbers: NDArray[np.int32], validation: float, seed: str
+) -> NDArray[np.bool_]:
+    """Which examples of a source are held out: a share below 1, a count from 1 on. Equal ones stay on one side, and so
+    do all examples of one row.
+
+    numbers: the row of each, those of one row one after another."""
     n = len(digests)
     held = np.zeros(n, bool)
     if validation <= 0 or n < 2:
@@ -203,7 +242,8 @@ def split_held_out(digests: NDArray[np.uint64], validation: float, seed: str) ->
     wanted = min(int(validation) if validation >= 1 else max(1, round(n * validation)), n // 2)
     order = list(range(n))
     random.Random(seed).shuffle(order)
-    _, group, sizes = np.unique(digests, return_inverse=True, return_counts=True)
+    group = _together(digests, numbers)
+    sizes = np.bincount(group)
     n_held = 0
     for i in order:
         if n_held >= wanted:
@@ -213,3 +253,25 @@ def split_held_out(digests: NDArray[np.uint64], validation: float, seed: str) ->
             held[i if size == 1 else group == group[i]] = True
             n_held += size
     return held
+
+
+def _together(digests: NDArray[np.uint64], numbers: NDArray[np.int32]) -> NDArray[np.int64]:
+    """(n,) the group of each example: those with the same digest or of the same row are in one, and so on from them.
+
+    >>> _together(np.array([7, 8, 8, 9, 5], np.uint64), np.array([1, 1, 2, 2, 3], np.int32))
+    array([0, 0, 0, 0, 1])
+    """
+    _, group = np.unique(digests, return_inverse=True)
+    joined = np.flatnonzero(numbers[1:] == numbers[:-1])
+    if not len(joined):
+        return group
+    root = list(range(len(digests)))
+
+    def find(one: int) -> int:
+        while root[one] != one:
+            root[one] = one = root[root[one]]
+        return one
+
+    for i in joined.tolist():
+        root[find(int(group[i]))] = find(int(group[i + 1]))
+    return np.unique([find(int(one)) for one in group], return_inverse=True)[1]

@@ -116,11 +116,11 @@ def render_block(renderer: Renderer, job: Job, items: list[NumberedRow], n_verif
             if n_verified < 0 or count < n_verified:
                 wrong = verify(renderer, rendered_from, rendered, prompts)
                 add_checks(counts.invariants, checks(wrong, conversation.source))
-            row = rendered.ids.astype(np.int32)
-            table.append((start, len(row), int(rendered.mask[1:].sum()), number, row_digest(row)))
+            row, mask = rendered.ids[: job.max_length].astype(np.int32), rendered.mask[: job.max_length]
+            table.append((start, len(row), int(mask[1:].sum()), number, row_digest(row)))
             counts.boundary_splits += rendered.boundary_splits
             ids.append(row)
-            masks.append(rendered.mask)
+            masks.append(mask)
             start += len(row)
     block.ids, block.mask = np.concatenate(ids), np.concatenate(masks)
     block.table = np.array(table, ROW)

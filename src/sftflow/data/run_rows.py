@@ -32,7 +32,8 @@ MAX_TOKENS = 64_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutRow:
-    """One example that was not trained on. A long conversation is the beginning that fitted `train.max_length`.
+    """One example that was not trained on. Of a long conversation it is the beginning of whole turns
+    that fitted `train.max_length`; cut after so many tokens, the conversation is whole, and ids and mask are cut.
 
     source: name of its mixture entry.   index: (number of that entry, row), as `TrainingRows` counts them.
     ids: (n,) as rendered for the run.   mask: (n,) 1 where supervised.
@@ -99,7 +100,7 @@ def held_out_conversations(mixture: Mixture, recipe: Recipe) -> dict[tuple[int, 
                 conversation = conversation_of(payload, place)
                 fitted = fit_to_length(conversation, mixture.renderer, train.max_length, train.overlong)
                 for row in wanted[at]:
-                    same = [c for c, r in fitted.pairs if np.array_equal(r.ids, rows.ids(row))]
+                    same = [c for c, r in fitted.pairs if np.array_equal(r.ids[: train.max_length], rows.ids(row))]
                     if not same:
                         raise DataError(place, "it has changed since it was rendered", "start again")
                     found[number, row] = same[0]

@@ -1,4 +1,4 @@
-"""One row of a source -> its training examples, none longer than max_length, or the reason why there is none."""
+"""One row of a source -> its training examples, as far as max_length, or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ FEW_REPLIES = 8  # a row of no more is rendered whole before it is cut
 
 @dataclass(frozen=True, slots=True)
 class FittedRow:
-    """pairs: (what was rendered, its rendering).   cut: whether turns were left out to fit.
-    dropped: why nothing is left, or None."""
+    """pairs: (what was rendered, its rendering); where tokens are cut, what stands behind max_length is not to be used.
+    cut: whether turns or tokens are left out to fit.   dropped: why nothing is left, or None."""
 
     pairs: Sequence[tuple[Conversation, Rendered]]
     cut: bool = False
@@ -26,7 +26,8 @@ class FittedRow:
 
 
 def fit_to_length(conversation: Conversation, renderer: Renderer, max_length: int, overlong: str) -> FittedRow:
-    """The row's examples. An over-long conversation is cut back to whole turns that fit (`overlong: cut`), or dropped.
+    """The row's examples. An over-long conversation is cut back to whole turns that fit (`overlong: cut`), or dropped,
+    or its first max_length tokens are kept if any of them is supervised (`cut_tokens`): a reply that is cut has no end.
 
     What is surely too long is left out before anything is proven: the cost is that of what is kept.
     Raises SchemaError where the row holds nothing to supervise; FormatError and MaskError as the renderer does.
@@ -38,11 +39,14 @@ def fit_to_length(conversation: Conversation, renderer: Renderer, max_length: in
     beginning = _may_fit(conversation, renderer, max_length)
     shortened = beginning is not conversation
     pairs = renderer.render_pairs(beginning)
-    kept = [(c, r) for c, r in pairs if len(r.ids) <= max_length]
+    by_tokens = overlong == "cut_tokens"
+    kept = [(c, r) for c, r in pairs if len(r.ids) <= max_length or (by_tokens and r.mask[1:max_length].any())]
+    if by_tokens:
+        shortened |= any(len(r.ids) > max_length for _, r in kept)
     if len(pairs) > 1:
         cut = bool(kept) and (shortened or len(kept) < len(pairs))
         return FittedRow(kept, cut=cut, dropped=None if kept else TOO_LONG)
-    if kept and (overlong == "cut" or not shortened):
+    if kept and (overlong != "drop" or not shortened):
         return FittedRow(kept, cut=shortened)
     if overlong == "cut":
         shorter = _whole_turns(*pairs[0], renderer, max_length)

@@ -159,7 +159,7 @@ class FineTuning(TrainingRun):
         listener.say("rendering the mixture")
         self.mixture = build_mixture(recipe, renderer, listener.rendering)
         self.renderer = self.mixture.renderer
-        for note in (*self.mixture.ignored(), self.renderer.disagreement(), options_note(self.renderer)):
+        for note in (*self.mixture.notes(), self.renderer.disagreement(), options_note(self.renderer)):
             if note:
                 listener.say(note)
         plan = RowPlan(self.mixture.examples, recipe.train)

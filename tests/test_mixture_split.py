@@ -1,0 +1,113 @@
+"""Held out means held out: no row, nor an equal one, is on both sides. What is lost is said, or is an error."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers.templates import STRIPS, open_with
+from sftflow.chat.render import Renderer
+from sftflow.data.mixture import build_mixture, split_held_out
+from sftflow.foundation.errors import DataError
+from sftflow.recipe import parse_recipe
+
+
+def before(digests: np.ndarray, validation: float, seed: str) -> np.ndarray:
+    """The choice as runs made it that held no expanded rows."""
+    n = len(digests)
+    held = np.zeros(n, bool)
+    if validation <= 0 or n < 2:
+        return held
+    wanted = min(int(validation) if validation >= 1 else max(1, round(n * validation)), n // 2)
+    order = list(range(n))
+    random.Random(seed).shuffle(order)
+    for i in order:
+        same = digests == digests[i]
+        if held.sum() < wanted and not held[i] and held.sum() + same.sum() <= n // 2:
+            held |= same
+    return held
+
+
+SHARES = st.one_of(st.floats(0, 0.9), st.integers(1, 20))
+
+
+@settings(max_examples=100, deadline=None)
+@given(digests=st.lists(st.integers(0, 30), max_size=40), validation=SHARES, seed=st.text(max_size=3))
+def test_rows_that_do_not_expand_are_chosen_as_before(digests: list[int], validation: float, seed: str) -> None:
+    known = np.array(digests, np.uint64)
+    numbers = np.arange(1, len(digests) + 1, dtype=np.int32)
+    assert split_held_out(known, numbers, validation, seed).tolist() == before(known, validation, seed).tolist()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=4), min_size=1, max_size=20),
+    validation=SHARES,
+    seed=st.text(max_size=3),
+)
+def test_all_of_a_row_and_of_equal_rows_is_on_one_side(rows: list[list[int]], validation: float, seed: str) -> None:
+    digests = np.array([d for row in rows for d in row], np.uint64)
+    numbers = np.array([n for n, row in enumerate(rows, 1) for _ in row], np.int32)
+    held = split_held_out(digests, numbers, validation, seed)
+    for of in (digests, numbers):
+        assert not set(of[held].tolist()) & set(of[~held].tolist())
+    assert held.sum() <= len(held) // 2
+
+
+def mixture_of(path: Path, rows: list[Any], renderer: Renderer, **keys: Any) -> Any:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = {"max_length": 48, "tokens_per_step": 64, **keys.pop("train", {})}
+    return build_mixture(parse_recipe({"mixture": [{"source": str(path)}], "train": train, **keys}, "test"), renderer)
+
+
+def test_a_conversation_of_several_examples_is_held_out_whole(tmp_path: Path, tokenizer_dir: Path) -> None:
+    texts = ["a{}", "<think>hm</think>b{}", "c{}", "<think>so</think>d{}", "e{}", "f{}"]
+    rows = [
+        {"messages": [{"role": ("user", "assistant")[k % 2], "content": t.format(i)} for k, t in enumerate(texts)]}
+        for i in range(12)
+    ]
+    renderer = open_with(tokenizer_dir, STRIPS.replace("not keep_thoughts", "true"))  # no argument to keep them by
+    mixture = mixture_of(
+        tmp_path / "d.jsonl", rows, renderer, validation=0.3, train={"max_length": 256, "tokens_per_step": 256}
+    )
+    numbers = mixture.rows[0].table["number"]
+    held, kept = (set(numbers[x.chosen[:, 1]].tolist()) for x in (mixture.held_out, mixture.examples))
+    assert mixture.sources[0]["expanded"] == 12 and held and kept and not held & kept
+
+
+def exchange(i: int, words: int = 1) -> dict[str, Any]:
+    return {"prompt": f"ask {i} " + "tell me " * words, "completion": f"so {i}"}
+
+
+def test_what_is_lost_is_said_by_source(tmp_path: Path, tokenizer_dir: Path) -> None:
+    renderer = open_with(tokenizer_dir, STRIPS)
+    turns = [
+        m for i in range(9) for m in ({"role": "user", "content": f"a {i}"}, {"role": "assistant", "content": "b"})
+    ]
+    rows = [*(exchange(i) for i in range(30)), exchange(30, 60), {"messages": turns}, {"messages": 7}]
+    mixture = mixture_of(tmp_path / "d.jsonl", rows, renderer, on_bad_row="skip")
+    assert mixture.notes() == [
+        "d: 1 of 33 rows is longer than max_length 48 and was dropped",
+        "d: 1 of 33 rows is longer than max_length 48 and was cut",
+        "d: 1 of 33 rows is bad and was skipped",
+    ]
+    assert mixture_of(tmp_path / "d.jsonl", rows[:30], renderer).notes() == []
+
+
+def test_more_lost_than_may_be_is_an_error(tmp_path: Path, tokenizer_dir: Path) -> None:
+    renderer, rows = open_with(tokenizer_dir, STRIPS), [exchange(0), *(exchange(i, 60) for i in range(1, 4))]
+    path = tmp_path / "d.jsonl"
+    with pytest.raises(DataError) as caught:
+        mixture_of(path, rows, renderer)
+    said = f"{path}: 3 of 4 rows are longer than max_length 48 and were dropped, more than max_dropped 0.5 allows; "
+    assert str(caught.value).startswith(said) and caught.value.exit_code == 2
+    assert mixture_of(path, rows, renderer, max_dropped=0.75).sources[0]["dropped"] == 3
+    with pytest.raises(DataError, match="max_dropped 0 allows"):
+        mixture_of(path, [*(exchange(i) for i in range(9)), exchange(9, 60)], renderer, max_dropped=0)
