@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import gzip
 import json
+import lzma
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from sftflow.chat.data_files import read_conversations, read_rows
+from sftflow.data.documents import read_documents
 from sftflow.foundation.errors import DataError
+from sftflow.tasks import TaskSource, make_task
 
 ROWS = [{"prompt": f"q{n} \u2028 é", "completion": f"a{n}"} for n in (1, 2, 3)]
 LISTS = [[{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["completion"]}] for r in ROWS]
@@ -141,3 +145,28 @@ def test_a_name_that_no_file_can_have() -> None:
     for name in ("x" * 5000, "a\0b", "no/such"):
         with pytest.raises(DataError):
             list(read_rows(name))
+
+
+def test_endings_in_capitals(tmp_path: Path) -> None:
+    (tmp_path / "Q.CSV").write_text("question,A,B,C,D,answer\nq,a,b,c,d,B\n")
+    (item,) = make_task("mmlu", TaskSource(path=str(tmp_path / "Q.CSV"))).items("test")
+    assert item.answer == "B"
+    (tmp_path / "D.JSONL.XZ").write_bytes(lzma.compress(b'{"text": "once"}\r\n{"text": "upon"}\n'))
+    assert list(read_documents(tmp_path / "D.JSONL.XZ")) == ["once", "upon"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("d.jsonl", b'{"text": "a"}\n{"text": 1}\n', ":2: not a JSON object with `text`"),
+        ("d.jsonl", b'{"text": "a"}\n{"text": "\\ud83d"}\n', ":2.text: a lone surrogate"),
+        ("d.txt", b"caf\xe9", ": not UTF-8 text"),
+        ("d.txt.xz", b"plain", ": cannot be unpacked"),
+        ("d.jsonl.xz", cut(lzma.compress(b'{"text": "a"}\n')), ": cannot be unpacked"),
+    ],
+    ids=name_of,
+)
+def test_documents_that_cannot_be_read_are_named(name: str, data: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=re.escape(f"{tmp_path / name}{said}")):
+        list(read_documents(tmp_path / name))

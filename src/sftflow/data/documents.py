@@ -17,9 +17,9 @@ def read_documents(path: Path) -> Iterator[str]:
 
     Raises DataError where the file cannot be read, or a line is no object with `text`.
     """
-    name = path.name.removesuffix(".xz")
+    name = path.name.lower().removesuffix(".xz")
     try:
-        with readable(path), lzma.open(path) if path.suffix == ".xz" else path.open("rb") as f:
+        with readable(path), lzma.open(path) if path.suffix.lower() == ".xz" else path.open("rb") as f:
             if not name.endswith(".jsonl"):
                 text = io.TextIOWrapper(f, encoding="utf-8").read()
                 if text.strip():

@@ -30,7 +30,7 @@ class Mmlu(MultipleChoice):
     def questions(self, split: str) -> Iterator[Question]:
         split = "dev" if split == "train" else split
         path = path_of(self, split)
-        if path.startswith("hub:") or (Path(path).is_file() and Path(path).suffix != ".csv"):
+        if path.startswith("hub:") or (Path(path).is_file() and Path(path).suffix.lower() != ".csv"):
             for place, row in read_rows(path):
                 yield parse_row(row, place, f"{self.name}:{line_of(place)}")
             return
@@ -44,7 +44,7 @@ def csv_files(path: Path, split: str, name: str) -> list[Path]:
     if path.is_file():
         return [path]
     if is_pattern(str(path)):
-        found = sorted(Path(p) for p in glob.glob(str(path)) if p.endswith(".csv"))
+        found = sorted(Path(p) for p in glob.glob(str(path)) if p.lower().endswith(".csv"))
         if not found:
             raise TaskError(name, f"no CSV file is called {path}", "check the pattern")
         return found
