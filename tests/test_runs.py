@@ -296,15 +296,18 @@ def test_a_validation_loss_that_is_not_finite_is_the_worst_one(
     tiny_base: Path, tmp_path: Path, bad_at: Callable[..., None]
 ) -> None:
     recipe, out = write_recipe(tmp_path, tiny_base, steps=6, save_every=2, keep=9), tmp_path / "run"
-    for best in ("validation_loss", "last"):
-        for held_out, kept in (((2, 4, 6), 6), ((2,), 6), ((6,), 4)):
-            bad_at(held_out=held_out)
-            done = run("train", str(recipe), "--overwrite", "--set", f"train.best={best}")
-            assert done.returncode == 0, done.stderr
-            assert json.loads((out / "checkpoint" / "sftflow.json").read_text())["step"] == kept
-            assert [int(p.name[5:]) for p in saved_states(out / "resume")] == [2, 4]
-            rows = [json.loads(line) for line in (out / "validation.jsonl").read_text().splitlines()]
-            assert [row["step"] for row in rows if row["loss"] is None] == list(held_out)
+    for best, held_out, kept in (
+        ("validation_loss", (2, 4, 6), 6),
+        ("validation_loss", (2,), 6),
+        ("last", (6,), 4),
+    ):
+        bad_at(held_out=held_out)
+        done = run("train", str(recipe), "--overwrite", "--set", f"train.best={best}")
+        assert done.returncode == 0, done.stderr
+        assert json.loads((out / "checkpoint" / "sftflow.json").read_text())["step"] == kept
+        assert [int(p.name[5:]) for p in saved_states(out / "resume")] == [2, 4]
+        rows = [json.loads(line) for line in (out / "validation.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows if row["loss"] is None] == list(held_out)
         assert f"checkpoint: step {kept} of 6, " in done.stderr.splitlines()[-1]
 
 
