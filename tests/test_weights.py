@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -309,3 +310,16 @@ def test_a_head_that_is_the_embedding_is_stored_once(whole: Path, tmp_path: Path
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["tie_word_embeddings"] is True
     again = load_model(resolve(str(tmp_path / "saved")))[0]
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed, so that it loads")
+def test_a_package_that_is_missing_is_the_remedy(tiny_base: Path, tmp_path: Path) -> None:
+    """Not the files, which are whole."""
+    directory = tmp_path / "quantised"
+    shutil.copytree(tiny_base, directory)
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="bitsandbytes") as error:
+        load_model(resolve(str(directory)))
+    assert error.value.remedy.startswith("install that package; to train, give the base in bf16")
