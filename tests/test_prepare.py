@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -161,6 +165,14 @@ GOOD = exchange(0)
 BAD = {
     "bad JSON": (b'{"messages": [', DataError, "not JSON"),
     "bad UTF-8": (b'{"messages": "\xff"}', DataError, "not UTF-8"),
+    "half a character": (rb'{"prompt": "x \ud83d", "completion": "y"}', DataError, "a lone surrogate"),
+    "deep": (
+        b'{"prompt": ' + b"[" * 700 + b"]" * 700 + b', "completion": "y"}',
+        DataError,
+        "nested more than 100 deep",
+    ),
+    "a huge number": (b'{"prompt": "x", "completion": "y", "n": 1' + b"0" * 5000 + b"}", DataError, "4,300 digits"),
+    "zero bytes": (b'{"prompt": "x", "comp' + bytes(40), DataError, "zero bytes"),
     "wrong type": ({"messages": 7}, SchemaError, "it is a number"),
     "unknown role": ({"messages": [{"role": "bot", "content": "x"}]}, SchemaError, "role 'bot' is not known"),
     "empty": ({"messages": []}, SchemaError, "no messages"),
@@ -193,6 +205,26 @@ def test_a_bad_row_stops_or_is_quarantined(tmp_path: Path, tokenizer_dir: Path, 
     write_bad_rows(tmp_path, mixture)
     (quarantined,) = map(json.loads, (tmp_path / "bad_rows.jsonl").read_text().splitlines())
     assert quarantined["source"] == f"{path}:31" and fact in quarantined["reason"] and quarantined["row"]
+
+
+def test_a_bad_row_that_json_cannot_hold_is_quarantined_all_the_same(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """Dates, bytes and decimals of Parquet; half a character and NaN of a JSON array."""
+    bad = {"when": datetime(2020, 1, 1), "raw": b"\xff", "price": Decimal("1.5")}
+    rows = [{"prompt": f"q{i}", "completion": "a", **bad} for i in range(30)]
+    rows[4]["completion"] = None
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    told = [*([exchange(i) for i in range(60)]), {"messages": "\ud83d"}, {"messages": float("nan")}]
+    (tmp_path / "rows.json").write_text(json.dumps(told))
+    renderer, found = make_renderer(tokenizer_dir, "sftflow"), []
+    for name in ("rows.parquet", "rows.json"):
+        mixture = build_mixture(recipe(tmp_path / name, on_bad_row="skip", validation=0), renderer)
+        write_bad_rows(tmp_path, mixture)
+        lines = (tmp_path / "bad_rows.jsonl").read_text(encoding="utf-8").splitlines()
+        found += [(Path(row["source"]).name, row["row"]) for row in map(json.loads, lines)]
+    assert [place for place, _ in found] == ["rows.parquet:5", "rows.json:61", "rows.json:62"]
+    assert (
+        found[0][1]["when"].startswith("2020-01-01") and found[1][1] == told[60] and found[2][1] == {"messages": None}
+    )
 
 
 def test_rows_from_memory_are_named_as_such(tmp_path: Path, tokenizer_dir: Path) -> None:
