@@ -16,13 +16,13 @@ class Prompts:
     """
 
     def __init__(self, template: Template, row: Row) -> None:
-        self._template, self._row = template, row
+        self._template, self.row = template, row
         self._known: dict[int, str | FormatError] = {}
 
     def before(self, turn: int) -> str:
         """The prompt for turn number `turn`. Raises FormatError where the template gives none."""
         if turn not in self._known:
-            row = self._row
+            row = self.row
             place = f"{row.source}.messages[{turn}]" if turn < len(row.messages) else row.source
             try:
                 self._known[turn] = self._template.text(row.messages[:turn], row.tools, True, place)

@@ -140,8 +140,8 @@ class Renderer:
         the mask cannot be proven.
         """
         template, prover = self._way(conversation)
-        row = template.row(conversation)
-        prompts = prompts or Prompts(template, row)
+        prompts = prompts or Prompts(template, template.row(conversation))
+        row = prompts.row if prompts.row.conversation is conversation else template.row(conversation)
         if add_generation_prompt:
             text = prompts.before(len(row.messages))
         else:

@@ -75,16 +75,17 @@ def _parity(renderer: Renderer, conversation: Conversation, rendered: Rendered, 
     """The prompt for each turn is rendered for itself. The last one's ids must be the row's to the first; of the
     others, whose ids are among those, what follows the last control token is encoded again."""
     text, ids, mask = rendered.text, rendered.ids, rendered.mask
-    controls = [(m.start(), m.end()) for m in renderer.special_re.finditer(text)]
-    places = np.flatnonzero(np.isin(ids, list(renderer.special.values())))
-    told_apart = len(controls) == len(places) and not conversation.mentions(renderer.special_re)
     turns = [turn for turn in conversation.supervised if turn]
+    told_apart = len(turns) > 1 and not (renderer.writes_prefix_spaces or conversation.mentions(renderer.special_re))
+    controls = [(m.start(), m.end()) for m in renderer.special_re.finditer(text)] if told_apart else []
+    places = np.flatnonzero(np.isin(ids, list(renderer.special.values()))) if told_apart else []
+    told_apart &= len(controls) == len(places)
     for turn in turns:
         where = f"messages[{turn}]"
         try:
             prompt = prompts.before(turn)
             n = None
-            if told_apart and turn != turns[-1] and text.startswith(prompt) and not renderer.writes_prefix_spaces:
+            if told_apart and turn != turns[-1] and text.startswith(prompt):
                 last = bisect.bisect_left(controls, (len(prompt),)) - 1
                 tail = renderer.encode_plain(prompt[controls[last][1] :]) if last >= 0 else []
                 first = int(places[last]) + 1

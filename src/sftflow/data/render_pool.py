@@ -111,9 +111,10 @@ def render_block(renderer: Renderer, job: Job, items: list[NumberedRow], n_verif
         counts.cut += fitted.cut
         counts.expanded += len(fitted.pairs) > 1
         block.sample = block.sample or fitted.pairs[0][0]
-        prompts = renderer.prompts(conversation)
+        verified = n_verified < 0 or count < n_verified
+        prompts = renderer.prompts(conversation) if verified else None
         for rendered_from, rendered in fitted.pairs:
-            if n_verified < 0 or count < n_verified:
+            if verified:
                 wrong = verify(renderer, rendered_from, rendered, prompts)
                 add_checks(counts.invariants, checks(wrong, conversation.source))
             row, mask = rendered.ids[: job.max_length].astype(np.int32), rendered.mask[: job.max_length]
