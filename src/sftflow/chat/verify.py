@@ -78,8 +78,8 @@ def _parity(renderer: Renderer, conversation: Conversation, rendered: Rendered, 
     turns = [turn for turn in conversation.supervised if turn]
     told_apart = len(turns) > 1 and not (renderer.writes_prefix_spaces or conversation.mentions(renderer.special_re))
     controls = [(m.start(), m.end()) for m in renderer.special_re.finditer(text)] if told_apart else []
-    places = np.flatnonzero(np.isin(ids, list(renderer.special.values()))) if told_apart else []
-    told_apart &= len(controls) == len(places)
+    places = np.flatnonzero(np.isin(ids, list(renderer.special.values()))).tolist() if told_apart else []
+    told_apart = told_apart and len(controls) == len(places)
     for turn in turns:
         where = f"messages[{turn}]"
         try:
@@ -88,7 +88,7 @@ def _parity(renderer: Renderer, conversation: Conversation, rendered: Rendered, 
             if told_apart and turn != turns[-1] and text.startswith(prompt):
                 last = bisect.bisect_left(controls, (len(prompt),)) - 1
                 tail = renderer.encode_plain(prompt[controls[last][1] :]) if last >= 0 else []
-                first = int(places[last]) + 1
+                first = places[last] + 1
                 n = first + len(tail) if last >= 0 and ids[first : first + len(tail)].tolist() == tail else None
             if n is None:
                 whole = renderer.render(conversation.before(turn), add_generation_prompt=True, prompts=prompts).ids
