@@ -257,9 +257,11 @@ def split_held_out(
 
 def _together(digests: NDArray[np.uint64], numbers: NDArray[np.int32]) -> NDArray[np.int64]:
     """(n,) the group of each example: those with the same digest or of the same row are in one, and so on from them.
+    Groups are numbered from 0, in no order.
 
-    >>> _together(np.array([7, 8, 8, 9, 5], np.uint64), np.array([1, 1, 2, 2, 3], np.int32))
-    array([0, 0, 0, 0, 1])
+    >>> group = _together(np.array([7, 8, 8, 9, 5], np.uint64), np.array([1, 1, 2, 2, 3], np.int32))
+    >>> group == group[0]
+    array([ True,  True,  True,  True, False])
     """
     _, group = np.unique(digests, return_inverse=True)
     joined = np.flatnonzero(numbers[1:] == numbers[:-1])
