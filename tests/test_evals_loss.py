@@ -20,6 +20,7 @@ from helpers.runs import Quiet, write_recipe
 from helpers.templates import STRIPS, THOUGHTS, open_with
 from helpers.tiny import make_renderer
 from helpers.training import examples, spec
+from sftflow.chat.render import Rendered, Renderer
 from sftflow.chat.schema import Conversation, parse_row
 from sftflow.checkpoint import Assistant, load_assistant
 from sftflow.data.mixture import build_mixture
@@ -212,19 +213,29 @@ def test_rows_that_cannot_be_measured_are_counted(assistant: Assistant) -> None:
     assert none.all is None and none.rows == none.tokens == 0
 
 
+def grouped(renderer: Renderer, pairs: list[tuple[Conversation, Rendered]]) -> list[dict[str, str]]:
+    """What of each example of one row counts in each group."""
+    seen = [0, *(len(conversation.messages) for conversation, _ in pairs)]
+    named = [
+        {g: renderer.decode(r.ids[groups_of(r, renderer, n) == k].tolist()) for k, g in enumerate(GROUPS)}
+        for n, (_, r) in zip(seen, pairs, strict=False)
+    ]
+    return [{group: text for group, text in entry.items() if text} for entry in named]
+
+
 def test_an_expanded_row_counts_each_token_once(tokenizer_dir: Path) -> None:
     import transformers
 
     renderer = open_with(tokenizer_dir, STRIPS)
     pairs = renderer.render_pairs(THOUGHTS, turns=True)
-    named = [
-        {g: renderer.decode(r.ids[groups_of(r, renderer, 2 * n) == k].tolist()) for k, g in enumerate(GROUPS)}
-        for n, (_, r) in enumerate(pairs)
-    ]
-    assert [{k: v for k, v in entry.items() if v} for entry in named] == [
+    each = grouped(renderer, pairs)
+    assert each == [
         {"user": "user\na\n", "assistant": "<think>hm</think>b", "end_of_turn": "<|im_end|>"},
-        {"assistant": "<think>so</think>d", "end_of_turn": "<|im_end|>"},  # the thoughts of the first are gone here
+        {"user": "user\nc\n", "assistant": "<think>so</think>d", "end_of_turn": "<|im_end|>"},
     ]
+    whole = open_with(tokenizer_dir, "{% set keep_thoughts = true %}" + STRIPS)
+    (unexpanded,) = grouped(whole, whole.render_pairs(THOUGHTS, turns=True))
+    assert unexpanded == {group: each[0][group] + each[1][group] for group in each[0]}
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**SMALL | {"vocab_size": len(renderer.tokenizer), "initializer_range": 0.3})
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -232,6 +243,17 @@ def test_an_expanded_row_counts_each_token_once(tokenizer_dir: Path) -> None:
     wanted = [loss for _, r in pairs for loss, supervised in zip(nats(model, r.ids), r.mask, strict=True) if supervised]
     assert got.rows == 1 and got.tokens == len(wanted)
     assert got.all == pytest.approx(mean(wanted), abs=1e-4)
+
+
+def test_a_turn_that_cannot_be_told_from_a_rewritten_reply_has_no_loss_of_its_own(tokenizer_dir: Path) -> None:
+    ends_last = STRIPS.replace("<|im_end|>\n", "{% if m.role == 'user' or loop.last %}<|im_end|>{% endif %}\n")
+    renderer = open_with(tokenizer_dir, ends_last)
+    pairs = renderer.render_pairs(THOUGHTS, turns=True)
+    assert [role for _, role in pairs[1][1].turns] == ["user", "assistant+user", "assistant"]
+    assert grouped(renderer, pairs) == [
+        {"user": "user\na", "assistant": "<think>hm</think>b", "end_of_turn": "<|im_end|>"},
+        {"assistant": "<think>so</think>d", "end_of_turn": "<|im_end|>"},
+    ]
 
 
 # ---- the rows of a run

@@ -70,7 +70,8 @@ def groups_of(rendered: Rendered, renderer: Renderer, seen: int = 0) -> Int:
     """(n,) the group of each token, an index of GROUPS, or NO_GROUP. `rendered` with its turns.
 
     seen: so many first messages are another example's, too, and count there; what is supervised counts here. Where
-    the template rewrites earlier replies, so that the turn after one cannot be told from it, only that counts.
+    the template rewrites earlier replies and ends them with no token, so that the turn after one cannot be told from
+    it, only that counts.
     """
     ids, supervised = rendered.ids, rendered.mask == 1
     groups = np.full(len(ids), NO_GROUP)
