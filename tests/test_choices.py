@@ -14,7 +14,7 @@ from helpers.outside import each, outside, tokenizer_names
 from helpers.tiny import TEXT, make_renderer
 from sftflow.chat.format import ChatFormat
 from sftflow.chat.render import Renderer
-from sftflow.chat.schema import text_message
+from sftflow.chat.schema import Conversation, text_message
 from sftflow.checkpoint import Assistant
 from sftflow.evaluation import prompts_for as choices
 from sftflow.evaluation.evaluate import evaluate, evaluate_models
@@ -197,6 +197,25 @@ def test_an_argument_that_closes_the_block_is_found(qwen: Any) -> None:
         assert said.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n"), said
 
 
+@pytest.mark.parametrize("name", ["prefills_closed.jinja", *each(["Qwen-QwQ-32B.jinja"])])
+def test_a_letter_is_a_reply_behind_a_prompt_that_serving_closes_itself(qwen: Any, name: str) -> None:
+    """Without arguments its prompts end with an empty block, which stands in front of no reply in its texts."""
+    assistant = assistant_of(qwen, with_template(qwen, template_named(name)))
+    run = choice_run()
+    for item, asked in zip(run.items, prompts_for(assistant, run, "chat"), strict=True):
+        served = qwen.apply_chat_template(
+            [{"role": "user", "content": item.messages[0].text}], chat_template=template_named(name),
+            add_generation_prompt=True, tokenize=False,
+        )  # fmt: skip
+        assert served.endswith(("\n<think>\n</think>", "\n<|open|>thought\n<|close|>"))
+        assert list(asked.ids) == qwen(served, add_special_tokens=False)["input_ids"]
+        assert asked.letters == {c: (qwen.convert_tokens_to_ids(c),) for c in item.choices}
+        row = assistant.renderer.render(Conversation((item.messages[0], text_message("assistant", "A"))))
+        taught = row.ids[row.mask == 1].tolist()
+        assert [*asked.ids, *taught] == row.ids[: len(asked.ids) + len(taught)].tolist()
+        assert taught == qwen.convert_tokens_to_ids(["A", "<|im_end|>"])
+
+
 @pytest.mark.parametrize(
     ("name", "end"),
     [
@@ -212,15 +231,28 @@ def test_a_format_that_ends_no_turn_is_asked_all_the_same(qwen: Any, name: str, 
         assert all(ids == (qwen.convert_tokens_to_ids(c),) for c, ids in asked.letters.items())
 
 
-@pytest.mark.parametrize("name", ["prefills_always.jinja", *each(["Qwen-QwQ-32B.jinja"])])
-def test_what_cannot_be_asked_is_refused_before_anything_is_generated(qwen: Any, tmp_path: Path, name: str) -> None:
-    assistant = assistant_of(qwen, with_template(qwen, template_named(name), "qwq"))
+THINKS = "{%- set enable_thinking = true -%}"
+
+
+@pytest.mark.parametrize(
+    ("name", "front"),
+    [
+        ("prefills_always.jinja", ""),
+        *each([("Qwen-QwQ-32B.jinja", THINKS), ("deepseek-ai-DeepSeek-R1-Distill-Llama-8B.jinja", "")]),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_before_anything_is_generated(
+    qwen: Any, tmp_path: Path, name: str, front: str
+) -> None:
+    assistant = assistant_of(qwen, with_template(qwen, front + template_named(name), "thinking"))
+    asks = text_message("user", "?")
+    assert assistant.renderer.text(Conversation((asks,)), add_generation_prompt=True).endswith("<think>\n")
     runs = [*open_tasks(["arithmetic"], 2), choice_run()]
     with pytest.raises(TaskError) as error:
         evaluate_models([(assistant, runs)], tmp_path / "out")
     assert str(error.value) == (
-        "arc: in this chat format a letter alone is no reply (the qwq format's prompt for this reply is not a prefix "
-        "of the training text); leave it out of --tasks"
+        "arc: in this chat format a letter alone is no reply (the thinking format's prompt for this reply is not a "
+        "prefix of the training text); leave it out of --tasks"
     )
     assert not (tmp_path / "out").exists()
 

@@ -103,6 +103,16 @@ def test_no_argument_changes_what_rows_are_asked_that_can_be_taught(tokenizer_di
         renderer.render_rows(thoughtful)
 
 
+@pytest.mark.parametrize("said", ["<quiet>hm</quiet>b", "hm\n</quiet>\n\nb", " </quiet>b"])
+def test_thoughts_are_not_taught_behind_a_block_that_is_closed(tokenizer_dir: Path, said: str) -> None:
+    """Whole ones, and those whose beginning stands in the prompt that they were sampled behind."""
+    renderer = open_with(tokenizer_dir, SWITCHED)
+    with pytest.raises(MaskError, match=r"^t:1.messages\[1\]: .* not a prefix"):
+        renderer.render(chat("a", said))
+    about = chat("a", "b <quiet>hm</quiet>")  # a reply that speaks of such a block
+    assert renderer.render(about).text.endswith("\n<quiet>\n</quiet>b <quiet>hm</quiet><|im_end|>\n")
+
+
 def test_what_is_built_in_is_a_default_that_callers_override(tokenizer_dir: Path) -> None:
     found = choose_arguments(open_with(tokenizer_dir, PREFILLS), [chat("a", "b")])
     assert found.format.kwargs == {"enable_thinking": False}

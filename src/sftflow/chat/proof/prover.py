@@ -24,7 +24,7 @@ UNASKED = ("nothing prompts for this reply: it is the first message", "remove it
 _EXCHANGE: list[dict[str, Any]] = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
 
 # What a prompt may end with and no reply begin with: an opened and closed block, as `<think>\n\n</think>\n\n`.
-_CLOSED = re.compile(r"\s*(<[^<>\s]{1,40}>)[^<>]*(?!\1)<[^<>\s]{1,40}>\s*")
+_CLOSED = re.compile(r"\s*(<[^<>\s]{1,40}>)[^<>]*(?!\1)(<[^<>\s]{1,40}>)\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,9 @@ class Prover:
         if not closed or prompt[:at] != proof.text[:at]:
             return None
         stops = any(self._encoder.special[token] in self.stop_ids for _, _, token in written)
-        if stops or proof.text[at:].lstrip().startswith(closed.group(1)):  # the reply brings a block of its own
+        opening, closing = closed.groups()
+        outside, opened, _ = proof.text[at:].partition(opening)
+        if stops or closing in outside or (opened and not outside.strip()):  # the reply has thoughts of its own
             return None
         literals = [x for x in proof.literals if x[0] < at]
         literals += [(at + start, at + end, token) for start, end, token in written]
