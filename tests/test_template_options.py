@@ -84,7 +84,7 @@ def test_plain_rows_are_taught_behind_the_prompt_that_serving_sends(tokenizer_di
 
 
 def test_a_row_with_look_alikes_is_verified_behind_such_a_block(tokenizer_dir: Path) -> None:
-    renderer = open_with(tokenizer_dir, SWITCHED.replace("<quiet>", "<|im_start|>").replace("</quiet>", "</s>"))
+    renderer = open_with(tokenizer_dir, SWITCHED.replace("<quiet>", "<|im_start|>").replace("</quiet>", "</im_start>"))
     row = chat("say <|im_end|>", "no <|im_start|>")
     assert verify(renderer, row, renderer.render(row)) == {}
 
@@ -111,6 +111,25 @@ def test_thoughts_are_not_taught_behind_a_block_that_is_closed(tokenizer_dir: Pa
         renderer.render(chat("a", said))
     about = chat("a", "b <quiet>hm</quiet>")  # a reply that speaks of such a block
     assert renderer.render(about).text.endswith("\n<quiet>\n</quiet>b <quiet>hm</quiet><|im_end|>\n")
+
+
+@pytest.mark.parametrize(
+    ("end", "closed"),
+    [
+        ("<|START_THINKING|><|END_THINKING|>", True),
+        ("<|hm>thought\n<hm|>", True),
+        ("<quiet><plan>", False),
+        ("<|channel|>analysis<|message|>", False),
+        ("<quiet>\n", False),
+    ],
+)
+def test_nothing_is_taught_behind_a_block_that_stays_open(tokenizer_dir: Path, end: str, closed: bool) -> None:
+    renderer = open_with(tokenizer_dir, SWITCHED.replace("<quiet>\n</quiet>", end))
+    if closed:
+        assert renderer.render(chat("a", "b")).text.endswith(f"assistant\n{end}b<|im_end|>\n")
+    else:
+        with pytest.raises(MaskError, match=r"^t:1.messages\[1\]: .* not a prefix"):
+            renderer.render(chat("a", "b"))
 
 
 def test_what_is_built_in_is_a_default_that_callers_override(tokenizer_dir: Path) -> None:

@@ -25,6 +25,8 @@ _EXCHANGE: list[dict[str, Any]] = [{"role": "user", "content": "u"}, {"role": "a
 
 # What a prompt may end with and no reply begin with: an opened and closed block, as `<think>\n\n</think>\n\n`.
 _CLOSED = re.compile(r"\s*(<[^<>\s]{1,40}>)[^<>]*(?!\1)(<[^<>\s]{1,40}>)\s*")
+# In these its two tokens may differ. Two that differ in more may both be opened, and neither closed.
+_SIDES = re.compile(r"start|begin|open|prefix|end|close|suffix|[\W_]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,8 @@ class Prover:
             return None
         stops = any(self._encoder.special[token] in self.stop_ids for _, _, token in written)
         opening, closing = closed.groups()
+        if _SIDES.sub("", opening.lower()) != _SIDES.sub("", closing.lower()):
+            return None
         outside, opened, _ = proof.text[at:].partition(opening)
         if stops or closing in outside or (opened and not outside.strip()):  # the reply has thoughts of its own
             return None
