@@ -53,6 +53,7 @@ SINGLE = (
 )
 # Text and calls stand between control tokens that begin alike.
 TOKENS = (Path(__file__).parent / "templates" / "calls_end_of_two_tokens.jinja").read_text(encoding="utf-8")
+OWN_SYNTAX = Path(__file__).parent / "templates" / "tool_calls_own_syntax.jinja"
 TEMPLATES = {"chatml": CHATML, "named": NAMED, "tagged": TAGGED, "nested": NESTED, "single": SINGLE, "tokens": TOKENS}
 
 TOOLS = [
@@ -231,6 +232,9 @@ OFFERED = {
     "text": "{{- c.function.arguments -}}",
     "joined text": "{{- '[' + c.function.arguments + ']' -}}",
     "both": "{%- set a = c.function.arguments -%}{{- a if a is string else a | tojson -}}",
+    "text, or pairs as Python writes them": "{%- set a = c.function.arguments -%}{%- if a is string -%}{{- a -}}"
+    "{%- else -%}{%- for k, v in a.items() -%}{{- '\"' + k + '\": ' + v | string -}}{%- endfor -%}{%- endif -%}",
+    "text, or names": "{%- set a = c.function.arguments -%}{{- a if a is string else a | join -}}",
     "tags": "{%- for k, v in c.function.arguments | items -%}{{- '<' + k + '>' -}}"
     "{{- v | tojson if v is mapping else v | string -}}{%- endfor -%}",
 }
@@ -281,7 +285,7 @@ def test_an_end_of_turn_that_is_escaped_in_a_text_is_text(name: str) -> None:
     assert not verify(renderer, conversation, whole)
 
 
-@pytest.mark.parametrize("path", each(CALLING))
+@pytest.mark.parametrize("path", [pytest.param(OWN_SYNTAX, id="own syntax"), *each(CALLING)])
 def test_arguments_as_transformers_writes_them(path: Path) -> None:
     """With templates of well-known models: what an object, or where that is its form a text, comes out as."""
     template = path.read_text(encoding="utf-8")

@@ -106,6 +106,7 @@ TEMPLATES = {
     ),
     "drops_tool_calls": Own(refused=MUTE),
     "tool_calls_json": Own(refused="reasoning"),
+    "tool_calls_own_syntax": Own(END, refused="reasoning"),
     "tool_calls_tags": Own(END, refused="reasoning"),
     "tool_calls_tokens": Own(EOS, refused="reasoning", by_turn="call_rounds"),
     "two_ends": Own(("<|eot_id|>", "<|eom_id|>"), refused="reasoning", declined="calls_parallel"),

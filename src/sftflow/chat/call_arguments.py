@@ -3,9 +3,11 @@
     {{ call.arguments | tojson }}                 wants an object: a text would be encoded a second time
     {{ call.arguments }}                          wants a text: an object would come out as Python's {'a': True}
     {{ args if args is string else args | tojson }}         takes both
+    {{ key }}:<|"|>{{ value }}<|"|>               has a syntax of its own and wants an object
 
-Which of them makes a template write the arguments' JSON once is asked of the template itself, once. Where both do, a
-row keeps its own form, a text down to its blanks.
+Which of them makes a template write the arguments once is asked of the template itself, once. Where both make it write
+their JSON, a row keeps its own form, a text down to its blanks. Where an object is written in another syntax than JSON,
+a text, though taken, would be no call of that syntax.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from sftflow.foundation.errors import FormatError
 
 Forms = tuple[type, ...]
 
-_ARGUMENTS: dict[str, Any] = {"zqat": True, "zqin": {"zqof": [None, 'zq"é"']}}
+_ARGUMENTS: dict[str, Any] = {"zqat": True, "zqin": {"zqof": [None, 'zqis"é"']}}
 _PARAMETERS = {"type": "object", "properties": {"zqat": {"type": "boolean"}, "zqin": {"type": "object"}}}
 _TOOL = {"type": "function", "function": {"name": "look", "description": "d", "parameters": _PARAMETERS}}
 _ASKS, _RESULT = {"role": "user", "content": "u"}, {"role": "tool", "content": "r", "tool_call_id": "probe0000"}
@@ -38,8 +40,9 @@ def in_form(arguments: Any, forms: Forms) -> Any:
 
 
 def forms_written(render: Callable[[list[dict[str, Any]], list[Any]], str]) -> Forms:
-    """The forms in which the template writes the JSON of arguments once; where it writes no JSON, as templates with a
-    tag for each argument, the one that it takes.   render: (messages, tools) -> text, or raises FormatError."""
+    """The forms in which the template writes the JSON of arguments once; where it writes an object in a syntax of its
+    own, that; where it writes neither, the one that it takes.   render: (messages, tools) -> text, or raises
+    FormatError."""
     taken: list[type] = []
     for tools in ([_TOOL], []):
         for content in ("", "zq"):
@@ -54,11 +57,20 @@ def forms_written(render: Callable[[list[dict[str, Any]], list[Any]], str]) -> F
                     except FormatError:
                         continue
                     taken.append(form)
+                    if form is dict and _ARGUMENTS not in _objects(text) and _in_own_syntax(text):
+                        return (dict,)
                     if arguments in text if form is str else _ARGUMENTS in _objects(text):
                         found.append(form)
                 if found:
                     return tuple(found)
     return (str,) if taken and dict not in taken else (dict,)
+
+
+def _in_own_syntax(text: str) -> bool:
+    """Whether all of the object is in the text, and its values not as Python writes them, whatever the quotes."""
+    bare = re.sub(r"[\"'\\]", "", text)
+    whole = all(word in bare for word in ("zqat", "zqin", "zqof", "zqis"))
+    return whole and not re.search(r"zqin: ?\{zqof: \[None, zqis", bare)
 
 
 def _objects(text: str) -> Iterator[Any]:
