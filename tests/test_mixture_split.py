@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from helpers.templates import STRIPS, open_with
 from sftflow.chat.render import Renderer
-from sftflow.data.mixture import build_mixture, split_held_out
+from sftflow.data.held_out import split_held_out
+from sftflow.data.mixture import build_mixture
 from sftflow.foundation.errors import DataError
 from sftflow.recipe import parse_recipe
 
@@ -56,9 +57,13 @@ def test_all_of_a_row_and_of_equal_rows_is_on_one_side(rows: list[list[int]], va
     digests = np.array([d for row in rows for d in row], np.uint64)
     numbers = np.array([n for n, row in enumerate(rows, 1) for _ in row], np.int32)
     held = split_held_out(digests, numbers, validation, seed)
-    for of in (digests, numbers):
-        assert not set(of[held].tolist()) & set(of[~held].tolist())
+    sides: dict[tuple[int, ...], set[bool]] = {}
+    for number, row in enumerate(rows, 1):
+        sides.setdefault(tuple(row), set()).update(held[numbers == number].tolist())
+    assert all(len(side) == 1 for side in sides.values())
     assert held.sum() <= len(held) // 2
+    if validation and any(2 * sum(o == r for o in rows) * len(r) <= len(digests) for r in rows):
+        assert held.any()
 
 
 def mixture_of(path: Path, rows: list[Any], renderer: Renderer, **keys: Any) -> Any:
@@ -80,6 +85,60 @@ def test_a_conversation_of_several_examples_is_held_out_whole(tmp_path: Path, to
     numbers = mixture.rows[0].table["number"]
     held, kept = (set(numbers[x.chosen[:, 1]].tolist()) for x in (mixture.held_out, mixture.examples))
     assert mixture.sources[0]["expanded"] == 12 and held and kept and not held & kept
+
+
+def digests_of(examples: Any, mixture: Any) -> list[int]:
+    return [int(mixture.rows[source].table["digest"][row]) for source, row in examples.chosen]
+
+
+def test_conversations_that_begin_alike_are_held_out_apart(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """What they share is trained on, and so is not among the held-out examples."""
+    texts = ["hi", "<think>greet</think>hello", "q{}", "<think>so</think>r{}"]
+    rows = [
+        {"messages": [{"role": ("user", "assistant")[k % 2], "content": t.format(i)} for k, t in enumerate(texts)]}
+        for i in range(30)
+    ]
+    renderer = open_with(tokenizer_dir, STRIPS.replace("not keep_thoughts", "true"))
+    mixture = mixture_of(
+        tmp_path / "d.jsonl", rows, renderer, validation=0.1, train={"max_length": 256, "tokens_per_step": 256}
+    )
+    held, taught = digests_of(mixture.held_out, mixture), digests_of(mixture.examples, mixture)
+    assert mixture.sources[0]["expanded"] == 30 and len(held) == len(set(held)) == 3 and not set(held) & set(taught)
+    assert len(taught) == 60 - 2 * 3 and not mixture.notes()
+    numbers = mixture.rows[0].table["number"]
+    assert not set(numbers[mixture.held_out.chosen[:, 1]]) & set(numbers[mixture.examples.chosen[:, 1]])
+
+
+def test_what_another_source_teaches_is_not_held_out(tmp_path: Path, renderer: Renderer) -> None:
+    rows = [exchange(i) for i in range(40)]
+    for name, some in (("a", rows), ("b", rows[::-1]), ("c", [exchange(i) for i in range(40, 60)])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    data = {"mixture": [{"source": str(tmp_path / f"{name}.jsonl")} for name in "abc"], "validation": 0.25}
+    mixture = build_mixture(parse_recipe(data, "test"), renderer)
+    held = digests_of(mixture.held_out, mixture)
+    assert not set(held) & set(digests_of(mixture.examples, mixture))
+    assert [source["validation_rows"] for source in mixture.sources] == [2, 2, 5] and len(held) == 9
+    said = "2 of the 10 rows asked for are held out: the others are trained on in other rows, too"
+    assert mixture.notes() == [f"a: {said}", f"b: {said}"]
+
+
+@pytest.mark.parametrize(
+    ("n", "kinds", "validation", "said"),
+    [
+        (1, 1, 0.5, "d: 0 of the 1 row asked for is held out: "),
+        (20, 1, 0.1, "d: 0 of the 2 rows asked for are held out: "),
+        (20, 20, 100, "d: 10 of the 100 rows asked for are held out: "),
+        (20, 20, 12, None),
+        (1, 1, 0, None),
+    ],
+)
+def test_far_fewer_held_out_than_asked_is_said(
+    n: int, kinds: int, validation: float, said: str | None, tmp_path: Path, renderer: Renderer
+) -> None:
+    rows = [exchange(i % kinds) for i in range(n)]
+    notes = mixture_of(tmp_path / "d.jsonl", rows, renderer, validation=validation).notes()
+    why = "equal rows stay on one side, and no more than half of a source is taken"
+    assert notes == ([said + why] if said else [])
 
 
 def exchange(i: int, words: int = 1) -> dict[str, Any]:

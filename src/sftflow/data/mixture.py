@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +16,7 @@ from sftflow.chat.render import Rendered, Renderer
 from sftflow.chat.schema import parse_row
 from sftflow.chat.template_options import append_eos, choose_arguments
 from sftflow.chat.verify import Checks, add_checks
+from sftflow.data.held_out import n_wanted, split_held_out, told_fewer
 from sftflow.data.prepare import Progress, prepare_source
 from sftflow.data.sources import sample_of
 from sftflow.data.store import Examples, RowStore
@@ -35,7 +35,8 @@ SETTLE_ROWS = 64  # rows of a source that decide the template's arguments
 class Mixture:
     """examples: training sequences, repeats included, unshuffled (the loop shuffles).   held_out: for the
     validation loss.   sources: what became of each source's rows, as in the ledger.   rows: the rendered rows of each
-    source, on disk.   samples: the first of each source, for the mask view.   bad: the quarantined rows."""
+    source, on disk.   samples: the first of each source, for the mask view.   bad: the quarantined rows.
+    few_held_out: a line for each source of which far fewer rows are held out than were asked for."""
 
     examples: Examples
     held_out: Examples
@@ -46,6 +47,7 @@ class Mixture:
     max_length: int
     bad: list[dict[str, Any]]
     renderer: Renderer
+    few_held_out: list[str]
 
     @cached_property
     def ledger(self) -> dict[str, Any]:
@@ -87,7 +89,7 @@ class Mixture:
 
     def notes(self) -> list[str]:
         """What is to be said of the sources: which rows are not trained on, or not whole, and what of them is not."""
-        return [*(line for rows in self.rows for line in self._losses(rows)), *self.ignored()]
+        return [*(line for rows in self.rows for line in self._losses(rows)), *self.ignored(), *self.few_held_out]
 
     def _losses(self, rows: RowStore) -> list[str]:
         meta, long = rows.meta, f"longer than max_length {self.max_length:,}"
@@ -158,19 +160,26 @@ def build_mixture(
     """
     renderer = training_renderer(recipe, renderer)
     sources: list[RowStore] = []
-    ledgers: list[dict[str, Any]] = []
-    train: list[NDArray[np.int32]] = []
-    held: list[NDArray[np.int32]] = []
+    apart: list[NDArray[np.bool_]] = []
     for number, entry in enumerate(recipe.mixture):
         rows = prepare_source(entry, number, recipe, renderer, every_row=every_row, progress=progress)
         _require_kept(rows, recipe)
         seed = f"{entry.label}:{recipe.train.seed}"
-        chosen = split_held_out(rows.table["digest"], rows.table["number"], recipe.validation, seed)
-        here, out = np.flatnonzero(~chosen), np.flatnonzero(chosen)
         sources.append(rows)
+        apart.append(split_held_out(rows.table["digest"], rows.table["number"], recipe.validation, seed))
+    taught = np.concatenate([rows.table["digest"][~chosen] for rows, chosen in zip(sources, apart, strict=True)])
+    train: list[NDArray[np.int32]] = []
+    held: list[NDArray[np.int32]] = []
+    ledgers: list[dict[str, Any]] = []
+    few: list[str] = []
+    for number, (entry, rows, chosen) in enumerate(zip(recipe.mixture, sources, apart, strict=True)):
+        # an example that is trained on elsewhere, in another conversation or source, is not one that was held out
+        here, out = np.flatnonzero(~chosen), np.flatnonzero(chosen & ~np.isin(rows.table["digest"], taught))
         train.append(np.tile(_index(number, here), (entry.repeat, 1)))
         held.append(_index(number, out))
         ledgers.append(_ledger(entry, rows, here, len(out)))
+        if fact := told_fewer(len(out), int(chosen.sum()), n_wanted(len(rows), recipe.validation)):
+            few.append(f"{rows.name}: {fact}")
     examples = Examples(sources, np.concatenate(train))
     if not len(examples):
         raise DataError("mixture", "no row is left to train on", "see the ledger's dropped rows")
@@ -185,6 +194,7 @@ def build_mixture(
         max_length=recipe.train.max_length,
         bad=[row for rows in sources for row in rows.meta["bad_rows"]],
         renderer=renderer,
+        few_held_out=few,
     )
     if not every_row:
         mixture.prove()
@@ -226,54 +236,3 @@ def _ledger(entry: SourceEntry, rows: RowStore, here: NDArray[np.int64], n_held_
 
 def _index(number: int, rows: NDArray[np.int64]) -> NDArray[np.int32]:
     return np.stack([np.full(len(rows), number), rows], axis=1).astype(np.int32)
-
-
-def split_held_out(
-    digests: NDArray[np.uint64], numbers: NDArray[np.int32], validation: float, seed: str
-) -> NDArray[np.bool_]:
-    """Which examples of a source are held out: a share below 1, a count from 1 on. Equal ones stay on one side, and so
-    do all examples of one row.
-
-    numbers: the row of each, those of one row one after another."""
-    n = len(digests)
-    held = np.zeros(n, bool)
-    if validation <= 0 or n < 2:
-        return held
-    wanted = min(int(validation) if validation >= 1 else max(1, round(n * validation)), n // 2)
-    order = list(range(n))
-    random.Random(seed).shuffle(order)
-    group = _together(digests, numbers)
-    sizes = np.bincount(group)
-    n_held = 0
-    for i in order:
-        if n_held >= wanted:
-            break
-        size = int(sizes[group[i]])
-        if not held[i] and n_held + size <= n // 2:  # never the whole source, however often its rows repeat
-            held[i if size == 1 else group == group[i]] = True
-            n_held += size
-    return held
-
-
-def _together(digests: NDArray[np.uint64], numbers: NDArray[np.int32]) -> NDArray[np.int64]:
-    """(n,) the group of each example: those with the same digest or of the same row are in one, and so on from them.
-    Groups are numbered from 0, in no order.
-
-    >>> group = _together(np.array([7, 8, 8, 9, 5], np.uint64), np.array([1, 1, 2, 2, 3], np.int32))
-    >>> group == group[0]
-    array([ True,  True,  True,  True, False])
-    """
-    _, group = np.unique(digests, return_inverse=True)
-    joined = np.flatnonzero(numbers[1:] == numbers[:-1])
-    if not len(joined):
-        return group
-    root = list(range(len(digests)))
-
-    def find(one: int) -> int:
-        while root[one] != one:
-            root[one] = one = root[root[one]]
-        return one
-
-    for i in joined.tolist():
-        root[find(int(group[i]))] = find(int(group[i + 1]))
-    return np.unique([find(int(one)) for one in group], return_inverse=True)[1]
