@@ -150,14 +150,18 @@ def test_nothing_of_a_prompt_is_taught() -> None:
 
 
 @pytest.mark.parametrize("flag", row_keys.FLAGS)
-@pytest.mark.parametrize("value", [0, False, 0.0])
-def test_a_turn_marked_so_is_not_taught(flag: str, value: Any) -> None:
+@pytest.mark.parametrize("kind", [int, bool, float])
+def test_a_turn_marked_so_is_not_taught(flag: str, kind: Any) -> None:
+    value, other = kind(flag in row_keys.NOT_TAUGHT), kind(flag not in row_keys.NOT_TAUGHT)
     call = {"from": "function_call", "value": '{"name": "bell", "arguments": {}}', flag: value}
     turns = [*SHAREGPT["conversations"], {"from": "human", "value": "ring"}, call]
     assert [weight for *_, weight in taught({"conversations": turns})] == [1, 1, 1, 0]
     assert [weight for *_, weight in taught([ASKED, {**REPLIED, flag: value}])] == [1, 0]
-    assert taught([{**ASKED, flag: value}, {**REPLIED, flag: 1}]) == taught(CHAT)
-    assert "only an assistant message" in refusal([{**ASKED, flag: True}, REPLIED])
+    assert taught([{**ASKED, flag: value}, {**REPLIED, flag: other}]) == taught(CHAT)
+    if flag in row_keys.NOT_TAUGHT:  # tables have it in every message
+        assert taught([{**ASKED, flag: other}, REPLIED]) == taught(CHAT)
+    else:
+        assert "only an assistant message" in refusal([{**ASKED, flag: other}, REPLIED])
     assert f"{flag} is 'no'" in refusal([ASKED, {**REPLIED, flag: "no"}])
 
 
@@ -168,11 +172,24 @@ def test_flags_may_not_contradict_each_other() -> None:
     )
 
 
+def test_a_label_of_a_turn_marks_it_where_it_is_no_class() -> None:
+    asked, replied = SHAREGPT["conversations"]
+    assert [weight for *_, weight in taught([asked, {**replied, "label": False}])] == [1, 0]
+    assert taught([{**asked, "label": False}, {**replied, "label": True}]) == taught(CHAT)
+    assert "label" in refusal([asked, {**replied, "label": False, "weight": 1}])
+    assert parse_row([asked, {**replied, "label": 0}], "f:1").ignored == ("messages[].label",)
+
+
 @pytest.mark.parametrize("row", DIALECTS)
-def test_a_row_of_weight_0_teaches_nothing(row: dict[str, Any]) -> None:
-    assert parse_row({**row, "weight": 0}, "f:1").supervised == []
-    assert taught({**row, "weight": 1.0}) == taught(row)
-    assert "f:1.weight: weight is 0.5" in refusal({**row, "weight": 0.5})
+@pytest.mark.parametrize("flag", ["weight", "loss", "train", "training", "trainable", "learn", "masked", "ignore"])
+def test_a_row_that_is_marked_so_teaches_nothing(row: dict[str, Any], flag: str) -> None:
+    value = flag in row_keys.NOT_TAUGHT
+    for no in (value, int(value)):
+        found = parse_row({**row, flag: no}, "f:1")
+        assert (found.supervised, found.ignored) == ([], ())
+    assert taught({**row, flag: float(not value)}) == taught(row)
+    assert f"f:1.{flag}: {flag} is 0.5" in refusal({**row, flag: 0.5})
+    assert "contradict" in refusal({**row, flag: value, "loss_weight": None, "weight": 1, "loss": 0})
 
 
 @pytest.mark.parametrize("row", DIALECTS)
@@ -180,7 +197,12 @@ def test_a_row_of_weight_0_teaches_nothing(row: dict[str, Any]) -> None:
 def test_a_reply_that_is_not_wanted_is_refused(row: dict[str, Any], key: str) -> None:
     assert f"f:1.{key}: {key} is false" in refusal({**row, key: False})
     assert parse_row({**row, key: True}, "f:1").ignored == ()
-    assert parse_row({**row, "label": 0}, "f:1").ignored == ("label",)  # a class
+    for no in (0, 0.0, "false", "False"):
+        if key != "label" or row is BARE:
+            assert f"f:1.{key}: {key} is false" in refusal({**row, key: no})
+        else:
+            assert parse_row({**row, key: no}, "f:1").ignored == ("label",)  # a class
+    assert parse_row({**BARE, key: 1}, "f:1").ignored == ()
 
 
 # ---- refused, ignored
@@ -188,7 +210,8 @@ def test_a_reply_that_is_not_wanted_is_refused(row: dict[str, Any], key: str) ->
 
 @pytest.mark.parametrize("row", DIALECTS)
 def test_keys_that_change_the_meaning_are_refused_by_name(row: dict[str, Any]) -> None:
-    for key in row_keys.REFUSED:
+    relatives = {"rejected_output", "output_rejected", "image_url", "image_path", "image_file", "media"}
+    for key in {*row_keys.REFUSED, *relatives}:
         assert refusal({**row, key: ["x"]}).startswith(f"f:1.{key}: ")
         for empty in (None, "", [], {}, {"a": None, "b": ""}):
             assert taught({**row, key: empty}) == taught(row)
@@ -206,8 +229,9 @@ def test_preference_data_is_named_also_where_the_dialect_is_not_known() -> None:
 
 
 def test_keys_of_messages_are_refused_by_name() -> None:
-    for key in row_keys.MESSAGE_REFUSED:
-        assert refusal([ASKED, {**REPLIED, key: ["x"]}]).startswith(f"f:1.messages[1].{key}: ")
+    for key in {*row_keys.MESSAGE_REFUSED, "image_url", "image_path", "media"}:
+        for turns in ([ASKED, {**REPLIED, key: ["x"]}], [ASKED, {"from": "gpt", "value": "yo", key: ["x"]}]):
+            assert refusal(turns).startswith(f"f:1.messages[1].{key}: ")
     gone = {
         "refusal": None,
         "audio": "",

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from sftflow.chat.row_keys import CONVERSATIONS, PREFERRED, REFUSED, SYSTEM, TOOLS, absent, refuse
+from sftflow.chat.row_keys import CONVERSATIONS, PREFERRED, REFUSED, ROW_FLAGS, SYSTEM, TOOLS, absent, refuse
 from sftflow.chat.tool_calls import read_json, read_tools
 from sftflow.chat.turns import Turn, flag_of, read_turns
 from sftflow.foundation.errors import SchemaError
@@ -55,7 +55,7 @@ def read_row(row: Any, place: str) -> RawRow:
         for _, message in turns if without else ():
             if isinstance(message, dict) and message.get("role") == "assistant":
                 message["weight"] = 0
-    used |= {*SYSTEM, *TOOLS, "weight", *(key for key in PREFERRED if isinstance(row.get(key), bool))}
+    used |= {*SYSTEM, *TOOLS, *ROW_FLAGS, *(key for key in PREFERRED if _wanted(row, key) is not None)}
     meta = {key: value for key, value in row.items() if key not in used}
     ignored |= {key for key, value in meta.items() if not absent(value)}
     return RawRow(conversations=conversations, tools=_tools(row, place), meta=meta, ignored=tuple(sorted(ignored)))
@@ -174,12 +174,21 @@ def _put_in_front(system: str, turns: list[Turn], place: str) -> None:
 
 
 def _not_taught(row: dict[str, Any], place: str) -> bool:
-    """Whether the row's own weight is 0. Raises SchemaError where it says that its reply is not wanted."""
+    """Whether the row's own flags say so. Raises SchemaError where it says that its reply is not wanted."""
     for key in PREFERRED:
-        if row.get(key) is False or (key == "kto_tag" and row.get(key) == 0):
+        if _wanted(row, key) is False:
             fact = f"{key} is false: a reply that is not wanted (preference data)"
             raise SchemaError(f"{place}.{key}", fact, "remove the row, or the key where it means something else")
-    return not absent(row.get("weight")) and not flag_of({"weight": row["weight"]}, place)
+    flags = {key: row[key] for key in ROW_FLAGS if not absent(row.get(key))}
+    return bool(flags) and not flag_of(flags, place)
+
+
+def _wanted(row: dict[str, Any], key: str) -> bool | None:
+    """Whether a key of preference data says that the reply is wanted; None where it is not there, or a class."""
+    value = row.get(key)
+    if key == "label" and not isinstance(value, bool) and absent(row.get("completion")):
+        return None
+    return {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}.get(str(value).lower())
 
 
 def _tools(row: dict[str, Any], place: str) -> list[dict[str, Any]]:

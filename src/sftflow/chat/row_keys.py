@@ -30,9 +30,15 @@ _MASK = Refusal("it may mean taught as well as not taught", "give messages that 
 CONVERSATIONS = ("messages", "conversations", "conversation")
 SYSTEM = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "functions")
-PREFERRED = ("label", "kto_tag")
-FLAGS = ("weight", "loss", "train", "training", "loss_weight")
-"""1 or true: the message is taught"""
+PREFERRED = ("label", "kto_tag", "desirable")
+NOT_TAUGHT = ("masked", "ignore")
+"""1 or true: the message is not taught"""
+ROW_FLAGS = ("weight", "loss", "train", "training", "trainable", "learn", *NOT_TAUGHT)
+FLAGS = (*ROW_FLAGS, "loss_weight")
+"""1 or true: the message, or each of the row, is taught, but for NOT_TAUGHT. 0 or false: the contrary."""
+REJECTED = ("response", "messages", "output", "completion", "answer")
+PATHS = ("image_path", "image_url", "image_file", "image_paths", "image_urls", "image_files")
+PICTURES = ("images", "image", "videos", "video", "audios", "audio", *PATHS, "video_path", "audio_path", "media")
 
 READ = {
     **dict.fromkeys(CONVERSATIONS, "the conversation: a list of messages, or JSON text of one"),
@@ -47,12 +53,13 @@ READ = {
     **dict.fromkeys(SYSTEM, "the system message, unless the conversation begins with the same one"),
     "tools": "tools in the OpenAI shape, or JSON text of them",
     "functions": "as `tools`, without the envelope",
-    "weight": "0: nothing of the row is taught",
+    **dict.fromkeys(ROW_FLAGS, "as of a message: whether anything of the row is taught"),
     **dict.fromkeys(PREFERRED, "true: the reply is wanted"),
 }
 REFUSED = {
-    **dict.fromkeys(("images", "image", "videos", "video", "audios", "audio", "objects"), _PICTURES),
-    **dict.fromkeys(("chosen", "rejected", "rejected_response", "rejected_messages"), _PREFERENCE),
+    **dict.fromkeys((*PICTURES, "objects"), _PICTURES),
+    **dict.fromkeys(("chosen", "rejected", *(f"rejected_{of}" for of in REJECTED)), _PREFERENCE),
+    **dict.fromkeys((f"{of}_rejected" for of in REJECTED), _PREFERENCE),
     **dict.fromkeys(("preferred_output", "non_preferred_output"), _PREFERENCE),
     **dict.fromkeys(("chat_template_kwargs", "chat_template"), _ARGUMENTS),
     "documents": Refusal("a template's documents are not taught", "put them into a message"),
@@ -67,7 +74,7 @@ SAME_AS = {"from": "role", "value": "content", "thinking": "reasoning_content", 
 TEXTS = {"role", "name", "tool_call_id", "reasoning_content", *SAME_AS}
 """texts of a message, which may be empty"""
 MESSAGE_REFUSED = {
-    **{key: REFUSED[key] for key in ("images", "image", "videos", "video", "audios", "audio", "mask", "loss_mask")},
+    **{key: REFUSED[key] for key in (*PICTURES, "mask", "loss_mask")},
     **dict.fromkeys(("train_detail", "training_detail", "loss_scale"), _SPANS),
     "refusal": Refusal("a refusal beside the content is not read", "make it the content"),
 }

@@ -9,6 +9,7 @@ from sftflow.chat.row_keys import (
     FLAGS,
     MESSAGE_KEYS,
     MESSAGE_REFUSED,
+    NOT_TAUGHT,
     ROLES,
     SAME_AS,
     TEXTS,
@@ -82,11 +83,14 @@ def _message(raw: Any, place: str, ignored: set[str]) -> Any:
         message["tool_calls"] = call
     message["role"] = role
     flags = {key: value for key in FLAGS if not absent(value := message.pop(key, None))}
-    if flags and flag_of(flags, place) and role != "assistant":
-        flag = next(iter(flags))
+    if sharegpt and isinstance(message.get("label"), bool):  # other labels are classes
+        flags["label"] = message.pop("label")
+    taught = bool(flags) and flag_of(flags, place)
+    flag = next((key for key in flags if key not in NOT_TAUGHT), None)
+    if taught and flag and role != "assistant":
         raise SchemaError(f"{place}.{flag}", f"only an assistant message has {flag}, this is {said}", "remove it")
     if flags and role == "assistant":
-        message["weight"] = flag_of(flags, place)
+        message["weight"] = taught
     if sharegpt:
         unknown = message.keys() - MESSAGE_KEYS
         ignored |= {f"{place.rpartition('.')[2].partition('[')[0]}[].{key}" for key in unknown}
@@ -118,11 +122,12 @@ def _take_parts(message: dict[str, Any], place: str) -> None:
 
 
 def flag_of(flags: dict[str, Any], place: str) -> int:
-    """Whether a message is taught, 0 or 1, by flags that say so."""
+    """Whether a message, or a row, is taught, 0 or 1, by flags that say so."""
     for key, value in flags.items():
         check_plain(value, f"{place}.{key}")
         if value not in (0, 1):
             raise SchemaError(f"{place}.{key}", f"{key} is {value!r}", "use 0 or 1")
-    if len(set(flags.values())) > 1:
+    said = {int(value) ^ (key in NOT_TAUGHT) for key, value in flags.items()}
+    if len(said) > 1:
         raise SchemaError(place, f"{' and '.join(flags)} contradict each other", "keep one of them")
-    return int(next(iter(flags.values())))
+    return said.pop()
