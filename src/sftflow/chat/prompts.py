@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from sftflow.chat.beginnings import Beginnings
 from sftflow.chat.proof.prover import UNASKED, Proof, Prover
 from sftflow.chat.template import Row, Template
 from sftflow.foundation.errors import FormatError, MaskError
@@ -17,6 +18,7 @@ class Prompts:
 
     def __init__(self, template: Template, row: Row) -> None:
         self._template, self.row = template, row
+        self._beginnings = Beginnings(template, row.messages, row.tools)
         self._known: dict[int, str | FormatError] = {}
 
     def before(self, turn: int) -> str:
@@ -25,7 +27,7 @@ class Prompts:
             row = self.row
             place = f"{row.source}.messages[{turn}]" if turn < len(row.messages) else row.source
             try:
-                self._known[turn] = self._template.text(row.messages[:turn], row.tools, True, place)
+                self._known[turn] = self._beginnings.text(turn, True, place)
             except FormatError as error:
                 self._known[turn] = error
         found = self._known[turn]

@@ -249,7 +249,7 @@ class Renderer:
 
     def rough_length(self, conversation: Conversation) -> tuple[int, int]:
         """How many tokens the prompt for the next reply has: (about, at least). Linear in the conversation's length,
-        where `render` grows with the square of its turns.
+        where `render` grows with the square of its turns for templates that look ahead.
 
         The text is encoded as a whole, so it may be a token or two off at each boundary between prompt and reply, where
         no control tokens stand there. And the template's control tokens are sure in any case.

@@ -23,6 +23,7 @@ import jinja2.runtime
 import jinja2.sandbox
 import jinja2.utils
 
+from sftflow.chat.beginnings import View, Watch, Watched, count_of, goes_forward
 from sftflow.chat.calculator_parts import flatten_python
 from sftflow.chat.call_arguments import Forms, forms_written, in_form
 from sftflow.chat.content_parts import Messages, in_parts, roles_in_parts
@@ -32,7 +33,7 @@ from sftflow.foundation.errors import FormatError, first_line
 
 _DICT_ATTRIBUTES = frozenset(dir(dict))
 _STR_METHODS = frozenset({"startswith", "endswith", "strip", "lstrip", "rstrip", "split", "rsplit", "replace", "lower"})
-_LOOP = frozenset({"index", "index0", "first", "last", "length", "revindex", "revindex0"})
+_LOOP = frozenset({"index", "index0", "first", "last", "length", "nextitem", "revindex", "revindex0"})
 _BUILTIN = type("".strip)
 
 
@@ -43,10 +44,11 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """The sandbox, with short ways for what templates do most and what the sandbox allows anyway: reading a key of a
     plain dict by a dot, asking the loop for its index, calling a method of a string. All else goes the sandbox's way.
 
-    generated: where the text of each `{% generation %}` block is kept, or None.
+    generated: where the text of each `{% generation %}` block is kept, or None.   watch: who watches a rendering.
     """
 
     generated: list[str] | None = None
+    watch: Watch | None = None
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         kind = type(obj)
@@ -56,7 +58,11 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
                     return obj[attribute]
                 except KeyError:
                     return self.undefined(obj=obj, name=attribute)
-        elif (kind is str and attribute in _STR_METHODS) or (kind is jinja2.runtime.LoopContext and attribute in _LOOP):
+        elif kind is str and attribute in _STR_METHODS:
+            return getattr(obj, attribute)
+        elif kind is jinja2.runtime.LoopContext and attribute in _LOOP:
+            if self.watch is not None:
+                self.watch.look_ahead(obj, attribute)
             return getattr(obj, attribute)
         elif kind is _Namespace and not attribute.startswith("_"):
             try:
@@ -130,6 +136,7 @@ def _tojson(
 def _environment() -> _Environment:
     environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = _tojson
+    environment.filters["length"] = environment.filters["count"] = count_of
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["dict"] = _Dict()
     environment.globals["namespace"] = _Namespace
@@ -149,6 +156,11 @@ def _free_names(template: str) -> frozenset[str]:
     written = {name.name for name in tree.find_all(jinja2.nodes.Name) if name.ctx != "load"}
     written -= {m.group(1) or m.group(2) for m in _DEFAULTED.finditer(template)}
     return frozenset(jinja2.meta.find_undeclared_variables(tree) - written)
+
+
+@functools.lru_cache(maxsize=64)
+def _can_be_watched(template: str) -> bool:
+    return goes_forward(_environment().parse(template))
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +264,25 @@ class Template:
         except Exception as error:  # what templates do with a row may end in any of Python's own
             fact = f"the {self.format.name} format cannot express it ({type(error).__name__}: {first_line(error)})"
             raise FormatError(place, fact, "change the row or the format") from None
+
+    def watched(self, messages: Messages, tools: Any, add_generation_prompt: bool) -> Watched | None:
+        """The rendering, and of each message where in it the template asked for it, and in which state. None where that
+        cannot be watched."""
+        if not _can_be_watched(self.format.template):
+            return None
+        watch = self._environment.watch = Watch(self._parted(messages), _Namespace)
+        given = dict(messages=View(watch), tools=list(tools) or None, add_generation_prompt=add_generation_prompt)
+        written, is_whole = [], True
+        try:
+            context = self._compiled.new_context({**self._context, **given, "namespace": watch.namespace})
+            for text in self._compiled.root_render_func(context):
+                written.append(text)
+                watch.n_written += len(text)
+        except Exception:  # of the template or of the watch: what was asked for before remains true
+            is_whole = False
+        finally:
+            self._environment.watch = None
+        return Watched("".join(written), {} if watch.looks_back else watch.at, is_whole and not watch.looks_back)
 
     def generated(self, messages: Messages, tools: Any, place: str) -> list[str] | None:
         """The texts inside the template's `{% generation %}` marks; None where it has no such marks."""

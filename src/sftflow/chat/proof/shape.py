@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from sftflow.chat.beginnings import Beginnings
 from sftflow.chat.encode import Literal
 from sftflow.chat.proof.marks import MarkedRow
 from sftflow.chat.template import Template
@@ -52,6 +53,7 @@ class Shape:
         stops wherever they come. Raises FormatError where the template refuses the marks."""
         self._template, self._special_re, self._marked = template, special_re, marked
         self._plain_end, self._stops = plain_end, {*stops, plain_end}
+        self._beginnings = Beginnings(template, marked.messages, marked.tools)
         self.placeholders, self.text = marked.placeholders, ""
         self.text = self._render(len(marked.messages))
         self.skeleton = marked.skeleton(self.text)
@@ -70,8 +72,7 @@ class Shape:
         """The first n messages, with marks."""
         if n == len(self._marked.messages) and not add_generation_prompt and self.text:
             return self.text
-        messages = self._marked.messages[:n]
-        return self._template.text(messages, self._marked.tools, add_generation_prompt, "marked row")
+        return self._beginnings.text(n, add_generation_prompt, "marked row")
 
     def literals(self, piece_starts: list[int]) -> list[Literal]:
         """The control tokens that the template wrote, at their places in a row's text."""
@@ -181,8 +182,9 @@ class Shape:
         """Whether what follows the turn is the next reply's header, which the template writes unasked."""
         if self._marked.messages[turn - 1]["role"] == "assistant":
             return False  # what the prompt ends with is the end of the reply before
-        header = [m.start() for m in self._special_re.finditer(prompt)]
-        if not header or not after.endswith(prompt[header[-1] :]):
+        near = prompt[max(0, len(prompt) - len(after)) :]  # what lies further in front cannot follow the turn
+        header = [m.start() for m in self._special_re.finditer(near)]
+        if not header or not after.endswith(near[header[-1] :]):
             return False
         return self._render(turn) == prompt
 
@@ -202,7 +204,7 @@ class Shape:
 
     def _behind(self, turn: int) -> int:
         """Where the end of a turn and the blanks behind it are over in the marked text; 0 where it has no end."""
-        own = [number for number, mark in enumerate(self.skeleton.order) if self.placeholders[mark].message == turn]
+        own = self.marks_of.get(turn, [])
         piece = self.skeleton.pieces[own[-1] + 1] if own else ""
         ends = [m.end() for m in self._special_re.finditer(piece) if m.group() in self._stops]
         if not ends:
