@@ -176,6 +176,35 @@ def test_a_finished_run_of_another_recipe_is_told(project: Path, tmp_path: Path)
     assert {**files_of(out), "DONE": ""} == {**before, "DONE": ""}
 
 
+def test_what_a_finished_run_is_of_is_compared_by_content(project: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "p"
+    shutil.copytree(project, folder, ignore=shutil.ignore_patterns(".lock"))
+    again = ["train", "recipe.yaml", *HERE, "--set", "base=./base", "--set", "train.precision=auto", "--resume"]
+    assert run(*again[:-1], "--overwrite", cwd=folder).returncode == 0
+    before = files_of(folder / "run")
+    assert "finished; nothing to resume" in run(*again, cwd=folder).stderr
+    rows, config = folder / "rows.jsonl", folder / "base" / "config.json"
+    kept = {path: path.read_bytes() for path in (rows, config)}
+    rows.write_bytes(kept[rows].replace(b"It is 3.", b"It is four."))
+    assert "run: the finished run in it is another: rows of source 1 (" in error_line(run(*again, cwd=folder))
+    rows.write_bytes(kept[rows])
+    edit(config, rms_norm_eps=0.25)
+    assert "run: the base changed: config.json: rms_norm_eps: 1e-06 -> 0.25; " in error_line(run(*again, cwd=folder))
+    config.write_bytes(kept[config])
+    done = folder / "run" / "DONE"
+    elsewhere = json.loads(done.read_text())
+    elsewhere["identity"]["recipe.train.precision"] = '"bf16"'  # what `auto` was on another machine
+    done.write_text(json.dumps(elsewhere))
+    assert "finished; nothing to resume" in run(*again, cwd=folder).stderr
+    for gone in (rows, folder / "base"):
+        gone.rename(folder / "away")
+        result = run(*again, cwd=folder)
+        assert result.returncode == 0 and "finished; nothing to resume" in result.stderr
+        assert f"compared with nothing: {gone} is no longer there" in result.stderr
+        (folder / "away").rename(gone)
+    assert {**files_of(folder / "run"), "DONE": ""} == {**before, "DONE": ""}
+
+
 def test_what_an_earlier_version_recorded_still_counts(project: Path) -> None:
     """Its paths do not, and what it did not know does not, either."""
     (state, *_) = saved_states(project / "run" / "resume")

@@ -57,7 +57,8 @@ def recipe_identity(recipe: Recipe) -> Identity:
 
 
 def asked_for(recipe: Recipe) -> str:
-    """A hash of an unresolved recipe as it was written, paths and all: the same one needs no second look."""
+    """A hash of an unresolved recipe as it was written, paths and all: of the same one, only what lies there
+    can have changed."""
     return hash_json(recipe.model_dump(mode="json", exclude=FREE_TO_CHANGE, exclude_defaults=True))
 
 

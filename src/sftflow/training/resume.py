@@ -15,17 +15,21 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from sftflow.chat.data_files import numbered_rows
+from sftflow.checkpoint import resolve
 from sftflow.foundation.atomic_io import (
     check_hashes,
     read_record,
     remove_directory,
+    require_writable,
     sha256_file,
     with_checksum,
     write_directory,
 )
-from sftflow.foundation.errors import CheckpointError
-from sftflow.recipe import load_recipe
+from sftflow.foundation.errors import CheckpointError, DataError, RunError
+from sftflow.recipe import Recipe, load_recipe
 from sftflow.training.identity import Identity, recipe_identity, told_changes
+from sftflow.training.loggers import require_logger
 from sftflow.training.optimizers import Muon
 from sftflow.training.trainer import Trainer
 
@@ -101,6 +105,18 @@ def require_free(out: Path, anew: str) -> None:
         raise CheckpointError(str(out), f"{what} ({', '.join(there)})", f"name another folder, or {anew}")
 
 
+def require_startable(recipe: Recipe, out: Path, *, anew: bool) -> None:
+    """Raises CheckpointError or RunError where a run cannot be written there. anew: nothing there may be replaced."""
+    if anew:
+        require_free(out, "start anew with --overwrite")
+    require_logger(recipe.train.logger)
+    try:
+        require_writable(out / "checkpoint")
+    except OSError as error:
+        fact = f"cannot write ({error.strerror or error})"
+        raise RunError(str(out / "checkpoint"), fact, "check the disk and its permissions") from error
+
+
 def read_done(out: Path) -> dict[str, Any] | None:
     """What a finished run was: {"steps", "asked", "identity"}; None where none is finished. One of an earlier version
     is known by its recipe."""
@@ -109,6 +125,24 @@ def read_done(out: Path) -> dict[str, Any] | None:
     with contextlib.suppress(ValueError):
         return dict(json.loads((out / DONE).read_text(encoding="utf-8")))
     return {"identity": recipe_identity(load_recipe(out / "recipe.yaml"))}
+
+
+def missing_input(recipe: Recipe) -> str | None:
+    """Which of a recipe's base, template and data is not there (any more); None where all are."""
+    try:
+        resolve(recipe.base)
+    except CheckpointError:
+        return recipe.base
+    names = [entry.path or (None if entry.has_bare_name else entry.source) for entry in recipe.mixture]
+    for name in filter(None, [recipe.format if recipe.format.endswith(".jinja") else None, *names]):
+        try:
+            if name.startswith("hub:"):
+                next(iter(numbered_rows(name)), None)
+            elif not Path(name).exists():
+                return name
+        except DataError:
+            return name
+    return None
 
 
 def load_state(directory: Path, trainer: Trainer, identity: Identity) -> dict[str, Any]:

@@ -25,20 +25,21 @@ from sftflow.checkpoint import Assistant, assistant_of, prepare, resolve, save, 
 from sftflow.data.mixture import build_mixture, write_bad_rows
 from sftflow.data.run_rows import HELD_OUT, TRAINING_ROWS, write_run_rows
 from sftflow.fingerprint import weights_and_body_hash
-from sftflow.foundation.atomic_io import NO_SPACE, Lock, read_log, require_writable, sweep, write_json, write_text
+from sftflow.foundation.atomic_io import NO_SPACE, Lock, read_log, sweep, write_json, write_text
 from sftflow.foundation.errors import CheckpointError, RunError
 from sftflow.foundation.runtime import detect
 from sftflow.recipe import Recipe, to_yaml
 from sftflow.training.batch_plan import RowPlan, StepLog
 from sftflow.training.identity import asked_for, base_identity, run_identity, told_changes
-from sftflow.training.loggers import open_logger, require_logger
+from sftflow.training.loggers import open_logger
 from sftflow.training.resume import (
     DONE,
     MEASURED_LATER,
     forget,
+    missing_input,
     read_done,
-    require_free,
     require_own_links,
+    require_startable,
     warm_start,
 )
 from sftflow.training.run_log import RunLog
@@ -110,16 +111,11 @@ def run_training(
         sweep(out, *DESCRIBED, *LOGS, "resume", "checkpoint", DONE)
         sweep(out / "resume", "*")
         done = read_done(out) if resume else None
-        if done and done.get("asked") == asked_for(recipe):
+        if done and done.get("asked") == asked_for(recipe) and (gone := missing_input(recipe)):
+            listener.say(f"{out}: the finished run is compared with nothing: {gone} is no longer there")
             return Run(directory=out, seconds=0.0, already_done=True)
-        if not overwrite and not (resume and (out / "ledger.json").is_file()):
-            require_free(out, "start anew with --overwrite")
-        require_logger(recipe.train.logger)
-        try:
-            require_writable(out / "checkpoint")
-        except OSError as error:
-            fact = f"cannot write ({error.strerror or error})"
-            raise RunError(str(out / "checkpoint"), fact, "check the disk and its permissions") from error
+        if not done:
+            require_startable(recipe, out, anew=not (overwrite or (resume and (out / "ledger.json").is_file())))
         try:
             tuning = FineTuning(recipe, listener, signals, callback)
             if done:
@@ -178,7 +174,10 @@ class FineTuning(TrainingRun):
 
     def require_same(self, done: dict[str, Any]) -> None:
         """Raises CheckpointError where the finished run (`read_done`) was of another recipe, base or data."""
-        if fact := told_changes(done["identity"], self.identity, "the finished run in it is another"):
+        was, now = done["identity"], self.identity
+        if done.get("asked") == self.asked:  # what such a recipe leaves to `auto` may be the choice of another machine
+            was, now = ({k: v for k, v in side.items() if not k.startswith("recipe.")} for side in (was, now))
+        if fact := told_changes(was, now, "the finished run in it is another"):
             raise CheckpointError(str(self.out), fact, "undo that, name another train.out, or give --overwrite")
 
     def run(self, *, resume: bool) -> None:
