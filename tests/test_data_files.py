@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sftflow.api.rows import read
 from sftflow.chat.data_files import read_conversations, read_rows
 from sftflow.data.documents import read_documents
 from sftflow.foundation.errors import DataError
@@ -27,6 +28,9 @@ ARRAY, BOM = json.dumps(ROWS).encode(), b"\xef\xbb\xbf"
 SINK = pa.BufferOutputStream()
 pq.write_table(pa.Table.from_pylist(ROWS), SINK)
 PARQUET = SINK.getvalue().to_pybytes()
+TWICE = pa.table([["q"], ["a"], ["b"]], names=["prompt", "completion", "completion"])
+SINK = pa.BufferOutputStream()
+pq.write_table(TWICE, SINK)
 
 
 def name_of(value: Any) -> str:
@@ -114,6 +118,7 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
         ("cut.jsonl.gz", cut(packed(LINES * 100)), ": cannot be unpacked ("),
         ("noise.parquet", b"PAR1" + b"x" * 40, ": cannot be read as Parquet (ArrowInvalid: Parquet magic bytes not"),
         ("cut.parquet", cut(PARQUET), ": cannot be read as Parquet ("),
+        ("twice.parquet", SINK.getvalue().to_pybytes(), ": the column 'completion' stands twice; keep one of them"),
         ("empty.parquet", b"", ": cannot be read as Parquet ("),
         ("text.parquet", LINES, ": cannot be read as Parquet ("),
         ("big.json", b'[{"prompt": "a", "n": 1' + b"0" * 5000 + b"}]", ": a number of more than 4,300 digits"),
@@ -132,6 +137,12 @@ def test_a_file_that_cannot_be_read_is_named(name: str, data: bytes, said: str, 
         list(read_rows(file))
     line = str(error.value)
     assert line.startswith(str(file)) and said in line and error.value.remedy and "\n" not in line
+
+
+@pytest.mark.parametrize("table", [TWICE, TWICE.to_pandas()], ids=["pyarrow", "pandas"])
+def test_a_column_twice_in_a_table_in_memory_is_named(table: Any) -> None:
+    with pytest.raises(DataError, match="mine: the column 'completion' stands twice"):
+        read(table, name="mine")
 
 
 def test_a_folder_is_named_with_what_is_in_it(tmp_path: Path) -> None:

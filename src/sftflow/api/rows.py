@@ -17,7 +17,7 @@ from rich.text import Text
 from sftflow import checkpoint
 from sftflow.api.shared import ModelLike, quiet
 from sftflow.chat import prefill, template_options
-from sftflow.chat.data_files import numbered_rows, read_rows
+from sftflow.chat.data_files import check_columns, numbered_rows, read_rows
 from sftflow.chat.render import Renderer
 from sftflow.chat.row_keys import READ, REFUSED
 from sftflow.chat.schema import Conversation, conversation_of, parse_row, text_message
@@ -47,7 +47,9 @@ class Rows(Sequence[Any]):
     """
 
     def __init__(self, data: Any, name: str | None = None) -> None:
-        if hasattr(data, "iloc") and hasattr(data, "columns"):  # a pandas DataFrame
+        of_pandas = hasattr(data, "iloc") and hasattr(data, "columns")
+        check_columns(list(data.columns if of_pandas else getattr(data, "column_names", None) or ()), name or "rows")
+        if of_pandas:
             import datasets
 
             data = datasets.Dataset.from_pandas(data, preserve_index=False)

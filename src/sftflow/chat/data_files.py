@@ -10,7 +10,7 @@ import contextlib
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -147,6 +147,7 @@ def _read_columns(path: Path, head: bytes) -> Iterator[Any]:
             else:
                 batches = pa.ipc.open_stream(file) if head == STREAM else pq.ParquetFile(file).iter_batches()
             for batch in batches:
+                check_columns(batch.schema.names, str(path))
                 batch.validate(full=True)  # Arrow believes the offsets in a damaged file
                 yield from map(without_nulls, batch.to_pylist(maps_as_pydicts="strict"))
     except (DataError, GeneratorExit):
@@ -154,6 +155,12 @@ def _read_columns(path: Path, head: bytes) -> Iterator[Any]:
     except Exception as error:  # of many kinds: pyarrow's, a key twice in a map, a date beyond Python's
         fact = f"cannot be read as {kind} ({type(error).__name__}: {first_line(error)})"
         raise DataError(str(path), fact, "write or download it again") from None
+
+
+def check_columns(names: Sequence[str], place: str) -> None:
+    """Raises DataError where a table has a column twice, of which all but the last would be lost."""
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(place, f"the column {twice[0]!a} stands twice", "keep one of them")
 
 
 def _read_hub(name: str) -> Iterator[Any]:
