@@ -98,6 +98,11 @@ def test_tools_are_read_in_every_dialect(row: dict[str, Any]) -> None:
         {"tools": json.dumps(tools)},
         {"functions": [bell]},
         {"tools": [json.dumps(tools[0])]},
+        {"functions": list(tools)},
+        {"tools": [bell], "functions": [bell]},
+        {"tools": json.dumps([bell])},
+        {"tools": [{"type": "function", **bell}]},
+        {"tools": [{"type": None, "function": None, **bell, "parameters": json.dumps(bell["parameters"])}]},
     ):
         assert parse_row({**row, **given_as}, "f:1").tools == tools
     for empty in (None, "", []):
@@ -106,11 +111,11 @@ def test_tools_are_read_in_every_dialect(row: dict[str, Any]) -> None:
     (tool,) = parse_row(
         {**row, "tools": [{**bell, "strict": None, "parameters": {"unit": unit, "zone": None}}]}, "f"
     ).tools
-    assert tool == {"name": "bell", "parameters": {"unit": unit}}
+    assert tool == {"type": "function", "function": {"name": "bell", "parameters": {"unit": unit}}}
     as_text = {"type": "function", "function": {**bell, "parameters": json.dumps(bell["parameters"])}}
     assert parse_row({**row, "tools": [as_text]}, "f:1").tools == tools
     assert "f:1.tools[0].parameters: it is a list" in refusal({**row, "tools": [{**bell, "parameters": "[1]"}]})
-    assert "tools and functions differ" in refusal({**row, "tools": [bell], "functions": [bell]})
+    assert "tools and functions differ" in refusal({**row, "tools": [bell], "functions": [{"name": "gong"}]})
     assert "f:1.tools: a text that is not JSON" in refusal({**row, "tools": "bell"})
     assert "stands twice" in refusal({**row, "tools": '[{"name": "a", "name": "b"}]'})
 

@@ -193,8 +193,6 @@ def _wanted(row: dict[str, Any], key: str) -> bool | None:
 
 def _tools(row: dict[str, Any], place: str) -> list[dict[str, Any]]:
     given = {key: read_tools(row[key], f"{place}.{key}") for key in TOOLS if not absent(row.get(key))}
-    if "functions" in given:
-        given["functions"] = [{"type": "function", "function": function} for function in given["functions"]]
     if len(given) == 2 and given["tools"] != given["functions"]:
         raise SchemaError(place, "tools and functions differ", "keep one of them")
     return next(iter(given.values()), [])

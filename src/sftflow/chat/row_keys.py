@@ -51,8 +51,8 @@ READ = {
     "response": "as `output`",
     "history": "of Alpaca and `query`: [asked, replied] pairs in front; their replies are taught",
     **dict.fromkeys(SYSTEM, "the system message, unless the conversation begins with the same one"),
-    "tools": "tools in the OpenAI shape, or JSON text of them",
-    "functions": "as `tools`, without the envelope",
+    "tools": "tools in the OpenAI shape, or without its envelope; or JSON text of them",
+    "functions": "as `tools`",
     **dict.fromkeys(ROW_FLAGS, "as of a message: whether anything of the row is taught"),
     **dict.fromkeys(PREFERRED, "true: the reply is wanted"),
 }

@@ -26,7 +26,8 @@ def read_json(text: str, place: str) -> Any:
 
 
 def read_tools(value: Any, place: str) -> list[dict[str, Any]]:
-    """Definitions of tools: a list of objects, or of JSON texts, or JSON text of one."""
+    """Definitions of tools, of a list of objects, or of JSON texts, or JSON text of one: in OpenAI's shape, into whose
+    envelope those without it are put."""
     if isinstance(value, str):
         value = read_json(value, place)
     if isinstance(value, list):
@@ -38,16 +39,24 @@ def read_tools(value: Any, place: str) -> list[dict[str, Any]]:
 
 
 def _tool(tool: dict[str, Any], place: str) -> dict[str, Any]:
-    """A definition whose parameters may be JSON text, as in tables whose tools have nothing in common."""
+    """A definition in its envelope."""
     if isinstance(tool.get("function"), dict):
-        return {**tool, "function": _tool(tool["function"], place)}
-    schema = tool.get("parameters")
+        return {**tool, "function": _function(tool["function"], place)}
+    if tool.get("function") is None and tool.get("name") and tool.get("type") in (None, "function"):
+        bare = {key: value for key, value in tool.items() if key not in ("type", "function")}
+        return {"type": "function", "function": _function(bare, place)}
+    return _function(tool, place)
+
+
+def _function(function: dict[str, Any], place: str) -> dict[str, Any]:
+    """A definition whose parameters may be JSON text, as in tables whose tools have nothing in common."""
+    schema = function.get("parameters")
     if not isinstance(schema, str):
-        return tool
+        return function
     found = read_json(schema, f"{place}.parameters") if schema.strip() else None
     if not isinstance(found, dict | None):
         raise SchemaError(f"{place}.parameters", f"it is {kind_of(found)}", "make it a JSON schema object")
-    return {**tool, "parameters": found}
+    return {**function, "parameters": found}
 
 
 def _defined(schema: Any) -> Any:
