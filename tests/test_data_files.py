@@ -22,6 +22,7 @@ from sftflow.tasks import TaskSource, make_task
 
 ROWS = [{"prompt": f"q{n} \u2028 é", "completion": f"a{n}"} for n in (1, 2, 3)]
 LISTS = [[{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["completion"]}] for r in ROWS]
+TURNS = [[{"from": "human", "value": r["prompt"]}, {"from": "gpt", "value": r["completion"]}] for r in ROWS]
 LINES = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ROWS).encode()
 packed = functools.partial(gzip.compress, mtime=0)
 ARRAY, BOM = json.dumps(ROWS).encode(), b"\xef\xbb\xbf"
@@ -62,6 +63,8 @@ def name_of(value: Any) -> str:
         ("over lines.jsonl", b"\n" + json.dumps(ROWS, indent=2).encode(), (1, 2, 3)),
         ("lists.jsonl", "".join(json.dumps(r) + "\n" for r in LISTS).encode(), (1, 2, 3)),
         ("lists.json", json.dumps(LISTS).encode(), (1, 2, 3)),
+        ("turns.jsonl", "".join(json.dumps(r) + "\n" for r in TURNS).encode(), (1, 2, 3)),
+        ("turns.json", json.dumps(TURNS).encode(), (1, 2, 3)),
         ("d.parquet", PARQUET, (1, 2, 3)),
         ("D.Parquet", PARQUET, (1, 2, 3)),
         ("not said.jsonl", PARQUET, (1, 2, 3)),
@@ -79,6 +82,13 @@ def test_a_file_is_read_for_what_it_is(name: str, data: bytes, numbers: tuple[in
 def test_one_object_over_many_lines_is_one_row(tmp_path: Path) -> None:
     (tmp_path / "d.json").write_text(json.dumps(ROWS[0], indent=2))
     assert [place for place, _ in read_rows(tmp_path / "d.json")] == [f"{tmp_path / 'd.json'}:1"]
+
+
+@pytest.mark.parametrize("turns", [LISTS[0], TURNS[0]])
+def test_one_list_of_messages_on_a_line_is_one_row(turns: list[Any], tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text(json.dumps(turns))
+    (found,) = read_conversations(tmp_path / "d.jsonl")
+    assert [m.text for m in found.messages] == list(ROWS[0].values())
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.jsonl.gz"])

@@ -124,7 +124,11 @@ def _is_whole(path: Path, first: bytes) -> bool:
             fact = f"neither JSON nor Parquet (it begins with {first[:20].decode('utf-8', 'replace')!r})"
             raise DataError(str(path), fact, "write its rows as JSON lines") from None
         return first[:1] == b"[" or ".json" in named
-    return isinstance(value, list) and not (value and all(isinstance(m, dict) and "role" in m for m in value))
+    return isinstance(value, list) and not (value and all(map(_is_message, value)))
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and ("role" in value or {"from", "value"} <= value.keys())
 
 
 def _read_json(path: Path) -> Iterator[Any]:
