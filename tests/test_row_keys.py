@@ -133,6 +133,17 @@ def test_two_dialects_in_one_row_say_the_same() -> None:
     assert "two dialects" in refusal({**CHAT, **ALPACA, "output": "no"})
 
 
+def test_a_question_is_not_lost_beside_another() -> None:
+    asked = {"query": "hi", "response": "yo"}
+    for more in ({"instruction": "Shout."}, {"instruction": "Shout.", "input": "sea"}):
+        assert "f:1.instruction: instruction beside query" in refusal({**asked, **more})
+    assert "f:1.query: query beside instruction" in refusal({**ALPACA, "query": "hey"})
+    assert taught({**asked, "instruction": "", "input": "sea"})[0] == ("user", "hi\n\nsea", 1)
+    both = {"instruction": "hi", "input": "sea", "output": "yo", "query": "hi\n\nsea", "response": "yo"}
+    assert taught(both) == [("user", "hi\n\nsea", 1), ("assistant", "yo", 1)]
+    assert parse_row({**CHAT, "instruction": "Shout.", "query": "hey"}, "f:1").ignored == ("instruction", "query")
+
+
 def test_nothing_of_a_prompt_is_taught() -> None:
     prompt = [{"role": "system", "content": "S"}, ASKED, REPLIED, {"role": "user", "content": "and?"}]
     for completion in ("yes", [{"role": "assistant", "content": "yes"}]):

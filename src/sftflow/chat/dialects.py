@@ -76,6 +76,10 @@ def _conversations(row: dict[str, Any], place: str, ignored: set[str]) -> tuple[
     for keys, read in whole:
         conversations.append(read(row, keys, place, ignored))
         used |= {*keys, *(("input", "history") if read is _asked else ())}
+    questions = {key for key in ("instruction", "query") if not absent(row.get(key))}
+    if questions & used and questions - used:
+        asked, other = *questions & used, *questions - used
+        raise SchemaError(f"{place}.{other}", f"{other} beside {asked}, and one reply", f"put it into {asked}")
     if "history" not in used and not absent(row.get("history")):
         raise SchemaError(f"{place}.history", f"a history beside {whole[0][0][0]}", "put its turns into the messages")
     return conversations, used
@@ -135,7 +139,8 @@ def _asked(row: dict[str, Any], keys: tuple[str, ...], place: str, ignored: set[
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise SchemaError(where, "not a pair of texts", "make it [asked, replied]")
         pairs += [(where, _text(side, where)) for side in pair]
-    asks = [_text(row[key], f"{place}.{key}") for key in (keys[0], "input") if not absent(row.get(key))]
+    about = () if keys[0] == "query" and not absent(row.get("instruction")) else ("input",)  # it is the instruction's
+    asks = [_text(row[key], f"{place}.{key}") for key in (keys[0], *about) if not absent(row.get(key))]
     pairs.append((f"{place}.{keys[0]}", "\n\n".join(asks)))
     pairs.append((f"{place}.{keys[1]}", _text(row[keys[1]], f"{place}.{keys[1]}")))
     return [(where, {"role": _SIDES[i % 2], "content": text}) for i, (where, text) in enumerate(pairs)]
