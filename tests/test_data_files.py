@@ -25,6 +25,7 @@ LISTS = [[{"role": "user", "content": r["prompt"]}, {"role": "assistant", "conte
 TURNS = [[{"from": "human", "value": r["prompt"]}, {"from": "gpt", "value": r["completion"]}] for r in ROWS]
 LINES = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ROWS).encode()
 packed = functools.partial(gzip.compress, mtime=0)
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
 ARRAY, BOM = json.dumps(ROWS).encode(), b"\xef\xbb\xbf"
 SINK = pa.BufferOutputStream()
 pq.write_table(pa.Table.from_pylist(ROWS), SINK)
@@ -111,7 +112,13 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
         ("torn.jsonl", LINES + b"\0" * 512, ":4: zero bytes: it was not written to its end"),
         ("torn.json", ARRAY + b"\0" * 512, ":1: zero bytes: it was not written to its end"),
         ("wide.jsonl", LINES.decode().encode("utf-16"), ": UTF-16 text; convert it to UTF-8"),
-        ("wide.json", ARRAY.decode().encode("utf-16-le"), "zero bytes"),
+        ("wide.json", ARRAY.decode().encode("utf-16-le"), ": UTF-16 text; convert it to UTF-8"),
+        ("wide.jsonl", LINES.decode().encode("utf-16-be"), ": UTF-16 text; convert it to UTF-8"),
+        ("wider.jsonl", LINES.decode().encode("utf-32"), ": UTF-32 text; convert it to UTF-8"),
+        ("wider.json.gz", packed(ARRAY.decode().encode("utf-32-le")), ": UTF-32 text; convert it to UTF-8"),
+        ("zeros.jsonl", b"\0" * 512, ": zero bytes"),
+        ("pointer.jsonl", POINTER, ": a Git LFS pointer, not the data; get the file itself: git lfs pull"),
+        ("pointer.parquet", POINTER, ": a Git LFS pointer, not the data"),
         ("latin.jsonl", LINES.decode().replace("\u2028", "").encode("latin-1"), ":1: not UTF-8 text"),
         ("latin.json", b'[{"a": "\xe9"}]', ": not UTF-8 text (invalid continuation byte at byte 8 of the file)"),
         ("d.csv", b"prompt,completion\nq,a\n", ": neither JSON nor Parquet (it begins with 'prompt,completion')"),

@@ -21,12 +21,11 @@ from sftflow.foundation.json_values import check_texts, parse_json, without_null
 PACKED, MARK = b"\x1f\x8b", b"\xef\xbb\xbf"
 PARQUET, ARROW, STREAM = b"PAR1", b"ARRO", b"\xff\xff\xff\xff"
 NOT_READ = {
-    b"\xff\xfe": ("UTF-16 text", "convert it to UTF-8"),
-    b"\xfe\xff": ("UTF-16 text", "convert it to UTF-8"),
     b"BZh": ("packed with bzip2", "unpack it, or pack it with gzip"),
     b"PK\x03\x04": ("a zip archive, or a spreadsheet", "unpack it, or write its rows as JSON lines"),
     b"\xfd7zXZ\0": ("packed with xz", "unpack it, or pack it with gzip"),
     b"\x28\xb5\x2f\xfd": ("packed with zstd", "unpack it, or pack it with gzip"),
+    b"version https://git-lfs": ("a Git LFS pointer, not the data", "get the file itself: git lfs pull"),
 }
 """what other files begin with: (fact, remedy)"""
 
@@ -60,11 +59,14 @@ def _opened(path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
         file.seek(0)
         if packed:
             file = files.enter_context(gzip.open(path))
-        head = file.read(8)
+        head = file.read(24)
         file.seek(len(MARK) if head.startswith(MARK) else 0)
         for begins, (fact, remedy) in NOT_READ.items():
             if head.startswith(begins):
                 raise DataError(str(path), fact, remedy)
+        encoding = json.detect_encoding(head).upper()  # by a mark, or by where the first letters have zeros
+        if not encoding.startswith("UTF-8") and any(head):
+            raise DataError(str(path), f"{encoding[:6]} text", "convert it to UTF-8")
         if packed and head.startswith(PARQUET):
             raise DataError(str(path), "a Parquet file packed with gzip", "unpack it")
         yield file
