@@ -23,12 +23,12 @@ import jinja2.runtime
 import jinja2.sandbox
 import jinja2.utils
 
-from sftflow.chat.beginnings import View, Watch, Watched, count_of, goes_forward
 from sftflow.chat.calculator_parts import flatten_python
 from sftflow.chat.call_arguments import Forms, forms_written, in_form
 from sftflow.chat.content_parts import Messages, in_parts, roles_in_parts
 from sftflow.chat.format import ChatFormat
 from sftflow.chat.schema import Conversation, Message
+from sftflow.chat.watch import View, Watch, Watched, count_of, goes_forward
 from sftflow.foundation.errors import FormatError, first_line
 
 _DICT_ATTRIBUTES = frozenset(dir(dict))
