@@ -8,12 +8,11 @@ The tests compare the two on every real template at hand.
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Container
 from dataclasses import dataclass, replace
 from types import CodeType
-from typing import Any, NoReturn
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -28,131 +27,23 @@ from sftflow.chat.call_arguments import Forms, forms_written, in_form
 from sftflow.chat.content_parts import Messages, in_parts, roles_in_parts
 from sftflow.chat.format import ChatFormat
 from sftflow.chat.schema import Conversation, Message
-from sftflow.chat.watch import View, Watch, Watched, count_of, goes_forward
+from sftflow.chat.template_environment import Namespace, environment
+from sftflow.chat.watch import View, Watch, Watched, goes_forward
 from sftflow.foundation.errors import FormatError, first_line
 
-_DICT_ATTRIBUTES = frozenset(dir(dict))
-_STR_METHODS = frozenset({"startswith", "endswith", "strip", "lstrip", "rstrip", "split", "rsplit", "replace", "lower"})
-_LOOP = frozenset({"index", "index0", "first", "last", "length", "nextitem", "revindex", "revindex0"})
-_BUILTIN = type("".strip)
-
-
 _DEFAULTED = re.compile(r"set\s+(\w+)\s*=\s*\1\b|(?<!\w)(\w+) is (?:not )?defined")
-
-
-class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """The sandbox, with short ways for what templates do most and what the sandbox allows anyway: reading a key of a
-    plain dict by a dot, asking the loop for its index, calling a method of a string. All else goes the sandbox's way.
-
-    generated: where the text of each `{% generation %}` block is kept, or None.   watch: who watches a rendering.
-    """
-
-    generated: list[str] | None = None
-    watch: Watch | None = None
-
-    def getattr(self, obj: Any, attribute: str) -> Any:
-        kind = type(obj)
-        if kind is dict:
-            if attribute not in _DICT_ATTRIBUTES:
-                try:
-                    return obj[attribute]
-                except KeyError:
-                    return self.undefined(obj=obj, name=attribute)
-        elif kind is str and attribute in _STR_METHODS:
-            return getattr(obj, attribute)
-        elif kind is jinja2.runtime.LoopContext and attribute in _LOOP:
-            if self.watch is not None:
-                self.watch.look_ahead(obj, attribute)
-            return getattr(obj, attribute)
-        elif kind is _Namespace and not attribute.startswith("_"):
-            try:
-                return getattr(obj, attribute)
-            except AttributeError:
-                return self.undefined(obj=obj, name=attribute)
-        return super().getattr(obj, attribute)
-
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        if type(__obj) is _BUILTIN and type(getattr(__obj, "__self__", None)) is str and __obj.__name__ in _STR_METHODS:
-            kwargs.pop("_loop_vars", None)
-            kwargs.pop("_block_vars", None)
-            return __obj(*args, **kwargs)
-        return super().call(__context, __obj, *args, **kwargs)
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %} ... {% endgeneration %}`: the template's own word for what the assistant wrote. Rendered as it
-    is."""
-
-    tags = {"generation"}  # noqa: RUF012  (jinja2 reads it so)
-
-    def parse(self, parser: Any) -> Any:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_keep"), [], [], body).set_lineno(line)
-
-    def _keep(self, caller: Any) -> str:
-        text = str(caller())
-        if self.environment.generated is not None:  # type: ignore[attr-defined]
-            self.environment.generated.append(text)  # type: ignore[attr-defined]
-        return text
-
-
-class _Dict:
-    """The `dict` of templates: no access to the class behind it."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """The `namespace` of templates, without names that begin with an underscore."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        self, *rest = args
-        jinja2.utils.Namespace.__init__(self)
-        for name, value in dict(*rest, **kwargs).items():
-            self[name] = value
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if isinstance(name, str) and name.startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}")
-        super().__setitem__(name, value)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    """JSON as chat templates expect it: not escaped for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _environment() -> _Environment:
-    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
-    environment.filters["tojson"] = _tojson
-    environment.filters["length"] = environment.filters["count"] = count_of
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["dict"] = _Dict()
-    environment.globals["namespace"] = _Namespace
-    return environment
 
 
 @functools.lru_cache(maxsize=64)
 def _code_of(template: str) -> CodeType:
     """Compiled once for all the arguments that are tried with it."""
-    return _environment().compile(template)
+    return environment().compile(template)
 
 
 @functools.lru_cache(maxsize=64)
 def _free_names(template: str) -> frozenset[str]:
     """What it reads and does not set, or only to a default: {% set thinking = thinking | default(0) %}."""
-    tree = _environment().parse(template)
+    tree = environment().parse(template)
     written = {name.name for name in tree.find_all(jinja2.nodes.Name) if name.ctx != "load"}
     written -= {m.group(1) or m.group(2) for m in _DEFAULTED.finditer(template)}
     return frozenset(jinja2.meta.find_undeclared_variables(tree) - written)
@@ -160,7 +51,7 @@ def _free_names(template: str) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=64)
 def _can_be_watched(template: str) -> bool:
-    return goes_forward(_environment().parse(template))
+    return goes_forward(environment().parse(template))
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +99,7 @@ class Template:
         python = chat_format.python
         self.python = python if python and all(token in special for token in python) else None
         self.format = chat_format
-        self._environment = _environment()
+        self._environment = environment()
         self._context = {**names, **chat_format.kwargs, "strftime_now": chat_format.clock, "documents": None}
         try:
             globals = self._environment.make_globals(None)
@@ -270,7 +161,7 @@ class Template:
         cannot be watched."""
         if not _can_be_watched(self.format.template):
             return None
-        watch = self._environment.watch = Watch(self._parted(messages), _Namespace)
+        watch = self._environment.watch = Watch(self._parted(messages), Namespace)
         given = dict(messages=View(watch), tools=list(tools) or None, add_generation_prompt=add_generation_prompt)
         written, is_whole = [], True
         try:
