@@ -14,7 +14,7 @@ import pytest
 
 from helpers.judge import PARTS, Line, control_tokens, judge, lengths_are_sure
 from helpers.oracle import check_rows
-from helpers.shapes import SHAPES
+from helpers.shapes import SHAPES, assistant, user
 from helpers.tokenizers import WITH_TOKENS
 from sftflow.chat.format import TEMPLATE_NOW, choose_format
 from sftflow.chat.prefill import drop_prefill
@@ -189,6 +189,36 @@ def test_what_prompts_begin_replies_with_is_taken_out(name: str, kind: str) -> N
     assert not line.wrong, "\n".join(line.wrong)
     refused = {name for name, outcome in line.outcomes.items() if outcome == "refused"}
     assert refused == set(GROUPS["tools"] + GROUPS["reasoning"])
+
+
+THOUGHTS_ALONE = {
+    "reasoning": {"messages": [user("Say zqask."), assistant("", reasoning_content="Only zqthought.")]},
+    "inline": {"messages": [user("Say zqask."), assistant("<think>Only zqthought.</think>")]},
+    "turns": {"messages": [user("a"), assistant("Said zqb."), user("c"), assistant("", reasoning_content="A zqd.")]},
+}
+
+
+@pytest.mark.parametrize("kind", WITH_TOKENS)
+@pytest.mark.parametrize("name", ["reasoning_kept", "strips_unless_asked"])
+def test_a_reply_may_be_thoughts_alone(name: str, kind: str) -> None:
+    """Its end follows what closes them, the row's own tag or the template's, which is no token of the tokenizer."""
+    line = judge(path_of(name), kind, tokenizer_for(name, kind), TEMPLATES[name].stops, THOUGHTS_ALONE)
+    assert not line.wrong, "\n".join(line.wrong)
+    assert line.outcomes == dict.fromkeys(THOUGHTS_ALONE, "whole")
+
+
+def test_thoughts_alone_where_the_template_cuts_them_out_of_a_content(tmp_path: Path) -> None:
+    path = tmp_path / "cuts.jinja"
+    path.write_text(
+        "{%- for m in messages -%}{%- set said = m.content.split('</think>') -%}{{- '<|im_start|>' + m.role + '\\n' -}}"
+        "{{- '<think>\\n' + said[0].split('<think>')[-1].strip() + '\\n</think>\\n\\n' if said | length > 1 else '' -}}"
+        "{{- said[-1].strip() + '<|im_end|>\\n' -}}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+    )
+    tokenizer = WITH_TOKENS["byte-level"](special=("<|im_start|>", "<|im_end|>"))
+    row = {"inline": THOUGHTS_ALONE["inline"]}
+    line = judge(path, "byte-level", tokenizer, ("<|im_end|>",), row)
+    assert not line.wrong and line.outcomes == {"inline": "whole"}
 
 
 def test_a_template_that_begins_no_reply_stays_as_it_is() -> None:

@@ -8,6 +8,7 @@ import functools
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 from sftflow.chat.beginnings import Beginnings
 from sftflow.chat.encode import Literal
@@ -121,7 +122,7 @@ class Shape:
         between = self.skeleton.pieces[piece][offset : found.start()]
         if between != after[: found_alone.start()]:
             return f"the {name} format ends this reply in another way when other turns follow"
-        if own and between.strip() and not calls:
+        if own and between.strip() and not calls and not self._closes_thoughts(turn, own[-1], between, found.group()):
             return f"the {name} format ends this reply with {between.strip()!r}, which is no token of this tokenizer"
         plain = bool(own) and not calls
         unasked = self._opens_reply(turn, prompt, after)
@@ -161,11 +162,25 @@ class Shape:
             tokens = []
         return texts[0][: (known or tokens[-1:])[0].end()] if known or tokens else first
 
+    def _closes_thoughts(self, turn: int, last_word: int, between: str, end: str) -> bool:
+        """Whether a reply of thoughts alone stops behind what closes them: the content's own tag, or what the template
+        writes between thoughts and a content."""
+        message = self._marked.messages[turn]
+        if message["content"].strip():
+            closes = self._marked.skeleton(message["content"]).pieces[-1]
+        else:
+            said = [*self._marked.messages[:turn], {**message, "content": _ASKS["content"]}]
+            closes = self._behind_word(last_word, said)
+        return end in self._stops and between.strip() == closes.strip()
+
     def _followed(self, turn: int, last_word: int) -> str:
         """What stands between a turn's last word and what a user says next; "" where the format lets none speak."""
-        asked = [*self._marked.messages[: turn + 1], _ASKS]
+        return self._behind_word(last_word, [*self._marked.messages[: turn + 1], _ASKS])
+
+    def _behind_word(self, last_word: int, messages: list[dict[str, Any]]) -> str:
+        """What the template writes between a mark and the content of `_ASKS`, which is one of the messages' or none."""
         try:
-            asks = self._marked.skeleton(self._template.text(asked, self._marked.tools, False, "marked row"))
+            asks = self._marked.skeleton(self._template.text(messages, self._marked.tools, False, "marked row"))
         except FormatError:
             return ""
         mark = self.skeleton.order[last_word]
