@@ -170,3 +170,16 @@ def test_more_lost_than_may_be_is_an_error(tmp_path: Path, tokenizer_dir: Path) 
     assert mixture_of(path, rows, renderer, max_dropped=0.75).sources[0]["dropped"] == 3
     with pytest.raises(DataError, match="max_dropped 0 allows"):
         mixture_of(path, [*(exchange(i) for i in range(9)), exchange(9, 60)], renderer, max_dropped=0)
+
+
+def test_rows_that_are_not_to_be_taught_are_counted_and_not_lost(tmp_path: Path, renderer: Renderer) -> None:
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    muted = [{"messages": turns, "weight": 0}, {"messages": [turns[0], {**turns[1], "weight": 0}]}, exchange(9)]
+    rows = [exchange(0), exchange(1), *muted[:2] * 5, {**muted[2], "train": False}]
+    mixture = mixture_of(tmp_path / "d.jsonl", rows, renderer, max_dropped=0)
+    (source,) = mixture.sources
+    assert len(mixture.examples) + len(mixture.held_out) == 2 and (source["dropped"], source["bad"]) == (11, 0)
+    assert source["dropped_why"] == {"not taught: weight 0": 11}
+    assert mixture.notes() == ["d: 11 of 13 rows are not taught: weight 0"]
+    with pytest.raises(DataError, match="1 of 2 rows are longer than max_length 48 and were dropped"):
+        mixture_of(tmp_path / "d.jsonl", [*rows[1:], exchange(7, 60)], renderer, max_dropped=0.4)

@@ -177,11 +177,6 @@ BAD = {
     "unknown role": ({"messages": [{"role": "bot", "content": "x"}]}, SchemaError, "role 'bot' is not known"),
     "empty": ({"messages": []}, SchemaError, "no messages"),
     "no assistant": ({"messages": [{"role": "user", "content": "x"}]}, SchemaError, "no assistant turn"),
-    "weight 0": (
-        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "weight": 0}]},
-        SchemaError,
-        "every assistant turn has weight 0",
-    ),
     "role order": (
         [{"role": "user", "content": "x"}, {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}],
         SftflowError,

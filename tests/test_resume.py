@@ -688,12 +688,18 @@ def test_a_conversation_longer_than_the_row_is_cut_or_dropped_and_counted(tiny_b
     assert "no row is left to train on" in error_line(all_lost)
 
 
-def test_rows_without_anything_supervised(tiny_base: Path, tmp_path: Path) -> None:
-    silent = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]}
+def test_rows_without_a_reply(tiny_base: Path, tmp_path: Path) -> None:
+    silent = {"messages": [{"role": "user", "content": "a"}]}
     line = error_line(run("train", str(edge_recipe(tmp_path, tiny_base, [silent, silent]))))
-    assert line.startswith(f"error: {tmp_path / 'rows.jsonl'}:1: every assistant turn has weight 0; ")
+    assert line.startswith(f"error: {tmp_path / 'rows.jsonl'}:1: no assistant turn to learn from; ")
     skipped = run("train", str(tmp_path / "recipe.yaml"), "--set", "on_bad_row=skip")
     assert "2 of 2 rows are bad" in error_line(skipped)
+
+
+def test_no_row_that_is_taught_is_an_error(tiny_base: Path, tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]}
+    line = error_line(run("train", str(edge_recipe(tmp_path, tiny_base, [row, row]))))
+    assert line.startswith("error: mixture: no row is left to train on; ") and not (tmp_path / "run").exists()
 
 
 def test_steps_smaller_than_a_row_are_a_recipe_error(tiny_base: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from sftflow.chat.schema import Conversation, parse_row
 from sftflow.chat.template import Template
 from sftflow.chat.verify import verify
 from sftflow.data.render_pool import Job, render_block
-from sftflow.data.truncate import TOO_LONG, fit_to_length
+from sftflow.data.truncate import TOO_LONG, UNTAUGHT, fit_to_length
 from sftflow.foundation.errors import SftflowError
 
 TEMPLATES = {
@@ -82,6 +82,9 @@ def test_the_longest_beginning_that_fits(
         for i, text in enumerate(texts)
     ]
     conversation = parse_row(messages, "t:1")
+    if not conversation.supervised:
+        assert fit_to_length(conversation, renderer, max_length, "cut").dropped == UNTAUGHT
+        return
     try:
         wanted = naive(conversation, renderer, max_length)
         found = fit_to_length(conversation, renderer, max_length, "cut")

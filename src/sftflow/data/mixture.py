@@ -20,7 +20,7 @@ from sftflow.data.held_out import n_wanted, split_held_out, told_fewer
 from sftflow.data.prepare import Progress, prepare_source
 from sftflow.data.sources import sample_of
 from sftflow.data.store import Examples, RowStore
-from sftflow.data.truncate import TOO_LONG
+from sftflow.data.truncate import TOO_LONG, UNTAUGHT
 from sftflow.fingerprint import data_digest
 from sftflow.foundation.atomic_io import finite, write_text
 from sftflow.foundation.errors import DataError, ProofError
@@ -97,6 +97,7 @@ class Mixture:
             f"{long} and {{was}} dropped": meta["dropped"].get(TOO_LONG, 0),
             f"{long} and {{was}} cut": meta["cut"],
             "bad and {was} skipped": meta["bad"],
+            UNTAUGHT: meta["dropped"].get(UNTAUGHT, 0),
         }
         return [
             f"{rows.name}: {n:,} of {meta['seen']:,} rows {'is' if n == 1 else 'are'} "
@@ -202,9 +203,10 @@ def build_mixture(
 
 
 def _require_kept(rows: RowStore, recipe: Recipe) -> None:
-    """Raises DataError where more of a source's rows are lost than the recipe says may be."""
+    """Raises DataError where more of a source's rows are lost than the recipe says may be, of those to be taught."""
     lost = {**rows.meta["dropped"], "bad": rows.meta["bad"]}
-    seen, n = rows.meta["seen"], sum(lost.values())
+    seen = rows.meta["seen"] - lost.pop(UNTAUGHT, 0)
+    n = sum(lost.values())
     if n > recipe.max_dropped * seen:
         named = {TOO_LONG: f"{TOO_LONG} {recipe.train.max_length:,}"}
         why = " and ".join(f"{k:,} of {seen:,} rows are {named.get(w, w)}" for w, k in lost.items() if k)

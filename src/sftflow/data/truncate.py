@@ -12,6 +12,7 @@ from sftflow.chat.schema import Conversation
 from sftflow.foundation.errors import FormatError, SchemaError, SftflowError
 
 TOO_LONG = "longer than max_length"
+UNTAUGHT = "not taught: weight 0"
 FEW_REPLIES = 8  # a row of no more is rendered whole before it is cut
 
 
@@ -29,13 +30,15 @@ def fit_to_length(conversation: Conversation, renderer: Renderer, max_length: in
     """The row's examples. An over-long conversation is cut back to whole turns that fit (`overlong: cut`), or dropped,
     or its first max_length tokens are kept if any of them is supervised (`cut_tokens`): a reply that is cut has no end.
 
-    What is surely too long is left out before anything is proven: the cost is that of what is kept.
-    Raises SchemaError where the row holds nothing to supervise; FormatError and MaskError as the renderer does.
+    What is surely too long is left out before anything is proven: the cost is that of what is kept. A row that says of
+    all its replies that they are not taught is dropped, unrendered.
+    Raises SchemaError where the row holds no reply; FormatError and MaskError as the renderer does.
     """
     if not conversation.supervised:
-        replies = any(m.role == "assistant" for m in conversation.messages)
-        fact = "every assistant turn has weight 0" if replies else "no assistant turn to learn from"
-        raise SchemaError(conversation.source, fact, "add one, remove the row, or set on_bad_row: skip")
+        if any(m.role == "assistant" for m in conversation.messages):
+            return FittedRow([], dropped=UNTAUGHT)
+        remedy = "add one, remove the row, or set on_bad_row: skip"
+        raise SchemaError(conversation.source, "no assistant turn to learn from", remedy)
     beginning = _may_fit(conversation, renderer, max_length)
     shortened = beginning is not conversation
     pairs = renderer.render_pairs(beginning)
