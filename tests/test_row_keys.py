@@ -265,7 +265,24 @@ def test_reasoning_has_one_name() -> None:
     for key in ("reasoning_content", "thinking", "reasoning"):
         (_, message) = parse_row([{**ASKED, "thinking": ""}, {**REPLIED, key: "hm"}], "f:1").messages
         assert message.reasoning_content == "hm"
+        for empty in {"reasoning_content", "thinking", "reasoning"} - {key}:
+            for no in ("", None):
+                (_, message) = parse_row([ASKED, {**REPLIED, key: "hm", empty: no}], "f:1").messages
+                assert message.reasoning_content == "hm"
     assert "differ" in refusal([ASKED, {**REPLIED, "thinking": "hm", "reasoning_content": "so"}])
+
+
+def test_a_turn_with_both_names_of_a_key_says_the_same_in_both() -> None:
+    asked, replied = SHAREGPT["conversations"]
+    both = [{**asked, **ASKED}, {**replied, "role": "assistant", "content": None}]
+    assert (
+        taught(both)
+        == taught([{**asked, "role": "human", "content": ""}, {**REPLIED, "from": "model"}])
+        == taught(CHAT)
+    )
+    assert taught([*both, {"from": "observation", "role": "function", "value": "9"}])[2] == ("tool", "9", 1)
+    assert "from and role differ" in refusal([{**asked, "role": "system"}, replied])
+    assert "value and content differ" in refusal([{**asked, "value": "human", "content": "user"}, replied])
 
 
 def test_other_keys_are_counted(tmp_path: Path, renderer: Renderer) -> None:

@@ -60,8 +60,11 @@ def _message(raw: Any, place: str, ignored: set[str]) -> Any:
     refuse(message, MESSAGE_REFUSED, place)
     for alias, name in SAME_AS.items():
         if alias in message:
-            value = message.pop(alias)
-            if message.get(name, value) != value:
+            value, other = message.pop(alias), message.get(name)
+            if absent(value) and not absent(other):
+                value = other
+            same = absent(other) or value == other or (alias == "from" and _role(str(value)) == _role(str(other)))
+            if not same:
                 raise SchemaError(place, f"{alias} and {name} differ", "keep one of them")
             message[name] = value
     if isinstance(message.get("content"), list):
@@ -82,7 +85,7 @@ def _message(raw: Any, place: str, ignored: set[str]) -> Any:
             raise SchemaError(place, "function_call and tool_calls in one message", "keep one of them")
         message["tool_calls"] = call
     message["role"] = role
-    flags = {key: value for key in FLAGS if not absent(value := message.pop(key, None))}
+    flags = {key: message.pop(key) for key in FLAGS if key in message}
     if sharegpt and isinstance(message.get("label"), bool):  # other labels are classes
         flags["label"] = message.pop("label")
     taught = bool(flags) and flag_of(flags, place)
@@ -96,6 +99,11 @@ def _message(raw: Any, place: str, ignored: set[str]) -> Any:
         ignored |= {f"{place.rpartition('.')[2].partition('[')[0]}[].{key}" for key in unknown}
         message = {key: value for key, value in message.items() if key in MESSAGE_KEYS}
     return message
+
+
+def _role(name: str) -> str:
+    """A role by its name under `from`, or under `role`."""
+    return TURN_NAMES.get(name) or ROLES.get(name, name)
 
 
 def _take_parts(message: dict[str, Any], place: str) -> None:
