@@ -183,3 +183,24 @@ def test_rows_that_are_not_to_be_taught_are_counted_and_not_lost(tmp_path: Path,
     assert mixture.notes() == ["d: 11 of 13 rows are not taught: weight 0"]
     with pytest.raises(DataError, match="1 of 2 rows are longer than max_length 48 and were dropped"):
         mixture_of(tmp_path / "d.jsonl", [*rows[1:], exchange(7, 60)], renderer, max_dropped=0.4)
+
+
+def test_no_remedy_is_one_that_is_taken_already(tmp_path: Path, renderer: Renderer) -> None:
+    path, few = tmp_path / "d.jsonl", [exchange(i) for i in range(39)]
+
+    def remedy(rows: list[Any], **keys: Any) -> str:
+        with pytest.raises(DataError) as caught:
+            mixture_of(path, rows, renderer, on_bad_row="skip", max_dropped=0, **keys)
+        return caught.value.remedy
+
+    long, bad, longer = exchange(39, 60), {"messages": 7}, "raise train.max_length"
+    assert remedy([*few, long]) == f"{longer}, set train.overlong: cut_tokens, or raise max_dropped"
+    assert remedy([*few, long], train={"overlong": "cut_tokens"}) == f"{longer}, or raise max_dropped"
+    assert remedy([*few, bad]) == "mend the bad rows, or raise max_dropped"
+    assert (
+        remedy([*few, long, bad], train={"overlong": "cut_tokens"})
+        == f"{longer}, mend the bad rows, or raise max_dropped"
+    )
+    assert remedy([*few, *[{"messages": [{"role": "user", "content": "a"}]}] * 9]).startswith(
+        "mend these rows or take "
+    )

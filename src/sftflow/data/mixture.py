@@ -211,9 +211,10 @@ def _require_kept(rows: RowStore, recipe: Recipe) -> None:
         named = {TOO_LONG: f"{TOO_LONG} {recipe.train.max_length:,}"}
         why = " and ".join(f"{k:,} of {seen:,} rows are {named.get(w, w)}" for w, k in lost.items() if k)
         fact = f"{why} and were dropped, more than max_dropped {recipe.max_dropped:g} allows"
-        raise DataError(
-            rows.prefix, fact, "raise train.max_length, set train.overlong: cut_tokens, or raise max_dropped"
-        )
+        cut_tokens = [] if recipe.train.overlong == "cut_tokens" else ["set train.overlong: cut_tokens"]
+        long = ["raise train.max_length", *cut_tokens] if lost.get(TOO_LONG) else []
+        remedies = [*long, *(["mend the bad rows"] if lost["bad"] else []), "raise max_dropped"]
+        raise DataError(rows.prefix, fact, f"{', '.join(remedies[:-1])}, or {remedies[-1]}")
 
 
 def _ledger(entry: SourceEntry, rows: RowStore, here: NDArray[np.int64], n_held_out: int) -> dict[str, Any]:

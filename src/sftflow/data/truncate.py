@@ -37,8 +37,7 @@ def fit_to_length(conversation: Conversation, renderer: Renderer, max_length: in
     if not conversation.supervised:
         if any(m.role == "assistant" for m in conversation.messages):
             return FittedRow([], dropped=UNTAUGHT)
-        remedy = "add one, remove the row, or set on_bad_row: skip"
-        raise SchemaError(conversation.source, "no assistant turn to learn from", remedy)
+        raise SchemaError(conversation.source, "no assistant turn to learn from", "add one, or remove the row")
     beginning = _may_fit(conversation, renderer, max_length)
     shortened = beginning is not conversation
     pairs = renderer.render_pairs(beginning)
