@@ -176,6 +176,8 @@ def test_a_turn_marked_so_is_not_taught(flag: str, kind: Any) -> None:
     assert taught([{**ASKED, flag: value}, {**REPLIED, flag: other}]) == taught(CHAT)
     if flag in row_keys.NOT_TAUGHT:  # tables have it in every message
         assert taught([{**ASKED, flag: other}, REPLIED]) == taught(CHAT)
+        prompt = [ASKED, {**REPLIED, flag: other}, ASKED]
+        assert [weight for *_, weight in taught({"prompt": prompt, "completion": "yes"})] == [1, 0, 1, 1]
     else:
         assert "only an assistant message" in refusal([{**ASKED, flag: other}, REPLIED])
     assert f"{flag} is 'no'" in refusal([ASKED, {**REPLIED, flag: "no"}])

@@ -89,10 +89,10 @@ def _message(raw: Any, place: str, ignored: set[str]) -> Any:
     if sharegpt and isinstance(message.get("label"), bool):  # other labels are classes
         flags["label"] = message.pop("label")
     taught = bool(flags) and flag_of(flags, place)
-    flag = next((key for key in flags if key not in NOT_TAUGHT), None)
+    flag = next((key for key in flags if key not in NOT_TAUGHT), None)  # tables have `masked: false` in every message
     if taught and flag and role != "assistant":
         raise SchemaError(f"{place}.{flag}", f"only an assistant message has {flag}, this is {said}", "remove it")
-    if flags and role == "assistant":
+    if flags and role == "assistant" and (flag or not taught):
         message["weight"] = taught
     if sharegpt:
         unknown = message.keys() - MESSAGE_KEYS
