@@ -14,13 +14,16 @@ import re
 import unicodedata
 from decimal import Decimal
 
-_REASONING = r"(?:\w+:)?(?:think|thinking|thought|thoughts|reasoning)"
-_BLOCK = re.compile(rf"<({_REASONING})>.*?</\1>|\[THINK\].*?\[/THINK\]|◁think▷.*?◁/think▷", re.S)
-_OPEN = re.compile(rf"<{_REASONING}>|\[THINK\]|◁think▷")
-_CLOSE = re.compile(rf"</{_REASONING}>|\[/THINK\]|◁/think▷")
+_NAME = r"(?:\w+:)?(?:think|thinking|thought|thoughts|reasoning|analysis)"
+_OPENS = rf"<\|?{_NAME}\|?>|\[THINK\]|◁think▷"
+_CLOSES = rf"<\|?/\|?{_NAME}\|?>|\[/THINK\]|◁/think▷"
+_BARE = r"(?<![\"'`])(?:{})(?![\"'`])"  # a tag between quotes or backticks is spoken of
+_BLOCK = re.compile(f"{_BARE.format(_OPENS)}.*?{_BARE.format(_CLOSES)}", re.S | re.I)
+_OPEN = re.compile(rf"\s*(?:{_OPENS})", re.I)
+_CLOSE = re.compile(_BARE.format(_CLOSES), re.I)
 
 # What is written in several ways -> the way it is compared in.
-_DASHES, _SINGLE, _DOUBLE = "‐‑‒–—―−﹘﹣", "‘’‚‛‹›´ʼ", "“”„‟«»"
+_DASHES, _SINGLE, _DOUBLE = "‐‑‒–—―−﹘﹣", "‘’‚‛‹›´ʼ", "“”„‟«»「」『』《》〈〉"
 _INVISIBLE = [0x00AD, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), 0x2060, *range(0x2066, 0x206A), 0xFEFF]
 _ONE_WRITING = {
     **dict.fromkeys(map(ord, _DASHES), "-"),
@@ -38,20 +41,23 @@ _ALONE = re.compile(rf"(?<![\w.]){_POWER}")
 _OF_A_UNIT = re.compile(r"(?<=[^\W\d_])\^\{?[-+]?\d+\}?")  # 50 m^2
 
 _MONEY = "$€£¥₹"
+# A character of a word, but for scripts without blanks between words; and Hangul, whose particles join the word.
+WORD = r"[^\W\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]"
 _GROUPED = rf"\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d{{1,2}}(?:,\d{{2}})+,\d{{3}}(?!\d)|\d{{1,3}}(?:[{_THIN}']\d{{3}})+(?!\d)"
 _NUMBER = re.compile(
-    rf"((?<![\w.)\]}}%])-[{_MONEY}]?|(?<!\w)[{_MONEY}]-)?"
-    rf"((?:{_GROUPED}|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)(?:[eE]([-+]?\d{{1,4}})(?!\w))?"
+    rf"((?<!{WORD})(?<![.)\]}}%])-[{_MONEY}]?|(?<!{WORD})[{_MONEY}]-)?"
+    rf"((?:{_GROUPED}|\d+)(?:\.\d+)?|(?<!{WORD})(?<!\.)\.\d+)(?:[eE]([-+]?\d{{1,4}})(?!\w))?"
 )
+_SIGN = re.compile(
+    rf"(?:([=:(\[{{$≈~<>,;]\s*)-|(^|[^\W\d_]\s)[\u2212\u2013])(?:\s|\\[,;: ])*(?=[{_MONEY}]?\s?\.?\d)", re.M
+)
+_FRACTION = re.compile(
+    r"(\d+)?\s*(?:\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}|([¼½¾⅐-⅞]))|(?<![\w./,])(?:(\d+) )?(\d+) ?/ ?(\d+)(?![\d/]|\.\d)"
+)
+_DOTTED = re.compile(r"(?<![\d.])\d{1,3}(?:\.\d{3}){2,}(?!\.?\d)")
 _MARK = re.compile(rf"####\s*(?i:(?:final )?answer(?: is)?:?\s*)?(?:\*\*|\\boxed\{{|\\\(|[{_MONEY}](?!-))*")
 _HEADING = re.compile(r"####\s*\d+\s*[.):]\s*[^\W\d]")
-_BOXED = re.compile(r"\\f?boxed\s*\{")
-
-# Scripts without blanks between words, by what Unicode names their letters; and Hangul, whose particles join the word.
-_NO_BLANKS = (
-    *("CJK ", "HIRAGANA", "KATAKANA", "BOPOMOFO", "HANGUL", "YI ", "THAI", "LAO ", "KHMER", "MYANMAR", "TIBETAN"),
-    *("JAVANESE", "BALINESE", "TAI ", "NEW TAI", "IDEOGRAPHIC"),
-)
+_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{|<answer>", re.I)
 
 
 # ---- reasoning
@@ -67,8 +73,7 @@ def answer_of(reply: str) -> str:
     """
     answer = _BLOCK.sub("", reply)
     answer = answer[max((m.end() for m in _CLOSE.finditer(answer)), default=0) :]
-    opened = _OPEN.search(answer)
-    answer = answer[: opened.start()] if opened else answer
+    answer = "" if _OPEN.match(answer) else answer
     # White space in front belongs to the block that is gone; indentation, as code may have it, does not.
     return answer if answer == reply else re.sub(r"\A(?:[^\S\n]*\n)+", "", answer)
 
@@ -88,23 +93,26 @@ def folded(text: str) -> str:
 
 
 def bare(text: str) -> str:
-    """Folded, without quotes, asterisks or backticks around, and without a final . or !
+    """Folded, without quotes, asterisks, underscores or backticks around, and without a final . or !
 
     >>> bare(' "A  Wren." ')
     'a wren'
     """
     plain = folded(text)
-    return plain.strip("\"'*`").rstrip(".!").strip("\"'*` ") or plain
+    return plain.strip("\"'*_`").rstrip(".!").strip("\"'*_` ") or plain
 
 
 def same_text(reply: str, answer: str) -> bool:
-    """ "A wren." is "a wren"; "It is a wren" is not."""
-    return bare(answer_of(reply)) == bare(answer)
+    r""" "A wren." is "a wren", and so is what ends on \boxed{a wren}; "It is a wren" is not."""
+    said = answer_of(reply)
+    return bare(answer) in (bare(said), bare(marked_text(said) or said))
 
 
 def holds_text(reply: str, answer: str) -> bool:
     """The answer stands in the reply as whole words: "no" is in "No, 3." but not in "I know". Where a script puts no
-    blanks between words, any place is one: 猫 is in それは猫です."""
+    blanks between words, any place is one: 猫 is in それは猫です. A number is one of the reply's numbers."""
+    if is_number(answer):
+        return numbers_in(answer)[-1] in numbers_in(answer_of(reply))
     text, wanted = bare(answer_of(reply)), bare(answer)
     at = text.find(wanted)
     while at >= 0:
@@ -121,9 +129,8 @@ def _joined(left: str, right: str) -> bool:
         return False
     if unicodedata.category(right).startswith("M"):  # a vowel sign or an accent, of the letter in front
         return True
-    return all(c == "_" or unicodedata.category(c)[0] in "LNM" for c in (left, right)) and not any(
-        unicodedata.name(c, "").startswith(_NO_BLANKS) for c in (left, right)
-    )
+    inner = unicodedata.category(left).startswith("M") or re.match(WORD, left)
+    return bool(inner and re.match(f"{WORD}|[+#]", right))  # C is not in C++
 
 
 # ---- numbers
@@ -141,11 +148,24 @@ def numbers_in(text: str) -> list[Decimal]:
 
 
 def _plain_numbers(text: str) -> str:
-    """Thousands and dollars as LaTeX writes them, and powers of ten, in the writing of _NUMBER."""
+    """What LaTeX and prose write in ways of their own, in the writing of _NUMBER: thousands, dollars, signs with a blank
+    behind them, fractions, powers of ten."""
+    text = re.sub(r"(?<=[-\u2212])\\[,;:!]", "", text.replace("{-}", "-"))
+    text = _SIGN.sub(lambda m: (m[1] or m[2] or "") + "-", text)
     text = one_writing(text).replace("{,}", ",").replace(r"\$", "$").replace(r"\!", "")
     text = re.sub(r"(?<=\d)(?:\\[,;: ]|~)(?=\d{3})", "\u2009", text)
+    text = _DOTTED.sub(lambda m: m[0].replace(".", ""), text)
     text = _ALONE.sub(lambda m: "1" + _exponent(m), _TIMES_POWER.sub(_exponent, text))
-    return _OF_A_UNIT.sub("", text)
+    return _FRACTION.sub(_quotient, _OF_A_UNIT.sub("", text))
+
+
+def _quotient(found: re.Match[str]) -> str:
+    """A fraction, and the whole number in front of it, as a decimal."""
+    whole, above, below, sign = found[1] or found[5] or "0", found[2] or found[6], found[3] or found[7], found[4]
+    if below is not None and not int(below):
+        return found[0]
+    part = Decimal(above) / Decimal(below) if below else Decimal(str(unicodedata.numeric(sign)))
+    return f"{Decimal(whole) + part:f}"
 
 
 def _exponent(power: re.Match[str]) -> str:
@@ -164,7 +184,7 @@ def is_number(text: str) -> bool:
 
 
 def marked_text(reply: str) -> str | None:
-    r"""What stands in the reply's last \boxed{...}, None where there is none.
+    r"""What stands in the reply's last \boxed{...} or <answer>...</answer>, None where there is none.
 
     >>> marked_text(r"so \boxed{9{,}500} from 2 markets")
     '9{,}500'
@@ -173,6 +193,8 @@ def marked_text(reply: str) -> str | None:
     if not boxes:
         return None
     start = at = boxes[-1].end()
+    if boxes[-1][0].startswith("<"):
+        return re.split("</answer>", reply[start:], maxsplit=1, flags=re.I)[0]
     depth = 1
     while at < len(reply) and depth:
         depth += {"{": 1, "}": -1}.get(reply[at], 0)
@@ -195,7 +217,7 @@ def final_number(reply: str) -> Decimal | None:
         if found and not (_HEADING.match(text, mark.start()) and _NUMBER.search(below)):
             return _value(found)
     boxed = marked_text(answer)
-    numbers = (numbers_in(boxed) if boxed else []) or numbers_in(text)
+    numbers = (numbers_in(f"={boxed}") if boxed else []) or numbers_in(answer)
     return numbers[-1] if numbers else None
 
 

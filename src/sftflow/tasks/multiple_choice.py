@@ -9,7 +9,7 @@ from typing import Any
 
 from sftflow.chat.schema import Conversation
 from sftflow.foundation.errors import SchemaError
-from sftflow.tasks.answers import answer_of, marked_text, one_writing
+from sftflow.tasks.answers import WORD, answer_of, marked_text, one_writing
 from sftflow.tasks.task import Item, Task, ask, line_of, make_item, rows_of, sample, text_of
 
 LETTERS = ("A", "B", "C", "D", "E")
@@ -73,7 +73,7 @@ def first_letter(reply: str, letters: Sequence[str]) -> str | None:
     ['B', 'B', 'B', 'B', None, None]
     """
     said = one_writing(answer_of(reply))
-    alone = re.compile(rf"(?<!\w)(?<!\w')[{''.join(letters)}](?!'?\w)")
+    alone = re.compile(rf"(?<!{WORD})(?<!{WORD}')[{''.join(letters)}](?!'?{WORD})")
     found = (alone.search(marked_text(said) or "") or alone.search(said)) if letters else None
     return found[0] if found else None
 
