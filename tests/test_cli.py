@@ -117,6 +117,14 @@ def test_letters_that_a_locale_has_not_are_escaped(tmp_path: Path, tiny_base: Pa
         ({"mixture": [{"source": "speling"}]}, "unknown task 'speling'; did you mean 'spelling'?"),
         ({"mixture": [{"source": "gsm8k"}]}, "the task gsm8k needs a path"),
         ({"mixture": []}, "mixture: "),
+        *(
+            ({"train": {"lr": lr}}, ": train.lr: it should be 'auto' or a number above 0 (")
+            for lr in (-1, 0, "fast", 9e999)
+        ),
+        ({"train": {"compile": "maybe"}}, ": train.compile: it should be 'auto', true or false (given: "),
+        ({"train": {"epochs": 9e999}}, ": train.epochs: Input should be a finite number (given: "),
+        ({"validation": 9e999}, ": validation: Input should be a finite number (given: "),
+        ({"literal[": 1}, ": literal[: unknown key; "),
         ({"train": {"lora": {"rank": 8}}}, "not available in this version"),
         ({"base": "./nowhere"}, "no such checkpoint directory"),
         ({"format": "sftflw"}, "'sftflw' is not a format"),

@@ -76,10 +76,13 @@ class Train(_Frozen):
     max_length: Annotated[int, Field(ge=8)] = 512
     tokens_per_step: Annotated[int, Field(gt=0)] = 8192
     micro_tokens: Annotated[int, Field(gt=0)] | None = None
-    epochs: Annotated[float, Field(gt=0)] | None = None
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     steps: Annotated[int, Field(gt=0)] | None = None
     optimizer: Literal["adamw", "muon"] = "adamw"
-    lr: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
+    lr: Annotated[
+        Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)],
+        Field(description="'auto' or a number above 0"),
+    ] = "auto"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Annotated[float, Field(ge=0)] = 1.0
     schedule: Schedule = Schedule()
@@ -90,7 +93,7 @@ class Train(_Frozen):
     best: Literal["validation_loss", "last"] = "validation_loss"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     seed: int = 0
-    compile: Literal["auto"] | bool = "auto"
+    compile: Annotated[Literal["auto"] | bool, Field(description="'auto', true or false")] = "auto"
     packing: bool = True
     share_prefixes: bool = True
     gradient_checkpointing: bool = False
@@ -150,7 +153,7 @@ class Recipe(_Frozen):
     identity: AssistantIdentity = AssistantIdentity()
     on_bad_row: Literal["stop", "skip"] = "stop"
     max_dropped: Annotated[float, Field(ge=0, le=1)] = 0.5
-    validation: Annotated[float, Field(ge=0)] = 0.01
+    validation: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
     train: Train = Train()
     eval: Eval | None = None
     compare: Compare | None = None
@@ -165,15 +168,15 @@ class Recipe(_Frozen):
         return mixture
 
 
-def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    """The keys that would have been known at a place of the recipe."""
+def _model_at(model: type[BaseModel], location: tuple[Any, ...]) -> type[BaseModel]:
+    """The model of a place of the recipe: its fields are the keys that are known there."""
     for step in location:
         if isinstance(step, int) or step not in model.model_fields:
             continue
         annotation = model.model_fields[step].annotation
         kinds = (annotation, *get_args(annotation))
         model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), model)
-    return list(model.model_fields)
+    return model
 
 
 def parse_recipe(data: Any, place: str) -> Recipe:
@@ -185,15 +188,20 @@ def parse_recipe(data: Any, place: str) -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         location = tuple(first["loc"])
-        path = ".".join(str(x) for x in location if x not in ("int", "float", "constrained-int"))
+        message = str(first["msg"]).removeprefix("Value error, ")
+        if first["type"] == "literal_error" and str(location[-1]).startswith(
+            "literal["
+        ):  # one of several kinds of value, of which each has its own error
+            location = location[:-1]
+            message = f"it should be {_model_at(Recipe, location[:-1]).model_fields[str(location[-1])].description}"
+        path = ".".join(map(str, location))
         if first["type"] == "extra_forbidden":
-            known = _known_keys(Recipe, location[:-1])
+            known = list(_model_at(Recipe, location[:-1]).model_fields)
             near = difflib.get_close_matches(str(location[-1]), known, 1, 0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
             raise RecipeError(f"{place}: {path}", "unknown key", hint) from None
         if first["type"] == "missing":
             raise RecipeError(f"{place}: {path}", "this key is missing", "add it") from None
-        message = str(first["msg"]).removeprefix("Value error, ")
         given = json.dumps(first.get("input"), default=str, ensure_ascii=False)
         given = given if len(given) < 60 else given[:57] + "..."
         raise RecipeError(f"{place}: {path}", f"{message} (given: {given})", "correct the value") from None
