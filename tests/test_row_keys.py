@@ -515,6 +515,13 @@ def test_what_json_has_not_is_named_where_it_is_read(tmp_path: Path) -> None:
         assert taught_by(found) == taught(CHAT) and found.ignored == ("at", "kind", "price", "raw")
     for column in ("at", "price", "raw"):
         pq.write_table(pa.table({**columns, "completion": columns[column]}), tmp_path / "d.parquet")
+        asked, replied = SHAREGPT["conversations"]
+        turns = {"conversations": [{**asked, "seen": {"at": columns[column][0]}}, replied]}
+        pq.write_table(pa.Table.from_pylist([turns]), tmp_path / "turns.parquet")
+        (found,) = read(tmp_path / "turns.parquet").conversations()
+        assert taught_by(found) == taught(CHAT) and found.ignored == ("conversations[].seen",)
+        assert "unknown key 'seen'" in refusal([{**ASKED, "seen": columns[column][0]}, REPLIED])
+        assert "JSON has not" in refusal([asked, {**replied, "thinking": columns[column][0]}])
         (refused,) = read(tmp_path / "d.parquet").conversations()
         assert isinstance(refused, SchemaError) and "d.parquet:1.completion: it is a value of type" in str(refused)
         call = {"function": {"name": "f", "arguments": {"x": columns[column][0]}}}

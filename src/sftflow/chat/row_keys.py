@@ -71,6 +71,7 @@ REFUSED = {
 
 MESSAGE_KEYS = {"role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "weight"}
 SAME_AS = {"from": "role", "value": "content", "thinking": "reasoning_content", "reasoning": "reasoning_content"}
+MESSAGE_READ = {*MESSAGE_KEYS, *SAME_AS, *FLAGS, "label", "function_call"}
 TEXTS = {"role", "name", "tool_call_id", "reasoning_content", *SAME_AS}
 """texts of a message, which may be empty"""
 MESSAGE_REFUSED = {
