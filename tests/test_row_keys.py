@@ -326,6 +326,7 @@ def test_arguments_in_any_spelling_are_kept_to_the_letter(key: str) -> None:
     [
         ('{"a": 1,}', "a text that is not JSON"),
         ("{'a': 1}", "a text that is not JSON"),
+        ('{"a": 1' + "0" * 5000 + "}", "arguments: a number of more than 4,300 digits"),
         ("[1, 2]", "arguments are a list"),
         ([1, 2], "arguments are a list"),
         (7, "arguments are a number"),

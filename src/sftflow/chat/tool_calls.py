@@ -3,11 +3,12 @@ object, to the letter."""
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
 from sftflow.foundation.errors import SchemaError
-from sftflow.foundation.json_values import check_plain, kind_of, loads
+from sftflow.foundation.json_values import RepeatedKeyError, check_plain, kind_of, loads
 
 ARGUMENTS = ("arguments", "parameters", "args", "input")
 _THOUGHT = re.compile(r"\s*(<think>.*?</think>)(.*)", re.DOTALL)
@@ -19,8 +20,10 @@ def read_json(text: str, place: str) -> Any:
         value = loads(text)
     except RecursionError:
         raise SchemaError(place, "JSON nested too deeply", "mend the text") from None
-    except ValueError as error:
+    except (json.JSONDecodeError, RepeatedKeyError) as error:
         raise SchemaError(place, f"a text that is not JSON ({error})", "mend the text") from None
+    except ValueError:
+        raise SchemaError(place, "a number of more than 4,300 digits", "make it a string") from None
     check_plain(value, place)
     return value
 
