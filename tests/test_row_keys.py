@@ -89,6 +89,16 @@ def test_an_input_alone_is_what_is_asked() -> None:
     assert taught({"instruction": "", "input": "hi", "output": "yo"}) == taught(ALPACA)
 
 
+@pytest.mark.parametrize("key", ["images", "documents", "chosen", "history"])
+def test_nothing_but_nulls_is_absent(key: str) -> None:
+    for nulls in ([None], [{"title": None, "text": None}, None], [[None], {}]):
+        assert taught({**CHAT, key: nulls}) == taught(CHAT)
+        if key == "images":
+            assert taught([{**m, key: nulls, "tool_calls": nulls} for m in CHAT["messages"]]) == taught(CHAT)
+    for there in ([""], [0], [None, "x"], [{"title": None, "text": "x"}]):
+        refusal({**CHAT, key: there})
+
+
 @pytest.mark.parametrize("row", DIALECTS)
 def test_tools_are_read_in_every_dialect(row: dict[str, Any]) -> None:
     bell = {"name": "bell", "parameters": {"type": "object", "properties": {}}}
@@ -105,8 +115,13 @@ def test_tools_are_read_in_every_dialect(row: dict[str, Any]) -> None:
         {"tools": [{"type": None, "function": None, **bell, "parameters": json.dumps(bell["parameters"])}]},
     ):
         assert parse_row({**row, **given_as}, "f:1").tools == tools
-    for empty in (None, "", []):
+    nulls = {"type": None, "function": {"name": None, "parameters": {}}}
+    for empty in (None, "", [], "null", "[]", "[null]", [None], [nulls], json.dumps([nulls, None])):
         assert parse_row({**row, "tools": empty}, "f:1").tools == ()
+        assert parse_row({**row, "tools": empty, "functions": [bell]}, "f:1").tools == tools
+    assert parse_row({**row, "tools": [nulls, bell, None]}, "f:1").tools == tools
+    assert "f:1.tools: not a list of objects" in refusal({**row, "tools": [bell, 7]})
+    assert "f:1.tools[1].parameters: it is a list" in refusal({**row, "tools": [None, {**bell, "parameters": "[1]"}]})
     unit = {"type": "string", "enum": ["C", None], "default": None}
     (tool,) = parse_row(
         {**row, "tools": [{**bell, "strict": None, "parameters": {"unit": unit, "zone": None}}]}, "f"
@@ -355,7 +370,7 @@ def test_arguments_that_are_no_object_are_refused(arguments: Any, fact: str) -> 
         ({"function": {"name": "f", "arguments": {}, "strictly": 1}}, "unknown key 'strictly' in a call"),
         ({"function": {"name": "f"}, "arguments": {"a": 1}}, "unknown key 'arguments' in a call"),
         ({"type": "custom", "custom": {"name": "f", "input": "x"}}, "type 'custom' is not known"),
-        ({"function": {"arguments": {}}}, "no function name"),
+        ({"function": {"arguments": {"a": 1}}}, "no function name"),
     ],
 )
 def test_calls_that_say_more_than_is_read_are_refused(call: dict[str, Any], fact: str) -> None:

@@ -197,10 +197,10 @@ def _wanted(row: dict[str, Any], key: str) -> bool | None:
 
 
 def _tools(row: dict[str, Any], place: str) -> list[dict[str, Any]]:
-    given = {key: read_tools(row[key], f"{place}.{key}") for key in TOOLS if not absent(row.get(key))}
-    if len(given) == 2 and given["tools"] != given["functions"]:
+    given = [found for key in TOOLS if not absent(row.get(key)) and (found := read_tools(row[key], f"{place}.{key}"))]
+    if len(given) == 2 and given[0] != given[1]:
         raise SchemaError(place, "tools and functions differ", "keep one of them")
-    return next(iter(given.values()), [])
+    return given[0] if given else []
 
 
 def _text(value: Any, place: str) -> str:

@@ -4,7 +4,7 @@ read       with the meaning that it has for the programs that write it
 refused    it changes what would be taught, and that cannot be done here: named, with a remedy
 ignored    every other key: counted, and listed by `mix` and `train`
 
-A key whose value is null or empty is not there.
+A key whose value is null or empty, or holds nothing but nulls, is not there.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from sftflow.foundation.errors import SchemaError
+from sftflow.foundation.json_values import MOST_NESTED
 
 
 class Refusal(NamedTuple):
@@ -91,15 +92,18 @@ CALL_ROLES = ("function_call", "tool_call")
 """an assistant's turn whose content is a call, or a list of calls, as JSON"""
 
 
-def absent(value: Any) -> bool:
-    """Whether a row's value stands for a key that is not there: an object of nothing but such values does, too.
+def absent(value: Any, nested: int = MOST_NESTED) -> bool:
+    """Whether a row's value stands for a key that is not there: an object of nothing but such values does, too, and a
+    list of nothing but nulls and such objects.   nested: how deep it is looked into.
 
-    >>> [absent(value) for value in (None, "", [], {"a": {}, "b": None}, 0, False)]
-    [True, True, True, True, False, False]
+    >>> [absent(value) for value in (None, "", [], {"a": {}, "b": None}, [None, {"a": None}], 0, [""])]
+    [True, True, True, True, True, False, False]
     """
     if isinstance(value, dict):
-        return all(map(absent, value.values()))
-    return value is None or (isinstance(value, str | list) and not value)
+        return nested > 0 and all(absent(inner, nested - 1) for inner in value.values())
+    if isinstance(value, list):
+        return nested > 0 and all(not isinstance(inner, str) and absent(inner, nested - 1) for inner in value)
+    return value is None or (isinstance(value, str) and not value)
 
 
 def refuse(found: dict[str, Any], refused: dict[str, Refusal], place: str) -> None:

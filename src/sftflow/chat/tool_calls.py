@@ -7,6 +7,7 @@ import json
 import re
 from typing import Any
 
+from sftflow.chat.row_keys import absent
 from sftflow.foundation.errors import SchemaError
 from sftflow.foundation.json_values import RepeatedKeyError, check_plain, kind_of, loads
 
@@ -33,12 +34,14 @@ def read_tools(value: Any, place: str) -> list[dict[str, Any]]:
     envelope those without it are put."""
     if isinstance(value, str):
         value = read_json(value, place)
+    if absent(value):
+        return []
     if isinstance(value, list):
         value = [read_json(t, place) if isinstance(t, str) else t for t in value]
-    if not isinstance(value, list) or not all(isinstance(t, dict) for t in value):
+    if not isinstance(value, list) or not all(isinstance(t, dict) or absent(t) for t in value):
         raise SchemaError(place, "not a list of objects", "see the OpenAI tool shape")
     check_plain(value, place)
-    return [_defined(_tool(tool, f"{place}[{number}]")) for number, tool in enumerate(value)]
+    return [_defined(_tool(tool, f"{place}[{number}]")) for number, tool in enumerate(value) if not absent(tool)]
 
 
 def _tool(tool: dict[str, Any], place: str) -> dict[str, Any]:
