@@ -189,9 +189,8 @@ def parse_recipe(data: Any, place: str) -> Recipe:
         first = error.errors()[0]
         location = tuple(first["loc"])
         message = str(first["msg"]).removeprefix("Value error, ")
-        if first["type"] == "literal_error" and str(location[-1]).startswith(
-            "literal["
-        ):  # one of several kinds of value, of which each has its own error
+        if first["type"] == "literal_error" and str(location[-1]).startswith("literal["):
+            # one of several kinds of value, of which each has its own error
             location = location[:-1]
             message = f"it should be {_model_at(Recipe, location[:-1]).model_fields[str(location[-1])].description}"
         path = ".".join(map(str, location))
