@@ -118,6 +118,7 @@ def test_what_another_source_teaches_is_not_held_out(tmp_path: Path, renderer: R
     held = digests_of(mixture.held_out, mixture)
     assert not set(held) & set(digests_of(mixture.examples, mixture))
     assert [source["validation_rows"] for source in mixture.sources] == [2, 2, 5] and len(held) == 9
+    assert [source["taught_elsewhere"] for source in mixture.sources] == [8, 8, 0]
     said = "2 of the 10 rows asked for are held out: the others are trained on in other rows, too"
     assert mixture.notes() == [f"a: {said}", f"b: {said}"]
 

@@ -178,7 +178,7 @@ def build_mixture(
         here, out = np.flatnonzero(~chosen), np.flatnonzero(chosen & ~np.isin(rows.table["digest"], taught))
         train.append(np.tile(_index(number, here), (entry.repeat, 1)))
         held.append(_index(number, out))
-        ledgers.append(_ledger(entry, rows, here, len(out)))
+        ledgers.append(_ledger(entry, rows, here, len(out), int(chosen.sum()) - len(out)))
         if fact := told_fewer(len(out), int(chosen.sum()), n_wanted(len(rows), recipe.validation)):
             few.append(f"{rows.name}: {fact}")
     examples = Examples(sources, np.concatenate(train))
@@ -217,8 +217,11 @@ def _require_kept(rows: RowStore, recipe: Recipe) -> None:
         raise DataError(rows.prefix, fact, f"{', '.join(remedies[:-1])}, or {remedies[-1]}")
 
 
-def _ledger(entry: SourceEntry, rows: RowStore, here: NDArray[np.int64], n_held_out: int) -> dict[str, Any]:
-    """A source's entry in the ledger. here: its training rows; their tokens count repeats."""
+def _ledger(
+    entry: SourceEntry, rows: RowStore, here: NDArray[np.int64], n_held_out: int, n_left_out: int
+) -> dict[str, Any]:
+    """A source's entry in the ledger. here: its training rows; their tokens count repeats.   n_left_out: examples that
+    are on neither side, for others like them are trained on."""
     meta = rows.meta
     return {
         "name": rows.name,
@@ -232,6 +235,7 @@ def _ledger(entry: SourceEntry, rows: RowStore, here: NDArray[np.int64], n_held_
         "ignored": dict(sorted(meta["ignored"].items(), key=lambda item: (-item[1], item[0]))),
         "expanded": meta["expanded"],
         "validation_rows": n_held_out,
+        "taught_elsewhere": n_left_out,
         "boundary_splits": meta["boundary_splits"],
         "dropped_why": {**meta["dropped"], **({"bad row": meta["bad"]} if meta["bad"] else {})},
     }
