@@ -18,8 +18,7 @@ _NAME = r"(?:\w+:)?(?:think|thinking|thought|thoughts|reasoning|analysis)"
 _OPENS = rf"<\|?{_NAME}\|?>|\[THINK\]|◁think▷"
 _CLOSES = rf"<\|?/\|?{_NAME}\|?>|\[/THINK\]|◁/think▷"
 _BARE = r"(?<![\"'`])(?:{})(?![\"'`])"  # a tag between quotes or backticks is spoken of
-_BLOCK = re.compile(f"{_BARE.format(_OPENS)}.*?{_BARE.format(_CLOSES)}", re.S | re.I)
-_OPEN = re.compile(rf"\s*(?:{_OPENS})", re.I)
+_OPEN = re.compile(_BARE.format(_OPENS), re.I)
 _CLOSE = re.compile(_BARE.format(_CLOSES), re.I)
 
 # What is written in several ways -> the way it is compared in.
@@ -42,17 +41,21 @@ _OF_A_UNIT = re.compile(r"(?<=[^\W\d_])\^\{?[-+]?\d+\}?")  # 50 m^2
 
 _MONEY = "$€£¥₹"
 # A character of a word, but for scripts without blanks between words; and Hangul, whose particles join the word.
-WORD = r"[^\W\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]"
+WORD = (
+    r"[^\W\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
+    r"\U00020000-\U0003ffff]"
+)
 _GROUPED = rf"\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d{{1,2}}(?:,\d{{2}})+,\d{{3}}(?!\d)|\d{{1,3}}(?:[{_THIN}']\d{{3}})+(?!\d)"
 _NUMBER = re.compile(
     rf"((?<!{WORD})(?<![.)\]}}%])-[{_MONEY}]?|(?<!{WORD})[{_MONEY}]-)?"
     rf"((?:{_GROUPED}|\d+)(?:\.\d+)?|(?<!{WORD})(?<!\.)\.\d+)(?:[eE]([-+]?\d{{1,4}})(?!\w))?"
 )
-_SIGN = re.compile(
-    rf"(?:([=:(\[{{$≈~<>,;]\s*)-|(^|[^\W\d_]\s)[\u2212\u2013])(?:\s|\\[,;: ])*(?=[{_MONEY}]?\s?\.?\d)", re.M
+_SIGN = re.compile(  # with a blank behind it: a hyphen after = or ( and the like, a minus or dash also after a word
+    rf"(?:([=:(\[{{$≈~<>,;]\s?)-|(^|[^\W\d_]\s)[\u2212\u2013])(?:\s|\\[,;: ]){{0,3}}(?=[{_MONEY}]?\s?\.?\d)", re.M
 )
 _FRACTION = re.compile(
-    r"(\d+)?\s*(?:\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}|([¼½¾⅐-⅞]))|(?<![\w./,])(?:(\d+) )?(\d+) ?/ ?(\d+)(?![\d/]|\.\d)"
+    r"(?:(?<!\d)(\d{1,9}))?\s?(?:\\[dt]?frac\s?\{(\d{1,9})\}\s?\{(\d{1,9})\}|([¼½¾⅐-⅞]))"
+    r"|(?<![\w./,])(?:(\d{1,9}) )?(\d{1,9}) ?/ ?(\d{1,9})(?![\d/]|\.\d)"
 )
 _DOTTED = re.compile(r"(?<![\d.])\d{1,3}(?:\.\d{3}){2,}(?!\.?\d)")
 _MARK = re.compile(rf"####\s*(?i:(?:final )?answer(?: is)?:?\s*)?(?:\*\*|\\boxed\{{|\\\(|[{_MONEY}](?!-))*")
@@ -71,9 +74,11 @@ def answer_of(reply: str) -> str:
     >>> [answer_of(r) for r in ("<think>20?</think>\n\n18", "20?</think>18", "<think>20?", "18")]
     ['18', '18', '', '18']
     """
-    answer = _BLOCK.sub("", reply)
+    answer = reply
+    while (opened := _OPEN.search(answer)) and (closed := _CLOSE.search(answer, opened.end())):
+        answer = answer[: opened.start()] + answer[closed.end() :]
     answer = answer[max((m.end() for m in _CLOSE.finditer(answer)), default=0) :]
-    answer = "" if _OPEN.match(answer) else answer
+    answer = "" if _OPEN.match(answer.lstrip()) else answer
     # White space in front belongs to the block that is gone; indentation, as code may have it, does not.
     return answer if answer == reply else re.sub(r"\A(?:[^\S\n]*\n)+", "", answer)
 
@@ -148,7 +153,7 @@ def numbers_in(text: str) -> list[Decimal]:
 
 
 def _plain_numbers(text: str) -> str:
-    """What LaTeX and prose write in ways of their own, in the writing of _NUMBER: thousands, dollars, signs with a blank
+    """What LaTeX and prose write in ways of their own, as _NUMBER reads it: thousands, dollars, signs with a blank
     behind them, fractions, powers of ten."""
     text = re.sub(r"(?<=[-\u2212])\\[,;:!]", "", text.replace("{-}", "-"))
     text = _SIGN.sub(lambda m: (m[1] or m[2] or "") + "-", text)

@@ -12,6 +12,7 @@ import textwrap
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from sftflow.chat.schema import Conversation
@@ -145,10 +146,12 @@ def blocks_of(text: str, entry_point: str) -> list[str]:
         if opening.start() < end or (defines(before, entry_point) and in_docstring(before)):
             continue
         start = min(opening.end() + 1, len(text))
-        closing = [fence for fence in fences[n + 1 :] if fence.group().strip() == opening[1]]
-        outside = [fence for fence in closing if not in_docstring(text[start : fence.start()])]
-        unclosed = not outside and not in_docstring(text[start:])
-        last = None if unclosed else next(iter(outside or closing), None)
+        closing = (fence for fence in fences[n + 1 :] if fence.group().strip() == opening[1])
+        first = next(closing, None)
+        outside = (
+            fence for fence in chain([first], closing) if fence and not in_docstring(text[start : fence.start()])
+        )
+        last = next(outside, None) or (first if in_docstring(text[start:]) else None)
         blocks.append(text[start : last.start() if last else len(text)])
         end = last.end() if last else len(text)
     return blocks
