@@ -229,9 +229,10 @@ def test_what_an_earlier_version_recorded_still_counts(project: Path) -> None:
         (["/d/a/train.jsonl", "/d/b/train.jsonl", "spelling"], ["a/train", "b/train", "spelling"]),
         (["/d/x/a/t.jsonl", "/d/y/a/t.jsonl"], ["x/a/t", "y/a/t"]),
         (["/d/t.jsonl", "/d/t.parquet"], ["t.jsonl", "t.parquet"]),
-        (["spelling", "/d/spelling.jsonl", "spelling"], ["spelling", "d/spelling", "spelling-2"]),
+        (["/d/t.jsonl", "/d/more/t.jsonl"], ["t", "more/t"]),  # wherever /d is moved to
+        (["spelling", "/d/spelling.jsonl", "spelling"], ["spelling", "spelling.jsonl", "spelling-2"]),
         (["/d/c.jsonl", "/d/c.jsonl", "/d/c-2.jsonl"], ["c", "c-3", "c-2"]),
-        ([{"source": "/x/a.jsonl", "name": "mine"}, "/y/mine.jsonl"], ["mine", "y/mine"]),
+        ([{"source": "/x/a.jsonl", "name": "mine"}, "/y/mine.jsonl"], ["mine", "mine.jsonl"]),
         (["/b/c.jsonl", "/b/c.jsonl", {"source": "/a/x.jsonl", "name": "c-2"}], ["c", "c-3", "c-2"]),
         ([{"source": "/m/1/rows.jsonl", "place": "rows"}, {"source": "/m/2/rows.jsonl", "place": "rows"}],
          ["rows", "rows-2"]),

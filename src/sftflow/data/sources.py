@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count, islice
@@ -85,7 +86,11 @@ def labels_of(entries: Sequence[SourceEntry]) -> list[str]:
 
 
 def _ends_of(files: Mapping[int, Path]) -> Iterator[dict[int, str]]:
-    """Ever longer ends of paths: without the files' endings, then with them."""
+    """Ever longer ends of paths, below the folder that all share (which may be moved): without the files' endings, then
+    with them."""
+    if len({path.is_absolute() for path in files.values()}) == 1:
+        shared = os.path.commonpath([path.parent for path in files.values()])
+        files = {i: path.relative_to(shared) if shared else path for i, path in files.items()}
     deepest = max((len(path.parts) for path in files.values()), default=0)
     for paths in ({i: path.parent / path.stem for i, path in files.items()}, files):
         for depth in range(1, deepest + 1):
