@@ -102,7 +102,7 @@ class Template:
         self._environment = environment()
         self._context = {**names, **chat_format.kwargs, "strftime_now": chat_format.clock, "documents": None}
         try:
-            globals = self._environment.make_globals(None)
+            globals = dict(self._environment.globals)  # not a ChainMap, which takes long to copy for each rendering
             self._compiled = jinja2.Template.from_code(self._environment, _code_of(chat_format.template), globals)
         except Exception as error:  # of Jinja, and of Python where blocks are nested too deeply
             fact = f"the chat template does not compile ({first_line(error) or type(error).__name__})"
@@ -126,6 +126,8 @@ class Template:
         return in_parts(messages, self._in_parts) if self._in_parts else messages
 
     def _with_calls(self, messages: Messages) -> Messages:
+        if not any("tool_calls" in m for m in messages):
+            return messages
         return [
             {**m, "tool_calls": [_normal_call(c, self._forms) for c in m["tool_calls"]]} if m.get("tool_calls") else m
             for m in messages

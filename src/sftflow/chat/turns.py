@@ -53,11 +53,13 @@ def _message(raw: Any, place: str, ignored: set[str]) -> Any:
     """One message with the names of OpenAI's; what is not one is left for `parse_message` to name."""
     if not isinstance(raw, dict):
         return raw
+    if len(raw) == 2 and raw.get("role") in _PLAIN and type(raw.get("content")) is str and raw["content"].isascii():
+        return dict(raw)  # as most messages are
     sharegpt = "from" in raw
     read = {key: value if key in MESSAGE_READ else None for key, value in raw.items()} if len(raw) > 2 else raw
     check_plain(read, place)
     if len(raw) == 2 and raw.get("role") in _PLAIN and isinstance(raw.get("content"), str):
-        return dict(raw)  # as most messages are
+        return dict(raw)
     message = {k: v for k, v in raw.items() if k == "content" or not (v is None if k in TEXTS else absent(v))}
     refuse(message, MESSAGE_REFUSED, place)
     for alias, name in SAME_AS.items():
