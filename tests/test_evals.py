@@ -196,3 +196,34 @@ def test_no_stop_lowers_the_score_of_a_base(tmp_path: Path, said: tuple[str, ...
     (task,) = open_tasks([f"gsm8k={sums}"], None)
     (row,) = evaluate(load_assistant(str(base)), task, "plain", tmp_path).rows
     assert (row.reply, row.score, task.task.grade(task.items[0], row.reply)) == (graded, score, score)
+
+
+THINKS = (
+    "{% for m in messages %}<|head|>{{ m.role }}:{% if m.role == 'assistant' and m.reasoning_content %}"
+    "<|open|>thoughts\n{{ m.reasoning_content }}<|close|>{% endif %}{{ m.content }}<|halt|>{% endfor %}"
+    "{% if add_generation_prompt %}<|head|>assistant:{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("said", "graded", "score"),
+    [
+        (("<|open|>", "thoughts\n", "3", "<|close|>", "7"), "7", 1.0),
+        (("<|open|>", "thoughts\n", "7", "<|close|>", "3"), "3", 0.0),
+        (("<|open|>", "thoughts\n", "7"), "", 0.0),  # not finished
+        (("7",), "7", 1.0),
+    ],
+)
+def test_thoughts_between_control_tokens_are_not_the_answer(
+    tmp_path: Path, said: tuple[str, ...], graded: str, score: float
+) -> None:
+    special = ("<|head|>", "<|open|>", "<|close|>", "<|halt|>")
+    tokenizer = byte_level(special=special, plain=("thoughts\n",))
+    tokenizer.chat_template = THINKS
+    ids = [i for piece in (":", *said, "<|halt|>") for i in tokenizer(piece, add_special_tokens=False).input_ids]
+    base = write_checkpoint(tmp_path, bigrams(len(tokenizer), ids), tokenizer)
+    sums = tmp_path / "sums.jsonl"
+    sums.write_text('{"question": "How many?", "answer": "#### 7"}\n')
+    (task,) = open_tasks([f"gsm8k={sums}"], None)
+    (row,) = evaluate(load_assistant(str(base)), task, "chat", tmp_path).rows
+    assert (row.reply, row.score) == (graded, score)

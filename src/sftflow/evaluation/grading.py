@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from sftflow.chat.render import Renderer
+from sftflow.chat.schema import Conversation, text_message
 from sftflow.checkpoint import Assistant
 from sftflow.evaluation.journal import EvalRow, Journal, key_of
 from sftflow.evaluation.options import Arm, EvalTask
 from sftflow.evaluation.prompts_for import ItemPrompt, letter_scores, prompts_for
-from sftflow.foundation.errors import ContextError, RunError
+from sftflow.foundation.errors import ContextError, RunError, SftflowError
 from sftflow.generation.request import GenerationRequest, Reply
 from sftflow.generation.sampling import NEAR
 from sftflow.tasks import Item, Task
@@ -119,9 +121,15 @@ def _row(task: Task, item: Item, prompt: ItemPrompt, reply: Reply | None) -> Eva
 
 
 def _generate(assistant: Assistant, task: Task, arm: Arm, asked: Asked, grade: Grade) -> None:
+    marks = thought_marks(assistant.renderer) if arm == "chat" else None
+
     def done(number: int, reply: Reply) -> None:
         item, prompt = asked[number]
-        grade(item, prompt, plain_reply(task, item, reply) if arm == "plain" else reply)
+        if arm == "plain":
+            reply = plain_reply(task, item, reply)
+        elif marks:
+            reply = without_thoughts(reply, marks, assistant.renderer)
+        grade(item, prompt, reply)
 
     requests = [
         GenerationRequest(
@@ -133,6 +141,34 @@ def _generate(assistant: Assistant, task: Task, arm: Arm, asked: Asked, grade: G
         for _, prompt in asked
     ]
     assistant.engine.generate(requests, done)
+
+
+def thought_marks(renderer: Renderer) -> tuple[str, str] | None:
+    """What the format writes in front of and behind a reply's thoughts, where there are control tokens in it, which a
+    reply's text lacks: ("<|channel>thought", "<channel|>"); "" in front where the prompt has it. None in other formats:
+    `tasks.answers` reads their tags."""
+    asked = text_message("user", "u")
+    thinks = replace(text_message("assistant", "zqsaid"), reasoning_content="zqthought")
+    try:
+        prompt = renderer.text(Conversation((asked,)), add_generation_prompt=True)
+        text = renderer.text(Conversation((asked, thinks)))
+    except SftflowError:
+        return None
+    before, thought, rest = text.partition("zqthought")
+    between, said, _ = rest.partition("zqsaid")
+    opening = before.removeprefix(prompt).strip() if before.startswith(prompt) else ""
+    closing = between.strip()
+    marked = bool(thought and said and closing) and renderer.special_re.search(opening + closing)
+    return (opening, closing) if marked else None
+
+
+def without_thoughts(reply: Reply, marks: tuple[str, str], renderer: Renderer) -> Reply:
+    """The reply with the text behind its thoughts; with none where they are not finished."""
+    opening, closing = marks
+    raw = renderer.decode(reply.ids)
+    if closing in raw:
+        return replace(reply, text=renderer.special_re.sub("", raw.rpartition(closing)[2]).strip("\n"))
+    return replace(reply, text="") if opening and opening in raw else reply
 
 
 def plain_reply(task: Task, item: Item, reply: Reply) -> Reply:
