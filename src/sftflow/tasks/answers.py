@@ -3,7 +3,7 @@ ways, numbers compared as numbers.
 
     answer_of("<think>20?</think>It is 18.")          "It is 18."
     same_text("It’s", "it's")                         True
-    final_number("So \\\\boxed{9{,}500} from 2 markets")   Decimal("9500")
+    final_number("So \\boxed{9{,}500} from 2 markets")   Decimal("9500")
 
 Gradings that others define (lm-evaluation-harness, IFEval) do not come through here.
 """
