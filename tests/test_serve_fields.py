@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 from fastapi.testclient import TestClient
@@ -10,6 +12,8 @@ from fastapi.testclient import TestClient
 from helpers.serving import ASK, ask, local, own, refusal, request
 from sftflow.chat.schema import parse_row
 from sftflow.checkpoint import Assistant
+from sftflow.serving.errors import ApiError
+from sftflow.serving.schemas import ChatBody, CompletionBody, ModelBody, RenderBody, StreamOptions
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +23,11 @@ def http(assistant: Assistant) -> TestClient:
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
+RIGHT: dict[type[ModelBody], dict[str, Any]] = {
+    ChatBody: {"model": "tiny", "messages": ASK},
+    RenderBody: {"model": "tiny", "messages": ASK},
+    CompletionBody: {"model": "tiny", "prompt": "a"},
+}
 TOOL = {"type": "function", "function": {"name": "f"}}
 
 
@@ -105,6 +114,79 @@ def test_a_wrong_or_unsupported_field_of_a_chat_is_named(http: TestClient, field
 def test_a_wrong_or_unsupported_field_of_a_completion_is_named(http: TestClient, field: str, value: Any) -> None:
     body = {"model": "tiny", "prompt": "the cat", "max_tokens": 2, field: value}
     refusal(http.post(TEXT, json=body), 400, param=field)
+
+
+ODD = [True, False, 0, 1, 1.0, 0.5, -1.5, "", "1", [], [True], {}, {"a": 1}, 10**4000, -(10**4000)]
+KINDS: dict[type, tuple[Any, ...]] = {float: (float, int), StreamOptions: (dict,)}
+
+
+def kinds_of(annotation: Any) -> set[Any]:
+    """The types of JSON that a field takes, as Python reads them; {Any} for one that looks for itself."""
+    if get_origin(annotation) is Annotated:
+        return kinds_of(get_args(annotation)[0])
+    if get_origin(annotation) is UnionType or get_origin(annotation) is Union:
+        return set().union(*(kinds_of(a) for a in get_args(annotation)))
+    return set(KINDS.get(annotation, (get_origin(annotation) or annotation,)))
+
+
+@pytest.mark.parametrize("body", [ChatBody, CompletionBody, RenderBody])
+def test_no_field_takes_a_value_of_another_type(body: type[ModelBody]) -> None:
+    """Neither true for 1, nor 1.0 for 1, nor a number of thousands of digits, nor an empty value for none."""
+    tried = 0
+    for field, about in body.model_fields.items():
+        kinds = kinds_of(about.annotation)
+        for value in () if Any in kinds or Literal in kinds else ODD:
+            if type(value) not in kinds or abs(value if isinstance(value, int) else 0) > 2**64:
+                tried += 1
+                with pytest.raises(ApiError) as caught:
+                    body.read({**RIGHT[body], field: value})
+                error = caught.value.body["error"]
+                assert error["param"] == field and len(error["message"]) < 200, (field, value, error)
+    assert tried > 10
+
+
+@pytest.mark.parametrize("body", [ChatBody, CompletionBody])
+def test_an_unsupported_field_takes_nothing_but_what_asks_for_nothing(body: type[ModelBody]) -> None:
+    """true is not 1, and an empty value of another type is not a way of asking for nothing."""
+    for field, nothing in body.unsupported.items():
+        for value in [v for v in ODD if not isinstance(v, float)] + [None, *nothing]:
+            if value is None or json.dumps(value) in [json.dumps(v) for v in nothing]:
+                body.read({**RIGHT[body], field: value})
+            else:
+                with pytest.raises(ApiError) as caught:
+                    body.read({**RIGHT[body], field: value})
+                assert caught.value.body["error"]["param"] == field, (field, value)
+
+
+@pytest.mark.parametrize("value", [False, True, 0, 1.0, "", "a", [], {}, {"a": 1}])
+def test_values_inside_messages_and_tools(http: TestClient, value: Any) -> None:
+    """What is there and empty is not the same as left out: it is refused where it is of another type."""
+    takes: dict[str, tuple[type, ...]] = {
+        "function_call": (), "audio": (), "tool_calls": (list,), "name": (str,), "tool_call_id": (str,),
+        "reasoning_content": (str,),
+    }  # fmt: skip
+    for field, kinds in takes.items():
+        answer = http.post("/v1/render", json=ask(messages=[{**ASK[0], field: value}]))
+        if type(value) not in kinds:
+            refusal(answer, 400, f"messages[0].{field}")
+    for field, kind in (("parameters", dict), ("description", str), ("strict", bool)):
+        tool = {"type": "function", "function": {"name": "f", field: value}}
+        answer = http.post("/v1/render", json=ask(tools=[tool]))
+        refusal(answer, 400, "tools" if type(value) is kind else f"tools[0].function.{field}")
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e400", "1" + "0" * 400 + ".0"])
+def test_a_number_beyond_floats_is_refused_wherever_it_stands(http: TestClient, number: str) -> None:
+    bodies = {
+        "temperature": "@",
+        "max_tokens": "@",
+        "logit_bias": {"5": "@"},
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {"default": ["@"]}}}],
+    }
+    for field, value in bodies.items():
+        body = json.dumps(ask(**{field: value})).replace('"@"', number)
+        answer = http.post(CHAT, content=body, headers={"Content-Type": "application/json"})
+        assert refusal(answer, 400)["param"].startswith(field)
 
 
 def test_fields_that_ask_for_nothing_and_unknown_ones_are_accepted(http: TestClient, assistant: Assistant) -> None:

@@ -28,6 +28,11 @@ MOST_TOOLS = 128
 MESSAGE_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content")
 SAMPLED = (SamplingBody.model_fields.keys() & {f.name for f in fields(GenerationRequest)}) - {"seed"}
 """fields of a body that the request to the engine has, too; the seed differs from reply to reply"""
+_OF_A_FUNCTION = {
+    "parameters": (dict, "a JSON schema object"),
+    "description": (str, "a text"),
+    "strict": (bool, "a boolean"),
+}
 _TOOL_NAME = re.compile(r"[\w.:/-]{1,128}", re.ASCII)
 
 
@@ -74,9 +79,13 @@ def _known_fields(message: Any, place: str) -> Any:
     if not isinstance(message, dict):
         return message
     for field in ("function_call", "audio"):
-        if message.get(field):
+        if message.get(field) is not None:
             raise wrong(f"{place}.{field}", "it is not supported here", "unsupported_parameter")
-    out = {k: v for k, v in message.items() if k in MESSAGE_KEYS and (k == "content" or v not in (None, []))}
+    if not isinstance(message.get("tool_calls"), list | None):
+        raise wrong(f"{place}.tool_calls", "not a list of calls")
+    out = {k: v for k, v in message.items() if k in MESSAGE_KEYS and (k == "content" or v is not None)}
+    if out.get("tool_calls") == []:  # what some clients write for none
+        del out["tool_calls"]
     if isinstance(out.get("content"), list):
         out["content"] = [
             {k: v for k, v in p.items() if k in ("type", "text")} if isinstance(p, dict) else p for p in out["content"]
@@ -95,10 +104,9 @@ def _checked_tools(tools: Sequence[Any]) -> list[dict[str, Any]]:
         name = tool["function"].get("name")
         if not isinstance(name, str) or not _TOOL_NAME.fullmatch(name):
             raise wrong(f"{place}.function.name", "not a name of letters, digits, underscores and dashes")
-        if not isinstance(tool["function"].get("parameters") or {}, dict):
-            raise wrong(f"{place}.function.parameters", "not a JSON schema object")
-        if not isinstance(tool["function"].get("description") or "", str):
-            raise wrong(f"{place}.function.description", "not a text")
+        for key, (kind, what) in _OF_A_FUNCTION.items():
+            if not isinstance(tool["function"].get(key), kind | None):
+                raise wrong(f"{place}.function.{key}", f"not {what}")
     return [dict(tool) for tool in tools]
 
 

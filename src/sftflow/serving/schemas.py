@@ -37,9 +37,14 @@ class ModelBody(BaseModel):
             first = error.errors(include_url=False, include_input=False)[0]
             raise wrong(str(first["loc"][0]), first["msg"]) from None
         for field, nothing in cls.unsupported.items():
-            if value.get(field) not in (None, *nothing):
+            if not any(_same(value.get(field), v) for v in (None, *nothing)):
                 raise ApiError(400, f"{field} is not supported here", param=field, code="unsupported_parameter")
         return body
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Equality as JSON has it, where true is not 1 and false is not 0."""
+    return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
 
 
 class RenderBody(ModelBody):
@@ -116,8 +121,8 @@ class ChatBody(SamplingBody):
     }
 
     messages: list[Any] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, lt=2**63)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**63)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     tools: list[Any] | None = None
@@ -141,6 +146,6 @@ class CompletionBody(SamplingBody):
     }
 
     prompt: Any = None
-    max_tokens: int | None = Field(None, ge=0)
+    max_tokens: int | None = Field(None, ge=0, lt=2**63)
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
