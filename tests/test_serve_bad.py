@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import socket
@@ -261,6 +262,7 @@ def test_what_is_not_http(server: int) -> None:
 class Quick(listen.Connection):
     header_seconds = 0.6
     body_seconds = 0.6
+    idle_seconds = 0.6
     write_seconds = 0.6
     most = 4
 
@@ -314,16 +316,148 @@ def test_a_slow_client_that_is_within_the_limits_is_served(assistant: Assistant)
         assert raw.recv(65536).startswith(b"HTTP/1.1 200 ")
 
 
-def test_connections_are_counted(assistant: Assistant) -> None:
-    with running(api.make_app({"tiny": assistant}), Quick) as url:
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+JSON, SIZE, KEYED = b"Content-Type: application/json\r\n", b"Content-Length: 2\r\n", b"Authorization: Bearer k\r\n"
+EARLY = [
+    # what is sent at first, the beginning of its answer, what follows
+    (POST + JSON + SIZE + b"\r\n", b"401", b"{}"),
+    (POST + JSON + SIZE + b"\r\n", b"401", b"{"),
+    (POST + JSON + SIZE + b"\r\n", b"401", b"{}GET /health"),
+    (POST + JSON + b"Transfer-Encoding: chunked\r\n\r\n", b"401", b"1\r\n{\r\n"),
+    (POST + JSON + b"Transfer-Encoding: chunked\r\n\r\n", b"401", b"2\r\n{}\r\n0\r\n\r\n"),
+    (POST + JSON + SIZE + b"Expect: 100-continue\r\n\r\n", b"401", b""),
+    (POST + JSON + SIZE + KEYED + b"Expect: 100-continue\r\n\r\n", b"100", b"{"),
+    (POST + JSON + SIZE + KEYED + b"Origin: http://a\r\n\r\n", b"403", b"{}"),
+    (POST + JSON + SIZE + KEYED + b"X: " + b"y" * 33_000 + b"\r\n\r\n", b"431", b"{}"),
+    (POST + b"Content-Type: text/plain\r\n" + SIZE + KEYED + b"\r\n", b"415", b"{}"),
+    (POST + JSON + b"Content-Length: 9999999\r\n" + KEYED + b"\r\n", b"413", b"{}"),
+    (b"POST /nothing HTTP/1.1\r\nHost: localhost\r\n" + SIZE + KEYED + b"\r\n", b"404", b"{}"),
+    (b"POST /boom HTTP/1.1\r\nHost: localhost\r\n" + SIZE + KEYED + b"\r\n", b"500", b"{}"),
+    (b"DELETE /health HTTP/1.1\r\nHost: localhost\r\n" + SIZE + b"\r\n", b"405", b"{}"),
+    (b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + SIZE + b"\r\n", b"200", b"{}"),
+    (b"HEAD /health HTTP/1.1\r\nHost: localhost\r\n" + SIZE + b"\r\n", b"200", b"{}"),
+    (b"GET / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n", b"200", b"2\r\n{}\r\n"),
+    (b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 2, b"200", b"GET /health HTTP/1.1\r\nHost: lo"),
+    (b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n", b"200", b""),
+    (b"CONNECT / HTTP/1.1\r\nHost: localhost\r\n\r\n", b"405", b"{}"),
+]  # fmt: skip
+
+
+def test_who_was_answered_early_and_then_is_silent_is_hung_up_on(assistant: Assistant) -> None:
+    """In whatever state the request was, however much of its body came."""
+    app = api.make_app({"tiny": assistant}, api_key="k")
+
+    @app.post("/boom")
+    async def boom() -> None:
+        raise LookupError("inside")
+
+    class Many(Quick):
+        most = 100
+
+    with running(app, Many) as url, contextlib.ExitStack() as stack:
+        held = []
+        for first, status, _ in EARLY:
+            raw = stack.enter_context(socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])), timeout=5))
+            raw.sendall(first)
+            assert raw.recv(65536).startswith(b"HTTP/1.1 " + status), first
+            held.append(raw)
+        for raw, (_, _, rest) in zip(held, EARLY, strict=True):
+            with contextlib.suppress(BrokenPipeError):
+                raw.sendall(rest)
+        until = time.monotonic() + 4
+        for raw, about in zip(held, EARLY, strict=True):
+            raw.settimeout(max(0.1, until - time.monotonic()))
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    try:
+                        if not raw.recv(65536):
+                            break
+                    except TimeoutError:
+                        pytest.fail(f"still open: {about}")
+
+
+def test_who_does_not_read_is_hung_up_on(assistant: Assistant) -> None:
+    """Whether so much waits that the writing stands still, or so little that it was thought to be sent."""
+    lost: list[Quick] = []
+
+    class Watched(Quick):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            super().connection_made(transport)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            lost.append(self)
+
+    with running(api.make_app({"tiny": assistant}), Watched) as url, contextlib.ExitStack() as stack:
+        for n in (3, 40):
+            raw = stack.enter_context(socket.socket())
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            raw.connect(("127.0.0.1", int(url.rsplit(":", 1)[1])))
+            raw.settimeout(0.2)
+            with contextlib.suppress(TimeoutError):
+                raw.sendall(b"GET /page.css HTTP/1.1\r\nHost: localhost\r\n\r\n" * n)
+        until = time.monotonic() + 8
+        while len(lost) < 2 and time.monotonic() < until:
+            time.sleep(0.1)
+        assert len(lost) == 2
+
+
+def test_strangers_who_fill_all_places_do_not_keep_others_out(endless: Assistant) -> None:
+    """All places are held by connections without the key, in every state; a newcomer takes that of the longest waited
+    for. A running reply and a body under its key keep theirs."""
+
+    class Patient(listen.Connection):
+        most = 8
+
+    app = api.make_app({"tiny": endless}, api_key="k")
+    body = json.dumps({"model": "tiny", "messages": ASK, "max_tokens": 3, "seed": 1}).encode()
+    streamed = json.dumps({"model": "tiny", "messages": ASK, "stream": True}).encode()
+    keyed = HEAD.replace(b"/v1/render", b"/v1/chat/completions") + KEYED
+    with running(app, Patient) as url, contextlib.ExitStack() as stack:
         port = int(url.rsplit(":", 1)[1])
-        idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(4)]
-        time.sleep(0.2)
+
+        def connected(sent: bytes) -> socket.socket:
+            raw = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
+            raw.sendall(sent)
+            return raw
+
+        running_reply = connected(keyed + b"Content-Length: %d\r\n\r\n" % len(streamed) + streamed)
+        assert b"text/event-stream" in running_reply.recv(65536)
+        slow = connected(keyed + b"Content-Length: %d\r\n\r\n" % len(body) + body[:-1])
+        assert running_reply.recv(65536)  # the server has gone on: it has seen that key
+        time.sleep(0.1)
+        states = (
+            b"",
+            b"GET /hea",
+            EARLY[0][0],
+            EARLY[0][0] + b"{}",
+            b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        )
+        strangers = [connected(states[i % len(states)]) for i in range(20)]
+        assert httpx.get(f"{url}/health", timeout=20).status_code == 200
+        answer = httpx.post(f"{url}{CHAT}", content=body, headers=KEY, timeout=20)
+        assert answer.status_code == 200, answer.text
+        slow.sendall(body[-1:])
+        assert slow.recv(65536).startswith(b"HTTP/1.1 200 ")
+        assert running_reply.recv(65536)
+        assert len(strangers) == 20
+
+
+def test_who_is_answered_keeps_its_place(endless: Assistant) -> None:
+    """Where every place is that of a running reply, the newcomer is asked to come again."""
+    streamed = json.dumps({"model": "tiny", "messages": ASK, "stream": True}).encode()
+    with running(api.make_app({"tiny": endless}), Quick) as url, contextlib.ExitStack() as stack:
+        port = int(url.rsplit(":", 1)[1])
+        for _ in range(4):
+            raw = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
+            raw.sendall(
+                HEAD.replace(b"render", b"chat/completions") + b"Content-Length: %d\r\n\r\n" % len(streamed) + streamed
+            )
+            assert b"text/event-stream" in raw.recv(65536)
         status, body = answer_to(port, b"")
         assert status == 503 and body["error"]["code"] == "too_many_connections"
-        for raw in idle:
-            raw.close()
-        time.sleep(0.2)
+    with running(api.make_app({"tiny": endless}), Quick) as url:
         assert httpx.get(f"{url}/health").status_code == 200
 
 

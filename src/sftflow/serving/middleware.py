@@ -30,7 +30,8 @@ _SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 class Auth:
     """Refuses a request before any route sees it: by its Host, its Origin, its key.
 
-    free: paths that need no key.   hosts: Host names that are served.
+    free: paths that need no key.   hosts: Host names that are served.   A request to another path that may go on is
+    marked in its state as `admitted`: "key", or "open" where none is asked for.
     """
 
     app: ASGIApp
@@ -43,6 +44,8 @@ class Auth:
         try:
             if scope["type"] == "http":
                 self._check(Headers(scope=scope), scope["path"])
+                if scope["path"] not in self.free:
+                    scope["state"]["admitted"] = "open" if self.api_key is None else "key"
         except ApiError as error:
             await error.response()(scope, receive, send)
         else:

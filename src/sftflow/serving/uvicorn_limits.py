@@ -1,7 +1,7 @@
 """The listening socket and the connections on it: who can reach them, how many there are, how long each may take.
 
-uvicorn (with h11) has a limit for idle kept-alive connections only. `Connection` adds one for a header or a body that
-drips in, for a client that does not read its answer, and for the number of connections.
+uvicorn (with h11) has a limit for idle kept-alive connections only, and forgets it at the first byte that follows.
+`Connection` has one for everything that a client can be waited for, and for the number of connections.
 """
 
 from __future__ import annotations
@@ -24,60 +24,88 @@ from sftflow.serving.middleware import MAX_HEADERS
 
 
 class Connection(H11Protocol):
-    """One connection, with its limits in seconds."""
+    """One connection. Whenever it is the client that is waited for, a clock runs: seconds for a header or a body that
+    has begun (what drips does not start it again), for the next request, for a client that does not read. Of more than
+    `most` connections the longest waited for is closed; one that is answered is not, nor while its body is on its way
+    if it has shown the key."""
 
     header_seconds = 10.0
     body_seconds = 30.0
+    idle_seconds = 30.0
     write_seconds = 60.0
     most = 512
 
-    _deadline: asyncio.TimerHandle | None = None
-    _stage: Any = None
-    _stalled: asyncio.TimerHandle | None = None
+    _waited_for: tuple[str, object] | None = None
+    _since = 0.0
+    _pauses = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.look()
         if len(self.connections) > self.most:
-            fact = "too many connections; try again soon"
-            self._refuse(ApiError(503, fact, code="too_many_connections", Retry_After="5"))
-        else:
-            self._watch()
+            self._make_room()
 
     def data_received(self, data: bytes) -> None:
         if not self.transport.is_closing():
             super().data_received(data)
-            self._watch()
+            self.look()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._watch()
+        self.look()
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        for timer in (self._deadline, self._stalled):
-            if timer is not None:
-                timer.cancel()
-        super().connection_lost(exc)
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._pauses += 1
 
-    def _watch(self) -> None:
-        """Start the clock of a header or a body when it begins, and stop it when it is whole; what drips does not
-        start it again."""
+    def look(self) -> None:
+        """Start the clock of what is waited for, or end the connection where it has run out; called at every event, and
+        by the server's tick."""
+        now, waited_for = self.loop.time(), self._waiting()
+        if waited_for != self._waited_for:
+            self._waited_for, self._since = waited_for, now
+        elif waited_for is not None and now - self._since >= getattr(self, f"{waited_for[0]}_seconds"):
+            self._end(waited_for[0])
+
+    def _waiting(self) -> tuple[str, object] | None:
+        """What the client is waited for, and which one of its kind; None while we are computing."""
         state, cycle = self.conn.their_state, self.cycle
-        begun = state is h11.IDLE and (self.conn.trailing_data[0] or cycle is None)
-        stage = (state, cycle) if begun or state is h11.SEND_BODY else None
-        if stage == self._stage:
-            return
-        self._stage = stage
-        if self._deadline is not None:
-            self._deadline.cancel()
-        if stage is not None:
-            seconds = self.header_seconds if state is h11.IDLE else self.body_seconds
-            self._deadline = self.loop.call_later(seconds, self._too_slow)
+        if self.transport.is_closing() or self.flow.write_paused:  # closing waits until all is written
+            return "write", self._pauses
+        if state is h11.SEND_BODY:
+            return "body", cycle
+        if state is h11.IDLE and (self.conn.trailing_data[0] or cycle is None):
+            return "header", cycle
+        return ("idle", cycle) if cycle is None or cycle.response_complete else None
 
-    def _too_slow(self) -> None:
-        if self.transport.is_closing():
-            return
-        part = "header" if self.conn.their_state is h11.IDLE else "body"
-        self._refuse(ApiError(408, f"the request's {part} took too long", code="request_timeout"))
+    def _end(self, waited_for: str) -> None:
+        if waited_for == "write":
+            self.transport.abort()
+        elif waited_for == "idle":
+            self.transport.close()
+        else:
+            self._refuse(ApiError(408, f"the request's {waited_for} took too long", code="request_timeout"))
+
+    def _make_room(self) -> None:
+        """Close the connection that is waited for the longest, those that have not shown the key first."""
+        idle = [c for c in self.connections if c is not self and isinstance(c, Connection) and not c._is_answered()]
+        if idle:
+            longest = min(idle, key=lambda c: (c._admitted() == "key", c._since))
+            self.connections.discard(longest)  # from now on: others may come before it is told that it is lost
+            longest.transport.abort()
+        else:
+            fact = "too many connections; try again soon"
+            self._refuse(ApiError(503, fact, code="too_many_connections", Retry_After="5"))
+
+    def _is_answered(self) -> bool:
+        if self.transport.is_closing() or self.cycle is None or self.cycle.response_complete:
+            return False
+        admitted = self._admitted()
+        return admitted == "key" or (admitted == "open" and self.conn.their_state is not h11.SEND_BODY)
+
+    def _admitted(self) -> str | None:
+        """See `middleware.Auth`."""
+        return self.scope["state"].get("admitted") if self.scope else None
 
     def send_400_response(self, msg: str) -> None:
         """What h11 cannot read, in our shape."""
@@ -103,17 +131,6 @@ class Connection(H11Protocol):
                     self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        if self._stalled is None:
-            self._stalled = self.loop.call_later(self.write_seconds, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        if self._stalled is not None:
-            self._stalled.cancel()
-            self._stalled = None
-        super().resume_writing()
-
 
 def config(app: Any, connection: type[Connection] = Connection) -> uvicorn.Config:
     """How uvicorn is run: our connections, no WebSocket, its own log only for what goes wrong."""
@@ -125,7 +142,7 @@ def config(app: Any, connection: type[Connection] = Connection) -> uvicorn.Confi
         log_level="warning",
         access_log=False,
         h11_max_incomplete_event_size=MAX_HEADERS,
-        timeout_keep_alive=30,
+        timeout_keep_alive=round(connection.idle_seconds),
         timeout_graceful_shutdown=2,
         server_header=False,
         proxy_headers=False,
@@ -133,10 +150,13 @@ def config(app: Any, connection: type[Connection] = Connection) -> uvicorn.Confi
 
 
 class Server(uvicorn.Server):
-    """Ends running replies first when it is told to stop, for uvicorn would wait for them; and ends by itself where a
-    model turns out not to be computable."""
+    """Looks after its connections; ends running replies first when it is told to stop, for uvicorn would wait for them;
+    and ends by itself where a model turns out not to be computable."""
 
     async def on_tick(self, counter: int) -> bool:
+        if counter % 5 == 0:  # twice a second
+            for connection in tuple(self.server_state.connections):
+                connection.look()  # type: ignore[union-attr]
         return await super().on_tick(counter) or self.config.app.state.serving.unproven() is not None  # type: ignore[union-attr]
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
