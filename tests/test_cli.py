@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -145,6 +146,75 @@ def test_override_and_unknown_eval_task(tmp_path: Path, tiny_base: Path) -> None
     result = run("eval", str(tiny_base), "--tasks", "spellin", "--out", str(tmp_path / "e"))
     assert "unknown task 'spellin'" in error_line(result)
     assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("mixture.2.limit=5", "mixture has 2 entries, and 2 is none of them; the first is mixture.0"),
+        ("mixture.-1.limit=5", "mixture has 2 entries, and -1 is none of them; the first is mixture.0"),
+        ("mixture.+.source=spelling", "mixture has 2 entries, and + is none of them; the first is mixture.0"),
+        ("mixture.first.limit=5", "mixture has 2 entries, and first is none of them; the first is mixture.0"),
+        ("mixture.²=5", "mixture has 2 entries, and ² is none of them; the first is mixture.0"),
+        ("eval.tasks.0=spelling", "eval.tasks has 0 entries, and 0 is none of them; write the whole list: eval.tasks="),
+        ("mixture.0.source.x=5", "'mixture.0.source' holds no keys; check the key"),
+        ("train..steps=5", "it is not key=value; write for example --set train.steps=30"),
+        ("train.steps", "it is not key=value; write for example --set train.steps=30"),
+        ("train.steps=-1", "train.steps: Input should be greater than 0 (given: -1)"),
+        ("mixture.1.limit=none", "mixture.1.limit: Input should be a valid integer"),
+        ("trian.steps=5", "trian: unknown key; did you mean 'train'?"),
+        ("eval={taks: []}", "eval.taks: unknown key; did you mean 'tasks'?"),
+        ("train.tokens_per_step=8", "train: tokens_per_step 8 is less than max_length 64"),
+    ],
+)
+def test_wrong_overrides_are_named(override: str, said: str, tmp_path: Path) -> None:
+    """The same for every command that has --set; the recipe's own mistakes stay its own."""
+    path = recipe(tmp_path, tmp_path, mixture=[{"source": "rows.jsonl"}, {"source": "arithmetic"}])
+    for command in ("train", "mix", "doctor"):
+        line = error_line(run(command, str(path), "--set", "train.seed=3", "--set", override))
+        assert line.startswith(f"error: --set {override}: {said}"), line
+    assert not (tmp_path / "run").exists()
+    path.write_text(path.read_text().replace('"steps": 1', '"steps": -2'))
+    line = error_line(run("train", str(path), "--set", "train.seed=3"))
+    assert line.startswith(f"error: {path}: train.steps: "), line
+
+
+def test_overrides_reach_every_command_and_the_door(tmp_path: Path, tiny_base: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"base: {tiny_base}\nmixture: [&a {{source: arithmetic, limit: 20}}, {{source: spelling}}]\nvalidation: 0\n"
+        "train: {max_length: 256, tokens_per_step: 256}\neval: {tasks: [arithmetic, spelling]}\n"
+    )
+    changes = ["--set", "mixture.0.limit=7", "--set", "mixture.1={source: concepts, limit: 5}"]
+    ledger = json.loads(run("mix", str(path), *changes, "--json").stdout)
+    assert [(s["name"], s["rows"]) for s in ledger["sources"]] == [("arithmetic", 7), ("concepts", 5)]
+    checked = run("doctor", str(path), *changes)
+    assert checked.returncode == 0 and f"{path}: sound; 12 training rows" in checked.stdout, checked.stderr
+    assert "unknown task 'nothing'" in error_line(run("doctor", str(path), *changes, "--set", "eval.tasks.1=nothing"))
+    assert error_line(run("doctor", "--set", "a=1")).startswith("error: --set a=1: there is no recipe to change")
+    import sftflow as sf
+
+    given = {"base": str(tiny_base), "mixture": [{"source": "arithmetic", "limit": 20}], "validation": 0}
+    assert sf.mix((), recipe=given, max_length=64, tokens_per_step=64, **{"mixture.0.limit": 7}).ledger["rows"] == 7
+    assert given["mixture"] == [{"source": "arithmetic", "limit": 20}]
+    with pytest.raises(sf.SftflowError, match="mixture has 1 entry, and 1 is none of them"):
+        sf.mix((), recipe=given, **{"mixture.1.limit": 7})
+
+
+def test_an_override_leaves_other_uses_of_an_alias_alone(tmp_path: Path) -> None:
+    from sftflow.recipe import load_recipe
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text("mixture: [&a {source: arithmetic, limit: 20}, *a]")
+    assert [e.limit for e in load_recipe(path, ["mixture.0.limit=5"]).mixture] == [5, 20]
+
+
+def test_the_version_is_one_line_and_quick() -> None:
+    heavy = "import sys; sys.argv[1:] = ['--version']; from sftflow.cli import main\ntry: main()\nfinally: print("
+    code = heavy + "sorted({'torch', 'transformers', 'pydantic', 'numpy', 'rich.console'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    version = importlib.metadata.version("sftflow")
+    assert (done.returncode, done.stdout.splitlines()) == (0, [f"sftflow {version}", "[]"]), done.stderr
 
 
 def test_missing_shard(tmp_path: Path, tiny_base: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from helpers.runs import error_line, run
 from sftflow.chat.data_files import read_conversations
 from sftflow.chat.schema import Conversation, Message, Part, text_message
 from sftflow.checkpoint import Assistant, load_assistant, save
@@ -130,6 +131,43 @@ def test_retry_asks_the_same_with_another_seed(assistant: Assistant, capsys: pyt
     assert on.prompt_ids == prompt_of(assistant, text_message("user", "hi"), second, text_message("user", "on"))
     notes = capsys.readouterr().err
     assert "there is no question yet" in notes and "the same again" in notes
+
+
+def test_how_a_reply_is_drawn_is_asked_for(assistant: Assistant, capsys: pytest.CaptureFixture[str]) -> None:
+    """The seed is that of every question's first reply; /retry counts on, /base takes the same."""
+    base = replace(assistant, name="the base", engine=Recorded(assistant.engine, None))  # type: ignore[arg-type]
+    asked = {"temperature": 0.7, "top_p": 0.9, "seed": 5, "max_tokens": 3}
+    _, engine = talk(assistant, ["hi", "/retry", "/retry", "/base", "on"], sampling=asked, base=base)
+    assert [r.seed for r in engine.requests] == [5, 6, 7, 5]
+    assert {(r.temperature, r.top_p, r.max_new_tokens) for r in engine.requests} == {(0.7, 0.9, 3)}
+    assert [(r.seed, r.temperature) for r in base.engine.requests] == [(7, 0.7)]  # type: ignore[attr-defined]
+    _, engine = talk(assistant, ["hi"])
+    assert engine.requests[0].temperature == 0 and engine.requests[0].max_new_tokens > 3
+    capsys.readouterr()
+    _, engine = talk(assistant, ["hi"], sampling={"seed": -3, "top_p": 0.5})
+    assert engine.requests[0].seed == -3
+    assert "--top-p and --seed have no effect at temperature 0" in capsys.readouterr().err
+
+
+def test_a_reply_that_is_cut_says_by_what(assistant: Assistant, capsys: pytest.CaptureFixture[str]) -> None:
+    cut = {n: f"[cut{by}: the reply did not end by itself]" for n, by in ((7, " at --max-tokens 7"), (9999, ""))}
+    for most, said in cut.items():
+        chat(assistant, prompt="hi", sampling={"max_tokens": most})
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("--temperature", x) for x in ("-0.1", "2.1", "nan", "inf", "warm")),
+        *(("--top-p", x) for x in ("-0.1", "1.1", "nan")),
+        *(("--max-tokens", x) for x in ("0", "-1", "1.5")),
+        *(("--seed", x) for x in ("1.5", str(2**63))),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_in_one_line(option: str, value: str) -> None:
+    line = error_line(run("chat", "builtin:tiny", "--prompt", "hi", option, value))
+    assert line.startswith(f"error: usage: Invalid value for '{option}': ")
 
 
 def test_a_retry_that_is_stopped_at_once(assistant: Assistant, capsys: pytest.CaptureFixture[str]) -> None:

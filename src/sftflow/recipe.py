@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -206,7 +209,7 @@ def parse_recipe(data: Any, place: str) -> Recipe:
         raise RecipeError(f"{place}: {path}", f"{message} (given: {given})", "correct the value") from None
 
 
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] | None = None) -> Recipe:
     """Read a YAML recipe, apply `key.sub=value` overrides, make its paths absolute to its own folder."""
     file = Path(path)
     if not file.is_file():
@@ -221,25 +224,64 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raise RecipeError(str(path), "not UTF-8 text", "convert it") from None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:  # what YAML makes of a date of no calendar
         raise RecipeError(str(path), f"not YAML ({first_line(error)})", "fix the value") from None
-    for override in overrides or []:
-        apply_override(data, override)
-    return resolve_paths(parse_recipe(data, str(path)), file.resolve().parent)
+    return resolve_paths(overridden(data, overrides or [], str(path)), file.resolve().parent)
 
 
-def apply_override(data: Any, override: str) -> None:
-    """`train.steps=30` sets data["train"]["steps"] to 30; the value is read as YAML."""
-    key, found, value = override.partition("=")
-    if not found or not isinstance(data, dict):
-        raise RecipeError(f"--set {override}", "it is not key=value", "write for example --set train.steps=30")
-    *parents, last = key.strip().split(".")
-    for parent in parents:
-        data = data.setdefault(parent, {}) if isinstance(data, dict) else None
-        if not isinstance(data, dict):
-            raise RecipeError(f"--set {override}", f"{parent!r} holds no keys", "check the key")
+def overridden(data: Any, overrides: Sequence[str], place: str) -> Recipe:
+    """Validate a recipe with `train.steps=30` or `mixture.0.limit=5` set in it; values are YAML, `data` stays as it is.
+
+    Raises RecipeError, which names the `--set` where it is at fault.
+    """
+    changed, keys = copy.copy(data), dict[str, str]()
+    for override in overrides:
+        key, found, value = override.partition("=")
+        said = f"--set {override if len(override) <= 80 else override[:77] + '...'}"
+        if not found or not all(key.strip().split(".")):
+            raise RecipeError(said, "it is not key=value", "write for example --set train.steps=30")
+        try:
+            parsed = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError):
+            raise RecipeError(said, "the value is not YAML", "quote it") from None
+        if isinstance(changed, dict):
+            set_key(changed, key.strip(), parsed, said)
+        keys[f"{key.strip()}."] = said
     try:
-        data[last] = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError):
-        raise RecipeError(f"--set {override}", "the value is not YAML", "quote it") from None
+        return parse_recipe(changed, place)
+    except RecipeError as error:
+        wrong = error.place.removeprefix(f"{place}: ")
+        near = [said for key, said in keys.items() if key.startswith(f"{wrong}.") or f"{wrong}.".startswith(key)]
+        try:
+            parse_recipe(data, place)
+        except RecipeError as own:
+            near = near if str(own) != str(error) else []
+        raise RecipeError(f"{near[-1]}: {wrong}" if near else error.place, error.fact, error.remedy) from None
+
+
+def set_key(data: Any, key: str, value: Any, place: str) -> None:
+    """Set what stands at a dotted key of a mapping: names of keys, and of a list's entries their numbers from 0.
+
+    Raises RecipeError where a list has no such entry, or there is neither a list nor a mapping on the way.
+    """
+    steps = key.split(".")
+    for number, step in enumerate(steps, 1):
+        here = ".".join(steps[: number - 1])
+        if isinstance(data, list):
+            at: Any = int(step) if re.fullmatch("[0-9]{1,9}", step) else len(data)
+            if at >= len(data):
+                fact = f"{here} has {len(data)} entr{'y' if len(data) == 1 else 'ies'}, and {step} is none of them"
+                remedy = f"the first is {here}.0" if data else f"write the whole list: {here}=[...]"
+                raise RecipeError(place, fact, remedy)
+        elif isinstance(data, dict):
+            at = step
+        else:
+            raise RecipeError(place, f"{here!r} holds no keys", "check the key")
+        if number == len(steps):
+            data[at] = value
+        else:  # what is changed is a copy: an alias in the YAML, and the caller's own, stay as they are
+            inner = data[at] if isinstance(data, list) else data.get(at)
+            absent: Any = [] if re.fullmatch("-?[0-9]+", steps[number]) else {}
+            data[at] = absent if inner is None else copy.copy(inner)
+            data = data[at]
 
 
 def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:

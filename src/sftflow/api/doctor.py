@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,10 +18,12 @@ from sftflow.packing.pack import Example, pack_batch
 from sftflow.pretraining.pretrain import BaseSpec, build_model
 
 
-def doctor(recipe: RecipeLike | None = None, *, math: bool = False) -> tuple[list[str], bool]:
+def doctor(
+    recipe: RecipeLike | None = None, overrides: Sequence[str] = (), *, math: bool = False
+) -> tuple[list[str], bool]:
     """(lines for a person, whether everything is well). Raises RecipeError and its kin for a recipe that would not run.
 
-    math: prove packing and loss on this machine.
+    overrides: of the recipe, as `--set` has them.   math: prove packing and loss on this machine.
     """
     runtime, good = detect(), True
     lines = [
@@ -29,7 +32,7 @@ def doctor(recipe: RecipeLike | None = None, *, math: bool = False) -> tuple[lis
         f"device {runtime.device}, precision {runtime.precision} ({runtime.reason})",
     ]
     if recipe is not None:
-        made = recipe_of(recipe, None, (), {})
+        made = recipe_of(recipe, None, (), {}, overrides)
         mixture = mix(recipe=made)
         if made.eval:
             eval_options(made).open(made.base)

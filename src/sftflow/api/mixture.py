@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,9 +90,12 @@ def renderer_of(recipe: Recipe) -> Renderer:
     return checkpoint.open_renderer(checkpoint.resolve(recipe.base), recipe.format)
 
 
-def audit(recipe: RecipeLike) -> Audit:
-    """Render every row of a recipe's mixture, check every mask a second time, and measure what is in it."""
-    made = recipe_of(recipe, None, (), {})
+def audit(recipe: RecipeLike, overrides: Sequence[str] = ()) -> Audit:
+    """Render every row of a recipe's mixture, check every mask a second time, and measure what is in it.
+
+    overrides: of the recipe, as `--set` has them.
+    """
+    made = recipe_of(recipe, None, (), {}, overrides)
     with watching() as shown:
         # Nothing is asked here, so nothing that a model wrote runs: the items are only compared with the rows.
         tasks = replace(eval_options(made), allow_code=True).open(made.base)

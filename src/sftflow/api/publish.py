@@ -69,16 +69,24 @@ def _model_id(name: str) -> str:
 
 
 def talk(
-    model: ModelLike, *, prompt: str | None = None, system: str | None = None, base: ModelLike | None = None
+    model: ModelLike,
+    *,
+    prompt: str | None = None,
+    system: str | None = None,
+    base: ModelLike | None = None,
+    **sampling: Any,
 ) -> None:
     """The chat in the terminal; with `prompt`, one question and its reply.
 
     base: what `/base` asks; else the checkpoint that the model was trained from.
+    sampling: temperature, top_p, max_tokens, seed; what is None is as the checkpoint asks.
     """
     from sftflow.terminal.repl import chat
 
     trained = load(model)
-    chat(trained, prompt=prompt, system=system, base=None if base is None else base_beside(base, trained))
+    other = None if base is None else base_beside(base, trained)
+    given = {key: value for key, value in sampling.items() if value is not None}
+    chat(trained, prompt=prompt, system=system, base=other, sampling=given)
 
 
 def export(

@@ -12,7 +12,7 @@ from typing import Any
 from sftflow.checkpoint import Assistant
 from sftflow.data.sources import check_source
 from sftflow.evaluation.options import EvalOptions
-from sftflow.recipe import Eval, Recipe, SourceEntry, load_recipe, parse_recipe, resolve_paths
+from sftflow.recipe import Eval, Recipe, SourceEntry, load_recipe, overridden, resolve_paths, set_key
 from sftflow.report.progress import ProgressDisplay
 
 RecipeLike = Recipe | str | Path | Mapping[str, Any]
@@ -60,16 +60,21 @@ def name_of(model: ModelLike) -> str:
 
 
 def recipe_of(
-    recipe: RecipeLike | None, base: ModelLike | None, entries: Sequence[SourceEntry], keys: Mapping[str, Any]
+    recipe: RecipeLike | None,
+    base: ModelLike | None,
+    entries: Sequence[SourceEntry],
+    keys: Mapping[str, Any],
+    overrides: Sequence[str] = (),
 ) -> Recipe:
     """One recipe of all that was said: a recipe, and over it what was said by hand.
 
-    keys: the recipe's own, or those of its `train` by their own names.   Raises RecipeError as for a recipe's file.
+    keys: the recipe's own, those of its `train` by their own names, or dotted ones as `mixture.0.limit`.
+    overrides: as `--set` has them.   Raises RecipeError as for a recipe's file.
     """
     if isinstance(recipe, str | Path):
-        recipe = load_recipe(recipe)
+        recipe, overrides = load_recipe(recipe, overrides), ()
     if isinstance(recipe, Recipe):
-        data = {**recipe.model_dump(mode="json"), "mixture": recipe.mixture}  # entries as they are, with their `place`
+        data = {**recipe.model_dump(mode="json"), "mixture": [dict(entry) for entry in recipe.mixture]}
     else:
         data = dict(recipe or {})
     if base is not None:
@@ -79,9 +84,11 @@ def recipe_of(
     for key, value in keys.items():
         if key in Recipe.model_fields:
             data[key] = value
+        elif "." in key:
+            set_key(data, key, value, "recipe")
         else:  # one that is known nowhere, too: it is named there, with its nearest neighbour
             data["train"] = {**(data.get("train") or {}), key: value}
-    made = resolve_paths(parse_recipe(data, "recipe"), Path.cwd())
+    made = resolve_paths(overridden(data, overrides, "recipe"), Path.cwd())
     for entry in made.mixture:
         check_source(entry)
     return made

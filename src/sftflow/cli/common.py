@@ -24,14 +24,31 @@ app = typer.Typer(
 
 MODEL_HELP = "a checkpoint or run directory, a hub id, a .gguf file, or builtin:tiny"
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="override, e.g. train.steps=30 or mixture.0.limit=5"),
+]
 Out = Annotated[Path, typer.Option("--out", help="where the results go")]
 Tasks = Annotated[str | None, typer.Option("--tasks", help="tasks: NAME or NAME=PATH, separated by commas")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="at most so many items a task")]
 AllowCode = Annotated[bool, typer.Option("--allow-code", help="run code that the model wrote, in a sandbox")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"sftflow {version('sftflow')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _options(debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False) -> None:
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="show the version", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
     if debug:
         os.environ["SFTFLOW_DEBUG"] = "1"
 

@@ -9,12 +9,13 @@ from typing import Annotated
 
 import typer
 
-from sftflow.cli.common import app, print_table
+from sftflow.cli.common import Set, app, print_table
 
 
 @app.command()
 def mix(
     recipe: Annotated[Path, typer.Argument(help="a YAML recipe")],
+    set_: Set = None,
     out: Annotated[Path | None, typer.Option(help="write ledger.json (and bad_rows.jsonl) here")] = None,
     html: Annotated[
         Path | None, typer.Option(help="write a page with histograms and one rendered row of each source")
@@ -24,7 +25,7 @@ def mix(
     """Audit a recipe's mixture: every row rendered, proven and accounted for."""
     from sftflow import api
 
-    found = api.audit(recipe)
+    found = api.audit(recipe, set_ or ())
     ledger = found.ledger
     if out is not None:
         found.save(out)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sftflow.cli.common import app, program, say
+from sftflow.cli.common import Set, app, program, say
 from sftflow.foundation.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 @app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="a YAML recipe")],
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override, e.g. train.steps=30")
-    ] = None,
+    set_: Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last saved state")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a run that is in train.out")] = False,
     nproc: Annotated[int, typer.Option(min=1, help="processes; this version trains in one")] = 1,

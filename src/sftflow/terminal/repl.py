@@ -11,11 +11,11 @@ import secrets
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from sftflow.chat.schema import Conversation, Message, text_message
 from sftflow.foundation.errors import CheckpointError, SftflowError
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sftflow.checkpoint import Assistant
 
 HELP = '''/system TEXT   set the system prompt (without TEXT: remove it)
-/retry         answer the last question again, with another seed
+/retry         answer the last question again, with another seed (of a --seed: the next one)
 /base          let the base answer the last question, too
 /save FILE     add the conversation to a JSONL file, as a row to train on, with the system prompt of its last reply;
                replies that were cut, or made under another one, have weight 0
@@ -36,7 +36,10 @@ Ctrl-C stops a reply. A \\ at a line's end goes on in the next line; """ begins 
 
 # A greedy model that has begun to repeat itself would fill a context of thousands of tokens.
 LONGEST_REPLY = 1024
-CUT = "[cut: the reply did not end by itself]"
+CUT = "[cut{}: the reply did not end by itself]"
+
+Sampling = Mapping[str, Any]
+"""temperature, top_p, max_tokens and seed, where they were given"""
 
 
 @contextmanager
@@ -66,12 +69,12 @@ CONTROLS = (
 
 
 def _stream(
-    assistant: Assistant, conversation: Conversation, out: TextIO, seed: int, stop: Callable[[], bool]
+    assistant: Assistant, conversation: Conversation, out: TextIO, sampling: Sampling, stop: Callable[[], bool]
 ) -> tuple[Message | None, str]:
     """Write the reply as it comes, until `stop()`. Returns (the reply as a message, or None where nothing came; why it
     ended). A reply that did not end by itself has weight 0; one that was stopped inside a calculator call ends in front
     of that call."""
-    request = assistant.request(conversation, max_tokens=LONGEST_REPLY, seed=seed)
+    request = assistant.request(conversation, **{"max_tokens": LONGEST_REPLY, **sampling})
     written, ended, message = "", "interrupted", None
     ids: list[int] = []
     table = CONTROLS if out.isatty() else {}
@@ -98,6 +101,9 @@ def _stream(
     if not written.endswith("\n"):
         out.write("\n")
         out.flush()
+    if ended == "length":
+        most = sampling.get("max_tokens")
+        note(CUT.format(f" at --max-tokens {most}" if request.max_new_tokens == most else ""))
     return message, ended
 
 
@@ -114,7 +120,8 @@ class TerminalChat:
     """A conversation as it stands.
 
     systems: the system prompt that each reply of the history was made under.
-    asked: the last question, and what stood in front of it, for /retry and /base; `seed` was its reply's.
+    sampling: as it was given.   asked: the last question, and what stood in front of it, for /retry and /base;
+    `seed` was its reply's, the `again`th to it after the first.
     base: what /base asks; where it is left out, the base that the checkpoint names, loaded when it is first asked.
     """
 
@@ -125,36 +132,48 @@ class TerminalChat:
     systems: list[str | None] = field(default_factory=list)
     asked: list[Message] = field(default_factory=list)
     base: Assistant | None = None
+    sampling: Sampling = field(default_factory=dict)
     seed: int = 0
+    again: int = 0
 
     def conversation(self, messages: list[Message]) -> Conversation:
         opening = [text_message("system", self.system)] if self.system else []
         return Conversation((*opening, *messages), source="chat")
 
+    def drawn(self, again: int = 0) -> Sampling:
+        """How a reply is drawn: with the seed that was given, the `again`th after it, or else any."""
+        fixed = self.sampling.get("seed")
+        self.seed = secrets.randbits(63) if fixed is None else fixed + again
+        return {**self.sampling, "seed": self.seed}
+
     def ask(self, turn: list[Message]) -> None:
         """Answer the last message of `turn`; where that fails, the conversation stays as it was."""
-        seed = secrets.randbits(63)
+        self.again = self.again + 1 if turn is self.asked else 0
         with _stoppable() as stop:  # to the end, for a late Ctrl-C must not lose the reply
             try:
-                message, ended = _stream(self.assistant, self.conversation(turn), self.out, seed, stop)
+                how = self.drawn(self.again)
+                message, ended = _stream(self.assistant, self.conversation(turn), self.out, how, stop)
             except SftflowError as error:
                 note(f"error: {error}" + ("" if len(turn) == 1 else " (or /reset)"))
                 return
-            self.asked, self.seed = turn, seed
+            self.asked = turn
             # A question that nobody answered is not part of the conversation: roles take turns.
             self.history = [*turn, message] if message is not None else turn[:-1]
             before = self.systems[: sum(m.role == "assistant" for m in turn)]
             self.systems = [*before, self.system] if message is not None else before
-            if ended == "length":
-                note(CUT)
-            elif ended == "interrupted":
+            if ended == "interrupted":
                 note("[stopped]" if message is not None else "[stopped before the first word; /retry asks again]")
 
     def retry(self) -> None:
         before = self.history[-1] if len(self.history) > len(self.asked) else None
         self.ask(self.asked)
-        if before in self.history[-1:] and not self.assistant.sampling["temperature"]:
-            note("[the same again: this checkpoint asks for its likeliest tokens, not for a draw]")
+        if before in self.history[-1:] and not self.temperature:
+            greedy = "this checkpoint asks for" if "temperature" not in self.sampling else "--temperature 0 takes"
+            note(f"[the same again: {greedy} its likeliest tokens, not for a draw]")
+
+    @property
+    def temperature(self) -> float:
+        return float(self.sampling.get("temperature", self.assistant.sampling["temperature"]))
 
     def ask_base(self) -> None:
         """The base's reply to the last question, with the same history and seed; it does not enter the conversation."""
@@ -162,9 +181,10 @@ class TerminalChat:
             self.base = lineage_base(self.assistant)
         note(f"{self.base.name}:")
         with _stoppable() as stop:
-            _, ended = _stream(self.base, self.conversation(self.asked), self.out, self.seed, stop)
-        if ended != "stop":
-            note(CUT if ended == "length" else "[stopped]")
+            how = {**self.sampling, "seed": self.seed}
+            _, ended = _stream(self.base, self.conversation(self.asked), self.out, how, stop)
+        if ended == "interrupted":
+            note("[stopped]")
 
     def save(self, name: str) -> None:
         if not name:
@@ -233,12 +253,15 @@ def chat(
     prompt: str | None = None,
     system: str | None = None,
     base: Assistant | None = None,
+    sampling: Sampling | None = None,
     out: TextIO | None = None,
     read: Callable[[str], str] | None = None,
 ) -> None:
     """Answer one prompt, or talk until /quit or Ctrl-D.
 
     base: what /base asks; where it is left out, the base that the checkpoint names, loaded when it is first asked for.
+    sampling: temperature, top_p, max_tokens, seed; what is left out is as the checkpoint asks. A seed is that of every
+    question's first reply.
     out: where replies go (standard output).   read: asks for a line, given the prompt to show, as `input` does.
     Raises SftflowError where a one-shot prompt cannot be rendered or does not fit, and KeyboardInterrupt where Ctrl-C
     stopped its reply; in a conversation both are shown.
@@ -248,19 +271,20 @@ def chat(
     if reconfigure is not None:
         reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks, and goes on
 
-    talk = TerminalChat(assistant, out, system=whole(system) if system else None, base=base)
+    given = dict(sampling or {})
+    talk = TerminalChat(assistant, out, system=whole(system) if system else None, base=base, sampling=given)
+    if not talk.temperature and (idle := [f"--{key.replace('_', '-')}" for key in ("top_p", "seed") if key in given]):
+        effect = "has" if len(idle) == 1 else "have"
+        note(f"[{' and '.join(idle)} {effect} no effect at temperature 0, where the likeliest token is taken]")
     if prompt is not None:
-        asked = [text_message("user", whole(prompt))]
-        seed = secrets.randbits(63)
+        asked, how = [text_message("user", whole(prompt))], talk.drawn()
         for answering in (assistant, base) if base is not None else (assistant,):
             if base is not None:
                 note(f"{answering.name}:")
             with _stoppable() as stop:
-                _, ended = _stream(answering, talk.conversation(asked), out, seed, stop)
+                _, ended = _stream(answering, talk.conversation(asked), out, how, stop)
             if ended == "interrupted":
                 raise KeyboardInterrupt
-            if ended == "length":
-                note(CUT)
         return
     note(f"{assistant.name} · /help for commands, Ctrl-D to leave")
     read = keyboard() if read is None else read
