@@ -111,7 +111,8 @@ def test_a_call_is_streamed_as_it_is_answered_whole(client: openai.OpenAI) -> No
     assert [c.finish_reason for c in choices if c.finish_reason] == ["tool_calls"]
     streamed = [t.token for c in choices if c.logprobs for t in c.logprobs.content]
     assert streamed == [t.token for t in whole.logprobs.content]
-    assert '"Paris"' in "".join(streamed)
+    assert "".join(streamed) == whole.message.content
+    assert '"Paris"' in "".join(t["token"] for t in whole.logprobs.tool_calls)  # each under its own name
 
 
 def test_none_means_that_no_tool_is_offered(client: openai.OpenAI) -> None:

@@ -129,11 +129,13 @@ class Renderer:
         conversation: Conversation,
         *,
         add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
         turns: bool = False,
         prompts: Prompts | None = None,
     ) -> Rendered:
         """One conversation -> ids and mask. With add_generation_prompt=True, the prompt for the next assistant turn
-        (mask all 0). With turns=True, the row also says where its turns begin.
+        (mask all 0); with continue_final_message=True, that for going on with the last one, up to the end of its text.
+        With turns=True, the row also says where its turns begin.
 
         prompts: those of a row that begins with this conversation, so that none is rendered again.
         Raises FormatError where the template refuses the conversation (its own message quoted) and MaskError where
@@ -146,13 +148,16 @@ class Renderer:
             text = prompts.before(len(row.messages))
         else:
             text = template.text(row.messages, row.tools, False, row.source)
-        supervised = [] if add_generation_prompt else conversation.supervised
+        supervised = [] if add_generation_prompt or continue_final_message else conversation.supervised
         proof = prompts.proof_behind_block(row, text, prover) if supervised == [len(row.messages) - 1] else None
         text = proof.text if proof else text
         starts = prompts.reply_starts(row, text, set(supervised))
         boundaries = sorted(set(starts.values()))
         proof = proof or (prover.prove(row, text) if supervised else None)
         literals = proof.literals if proof else prover.literals(row, text, add_generation_prompt)
+        if continue_final_message:
+            text = template.up_to_the_end(row, text)
+            literals, boundaries = [x for x in literals if x[1] <= len(text)], [b for b in boundaries if b <= len(text)]
         encoded = self._encoder.encode(text, literals, boundaries, row.source)
         mask = np.zeros(len(encoded.ids), np.int8)
         if proof is None:

@@ -31,6 +31,7 @@ from sftflow.chat.template_environment import Namespace, environment
 from sftflow.chat.watch import View, Watch, Watched, goes_forward
 from sftflow.foundation.errors import FormatError, first_line
 
+_GOES_ON = "zqgoeson "
 _DEFAULTED = re.compile(r"set\s+(\w+)\s*=\s*\1\b|(?<!\w)(\w+) is (?:not )?defined")
 
 
@@ -116,6 +117,23 @@ class Template:
     def text(self, messages: Messages, tools: Any, add_generation_prompt: bool, place: str) -> str:
         """The rendering, where asked with the generation prompt. Raises FormatError in the template's own words."""
         return self._text(self._parted(messages), tools, add_generation_prompt, place)
+
+    def up_to_the_end(self, row: Row, text: str) -> str:
+        """A row's rendering up to the end of its last message's text, as transformers' `continue_final_message` finds
+        it. Raises FormatError where what the template writes depends on how that goes on."""
+        *before, last = row.messages
+        parts = last["content"]
+        if isinstance(parts, str):
+            going_on: Any = parts + _GOES_ON
+        else:
+            going_on = [*parts[:-1], {**parts[-1], "text": parts[-1]["text"] + _GOES_ON}]
+        longer = self.text([*before, {**last, "content": going_on}], row.tools, False, row.source)
+        head, mark, rest = longer.rpartition(_GOES_ON.strip())
+        head = head if rest.startswith(" ") else head.rstrip()  # where the template strips, so is what is continued
+        if not mark or not text.startswith(head):
+            fact = f"the {self.format.name} format does not write the last message so that it could be continued"
+            raise FormatError(f"{row.source}.messages[{len(before)}]", fact, "let the model begin the reply")
+        return head
 
     def as_given(self, messages: Messages) -> Messages:
         """The messages with contents as lists of parts where the template leaves texts out, and the arguments of calls

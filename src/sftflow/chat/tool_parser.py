@@ -87,6 +87,8 @@ class CallReader:
         words = call_format.open.split()
         self._first = words[0] if words else ""
         self._text = ""  # what has not been given out
+        self.n_read = 0  # characters in front of it
+        self.texts: list[tuple[int, int]] = []  # which of them were given out as texts
         self._begun = False  # whether anything has
         self._after_call = False  # the blanks behind a call are the format's
 
@@ -104,7 +106,7 @@ class CallReader:
         at = 0  # in front of it no call begins
         while True:
             if self._after_call:
-                self._text = self._text.lstrip()
+                self._drop(len(self._text) - len(self._text.lstrip()))
             start = self._candidate(at)
             if start is None:
                 held = 0 if final else held_back(self._text, [self._first])
@@ -122,7 +124,8 @@ class CallReader:
             rest = self._text[cursor.at :]
             self._give(out, self._text[:start], cut=True)
             out += calls
-            self._text, self._begun, self._after_call, at = rest, True, True, 0
+            self._drop(len(self._text) - len(rest))
+            self._begun, self._after_call, at = True, True, 0
 
     def _candidate(self, at: int) -> int | None:
         """The next place where a call might begin. Where the format opens it with nothing that a text shows, only a
@@ -137,8 +140,12 @@ class CallReader:
         text = text.rstrip() if cut else text
         if text:
             out.append(text)
-            self._text = self._text[len(text) :]
+            self.texts.append((self.n_read, self.n_read + len(text)))
+            self._drop(len(text))
             self._begun, self._after_call = True, False
+
+    def _drop(self, n: int) -> None:
+        self._text, self.n_read = self._text[n:], self.n_read + n
 
     def _calls(self, cursor: _Cursor) -> list[str | Call]:
         cursor.words(self._format.open)

@@ -114,13 +114,18 @@ class ReplyText:
     """What a person reads of a reply while it is made: the text outside the calculator's calls and their results.
 
     run: what makes text of the ids outside.   python: (call start, call end, output start, output end) ids, or None.
-    stops: the text ends before the first of these.
+    stops: the text ends before the first of these.   shown: control tokens that it has nevertheless, by their ids; no
+    stop text lies across one.
     """
 
     def __init__(
-        self, run: Detokenizer, python: tuple[int, int, int, int] | None = None, stops: Sequence[str] = ()
+        self,
+        run: Detokenizer,
+        python: tuple[int, int, int, int] | None = None,
+        stops: Sequence[str] = (),
+        shown: Sequence[tuple[int, str]] = (),
     ) -> None:
-        self._run, self._python, self._stops = run, python, StopTexts(stops)
+        self._run, self._python, self._stops, self._shown = run, python, StopTexts(stops), dict(shown)
         self._outside = True
 
     @property
@@ -133,6 +138,9 @@ class ReplyText:
         return self._stops.found is None and (self._run.waits or bool(self._stops.held))
 
     def feed(self, token: int) -> str:
+        if token in self._shown:
+            text = self.flush()
+            return text if self._stops.found is not None else text + self._shown[token]
         if self._python is not None and token in self._python:
             self._outside = token in (self._python[1], self._python[3])
             return self._stops.feed(self._run.flush())

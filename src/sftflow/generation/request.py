@@ -18,6 +18,7 @@ class GenerationRequest:
     max_new_tokens: 0 only reads the prompt, which is of use with `prompt_logprobs`.
     logprobs: how many of the likeliest tokens are told beside each token of the reply; 0 tells of the chosen one
     alone, None of none.   prompt_logprobs: the same for the prompt's own tokens.
+    shown: control tokens that the reply's text has nevertheless, and what stands for each (see `chat.thoughts`).
     """
 
     prompt_ids: tuple[int, ...]
@@ -35,6 +36,7 @@ class GenerationRequest:
     use_python: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    shown: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True)

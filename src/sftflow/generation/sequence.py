@@ -52,9 +52,10 @@ class ReplyDecoder:
         """Whether these ids are the beginning of an end of turn, or all of one."""
         return any(end[: len(ids)] == tuple(ids) for end in self._ends)
 
-    def reply_text(self, stops: Sequence[str] = ()) -> ReplyText:
-        """The text parts joined, for ids that come one by one, up to the first of the stop texts."""
-        return ReplyText(Detokenizer(self.decode, self.control), self.python, stops)
+    def reply_text(self, stops: Sequence[str] = (), shown: Sequence[tuple[int, str]] = ()) -> ReplyText:
+        """The text parts joined, for ids that come one by one, up to the first of the stop texts. shown: as in
+        `GenerationRequest`."""
+        return ReplyText(Detokenizer(self.decode, self.control), self.python, stops, shown)
 
     def parts(self, ids: Sequence[int]) -> tuple[Part, ...]:
         """Generated ids as text, calculator calls and their results; control tokens themselves are not text."""
@@ -123,8 +124,9 @@ class ReplySequence:
     def __post_init__(self) -> None:
         self.sampler = Sampler(self.request)
         # The text is followed token by token where somebody reads along, or where it may end the reply.
-        follow = self.streamed or bool(self.request.stop_texts)
-        self._follower = self.decoder.reply_text(self.request.stop_texts) if follow else None
+        asked = self.request
+        follow = self.streamed or bool(asked.stop_texts or asked.shown)
+        self._follower = self.decoder.reply_text(asked.stop_texts, asked.shown) if follow else None
         self._held: list[int] = []  # ids that may be the beginning of the end, which is not said
         self._text = ""  # what the follower has given
         self._n_taken = 0  # characters of it

@@ -26,7 +26,7 @@ from sftflow.serving.logprobs import token_texts
 from sftflow.serving.metrics import CONTENT_TYPE, Metrics
 from sftflow.serving.middleware import Auth, RequestLog, UnforeseenErrors, access
 from sftflow.serving.model_entry import ServedModel
-from sftflow.serving.prompt import chat_ids
+from sftflow.serving.prompt import chat_prompt
 from sftflow.serving.request_body import ReaderPool, parse_json, read_body
 from sftflow.serving.responses import Responder, ResponseShape, slices
 from sftflow.serving.schemas import ChatBody, CompletionBody, RenderBody, SamplingBody
@@ -129,7 +129,7 @@ async def render(request: Request) -> Response:
         body = RenderBody.read(parse_json(data))
         model = serving.find(body.model)
         model.thread.check_room()
-        ids = chat_ids(model, body.messages, body.tools or [])
+        ids = chat_prompt(model, body, replied=False).ids.tolist()
         texts = token_texts(model.assistant.tokenizer, ids)
         told = [{"id": i, "text": t, "special": i in model.control_ids} for i, t in zip(ids, texts, strict=True)]
         return "".join(slices({"tokens": told})).encode()

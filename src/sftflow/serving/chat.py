@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from sftflow.chat.thoughts import Piece, ThoughtReader
 from sftflow.chat.tool_parser import Call, CallReader, joined
-from sftflow.generation.request import Delta, TokenLogprob
+from sftflow.generation.request import Delta
 from sftflow.serving.errors import wrong
-from sftflow.serving.logprobs import chat_logprobs
+from sftflow.serving.logprobs import ReplyLogprobs, joined_logprobs
 from sftflow.serving.model_entry import ServedModel
-from sftflow.serving.prompt import chat_ids, requests_for
+from sftflow.serving.prompt import chat_prompt, requests_for
 from sftflow.serving.responses import Chunk, ResponseShape
 from sftflow.serving.schemas import ChatBody
 
@@ -23,12 +24,18 @@ def chat_response(model: ServedModel, body: ChatBody) -> ResponseShape:
     """Reads the prompt, which takes its time. Raises ApiError 400."""
     if body.top_logprobs and not body.logprobs:
         raise wrong("top_logprobs", "it needs logprobs: true")
-    prompt = chat_ids(model, body.messages, body.offered)
+    prompt = chat_prompt(model, body)
     limit = body.max_completion_tokens or body.max_tokens  # an upper bound: what fits is less
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    requests = requests_for(model.assistant, body, prompt, limit, logprobs=logprobs)
-    choices = [ChatChoice(model, body) for _ in requests]
-    return ResponseShape(model=model, body=body, n_prompt=len(prompt), requests=requests, choices=choices)
+    thoughts, begun = model.thoughts, ""
+    if thoughts is not None:
+        continued = body.messages[-1]["content"] if body.continue_final_message else ""
+        begun = thoughts.begun(prompt.text, continued if isinstance(continued, str) else "")
+    shown = thoughts.shown(model.assistant.renderer) if thoughts else ()
+    ids = prompt.ids.tolist()
+    requests = requests_for(model.assistant, body, ids, limit, logprobs=logprobs, shown=shown)
+    choices = [ChatChoice(model, body, begun) for _ in requests]
+    return ResponseShape(model=model, body=body, n_prompt=len(ids), requests=requests, choices=choices)
 
 
 class ChatChoice:
@@ -36,40 +43,82 @@ class ChatChoice:
 
     id_prefix, whole_object, piece_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, model: ServedModel, body: ChatBody) -> None:
-        self._model = model
-        self._logprobs = bool(body.logprobs)
-        offered = body.offered
-        self._reader = CallReader(model.calls, offered) if offered and model.calls is not None else None
-        self._tokens: list[TokenLogprob] = []  # of text that has not been given out
-        self._n_calls = 0
+    def __init__(self, model: ServedModel, body: ChatBody, begun: str = "") -> None:
+        """begun: what of the reply's thoughts its prompt has, see `ThoughtMarks`."""
+        marks, offered, decoder = model.thoughts, body.offered, model.assistant.engine.reply_decoder
+        self._thoughts = ThoughtReader(marks, begun) if marks else None
+        self._calls = CallReader(model.calls, offered) if offered and model.calls is not None else None
+        shown = marks.shown(model.assistant.renderer) if marks else ()
+        text = decoder.reply_text(shown=shown)
+        self._logprobs = ReplyLogprobs(model.table, model.control_ids, text) if body.logprobs else None
+        self._n_text = self._n_calls = 0
+        self._said: list[int] = []  # where in the reply's text the characters are that are read for calls
 
     def opening(self) -> list[Chunk]:
         return [{"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}]
 
     def is_large(self, delta: Delta) -> bool:
-        return self._logprobs and len(self._tokens) + len(delta.tokens) > 32  # held back with the text of a call
+        held = 0 if self._logprobs is None else len(self._logprobs) + len(delta.tokens)
+        return held > 32  # held back with the text of a call
 
     def feed(self, delta: Delta) -> list[Chunk]:
-        self._tokens += [t for t in delta.tokens if t.id not in self._model.control_ids]
-        pieces: list[str | Call] = [delta.text] if delta.text else []
-        if self._reader is not None:
-            ends = delta.reply is not None
-            pieces = joined(self._reader.feed(delta.text) + (self._reader.flush() if ends else []))
-        chunks = [
-            self._chunk({"content": piece} if isinstance(piece, str) else {"tool_calls": [self._call(piece)]})
-            for piece in pieces
-        ]
+        final = delta.reply is not None
+        if self._logprobs is not None:
+            self._logprobs.add(delta.tokens, final=final)
+        chunks = [self._chunk(piece) for piece in self._pieces(delta.text, final)]
         if delta.reply is not None:
             reason = "tool_calls" if self._n_calls else delta.reply.finish_reason
-            chunks.append({**self._chunk({}), "finish_reason": reason})
+            chunks.append({**self._chunk({}, final=True), "finish_reason": reason})
         return chunks
 
-    def _chunk(self, delta: dict[str, Any]) -> Chunk:
-        logprobs = None
-        if self._logprobs and self._tokens:
-            logprobs = {"content": chat_logprobs(self._model.table, self._tokens), "refusal": None}
-            self._tokens = []
+    def _pieces(self, text: str, final: bool) -> Iterator[dict[str, Any]]:
+        """The deltas of a message that a piece of the reply's text makes certain."""
+        if self._thoughts is None:
+            pieces = [Piece("said", text, self._n_text)] if text else []
+            self._n_text += len(text)
+        else:
+            pieces = self._thoughts.feed(text) + (self._thoughts.flush() if final else [])
+        for piece in pieces:
+            if piece.kind == "thought":
+                yield from self._called([], final=True)  # no call goes on behind thoughts
+                self._read("reasoning_content", *places(piece))
+                yield {"reasoning_content": piece.text}
+            elif self._calls is None:
+                self._read("content", *places(piece))
+                yield {"content": piece.text}
+            else:
+                yield from self._called([piece], final=False)
+        if final:
+            yield from self._called([], final=True)
+
+    def _called(self, said: Sequence[Piece], final: bool) -> Iterator[dict[str, Any]]:
+        """What was said, with its tool calls read."""
+        reader = self._calls
+        if reader is None:
+            return
+        self._said += [i for piece in said for i in places(piece)]
+        at, n_texts = reader.n_read, len(reader.texts)
+        found = reader.feed("".join(piece.text for piece in said)) + (reader.flush() if final else [])
+        spans = [*reader.texts[n_texts:], (reader.n_read, reader.n_read)]
+        for piece in joined(found):
+            start, end = spans[0]
+            self._read("tool_calls", *self._said[at:start])
+            if isinstance(piece, str):
+                end = start + len(piece)
+                spans = [span for span in spans if span[1] > end] or spans[-1:]
+                self._read("content", *self._said[start:end])
+            yield {"content": piece} if isinstance(piece, str) else {"tool_calls": [self._call(piece)]}
+            at = end if isinstance(piece, str) else start
+        self._read("tool_calls", *self._said[at : reader.n_read])
+
+    def _read(self, kind: str, *characters: int) -> None:
+        """Tell the log-probabilities what these characters of the reply's text are."""
+        if self._logprobs is not None:
+            for i in characters:
+                self._logprobs.read(kind, i, i + 1)
+
+    def _chunk(self, delta: dict[str, Any], *, final: bool = False) -> Chunk:
+        logprobs = self._logprobs.take(final=final) if self._logprobs is not None else None
         return {"delta": delta, "logprobs": logprobs, "finish_reason": None}
 
     def _call(self, call: Call) -> dict[str, Any]:
@@ -84,13 +133,18 @@ class ChatChoice:
 
     def whole(self, chunks: Sequence[Chunk]) -> dict[str, Any]:
         content = "".join(c["delta"].get("content", "") for c in chunks)
+        thoughts = "".join(c["delta"].get("reasoning_content", "") for c in chunks)
         calls = [call for c in chunks for call in c["delta"].get("tool_calls", [])]
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if self._thoughts is not None:
+            message["reasoning_content"] = thoughts or None
         if calls:
             message["content"] = content or None
             message["tool_calls"] = [{k: v for k, v in call.items() if k != "index"} for call in calls]
-        logprobs = None
-        if self._logprobs:
-            content_logprobs = [t for c in chunks if c["logprobs"] for t in c["logprobs"]["content"]]
-            logprobs = {"content": content_logprobs, "refusal": None}
+        logprobs = None if self._logprobs is None else joined_logprobs(c["logprobs"] for c in chunks)
         return {"message": message, "logprobs": logprobs, "finish_reason": chunks[-1]["finish_reason"]}
+
+
+def places(piece: Piece) -> range:
+    """Where its characters are in the reply's text."""
+    return range(piece.at, piece.at + len(piece.text) if piece.at >= 0 else piece.at)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import codecs
 import functools
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sftflow.chat.streaming import outputs
 from sftflow.chat.token_rows import token_bytes
-from sftflow.generation.detokenize import Detokenizer
+from sftflow.generation.detokenize import Detokenizer, ReplyText
 from sftflow.generation.request import TokenLogprob
 
 LEAST = -9999.0
@@ -33,14 +34,84 @@ class TokenTable(dict[int, bytes]):
         return self[token].decode("utf-8", "replace")
 
 
-def chat_logprobs(table: TokenTable, tokens: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
-    """Tokens in the shape of choices[].logprobs.content of a chat completion."""
-    table.learn((), tokens)
+class ReplyLogprobs:
+    """A chat reply's tokens in the shape of choices[].logprobs, piece by piece: {"content": entries, "refusal": None}.
 
-    def entry(token: int, logprob: float) -> dict[str, Any]:
-        return {"token": table.text(token), "logprob": max(logprob, LEAST), "bytes": list(table[token])}
+    The entries of `content` are the tokens that the message's content is made of, those of `reasoning_content` and
+    `tool_calls`, where there are any, of what was read as such; their bytes, joined, are that text. A token that shows
+    no text (an end of turn, the calculator's calls and results, the marks around thoughts, a stop text) has none; of
+    one that is shown in part, that part stands.
+    """
 
-    return [{**entry(t.id, t.logprob), "top_logprobs": [entry(i, p) for i, p in t.top]} for t in tokens]
+    def __init__(self, table: TokenTable, control_ids: frozenset[int], text: ReplyText) -> None:
+        """text: what makes text of ids, to the reply's end."""
+        self.table, self._control_ids, self._text = table, control_ids, text
+        self._kinds: list[str] = []  # of each character of the text that has been read
+        self._groups: deque[tuple[list[TokenLogprob], int, str]] = deque()  # tokens, the text they bring, where it is
+        self._tokens: list[TokenLogprob] = []  # whose text is still to come
+        self._part, self._at = "", 0
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def add(self, tokens: Sequence[TokenLogprob], *, final: bool) -> None:
+        """The next tokens."""
+        for token in tokens:
+            self._part += self._text.feed(token.id)
+            if token.id not in self._control_ids:
+                self._tokens.append(token)
+            if not self._text.waits:
+                self._close()
+        if final:
+            self._part += self._text.flush()
+            self._close()
+
+    def _close(self) -> None:
+        self._groups.append((self._tokens, self._at, self._part))
+        self._at += len(self._part)
+        self._tokens, self._part = [], ""
+
+    def read(self, kind: str, start: int, end: int) -> None:
+        """What the text's characters from start to end were read as: they come in order."""
+        self._kinds += [""] * (start - len(self._kinds)) + [kind] * (end - start)
+
+    def take(self, *, final: bool = False) -> dict[str, Any] | None:
+        """The entries of what was read since the last time; None where there are none."""
+        out: dict[str, Any] = {"content": [], "refusal": None}
+        found = False
+        while self._groups and (final or self._groups[0][1] + len(self._groups[0][2]) <= len(self._kinds)):
+            tokens, at, text = self._groups.popleft()
+            kinds = self._kinds[at : at + len(text)]
+            for kind in filter(None, dict.fromkeys(kinds)):
+                part = "".join(c for c, k in zip(text, kinds, strict=False) if k == kind)
+                out.setdefault(kind, []).extend(self._entries(tokens, part))
+                found = True
+        return out if found else None
+
+    def _entries(self, tokens: Sequence[TokenLogprob], text: str) -> list[dict[str, Any]]:
+        """tokens: those that bring this text: one, or those that share a character."""
+        self.table.learn((), tokens)
+        own = [self.table[t.id] for t in tokens]
+        if b"".join(own).decode("utf-8", "replace") != text:
+            own = [b""] * (len(own) - 1) + [text.encode()]  # it is shown in part
+        return [
+            {**_entry(shown, t.logprob), "top_logprobs": [_entry(self.table[i], p) for i, p in t.top]}
+            for t, shown in zip(tokens, own, strict=True)
+        ]
+
+
+def _entry(token: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": token.decode("utf-8", "replace"), "logprob": max(logprob, LEAST), "bytes": list(token)}
+
+
+def joined_logprobs(pieces: Iterable[dict[str, Any] | None]) -> dict[str, Any]:
+    """Those of a whole reply."""
+    out: dict[str, Any] = {"content": [], "refusal": None}
+    for piece in filter(None, pieces):
+        for kind, entries in piece.items():
+            if entries:
+                out.setdefault(kind, []).extend(entries)
+    return out
 
 
 class TextLogprobs:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
+from sftflow.chat.render import Renderer
+from sftflow.chat.thoughts import ThoughtMarks, learn_thoughts
 from sftflow.chat.tool_format import learn_calls
 from sftflow.chat.tool_parser import CallFormat
 from sftflow.serving.engine_thread import EngineThread
@@ -24,8 +29,23 @@ class ServedModel:
         self.context = assistant.engine.context
         self.table = TokenTable(assistant.tokenizer)
         self.control_ids = frozenset(assistant.renderer.special.values())
+        self._with = functools.lru_cache(maxsize=16)(self._renderer_with)
 
     @functools.cached_property
     def calls(self) -> CallFormat | None:
         """How this format writes tool calls; None where it has none that could be read back."""
         return learn_calls(self.assistant.renderer)
+
+    @functools.cached_property
+    def thoughts(self) -> ThoughtMarks | None:
+        """What stands around thoughts in its replies; None where this format knows of none."""
+        return learn_thoughts(self.assistant.renderer)
+
+    def renderer(self, arguments: Mapping[str, Any]) -> Renderer:
+        """The renderer, with these arguments of the template."""
+        return self._with(json.dumps(arguments, sort_keys=True)) if arguments else self.assistant.renderer
+
+    def _renderer_with(self, arguments: str) -> Renderer:
+        renderer = self.assistant.renderer
+        chat_format = replace(renderer.format, kwargs={**renderer.format.kwargs, **json.loads(arguments)})
+        return Renderer(renderer.tokenizer, chat_format, spec=replace(renderer.spec, format=chat_format))

@@ -5,23 +5,29 @@ All of it may take seconds for a large body, and runs in a thread.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from sftflow.chat.render import Rendered, Renderer
 from sftflow.chat.schema import Conversation, parse_row
 from sftflow.foundation.errors import FormatError, SftflowError
 from sftflow.generation.request import GenerationRequest
 from sftflow.serving.errors import ApiError, wrong
-from sftflow.serving.schemas import SamplingBody
+from sftflow.serving.joining import joined_ways
+from sftflow.serving.schemas import PromptBody, SamplingBody
 
 if TYPE_CHECKING:
     from sftflow.checkpoint import Assistant
     from sftflow.serving.model_entry import ServedModel
 
+Ending = Literal["prompt", "continued", "whole"]
+"""how a rendering ends: with the beginning of a reply, in the last message, or behind it"""
 MOST_MESSAGES = 2_000
 """a conversation is rendered once for each of its replies, which grows with the square of their number"""
 MOST_TOOLS = 128
@@ -36,23 +42,93 @@ _OF_A_FUNCTION = {
 _TOOL_NAME = re.compile(r"[\w.:/-]{1,128}", re.ASCII)
 
 
-def chat_ids(model: ServedModel, messages: Sequence[Any], tools: Sequence[Any]) -> tuple[int, ...]:
-    """The exact prompt for a chat's next reply. Raises ApiError 400: wrong or too long, refused by the chat format, or
-    (nothing may vanish) left out by it. A developer message in a format that has none is a system message."""
-    conversation = read_messages(messages, tools)
+def chat_prompt(model: ServedModel, body: PromptBody, *, replied: bool = True) -> Rendered:
+    """The exact prompt for a chat's next reply, or for going on with its last message. What the format refuses, or
+    (nothing may vanish) leaves out, is joined (see `joining`).
+
+    replied: whether a reply will follow; else the messages may also stand alone (`add_generation_prompt: false`).
+    Raises ApiError 400: wrong, too long, or refused by the chat format however it is joined.
+    """
+    conversation = read_messages(body.messages, body.offered)
     if conversation.tools and model.calls is None:
         fact = f"the {model.assistant.renderer.format.name} chat format has no tool calls that could be read back"
         raise wrong("tools", fact, "unsupported_parameter")
+    renderer = model.renderer(template_arguments(model, body))
+    ends = _how_it_ends(body, conversation, replied)
     try:
-        return _rendered(model.assistant, conversation)
+        return _rendered(renderer, model.context, conversation, ends)
     except ApiError as error:
-        if all(m.role != "developer" for m in conversation.messages):
+        if error.body["error"]["code"] == "context_length_exceeded":
             raise
-        renamed = [replace(m, role="system") if m.role == "developer" else m for m in conversation.messages]
-        try:
-            return _rendered(model.assistant, replace(conversation, messages=tuple(renamed)))
-        except ApiError:
-            raise error from None
+        for way in joined_ways(conversation):
+            with contextlib.suppress(ApiError):
+                return _rendered(renderer, model.context, way, ends)
+        raise
+
+
+def _how_it_ends(body: PromptBody, conversation: Conversation, replied: bool) -> Ending:
+    """Raises ApiError 400 where the fields contradict each other or the last message."""
+    place, last = "continue_final_message", conversation.messages[-1]
+    if not body.continue_final_message:
+        if body.add_generation_prompt is not False:
+            return "prompt"
+        if replied:
+            fact = "false leaves the reply without its beginning; leave it out, or continue a message that has one"
+            raise wrong("add_generation_prompt", f"{fact} (continue_final_message: true)")
+        return "whole"
+    if body.add_generation_prompt:
+        raise wrong(place, "it contradicts add_generation_prompt: true")
+    if last.role != "assistant":
+        raise wrong(place, f"the last message is of the role {last.role}; only an assistant's can be continued")
+    if last.tool_calls:
+        raise wrong(place, "the last message calls tools, which ends it")
+    if not last.text.strip():
+        raise wrong(place, "the last message has no text to continue")
+    return "continued"
+
+
+_OWN = {
+    "messages",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template",
+    "tokenize",
+}
+
+
+def template_arguments(model: ServedModel, body: PromptBody) -> dict[str, Any]:
+    """The template's own arguments that a body sets: those of `chat_template_kwargs`, and `enable_thinking` and
+    `reasoning_effort` beside it. Raises ApiError 400 for one that the template does not read: it would change nothing,
+    and nobody would know. Whether a model thinks may be asked for in any format, where it does so anyway."""
+    renderer, given = model.assistant.renderer, dict(body.chat_template_kwargs or {})
+    places = {name: f"chat_template_kwargs.{name}" for name in given}
+    for name in ("enable_thinking", "reasoning_effort"):
+        value = getattr(body, name)
+        if value is not None and given.setdefault(name, value) != value:
+            raise wrong(name, "chat_template_kwargs says otherwise")
+    known, out = {*renderer.arguments(), *renderer.format.kwargs}, {}
+    for name, value in given.items():
+        place = places.get(name, name)
+        if name in known:
+            if renderer.special_re.search(json.dumps({name: value}, ensure_ascii=False)):
+                raise wrong(place, "it holds a control token")
+            out[name] = value
+        elif name in _OWN or name.endswith("_token"):
+            raise wrong(place, "it is not the caller's to set", "unsupported_parameter")
+        elif value is not None and not (name in ("enable_thinking", "thinking") and _thinks(model) in (None, value)):
+            fact = f"the {renderer.format.name} chat format does not read it"
+            known_ones = f"; it reads {', '.join(sorted(known))}" if known else ""
+            raise wrong(place, f"{fact}{known_ones}", "unsupported_parameter")
+    return out
+
+
+def _thinks(model: ServedModel) -> bool | None:
+    """Whether replies have thoughts: always, never, or as the model likes (None)."""
+    if model.thoughts is None:
+        return False
+    return True if model.thoughts.always else None
 
 
 def read_messages(messages: Sequence[Any], tools: Sequence[Any] = ()) -> Conversation:
@@ -86,6 +162,8 @@ def _known_fields(message: Any, place: str) -> Any:
     out = {k: v for k, v in message.items() if k in MESSAGE_KEYS and (k == "content" or v is not None)}
     if out.get("tool_calls") == []:  # what some clients write for none
         del out["tool_calls"]
+    if out.get("role") == "assistant" and out.get("content") is None and "tool_calls" not in out:
+        out["content"] = ""  # it said nothing
     if isinstance(out.get("content"), list):
         out["content"] = [
             {k: v for k, v in p.items() if k in ("type", "text")} if isinstance(p, dict) else p for p in out["content"]
@@ -110,24 +188,31 @@ def _checked_tools(tools: Sequence[Any]) -> list[dict[str, Any]]:
     return [dict(tool) for tool in tools]
 
 
-def _rendered(assistant: Assistant, conversation: Conversation) -> tuple[int, ...]:
-    renderer, context = assistant.renderer, assistant.engine.context
+def _rendered(renderer: Renderer, context: int, conversation: Conversation, ends: Ending) -> Rendered:
+    messages = conversation.messages
+    # What is asked for a reply: the messages in front of the last one, where that is continued or shown.
+    asked = conversation if ends == "prompt" or messages[-1].role != "assistant" else conversation.before(-1)
+    unweighted = replace(conversation, messages=tuple(replace(m, weight=0) for m in messages))
     try:
         # First what is linear in the length: what does not fit is refused before anything else is done with it.
-        n, least = renderer.rough_length(conversation)
+        n, least = renderer.rough_length(asked)
         if least < context:
-            for place in renderer.missing_from_prompt(conversation):
+            for place in renderer.missing_from_prompt(asked):
                 fact = f"the {renderer.format.name} chat format leaves it out"
                 raise wrong(place, fact, "unsupported_parameter")
-            ids = renderer.render(conversation, add_generation_prompt=True).ids.tolist()
-            n = len(ids)
+            rendered = renderer.render(
+                conversation if ends == "prompt" else unweighted,
+                add_generation_prompt=ends == "prompt",
+                continue_final_message=ends == "continued",
+            )
+            n = len(rendered.ids)
     except RecursionError:
         raise ApiError(400, "the request is nested too deeply", code="invalid_json") from None
     except SftflowError as error:
         raise _refused(error) from None
     if n >= context:
         raise too_long("messages", n, context)
-    return tuple(ids)
+    return rendered
 
 
 def too_long(param: str, n_prompt: int, context: int) -> ApiError:
@@ -161,14 +246,19 @@ def prompt_ids(assistant: Assistant, prompt: str | list[int]) -> tuple[int, ...]
     if isinstance(prompt, str):
         ids = assistant.plain_ids(prompt)
     else:
-        size = int(assistant.model.get_input_embeddings().weight.shape[0])
-        for i in prompt:
-            if not 0 <= i < size:
-                raise wrong("prompt", f"{str(i)[:40]} is no token id of this model; ids go from 0 to {size - 1}")
-        ids = tuple(prompt)
+        ids = known_ids(assistant, prompt, "prompt")
     if not ids:
         raise wrong("prompt", "it has no tokens")
     return ids
+
+
+def known_ids(assistant: Assistant, ids: Sequence[int], field: str) -> tuple[int, ...]:
+    """The ids, once each has been found in the model's vocabulary. Raises ApiError 400."""
+    size = int(assistant.model.get_input_embeddings().weight.shape[0])
+    for i in ids:
+        if not 0 <= i < size:
+            raise wrong(field, f"{str(i)[:40]} is no token id of this model; ids go from 0 to {size - 1}")
+    return tuple(ids)
 
 
 def requests_for(
@@ -180,11 +270,13 @@ def requests_for(
     """
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     seed = secrets.randbits(63) if body.seed is None else body.seed
+    ends = frozenset() if body.ignore_eos else assistant.engine.reply_decoder.stop
+    stop_ids = ends.union(known_ids(assistant, body.stop_token_ids or (), "stop_token_ids"))
     first = assistant.request(
         prompt,
         max_tokens=max_tokens,
         stop_texts=tuple(stops),
-        stop_ids=frozenset() if body.ignore_eos else None,
+        stop_ids=stop_ids,
         **body.model_dump(include=SAMPLED),
         **more,
     )

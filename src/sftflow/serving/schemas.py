@@ -47,11 +47,26 @@ def _same(value: Any, other: Any) -> bool:
     return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
 
 
-class RenderBody(ModelBody):
-    """POST /v1/render."""
+class PromptBody(ModelBody):
+    """What makes a chat's prompt: messages and tools, the template's own arguments, and whether the last message is
+    continued. `prompt.chat_prompt` reads it."""
 
     messages: list[Any] = Field(min_length=1)
     tools: list[Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    enable_thinking: bool | None = None
+    reasoning_effort: str | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+    @property
+    def offered(self) -> list[Any]:
+        """The tools that the model is told of."""
+        return self.tools or []
+
+
+class RenderBody(PromptBody):
+    """POST /v1/render."""
 
 
 class SamplingBody(ModelBody):
@@ -63,7 +78,6 @@ class SamplingBody(ModelBody):
         "use_beam_search": (False,),
         "length_penalty": (1,),
         "min_tokens": (0,),
-        "stop_token_ids": ([],),
         "bad_words": ([],),
         "allowed_token_ids": ([],),
         "include_stop_str_in_output": (False,),
@@ -90,6 +104,7 @@ class SamplingBody(ModelBody):
     frequency_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=256)] | None = None
     ignore_eos: bool | None = None
 
     @property
@@ -97,7 +112,7 @@ class SamplingBody(ModelBody):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class ChatBody(SamplingBody):
+class ChatBody(SamplingBody, PromptBody):
     """POST /v1/chat/completions."""
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -110,22 +125,16 @@ class ChatBody(SamplingBody):
         "modalities": (["text"],),
         "audio": (),
         "web_search_options": (),
-        "reasoning_effort": (),
         "verbosity": (),
         "echo": (False,),
-        "add_generation_prompt": (True,),
-        "continue_final_message": (False,),
         "chat_template": (),
-        "chat_template_kwargs": ({},),
         "documents": ([],),
     }
 
-    messages: list[Any] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1, lt=2**63)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**63)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    tools: list[Any] | None = None
     tool_choice: str | None = None
 
     @property

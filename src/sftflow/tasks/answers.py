@@ -14,12 +14,11 @@ import re
 import unicodedata
 from decimal import Decimal
 
-_NAME = r"(?:\w+:)?(?:think|thinking|thought|thoughts|reasoning|analysis)"
-_OPENS = rf"<\|?{_NAME}\|?>|\[THINK\]|◁think▷"
-_CLOSES = rf"<\|?/\|?{_NAME}\|?>|\[/THINK\]|◁/think▷"
+from sftflow.chat.thoughts import CLOSES, OPENS
+
 _BARE = r"(?<![\"'`])(?:{})(?![\"'`])"  # a tag between quotes or backticks is spoken of
-_OPEN = re.compile(_BARE.format(_OPENS), re.I)
-_CLOSE = re.compile(_BARE.format(_CLOSES), re.I)
+_OPEN = re.compile(_BARE.format(OPENS), re.I)
+_CLOSE = re.compile(_BARE.format(CLOSES), re.I)
 
 # What is written in several ways -> the way it is compared in.
 _DASHES, _SINGLE, _DOUBLE = "‐‑‒–—―−﹘﹣", "‘’‚‛‹›´ʼ", "“”„‟«»「」『』《》〈〉"
