@@ -9,13 +9,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from sftflow.chat.render import Renderer
-from sftflow.chat.schema import Conversation, text_message
+from sftflow.chat.thoughts import learn_thoughts, split_thoughts
 from sftflow.checkpoint import Assistant
 from sftflow.evaluation.journal import EvalRow, Journal, key_of
 from sftflow.evaluation.options import Arm, EvalTask
 from sftflow.evaluation.prompts_for import ItemPrompt, letter_scores, prompts_for
-from sftflow.foundation.errors import ContextError, RunError, SftflowError
+from sftflow.foundation.errors import ContextError, RunError
 from sftflow.generation.request import GenerationRequest, Reply
 from sftflow.generation.sampling import NEAR
 from sftflow.tasks import Item, Task
@@ -121,14 +120,17 @@ def _row(task: Task, item: Item, prompt: ItemPrompt, reply: Reply | None) -> Eva
 
 
 def _generate(assistant: Assistant, task: Task, arm: Arm, asked: Asked, grade: Grade) -> None:
-    marks = thought_marks(assistant.renderer) if arm == "chat" else None
+    renderer = assistant.renderer
+    marks = learn_thoughts(renderer) if arm == "chat" else None
+    marks = marks if marks and marks.codes else None  # those that are text a grader reads itself (`tasks.answers`)
 
     def done(number: int, reply: Reply) -> None:
         item, prompt = asked[number]
         if arm == "plain":
             reply = plain_reply(task, item, reply)
         elif marks:
-            reply = without_thoughts(reply, marks, assistant.renderer)
+            begun = marks.begun(renderer.decode(prompt.ids[-64:]))
+            reply = replace(reply, text=split_thoughts(marks, reply.text, begun)[1])
         grade(item, prompt, reply)
 
     requests = [
@@ -137,38 +139,11 @@ def _generate(assistant: Assistant, task: Task, arm: Arm, asked: Asked, grade: G
             max_new_tokens=task.max_new_tokens,
             stop_texts=task.plain_stops if arm == "plain" else (),
             use_python=arm == "chat",
+            shown=marks.shown(renderer) if marks else (),
         )
         for _, prompt in asked
     ]
     assistant.engine.generate(requests, done)
-
-
-def thought_marks(renderer: Renderer) -> tuple[str, str] | None:
-    """What the format writes in front of and behind a reply's thoughts, where there are control tokens in it, which a
-    reply's text lacks: ("<|channel>thought", "<channel|>"); "" in front where the prompt has it. None in other formats:
-    `tasks.answers` reads their tags."""
-    asked = text_message("user", "u")
-    thinks = replace(text_message("assistant", "zqsaid"), reasoning_content="zqthought")
-    try:
-        prompt = renderer.text(Conversation((asked,)), add_generation_prompt=True)
-        text = renderer.text(Conversation((asked, thinks)))
-    except SftflowError:
-        return None
-    before, thought, rest = text.partition("zqthought")
-    between, said, _ = rest.partition("zqsaid")
-    opening = before.removeprefix(prompt).strip() if before.startswith(prompt) else ""
-    closing = between.strip()
-    marked = bool(thought and said and closing) and renderer.special_re.search(opening + closing)
-    return (opening, closing) if marked else None
-
-
-def without_thoughts(reply: Reply, marks: tuple[str, str], renderer: Renderer) -> Reply:
-    """The reply with the text behind its thoughts; with none where they are not finished."""
-    opening, closing = marks
-    raw = renderer.decode(reply.ids)
-    if closing in raw:
-        return replace(reply, text=renderer.special_re.sub("", raw.rpartition(closing)[2]).strip("\n"))
-    return replace(reply, text="") if opening and opening in raw else reply
 
 
 def plain_reply(task: Task, item: Item, reply: Reply) -> Reply:

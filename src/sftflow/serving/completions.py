@@ -71,7 +71,10 @@ class CompletionChoice:
     ) -> None:
         self._tokenizer = model.assistant.tokenizer
         self._prompt, self._prompt_ids = prompt, prompt_ids
-        self._logprobs = TextLogprobs(model.table, model.control_ids) if body.logprobs is not None else None
+        python = model.assistant.engine.reply_decoder.python
+        told = body.logprobs is not None
+        self._logprobs = TextLogprobs(model.table, model.control_ids, python) if told else None
+        self._n_text = 0
         self._echoed = not body.echo
         self._held: list[Delta] = []
 
@@ -93,8 +96,9 @@ class CompletionChoice:
             chunks = [self._echo(delta), *(chunk for held in self._held for chunk in self.feed(held))]
         if delta.text or final or delta.tokens:
             logprobs = None
+            self._n_text += len(delta.text)
             if self._logprobs is not None and (delta.tokens or final):
-                logprobs = self._logprobs.shape([t.id for t in delta.tokens], delta.tokens)
+                logprobs = self._logprobs.shape([t.id for t in delta.tokens], delta.tokens, self._n_text)
             reason = delta.reply.finish_reason if delta.reply is not None else None
             chunks.append({"text": delta.text, "logprobs": logprobs, "finish_reason": reason})
         return chunks
@@ -104,9 +108,10 @@ class CompletionChoice:
         if as_ids:
             text = "".join(token_texts(self._tokenizer, self._prompt_ids))
         logprobs = None
+        self._n_text += len(text)
         if self._logprobs is not None:
             told = delta.reply.prompt_logprobs if delta.reply else ()
-            logprobs = self._logprobs.shape(self._prompt_ids, told, shown=as_ids)
+            logprobs = self._logprobs.shape(self._prompt_ids, told, self._n_text, shown=as_ids)
         return {"text": text, "logprobs": logprobs, "finish_reason": None}
 
     def whole(self, chunks: Sequence[Chunk]) -> dict[str, Any]:

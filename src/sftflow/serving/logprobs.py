@@ -119,24 +119,31 @@ class TextLogprobs:
     "top_logprobs", "text_offset"}.
 
     An offset is the number of characters in front of the token's first; a part of a character has the offset of that
-    character. Tokens without text (BOS, the end token) take no characters.
+    character. Tokens without text (BOS, the end token, what stands in a calculator's call) take no characters, and none
+    is beyond the text's end, as a stop text would be.
     """
 
-    def __init__(self, table: TokenTable, control_ids: frozenset[int]) -> None:
-        self.table, self.control_ids = table, control_ids
+    def __init__(
+        self, table: TokenTable, control_ids: frozenset[int], python: tuple[int, int, int, int] | None = None
+    ) -> None:
+        """python: as in `ReplyText`."""
+        self.table, self.control_ids, self._python = table, control_ids, python or ()
+        self._hidden = False
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
 
     def shape(
-        self, ids: Sequence[int], tokens: Sequence[TokenLogprob | None], *, shown: bool = False
+        self, ids: Sequence[int], tokens: Sequence[TokenLogprob | None], n_text: int, *, shown: bool = False
     ) -> dict[str, Any]:
-        """ids: of these tokens, for the first of a prompt has no log-probability.   shown: whether control tokens
-        stand in the text, as they do in that of a prompt given as ids."""
+        """ids: of these tokens, for the first of a prompt has no log-probability.   n_text: characters of the text with
+        them.   shown: whether control tokens stand in the text, as they do in that of a prompt given as ids."""
         self.table.learn(ids, tokens)
         offsets = []
         for token in ids:
-            offsets.append(self._offset)
-            if shown or token not in self.control_ids:
+            offsets.append(min(self._offset, n_text))
+            if not shown and token in self._python:
+                self._hidden = token in self._python[::2]
+            if shown or not (self._hidden or token in self.control_ids):
                 self._offset += len(self._decoder.decode(self.table[token]))
         return {
             "tokens": [self.table.text(i) for i in ids],

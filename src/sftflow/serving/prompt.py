@@ -160,6 +160,8 @@ def _known_fields(message: Any, place: str) -> Any:
     if not isinstance(message.get("tool_calls"), list | None):
         raise wrong(f"{place}.tool_calls", "not a list of calls")
     out = {k: v for k, v in message.items() if k in MESSAGE_KEYS and (k == "content" or v is not None)}
+    if message.get("reasoning") is not None:  # what some servers call it
+        out.setdefault("reasoning_content", message["reasoning"])
     if out.get("tool_calls") == []:  # what some clients write for none
         del out["tool_calls"]
     if out.get("role") == "assistant" and out.get("content") is None and "tool_calls" not in out:
