@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import sys
+import unicodedata
 from dataclasses import replace
 from datetime import datetime
 from decimal import Decimal
@@ -17,7 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from helpers.tiny import make_renderer
+from helpers.tokenizers import KINDS
 from sftflow.chat import fast_bpe as words
+from sftflow.chat.fewest_tokens import NFC_SHRINKS, FewestTokens
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import parse_row
 from sftflow.chat.verify import BOS, CONTROL, ENDS, PARITY, verify
@@ -74,6 +79,86 @@ ANY_TEXT = st.text(
 def test_remembered_words_are_the_tokenizers_own(caches: list[tuple[Any, words.WordCache]], text: str) -> None:
     for backend, cache in caches:
         assert cache.encode(text) == backend.encode(text, add_special_tokens=False).ids
+
+
+def test_a_long_word_is_encoded_alike_and_not_remembered(caches: list[tuple[Any, words.WordCache]]) -> None:
+    for backend, cache in caches:
+        for text in ("w" * 3000, " " * 3000, "é" * 3000, "abc" * 900 + " x"):
+            assert cache.encode(text) == backend.encode(text, add_special_tokens=False).ids
+        assert max(map(len, cache._words)) <= 100
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_text_never_has_fewer_tokens_than_is_said(known_tokenizers: dict[str, Path], data: st.DataObject) -> None:
+    """Above all where it is made of the tokenizer's longest tokens, of what composes, of what stands for blanks."""
+    for fewest, backend, longest in counters(tuple(known_tokenizers.values())):
+        odd = st.sampled_from(
+            [*longest, "▁", "▁▁▁▁", "e\u0301", "\u1fbe\u0308\u0301", "\u1100\u1161\u11a8", "\u212a", " \n "]
+        )
+        text = "".join(data.draw(st.lists(st.one_of(odd, ANY_TEXT), max_size=6))) * data.draw(st.sampled_from([1, 40]))
+        assert fewest(text, 1) <= len(backend.encode(text, add_special_tokens=False).ids)
+
+
+@functools.cache
+def counters(paths: tuple[Path, ...]) -> list[tuple[FewestTokens, Any, list[str]]]:
+    from tokenizers import Tokenizer
+
+    found = []
+    for path in paths:
+        backend = Tokenizer.from_file(str(path / "tokenizer.json"))
+        texts = sorted((backend.decode([i]) for i in range(backend.get_vocab_size())), key=len, reverse=True)
+        found.append((FewestTokens((path / "tokenizer.json").read_text(encoding="utf-8")), backend, texts[:60]))
+    return found
+
+
+def test_the_bound_of_a_text_says_something(known_tokenizers: dict[str, Path]) -> None:
+    for fewest, backend, longest in counters(tuple(known_tokenizers.values())):
+        text = "what is a token? " * 2000
+        n = len(backend.encode(text, add_special_tokens=False).ids)
+        assert n / 20 < fewest(text, 1000) <= n
+        assert fewest(text, n + 1) == 0 and fewest(longest[0], 10**6) == 0
+
+
+def test_nothing_is_said_where_text_may_vanish() -> None:
+    from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
+
+    text = "some words  " * 500
+    for kind in ("qwen3", "llama2"):
+        for change in (
+            {"normalizer": normalizers.Strip()},
+            {"normalizer": normalizers.Replace(Regex("o+"), "")},
+            {"normalizer": normalizers.Sequence([normalizers.NFC(), normalizers.StripAccents()])},
+            {"pre_tokenizer": pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel()])},
+            {"pre_tokenizer": pre_tokenizers.Split(" ", "removed")},
+        ):
+            backend = KINDS[kind]()[0]
+            for name, value in change.items():
+                setattr(backend, name, value)
+            assert FewestTokens(backend.to_str())(text, 1) == 0, (kind, change)
+        backend = KINDS[kind]()[0]
+        backend.add_special_tokens([AddedToken("<|cut|>", lstrip=True, rstrip=True)])
+        fewest, blanks = FewestTokens(backend.to_str()), "<|cut|>" + " \u3000\n" * 900 + "<|cut|>"
+        assert fewest(blanks, 1) <= len(backend.encode(blanks, add_special_tokens=False).ids)
+        data = json.loads(KINDS[kind]()[0].to_str())
+        del data["model"]["vocab"]["<0x41>" if kind == "llama2" else "A"]
+        assert FewestTokens(json.dumps(data))(text, 1) == 0
+
+
+def test_composing_makes_one_byte_of_four_at_most() -> None:
+    """Each composed character beside the longest text that becomes it."""
+    sources: dict[str, int] = {}
+    composed = []
+    for char in (chr(i) for i in range(sys.maxunicode + 1) if not 0xD800 <= i < 0xE000):
+        apart = unicodedata.normalize("NFD", char)
+        if apart != char:
+            composed.append((char, apart))
+        if len(apart) == 1:
+            sources[apart] = max(sources.get(apart, 0), len(char.encode()))
+    for char, apart in composed:
+        after = unicodedata.normalize("NFC", char).encode()
+        longest = max(len(char.encode()), sum(sources[c] for c in apart))
+        assert longest <= NFC_SHRINKS * len(after), char
 
 
 def test_other_kinds_of_tokenizers_take_their_own_way(known_tokenizers: dict[str, Path]) -> None:

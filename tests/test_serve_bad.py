@@ -20,6 +20,7 @@ import httpx
 import pytest
 
 from helpers.serving import ASK, local, refusal, running, tiny
+from sftflow.chat.encode import Encoder
 from sftflow.chat.render import Renderer
 from sftflow.checkpoint import Assistant
 from sftflow.serving import api
@@ -144,7 +145,7 @@ BAD = [
     text(400, prompt=nested(900), param="prompt"),
     text(400, prompt=["a"] * 1000, param="prompt"),
     text(400, prompt="zq" * 900_000, param="prompt", code=TOO_LONG),
-    text(400, max_tokens=10_000, param="max_tokens", code=TOO_LONG),
+    text(400, prompt=[5] * 300, param="prompt", code=TOO_LONG),
     text(400, logprobs=-1, param="logprobs"),
     text(400, suffix="b", param="suffix"),
     # who and where
@@ -491,6 +492,35 @@ def test_ten_thousand_short_messages_in_a_large_context_answer_in_bounded_time(e
     began = time.monotonic()
     refusal(http_client.post(RENDER, json={"model": "tiny", "messages": turn * 5_000}), 400, "messages")
     assert time.monotonic() - began < 30  # rendering them would take minutes
+
+
+def test_what_cannot_fit_is_not_encoded(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bodies that a context cannot hold are refused by their length, wherever the text stands, in words and with a code
+    that clients know."""
+    encoded: list[int] = []
+    plain = Encoder.plain
+
+    def watched(self: Encoder, text: str) -> list[int]:
+        encoded.append(len(text))
+        return plain(self, text)
+
+    monkeypatch.setattr(Encoder, "plain", watched)
+    client, n = local(assistant), 100_000
+    tool = {"type": "function", "function": {"name": "f", "description": "w" * n}}
+    for content in ("w" * n, "two words " * n, " " * n, "日本" * n, "🙂" * n, "<|bos|>" * n):
+        for path in (CHAT, RENDER):
+            answer = client.post(path, json={"model": "tiny", "messages": [{"role": "user", "content": content}]})
+            error = refusal(answer, 400, "messages", TOO_LONG)
+            n_tokens = int(error["message"].split(" resulted in at least ")[1].split()[0])
+            assert error["message"] == (
+                f"This model's maximum context length is 256 tokens. However, your messages resulted in at least "
+                f"{n_tokens} tokens. Please reduce the length of the messages."
+            )
+            assert error["type"] == "invalid_request_error" and 256 <= n_tokens <= len(content.encode())
+        refusal(client.post(TEXT, json={"model": "tiny", "prompt": ["a", content]}), 400, "prompt", TOO_LONG)
+    refusal(client.post(TEXT, json={"model": "tiny", "prompt": [10**9] * n}), 400, "prompt", TOO_LONG)
+    refusal(client.post(CHAT, json={"model": "tiny", "messages": ASK, "tools": [tool]}), 400)
+    assert max(encoded) < 1000
 
 
 def empty(n: int) -> list[dict[str, str]]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 from fastapi.testclient import TestClient
 
-from helpers.serving import ASK, ask, local, own, refusal, request
+from helpers.serving import ASK, DRAW, ask, local, own, refusal, request
 from sftflow.chat.schema import parse_row
 from sftflow.checkpoint import Assistant
 from sftflow.serving.errors import ApiError
@@ -247,16 +248,45 @@ def test_a_developer_message_is_a_system_message(http: TestClient) -> None:
     assert seen("developer") == seen("system")
 
 
-def test_what_is_longer_than_the_context_is_refused_with_what_fits(http: TestClient, assistant: Assistant) -> None:
-    long = [{"role": "user", "content": "zq" * 500}]
-    refusal(http.post(CHAT, json=ask(messages=long)), 400, "messages", "context_length_exceeded")
-    refusal(http.post(TEXT, json={"model": "tiny", "prompt": "zq" * 500}), 400, "prompt", "context_length_exceeded")
-    n = len(http.post(TEXT, json={"model": "tiny", "prompt": "the cat", "max_tokens": 1}).json()["choices"])
-    assert n == 1
-    body = {"model": "tiny", "prompt": [5] * 200, "max_tokens": 57}
-    error = refusal(http.post(TEXT, json=body), 400, "max_tokens", "context_length_exceeded")
-    assert "at most 56" in error["message"]
-    assert http.post(TEXT, json={**body, "max_tokens": 56}).status_code == 200
+def test_what_is_longer_than_the_context_is_refused_in_known_words(http: TestClient, assistant: Assistant) -> None:
+    def words(what: str, n: str) -> str:
+        return (
+            f"This model's maximum context length is 256 tokens. However, your {what} resulted in {n}. "
+            f"Please reduce the length of the {what}."
+        )
+
+    long = [{"role": "user", "content": "zq" * 150}]
+    n = len(assistant.renderer.render(parse_row({"messages": long}, "x"), add_generation_prompt=True).ids)
+    for path in (CHAT, "/v1/render"):
+        error = refusal(http.post(path, json=ask(messages=long)), 400, "messages", "context_length_exceeded")
+        told = re.search(r"at least (\d+) tokens", error["message"])
+        assert told and 256 <= int(told.group(1)) <= n
+        assert error["message"] == words("messages", told.group())
+    error = refusal(
+        http.post(TEXT, json={"model": "tiny", "prompt": [5] * 256}), 400, "prompt", "context_length_exceeded"
+    )
+    assert error == {
+        "message": words("prompt", "256 tokens"),
+        "type": "invalid_request_error",
+        "param": "prompt",
+        "code": "context_length_exceeded",
+    }
+
+
+def test_max_tokens_of_a_completion_is_an_upper_bound(http: TestClient) -> None:
+    """16 where nothing is said, as with OpenAI; and what fits into the context, where that is less."""
+    body = {"model": "tiny", "ignore_eos": True, **DRAW}
+    for n_prompt, asked, n in (
+        (4, {}, 16),
+        (4, {"max_tokens": None}, 16),
+        (250, {}, 6),
+        (250, {"max_tokens": 9000}, 6),
+        (4, {"max_tokens": 3}, 3),
+    ):
+        got = http.post(TEXT, json={**body, "prompt": [5] * n_prompt, **asked}).json()
+        assert got["usage"]["completion_tokens"] == n and got["choices"][0]["finish_reason"] == "length"
+    whole = http.post(TEXT, json={**body, "prompt": [5] * 256, "max_tokens": 0, "echo": True})
+    assert whole.json()["usage"]["prompt_tokens"] == 256
 
 
 @pytest.mark.parametrize(

@@ -188,5 +188,6 @@ def lengths_are_sure(renderer: Renderer) -> int:
             continue
         about, least = renderer.rough_length(conversation)
         assert least <= min(n, about), row
+        assert renderer.rough_length(conversation, 1)[1] <= n, row  # by the text's length alone
         checked += 1
     return checked

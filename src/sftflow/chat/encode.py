@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftflow.chat.fast_bpe import WordCache
+from sftflow.chat.fewest_tokens import FewestTokens
 from sftflow.foundation.errors import MaskError
 
 Literal = tuple[int, int, str]  # (start, end, token): a control token the template itself wrote
@@ -214,6 +215,10 @@ class Encoder:
         prompt = self._tails[key]
         n = base + len(prompt)
         return n if part.ids[base:n] == prompt else None
+
+    @functools.cached_property
+    def fewest_tokens(self) -> FewestTokens:
+        return FewestTokens(self._text)
 
     def rough_length(self, text: str) -> tuple[int, int]:
         """About how many ids the text has, special-token strings being one each; and how many of them are those."""

@@ -15,6 +15,8 @@ from itertools import chain
 from typing import Any
 
 _MOST_WORDS = 1 << 20
+_LONGEST_WORD = 100
+"""characters of a word that is remembered"""
 
 # Characters whose categories have not changed in any version of Unicode, that no normal form C changes, and that are
 # neither white space nor, ignoring case, equal to an ASCII letter (as the long s, U+017F, is).
@@ -122,13 +124,19 @@ class _Words(dict[str, list[int]]):
     """Word -> ids, asked of the tokenizer's model when a word is first seen."""
 
     def __init__(self, model: Any) -> None:
+        from tokenizers import Tokenizer
+
         super().__init__()
         self._model, self._letters = model, byte_letters()
+        self._alone = Tokenizer(model)  # splits nothing
 
     def __missing__(self, word: str) -> list[int]:
-        ids = self[word] = [
-            t.id for t in self._model.tokenize(word.encode().decode("latin-1").translate(self._letters))
-        ]
+        letters = word.encode().decode("latin-1").translate(self._letters)
+        if len(word) > _LONGEST_WORD:
+            # May take seconds, in which the model itself would let no other thread run; and it would fill the memory.
+            ids: list[int] = self._alone.encode_batch_fast([letters], add_special_tokens=False)[0].ids
+            return ids
+        self[word] = ids = [t.id for t in self._model.tokenize(letters)]
         return ids
 
 

@@ -252,14 +252,22 @@ class Renderer:
 
     # ---- what can be said of prompts and of the format without rendering ids
 
-    def rough_length(self, conversation: Conversation) -> tuple[int, int]:
+    def fewest_tokens(self, text: str, most: int) -> int:
+        """How many tokens a text has at least, found without encoding it, where those are `most` or more; else 0."""
+        return self._encoder.fewest_tokens(text, most)
+
+    def rough_length(self, conversation: Conversation, most: int | None = None) -> tuple[int, int]:
         """How many tokens the prompt for the next reply has: (about, at least). Linear in the conversation's length,
-        where `render` grows with the square of its turns for templates that look ahead.
+        where `render` grows with the square of its turns for templates that look ahead. A prompt that is sure to have
+        `most` or more is not even encoded; of that many, both numbers are the lower one.
 
         The text is encoded as a whole, so it may be a token or two off at each boundary between prompt and reply, where
         no control tokens stand there. And the template's control tokens are sure in any case.
         """
-        about, control = self._encoder.rough_length(self.text(conversation, add_generation_prompt=True))
+        text = self.text(conversation, add_generation_prompt=True)
+        if most is not None and (fewest := self._encoder.fewest_tokens(text, most)):
+            return fewest, fewest
+        about, control = self._encoder.rough_length(text)
         messages = self._way(conversation).template.row(conversation).messages
         said = json.dumps([messages, conversation.tools], ensure_ascii=False, default=str)
         as_text = sum(1 for _ in self.special_re.finditer(said))  # control tokens to the whole text, text to `render`

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sftflow.generation.request import Delta, GenerationRequest
-from sftflow.serving.errors import ApiError, wrong
+from sftflow.serving.errors import wrong
 from sftflow.serving.logprobs import TextLogprobs, token_texts
 from sftflow.serving.model_entry import ServedModel
 from sftflow.serving.prompt import plain_prompts, prompt_ids, requests_for, too_long
@@ -34,31 +34,19 @@ def completion_response(model: ServedModel, body: CompletionBody) -> ResponseSha
         if n_prompt * n_told > MOST_TOLD:
             fact = f"at most {MOST_TOLD} log-probabilities of prompts are told: tokens x n x (logprobs + 1)"
             raise wrong("prompt", f"{fact}; send fewer prompts at once")
-        _check_length(len(ids), body.max_tokens, model.context)
+        if model.context - len(ids) < min(1, body.limit):
+            raise too_long("prompt", len(ids), model.context)
         requests += requests_for(
             model.assistant,
             body,
             ids,
-            body.max_tokens,
+            body.limit,
             logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if body.echo else None,
             use_python=False,  # a calculator's tokens are none of the model's own
         )
         choices += [CompletionChoice(model, body, prompt, ids) for _ in range(n)]
     return ResponseShape(model=model, body=body, n_prompt=n_prompt, requests=requests, choices=choices)
-
-
-def _check_length(n_prompt: int, max_tokens: int | None, context: int) -> None:
-    """Raises ApiError 400 where the prompt, or all that is asked for, does not fit."""
-    room = context - n_prompt
-    if room < (0 if max_tokens == 0 else 1):
-        raise too_long("prompt", n_prompt, context)
-    if max_tokens is not None and max_tokens > room:
-        fact = (
-            f"the prompt is {n_prompt} tokens, the model's context is {context}: max_tokens {max_tokens} does not fit; "
-            f"at most {room} do"
-        )
-        raise ApiError(400, fact, param="max_tokens", code="context_length_exceeded")
 
 
 class CompletionChoice:

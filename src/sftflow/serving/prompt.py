@@ -197,29 +197,35 @@ def _rendered(renderer: Renderer, context: int, conversation: Conversation, ends
     unweighted = replace(conversation, messages=tuple(replace(m, weight=0) for m in messages))
     try:
         # First what is linear in the length: what does not fit is refused before anything else is done with it.
-        n, least = renderer.rough_length(asked)
-        if least < context:
-            for place in renderer.missing_from_prompt(asked):
-                fact = f"the {renderer.format.name} chat format leaves it out"
-                raise wrong(place, fact, "unsupported_parameter")
-            rendered = renderer.render(
-                conversation if ends == "prompt" else unweighted,
-                add_generation_prompt=ends == "prompt",
-                continue_final_message=ends == "continued",
-            )
-            n = len(rendered.ids)
+        fewest = renderer.rough_length(asked, context)[1]
+        if fewest < context and asked is not conversation:
+            said = messages[-1].text.strip()
+            fewest = renderer.fewest_tokens(said, context) if said in renderer.text(conversation) else 0
+        if fewest >= context:
+            raise too_long("messages", fewest, context, at_least=True)
+        for place in renderer.missing_from_prompt(asked):
+            fact = f"the {renderer.format.name} chat format leaves it out"
+            raise wrong(place, fact, "unsupported_parameter")
+        rendered = renderer.render(
+            conversation if ends == "prompt" else unweighted,
+            add_generation_prompt=ends == "prompt",
+            continue_final_message=ends == "continued",
+        )
     except RecursionError:
         raise ApiError(400, "the request is nested too deeply", code="invalid_json") from None
     except SftflowError as error:
         raise _refused(error) from None
-    if n >= context:
-        raise too_long("messages", n, context)
+    if len(rendered.ids) >= context:
+        raise too_long("messages", len(rendered.ids), context)
     return rendered
 
 
-def too_long(param: str, n_prompt: int, context: int) -> ApiError:
-    what, it = ("the messages are", "them") if param == "messages" else ("the prompt is", "it")
-    message = f"{what} {n_prompt} tokens, the model's context is {context}; shorten {it}"
+def too_long(param: str, n_tokens: int, context: int, *, at_least: bool = False) -> ApiError:
+    """In OpenAI's own words and code, by which clients know that they have to shorten."""
+    message = (
+        f"This model's maximum context length is {context} tokens. However, your {param} resulted in "
+        f"{'at least ' if at_least else ''}{n_tokens} tokens. Please reduce the length of the {param}."
+    )
     return ApiError(400, message, param=param, code="context_length_exceeded")
 
 
@@ -244,7 +250,11 @@ def plain_prompts(value: Any) -> list[str | list[int]]:
 
 def prompt_ids(assistant: Assistant, prompt: str | list[int]) -> tuple[int, ...]:
     """Ids of one plain prompt: text as the base was pretrained to read it, its control-token strings as text; ids as
-    they are. Raises ApiError 400."""
+    they are. Raises ApiError 400, for what cannot fit before anything else is done with it."""
+    context = assistant.engine.context
+    fewest = assistant.renderer.fewest_tokens(prompt, context + 1) if isinstance(prompt, str) else len(prompt)
+    if fewest > context:
+        raise too_long("prompt", fewest, context, at_least=isinstance(prompt, str))
     if isinstance(prompt, str):
         ids = assistant.plain_ids(prompt)
     else:

@@ -158,3 +158,8 @@ class CompletionBody(SamplingBody):
     max_tokens: int | None = Field(None, ge=0, lt=2**63)
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def limit(self) -> int:
+        """Tokens of a reply at most: 16 where nothing is said, as OpenAI has it."""
+        return 16 if self.max_tokens is None else self.max_tokens
