@@ -131,7 +131,6 @@ BAD = [
     said({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}),
     said({"role": "user", "content": [{"type": "input_audio"}]}),
     said({"role": "tool", "content": "a"}),
-    said(USER, USER),
     said({"role": "assistant", "content": "a"}),
     said(*[USER] * 10_000, param="messages"),
     said(*[USER, {"role": "assistant", "content": "b"}] * 900, USER, param="messages"),
@@ -518,6 +517,9 @@ def test_what_cannot_fit_is_not_encoded(assistant: Assistant, monkeypatch: pytes
             )
             assert error["type"] == "invalid_request_error" and 256 <= n_tokens <= len(content.encode())
         refusal(client.post(TEXT, json={"model": "tiny", "prompt": ["a", content]}), 400, "prompt", TOO_LONG)
+        said = [*ASK, {"role": "assistant", "content": content + "x"}]
+        more = {"add_generation_prompt": False, "continue_final_message": True}
+        refusal(client.post(CHAT, json={"model": "tiny", "messages": said, **more}), 400, "messages", TOO_LONG)
     refusal(client.post(TEXT, json={"model": "tiny", "prompt": [10**9] * n}), 400, "prompt", TOO_LONG)
     refusal(client.post(CHAT, json={"model": "tiny", "messages": ASK, "tools": [tool]}), 400)
     assert max(encoded) < 1000

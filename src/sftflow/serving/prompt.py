@@ -199,8 +199,8 @@ def _rendered(renderer: Renderer, context: int, conversation: Conversation, ends
         # First what is linear in the length: what does not fit is refused before anything else is done with it.
         fewest = renderer.rough_length(asked, context)[1]
         if fewest < context and asked is not conversation:
-            said = messages[-1].text.strip()
-            fewest = renderer.fewest_tokens(said, context) if said in renderer.text(conversation) else 0
+            said, text = messages[-1].text, renderer.text(conversation)  # a template may trim what is said
+            fewest = max(renderer.fewest_tokens(s, context) for s in (said, said.strip(), "") if s in text)
         if fewest >= context:
             raise too_long("messages", fewest, context, at_least=True)
         for place in renderer.missing_from_prompt(asked):
