@@ -245,6 +245,27 @@ def test_hostile_replies_are_inert(browser: Chromium, peer: Peer) -> None:
         assert page.run("document.querySelectorAll('#log img, #log script').length") == 0
 
 
+def test_thoughts_are_folded_and_go_along(browser: Chromium, peer: Peer) -> None:
+    peer.think, peer.say = "<img src=x onerror=alert(1)> so\nit is **noon**", "Noon."
+    peer.models = ["sft"]
+    with opened(browser, peer.url) as page:
+        ask(page, "What time is it?")
+        assert page.run(TEXTS) == ["Noon."]
+        box = "document.querySelector('.reply .thoughts')"
+        assert page.run(f"[{box}.hidden, {box}.open, {box}.querySelector('summary').textContent]") == [
+            False, False, "Thoughts",
+        ]  # fmt: skip
+        page.click(".reply .thoughts summary")
+        assert page.run(f"{box}.open && {box}.querySelector('p').textContent") == peer.think
+        assert page.run(f"{box}.querySelectorAll('img').length") == 0
+        thought, peer.think = peer.think, ""
+        ask(page, "And now?")
+        assert page.run("[...document.querySelectorAll('.thoughts')].map((n) => n.hidden)") == [False, True]
+        said = {"role": "assistant", "content": "Noon.", "reasoning_content": thought}
+        assert peer.bodies[-1]["messages"][1] == said
+        assert kept(page)[0]["next"][0]["replies"][0]["thoughts"] == thought
+
+
 def test_a_row_has_the_system_prompt_that_its_replies_had(browser: Chromium, peer: Peer, tmp_path: Path) -> None:
     peer.models = ["sft"]
 

@@ -17,9 +17,9 @@ FILES = Path(api.__file__).parent / "page"
 
 
 class Peer(ThreadingHTTPServer):
-    """say: the reply of every model. pieces of `size` characters, `delay` seconds apart; ends with `reason`, or breaks
-    off where that is None. error: (status, message) instead of a reply. key: asked for on /v1. left: clients that went
-    while they were answered."""
+    """say: the reply of every model, think: its thoughts. pieces of `size` characters, `delay` seconds apart; ends with
+    `reason`, or breaks off where that is None. error: (status, message) instead of a reply. key: asked for on /v1.
+    left: clients that went while they were answered."""
 
     daemon_threads = True
 
@@ -27,6 +27,7 @@ class Peer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), _Handler)
         self.models = ["sft", "base"]
         self.say, self.size, self.delay = "Hello.", 4, 0.0
+        self.think = ""
         self.reason: str | None = "stop"
         self.error: tuple[int, str] | None = None
         self.key = ""
@@ -83,10 +84,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
-        pieces = [peer.say[i : i + peer.size] for i in range(0, len(peer.say), peer.size)]
+        pieces = [
+            {key: text[i : i + peer.size]}
+            for key, text in (("reasoning_content", peer.think), ("content", peer.say))
+            for i in range(0, len(text), peer.size)
+        ]
         try:
             for piece in pieces:
-                self._event({"choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]})
+                self._event({"choices": [{"index": 0, "delta": piece, "finish_reason": None}]})
                 time.sleep(peer.delay)
             if peer.reason is None:
                 return

@@ -3,7 +3,7 @@
 //
 //   {id, title, created, updated, system, next: [turn, ...], at}
 //   turn:  {user, system, replies: [reply, ...], next: [turn, ...], at}       next[at] is the turn that is shown
-//   reply: {model, text, seed, reason | stopped | error, tokens, first, seconds}    seconds since it was asked for
+//   reply: {model, text, thoughts, seed, reason | stopped | error, tokens, first, seconds}    seconds since it was asked for
 
 export function newConversation(system = "") {
   const now = Date.now();
@@ -45,6 +45,11 @@ export const whole = (reply) => reply.reason === "stop" || reply.reason === "too
 // The reply that the conversation goes on from: the first model's, else another's; none where nobody said anything.
 const heard = (turn) => turn.replies.find((reply) => reply.text);
 
+// As a message. Its thoughts go along: the chat template says whether the model reads them again.
+const said = ({ text, thoughts }) => ({
+  role: "assistant", content: text, ...(thoughts ? { reasoning_content: thoughts } : {}),
+});
+
 // What is sent for a reply to this turn: the same to every model, so that what they say can be compared. Turns that
 // nobody answered are left out, so that user and assistant keep taking turns.
 export function messagesFor(conversation, turn) {
@@ -52,7 +57,7 @@ export function messagesFor(conversation, turn) {
   for (const earlier of path(conversation)) {
     if (earlier === turn) break;
     const reply = heard(earlier);
-    if (reply) messages.push({ role: "user", content: earlier.user }, { role: "assistant", content: reply.text });
+    if (reply) messages.push({ role: "user", content: earlier.user }, said(reply));
   }
   messages.push({ role: "user", content: turn.user });
   return messages;
@@ -70,7 +75,7 @@ export function asRow(conversation) {
     const reply = heard(turn);
     const learned = whole(reply) && turn.system === system;
     messages.push({ role: "user", content: turn.user });
-    messages.push({ role: "assistant", content: reply.text, ...(learned ? {} : { weight: 0 }) });
+    messages.push({ ...said(reply), ...(learned ? {} : { weight: 0 }) });
   }
   return `${JSON.stringify({ messages })}\n`;
 }

@@ -70,9 +70,11 @@ async function write(reply, body, controller) {
   try {
     for await (const chunk of chunks(body, controller.signal)) {
       const choice = chunk.choices?.[0];
-      if (choice?.delta?.content) {
+      const { content, reasoning_content: thoughts } = choice?.delta ?? {};
+      if (content || thoughts) {
         reply.first ??= since();
-        reply.text += choice.delta.content;
+        reply.text += content ?? "";
+        if (thoughts) reply.thoughts = (reply.thoughts ?? "") + thoughts;
         if (!drawing) {
           drawing = true;
           requestAnimationFrame(() => {

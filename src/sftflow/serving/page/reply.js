@@ -70,6 +70,9 @@ export function replyView(reply, messages, live) {
     else draw(text, reply.text);
     if (writing && follow) text.scrollTop = text.scrollHeight;
     node.classList.toggle("writing", writing);
+    part("thoughts").hidden = !reply.thoughts;
+    part("thinking").textContent = writing && !reply.text ? "Thinking…" : "Thoughts";
+    part("thought").textContent = reply.thoughts ?? "";
     const broken = !writing && !reply.reason && !reply.stopped && !reply.error;
     const error = reply.error || (broken ? "The connection ended before the reply did." : "");
     part("error").textContent = error;
