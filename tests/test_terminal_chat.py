@@ -19,7 +19,9 @@ from typing import Any
 
 import pytest
 
+from helpers.bigrams import bigrams, write_checkpoint
 from helpers.runs import error_line, run
+from helpers.tokenizers import byte_level
 from sftflow.chat.data_files import read_conversations
 from sftflow.chat.schema import Conversation, Message, Part, text_message
 from sftflow.checkpoint import Assistant, load_assistant, save
@@ -266,6 +268,24 @@ def test_a_row_keeps_calculator_calls_and_marks_what_was_cut() -> None:
                     {"type": "python_output", "text": "24"}],
         "weight": 0,
     }  # fmt: skip
+
+
+def test_thoughts_are_shown_beside_the_reply(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = byte_level(special=("<|start|>", "<|end|>"), plain=("<think>", "</think>"))
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|start|>{{ m.role }}:{% if m.reasoning_content %}<think>{{ m.reasoning_content }}"
+        "</think>{% endif %}{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant:{% endif %}"
+    )
+    said = tokenizer(":<think>Hm</think>Yes.<|end|>", add_special_tokens=False).input_ids
+    base = write_checkpoint(tmp_path / "model", bigrams(len(tokenizer), said), tokenizer)
+    thinker, file = load_assistant(str(base)), tmp_path / "said.jsonl"
+    out = io.StringIO()
+    chat(thinker, out=out, read=lambda _, typed=iter(["So?", f"/save {file}", "/quit"]): next(typed))
+    err = capsys.readouterr().err
+    assert out.getvalue() == "Yes.\n" and "Hm\n" in err and "think" not in err
+    (row,) = read_conversations(file)
+    assert row.messages[1] == replace(text_message("assistant", "Yes."), reasoning_content="Hm")
 
 
 @pytest.mark.parametrize("content", ["not JSON\n", '{"a": 1}\n', '{"messages": []}\n', "\x00\x01"])

@@ -11,13 +11,14 @@ import secrets
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from sftflow.chat.schema import Conversation, Message, text_message
+from sftflow.chat.schema import Conversation, Message, Part, text_message
+from sftflow.chat.thoughts import Piece, ThoughtReader, learn_thoughts
 from sftflow.foundation.errors import CheckpointError, SftflowError
 from sftflow.terminal.repl_input import Typed, keyboard, read_message, whole
 from sftflow.terminal.save import append_row, row_of
@@ -71,48 +72,69 @@ CONTROLS = (
 def _stream(
     assistant: Assistant, conversation: Conversation, out: TextIO, sampling: Sampling, stop: Callable[[], bool]
 ) -> tuple[Message | None, str]:
-    """Write the reply as it comes, until `stop()`. Returns (the reply as a message, or None where nothing came; why it
-    ended). A reply that did not end by itself has weight 0; one that was stopped inside a calculator call ends in front
-    of that call."""
-    request = assistant.request(conversation, **{"max_tokens": LONGEST_REPLY, **sampling})
-    written, ended, message = "", "interrupted", None
+    """Write the reply as it comes, until `stop()`; its thoughts go where notes go. Returns (the reply as a message, or
+    None where nothing came; why it ended). A reply that did not end by itself has weight 0; one that was stopped inside
+    a calculator call ends in front of that call."""
+    marks = learn_thoughts(assistant.renderer)
+    shown = marks.shown(assistant.renderer) if marks else ()
+    request = assistant.request(conversation, **{"max_tokens": LONGEST_REPLY, "shown": shown, **sampling})
+    begun = marks.begun(assistant.renderer.decode(request.prompt_ids[-64:])) if marks else ""
+    reader = ThoughtReader(marks, begun) if marks else None
+    written, thought, ended = "", "", "interrupted"
     ids: list[int] = []
+    parts: tuple[Part, ...] | None = None
     table = CONTROLS if out.isatty() else {}
+
+    def show(pieces: Iterable[Piece]) -> None:
+        nonlocal written, thought
+        for kind, text, _ in pieces:
+            if kind == "thought":
+                thought += text
+                note(text.translate(CONTROLS), end="")
+            else:
+                if thought and not written:
+                    note("\n")
+                written += text
+                out.write(text.translate(table))
+                out.flush()
+
     try:
         with closing(assistant.engine.stream(request)) as deltas:  # type: ignore[type-var]
             for delta in deltas:
-                out.write(delta.text.translate(table))
-                out.flush()
-                written += delta.text
+                show(reader.feed(delta.text) if reader else [Piece("said", delta.text, 0)])
                 ids += delta.ids
                 if delta.reply is not None:
                     # Its parts keep the calculator's calls, which the next turn's prompt must hold, too.
-                    ended = delta.reply.finish_reason
-                    message = Message("assistant", delta.reply.parts, weight=int(ended == "stop"))
+                    ended, parts = delta.reply.finish_reason, delta.reply.parts
                 elif stop():
                     break
     except KeyboardInterrupt:
         pass
-    if ended == "interrupted":
+    if reader is not None:
+        show(reader.flush())
+        parts = (Part("text", written),)
+    elif parts is None:
         decoder = assistant.reply_decoder
         parts = decoder.parts(decoder.without_open_call(ids))
-        if any(part.text for part in parts):
-            message = Message("assistant", parts, weight=0)
+    said = ended != "interrupted" or thought or any(part.text for part in parts)
+    message = Message("assistant", parts, reasoning_content=thought or None, weight=int(ended == "stop"))
+    if thought and not written:
+        note("")
     if not written.endswith("\n"):
         out.write("\n")
         out.flush()
     if ended == "length":
         most = sampling.get("max_tokens")
         note(CUT.format(f" at --max-tokens {most}" if request.max_new_tokens == most else ""))
-    return message, ended
+    return message if said else None, ended
 
 
-def note(text: str) -> None:
+def note(text: str, end: str = "\n") -> None:
     """Say something beside the conversation."""
     from rich.console import Console
     from rich.text import Text
 
-    Console(stderr=True, highlight=False).print(Text(text, style="dim"), soft_wrap=True)
+    Console(stderr=True, highlight=False).print(Text(text, style="dim"), soft_wrap=True, end=end)
 
 
 @dataclass
