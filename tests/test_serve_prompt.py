@@ -3,18 +3,22 @@ continued, conversations that the format cannot order."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from helpers.bigrams import bigrams, write_checkpoint
 from helpers.outside import outside, unpack_tokenizer
 from helpers.serving import ASK, ask, local, refusal
 from helpers.tokenizers import byte_level
-from sftflow.chat.schema import parse_row
+from sftflow.chat.schema import Conversation, Message, Part, parse_row
 from sftflow.checkpoint import Assistant, load_assistant
+from sftflow.serving.joining import in_turns, joined_ways
 
 CHAT, RENDER = "/v1/chat/completions", "/v1/render"
 SYSTEM, TOLD = {"role": "system", "content": "Be brief."}, {"role": "system", "content": "Now in French."}
@@ -201,6 +205,40 @@ THOUGHT = {"role": "assistant", "content": "Yo.", "reasoning_content": "Hm."}
 def test_what_the_format_cannot_order_is_joined(http: TestClient, messages: Any, same_as: Any) -> None:
     assert text(http, messages) == text(http, same_as)
     assert http.post(CHAT, json=ask(messages=messages, max_tokens=1)).status_code == 200
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from(["system", "developer", "user", "assistant"]), min_size=1, max_size=8), st.booleans())
+def test_any_order_becomes_turns_and_nothing_is_lost(roles: list[str], thinks: bool) -> None:
+    said = [Message(role, (Part("text", f"zq{i}"),)) for i, role in enumerate(roles)]
+    said = [
+        replace(m, reasoning_content=f"zr{i}") if thinks and m.role == "assistant" else m for i, m in enumerate(said)
+    ]
+    *_, turns = [said, *(way.messages for way in joined_ways(Conversation(tuple(said))))]
+    least = in_turns(
+        [replace(m, role="system") if m.role == "developer" else m for m in said], system=False, reasoning=False
+    )
+    assert list(turns) == least
+    assert [m.role for m in least] == [("user", "assistant")[i % 2] for i in range(len(least))]
+    written = "".join(m.text for m in least)
+    for i, message in enumerate(said):
+        assert written.count(f"zq{i}") == 1 and written.count(f"zr{i}") == bool(message.reasoning_content)
+        assert written.index(f"zq{i}") >= written.index(f"zq{max(0, i - 1)}")  # in order
+
+
+def test_what_is_too_long_once_joined_is_said_to_be_too_long(http: TestClient) -> None:
+    long = {"role": "user", "content": "the cat " * 300}
+    refusal(http.post(CHAT, json=ask(messages=[long, long])), 400, code="context_length_exceeded")
+
+
+def test_a_calculators_result_is_not_continued(http: TestClient) -> None:
+    parts = [
+        {"type": "text", "text": "It is "},
+        {"type": "python", "text": "6*7"},
+        {"type": "python_output", "text": "42"},
+    ]
+    begun = [*ASK, {"role": "assistant", "content": parts}]
+    refusal(http.post(CHAT, json=ask(messages=begun, continue_final_message=True)), 400, param="continue_final_message")
 
 
 TURN = "<|head|>{{ m.role }}:{{ m.content }}<|halt|>"

@@ -32,7 +32,7 @@ from sftflow.chat.watch import View, Watch, Watched, goes_forward
 from sftflow.foundation.errors import FormatError, first_line
 
 _GOES_ON = "zqgoeson "
-_DEFAULTED = re.compile(r"set\s+(\w+)\s*=\s*\1\b|(?<!\w)(\w+) is (?:not )?defined")
+_DEFAULTED = re.compile(r"set\s+(\w+)\s*=\s*\1\b|(?<![\w.])(\w+) is (?:not )?defined")
 
 
 @functools.lru_cache(maxsize=64)

@@ -5,7 +5,6 @@ All of it may take seconds for a large body, and runs in a thread.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import re
@@ -55,15 +54,16 @@ def chat_prompt(model: ServedModel, body: PromptBody, *, replied: bool = True) -
         raise wrong("tools", fact, "unsupported_parameter")
     renderer = model.renderer(template_arguments(model, body))
     ends = _how_it_ends(body, conversation, replied)
-    try:
-        return _rendered(renderer, model.context, conversation, ends)
-    except ApiError as error:
-        if error.body["error"]["code"] == "context_length_exceeded":
-            raise
-        for way in joined_ways(conversation):
-            with contextlib.suppress(ApiError):
-                return _rendered(renderer, model.context, way, ends)
-        raise
+    refused: ApiError | None = None
+    for way in (conversation, *joined_ways(conversation)):
+        try:
+            return _rendered(renderer, model.context, way, ends)
+        except ApiError as error:
+            if error.body["error"]["code"] == "context_length_exceeded":
+                raise
+            refused = refused or error
+    assert refused is not None
+    raise refused
 
 
 def _how_it_ends(body: PromptBody, conversation: Conversation, replied: bool) -> Ending:
@@ -82,8 +82,8 @@ def _how_it_ends(body: PromptBody, conversation: Conversation, replied: bool) ->
         raise wrong(place, f"the last message is of the role {last.role}; only an assistant's can be continued")
     if last.tool_calls:
         raise wrong(place, "the last message calls tools, which ends it")
-    if not last.text.strip():
-        raise wrong(place, "the last message has no text to continue")
+    if not last.text.strip() or last.parts[-1].kind != "text":
+        raise wrong(place, "the last message does not end with text, which could be continued")
     return "continued"
 
 
