@@ -151,6 +151,9 @@ def test_a_run(run: Any, folder: Path) -> None:
     assert len(run.losses) == 3 and all(loss > 0 for loss in run.losses)
     assert run.recipe.train.steps == 3 and run.recipe.train.max_length == 128
     assert "<svg" in run.plot()._repr_html_() and "3 steps" in repr(run)
+    assert str(run).startswith("kept        step ") and str(run) in re.sub(
+        "(?m)^.{21}", "", (run.directory / "log.txt").read_text()
+    )
     # What was done by hand, as a recipe: it trains the same weights.
     file = folder / "again.yaml"
     run.save_recipe(file)

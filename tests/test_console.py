@@ -106,6 +106,22 @@ def test_pace_forgets_the_first_step_and_old_ones() -> None:
     assert pace.left(10) == pytest.approx(40) and pace.padding() == 0.5
 
 
+@pytest.mark.parametrize(
+    ("seconds", "at", "line"),
+    [
+        (2.0, 4, "time        about 3 min 12 s for 96 more steps (measured over steps 2 to 4)"),
+        (30.0, 2, "time        about 49 min 0 s for 98 more steps (measured over step 2)"),
+    ],
+)
+def test_the_time_is_told_once_it_is_known(seconds: float, at: int, line: str) -> None:
+    with Screen(live=False) as watch:
+        watch._told = False
+        for step in range(1, 8):
+            assert sum("time  " in x for x in watch.lines) == (step > at)
+            watch.step(step_log(step, seconds=seconds if step > 1 else 500.0), 100)
+    assert [x for x in watch.lines if x.startswith("time")] == [line]
+
+
 def test_a_skipped_step_is_said_and_does_not_spoil_the_average() -> None:
     for live in (False, True):
         with Screen(live=live) as watch:

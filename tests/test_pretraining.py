@@ -87,6 +87,10 @@ def test_the_command_writes_a_checkpoint_with_its_card(tmp_path: Path) -> None:
     assert done.returncode == 0 and "held-out bits per byte" in done.stderr, done.stderr
     assert "Held-out bits per byte" in (out / "checkpoint" / "README.md").read_text()
     assert load_assistant(str(out)).info["kind"] == "base"
+    assert f"run         {out}\nbase        a new one\n" in done.stderr
+    assert "bits per byte of 1% of the documents" in done.stderr
+    assert f"next        sftflow train RECIPE --set base={out}\n" in done.stderr
+    assert "measuring held-out bits per byte" in (out / "log.txt").read_text()
 
 
 def test_no_text_is_refused(tmp_path: Path) -> None:

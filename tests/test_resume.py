@@ -136,6 +136,8 @@ def test_killed_while_saving_twice_and_resumed(tiny_base: Path, tmp_path: Path, 
     assert any(name.startswith(".checkpoint.") for name in leftovers(out))
     assert kill_at(recipe, out, ("resume", 16))
     assert any(name.startswith(".step-00000016.") for name in leftovers(out))
+    said = (out / "log.txt").read_text()  # by both of them, up to their end
+    assert said.count("  ---- ") == 2 and "  resumed at step 4 of 24; " in said and "  validation, step 16: " in said
     assert "an unfinished run is in it" in error_line(run("train", str(recipe)))
     resumed = sftflow("train", str(recipe), "--resume")
     assert resumed.returncode == 0 and "resumed at step 12 of 24" in resumed.stderr, resumed.stderr
@@ -242,6 +244,7 @@ def test_a_signal_saves_and_stops(
     steps = metrics.read_text().count("\n")
     assert steps < 24 and (out / "resume" / f"step-{steps:08d}" / "state.json").is_file()
     assert f"stopped; the state is saved in {out / 'resume'}; --resume goes on" in stopped.stderr
+    assert "  stopped by SIG" in (out / "log.txt").read_text().splitlines()[-1]
     resumed = run("train", str(recipe), "--resume")
     assert resumed.returncode == 0 and f"resumed at step {steps} of 24" in resumed.stderr
     found = outcome(out)

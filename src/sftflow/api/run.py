@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -11,6 +11,8 @@ from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
+
+from rich.text import Text
 
 from sftflow.api.assistant import Assistant, load
 from sftflow.api.measure import Comparison, Evaluation, compare_two, evaluate_all
@@ -27,9 +29,10 @@ from sftflow.pretraining.pretrain import BaseSpec, train_base
 from sftflow.recipe import Recipe, load_recipe, to_yaml
 from sftflow.report.comparison_page import loss_figure
 from sftflow.report.figures import duration
+from sftflow.report.log_file import Heard
 from sftflow.report.pages import cell
 from sftflow.report.progress import ProgressDisplay
-from sftflow.report.wording import kept_step
+from sftflow.report.run_blocks import base_end_block, end_block
 from sftflow.training import run as training_run
 from sftflow.training.signals import Signals
 
@@ -43,7 +46,7 @@ class Drawing(str):
 
 @dataclass(frozen=True, kw_only=True)
 class Run(training_run.Run):
-    """A finished run: its directory, and what came out.
+    """A finished run: its directory, and what came out; prints as a summary.
 
     recipe: what was done, as one; `save_recipe` writes it.   evaluation, comparison: where the recipe asked for them.
     """
@@ -65,6 +68,13 @@ class Run(training_run.Run):
     def save_recipe(self, path: str | Path) -> None:
         """Write what was done as a recipe, with which `sftflow train` trains the same weights."""
         write_text(Path(path), to_yaml(self.recipe))
+
+    def ending(self) -> Text:
+        """Which step was kept and why, the losses, the time, where all is, and what comes next."""
+        return end_block(self.directory, self.recipe.base, self.kept, self.seconds)
+
+    def __str__(self) -> str:
+        return self.ending().plain
 
     def __repr__(self) -> str:
         took = duration(self.train_seconds)
@@ -116,8 +126,9 @@ def _train(
     recipe: Recipe, shown: ProgressDisplay, *, resume: bool = False, overwrite: bool = False, lock: Lock | None = None
 ) -> Run:
     """lock: on train.out, where it is held already."""
-    out = Path(recipe.train.out)
+    started, out = time.perf_counter(), Path(recipe.train.out)
     with ExitStack() as stack:
+        stack.enter_context(Heard(shown.warned))
         signals = stack.enter_context(Signals(_tell_of_waiting))
         if lock is None and (not out.exists() or out.is_dir()):
             with signals.deferred():  # a lock half taken would stay behind
@@ -137,15 +148,18 @@ def _train(
         evaluation = comparison = None
         if run.already_done:
             shown.say(f"{out}: this run is finished; nothing to resume")
-        else:
-            took = f"trained for {duration(run.train_seconds)} (this command so far: {duration(run.seconds)})"
-            shown.say(f"{out / 'checkpoint'}: {kept_step(run.kept)}; {took}")
         if measured and not (run.already_done and (out / measured).is_file()):
+            shown.log.open(out, anew=False)
             if recipe.compare is None:
                 evaluation = evaluate_all([str(out)], options, out, shown)
             else:
                 comparison = compare_two(recipe.base, str(out), options, recipe.compare, out, shown)
-    return Run(**parts_of(run), recipe=_kept_recipe(out), evaluation=evaluation, comparison=comparison)
+        whole = parts_of(run) | {"seconds": time.perf_counter() - started}
+        found = Run(**whole, recipe=_kept_recipe(out), evaluation=evaluation, comparison=comparison)
+        for said in (evaluation, comparison, found):
+            if said is not None:
+                shown.log.write(str(said))
+    return found
 
 
 def _kept_recipe(out: Path) -> Recipe:
@@ -171,6 +185,7 @@ def pretrain(texts: Sequence[str | Path], out: str | Path, **keys: Any) -> dict[
 
     keys: the fields of `BaseSpec` (params, vocab, tokens, lr, seed, compile), `heldout` and `resume`.
     """
+    started = time.perf_counter()
     heldout, resume = keys.pop("heldout", ()), keys.pop("resume", False)
     with watching() as shown, Lock(Path(out)):
         card = train_base(
@@ -182,5 +197,5 @@ def pretrain(texts: Sequence[str | Path], out: str | Path, **keys: Any) -> dict[
             resume=resume,
             heldout=[Path(t) for t in heldout],
         )
-        shown.say(f"{Path(out) / 'checkpoint'}: held-out bits per byte {json.dumps(card['bits_per_byte'])}")
+        shown.say(base_end_block(Path(out), card["bits_per_byte"], time.perf_counter() - started))
     return card

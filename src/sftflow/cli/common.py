@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +12,7 @@ from sftflow.foundation.errors import RecipeError
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 app = typer.Typer(
     add_completion=False,
@@ -70,11 +70,11 @@ def number(text: str, place: str) -> int:
     return int(value)
 
 
-def say(text: str) -> None:
+def say(text: str | Text) -> None:
     """A line for the person, on standard error."""
     from sftflow.report.progress import stderr
 
-    stderr().print(text, highlight=False, markup=False)
+    stderr().print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_table(table: Table) -> None:
@@ -82,13 +82,3 @@ def print_table(table: Table) -> None:
     from rich.console import Console
 
     Console(highlight=False).print(table)
-
-
-def program() -> str:
-    """How this program is called from here: by its name where it is on the PATH, else by its path."""
-    import shutil
-
-    called = Path(sys.argv[0])
-    if called.name != "sftflow" or shutil.which("sftflow"):
-        return "sftflow"
-    return str(called.relative_to(Path.cwd()) if called.is_relative_to(Path.cwd()) else called)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -41,10 +40,11 @@ def compare(
         judge_model=judge_model,
         out=out,
     )
-    tell_comparison(found, out)
+    tell_comparison(found)
+    say(f"report:        {out / 'report.html'}")
 
 
-def tell_comparison(comparison: Comparison, out: Path) -> None:
+def tell_comparison(comparison: Comparison) -> None:
     from sftflow.report.tables import score_table
 
     say("")
@@ -52,4 +52,3 @@ def tell_comparison(comparison: Comparison, out: Path) -> None:
         print_table(score_table(comparison))
     for line in comparison.remarks():
         say(line)
-    say(f"report:        {out / 'report.html'}")

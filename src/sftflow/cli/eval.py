@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,12 +23,12 @@ def eval_(
     """Score models on tasks; a row an item, and eval.json. A rerun goes on from finished rows."""
     from sftflow import api
 
-    tell_evaluation(api.evaluate(models, split_tasks(tasks), limit=limit, allow_code=allow_code, out=out), out)
+    tell_evaluation(api.evaluate(models, split_tasks(tasks), limit=limit, allow_code=allow_code, out=out))
+    say(f"rows and eval.json are in {out}")
 
 
-def tell_evaluation(evaluation: Evaluation, out: Path) -> None:
+def tell_evaluation(evaluation: Evaluation) -> None:
     from sftflow.report.tables import eval_table
 
     say("")
     print_table(eval_table(evaluation))
-    say(f"rows and eval.json are in {out}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sftflow.cli.common import Set, app, program, say
+from sftflow.cli.common import Set, app, say
 from sftflow.foundation.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -62,12 +62,13 @@ def stopping(out: Path, *, overwrite: bool = False) -> Iterator[None]:
 
 
 def finish(run: Run) -> None:
-    """The scores, where the recipe asked for them, and what to do next."""
+    """The scores, where the recipe asked for them, and how the run ended."""
     from sftflow.cli.compare import tell_comparison
     from sftflow.cli.eval import tell_evaluation
 
     if run.evaluation is not None:
-        tell_evaluation(run.evaluation, run.directory)
+        tell_evaluation(run.evaluation)
     if run.comparison is not None:
-        tell_comparison(run.comparison, run.directory)
-        say(f"chat with it:  {program()} chat {run.directory}")
+        tell_comparison(run.comparison)
+    say("")
+    say(run.ending())

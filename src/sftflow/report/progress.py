@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import time
@@ -15,8 +16,14 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.text import Text
 
 from sftflow.foundation.runtime import Runtime, measure_peak, peak_memory
+from sftflow.report.figures import duration, plural
+from sftflow.report.log_file import LogFile
+from sftflow.report.run_blocks import start_block
+from sftflow.training.opening import Opening
 
 PLAIN_EVERY_SECONDS = 5.0
+LOGGED_EVERY_SECONDS = 600.0  # and each tenth of a stage
+TELLING_STEPS, TELLING_SECONDS = 3, 10.0  # measured steps after which the time is told: so many, or so long ones
 WINDOW = 20  # steps that rates and the ETA look back on
 
 
@@ -123,30 +130,40 @@ class ProgressDisplay:
         self.console = console or stderr()
         widgets = self.console.is_jupyter and find_spec("ipywidgets") is not None
         self.live = self.console.is_terminal or widgets
+        self.log = LogFile()
         self._progress: TwoRows | None = None
         self._stage = ""
         self._shown_at = 0.0
         self._began = 0.0
+        self._logged = (-1, 0.0)
         self._pace = Pace()
+        self._told = True
         self._device = "cpu"
         self._peak = 0.0
 
     def __enter__(self) -> ProgressDisplay:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
         self._close()
+        if error is not None:
+            self.log.ended_by(error)
 
-    def say(self, text: str) -> None:
+    def say(self, text: str | Text) -> None:
         """A line that stays; what was shown before it has ended."""
         self._close()
-        self.console.print(text, markup=False)
+        self.note(text)
 
-    def note(self, text: str, style: str = "") -> None:
+    def note(self, text: str | Text, style: str = "") -> None:
         """A line that stays; a training bar goes on under it."""
         if self._stage != "train":
             self._close()
         self.console.print(text, markup=False, style=style, soft_wrap=True)
+        self.log.write(str(text))
+
+    def warned(self, text: str) -> None:
+        """A warning of one of our modules; where logging is set up, that shows it."""
+        (self.log.write if logging.getLogger().handlers else self.note)(text)
 
     def _close(self) -> None:
         if self._progress is not None:
@@ -165,6 +182,11 @@ class ProgressDisplay:
             self._close()
             self._stage, self._began = stage, now
         eta = "" if left is None or done == total else f"ETA {clock(left)}"
+        words = (f"{stage}: {done}{f'/{total}' if total else ''}", note, under, eta)
+        line, tenth = "  ".join(w for w in words if w), done * 10 // total if total else 0
+        if begins or done == total or tenth > self._logged[0] or now - self._logged[1] >= LOGGED_EVERY_SECONDS:
+            self._logged = (tenth, now)
+            self.log.write(line)
         if self.live:
             if self._progress is None:
                 self._progress = TwoRows(self.console, stage, total)
@@ -173,8 +195,7 @@ class ProgressDisplay:
             self._progress.update(TaskID(0), completed=done, total=total, note=said, eta=eta)
         elif begins or done == total or now - self._shown_at >= PLAIN_EVERY_SECONDS:
             self._shown_at = now
-            words = [f"{stage}: {done}{f'/{total}' if total else ''}", note, under, eta]
-            self.console.print("  ".join(w for w in words if w), markup=False)
+            self.console.print(line, markup=False)
 
     def counted(self, stage: str, done: int, total: int, note: str = "") -> None:
         """A stage whose steps take about equally long."""
@@ -188,6 +209,12 @@ class ProgressDisplay:
         """Where the run computes: for the share of the peak and the memory. Measured once, and only shown."""
         self._device, self._peak = runtime.device, measure_peak(runtime)
 
+    def begins(self, run: Opening) -> None:
+        """What is said of a run before its first step. Its directory is its own now, and has the log."""
+        self.log.open(run.out, anew=not run.resume)
+        self.say(start_block(run))
+        self._told = run.step_seconds is not None
+
     def rendering(self, source: str, rows: int) -> None:
         self._show("render", rows, None, source)
 
@@ -197,7 +224,13 @@ class ProgressDisplay:
         if log.skipped:
             text = f"step {log.step}: update skipped (loss {log.loss:.3g}, gradient norm {log.grad_norm:.3g})"
             self.note(text, style="bold yellow")
-        self._show("train", log.step, total, under=self._details(log), left=self._pace.left(total - log.step))
+        left, steps = self._pace.left(total - log.step), self._pace.steps
+        if left and not self._told and (len(steps) >= TELLING_STEPS or self._pace.seconds >= TELLING_SECONDS):
+            self._told = True
+            more = plural(total - log.step, "more step")
+            measured = f"{'step' if len(steps) == 1 else f'steps {steps[0].step} to'} {log.step}"
+            self.note(f"time        about {duration(left)} for {more} (measured over {measured})")
+        self._show("train", log.step, total, under=self._details(log), left=left)
 
     def _details(self, log: Any) -> str:
         """Loss first: a narrow terminal cuts the end off."""

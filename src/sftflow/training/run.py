@@ -5,6 +5,8 @@ ledger.json        every row accounted for         validation.jsonl   held-out l
 mask_example.json  what is supervised of a row     evals.jsonl        samples of the tasks
 held_out.jsonl     rows not trained on             resume/            the exact state, to go on from
 training_rows.npz  all rows, by their digests      checkpoint/        the assistant
+
+The listener writes log.txt beside them.
 """
 
 from __future__ import annotations
@@ -188,7 +190,8 @@ class FineTuning(TrainingRun):
         self.describe(resumed)
         resumed_at = self.trainer.step if resume else None
         self.logger = open_logger(self.recipe, self.out, self.listener.say, resumed_at=resumed_at)
-        self.begin()
+        facts = {"base": self.recipe.base, "held_out": len(self.mixture.held_out), "notes": self.notes}
+        self.begin(resume=resume, supervised_tokens=self.mixture.ledger["supervised_tokens"], **facts)
         if self.trainer.step == 0:
             self.validate()
         if self.evals.last_step() != self.trainer.step:

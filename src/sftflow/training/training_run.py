@@ -21,6 +21,7 @@ from sftflow.foundation.runtime import Runtime, out_of_memory, peak_memory
 from sftflow.training.batch_plan import StepLog
 from sftflow.training.identity import Identity
 from sftflow.training.loggers import Logger
+from sftflow.training.opening import Opening, opening_of
 from sftflow.training.resume import load_state, save_state, saved_states
 from sftflow.training.run_log import RunLog
 from sftflow.training.signals import Signals, Stopped
@@ -39,6 +40,8 @@ class Listener(Protocol):
     def validation(self, step: int, loss: float, sources: Mapping[str, float | None]) -> None: ...
 
     def machine(self, runtime: Runtime) -> None: ...
+
+    def begins(self, run: Opening) -> None: ...
 
     def evaluating(self, done: int, total: int) -> None: ...
 
@@ -93,14 +96,17 @@ class TrainingRun:
             return False
         self.state = RunState(**load_state(states[-1], self.trainer, self.identity))
         self.saved = self.trainer.step
-        self.listener.say(f"resumed at step {self.trainer.step} of {self.trainer.plan.total_steps}")
         return True
 
-    def begin(self) -> None:
-        """Before the first step of this process: what a killed run logged after its saved state is logged again."""
+    def begin(self, *, resume: bool, **facts: Any) -> None:
+        """Before the first step of this process: what a killed run logged after its saved state is logged again.
+
+        resume: whether it was asked for.   facts: see `opening_of`.
+        """
         self.listener.machine(self.trainer.runtime)
         for log in self.logs:
             log.cut_back(self.trainer.step or -1)
+        self.listener.begins(opening_of(self.trainer, self.out, resume=resume, facts=facts))
 
     def train(self) -> None:
         """Train to the last step.
