@@ -61,6 +61,7 @@ TOOL = {"type": "function", "function": {"name": "f"}}
         ("continue_final_message", True),
         ("chat_template_kwargs", [1]),
         ("enable_thinking", "false"),
+        ("include_reasoning", False),
         ("enable_thinking", True),  # this format has no thoughts
         ("temperature", -0.1),
         ("temperature", 2.1),

@@ -269,4 +269,5 @@ def test_other_formats(tmp_path: Path, template: str, messages: Any, shown: str)
 def test_what_has_no_place_at_all_is_still_refused(http: TestClient) -> None:
     result = {"role": "tool", "content": "sunny", "tool_call_id": "x"}
     for messages in ([HI, CALLS, result], [HI, YO, result], [HI, HI, YO]):
-        refusal(http.post(CHAT, json=ask(messages=messages)), 400)
+        error = refusal(http.post(CHAT, json=ask(messages=messages)), 400)
+        assert ("continue_final_message: true" in error["message"]) == (messages[-1] == YO)

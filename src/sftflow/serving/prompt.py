@@ -6,7 +6,6 @@ All of it may take seconds for a large body, and runs in a thread.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import secrets
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from sftflow.generation.request import GenerationRequest
 from sftflow.serving.errors import ApiError, wrong
 from sftflow.serving.joining import joined_ways
 from sftflow.serving.schemas import PromptBody, SamplingBody
+from sftflow.serving.template_arguments import template_arguments
 
 if TYPE_CHECKING:
     from sftflow.checkpoint import Assistant
@@ -63,6 +63,9 @@ def chat_prompt(model: ServedModel, body: PromptBody, *, replied: bool = True) -
                 raise
             refused = refused or error
     assert refused is not None
+    if ends == "prompt" and conversation.messages[-1].role == "assistant":
+        fact = f"{refused}; put a user turn behind it, or go on with it by continue_final_message: true"
+        raise ApiError(400, fact, param="messages", code="invalid_messages")
     raise refused
 
 
@@ -85,50 +88,6 @@ def _how_it_ends(body: PromptBody, conversation: Conversation, replied: bool) ->
     if not last.text.strip() or last.parts[-1].kind != "text":
         raise wrong(place, "the last message does not end with text, which could be continued")
     return "continued"
-
-
-_OWN = {
-    "messages",
-    "tools",
-    "documents",
-    "add_generation_prompt",
-    "continue_final_message",
-    "chat_template",
-    "tokenize",
-}
-
-
-def template_arguments(model: ServedModel, body: PromptBody) -> dict[str, Any]:
-    """The template's own arguments that a body sets: those of `chat_template_kwargs`, and `enable_thinking` and
-    `reasoning_effort` beside it. Raises ApiError 400 for one that the template does not read: it would change nothing,
-    and nobody would know. Whether a model thinks may be asked for in any format, where it does so anyway."""
-    renderer, given = model.assistant.renderer, dict(body.chat_template_kwargs or {})
-    places = {name: f"chat_template_kwargs.{name}" for name in given}
-    for name in ("enable_thinking", "reasoning_effort"):
-        value = getattr(body, name)
-        if value is not None and given.setdefault(name, value) != value:
-            raise wrong(name, "chat_template_kwargs says otherwise")
-    known, out = {*renderer.arguments(), *renderer.format.kwargs}, {}
-    for name, value in given.items():
-        place = places.get(name, name)
-        if name in known:
-            if renderer.special_re.search(json.dumps({name: value}, ensure_ascii=False)):
-                raise wrong(place, "it holds a control token")
-            out[name] = value
-        elif name in _OWN or name.endswith("_token"):
-            raise wrong(place, "it is not the caller's to set", "unsupported_parameter")
-        elif value is not None and not (name in ("enable_thinking", "thinking") and _thinks(model) in (None, value)):
-            fact = f"the {renderer.format.name} chat format does not read it"
-            known_ones = f"; it reads {', '.join(sorted(known))}" if known else ""
-            raise wrong(place, f"{fact}{known_ones}", "unsupported_parameter")
-    return out
-
-
-def _thinks(model: ServedModel) -> bool | None:
-    """Whether replies have thoughts: always, never, or as the model likes (None)."""
-    if model.thoughts is None:
-        return False
-    return True if model.thoughts.always else None
 
 
 def read_messages(messages: Sequence[Any], tools: Sequence[Any] = ()) -> Conversation:

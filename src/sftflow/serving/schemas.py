@@ -127,6 +127,7 @@ class ChatBody(SamplingBody, PromptBody):
         "web_search_options": (),
         "verbosity": (),
         "echo": (False,),
+        "include_reasoning": (True,),
         "chat_template": (),
         "documents": ([],),
     }
