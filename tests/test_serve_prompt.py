@@ -131,6 +131,18 @@ def test_a_continued_reply_goes_on_in_the_own_format(http: TestClient, assistant
     )
 
 
+def test_what_a_template_would_cut_out_of_a_message_is_not_continued(tmp_path: Path) -> None:
+    tokenizer = byte_level(special=("<|head|>", "<|halt|>"))
+    tokenizer.chat_template = TURN.replace("m.content", "m.content.split('</think>')[-1].strip()").join(
+        ("{% for m in messages %}", ASKS)
+    )
+    http = local(load_assistant(str(write_checkpoint(tmp_path, bigrams(len(tokenizer), [0, 1]), tokenizer))))
+    begun = {"role": "assistant", "content": "Yes, \n"}
+    assert text(http, [HI, begun], continue_final_message=True).endswith("<|head|>assistant:Yes,")
+    body = ask(messages=[HI, {**begun, "content": "<think>Hm.</think>Yes"}], continue_final_message=True)
+    refusal(http.post(CHAT, json=body), 400, param="messages[1]")
+
+
 CALLS = {"role": "assistant", "content": "x", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
 
 

@@ -129,11 +129,13 @@ class Template:
             going_on = [*parts[:-1], {**parts[-1], "text": parts[-1]["text"] + _GOES_ON}]
         longer = self.text([*before, {**last, "content": going_on}], row.tools, False, row.source)
         head, mark, rest = longer.rpartition(_GOES_ON.strip())
-        head = head if rest.startswith(" ") else head.rstrip()  # where the template strips, so is what is continued
-        if not mark or not text.startswith(head):
-            fact = f"the {self.format.name} format does not write the last message so that it could be continued"
-            raise FormatError(f"{row.source}.messages[{len(before)}]", fact, "let the model begin the reply")
-        return head
+        said = (parts if isinstance(parts, str) else parts[-1]["text"]).strip()
+        # Where the template strips, so is what is continued. (A blank of its own may stand behind it.)
+        for end in (head, head.rstrip()) if rest.startswith(" ") else (head.rstrip(),):
+            if mark and said in end and text.startswith(end):
+                return end
+        fact = f"the {self.format.name} format does not write the last message so that it could be continued"
+        raise FormatError(f"{row.source}.messages[{len(before)}]", fact, "let the model begin the reply")
 
     def as_given(self, messages: Messages) -> Messages:
         """The messages with contents as lists of parts where the template leaves texts out, and the arguments of calls
