@@ -109,7 +109,7 @@ BAD = [
     chat(400, logprobs="yes", param="logprobs"),
     chat(400, logprobs=True, top_logprobs=100, param="top_logprobs"),
     chat(400, frequency_penalty=99, param="frequency_penalty"),
-    chat(400, response_format={"type": "json_schema"}, param="response_format", code="unsupported_parameter"),
+    chat(400, response_format={"type": "json_schema"}, param="response_format"),
     chat(400, logit_bias={"1": 100}, param="logit_bias", code="unsupported_parameter"),
     chat(400, tools=[{"type": "function", "function": {"name": "f"}}], param="tools", code="unsupported_parameter"),
     chat(400, tools=[{"type": "web_search"}], param="tools[0]"),

@@ -10,14 +10,18 @@ import openai
 import pytest
 import torch
 
-from helpers.serving import running
+from helpers.serving import learn_by_heart, running
 from helpers.templates import CHATML
 from helpers.tiny import TEXT
 from sftflow.chat.schema import parse_row
 from sftflow.checkpoint import Assistant, load_assistant
+from sftflow.generation.request import Delta
 from sftflow.pretraining.pretrain import BaseSpec, build_model
 from sftflow.pretraining.tokenizer import train_tokenizer
 from sftflow.serving import api
+from sftflow.serving.chat import ChatChoice
+from sftflow.serving.model_entry import ServedModel
+from sftflow.serving.schemas import ChatBody
 
 WEATHER: Any = {
     "type": "function",
@@ -28,30 +32,11 @@ WEATHER: Any = {
     },
 }
 ASK: Any = [{"role": "user", "content": "How is it in Paris?"}]
+ROME: Any = [{"role": "user", "content": "And there?"}]
 CALL = {"type": "function", "id": "callAAAA1", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
 CALLED = {"role": "assistant", "content": "Let me look.", "tool_calls": [CALL]}
 RESULT = {"role": "tool", "tool_call_id": "callAAAA1", "content": "sunny"}
 ANSWER = {"role": "assistant", "content": "It is sunny there."}
-
-
-def learn_by_heart(assistant: Assistant, rows: list[dict[str, Any]]) -> None:
-    """Train until each row's replies are what greedy decoding gives."""
-    rendered = [assistant.renderer.render(parse_row(row, "row")) for row in rows]
-    optimizer = torch.optim.AdamW(assistant.model.parameters(), lr=3e-3)
-    assistant.model.train()
-    for _ in range(300):
-        loss = torch.tensor(0.0)
-        for row in rendered:
-            logits = assistant.model(torch.tensor(row.ids)[None]).logits[0, :-1]
-            wanted = torch.tensor(row.mask[1:] == 1)
-            loss = loss + torch.nn.functional.cross_entropy(logits[wanted], torch.tensor(row.ids[1:])[wanted])
-        if loss.item() < 0.01:
-            break
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assistant.model.eval()
-    assert loss.item() < 0.05
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +52,7 @@ def caller(tmp_path_factory: pytest.TempPathFactory) -> Assistant:
     assistant = load_assistant(str(directory))
     first = {"messages": [*ASK, CALLED], "tools": [WEATHER]}
     second = {"messages": [*ASK, {**CALLED, "weight": 0}, RESULT, ANSWER], "tools": [WEATHER]}
-    learn_by_heart(assistant, [first, second])
+    learn_by_heart(assistant, [first, second, {"messages": [*ROME, {**CALLED, "content": ""}], "tools": [WEATHER]}])
     return assistant
 
 
@@ -136,3 +121,85 @@ def test_tool_definitions_with_control_tokens_stay_text(client: openai.OpenAI, c
     assert ids.count(caller.tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2
     got = client.chat.completions.create(model="caller", messages=ASK, tools=[odd], temperature=0, max_tokens=1)
     assert got.usage is not None and got.usage.prompt_tokens == len(ids)
+
+
+CLOCK: Any = {"type": "function", "function": {"name": "clock"}}
+DAYS: Any = {
+    "type": "function",
+    "function": {
+        "name": "weather_of_days",
+        "parameters": {
+            "$defs": {"day": {"enum": ["Mon", "Tue"]}},
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "maxLength": 9},
+                "days": {"type": "array", "items": {"$ref": "#/$defs/day"}, "minItems": 1, "maxItems": 2},
+            },
+            "required": ["city", "days"],
+            "additionalProperties": False,
+        },
+    },
+}
+NAMED: Any = {"type": "function", "function": {"name": "weather_of_days"}}
+
+
+def calls(client: openai.OpenAI, stream: bool, **options: Any) -> tuple[list[tuple[str, Any]], str | None, str]:
+    """(name and arguments of each call, the text, why the reply ended)"""
+    options = {"temperature": 0, "max_tokens": 150, **options}
+    got: Any = client.chat.completions.create(model="caller", messages=ROME, stream=stream, **options)
+    choices = [chunk.choices[0] for chunk in got] if stream else [got.choices[0]]
+    messages = [choice.delta if stream else choice.message for choice in choices]
+    made = [call.function for message in messages for call in message.tool_calls or []]
+    text = "".join(message.content or "" for message in messages)
+    return [(call.name, json.loads(call.arguments)) for call in made], text, choices[-1].finish_reason
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_can_be_asked_for(client: openai.OpenAI, stream: bool) -> None:
+    tools = [DAYS, WEATHER, CLOCK]
+    made, text, reason = calls(client, stream, tools=[WEATHER], tool_choice="required")
+    assert (made, text, reason) == ([("weather", {"city": "Paris"})], "", "tool_calls")
+    named, text, reason = calls(client, stream, tools=tools, tool_choice=NAMED)
+    assert (len(named), text, reason) == (1, "", "stop")
+    assert named[0][0] == "weather_of_days" and 1 <= len(named[0][1]["days"]) <= 2
+    for seed in range(4):
+        drawn = {"tools": [DAYS, CLOCK], "temperature": 1, "max_tokens": 300, "seed": seed, "tool_choice": "required"}
+        one, text, reason = calls(client, stream, **drawn, parallel_tool_calls=False)
+        assert (len(one), text, reason) == (1, "", "tool_calls")
+        assert one[0][1] == {} if one[0][0] == "clock" else "city" in one[0][1]
+
+
+def test_more_calls_than_one_may_be_asked_for_or_not(client: openai.OpenAI, caller: Assistant) -> None:
+    drawn = {"tools": [CLOCK], "tool_choice": "required", "temperature": 2}
+    assert max(len(calls(client, False, **drawn, seed=seed)[0]) for seed in range(4)) > 1
+    # What a model writes unasked is read up to the first call.
+    choice = ChatChoice(
+        ServedModel("caller", caller), ChatBody(model="caller", messages=ASK, tools=[CLOCK], parallel_tool_calls=False)
+    )
+    text = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
+    chunks = choice.feed(Delta(f"{text}\n{text}\nDone."))
+    assert sum(len(chunk["delta"].get("tool_calls", [])) for chunk in chunks) == 1
+
+
+def test_json_or_a_call(client: openai.OpenAI) -> None:
+    wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"const": {"sunny": True}}}}
+    seen = set()
+    for seed in range(12):
+        made, text, reason = calls(
+            client, False, tools=[CLOCK], response_format=wanted, temperature=1.5, seed=seed, parallel_tool_calls=False
+        )
+        assert (made and not text and reason == "tool_calls") or (
+            json.loads(text) == {"sunny": True} and reason == "stop"
+        )
+        seen.add(reason)
+    assert len(seen) == 2
+
+
+def test_a_tool_that_is_not_there_cannot_be_asked_for(client: openai.OpenAI) -> None:
+    for options in ({"tools": [WEATHER], "tool_choice": NAMED}, {"tool_choice": "required"}, {"tool_choice": NAMED}):
+        with pytest.raises(openai.BadRequestError, match="no such tool"):
+            calls(client, False, **options)
+    broken = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "not": {}}}}
+    with pytest.raises(openai.BadRequestError, match=r"tool_choice: .*not"):
+        calls(client, False, tools=[broken], tool_choice="required")
+    assert calls(client, False, tools=[broken])[2]  # unasked, its parameters are the template's affair

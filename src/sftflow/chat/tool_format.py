@@ -16,6 +16,7 @@ import contextlib
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from sftflow.chat.render import Renderer
@@ -25,26 +26,64 @@ from sftflow.foundation.errors import SftflowError
 from sftflow.foundation.sequences import common_prefix
 
 NAMES, KEYS, VALUES, TEXT = ("zqfa", "zqfb"), ("zqka", "zqkb"), ("zqva", "zqvb"), "zqtext"
+ONE, TWO = ({key: value} for key, value in zip(KEYS, VALUES, strict=True))
 
 
 def learn_calls(renderer: Renderer) -> CallFormat | None:
     """The format's way to write calls; None where it has none that can be read back."""
-    one = {KEYS[0]: VALUES[0]}
     views = _Views(renderer)
-    single, double = views.of([one]), views.of([one, {KEYS[1]: VALUES[1]}])
+    single, double = views.of([ONE]), views.of([ONE, TWO])
     if single is None:
         return None
     for candidate in _candidates(views, single, double):
         if any(i in word for word in candidate.open.split()[:1] for i in IDENTITIES):
             continue  # it begins with what is another every time, so that it could not be found
-        probes: list[list[dict[str, Any]]] = [[one], [{}], [{"a": 'x "y" é', "b": 3, "c": {"d": [1, None, "é"]}}]]
-        probes += [[one, {}], [{}, one]] if candidate.between is not None else []
+        probes: list[list[dict[str, Any]]] = [[ONE], [{}], [{"a": 'x "y" é', "b": 3, "c": {"d": [1, None, "é"]}}]]
+        probes += [[ONE, {}], [{}, ONE]] if candidate.between is not None else []
         tools = [_tool(name, {"a": "string", "b": "integer", "c": "object"}) for name in NAMES]
         texts = [views.of(probe) for probe in probes]
         wanted = [("", [(NAMES[i], arguments) for i, arguments in enumerate(probe)]) for probe in probes]
         if [text and read_calls(candidate, tools, text) for text in texts] == wanted:
             return candidate
     return None
+
+
+@dataclass(frozen=True)
+class CallText:
+    """How the template writes calls, control tokens included: open, call, (between, call)*, close; a call is head, its
+    name, middle, a JSON object of arguments, tail."""
+
+    open: str
+    head: str
+    middle: str
+    tail: str
+    between: str | None
+    close: str
+
+
+def written_calls(renderer: Renderer, learnt: CallFormat) -> CallText | None:
+    """What a reply must be so that `learnt` reads calls in it; None where these are not a name and then JSON."""
+    views = _Views(renderer, control=True)
+    single, double = views.of([ONE]), views.of([ONE, TWO])
+    if single is None:
+        return None
+    for found in _candidates(views, single, double):
+        call = single[len(found.open) : len(single) - len(found.close)]
+        name, arguments = call.find(NAMES[0]), _object_at(call, ONE)
+        if _without_control(renderer, found) == learnt and arguments and 0 <= name < arguments[0]:
+            middle = call[name + len(NAMES[0]) : arguments[0]]
+            return CallText(found.open, call[:name], middle, call[arguments[1] :], found.between, found.close)
+    return None
+
+
+def _without_control(renderer: Renderer, found: CallFormat) -> CallFormat:
+    def plain(text: str) -> str:
+        return renderer.special_re.sub("", text)
+
+    entry = found.entry
+    entry = NamedEntry(plain(entry.middle)) if isinstance(entry, NamedEntry) else entry
+    between = None if found.between is None else plain(found.between)
+    return CallFormat(plain(found.open), entry, between, plain(found.close))
 
 
 def _tool(name: str, types: dict[str, str]) -> dict[str, Any]:
@@ -54,10 +93,11 @@ def _tool(name: str, types: dict[str, str]) -> dict[str, Any]:
 
 
 class _Views:
-    """What the template writes for calls, without the turn's header and end, and without special tokens."""
+    """What the template writes for calls, without the turn's header and end, and but for `control` without special
+    tokens."""
 
-    def __init__(self, renderer: Renderer) -> None:
-        self._renderer = renderer
+    def __init__(self, renderer: Renderer, *, control: bool = False) -> None:
+        self._renderer, self._control = renderer, control
         self._tools = tuple(_tool(name, {key: "string" for key in KEYS}) for name in NAMES)
         self._plain = self._text(text_message("assistant", TEXT))
         self._prompt = self._text()
@@ -89,7 +129,7 @@ class _Views:
         for token in self._renderer.special_re.finditer(text):  # neither may cut one in two: `<|say|>`, `<|call|>`
             start = token.start() if token.start() < start < token.end() else start
             end = token.end() if token.start() < end < token.end() else end
-        return self._renderer.special_re.sub("", text[start:end])
+        return text[start:end] if self._control else self._renderer.special_re.sub("", text[start:end])
 
 
 def _candidates(views: _Views, single: str, double: str | None) -> Iterator[CallFormat]:

@@ -6,6 +6,7 @@
       RecipeError                    a recipe key or value is wrong
       CheckpointError                a checkpoint is missing, damaged, or does not fit
       ContextError                   something is longer than the model's context
+      GrammarError                   a reply cannot be held to a grammar
       TaskError                      an unknown task, or a task's data file is wrong
       DataError                      a data file is missing or unreadable
       ServeError                     a port in use, a wrong host
@@ -62,6 +63,9 @@ class CheckpointError(SftflowError): ...
 
 
 class ContextError(SftflowError): ...
+
+
+class GrammarError(SftflowError): ...
 
 
 class TaskError(SftflowError): ...

@@ -3,8 +3,8 @@
 Evaluation, comparison, terminal chat and server all call it. One reply, in the order in which it is read:
 
     GenerationRequest (request) -> Engine.generate or .stream -> Scheduler (scheduler): prompts in, a token for each
-    that runs -> decoder: its logits -> sampling: the token -> ReplySequence (sequence): text, calculator, end
-    -> detokenize: the text piece by piece -> Delta, Reply (request)
+    that runs -> decoder: its logits -> constraint: which may come -> sampling: the token
+    -> ReplySequence (sequence): text, calculator, end -> detokenize: the text piece by piece -> Delta, Reply (request)
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from sftflow.chat.render import Renderer
 from sftflow.foundation.runtime import Runtime
 from sftflow.foundation.sequences import common_prefix
 from sftflow.generation.check_decoder import DecodeMode, Decoder, find_decode_mode, make_decoder
+from sftflow.generation.constraint import Grammars
 from sftflow.generation.onednn import Forwards, ordered_forwards
 from sftflow.generation.request import Delta, GenerationRequest, Reply
 from sftflow.generation.scheduler import Scheduler
@@ -33,7 +34,7 @@ class Engine:
     max_running: replies that are generated side by side.   tick: called before every forward pass; what it raises ends
     the work.   context: the longest sequence that the model takes, prompt and reply together.   length_limit: the
     longest in which a token depends on the tokens before it alone (see `packing.length_limits`); longer ones are
-    generated one after another.
+    generated one after another.   grammars: what replies can be held to.
     """
 
     def __init__(
@@ -49,6 +50,8 @@ class Engine:
         self.tick = tick or (lambda: None)
         self.context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 20)
         self.reply_decoder = ReplyDecoder(renderer)
+        size = int(model.get_input_embeddings().weight.shape[0])
+        self.grammars = Grammars(renderer.tokenizer, self.reply_decoder.control, size)
         limit = length_limit(model)
         self.length_limit = self.context if limit is None else min(self.context, limit[0])
         self._modes: dict[bool, DecodeMode] = {}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from sftflow.chat.schema import Part
+
+if TYPE_CHECKING:
+    from sftflow.generation.constraint import Grammar
 
 FinishReason = Literal["stop", "length"]
 
@@ -19,6 +22,7 @@ class GenerationRequest:
     logprobs: how many of the likeliest tokens are told beside each token of the reply; 0 tells of the chosen one
     alone, None of none.   prompt_logprobs: the same for the prompt's own tokens.
     shown: control tokens that the reply's text has nevertheless, and what stands for each (see `chat.thoughts`).
+    grammar: what the reply must be a text of (`Engine.grammars`).
     """
 
     prompt_ids: tuple[int, ...]
@@ -37,6 +41,7 @@ class GenerationRequest:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     shown: tuple[tuple[int, str], ...] = ()
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)

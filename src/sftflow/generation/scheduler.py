@@ -124,7 +124,12 @@ class Scheduler(AbstractContextManager["Scheduler"]):
     def _choose(self) -> None:
         """The next token of every running reply."""
         assert self._logits is not None
-        tokens, near = choose(self._logits, [d.sampler for d in self._running])
+        logits = self._logits
+        if any(d.constraint is not None for d in self._running):
+            logits = logits.clone()  # log-probabilities are of the model's own
+            for row, sequence in zip(logits, self._running, strict=True):
+                sequence.constrain(row)
+        tokens, near = choose(logits, [d.sampler for d in self._running])
         for row, sequence in enumerate(self._running):
             if sequence.forced:
                 tokens[row] = sequence.forced.popleft()
@@ -137,7 +142,8 @@ class Scheduler(AbstractContextManager["Scheduler"]):
             for row, logprob in zip(asked, found, strict=True):
                 self._running[row].logprobs.append(logprob)
         for sequence, token in zip(self._running, tokens, strict=True):
-            sequence.accept(token)
+            if not sequence.over:
+                sequence.accept(token)
 
     def _admit(self) -> list[ReplySequence]:
         """Read the prompts of waiting requests, in order. Returns those that ended over it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Collection, Sequence
@@ -13,6 +14,8 @@ import torch
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Part
 from sftflow.foundation.calculator import calculate
+from sftflow.foundation.errors import GrammarError
+from sftflow.generation.constraint import Constraint
 from sftflow.generation.detokenize import Detokenizer, ReplyText, detokenize
 from sftflow.generation.request import Delta, FinishReason, GenerationRequest, Reply, TokenLogprob
 from sftflow.generation.sampling import Sampler, token_logprobs
@@ -47,6 +50,10 @@ class ReplyDecoder:
         if not n or ids[-1] not in stop:
             return n
         return n - next((len(end) for end in self._ends if tuple(ids[-len(end) :]) == end), 1)
+
+    def ends_with(self, stop: Collection[int]) -> list[tuple[int, ...]]:
+        """The ids of each end of turn that ends at one of `stop`; these alone are ends, too."""
+        return list(dict.fromkeys([*(end for end in self._ends if end[-1] in stop), *((i,) for i in sorted(stop))]))
 
     def begins_end(self, ids: Sequence[int]) -> bool:
         """Whether these ids are the beginning of an end of turn, or all of one."""
@@ -123,6 +130,8 @@ class ReplySequence:
 
     def __post_init__(self) -> None:
         self.sampler = Sampler(self.request)
+        grammar = self.request.grammar
+        self.constraint = Constraint(grammar, self.decoder.ends_with(self.stop)) if grammar is not None else None
         # The text is followed token by token where somebody reads along, or where it may end the reply.
         asked = self.request
         follow = self.streamed or bool(asked.stop_texts or asked.shown)
@@ -154,9 +163,26 @@ class ReplySequence:
             top = [self.request.prompt_logprobs or 0] * len(following)
             told += token_logprobs(logits[: len(following)], following, top)
 
+    def constrain(self, logits: torch.Tensor) -> None:
+        """(vocabulary,) in place: -inf where its grammar lets no token come; `error` where it lets none at all."""
+        if self.constraint is None:
+            return
+        try:
+            if not self.ids:
+                self.constraint.begin(int(logits.argmax()))
+            allowed = self.constraint.allowed()
+        except GrammarError as error:
+            self.error = error
+            return
+        n = min(len(allowed), len(logits))
+        logits[n:] = -math.inf
+        logits[:n].masked_fill_(~allowed[:n].to(logits.device), -math.inf)
+
     def accept(self, token: int) -> None:
         """Book a token: follow the calculator's protocol, see whether the reply has ended."""
         self.ids.append(token)
+        if self.constraint is not None:
+            self.constraint.accept(token)
         self.sampler.note(token)
         if self.decoder.python is not None and self.request.use_python and not self.forced:
             start, end, *_ = self.decoder.python
@@ -180,6 +206,8 @@ class ReplySequence:
             self.finish, self.stopped_by = "stop", follower.stopped_by
         elif stops:
             self.finish, self.stopped_by = "stop", token
+        elif self.constraint is not None and self.constraint.over and not self.stop:
+            self.finish = "stop"  # its end of turn would be next, and has been switched off
         elif full:
             self.finish = "length"
 

@@ -10,6 +10,7 @@ The way of one streamed reply, file by file; everything else stands beside it:
     chat             ChatBody -> ResponseShape: what is asked of the engine, and how its replies will look
       prompt         its messages -> the exact ids -> requests to the engine        (completions: plain prompts)
                      (`joining`: what a format cannot order; `template_arguments`)
+      structured     what the reply must be -> a grammar
     engine_thread    requests -> the line -> the engine's scheduler -> deltas, back on the event loop
     responses        deltas -> chunks (ChatChoice in `chat`, with `logprobs`) -> server-sent events, or one JSON object
 

@@ -16,6 +16,7 @@ from sftflow.serving.model_entry import ServedModel
 from sftflow.serving.prompt import chat_prompt, requests_for
 from sftflow.serving.responses import Chunk, ResponseShape
 from sftflow.serving.schemas import ChatBody
+from sftflow.serving.structured import grammar_for
 
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
 
@@ -33,7 +34,8 @@ def chat_response(model: ServedModel, body: ChatBody) -> ResponseShape:
         begun = thoughts.begun(prompt.text, continued if isinstance(continued, str) else "")
     shown = thoughts.shown(model.assistant.renderer) if thoughts else ()
     ids = prompt.ids.tolist()
-    requests = requests_for(model.assistant, body, ids, limit, logprobs=logprobs, shown=shown)
+    more = {"logprobs": logprobs, "shown": shown, "grammar": grammar_for(model, body, prompt.text, begun)}
+    requests = requests_for(model.assistant, body, ids, limit, **more)
     choices = [ChatChoice(model, body, begun) for _ in requests]
     return ResponseShape(model=model, body=body, n_prompt=len(ids), requests=requests, choices=choices)
 
@@ -53,6 +55,8 @@ class ChatChoice:
         self._logprobs = ReplyLogprobs(model.table, model.control_ids, text) if body.logprobs else None
         self._n_text = self._n_calls = 0
         self._said: list[int] = []  # where in the reply's text the characters are that are read for calls
+        self._one_call = body.parallel_tool_calls is False
+        self._named = bool(body.forced)
 
     def opening(self) -> list[Chunk]:
         return [{"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}]
@@ -67,7 +71,8 @@ class ChatChoice:
             self._logprobs.add(delta.tokens, final=final)
         chunks = [self._chunk(piece) for piece in self._pieces(delta.text, final)]
         if delta.reply is not None:
-            reason = "tool_calls" if self._n_calls else delta.reply.finish_reason
+            # As OpenAI has it: that the one tool that had to be called was called says nothing new.
+            reason = "tool_calls" if self._n_calls and not self._named else delta.reply.finish_reason
             chunks.append({**self._chunk({}, final=True), "finish_reason": reason})
         return chunks
 
@@ -107,7 +112,10 @@ class ChatChoice:
                 end = start + len(piece)
                 spans = [span for span in spans if span[1] > end] or spans[-1:]
                 self._read("content", *self._said[start:end])
-            yield {"content": piece} if isinstance(piece, str) else {"tool_calls": [self._call(piece)]}
+            if isinstance(piece, str):
+                yield {"content": piece}
+            elif not (self._one_call and self._n_calls):
+                yield {"tool_calls": [self._call(piece)]}
             at = end if isinstance(piece, str) else start
         self._read("tool_calls", *self._said[at : reader.n_read])
 

@@ -12,6 +12,7 @@ from sftflow.serving.model_entry import ServedModel
 from sftflow.serving.prompt import plain_prompts, prompt_ids, requests_for, too_long
 from sftflow.serving.responses import Chunk, ResponseShape
 from sftflow.serving.schemas import MAX_CHOICES, CompletionBody
+from sftflow.serving.structured import grammar_for
 
 MOST_TOLD = 500_000
 """log-probabilities of the prompts that one request may ask for: about 20 MB of JSON"""
@@ -25,6 +26,7 @@ def completion_response(model: ServedModel, body: CompletionBody) -> ResponseSha
     if body.max_tokens == 0 and not body.echo:
         raise wrong("max_tokens", "0 only makes sense with echo: true")
     n_told = n * ((body.logprobs or 0) + 1) if body.echo and body.logprobs is not None else 0  # for each prompt token
+    grammar = grammar_for(model, body)
     n_prompt = 0
     requests: list[GenerationRequest] = []
     choices: list[CompletionChoice] = []
@@ -43,6 +45,7 @@ def completion_response(model: ServedModel, body: CompletionBody) -> ResponseSha
             body.limit,
             logprobs=body.logprobs,
             prompt_logprobs=body.logprobs if body.echo else None,
+            grammar=grammar,
             use_python=False,  # a calculator's tokens are none of the model's own
         )
         choices += [CompletionChoice(model, body, prompt, ids) for _ in range(n)]

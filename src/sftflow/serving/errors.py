@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from sftflow.foundation.errors import ContextError
+from sftflow.foundation.errors import ContextError, GrammarError
 
 log = logging.getLogger("sftflow.serving")
 
@@ -58,6 +58,8 @@ def internal(error: Exception) -> ApiError:
         return error
     if isinstance(error, ContextError):
         return ApiError(400, error.fact, param="messages", code="context_length_exceeded")
+    if isinstance(error, GrammarError):
+        return ApiError(400, f"what the reply must be: {error.fact}", code="invalid_schema")
     log.error("generation failed", exc_info=error)
     return ApiError(500, "the generation failed; the server's log says why", code="generation_failed")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sftflow.chat.render import Renderer
 from sftflow.chat.thoughts import ThoughtMarks, learn_thoughts
-from sftflow.chat.tool_format import learn_calls
+from sftflow.chat.tool_format import CallText, learn_calls, written_calls
 from sftflow.chat.tool_parser import CallFormat
 from sftflow.serving.engine_thread import EngineThread
 from sftflow.serving.logprobs import TokenTable
@@ -35,6 +35,11 @@ class ServedModel:
     def calls(self) -> CallFormat | None:
         """How this format writes tool calls; None where it has none that could be read back."""
         return learn_calls(self.assistant.renderer)
+
+    @functools.cached_property
+    def written_calls(self) -> CallText | None:
+        """What a reply must be to be calls; None where this format's cannot be asked for."""
+        return None if self.calls is None else written_calls(self.assistant.renderer, self.calls)
 
     @functools.cached_property
     def thoughts(self) -> ThoughtMarks | None:

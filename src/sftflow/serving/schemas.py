@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
@@ -17,6 +17,17 @@ Stop = Annotated[str, StringConstraints(min_length=1, max_length=200)]  # an emp
 class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True)
     include_usage: bool | None = None
+
+
+class ToolName(BaseModel):
+    model_config = ConfigDict(strict=True)
+    name: str = Field(min_length=1)
+
+
+class NamedTool(BaseModel):
+    model_config = ConfigDict(strict=True)
+    type: Literal["function"]
+    function: ToolName
 
 
 class ModelBody(BaseModel):
@@ -83,7 +94,6 @@ class SamplingBody(ModelBody):
         "include_stop_str_in_output": (False,),
         "skip_special_tokens": (True,),
         "truncate_prompt_tokens": (),
-        "structured_outputs": ({},),
         "guided_json": (),
         "guided_regex": (),
         "guided_choice": ([],),
@@ -106,6 +116,8 @@ class SamplingBody(ModelBody):
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stop_token_ids: Annotated[list[int], Field(max_length=256)] | None = None
     ignore_eos: bool | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -117,11 +129,8 @@ class ChatBody(SamplingBody, PromptBody):
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
         **SamplingBody.unsupported,
-        "tool_choice": ("none", "auto"),
-        "parallel_tool_calls": (True,),
         "functions": ([],),
         "function_call": ("none",),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "audio": (),
         "web_search_options": (),
@@ -136,7 +145,15 @@ class ChatBody(SamplingBody, PromptBody):
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**63)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    tool_choice: str | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+
+    @property
+    def forced(self) -> str | None:
+        """The tool that must be called; "": any; None: none need be."""
+        if isinstance(self.tool_choice, NamedTool):
+            return self.tool_choice.function.name
+        return "" if self.tool_choice == "required" else None
 
     @property
     def offered(self) -> list[Any]:
@@ -152,7 +169,6 @@ class CompletionBody(SamplingBody):
         "suffix": ("",),
         "best_of": (1,),
         "prompt_embeds": (),
-        "response_format": ({"type": "text"},),
     }
 
     prompt: Any = None
