@@ -36,6 +36,11 @@ def python_folders() -> list[str]:
     return kept
 
 
+def readable() -> list[str]:
+    """What a program may read besides its own folder, in either way; much of it is not there on every system."""
+    return [*SYSTEM, *SYSTEM_FILES, "/System/Library", *python_folders()]
+
+
 def bwrap(command: list[str]) -> list[str]:
     """command -> the same in a sandbox: no network, no processes but its own, a read-only system, an empty /tmp."""
     root = os.geteuid() == 0

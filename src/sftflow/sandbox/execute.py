@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import marshal
 import math
 import os
 import secrets
 import selectors
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,16 +21,16 @@ from pathlib import Path
 from typing import Literal
 
 from sftflow.foundation.errors import RunError
-from sftflow.sandbox.bubblewrap import FOLDER, bwrap, python, why_no_bubblewrap
+from sftflow.sandbox.bubblewrap import FOLDER, bwrap, python, readable, why_no_bubblewrap
+from sftflow.sandbox.ending import kill_all, remove
 
 Isolation = Literal["auto", "bubblewrap", "process"]
 KEPT_BYTES = 2048  # of the output's beginning, and as much of its end
 MOST_BYTES = 16 << 20  # a program that prints more is stopped
 START_SECONDS = 60  # for the interpreter to be ready: on a loaded machine a program's own time begins after that
-KILL_ROUNDS = 500
 POLL_SECONDS = 0.02  # where the kernel cannot wake us at a process's end
 FIRST_USER = 1 << 30  # user ids no system hands out
-READY = b"ready\n"
+READY = b"ready"
 TAG = "SFTFLOW_SANDBOX"
 _slots = threading.BoundedSemaphore(max(1, os.cpu_count() or 1))
 
@@ -41,6 +42,8 @@ class Outcome:
     how: "passed" (its last line was reached), "failed" (an exception), "exited" (it left earlier), "refused" (by the
     guard), "timeout", "memory", "output" (it printed without end), "killed" (by a signal).
     output: the beginning and end of what it printed, errors included.   isolation: "bubblewrap" or "process".
+    walls: what stood around it besides limits and guard, of "namespaces", "user" (another, root's programs alone),
+        "landlock-N" (N: the kernel's ABI) and "seccomp"; docs/sandbox.md says what each holds.
     """
 
     ok: bool
@@ -48,6 +51,7 @@ class Outcome:
     output: str
     seconds: float
     isolation: str
+    walls: tuple[str, ...] = ()
 
 
 def isolation_available() -> tuple[str, ...]:
@@ -110,31 +114,45 @@ def _run(program: str, seconds: float, memory_mib: int, isolation: str) -> Outco
             stopped = running.wait()
             taken = time.monotonic() - running.started
         finally:
-            kill_all(process, tag)
+            kill_all(process, f"{TAG}={tag}")
         running.drain()
     if not running.ready:  # not the program's fault, so no verdict on it
         said = running.output.strip().splitlines() or [stopped or f"exit status {process.returncode}"]
         raise RunError("sandbox", f"the interpreter did not start ({said[-1]})", f"check that {python()} runs")
     how = stopped or _verdict(running.report, token, process.returncode)
-    return Outcome(ok=how == "passed", how=how, output=running.output, seconds=round(taken, 3), isolation=isolation)
+    return Outcome(
+        ok=how == "passed",
+        how=how,
+        output=running.output,
+        seconds=round(taken, 3),
+        isolation=isolation,
+        walls=running.walls,
+    )
+
+
+@functools.cache
+def first_code() -> str:
+    """guard, walls and inside, compiled: the sandboxed interpreter is of this one's version, and starts sooner."""
+    out = "import marshal, types\n"
+    for name in ("guard", "walls", "inside"):
+        text = Path(__file__).with_name(f"{name}.py").read_text("utf-8")
+        code = marshal.dumps(compile(text, f"<{name}>", "exec", dont_inherit=True, optimize=2)).hex()
+        if name == "inside":
+            out += "names = {'__name__': '__main__', '__package__': '', 'guard': guard, 'walls': walls}\n"
+        else:
+            out += f"{name} = types.ModuleType('{name}')\nnames = {name}.__dict__\n"
+        out += f"exec(marshal.loads(bytes.fromhex('{code}')), names)\n"
+    return out
 
 
 def _command(isolation: str, report: int, seconds: float, memory_mib: int) -> list[str]:
     """The interpreter with our first code on its command line, in bubblewrap where that is the way."""
-    here = Path(__file__).parent
-    guard, inside = ((here / name).read_text(encoding="utf-8") for name in ("guard.py", "inside.py"))
-    code = (
-        "import types\nguard = types.ModuleType('guard')\n"
-        f"exec(compile({guard!r}, '<guard>', 'exec'), guard.__dict__)\n"
-        "names = {'__name__': '__main__', '__package__': '', 'guard': guard}\n"
-        f"exec(compile({inside!r}, '<inside>', 'exec'), names)\n"
-    )
     user = FIRST_USER + secrets.randbelow(1 << 29)
     # No -I: it would ignore PYTHONHASHSEED, and a verdict must not hang on the order of a set. The environment holds
     # no other variable of Python's, -P keeps the folder off the path, -s and -S the packages.
-    out = [python(), "-P", "-s", "-S", "-B", "-X", "utf8", "-c", code]
+    out = [python(), "-P", "-s", "-S", "-B", "-X", "utf8", "-c", first_code()]
     out += [str(report), str(math.ceil(seconds) + 1), str(memory_mib), str(user)]
-    return bwrap([*out, ""]) if isolation == "bubblewrap" else [*out, "namespaces"]
+    return bwrap([*out, "", *readable()]) if isolation == "bubblewrap" else [*out, "namespaces", *readable()]
 
 
 def _environment(isolation: str, folder: Path, tag: str) -> dict[str, str]:
@@ -146,7 +164,7 @@ def _environment(isolation: str, folder: Path, tag: str) -> dict[str, str]:
 def _verdict(report: bytes, token: str, code: int | None) -> str:
     """What the program's process said of its end, believed only where it can be."""
     try:
-        said = json.loads(report.removeprefix(READY))
+        said = json.loads(report.partition(b"\n")[2])
         how = said["how"]
         if how == "passed":
             return "passed" if secrets.compare_digest(str(said["token"]).encode(), token.encode()) else "failed"
@@ -170,6 +188,7 @@ class _RunningProgram:
     receiver: int
     seconds: float
     ready: bool = False
+    walls: tuple[str, ...] = ()
     started: float = field(default_factory=time.monotonic)
     report: bytes = b""
     total: int = 0
@@ -224,8 +243,10 @@ class _RunningProgram:
         except BlockingIOError:
             return False
         self.report += block
-        if not self.ready and self.report.startswith(READY):
+        first, end, _ = self.report.partition(b"\n")
+        if not self.ready and end and first.startswith(READY):
             self.ready, self.started = True, time.monotonic()
+            self.walls = tuple(first.decode("ascii", "replace").split()[1:])
         return bool(block) and len(self.report) <= 1 << 16
 
     def _read_output(self, printed: int) -> bool:
@@ -244,47 +265,3 @@ class _RunningProgram:
         left_out = self.total - len(self._head) - len(self._tail)
         gap = f"\n... {left_out} bytes left out ...\n".encode() if left_out else b""
         return (bytes(self._head) + gap + bytes(self._tail)).decode("utf-8", "replace")
-
-
-def kill_all(process: subprocess.Popen[bytes], tag: str) -> None:
-    """End the process, its group, and whatever left that group: descendants keep the environment they began with."""
-    for _ in range(KILL_ROUNDS):
-        if process.returncode is None:  # not yet reaped: its number cannot be another's
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.kill()
-        left = tagged(tag)
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
-        if not left:
-            process.wait()
-            return
-        time.sleep(0.01)
-    raise RunError("sandbox", f"processes {left[:5]} cannot be ended", "end them by hand")
-
-
-def tagged(tag: str) -> list[int]:
-    """Live processes with our tag in the environment they began with; [] where /proc does not say."""
-    wanted, found = f"{TAG}={tag}".encode(), []
-    try:
-        names = os.listdir("/proc")
-    except OSError:
-        return []
-    for name in names:
-        if name.isdecimal():
-            with contextlib.suppress(OSError), open(f"/proc/{name}/environ", "rb") as f:
-                if wanted in f.read().split(b"\0"):
-                    found.append(int(name))
-    return found
-
-
-def remove(folder: Path) -> None:
-    """Remove a folder whose owner may have taken all rights from its parts."""
-    for parent, names, _ in os.walk(folder):
-        for name in names:
-            path = os.path.join(parent, name)
-            if not os.path.islink(path):  # chmod would follow it out of the folder
-                with contextlib.suppress(OSError):
-                    os.chmod(path, 0o700)
-    shutil.rmtree(folder, ignore_errors=True)

@@ -3,8 +3,10 @@
 It stands alone: its text and the guard's travel on the command line, so that nothing of the package need be visible.
 
     standard input: a file of a token (32 bytes) and the program; the token is read only after the program has returned
-    arguments: the report's descriptor, seconds, MiB, the user id to become where it starts as root, "namespaces" or ""
-    report: "ready" as the program begins, {"how": ..., "token": ...} as it ends; no program passes without the token
+    arguments: the report's descriptor, seconds, MiB, the user id to become where it starts as root, "namespaces" where
+        it is to enter them itself or "", then the folders and files that may be read
+    report: "ready" and the walls that stand as the program begins, {"how": ..., "token": ...} as it ends; no program
+        passes without the token
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import types
 from typing import Any, NoReturn
 
 if __package__:
-    from sftflow.sandbox import guard
+    from sftflow.sandbox import guard, walls
 
 TOKEN = 32
 NEWUSER, NEWUTS, NEWIPC, NEWPID, NEWNET = 0x10000000, 0x04000000, 0x08000000, 0x20000000, 0x40000000  # sched.h
@@ -39,18 +41,26 @@ def main() -> None:
     source, program = take_program()
     linux = sys.platform.startswith("linux")
     libc = ctypes.CDLL(None, use_errno=True) if linux else None
-    own_users = False
+    standing, began_as, own_users = [], os.geteuid(), False
     if libc:
         libc.prctl(PDEATHSIG, signal.SIGKILL)
-        if sys.argv[5] == "namespaces":
-            own_users = enter_namespaces(libc)
-    set_limits(seconds, memory_mib, alone=own_users or (os.geteuid() == 0 and user > 0))
+        entered = sys.argv[5] == "namespaces" and enter_namespaces(libc)
+        own_users = entered and began_as != 0
+        if entered or not sys.argv[5]:
+            standing.append("namespaces")
+    set_limits(seconds, memory_mib, alone=own_users or (began_as == 0 and user > 0))
     if libc:
         give_up_rights(libc, user)
+        if os.geteuid() != began_as:
+            standing.append("user")
+        if abi := walls.landlock(libc, os.getcwd(), sys.argv[6:], guard.DEVICES):
+            standing.append(f"landlock-{abi}")
+        if walls.seccomp(libc):
+            standing.append("seccomp")
     for name in [n for n in sys.modules if n.partition(".")[0] in ("ctypes", "_ctypes")]:
         del sys.modules[name]  # a program that wants it meets the guard
-    guard.install(os.getcwd())
-    run(program, source, report)
+    guard.install(os.getcwd(), sys.argv[6:])
+    run(program, source, report, standing)
 
 
 def take_program() -> tuple[int, str]:
@@ -67,7 +77,7 @@ def take_program() -> tuple[int, str]:
 
 
 def enter_namespaces(libc: Any) -> bool:
-    """Where the kernel lets us: no network, processes of our own; whether users are our own, too.
+    """Where the kernel lets us: no network, processes of our own, and users where we are not root.
 
     The program goes on as process 2. Process 1 only waits: when it ends the kernel kills all others, whatever session
     they moved to.
@@ -84,7 +94,7 @@ def enter_namespaces(libc: Any) -> bool:
     wait_if_parent(os.fork())
     libc.prctl(PDEATHSIG, signal.SIGKILL)
     wait_if_parent(os.fork())
-    return bool(user)
+    return True
 
 
 def wait_if_parent(child: int) -> None:
@@ -176,16 +186,20 @@ def held_capabilities(libc: Any) -> int:
     return 0 if libc.capget(header, data) else int(data[1])
 
 
-def run(program: str, source: int, report: int) -> NoReturn:
-    """Run the program as `__main__`, then report and leave at once: its threads and exit handlers do not run on."""
+def run(program: str, source: int, report: int, standing: list[str]) -> NoReturn:
+    """Run the program as `__main__`, then report and leave at once: its threads and exit handlers do not run on.
+
+    standing: the walls around it, told as it begins.
+    """
     # Bound now: a program that replaces os.pread or json.dumps does not change the report.
     read, write, leave, dumps, token = os.pread, os.write, os._exit, json.dumps, TOKEN
-    out, err, show, refusal = sys.stdout, sys.stderr, traceback.print_exception, guard.Refused
+    out, err, show = sys.stdout, sys.stderr, traceback.print_exception
+    ends = {MemoryError: "memory", SystemExit: "exited", guard.Refused: "refused", guard.RefusedModule: "refused"}
     how, ended = "failed", None
     linecache.cache["<program>"] = (len(program), None, program.splitlines(keepends=True), "<program>")
     module = types.ModuleType("__main__")
     sys.modules["__main__"], sys.argv = module, ["program"]
-    write(report, b"ready\n")
+    write(report, f"{' '.join(['ready', *standing])}\n".encode())
     try:
         exec(compile(program, "<program>", "exec"), module.__dict__)
         how = "passed"
@@ -194,7 +208,7 @@ def run(program: str, source: int, report: int) -> NoReturn:
     try:
         out.flush()
         if ended is not None:
-            how = {MemoryError: "memory", SystemExit: "exited", refusal: "refused"}.get(type(ended), "failed")
+            how = ends.get(type(ended), "failed")
             show(type(ended), ended, own_frames(ended.__traceback__), limit=-8, file=err)
         err.flush()
     except BaseException as error:  # an error whose own text cannot be made, no memory to make it
