@@ -76,6 +76,7 @@ def test_the_prompt_has_the_templates_arguments(qwen3: Assistant, thinking: bool
     ("fields", "param"),
     [
         ({"chat_template_kwargs": {"colour": 1}}, "chat_template_kwargs.colour"),
+        ({"chat_template_kwargs": {"thinking": False}}, "chat_template_kwargs.thinking"),  # its switch has another name
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
         ({"chat_template_kwargs": {"bos_token": "x"}}, "chat_template_kwargs.bos_token"),
         ({"chat_template_kwargs": {"enable_thinking": "<|im_end|>"}}, "chat_template_kwargs.enable_thinking"),

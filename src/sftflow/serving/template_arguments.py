@@ -19,11 +19,14 @@ _OWN = {
     "tokenize",
 }
 
+_THINKING = ("enable_thinking", "thinking")
+
 
 def template_arguments(model: ServedModel, body: PromptBody) -> dict[str, Any]:
     """The template's own arguments that a body sets: those of `chat_template_kwargs`, and `enable_thinking` and
     `reasoning_effort` beside it. Raises ApiError 400 for one that the template does not read: it would change nothing,
-    and nobody would know. Whether a model thinks may be asked for in any format, where it does so anyway."""
+    and nobody would know. Whether a model thinks may be asked for where the format has no switch for it, and it does so
+    anyway."""
     renderer, given = model.assistant.renderer, dict(body.chat_template_kwargs or {})
     places = {name: f"chat_template_kwargs.{name}" for name in given}
     for name in ("enable_thinking", "reasoning_effort"):
@@ -31,6 +34,7 @@ def template_arguments(model: ServedModel, body: PromptBody) -> dict[str, Any]:
         if value is not None and given.setdefault(name, value) != value:
             raise wrong(name, "chat_template_kwargs says otherwise")
     known, out = {*renderer.arguments(), *renderer.format.kwargs}, {}
+    anyway = [] if known & set(_THINKING) else _THINKING
     for name, value in given.items():
         place = places.get(name, name)
         if name in known:
@@ -39,7 +43,7 @@ def template_arguments(model: ServedModel, body: PromptBody) -> dict[str, Any]:
             out[name] = value
         elif name in _OWN or name.endswith("_token"):
             raise wrong(place, "it is not the caller's to set", "unsupported_parameter")
-        elif value is not None and not (name in ("enable_thinking", "thinking") and _thinks(model) in (None, value)):
+        elif value is not None and not (name in anyway and _thinks(model) in (None, value)):
             fact = f"the {renderer.format.name} chat format does not read it"
             remedy = f"it reads {', '.join(sorted(known))}" if known else "it reads none; leave it out"
             raise wrong(place, f"{fact}; {remedy}", "unsupported_parameter")
