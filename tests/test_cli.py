@@ -155,6 +155,7 @@ def test_override_and_unknown_eval_task(tmp_path: Path, tiny_base: Path) -> None
         ("mixture.-1.limit=5", "mixture has 2 entries, and -1 is none of them; the first is mixture.0"),
         ("mixture.+.source=spelling", "mixture has 2 entries, and + is none of them; the first is mixture.0"),
         ("mixture.first.limit=5", "mixture has 2 entries, and first is none of them; the first is mixture.0"),
+        ("mixture.00.limit=5", "mixture has 2 entries, and 00 is none of them; the first is mixture.0"),
         ("mixture.²=5", "mixture has 2 entries, and ² is none of them; the first is mixture.0"),
         ("eval.tasks.0=spelling", "eval.tasks has 0 entries, and 0 is none of them; write the whole list: eval.tasks="),
         ("mixture.0.source.x=5", "'mixture.0.source' holds no keys; check the key"),
@@ -199,6 +200,28 @@ def test_overrides_reach_every_command_and_the_door(tmp_path: Path, tiny_base: P
     assert given["mixture"] == [{"source": "arithmetic", "limit": 20}]
     with pytest.raises(sf.SftflowError, match="mixture has 1 entry, and 1 is none of them"):
         sf.mix((), recipe=given, **{"mixture.1.limit": 7})
+
+
+def test_paths_of_overrides_are_seen_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sftflow.recipe import load_recipe
+
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "mine").mkdir()
+    path = tmp_path / "recipes" / "recipe.yaml"
+    path.write_text(
+        "base: ./base\nmixture: [{source: a.jsonl}, {source: gsm8k, path: b.jsonl}, {source: c.jsonl}]\n"
+        "eval: {tasks: [gsm8k=d.jsonl, jsonl=e.jsonl]}\ncompare: {prompts: f.txt}\nformat: g.jinja\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    changes = ("base=mine", "mixture.1.path=x.jsonl", "mixture.2={source: y.jsonl}", "eval.tasks.1=jsonl=z.jsonl")
+    own, changed = load_recipe(path), load_recipe(path, changes)
+    there, here = str(tmp_path / "recipes"), str(tmp_path)
+    assert (own.base, changed.base) == (f"{there}/base", f"{here}/mine")
+    assert [e.path or e.source for e in changed.mixture] == [f"{there}/a.jsonl", f"{here}/x.jsonl", f"{here}/y.jsonl"]
+    assert changed.eval and changed.eval.tasks == (f"gsm8k={there}/d.jsonl", f"jsonl={here}/z.jsonl")
+    changed = load_recipe(path, ["compare={prompts: p.txt}", "format=q.jinja"])
+    assert changed.compare and (changed.compare.prompts, changed.format) == (f"{here}/p.txt", f"{here}/q.jinja")
+    assert [e.path or e.source for e in changed.mixture] == [f"{there}/{x}.jsonl" for x in "abc"]
 
 
 def test_an_override_leaves_other_uses_of_an_alias_alone(tmp_path: Path) -> None:

@@ -113,8 +113,11 @@ def test_the_log_keeps_what_was_said(begun: tuple[Path, Result]) -> None:
 
 def test_the_log_of_another_run_is_left_or_replaced(tiny_base: Path, tmp_path: Path) -> None:
     recipe, out = write_recipe(tmp_path, tiny_base, steps=1), tmp_path / "run"
+    out.mkdir()
+    (out / "log.txt").write_text("somebody's own\n")
     assert run("train", str(recipe), "--set", "validation=0").returncode == 0
     first = (out / "log.txt").read_bytes()
+    assert first.startswith(b"somebody's own\n")
     assert "a finished run is in it" in error_line(run("train", str(recipe)))
     assert "no such file" in error_line(
         run("train", str(recipe), "--overwrite", "--set", "mixture.0.source=gone.jsonl")

@@ -151,6 +151,12 @@ def test_how_a_reply_is_drawn_is_asked_for(assistant: Assistant, capsys: pytest.
     assert "--top-p and --seed have no effect at temperature 0" in capsys.readouterr().err
 
 
+def test_a_seed_draws_the_same_again(tiny_base: Path) -> None:
+    drawn = ["chat", str(tiny_base), "--prompt", "hi", "--temperature", "1.5", "--max-tokens", "8", "--seed"]
+    one, again, other = (run(*drawn, seed) for seed in ("5", "5", "6"))
+    assert one.returncode == 0 and one.stdout == again.stdout != other.stdout
+
+
 def test_a_reply_that_is_cut_says_by_what(assistant: Assistant, capsys: pytest.CaptureFixture[str]) -> None:
     cut = {n: f"[cut{by}: the reply did not end by itself]" for n, by in ((7, " at --max-tokens 7"), (9999, ""))}
     for most, said in cut.items():

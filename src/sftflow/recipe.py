@@ -6,7 +6,6 @@ import copy
 import difflib
 import json
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -14,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from sftflow.foundation.dotted_keys import set_key
 from sftflow.foundation.errors import RecipeError, first_line
 
 
@@ -210,7 +210,8 @@ def parse_recipe(data: Any, place: str) -> Recipe:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] | None = None) -> Recipe:
-    """Read a YAML recipe, apply `key.sub=value` overrides, make its paths absolute to its own folder."""
+    """Read a YAML recipe, apply `key.sub=value` overrides, make its paths absolute: the file's as seen from its folder,
+    those of overrides as seen from the current one."""
     file = Path(path)
     if not file.is_file():
         raise RecipeError(str(path), "no such recipe", "give the path of a YAML file")
@@ -224,7 +225,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] | None = None) -> Rec
         raise RecipeError(str(path), "not UTF-8 text", "convert it") from None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:  # what YAML makes of a date of no calendar
         raise RecipeError(str(path), f"not YAML ({first_line(error)})", "fix the value") from None
-    return resolve_paths(overridden(data, overrides or [], str(path)), file.resolve().parent)
+    recipe = overridden(data, overrides or [], str(path))
+    return resolve_paths(recipe, file.resolve().parent, [said.partition("=")[0].strip() for said in overrides or []])
 
 
 def overridden(data: Any, overrides: Sequence[str], place: str) -> Recipe:
@@ -257,62 +259,43 @@ def overridden(data: Any, overrides: Sequence[str], place: str) -> Recipe:
         raise RecipeError(f"{near[-1]}: {wrong}" if near else error.place, error.fact, error.remedy) from None
 
 
-def set_key(data: Any, key: str, value: Any, place: str) -> None:
-    """Set what stands at a dotted key of a mapping: names of keys, and of a list's entries their numbers from 0.
+def resolve_paths(recipe: Recipe, folder: Path, typed: Sequence[str] = ()) -> Recipe:
+    """Relative paths of data, base and prompts become absolute, seen from the recipe's folder.
 
-    Raises RecipeError where a list has no such entry, or there is neither a list nor a mapping on the way.
+    typed: keys that were given on the command line, where a path is seen from the current folder.
     """
-    steps = key.split(".")
-    for number, step in enumerate(steps, 1):
-        here = ".".join(steps[: number - 1])
-        if isinstance(data, list):
-            at: Any = int(step) if re.fullmatch("[0-9]{1,9}", step) else len(data)
-            if at >= len(data):
-                fact = f"{here} has {len(data)} entr{'y' if len(data) == 1 else 'ies'}, and {step} is none of them"
-                remedy = f"the first is {here}.0" if data else f"write the whole list: {here}=[...]"
-                raise RecipeError(place, fact, remedy)
-        elif isinstance(data, dict):
-            at = step
-        else:
-            raise RecipeError(place, f"{here!r} holds no keys", "check the key")
-        if number == len(steps):
-            data[at] = value
-        else:  # what is changed is a copy: an alias in the YAML, and the caller's own, stay as they are
-            inner = data[at] if isinstance(data, list) else data.get(at)
-            absent: Any = [] if re.fullmatch("-?[0-9]+", steps[number]) else {}
-            data[at] = absent if inner is None else copy.copy(inner)
-            data = data[at]
 
+    def home(key: str) -> Path:
+        return Path.cwd() if any(f"{key}.".startswith(f"{one}.") for one in typed) else folder
 
-def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
-    """Relative paths of data, base and prompts become absolute, seen from the recipe's folder."""
-
-    def absolute(value: str) -> str:
-        return value if value.startswith("hub:") or Path(value).is_absolute() else str(folder / value)
+    def absolute(value: str, key: str) -> str:
+        return value if value.startswith("hub:") or Path(value).is_absolute() else str(home(key) / value)
 
     entries = []
-    for entry in recipe.mixture:
+    for number, entry in enumerate(recipe.mixture):
         if entry.path is not None:
-            entry = entry.model_copy(update={"path": absolute(entry.path)})
+            entry = entry.model_copy(update={"path": absolute(entry.path, f"mixture.{number}.path")})
         elif not entry.has_bare_name:
-            entry = entry.model_copy(update={"source": absolute(entry.source)})
+            entry = entry.model_copy(update={"source": absolute(entry.source, f"mixture.{number}.source")})
         entries.append(entry)
     update: dict[str, Any] = {"mixture": tuple(entries)}
     base = recipe.base
     if not base.startswith("builtin:") and (
-        os.path.exists(folder / base) or base.startswith((".", "/")) or base.endswith(".gguf")
+        os.path.exists(home("base") / base) or base.startswith((".", "/")) or base.endswith(".gguf")
     ):
-        update["base"] = absolute(base)
+        update["base"] = absolute(base, "base")
     if recipe.eval is not None:
         tasks = []
-        for task in recipe.eval.tasks:
+        for number, task in enumerate(recipe.eval.tasks):
             name, found, path = task.partition("=")
-            tasks.append(f"{name}={absolute(path)}" if found else task)
+            tasks.append(f"{name}={absolute(path, f'eval.tasks.{number}')}" if found else task)
         update["eval"] = recipe.eval.model_copy(update={"tasks": tuple(tasks)})
     if recipe.compare is not None and recipe.compare.prompts != "default":
-        update["compare"] = recipe.compare.model_copy(update={"prompts": absolute(recipe.compare.prompts)})
+        update["compare"] = recipe.compare.model_copy(
+            update={"prompts": absolute(recipe.compare.prompts, "compare.prompts")}
+        )
     if recipe.format.endswith(".jinja"):
-        update["format"] = absolute(recipe.format)
+        update["format"] = absolute(recipe.format, "format")
     return recipe.model_copy(update=update)
 
 

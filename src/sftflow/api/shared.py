@@ -12,7 +12,8 @@ from typing import Any
 from sftflow.checkpoint import Assistant
 from sftflow.data.sources import check_source
 from sftflow.evaluation.options import EvalOptions
-from sftflow.recipe import Eval, Recipe, SourceEntry, load_recipe, overridden, resolve_paths, set_key
+from sftflow.foundation.dotted_keys import set_key
+from sftflow.recipe import Eval, Recipe, SourceEntry, load_recipe, overridden, resolve_paths
 from sftflow.report.progress import ProgressDisplay
 
 RecipeLike = Recipe | str | Path | Mapping[str, Any]

@@ -74,7 +74,7 @@ def say(text: str | Text) -> None:
     """A line for the person, on standard error."""
     from sftflow.report.progress import stderr
 
-    stderr().print(text, highlight=False, markup=False, soft_wrap=True)
+    stderr().print(text, highlight=False, markup=False, soft_wrap=None if isinstance(text, str) else True)
 
 
 def print_table(table: Table) -> None:

@@ -185,7 +185,7 @@ def train_base(
     identity = {"corpus": corpus, "spec": json.dumps(asdict(spec) | {"compile": None})}
     run = TrainingRun(out, trainer, listener, identity=identity)
     run.restore()
-    run.begin(resume=resume)
+    run.begin()
     run.train()
     listener.say("measuring held-out bits per byte")
     measured = {name: bits_per_byte(trainer, tokenizer, documents) for name, documents in held_out.items()}

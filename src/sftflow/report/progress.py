@@ -152,7 +152,8 @@ class ProgressDisplay:
     def say(self, text: str | Text) -> None:
         """A line that stays; what was shown before it has ended."""
         self._close()
-        self.note(text)
+        self.console.print(text, markup=False, soft_wrap=True if isinstance(text, Text) else None)
+        self.log.write(str(text))
 
     def note(self, text: str | Text, style: str = "") -> None:
         """A line that stays; a training bar goes on under it."""
@@ -211,7 +212,7 @@ class ProgressDisplay:
 
     def begins(self, run: Opening) -> None:
         """What is said of a run before its first step. Its directory is its own now, and has the log."""
-        self.log.open(run.out, anew=not run.resume)
+        self.log.open(run.out, anew=run.anew)
         self.say(start_block(run))
         self._told = run.step_seconds is not None
 

@@ -55,7 +55,7 @@ def start_block(run: Opening) -> Text:
     time = "known after the first steps; validation and evaluation come on top"
     if run.step_seconds is not None:
         expected = f"about {duration(left * run.step_seconds)} for {plural(left, 'more step')}, as the last ones took"
-        time = f"resumed at step {run.step} of {run.steps}; {expected}"
+        time = f"resumed at step {run.step} of {run.steps}{f'; {expected}' if left else ''}"
     rows: list[Row] = [
         ("run", [str(run.out)]),
         ("base", [run.base or "a new one"]),
@@ -121,12 +121,11 @@ def _end(out: Path, rows: list[Row], seconds: float, commands: Sequence[str]) ->
 
 
 def program() -> str:
-    """How this program is called from here: by its name where it is on the PATH, else by its path."""
-    called = Path(sys.argv[0])
-    if shutil.which("sftflow"):
-        return "sftflow"
+    """How this program is called from here: by its name where that is the one on the PATH, else by its path."""
+    called, found = Path(sys.argv[0]), shutil.which("sftflow")
     if called.parts[-2:] == ("sftflow", "__main__.py"):
-        return f"{shlex.quote(sys.executable)} -m sftflow"
-    if called.name != "sftflow":
+        own = found and Path(found).parent == Path(sys.executable).parent
+        return "sftflow" if own else f"{shlex.quote(sys.executable)} -m sftflow"
+    if called.name != "sftflow" or (found and Path(found).resolve() == called.resolve()):
         return "sftflow"
     return shlex.quote(str(called.relative_to(Path.cwd()) if called.is_relative_to(Path.cwd()) else called))

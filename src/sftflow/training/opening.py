@@ -28,14 +28,14 @@ class Rate(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Opening:
-    """resume: whether it was asked to go on.   base: what is fine-tuned; None for a new one.
+    """anew: whether it replaces another in `out`.   base: what is fine-tuned; None for a new one.
     rows, tokens: of one epoch, repeats included.   packed_rows: what these make.   step: the last one that is done.
     step_seconds: what a step took lately, None where none is done.   settings: resolved.
     notes: how each `auto` was decided.
     """
 
     out: Path
-    resume: bool
+    anew: bool
     base: str | None
     rows: int
     tokens: int
@@ -58,15 +58,14 @@ class Opening:
         return sum(rate.n_parameters for rate in self.rates if rate.lr > 0)
 
 
-def opening_of(trainer: Trainer, out: Path, *, resume: bool, facts: Mapping[str, Any]) -> Opening:
+def opening_of(trainer: Trainer, out: Path, facts: Mapping[str, Any]) -> Opening:
     """facts: what only the stage knows, by the names of an Opening's fields; else every token is supervised."""
     plan, tokens = trainer.plan, int(trainer.plan.lengths.sum())
     packed = plan.epoch_size(0)
     done = [row["seconds"] for row in read_log(out / "metrics.jsonl")[-RECENT:]] if trainer.step else []
-    known = {"base": None, "supervised_tokens": tokens, "held_out": 0, "notes": {}, **facts}
+    known = {"anew": False, "base": None, "supervised_tokens": tokens, "held_out": 0, "notes": {}, **facts}
     return Opening(
         out=out,
-        resume=resume,
         rows=len(plan.examples),
         tokens=tokens,
         packed_rows=packed,

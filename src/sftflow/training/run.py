@@ -123,7 +123,7 @@ def run_training(
             if done:
                 tuning.require_same(done)
                 return Run(directory=out, seconds=0.0, already_done=True)
-            tuning.run(resume=resume)
+            tuning.run(resume=resume, anew=overwrite)
         except OSError as error:
             if error.errno not in NO_SPACE:
                 raise
@@ -182,8 +182,9 @@ class FineTuning(TrainingRun):
         if fact := told_changes(was, now, "the finished run in it is another"):
             raise CheckpointError(str(self.out), fact, "undo that, name another train.out, or give --overwrite")
 
-    def run(self, *, resume: bool) -> None:
-        """Train from the start, or with `resume` from the newest saved state, to the finished checkpoint."""
+    def run(self, *, resume: bool, anew: bool) -> None:
+        """Train from the start, or with `resume` from the newest saved state, to the finished checkpoint; `anew`: in
+        place of another run."""
         resumed = resume and self.restore()
         if self.recipe.train.warm_start and not resumed:
             self.listener.say(warm_start(self.base_path, self.trainer))
@@ -191,7 +192,7 @@ class FineTuning(TrainingRun):
         resumed_at = self.trainer.step if resume else None
         self.logger = open_logger(self.recipe, self.out, self.listener.say, resumed_at=resumed_at)
         facts = {"base": self.recipe.base, "held_out": len(self.mixture.held_out), "notes": self.notes}
-        self.begin(resume=resume, supervised_tokens=self.mixture.ledger["supervised_tokens"], **facts)
+        self.begin(anew=anew, supervised_tokens=self.mixture.ledger["supervised_tokens"], **facts)
         if self.trainer.step == 0:
             self.validate()
         if self.evals.last_step() != self.trainer.step:

@@ -98,15 +98,15 @@ class TrainingRun:
         self.saved = self.trainer.step
         return True
 
-    def begin(self, *, resume: bool, **facts: Any) -> None:
+    def begin(self, **facts: Any) -> None:
         """Before the first step of this process: what a killed run logged after its saved state is logged again.
 
-        resume: whether it was asked for.   facts: see `opening_of`.
+        facts: see `opening_of`.
         """
         self.listener.machine(self.trainer.runtime)
         for log in self.logs:
             log.cut_back(self.trainer.step or -1)
-        self.listener.begins(opening_of(self.trainer, self.out, resume=resume, facts=facts))
+        self.listener.begins(opening_of(self.trainer, self.out, facts))
 
     def train(self) -> None:
         """Train to the last step.
