@@ -238,7 +238,8 @@ def test_reasoning_through_the_openai_client(qwen3: Assistant) -> None:
 
 def test_thoughts_that_are_continued_go_on(qwen3: Assistant) -> None:
     http = local(qwen3)
-    for begun, thought, said in (("<think>\nHm", ", so", "Yes."), ("Yes", None, ".")):
+    parts = [{"type": "text", "text": "<think>\nHm"}]
+    for begun, thought, said in ((parts[0]["text"], ", so", "Yes."), (parts, ", so", "Yes."), ("Yes", None, ".")):
         body = {"model": "tiny", "messages": [*ASK, {"role": "assistant", "content": begun}], "max_tokens": 20}
         message = http.post("/v1/chat/completions", json={**body, "continue_final_message": True}).json()["choices"][0]
         assert (message["message"]["reasoning_content"], message["message"]["content"]) == (thought, said)

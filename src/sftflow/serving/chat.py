@@ -13,7 +13,7 @@ from sftflow.generation.request import Delta
 from sftflow.serving.errors import wrong
 from sftflow.serving.logprobs import ReplyLogprobs, joined_logprobs
 from sftflow.serving.model_entry import ServedModel
-from sftflow.serving.prompt import chat_prompt, requests_for
+from sftflow.serving.prompt import chat_prompt, read_messages, requests_for
 from sftflow.serving.responses import Chunk, ResponseShape
 from sftflow.serving.schemas import ChatBody
 from sftflow.serving.structured import grammar_for
@@ -30,8 +30,8 @@ def chat_response(model: ServedModel, body: ChatBody) -> ResponseShape:
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     thoughts, begun = model.thoughts, ""
     if thoughts is not None:
-        continued = body.messages[-1]["content"] if body.continue_final_message else ""
-        begun = thoughts.begun(prompt.text, continued if isinstance(continued, str) else "")
+        continued = read_messages(body.messages[-1:]).messages[0].text if body.continue_final_message else ""
+        begun = thoughts.begun(prompt.text, continued)
     shown = thoughts.shown(model.assistant.renderer) if thoughts else ()
     ids = prompt.ids.tolist()
     more = {"logprobs": logprobs, "shown": shown, "grammar": grammar_for(model, body, prompt.text, begun)}
