@@ -17,8 +17,17 @@ from helpers.tiny import TEXT
 from sftflow.chat.format import TEMPLATE_NOW, ChatFormat
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import parse_row
-from sftflow.chat.tool_format import learn_calls
-from sftflow.chat.tool_parser import Call, CallFormat, CallReader, JsonEntry, NamedEntry, TaggedEntry, read_calls
+from sftflow.chat.tool_format import learn_calls, written_calls
+from sftflow.chat.tool_parser import (
+    IDENTITIES,
+    Call,
+    CallFormat,
+    CallReader,
+    JsonEntry,
+    NamedEntry,
+    TaggedEntry,
+    read_calls,
+)
 from sftflow.chat.verify import verify
 from sftflow.pretraining.tokenizer import train_tokenizer
 
@@ -121,6 +130,26 @@ def test_what_is_learnt(learnt: dict[str, tuple[Renderer, CallFormat]]) -> None:
     assert (found["tokens"].open, found["tokens"].close) == ("[", "]")
     assert found["single"] == CallFormat("", JsonEntry(("name",), ("parameters",)), None, "")
     assert learn_calls(renderer_of(DROPS)) is None
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_how_a_call_must_be_written(name: str, learnt: dict[str, tuple[Renderer, CallFormat]]) -> None:
+    """What a reply is held to where a call is asked for is what the template writes, control tokens included."""
+    renderer, call_format = learnt[name]
+    must = written_calls(renderer, call_format)
+    if name in ("tagged", "nested"):  # between tags, and as a text in JSON
+        assert must is None
+        return
+    assert must is not None
+    arguments = json.dumps(PARIS, ensure_ascii=False)
+    call = must.head + "weather" + must.middle + arguments + must.tail
+    text = must.open + call + ("" if must.between is None else must.between + call) + must.close
+    n = 1 if must.between is None else 2
+    made = {"id": IDENTITIES[0], "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    reply = {"role": "assistant", "content": "", "tool_calls": [made] * n}
+    row = {"messages": [{"role": "user", "content": "u"}, reply], "tools": TOOLS}
+    assert text in renderer.text(parse_row(row, "x"))
+    assert read_calls(call_format, TOOLS, renderer.special_re.sub("", text)) == ("", [("weather", PARIS)] * n)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
