@@ -58,6 +58,7 @@ FILES = {
     "change times": "import os\nos.utime(HOME + '/notes.txt', (1, 1))",
     "change an owner": "import os\nos.chown(HOME + '/notes.txt', os.getuid(), os.getgid())",
     "set an attribute": "import os\nos.setxattr(HOME + '/notes.txt', 'user.x', b'1')",
+    "read an attribute": "import os\nprint(os.getxattr(HOME + '/notes.txt', 'user.key'))",
     "copy out": "import shutil\nopen('x', 'w').close(); shutil.copy('x', HOME + '/new')",
     "copy in": "import shutil\nshutil.copy(HOME + '/key.txt', 'x'); print(open('x').read())",
     "a folder's descriptor": "import os\nd = os.open(HOME, os.O_RDONLY); os.open('new', os.O_CREAT | os.O_WRONLY, dir_fd=d)",
@@ -220,6 +221,12 @@ PROCESSES = {
     "another root": "import os\nos.chroot('.')",
     "root": "import os\nos.setuid(0) if os.getuid() else 1 / 0",
     "a ring of calls": "import ctypes\np = ctypes.create_string_buffer(120)\nassert ctypes.CDLL(None).syscall(425, 4, p) >= 0",
+    "memory that stays": "import ctypes\nassert ctypes.CDLL(None).shmget(0, 10, 0o1600) >= 0",
+    "a watch": "import ctypes\nl = ctypes.CDLL(None); assert l.inotify_add_watch(l.inotify_init(), HOME.encode(), 0xfff) >= 0",
+    "a file by its handle": (
+        "import ctypes\nb, m = ctypes.create_string_buffer(b'\\x80', 200), ctypes.c_int()\n"
+        "assert ctypes.CDLL(None).name_to_handle_at(-100, HOME.encode(), b, ctypes.byref(m), 0) == 0"
+    ),
     "a key of the kernel's": (
         "import ctypes\nassert ctypes.CDLL(None).syscall({'x86_64': 248}.get(__import__('os').uname().machine, 217),"
         " b'user', b'sftflow', b'x', 1, -3) > 0"

@@ -59,17 +59,21 @@ kill 62 129 0 self, tgkill 234 131 0 self, tkill 200 130, rt_sigqueueinfo 129 13
 pidfd_open 434 434, pidfd_send_signal 424 424, prlimit64 302 261 0 0 self, setpriority 141 140, ioprio_set 251 30,
 sched_setaffinity 203 122 0 0 self, sched_setscheduler 144 119 0 0 self, sched_setparam 142 118 0 0 self,
 sched_setattr 314 274, process_vm_readv 310 270, process_vm_writev 311 271, process_madvise 440 440,
-process_mrelease 448 448, migrate_pages 256 238, move_pages 279 239, fcntl 72 25 1 0 1 2 3 4 5 6 7 36 37 38 1030 1031
-1032 1033 1034, ioctl 16 29 1 0x5401 0x5413 0x541b 0x5421 0x5450 0x5451 0x802c542a, socket 41 198, bind 49 200,
-connect 42 203, socketpair 53 199 1 1 0x801 0x80001 0x80801, mq_open 240 180, mq_unlink 241 181, shmget 29 194,
-msgget 68 186, semget 64 190, mknod 133 -, mknodat 259 33, truncate 76 45, chmod 90 -, fchmodat 268 53,
-fchmodat2 452 452, chown 92 -, lchown 94 -, fchown 93 55, fchownat 260 54, utime 132 -, utimes 235 -, futimesat 261 -,
-utimensat 280 88 1 null, setxattr 188 5, lsetxattr 189 6, fsetxattr 190 7, setxattrat 463 463, removexattr 197 14,
-lremovexattr 198 15, fremovexattr 199 16, removexattrat 466 466, file_setattr 469 469, unshare 272 97, setns 308 268,
-mount 165 40, umount2 166 39, pivot_root 155 41, chroot 161 51, open_tree 428 428, move_mount 429 429, fsopen 430 430,
-fsconfig 431 431, fsmount 432 432, fspick 433 433, mount_setattr 442 442, open_tree_attr 467 467,
-fanotify_init 300 262, bpf 321 280, perf_event_open 298 241, userfaultfd 323 282, io_uring_setup 425 425,
-io_uring_enter 426 426, io_uring_register 427 427, add_key 248 217, request_key 249 218, keyctl 250 219
+process_mrelease 448 448, migrate_pages 256 238, move_pages 279 239,
+fcntl 72 25 1 0 1 2 3 4 5 6 7 36 37 38 1030 1031 1032 1033 1034,
+ioctl 16 29 1 0x5401 0x5413 0x541b 0x5421 0x5450 0x5451 0x802c542a, socket 41 198, bind 49 200, connect 42 203,
+socketpair 53 199 1 1 0x801 0x80001 0x80801, mq_open 240 180, mq_unlink 241 181, shmget 29 194, shmat 30 196,
+shmctl 31 195, msgget 68 186, msgsnd 69 189, msgrcv 70 188, msgctl 71 187, semget 64 190, semop 65 193,
+semtimedop 220 192, semctl 66 191, inotify_init 253 -, inotify_init1 294 26, getxattr 191 8, lgetxattr 192 9,
+getxattrat 464 464, name_to_handle_at 303 264, open_by_handle_at 304 265, syslog 103 116, mknod 133 -, mknodat 259 33,
+truncate 76 45, chmod 90 -, fchmodat 268 53, fchmodat2 452 452, chown 92 -, lchown 94 -, fchown 93 55, fchownat 260 54,
+utime 132 -, utimes 235 -, futimesat 261 -, utimensat 280 88 1 null, setxattr 188 5, lsetxattr 189 6, fsetxattr 190 7,
+setxattrat 463 463, removexattr 197 14, lremovexattr 198 15, fremovexattr 199 16, removexattrat 466 466,
+file_setattr 469 469, unshare 272 97, setns 308 268, mount 165 40, umount2 166 39, pivot_root 155 41, chroot 161 51,
+open_tree 428 428, move_mount 429 429, fsopen 430 430, fsconfig 431 431, fsmount 432 432, fspick 433 433,
+mount_setattr 442 442, open_tree_attr 467 467, fanotify_init 300 262, bpf 321 280, perf_event_open 298 241,
+userfaultfd 323 282, io_uring_setup 425 425, io_uring_enter 426 426, io_uring_register 427 427, add_key 248 217,
+request_key 249 218, keyctl 250 219
 """
 CLONE, CLONE3, CLONE_THREAD = {"x86_64": 56, "aarch64": 220}, 435, 0x10000
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # audit.h
