@@ -109,8 +109,8 @@ def test_pace_forgets_the_first_step_and_old_ones() -> None:
 @pytest.mark.parametrize(
     ("seconds", "at", "line"),
     [
-        (2.0, 4, "time        about 3 min 12 s for 96 more steps (measured over steps 2 to 4)"),
-        (30.0, 2, "time        about 49 min 0 s for 98 more steps (measured over step 2)"),
+        (2.0, 4, "time        about 3 min for 96 more steps (measured over steps 2 to 4)"),
+        (30.0, 2, "time        about 49 min for 98 more steps (measured over step 2)"),
     ],
 )
 def test_the_time_is_told_once_it_is_known(seconds: float, at: int, line: str) -> None:

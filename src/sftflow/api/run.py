@@ -95,7 +95,7 @@ def train(
 
     mix: from `sf.mix`.   recipe: in place of it.   out: the run directory.   resume: go on from the last saved state.
     overwrite: replace a run that is in `out`; else that is an error.
-    keys: the recipe's, and those of its `train` by their own names: `steps=60`, `lr=1e-4`.
+    keys: the recipe's, and those of its `train` by their own names: `steps=60`; or dotted: `mixture.0.limit`.
     Raises RecipeError, CheckpointError and their kin before anything is written, RunError where the run fails, and
     `training.signals.Stopped` after Ctrl-C, once the state is saved.
     """

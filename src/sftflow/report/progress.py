@@ -16,9 +16,9 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.text import Text
 
 from sftflow.foundation.runtime import Runtime, measure_peak, peak_memory
-from sftflow.report.figures import duration, plural
+from sftflow.report.figures import plural
 from sftflow.report.log_file import LogFile
-from sftflow.report.run_blocks import start_block
+from sftflow.report.run_blocks import about, start_block
 from sftflow.training.opening import Opening
 
 PLAIN_EVERY_SECONDS = 5.0
@@ -230,7 +230,7 @@ class ProgressDisplay:
             self._told = True
             more = plural(total - log.step, "more step")
             measured = f"{'step' if len(steps) == 1 else f'steps {steps[0].step} to'} {log.step}"
-            self.note(f"time        about {duration(left)} for {more} (measured over {measured})")
+            self.note(f"time        {about(left)} for {more} (measured over {measured})")
         self._show("train", log.step, total, under=self._details(log), left=left)
 
     def _details(self, log: Any) -> str:

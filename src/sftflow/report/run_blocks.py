@@ -50,16 +50,17 @@ def start_block(run: Opening) -> Text:
     held = f"; {run.held_out:,} held out" if run.held_out else ""
     at_once = train.micro_tokens or train.tokens_per_step
     micro = f", {at_once:,} at once" if at_once < train.tokens_per_step else ""
+    kind = "packed rows" if train.packing else "rows"
     trained = "all" if run.n_trained == run.n_parameters else f"{run.n_trained:,} of"
     why = {key: f" ({notes[key]})" if notes.get(key, "asked for") != "asked for" else "" for key in ("compile", "lr")}
     time = "known after the first steps; validation and evaluation come on top"
     if run.step_seconds is not None:
-        expected = f"about {duration(left * run.step_seconds)} for {plural(left, 'more step')}, as the last ones took"
+        expected = f"{about(left * run.step_seconds)} for {plural(left, 'more step')}, as the last ones took"
         time = f"resumed at step {run.step} of {run.steps}{f'; {expected}' if left else ''}"
     rows: list[Row] = [
         ("run", [str(run.out)]),
         ("base", [run.base or "a new one"]),
-        ("rows", f"{run.rows:,}, in {run.packed_rows:,} packed rows of {train.max_length:,} tokens{held}"),
+        ("rows", f"{run.rows:,}, in {run.packed_rows:,} {kind} of {train.max_length:,} tokens{held}"),
         ("tokens", f"{run.tokens:,}, of which {run.supervised_tokens:,} are supervised"),
         ("steps", f"{run.steps:,} of {train.tokens_per_step:,} tokens{micro}; {_epochs(run.epochs)}"),
         ("rate", f"{_rates(run)}{why['lr']}; {train.schedule.kind}, warmup {train.schedule.warmup:.0%}"),
@@ -69,6 +70,15 @@ def start_block(run: Opening) -> Text:
         ("time", time),
     ]
     return block(rows)
+
+
+def about(seconds: float) -> str:
+    """A time that is expected, no finer than it can be known.
+
+    >>> about(2721.0), about(95.0)
+    ('about 45 min', 'about 1 min 35 s')
+    """
+    return f"about {round(seconds / 60)} min" if 120 <= seconds < 5400 else f"about {duration(seconds)}"
 
 
 def _epochs(n: float) -> str:
