@@ -13,6 +13,7 @@ import pytest
 from helpers.runs import Result, error_line, run, write_recipe
 from sftflow.report.log_file import Heard
 from sftflow.report.progress import ProgressDisplay
+from sftflow.report.run_blocks import end_block
 from sftflow.training.run import FineTuning
 
 STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ")
@@ -97,6 +98,14 @@ def test_a_run_ends_with_one_block_whose_commands_run(begun: tuple[Path, Result]
         ]
     chat = run(*shlex.split(commands[0])[1:], "--prompt", "hi", "--max-tokens", "2", cwd=folder)
     assert chat.returncode == 0, chat.stderr
+
+
+def test_the_next_command_compares_on_the_recipe_s_tasks(tmp_path: Path) -> None:
+    last = end_block(tmp_path, "a base", ("arithmetic", "gsm8k=my file.jsonl"), {}, 3.0).plain.splitlines()[-2]
+    asked = ["compare", "a base", str(tmp_path), "--tasks", "arithmetic,gsm8k=my file.jsonl", "--out", str(tmp_path)]
+    assert shlex.split(last)[-7:] == asked
+    (tmp_path / "compare.json").touch()
+    assert "compare" not in end_block(tmp_path, "base", (), {}, 3.0).plain.split()
 
 
 def test_the_log_keeps_what_was_said(begun: tuple[Path, Result]) -> None:

@@ -95,15 +95,19 @@ def _rates(run: Opening) -> str:
     )
 
 
-def end_block(out: Path, base: str, kept: Mapping[str, Any], seconds: float) -> Text:
-    """Which step was kept and why, the losses, and where all is.   seconds: of this command."""
+def end_block(out: Path, base: str, tasks: Sequence[str], kept: Mapping[str, Any], seconds: float) -> Text:
+    """Which step was kept and why, the losses, where all is, and what comes next.
+
+    base, tasks: the recipe's.   kept: see `kept_step`.   seconds: of this command.
+    """
     held = read_log(out / "validation.jsonl")
     rows: list[Row] = [("kept", kept_step(kept))] if kept else []
     chosen = [row["loss"] for row in held if row["step"] == kept.get("step")]
     if chosen and chosen[-1] is not None and held[0]["loss"] is not None:
         rows.append(("held out", f"loss {held[0]['loss']:.3f} before the first step, {chosen[-1]:.3f} at the kept one"))
     run, compared = shlex.quote(str(out)), (out / "compare.json").is_file()
-    compare = [] if compared else [f"compare {shlex.quote(base)} {run} --out {run}"]
+    asked = f" --tasks {shlex.quote(','.join(tasks))}" if tasks else ""
+    compare = [] if compared else [f"compare {shlex.quote(base)} {run}{asked} --out {run}"]
     return _end(out, rows, seconds, [f"chat {run}", *compare, f"serve {run} --base {shlex.quote(base)}"])
 
 
