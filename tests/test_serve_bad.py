@@ -23,11 +23,11 @@ from helpers.serving import ASK, local, refusal, running, tiny
 from sftflow.chat.encode import Encoder
 from sftflow.chat.render import Renderer
 from sftflow.checkpoint import Assistant
-from sftflow.serving import api
+from sftflow.serving import api, request_body
 from sftflow.serving import uvicorn_limits as listen
 from sftflow.serving.errors import ApiError
 from sftflow.serving.prompt import read_messages
-from sftflow.serving.request_body import ReaderPool
+from sftflow.serving.request_body import Pace, ReaderPool
 
 CHAT, TEXT, RENDER = "/v1/chat/completions", "/v1/completions", "/v1/render"
 KEY = {"Authorization": "Bearer k", "Content-Type": "application/json"}
@@ -87,7 +87,7 @@ BAD = [
     Bad(400, b'{"model": "tiny"}', param="messages"),
     Bad(400, {"messages": ASK}, param="model"),
     Bad(413, b"x" * (2 * 1024 * 1024 + 1), code="body_too_large"),
-    Bad(413, b"x" * 100_000_000, code="body_too_large"),
+    Bad(413, b"x" * 20_000_000, code="body_too_large"),
     Bad(413, b"", headers={"Content-Length": "99999999999999999999"}, code="body_too_large"),
     # types and values
     chat(400, temperature="1", param="temperature"),
@@ -523,6 +523,31 @@ def test_what_cannot_fit_is_not_encoded(assistant: Assistant, monkeypatch: pytes
     refusal(client.post(TEXT, json={"model": "tiny", "prompt": [10**9] * n}), 400, "prompt", TOO_LONG)
     refusal(client.post(CHAT, json={"model": "tiny", "messages": ASK, "tools": [tool]}), 400)
     assert max(encoded) < 1000
+
+
+def test_large_bodies_are_paced_and_small_ones_are_not(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether they are read or thrown away: so many bytes a second, of all together."""
+
+    class Paced(Quick):
+        body_seconds = 30.0
+        most = 100
+        thrown_away = Pace(per_second=2_000_000, burst=100_000)
+
+    monkeypatch.setattr(request_body, "BODIES", Pace(per_second=2_000_000, burst=100_000))
+    large = json.dumps({"model": "tiny", "messages": ASK, "metadata": "x" * 1_500_000}).encode()
+    small = json.dumps({"model": "tiny", "messages": ASK}).encode()
+    with running(api.make_app({"tiny": assistant}, api_key="k"), Paced) as url:
+        for headers, body, status, paced in ((KEY, large, 200, True), ({}, large, 401, True), (KEY, small, 200, False)):
+            began = time.monotonic()
+            sent = HEAD + b"".join(f"{k}: {v}\r\n".encode() for k, v in headers.items() if k != "Content-Type")
+            with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])), timeout=20) as raw:
+                raw.sendall(sent + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+                raw.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                data = b""
+                while piece := raw.recv(65536):
+                    data += piece
+            assert data.startswith(b"HTTP/1.1 %d" % status) and data.endswith(b'{"status":"ok"}')
+            assert (time.monotonic() - began > 0.4) == paced
 
 
 def empty(n: int) -> list[dict[str, str]]:

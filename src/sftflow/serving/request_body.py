@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -22,6 +23,30 @@ LARGE = 16 * 1024
 """bytes of a body from which on its reading may take long: the time grows with the square of the messages"""
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 T = TypeVar("T")
+
+
+class Pace:
+    """Lets so many bytes a second through, of all that share it, after a burst that need not wait: receiving two
+    megabytes takes as long as answering dozens of small requests, which would wait behind them.
+
+    >>> pace = Pace(per_second=100, burst=1000)
+    >>> pace.delay(900), round(pace.delay(200))
+    (0.0, 1)
+    """
+
+    def __init__(self, per_second: float, burst: float) -> None:
+        self._per_second, self._burst = per_second, burst / per_second
+        self._next = 0.0
+
+    def delay(self, n: int) -> float:
+        """Take n bytes; seconds until the next may be taken."""
+        now = time.monotonic()
+        self._next = max(self._next, now - self._burst) + n / self._per_second
+        return max(0.0, self._next - now)
+
+
+BODIES = Pace(per_second=16 << 20, burst=4 << 20)
+"""of large bodies that are read"""
 
 
 async def read_body(request: Request) -> bytes:
@@ -44,6 +69,8 @@ async def read_body(request: Request) -> bytes:
         body += chunk
         if len(body) > MAX_BODY:
             raise too_large
+        if len(chunk) >= LARGE:
+            await asyncio.sleep(BODIES.delay(len(chunk)))  # meanwhile uvicorn reads no further than its buffer
     return bytes(body)
 
 

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import json
 import socket
+import sys
 from typing import Any
 
 import h11
@@ -21,6 +22,7 @@ from sftflow.foundation.errors import ServeError
 from sftflow.serving.errors import ApiError
 from sftflow.serving.host_check import check_key, is_loopback
 from sftflow.serving.middleware import MAX_HEADERS
+from sftflow.serving.request_body import LARGE, Pace
 
 
 class Connection(H11Protocol):
@@ -34,6 +36,7 @@ class Connection(H11Protocol):
     idle_seconds = 30.0
     write_seconds = 60.0
     most = 512
+    thrown_away = Pace(per_second=32 << 20, burst=8 << 20)
 
     _waited_for: tuple[str, object] | None = None
     _since = 0.0
@@ -49,6 +52,11 @@ class Connection(H11Protocol):
         if not self.transport.is_closing():
             super().data_received(data)
             self.look()
+            if (
+                self.conn.our_state is h11.DONE and len(data) >= LARGE
+            ):  # of a body that was answered, and is thrown away
+                self.flow.pause_reading()
+                self.loop.call_later(self.thrown_away.delay(len(data)), self.flow.resume_reading)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -149,9 +157,22 @@ def config(app: Any, connection: type[Connection] = Connection) -> uvicorn.Confi
     )
 
 
+SWITCH_SECONDS = 0.0005
+"""how long a thread that reads a large body may keep the event loop waiting; Python's own 5 ms make several of one
+small request"""
+
+
 class Server(uvicorn.Server):
     """Looks after its connections; ends running replies first when it is told to stop, for uvicorn would wait for them;
     and ends by itself where a model turns out not to be computable."""
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_SECONDS)
+        try:
+            super().run(sockets)
+        finally:
+            sys.setswitchinterval(before)
 
     async def on_tick(self, counter: int) -> bool:
         if counter % 5 == 0:  # twice a second
