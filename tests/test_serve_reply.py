@@ -27,7 +27,7 @@ from sftflow.serving.completions import completion_response
 from sftflow.serving.model_entry import ServedModel
 from sftflow.serving.responses import ResponseShape
 from sftflow.serving.schemas import ChatBody, CompletionBody
-from test_thoughts import BRACKETS, CHANNELS, SPECIAL
+from test_thoughts import BRACKETS, CALLING, CHANNELS, CLOSED, SPECIAL
 
 ASK: Any = [{"role": "user", "content": "Hi."}]
 BEGINS = "{% if m.role == 'assistant' %}<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}"
@@ -55,6 +55,8 @@ def models(tmp_path_factory: pytest.TempPathFactory, assistant: Assistant) -> di
         "thinks": made("thinks", THINKS),
         "channels": made("channels", CHANNELS),
         "brackets": made("brackets", BRACKETS),
+        "closed": made("closed", CLOSED),
+        "calling": made("calling", CALLING),
     }
 
 
@@ -123,6 +125,11 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("channels", f"{FINAL}Yes<|return|>", {}, {"reasoning_content": None, "content": "Yes"}),
     ("channels", "<|channel|>analysis<|message|>Hm", {}, {"reasoning_content": "Hm", "content": ""}),
     ("brackets", "<|channel>thought\nHm\n<channel|>Yes<turn|>", {}, {"reasoning_content": "Hm", "content": "Yes"}),
+    ("closed", "<|channel>thought\nHm<channel|>Yes<turn|>", {"enable_thinking": True},
+     {"reasoning_content": "Hm", "content": "Yes"}),
+    ("closed", "Yes<turn|>", {}, {"reasoning_content": None, "content": "Yes"}),
+    ("calling", "<|START_THINKING|>Hm<|END_THINKING|><|START_RESPONSE|>Yes<|END_RESPONSE|><|end|>", {},
+     {"reasoning_content": "Hm", "content": "Yes"}),
     ("brackets", "<|channel>thought\nHm\n<channel|>Yes", {"stop": "m\nY"},
      {"reasoning_content": "Hm", "content": "Yes"}),
 ]  # fmt: skip

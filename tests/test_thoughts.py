@@ -39,6 +39,10 @@ SPECIAL = (
     "<turn|>",
     "<|channel>",
     "<channel|>",
+    *(f"<|{side}_{name}|>" for name in ("THINKING", "ACTION", "RESPONSE") for side in ("START", "END")),
+    "<|open|>",
+    "<|close|>",
+    "<|sep|>",
 )
 TAGS = ThoughtMarks("<think>", "</think>")
 A, B, C, D = "\ufdd0\ufdd1\ufdd2\ufdd3"
@@ -65,7 +69,6 @@ def test_channels_are_learnt() -> None:
         ("strips_unless_asked", False),
         ("empty_thoughts_last", False),
         ("prefills_think", True),
-        ("prefills_closed", None),  # it tells the model not to think, in every prompt
         ("plain", None),
         ("alternation", None),
         ("tool_calls_tags", None),
@@ -74,6 +77,41 @@ def test_channels_are_learnt() -> None:
 def test_tags_are_learnt(name: str, always: bool | None) -> None:
     found = learnt((TEMPLATES / f"{name}.jinja").read_text())
     assert found == (None if always is None else ThoughtMarks("<think>", "</think>", always=always))
+
+
+# Ways of which the marks are told otherwise than by a reply with thoughts and words; written for these tests.
+CLOSED = (  # by the block of a prompt that asks for no thoughts; those in a content are cut out
+    "{% for m in messages %}<|turn>{{ m.role }}\n{{ m.content.split('<channel|>')[-1] }}<turn|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|turn>assistant\n{% if not enable_thinking | default(false) %}"
+    "<|channel>thought\n<channel|>{% endif %}{% endif %}"
+)
+CALLING = (  # by those in front of a call
+    "{% for m in messages %}<|start|>{{ m.role }}{% if m.tool_calls %}<|START_THINKING|>{{ m.reasoning_content }}"
+    "<|END_THINKING|><|START_ACTION|>{{ m.tool_calls | tojson }}<|END_ACTION|>{% else %}<|START_RESPONSE|>"
+    "{{ m.content }}<|END_RESPONSE|>{% endif %}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+NAMED = (  # by their names: every reply has the block, and the prompt opens it
+    "{% for m in messages %}<|start|>{{ m.role }}<|message|>{% if m.role == 'assistant' %}<|open|>think<|sep|>"
+    "{{ m.reasoning_content or '' }}<|close|>think<|sep|><|open|>said<|sep|>{% endif %}{{ m.content }}<|end|>"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant<|message|><|open|>think<|sep|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "opening", "closing", "plain", "always"),
+    [
+        (CLOSED, "<|channel>thought", "<channel|>", "", False),
+        (CALLING, "<|START_THINKING|>", "<|END_THINKING|>", "<|START_RESPONSE|>", False),
+        (NAMED, "<|open|>think<|sep|>", "<|close|>think<|sep|>", "<|open|>said<|sep|>", True),
+        ((TEMPLATES / "prefills_closed.jinja").read_text(), "<|open|>thought", "<|close|>", "", False),
+    ],
+)
+def test_other_ways_to_tell(template: str, opening: str, closing: str, plain: str, always: bool) -> None:
+    found = learnt(template)
+    assert found and found.always == always
+    assert [found.coded(mark) for mark in (opening, closing, plain)] == [found.opening, found.closing, found.plain]
 
 
 THINKING = ("GLM", "SmolLM3", "LFM2.5", "QwQ", "Qwen3", "deepseek", "granite-3.3")

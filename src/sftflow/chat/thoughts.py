@@ -25,6 +25,9 @@ OPENS = rf"<\|?{_NAME}\|?>|\[THINK\]|◁think▷"
 CLOSES = rf"<\|?/\|?{_NAME}\|?>|\[/THINK\]|◁/think▷"
 _CODES = "".join(map(chr, range(0xFDD0, 0xFDF0)))  # Unicode keeps them for a program's own use
 _THOUGHT, _SAID = "zqthought", "zqsaid"
+_CALL = {"id": "probe0000", "type": "function", "function": {"name": "look", "arguments": {"at": "x"}}}
+# In these, two tokens that stand around the same may differ.
+_SIDES = re.compile(r"start|begin|open|prefix|end|close|suffix|[\W_]")
 
 
 @dataclass(frozen=True)
@@ -72,26 +75,63 @@ def learn_thoughts(renderer: Renderer) -> ThoughtMarks | None:
     prompt, plain = text(), text(said).partition(_SAID)[0]
     before, thought, rest = text(replace(said, reasoning_content=_THOUGHT)).partition(_THOUGHT)
     between, found, _ = rest.partition(_SAID)
-    closing = between.strip()
-    if thought and found and closing:
-        header = min(common_prefix(before, prompt), common_prefix(before, plain))
-        for token in renderer.special_re.finditer(before):  # no token is cut in two
-            header = token.start() if token.start() < header < token.end() else header
-        opening, plain = before[header:].strip(), plain[header:].strip()
-        if not opening:  # the template writes a block even where there are no thoughts
-            opening = next((m.group() for m in re.finditer(rf"(?:{OPENS})\Z", before.rstrip(), re.I)), "")
-        plain = "" if plain.startswith(opening) else plain
-        closing = closing.removesuffix(plain).strip() or closing
-    else:  # it leaves thoughts out of what was said, or takes them in the content only: but it names their tags
+    tokens = re.compile(f"{renderer.special_re.pattern}|</?[^<>\\s]{{1,40}}>")
+    if thought and found and between.strip():
+        start = _header(min(common_prefix(before, prompt), common_prefix(before, plain)), before, tokens)
+        opening, closing, plain = before[start:].strip(), between.strip(), plain[start:].strip()
+        if opening:
+            plain = "" if plain.startswith(opening) else plain
+            closing = closing.removesuffix(plain).strip() or closing
+        else:  # the template writes the block even where there are no thoughts
+            opening, closing = _pair(before, closing, tokens)
+            plain = between.strip().removeprefix(closing).strip()
+    else:
+        start = _header(common_prefix(prompt, plain), prompt, tokens)
+        block, plain = prompt[start:].strip(), plain[start:].strip()
+        # A block that is opened and closed, for a model that is not to think.
+        places = [m.start() for m in tokens.finditer(block)]
+        pairs = [_pair(block[:at], block[at:], tokens) for at in places[1:] if places[0] == 0]
+        # Reasoning in front of a call.
+        called = replace(said, parts=(), tool_calls=(_CALL,), reasoning_content=_THOUGHT)
+        before, thought, rest = text(called).partition(_THOUGHT)
+        pairs += [_pair(before, rest, tokens)] if thought else []
+        # Tags that the template only looks for in a content, to cut out what stands between them.
         tag = re.search(CLOSES, renderer.format.template, re.I)
-        opening, closing, plain = (tag.group().replace("/", "", 1), tag.group(), "") if tag else ("", "", "")
+        pairs += [(tag.group().replace("/", "", 1), tag.group())] if tag else []
+        opening, closing = next((pair for pair in pairs if pair[0]), ("", ""))
+        plain = "" if plain.startswith((opening, closing)) else plain
     if not opening:
         return None
-    tokens = dict.fromkeys(m.group() for m in renderer.special_re.finditer(opening + closing + plain))
-    codes = tuple(zip(tokens, _CODES, strict=False))
+    control = dict.fromkeys(m.group() for m in renderer.special_re.finditer(opening + closing + plain))
+    codes = tuple(zip(control, _CODES, strict=False))
     marks = ThoughtMarks(opening, closing, plain, codes=codes)
     opening, closing, plain, prompt = map(marks.coded, (opening, closing, plain, prompt))
     return ThoughtMarks(opening, closing, plain, prompt.rstrip().endswith(opening), codes)
+
+
+def _header(end: int, text: str, tokens: re.Pattern[str]) -> int:
+    """Where what is common to texts ends, with no token cut in two."""
+    return next((m.start() for m in tokens.finditer(text) if m.start() < end < m.end()), end)
+
+
+def _pair(before: str, after: str, tokens: re.Pattern[str]) -> tuple[str, str]:
+    """What opens thoughts at the end of a text and closes them at the beginning of another, by their names: alike but
+    for the side, `<|START_THINKING|>` and `<|END_THINKING|>`. ("", "") where there is no such pair.
+
+    >>> _pair("<|turn>model\\n<|channel>thought\\n", "<channel|>Hi", re.compile("<[^<>]*>"))
+    ('<|channel>thought', '<channel|>')
+    """
+    starts = [m.start() for m in tokens.finditer(before)][:-4:-1]
+    ends = [m.end() for m in tokens.finditer(after)][:3] if tokens.match(after.lstrip()) else []
+    for start in starts:
+        for end in ends:
+            opening, closing = before[start:].strip(), after[:end].strip()
+            token = tokens.match(opening)
+            names = {_SIDES.sub("", side.lower()) for side in (closing, opening)}
+            first = {_SIDES.sub("", side.lower()) for side in (closing, token.group() if token else "")}
+            if opening != closing and (len(names) == 1 or (len(first) == 1 and start == starts[0])):
+                return opening, closing
+    return "", ""
 
 
 class Piece(NamedTuple):
