@@ -6,7 +6,9 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -18,7 +20,7 @@ import pytest
 import sftflow
 from helpers import payloads
 from helpers.sandbox_matrix import KEY
-from sftflow.sandbox import run_python
+from sftflow.sandbox import run_python, walls
 
 SOURCE, HELPERS = Path(sftflow.__file__).parent.parent, Path(__file__).parent / "helpers"
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the walls are Linux's")
@@ -169,10 +171,6 @@ for path, mode in (("secret", "r"), ("secret", "a"), ("/usr/x", "w"), ("/etc/pas
 
 def test_the_filter_knows_the_system_calls_by_their_numbers() -> None:
     """Against the C library's headers, where they are; aarch64 has the generic table."""
-    import re
-
-    from sftflow.sandbox import walls
-
     headers = {0: "/usr/include/x86_64-linux-gnu/asm/unistd_64.h", 1: "/usr/include/asm-generic/unistd.h"}
     for column, header in headers.items():
         if not Path(header).exists():
@@ -185,9 +183,58 @@ def test_the_filter_knows_the_system_calls_by_their_numbers() -> None:
                 assert known.get(name) == numbers[column], name
 
 
+# A call, by its numbers on x86_64 and aarch64, its arguments, and whether the filter lets it through.
+CALLS = [
+    ((257, 56), (0, 0, 0), True),  # openat
+    ((56, 220), (0x3D0F00, 0, 0), True),  # clone, a thread
+    ((56, 220), (0x1200011, 0, 0), False),  # clone, a process
+    ((59, 221), (1, 1, 1), False),  # execve
+    ((62, 129), (os.getpid(), 9), True),  # kill, itself
+    ((62, 129), (1, 9), False),
+    ((62, 129), (0xFFFFFFFF, 9), False),
+    ((72, 25), (1, 6, 0), True),  # fcntl, a lock
+    ((72, 25), (1, 8, 1), False),  # fcntl, an owner
+    ((280, 88), (3, 0, 0), True),  # utimensat, by descriptor
+    ((280, 88), (3, 1 << 40, 0), False),
+    ((280, 88), (3, 1, 0), False),
+    ((53, 199), (1, 0x80001, 0), True),  # socketpair, streams
+    ((53, 199), (1, 2, 0), False),
+    ((41, 198), (2, 2, 0), False),  # socket
+    ((302, 261), (0, 7, 0), True),  # prlimit64, its own
+    ((302, 261), (7, 7, 0), False),
+]
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_what_the_filter_lets_through(machine: str) -> None:
+    """By the rules of the kernel's machine (seccomp_filter.rst), so that the other architecture is tried as well."""
+    steps = walls.bpf(machine)
+    assert all(most < 256 for step in steps for most in step[1:3]) and len(steps) < 4096
+
+    def answer(number: int, arguments: tuple[int, ...], architecture: int) -> int:
+        data, at, value = struct.pack("=IIQ6Q", number, architecture, 0, *arguments, *[0] * (6 - len(arguments))), 0, 0
+        while True:
+            code, yes, no, k = steps[at]
+            if code == 0x06:
+                return k
+            if code == 0x20:
+                value, jump = struct.unpack_from("=I", data, k)[0], 0
+            else:
+                jump = yes if {0x15: value == k, 0x35: value >= k, 0x45: bool(value & k)}[code] else no
+            at += 1 + jump
+
+    this, other = walls.ARCHITECTURES[machine], 0x40000003  # 32-bit x86
+    for numbers, arguments, passes in CALLS:
+        number = numbers[machine == "aarch64"]
+        assert answer(number, arguments, this) == (0x7FFF0000 if passes else 0x00050001), (number, arguments)
+        assert answer(number, arguments, other) == 0x00050001
+    assert answer(435, (0, 0), this) == 0x00050026  # clone3: no such call
+    assert answer(0x40000000 | 39, (), this) == 0x00050001
+
+
 def test_an_outcome_tells_its_walls() -> None:
-    walls = run_python("pass", isolation="process").walls
-    assert set(w.partition("-")[0] for w in walls) <= {"namespaces", "user", "landlock", "seccomp"}
-    assert ("user" in walls) <= (os.geteuid() == 0)
+    stood = run_python("pass", isolation="process").walls
+    assert set(w.partition("-")[0] for w in stood) <= {"namespaces", "user", "landlock", "seccomp"}
+    assert ("user" in stood) <= (os.geteuid() == 0)
     has = ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), 1)
-    assert (f"landlock-{has}" in walls) == (has > 0)
+    assert (f"landlock-{has}" in stood) == (has > 0)
