@@ -279,6 +279,16 @@ def test_other_formats(tmp_path: Path, template: str, messages: Any, shown: str)
     assert text(local(model), messages).replace("<|head|>", "").replace("<|halt|>", "|") == shown
 
 
+def test_how_much_to_think_is_told_where_the_template_asks(tmp_path: Path) -> None:
+    tokenizer = byte_level(special=("<|head|>", "<|halt|>"))
+    effort = "<|head|>effort:{{ reasoning_effort | default('medium') }}<|halt|>"
+    tokenizer.chat_template = effort + "{% for m in messages %}" + TURN + ASKS
+    http = local(load_assistant(str(write_checkpoint(tmp_path, bigrams(len(tokenizer), [0, 1]), tokenizer))))
+    for fields in ({"reasoning_effort": "low"}, {"chat_template_kwargs": {"reasoning_effort": "low"}}):
+        assert text(http, [HI], **fields) == text(http, [HI]).replace("medium", "low")
+    refusal(http.post(CHAT, json=ask(reasoning_effort=3)), 400, param="reasoning_effort")
+
+
 def test_what_has_no_place_at_all_is_still_refused(http: TestClient) -> None:
     result = {"role": "tool", "content": "sunny", "tool_call_id": "x"}
     for messages in ([HI, CALLS, result], [HI, YO, result], [HI, HI, YO]):
