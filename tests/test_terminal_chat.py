@@ -276,7 +276,9 @@ def test_a_row_keeps_calculator_calls_and_marks_what_was_cut() -> None:
     }  # fmt: skip
 
 
-def test_thoughts_are_shown_beside_the_reply(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_thoughts_are_shown_beside_the_reply(
+    assistant: Assistant, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tokenizer = byte_level(special=("<|start|>", "<|end|>"), plain=("<think>", "</think>"))
     tokenizer.chat_template = (
         "{% for m in messages %}<|start|>{{ m.role }}:{% if m.reasoning_content %}<think>{{ m.reasoning_content }}"
@@ -292,6 +294,11 @@ def test_thoughts_are_shown_beside_the_reply(tmp_path: Path, capsys: pytest.Capt
     assert out.getvalue() == "Yes.\n" and "Hm\n" in err and "think" not in err
     (row,) = read_conversations(file)
     assert row.messages[1] == replace(text_message("assistant", "Yes."), reasoning_content="Hm")
+    base = Recorded(assistant.engine)
+    typed = iter(["So?", "And?", "/base", "/quit"])
+    chat(thinker, out=out, read=lambda _: next(typed), base=replace(assistant, engine=base))  # type: ignore[arg-type]
+    said = [text_message(role, text) for role, text in (("user", "So?"), ("assistant", "Yes."), ("user", "And?"))]
+    assert base.requests[0].prompt_ids == prompt_of(assistant, *said)  # which has no place for thoughts
 
 
 @pytest.mark.parametrize("content", ["not JSON\n", '{"a": 1}\n', '{"messages": []}\n', "\x00\x01"])

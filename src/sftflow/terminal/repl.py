@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -202,9 +202,12 @@ class TerminalChat:
         if self.base is None:
             self.base = lineage_base(self.assistant)
         note(f"{self.base.name}:")
+        asked = self.asked
+        if learn_thoughts(self.base.renderer) is None:  # it has no place for those of another model
+            asked = [replace(m, reasoning_content=None) for m in asked]
         with _stoppable() as stop:
             how = {**self.sampling, "seed": self.seed}
-            _, ended = _stream(self.base, self.conversation(self.asked), self.out, how, stop)
+            _, ended = _stream(self.base, self.conversation(asked), self.out, how, stop)
         if ended == "interrupted":
             note("[stopped]")
 
