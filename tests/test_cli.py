@@ -378,6 +378,9 @@ def test_the_flow_end_to_end(tmp_path: Path, tiny_base: Path) -> None:
     assert {"step", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "seconds"} <= set(row)
     for name in ("recipe.yaml", "ledger.json", "report.html", "eval/sft-arithmetic.jsonl"):
         assert (out / name).is_file(), name
+    logged = (out / "log.txt").read_text()
+    for line in [*result.stdout.splitlines(), *result.stderr.partition("\n\n")[2].splitlines()]:
+        assert line.strip() in logged, line
     chat = run("chat", str(out), "--prompt", "What is 1 + 1?")
     assert chat.returncode == 0, chat.stderr
 

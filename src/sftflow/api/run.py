@@ -157,9 +157,8 @@ def _train(
                 comparison = compare_two(recipe.base, str(out), options, recipe.compare, out, shown)
         whole = parts_of(run) | {"seconds": time.perf_counter() - started}
         found = Run(**whole, recipe=_kept_recipe(out), evaluation=evaluation, comparison=comparison)
-        for said in (evaluation, comparison, found):
-            if said is not None:
-                shown.log.write(str(said))
+        for said in (evaluation, comparison, *(comparison.remarks() if comparison else ()), found):
+            shown.log.write(str(said or ""))
     return found
 
 

@@ -82,7 +82,11 @@ def about(seconds: float) -> str:
 
 
 def _epochs(n: float) -> str:
-    return f"{n:.3g} epoch{'' if n == 1 else 's'}"
+    """
+    >>> _epochs(1.0008), _epochs(0.8421)
+    ('1 epoch', '0.842 epochs')
+    """
+    return f"{n:.3g} epoch{'' if f'{n:.3g}' == '1' else 's'}"
 
 
 def _rates(run: Opening) -> str:
