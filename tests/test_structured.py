@@ -232,6 +232,7 @@ def test_a_reply_that_can_neither_go_on_nor_end_is_an_error_of_its_own(shipped: 
         ({"enum": ["x" * 1000] * 70}, "65536"),
         ({"allOf": [{"type": "string", "pattern": f".*a.{{{i}}}b.*"} for i in range(1, 12)]}, "regex"),
         ({"type": "strin"}, "strin"),
+        ({"enum": [{"a": i, "b": [i]} for i in range(2500)]}, "2000"),  # known when the reply has begun
         ({"properties": {"a": {"$ref": "#/$defs/none"}}, "required": ["a"]}, "none"),
     ],
 )  # fmt: skip

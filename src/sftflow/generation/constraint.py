@@ -7,8 +7,8 @@ bytes, however a text is cut into tokens, so that no text of the grammar's langu
 are no text: none may come but those that the grammar names and, exactly where it may end, the ends of a turn.
 
 Two things are kept from a model that would never end, and are no part of the grammar: more than MOST_DIGITS digits in a
-row outside of texts in quotes, and a text in quotes that turns in a circle of up to LONGEST_CIRCLE tokens for CIRCLING
-tokens; it is closed there.
+row outside of quotes, and a circle of up to LONGEST_CIRCLE tokens that lasts for CIRCLING: a text in quotes is closed
+there, or an object that gets the same keys again.
 """
 
 from __future__ import annotations
@@ -46,21 +46,22 @@ class Grammars:
         self._tokenizer, self._control, self._size = tokenizer, control, size
         self._lock = threading.Lock()
         self._vocabulary: _Vocabulary | None = None
-        self._compiled: OrderedDict[tuple[str, str], Grammar] = OrderedDict()
+        self._compiled: OrderedDict[tuple[str, str, str], Grammar] = OrderedDict()
 
-    def compile(self, text: str, otherwise: str = "") -> Grammar:
+    def compile(self, text: str, otherwise: str = "", *, place: str = "grammar") -> Grammar:
         """text: in the dialect of Lark that llguidance reads.   otherwise: another one, for replies whose likeliest
-        first token begins a text of that and none of `text`. Raises GrammarError: one is too long or refused, or no
-        token of this model begins it."""
+        first token begins a text of that and none of `text`.   place: what asked for it, in errors. Raises
+        GrammarError: one is too long or refused, or no token of this model begins it."""
         if len(text) > LONGEST:
-            raise GrammarError("grammar", f"{len(text)} characters; at most {LONGEST} are taken")
-        key = text, otherwise
+            raise GrammarError(place, f"{len(text)} characters; at most {LONGEST} are taken")
+        key = text, otherwise, place
         with self._lock:
             if key in self._compiled:
                 self._compiled.move_to_end(key)
                 return self._compiled[key]
             self._vocabulary = self._vocabulary or self._make_vocabulary()
-        grammar = Grammar(self._vocabulary, text, Grammar(self._vocabulary, otherwise) if otherwise else None)
+        second = Grammar(self._vocabulary, otherwise, place) if otherwise else None
+        grammar = Grammar(self._vocabulary, text, place, second)
         with self._lock:
             self._compiled[key] = grammar
             if len(self._compiled) > REMEMBERED:
@@ -82,29 +83,30 @@ class Grammars:
                 raise AssertionError("nothing is forced, so that no text is cut into tokens")
 
         first = [word[:1] for word in Words.tokens]
-        digits, quotes = (torch.tensor([bool(c) and c in some for c in first]) for some in (b"0123456789", b'"'))
-        return _Vocabulary(LLTokenizer(TokenizerWrapper(Words())), Words.tokens, digits, quotes)
+        begins = (torch.tensor([bool(c) and c in some for c in first]) for some in (b"0123456789", b'"', b"}"))
+        return _Vocabulary(LLTokenizer(TokenizerWrapper(Words())), Words.tokens, *begins)
 
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """words: the bytes of each id.   digits, quotes: (vocabulary,) which begin with a digit, with a quote."""
+    """words: the bytes of each id.   digits, quotes, braces: (vocabulary,) which begin with a digit, `"`, `}`."""
 
     tokenizer: Any
     words: list[bytes]
     digits: torch.Tensor
     quotes: torch.Tensor
+    braces: torch.Tensor
 
 
 class Grammar:
     """A compiled grammar at its beginning."""
 
-    def __init__(self, vocabulary: _Vocabulary, text: str, otherwise: Grammar | None = None) -> None:
+    def __init__(self, vocabulary: _Vocabulary, text: str, place: str, otherwise: Grammar | None = None) -> None:
         from llguidance import LLMatcher, LLParserLimits
 
         limits = LLParserLimits(**LIMITS)
         self.matcher = LLMatcher(vocabulary.tokenizer, PREAMBLE + text, log_level=0, limits=limits)
-        self.vocabulary, self.otherwise = vocabulary, otherwise
+        self.vocabulary, self.place, self.otherwise = vocabulary, place, otherwise
         Constraint(self, ()).allowed()
 
 
@@ -113,7 +115,7 @@ class Constraint:
 
     def __init__(self, grammar: Grammar, ends: Collection[tuple[int, ...]]) -> None:
         self._matcher, self._vocabulary = grammar.matcher.deep_copy(), grammar.vocabulary
-        self._otherwise = grammar.otherwise
+        self._place, self._otherwise = grammar.place, grammar.otherwise
         self._size = len(self._vocabulary.words)
         self._ends = [end for end in ends if max(end) < self._size]
         self._ending: tuple[int, ...] = ()  # what has come of an end
@@ -143,7 +145,7 @@ class Constraint:
         else:
             bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
             if self._matcher.is_error():
-                raise GrammarError("grammar", _reason(self._matcher.get_error()))
+                raise GrammarError(self._place, _reason(self._matcher.get_error()))
             every = torch.from_numpy(np.unpackbits(bits, count=self._size + 1, bitorder="little").astype(bool))
             found, may_end = every[:-1], bool(every[-1])
             found[[end[-1] for end in self._ends]] = False  # a stop id ends the reply, also where it is text
@@ -152,17 +154,19 @@ class Constraint:
         if may_end:
             found[[end[n] for end in self._ends if end[:n] == self._ending and len(end) > n]] = True
         if not found.any():
-            raise GrammarError("grammar", "no token of this model can follow")
+            raise GrammarError(self._place, "no token of this model can follow")
         return found
 
     def _led_out(self, found: torch.Tensor, may_end: bool) -> torch.Tensor:
         """What may come of these where the reply would else never end."""
-        quotes = found & self._vocabulary.quotes
-        rest = found
-        if self._n_digits >= MOST_DIGITS and not quotes.any():
-            rest = found & ~self._vocabulary.digits
-        elif max(self._repeats) >= CIRCLING:
-            rest = quotes
+        circling = max(self._repeats) >= CIRCLING
+        if not circling and self._n_digits < MOST_DIGITS:
+            return found
+        rest = found & self._vocabulary.quotes
+        if not circling:
+            rest = found if rest.any() else found & ~self._vocabulary.digits
+        elif not rest.any():
+            rest = found & self._vocabulary.braces
         return rest if may_end or rest.any() else found
 
     def accept(self, token: int) -> None:

@@ -59,7 +59,7 @@ def internal(error: Exception) -> ApiError:
     if isinstance(error, ContextError):
         return ApiError(400, error.fact, param="messages", code="context_length_exceeded")
     if isinstance(error, GrammarError):
-        return ApiError(400, f"what the reply must be: {error.fact}", code="invalid_schema")
+        return wrong(error.place, error.fact, "invalid_schema")
     log.error("generation failed", exc_info=error)
     return ApiError(500, "the generation failed; the server's log says why", code="generation_failed")
 

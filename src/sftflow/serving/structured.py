@@ -19,11 +19,16 @@ from typing import Any
 from sftflow.chat.tool_parser import IDENTITIES
 from sftflow.foundation.errors import GrammarError
 from sftflow.generation.constraint import Grammar
-from sftflow.serving.errors import wrong
+from sftflow.serving.errors import ApiError, internal, wrong
 from sftflow.serving.model_entry import ServedModel
 from sftflow.serving.schemas import ChatBody, SamplingBody
 
 BLANKS = r"\x20{1,2}|\r?\n(\x20{0,24}|\t{0,6})"
+FORMATS = (
+    "date-time", "date", "time", "duration", "email", "idn-email", "hostname", "idn-hostname", "ipv4", "ipv6", "uri",
+    "uri-reference", "iri", "iri-reference", "uuid", "uri-template", "json-pointer", "relative-json-pointer", "regex",
+)  # fmt: skip
+"""of JSON Schema 2020-12; those that no grammar can hold are refused"""
 OPTIONS = {"whitespace_pattern": BLANKS, "json_allow_general_unicode_escapes": True}
 """of llguidance's reading of a schema; a client cannot change them"""
 
@@ -57,11 +62,9 @@ def grammar_for(model: ServedModel, body: SamplingBody, prompt: str = "", begun:
         ]
         texts.append("\n".join([f"start: {' | '.join(starts)}", *rules, *(thought_rules if lead else ())]))
     try:
-        return model.assistant.engine.grammars.compile(*texts)
+        return model.assistant.engine.grammars.compile(*texts, place=field)
     except GrammarError as error:
-        raise wrong(field, error.fact, "invalid_schema") from None
-    except RecursionError:
-        raise wrong(field, "it is nested too deeply", "invalid_schema") from None
+        raise internal(error) from None
 
 
 def _thoughts(model: ServedModel, prompt: str, begun: str) -> tuple[list[str], list[dict[str, str]]]:
@@ -168,8 +171,31 @@ def _parameters(function: dict[str, Any]) -> dict[str, Any]:
 
 
 def json_rule(schema: dict[str, Any]) -> str:
-    """A JSON text under a schema, in a grammar; blanks may stand in front of it."""
-    return f"/({BLANKS})?/ %json {json.dumps({**schema, 'x-guidance': OPTIONS})}"
+    """A JSON text under a schema, in a grammar; blanks may stand in front of it. Raises ApiError 400."""
+    try:
+        return f"/({BLANKS})?/ %json {json.dumps({**_asserted(schema), 'x-guidance': OPTIONS})}"
+    except RecursionError:
+        raise ApiError(400, "the schema is nested too deeply", code="invalid_json") from None
+
+
+def _asserted(schema: Any) -> Any:
+    """A schema without what says nothing: formats that JSON Schema does not define, which are notes to people
+    (`password`), and that the names of keys are texts.
+
+    >>> _asserted({"properties": {"format": {"format": "password"}, "day": {"format": "date"}}})
+    {'properties': {'format': {}, 'day': {'format': 'date'}}}
+    """
+    if isinstance(schema, list):
+        return [_asserted(inner) for inner in schema]
+    if not isinstance(schema, dict):
+        return schema
+    is_object = schema.get("type") == "object"
+    return {
+        key: inner if key in ("const", "enum", "default", "examples") else _asserted(inner)
+        for key, inner in schema.items()
+        if not (key == "format" and isinstance(inner, str) and inner not in FORMATS)
+        and not (key == "propertyNames" and inner == {"type": "string"} and is_object)
+    }
 
 
 def _text(text: str) -> str:
