@@ -18,10 +18,12 @@ import pytest
 
 from helpers.chromium import Chromium, Page, skip_module_without_chromium
 from helpers.peer import Peer, serving
+from helpers.serving import running
 from sftflow.chat.data_files import read_conversations
 from sftflow.chat.schema import parse_row
-from sftflow.checkpoint import open_renderer, resolve
+from sftflow.checkpoint import Assistant, open_renderer, resolve
 from sftflow.pretraining.pretrain import BaseSpec, build_model
+from sftflow.serving.api import make_app
 
 skip_module_without_chromium()
 IDLE = "!document.body.classList.contains('busy')"
@@ -50,7 +52,8 @@ def opened(browser: Chromium, url: str, *, refused: int = 0, **options: Any) -> 
     browser.listen(0.1)
     unexpected = [p for p in page.problems if not re.search("the server responded with a status of 4|ERR_", p)]
     assert not unexpected and len(page.problems) <= refused, page.problems
-    assert all(u.startswith((url, "data:,", f"blob:{url}")) for u in page.requests), page.requests
+    elsewhere = [u for u in page.requests if not u.startswith((url, "data:,", f"blob:{url}"))]
+    assert not elsewhere, elsewhere
 
 
 def send(page: Page, text: str) -> None:
@@ -441,6 +444,22 @@ def test_the_api_key_stays_in_the_tab(browser: Chromium, peer: Peer) -> None:
         assert page.run("!JSON.stringify(localStorage).includes('sesame')")
         page.reload()
         page.wait("document.querySelector('#model').value === 'sft'")
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_below_a_path_of_a_proxy(browser: Chromium, assistant: Assistant, kept: bool) -> None:
+    """Whether the proxy passes the path on as it is or takes it off, nothing is asked for above it."""
+    app = make_app({"tiny": assistant}, root_path="/a/llm" if kept else "")
+
+    async def takes_it_off(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            scope["path"] = scope["path"].removeprefix("/a/llm") if scope["path"].startswith("/a/llm/") else "/none"
+        await app(scope, receive, send)
+
+    takes_it_off.state = app.state  # type: ignore[attr-defined]
+    with running(app if kept else takes_it_off) as url, opened(browser, f"{url}/a/llm/") as page:
+        ask(page, "hi")
+        assert page.run("document.querySelector('#model').value") == "tiny" and any(page.run(TEXTS))
 
 
 def test_the_page_finds_a_server_that_was_started_again(browser: Chromium) -> None:

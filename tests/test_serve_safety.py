@@ -14,13 +14,16 @@ from sftflow.cli import app
 from sftflow.foundation.errors import ServeError
 from sftflow.serving import api
 from sftflow.serving import uvicorn_limits as listen
-from sftflow.serving.host_check import check_origin, host_names
+from sftflow.serving.host_check import check_origin, check_origins, check_root_path, host_names
 
 KEYED = (
     ("GET", "/v1/models"),
     ("GET", "/v1/models/tiny"),
     ("GET", "/metrics"),
     ("POST", "/v1/render"),
+    ("POST", "/tokenize"),
+    ("POST", "/detokenize"),
+    ("POST", "/v1/responses"),
     ("POST", "/v1/chat/completions"),
     ("POST", "/v1/completions"),
     ("GET", "/v1/nothing"),
@@ -109,6 +112,51 @@ def test_no_cors_unless_allowed(assistant: Assistant) -> None:
     assert taken.status_code == 200 and taken.headers["access-control-allow-origin"] == "https://app.example"
 
 
+def test_several_origins_may_be_allowed(assistant: Assistant) -> None:
+    allowed = ["https://app.example", "http://localhost:3000"]
+    http = local(assistant, allow_origin=allowed)
+    for origin in (*allowed, "https://other.example", "https://app.example.evil"):
+        answer = http.post("/v1/chat/completions", json=ask(), headers={"Origin": origin})
+        preflight = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        asked = http.options("/v1/chat/completions", headers=preflight)
+        if origin in allowed:
+            assert answer.status_code == asked.status_code == 200
+            assert answer.headers["access-control-allow-origin"] == origin
+        else:
+            refusal(answer, 403, code="origin_not_allowed")
+            assert asked.status_code == 400 and "access-control-allow-origin" not in asked.headers
+    assert check_origins([*allowed, allowed[0]]) == tuple(allowed)
+    for wrong in (["*", "https://app.example"], ["https://app.example", "localhost"]):
+        with pytest.raises(ServeError) as caught:
+            check_origins(wrong)
+        assert caught.value.place == "--allow-origin"
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_below_a_path_whether_the_proxy_takes_it_off_or_not(assistant: Assistant, kept: bool) -> None:
+    http = local(assistant, api_key="k", root_path="/a/llm")
+    at = "/a/llm" if kept else ""
+    assert http.get(f"{at}/health").json() == {"status": "ok"}
+    assert http.get(f"{at}/").text == local(assistant).get("/").text
+    refusal(http.get(f"{at}/v1/models"), 401)
+    key = {"Authorization": "Bearer k"}
+    assert http.get(f"{at}/v1/models/tiny", headers=key).json()["id"] == "tiny"
+    assert http.post(f"{at}/v1/chat/completions", json=ask(), headers=key).status_code == 200
+    for path in ("/a", "/a/llmx/health", "/a/llm/a/llm/health"):
+        refusal(http.get(path, headers=key), 404)
+    moved = http.get("/a/llm", follow_redirects=False)
+    assert moved.status_code == 308 and moved.headers["location"] == "/a/llm/"
+
+
+def test_a_path_that_no_proxy_could_show_is_refused() -> None:
+    for right in ("", "/llm", "/a/b-c.d_e~1"):
+        check_root_path(right)
+    for wrong in ("llm", "/llm/", "/", "//a", "/a b", "/a/../b", "/a/.", "/a?b", "/é", "http://a/b"):
+        with pytest.raises(ServeError) as caught:
+            check_root_path(wrong)
+        assert caught.value.place == "--root-path"
+
+
 def test_a_host_open_to_others_needs_a_key(assistant: Assistant) -> None:
     for host in ("0.0.0.0", "::", ""):
         for key in (None, ""):
@@ -166,7 +214,7 @@ def test_an_origin_that_no_browser_sends_is_refused_at_start(origin: str, remedy
     with pytest.raises(ServeError) as caught:
         check_origin(origin)
     assert str(caught.value).startswith("--allow-origin: ") and str(caught.value).endswith(remedy)
-    for right in (None, "*", "http://localhost:3000", "https://app.example", "http://[::1]:3000", "tauri://localhost"):
+    for right in ("*", "http://localhost:3000", "https://app.example", "http://[::1]:3000", "tauri://localhost"):
         check_origin(right)
 
 
@@ -179,6 +227,11 @@ def test_an_origin_that_no_browser_sends_is_refused_at_start(origin: str, remedy
         ([], "a b", "--api-key"),
         (["--allow-origin", "localhost:3000"], None, "--allow-origin"),
         (["--allow-host", "http://a"], None, "--allow-host"),
+        (["--allow-origin", "http://a", "--allow-origin", "*"], None, "--allow-origin"),
+        (["--root-path", "llm"], None, "--root-path"),
+        (["--name", ""], None, "--name"),
+        (["--name", "a\nb"], None, "--name"),
+        (["--name", "other/base", "--base", "other/base"], None, "--name"),
     ],
 )
 def test_what_could_never_work_is_told_before_loading(

@@ -12,7 +12,7 @@ from sftflow.api.shared import ModelLike, name_of, watching
 from sftflow.checkpoint import Assistant
 from sftflow.exporting.merge import merge
 from sftflow.exporting.to_gguf import export_gguf, require_passed, summary
-from sftflow.foundation.errors import RecipeError
+from sftflow.foundation.errors import RecipeError, ServeError
 
 __all__ = ["export", "require_passed", "serve", "summary", "talk"]
 
@@ -25,23 +25,26 @@ def serve(
     port: int = 8008,
     api_key: str | None = None,
     insecure: bool = False,
-    allow_origin: str | None = None,
+    name: str | None = None,
+    allow_origin: str | Iterable[str] = (),
     allow_hosts: Iterable[str] = (),
+    root_path: str = "",
 ) -> None:
     """An OpenAI-compatible server and a chat page, until Ctrl-C.   base: one that is served beside the model.
 
-    api_key: what clients are asked for; else the environment's SFTFLOW_API_KEY.   Raises ServeError where the port is
-    in use or the host is not safe, before a model is loaded.
+    name: what clients call the model by; else its directory's name, or its hub id.   api_key: what clients are asked
+    for; else the environment's SFTFLOW_API_KEY.   allow_origin: web origins whose pages may call, or `*`.   root_path:
+    the path below which a proxy shows the server, such as `/llm`.   Raises ServeError where the port is in use or the
+    host is not safe, before a model is loaded.
     """
     from sftflow.serving.api import serve as run
 
+    names = _served_names(model, base, name)
+
     def models() -> dict[str, Assistant]:
         trained = load(model)
-        served: dict[str, Assistant] = {_model_id(name_of(model)): trained}
-        if base is not None:
-            name = _model_id(name_of(base))
-            served[name if name not in served else f"{name}-base"] = base_beside(base, trained)
-        return served
+        served = [trained] if base is None else [trained, base_beside(base, trained)]
+        return dict(zip(names, served, strict=True))
 
     with watching() as shown:
         run(
@@ -52,8 +55,24 @@ def serve(
             allow_origin=allow_origin,
             allow_hosts=allow_hosts,
             insecure=insecure,
+            root_path=root_path,
             say=shown.say,
         )
+
+
+def _served_names(model: ModelLike, base: ModelLike | None, name: str | None) -> list[str]:
+    """What clients call the model by, and the base beside it. Raises ServeError."""
+    if name is not None and (not name.strip() or name != name.strip() or not name.isprintable() or len(name) > 200):
+        raise ServeError(
+            "--name", f"{name[:40]!r} is no name", "write one to 200 characters, with no blank around them"
+        )
+    first = _model_id(name_of(model)) if name is None else name
+    if base is None:
+        return [first]
+    second = _model_id(name_of(base))
+    if second == first and name is not None:
+        raise ServeError("--name", f"the base beside it is served as {second!r}, too", "choose another name")
+    return [first, f"{second}-base" if second == first else second]
 
 
 def _model_id(name: str) -> str:

@@ -17,8 +17,10 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8008,
     api_key: Annotated[str | None, typer.Option(help="ask clients for this key; else SFTFLOW_API_KEY")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="allow another host without a key")] = False,
-    allow_origin: Annotated[str | None, typer.Option(help="one web origin that may call")] = None,
+    name: Annotated[str | None, typer.Option(help="what clients call the model by")] = None,
+    allow_origin: Annotated[list[str] | None, typer.Option(help="a web origin that may call; *: any")] = None,
     allow_host: Annotated[list[str] | None, typer.Option(help="another name that clients call it by")] = None,
+    root_path: Annotated[str, typer.Option(help="below which path a proxy shows it, as /llm")] = "",
 ) -> None:
     """An OpenAI-compatible server and a chat page."""
     from sftflow import api
@@ -30,6 +32,8 @@ def serve(
         port=port,
         api_key=api_key,
         insecure=insecure,
-        allow_origin=allow_origin,
+        name=name,
+        allow_origin=allow_origin or (),
         allow_hosts=allow_host or (),
+        root_path=root_path,
     )

@@ -21,15 +21,14 @@ from sftflow.serving.chat import chat_response
 from sftflow.serving.completions import completion_response
 from sftflow.serving.engine_thread import MAX_RUNNING, MAX_WAITING, unusable
 from sftflow.serving.errors import ApiError, add_error_handlers
-from sftflow.serving.host_check import LOOPBACK, check_origin, host_names
-from sftflow.serving.logprobs import token_texts
+from sftflow.serving.host_check import LOOPBACK, check_origins, check_root_path, host_names
 from sftflow.serving.metrics import CONTENT_TYPE, Metrics
-from sftflow.serving.middleware import Auth, RequestLog, UnforeseenErrors, access
+from sftflow.serving.middleware import Auth, RequestLog, RootPath, UnforeseenErrors, access
 from sftflow.serving.model_entry import ServedModel
-from sftflow.serving.prompt import chat_prompt
 from sftflow.serving.request_body import ReaderPool, parse_json, read_body
 from sftflow.serving.responses import Responder, ResponseShape, slices
-from sftflow.serving.schemas import ChatBody, CompletionBody, RenderBody, SamplingBody
+from sftflow.serving.schemas import ChatBody, CompletionBody, SamplingBody
+from sftflow.serving.tokens import Find, detokenized, rendered, tokenized
 from sftflow.serving.uvicorn_limits import Server, config, open_socket
 
 if TYPE_CHECKING:
@@ -123,18 +122,28 @@ async def one_model(request: Request, model: str) -> dict[str, Any]:
 @router.post("/v1/render")
 async def render(request: Request) -> Response:
     """The exact prompt of a chat, token by token."""
+    return await _computed(request, rendered)
+
+
+@router.post("/tokenize")
+async def tokenize(request: Request) -> Response:
+    """The ids of a chat's prompt, or of a text; vLLM's address and shape."""
+    return await _computed(request, tokenized)
+
+
+@router.post("/detokenize")
+async def detokenize(request: Request) -> Response:
+    return await _computed(request, detokenized)
+
+
+async def _computed(request: Request, answer: Callable[[Find, dict[str, Any]], dict[str, Any]]) -> Response:
+    """What a thread makes of the body, without the engine."""
     serving, data = _serving(request), await read_body(request)
 
-    def tokens() -> bytes:
-        body = RenderBody.read(parse_json(data))
-        model = serving.find(body.model)
-        model.thread.check_room()
-        ids = chat_prompt(model, body, replied=False).ids.tolist()
-        texts = token_texts(model.assistant.tokenizer, ids)
-        told = [{"id": i, "text": t, "special": i in model.control_ids} for i, t in zip(ids, texts, strict=True)]
-        return "".join(slices({"tokens": told})).encode()
+    def encoded() -> bytes:
+        return "".join(slices(answer(serving.find, parse_json(data)))).encode()
 
-    return Response(await serving.readers.run(tokens, len(data)), media_type="application/json")
+    return Response(await serving.readers.run(encoded, len(data)), media_type="application/json")
 
 
 @router.post("/v1/chat/completions")
@@ -183,14 +192,16 @@ def make_app(
     assistants: Mapping[str, Assistant],
     *,
     api_key: str | None = None,
-    allow_origin: str | None = None,
+    allow_origin: str | Iterable[str] = (),
+    root_path: str = "",
     hosts: Container[str] = LOOPBACK,
     max_running: int = MAX_RUNNING,
     max_waiting: int = MAX_WAITING,
 ) -> FastAPI:
     """The app that serves these models under their names.
 
-    hosts: the Host names it answers to, see `host_names`.   max_running: replies of each model that are computed side
+    allow_origin: whose pages may call, or `*`.   root_path: below which a proxy shows it, such as `/llm`.   hosts: the
+    Host names it answers to, see `host_names`.   max_running: replies of each model that are computed side
     by side.   max_waiting: those that may stand in line besides.
     """
     limits = {"max_running": max_running, "max_waiting": max_waiting}
@@ -206,20 +217,27 @@ def make_app(
     )
     app.state.serving = serving
     free = frozenset({*HEALTH, *PAGE})
-    app.add_middleware(Auth, api_key=api_key, allow_origin=allow_origin, hosts=hosts, free=free)
+    origins = _listed(allow_origin)
+    app.add_middleware(Auth, api_key=api_key, allow_origins=origins, hosts=hosts, free=free)
     app.add_middleware(UnforeseenErrors)
-    if allow_origin:  # outside the guard: a preflight has no key, and a refusal must be readable, too
+    if origins:  # outside the guard: a preflight has no key, and a refusal must be readable, too
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=[allow_origin],
+            allow_origins=origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
     app.add_middleware(RequestLog, metrics=serving.metrics)
+    if root_path:
+        app.add_middleware(RootPath, root_path=root_path)
     add_error_handlers(app)
     app.include_router(router)
     return app
+
+
+def _listed(value: str | Iterable[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
 
 
 def serve(
@@ -228,7 +246,8 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8008,
     api_key: str | None = None,
-    allow_origin: str | None = None,
+    allow_origin: str | Iterable[str] = (),
+    root_path: str = "",
     insecure: bool = False,
     allow_hosts: Iterable[str] = (),
     say: Callable[[str], None] = print,
@@ -240,17 +259,18 @@ def serve(
 
     Raises ServeError, what `load` raises, and what kept a model from being proven (CheckpointError, else RunError).
     """
-    check_origin(allow_origin)
+    origins = check_origins(_listed(allow_origin))
+    check_root_path(root_path)
     hosts = host_names(host, allow_hosts)
     with open_socket(host, port, api_key=api_key, insecure=insecure) as sock:
         assistants = load()
-        app = make_app(assistants, api_key=api_key, allow_origin=allow_origin, hosts=hosts)
+        app = make_app(assistants, api_key=api_key, allow_origin=origins, root_path=root_path, hosts=hosts)
         handler = logging.StreamHandler(sys.stderr)  # one line a request
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%S"))
         access.handlers, access.propagate = [handler], False
         access.setLevel(logging.INFO)
         shown = f"[{host}]" if ":" in host else host
-        say(f"serving {', '.join(assistants)} at http://{shown}:{sock.getsockname()[1]} (Ctrl-C stops)")
+        say(f"serving {', '.join(assistants)} at http://{shown}:{sock.getsockname()[1]}{root_path} (Ctrl-C stops)")
         with contextlib.suppress(KeyboardInterrupt):
             Server(config(app)).run(sockets=[sock])
         error = app.state.serving.unproven()

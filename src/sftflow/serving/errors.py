@@ -17,6 +17,11 @@ from sftflow.foundation.errors import ContextError, GrammarError
 log = logging.getLogger("sftflow.serving")
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+# A 404 must not read as if a model were missing: clients would look for another one.
+_SAID = {
+    404: ("this address is not offered; chats are at /v1/chat/completions", "unsupported_endpoint"),
+    405: ("this address does not take this method", "unsupported_method"),
+}
 MOST = 600
 """characters of a message: what a client sent may be quoted, but a megabyte of it is not sent back"""
 
@@ -73,8 +78,8 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        message = {404: "no such address", 405: "this address does not take this method"}.get(error.status_code)
-        answer = ApiError(error.status_code, message or str(error.detail)).response()
+        message, code = _SAID.get(error.status_code, (str(error.detail), None))
+        answer = ApiError(error.status_code, message, code=code).response()
         answer.headers.update(error.headers or {})
         return answer
 

@@ -14,6 +14,7 @@ from sftflow.foundation.errors import ServeError
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 _KEY = re.compile(r"[!-~]+")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
+_ROOT = re.compile(r"(/(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+)*")
 _HOST = re.compile(r"[a-z0-9._-]+|\[[0-9a-f:.]+\]")
 
 
@@ -78,14 +79,14 @@ def check_key(api_key: str | None) -> None:
         raise ServeError("--api-key", fact, "choose one of ASCII letters, digits and signs")
 
 
-def check_origin(origin: str | None) -> None:
+def check_origin(origin: str) -> None:
     """Raises ServeError where no browser sends this as an Origin.
 
     >>> check_origin("http://localhost:3000/")
     Traceback (most recent call last):
     sftflow.foundation.errors.ServeError: --allow-origin: 'http://localhost:3000/' is no origin; write http://localhost:3000
     """
-    if origin is None or origin == "*" or _ORIGIN.fullmatch(origin):
+    if origin == "*" or _ORIGIN.fullmatch(origin):
         return
     try:
         parts = urlsplit(origin if "://" in origin else f"http://{origin}")
@@ -94,6 +95,31 @@ def check_origin(origin: str | None) -> None:
         meant = ""
     remedy = meant if _ORIGIN.fullmatch(meant) else "scheme://host[:port], such as http://localhost:3000, or *"
     raise ServeError("--allow-origin", f"{origin!r} is no origin", f"write {remedy}")
+
+
+def check_origins(origins: Iterable[str]) -> tuple[str, ...]:
+    """Each of them once. Raises ServeError for one that no browser sends, and for others beside `*`."""
+    found = tuple(dict.fromkeys(origins))
+    for origin in found:
+        check_origin(origin)
+    if "*" in found and len(found) > 1:
+        raise ServeError(
+            "--allow-origin", "* allows all of them, and others stand beside it", "say * alone, or leave it out"
+        )
+    return found
+
+
+def check_root_path(root_path: str) -> None:
+    """Raises ServeError for what is no path below which a proxy could show the server.
+
+    >>> check_root_path("llm/")
+    Traceback (most recent call last):
+    sftflow.foundation.errors.ServeError: --root-path: 'llm/' is no path below a host; write /llm
+    """
+    if not _ROOT.fullmatch(root_path):
+        meant = f"/{root_path.strip('/')}"
+        remedy = meant if _ROOT.fullmatch(meant) else "one such as /llm"
+        raise ServeError("--root-path", f"{root_path!r} is no path below a host", f"write {remedy}")
 
 
 def is_loopback(host: str) -> bool:

@@ -1,7 +1,8 @@
 """Around every route: who may ask (`Auth`), what is remembered of it (`RequestLog`: request ids, access log, metrics),
 and what is said where we fail (`UnforeseenErrors`).
 
-    client -> RequestLog -> CORS, where an origin is allowed -> UnforeseenErrors -> Auth -> route
+    client -> RootPath, where there is one -> RequestLog -> CORS, where an origin is allowed -> UnforeseenErrors -> Auth
+    -> route
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sftflow.serving.errors import ApiError
@@ -36,7 +38,7 @@ class Auth:
 
     app: ASGIApp
     api_key: str | None
-    allow_origin: str | None
+    allow_origins: Container[str]
     hosts: Container[str]
     free: frozenset[str]
 
@@ -63,7 +65,8 @@ class Auth:
             raise ApiError(403, fact, code="host_not_allowed")
         # Any page can post blindly to an address that its reader's browser reaches, without being able to read the
         # answer; its origin then stands here.
-        if origin is not None and self.allow_origin not in ("*", origin) and _netloc(origin) != host:
+        allowed = origin is None or "*" in self.allow_origins or origin in self.allow_origins
+        if not allowed and _netloc(origin or "") != host:
             raise ApiError(403, "this Origin is not allowed; see --allow-origin", code="origin_not_allowed")
         if self.api_key is not None and path not in self.free:
             scheme, _, key = headers.get("authorization", "").partition(" ")
@@ -78,6 +81,25 @@ def _netloc(origin: str) -> str | None:
         return urlsplit(origin).netloc.lower() or None
     except ValueError:
         return None
+
+
+@dataclass
+class RootPath:
+    """Takes off the path below which a proxy shows the server, where the proxy has left it on.
+
+    root_path: such as `/llm`.
+    """
+
+    app: ASGIApp
+    root_path: str
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and f"{scope['path']}/".startswith(f"{self.root_path}/"):
+            if scope["path"] == self.root_path:  # the page's own addresses are relative: they need the slash
+                await RedirectResponse(f"{self.root_path}/", 308)(scope, receive, send)
+                return
+            scope["path"] = scope["path"].removeprefix(self.root_path)
+        await self.app(scope, receive, send)
 
 
 @dataclass

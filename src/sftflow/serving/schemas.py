@@ -80,6 +80,28 @@ class RenderBody(PromptBody):
     """POST /v1/render."""
 
 
+class TokenizeChatBody(PromptBody):
+    """POST /tokenize, of a chat. The template writes the control tokens; more would be another prompt."""
+
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"add_special_tokens": (False,), "chat_template": ()}
+
+    return_token_strs: bool | None = None
+
+
+class TokenizeTextBody(ModelBody):
+    """POST /tokenize, of a text. add_special_tokens: those that the tokenizer itself writes; by default it does."""
+
+    prompt: str
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(ModelBody):
+    """POST /detokenize."""
+
+    tokens: list[int]
+
+
 class SamplingBody(ModelBody):
     """How replies are drawn, how many, and in which form: what chat and plain completions have in common. Names that
     OpenAI does not have (top_k, min_p, repetition_penalty, ignore_eos) are vLLM's."""

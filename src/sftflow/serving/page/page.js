@@ -39,7 +39,7 @@ function draw() {
   $("system-note").hidden = !chat.system;
   $("system-note").textContent = `System prompt: ${chat.system}`;
   $("export").hidden = !turns.length;
-  history.replaceState(null, "", turns.length ? `#${chat.id}` : "/"); // a reload shows it again
+  history.replaceState(null, "", turns.length ? `#${chat.id}` : location.pathname); // a reload shows it again
   document.title = turns.length ? `${title(chat)} · sftflow` : "sftflow chat";
   busy();
   drawSidebar(chats, chat, { open, rename, remove });

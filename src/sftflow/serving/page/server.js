@@ -1,4 +1,5 @@
-// The server as the page sees it: JSON in, JSON or a stream of events out; its errors by their own message.
+// The server as the page sees it: JSON in, JSON or a stream of events out; its errors by their own message. Addresses
+// are relative to the page, which a proxy may show below any path.
 
 export class ServerError extends Error {
   constructor(message, status) {
@@ -50,16 +51,16 @@ export async function call(path, body, signal) {
 }
 
 export async function models() {
-  return (await (await call("/v1/models")).json()).data.map((model) => model.id);
+  return (await (await call("v1/models")).json()).data.map((model) => model.id);
 }
 
 export async function promptTokens(model, messages) {
-  return (await (await call("/v1/render", { model, messages })).json()).tokens;
+  return (await (await call("v1/render", { model, messages })).json()).tokens;
 }
 
 // The events of a reply as they come, each as its JSON. Ends at [DONE], or where the connection does.
 export async function* chunks(body, signal) {
-  const response = await call("/v1/chat/completions", body, signal);
+  const response = await call("v1/chat/completions", body, signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
