@@ -518,7 +518,7 @@ def test_what_cannot_fit_is_not_encoded(assistant: Assistant, monkeypatch: pytes
             n_tokens = int(error["message"].split(" resulted in at least ")[1].split()[0])
             assert error["message"] == (
                 f"This model's maximum context length is 256 tokens. However, your messages resulted in at least "
-                f"{n_tokens} tokens. Please reduce the length of the messages."
+                f"{n_tokens} tokens. Please reduce the length of the messages. (context_length_exceeded)"
             )
             assert error["type"] == "invalid_request_error" and 256 <= n_tokens <= len(content.encode())
         refusal(client.post(TEXT, json={"model": "tiny", "prompt": ["a", content]}), 400, "prompt", TOO_LONG)

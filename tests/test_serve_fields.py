@@ -254,7 +254,7 @@ def test_what_is_longer_than_the_context_is_refused_in_known_words(http: TestCli
     def words(what: str, n: str) -> str:
         return (
             f"This model's maximum context length is 256 tokens. However, your {what} resulted in {n}. "
-            f"Please reduce the length of the {what}."
+            f"Please reduce the length of the {what}. (context_length_exceeded)"
         )
 
     long = [{"role": "user", "content": "zq" * 150}]
