@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import time
 from collections.abc import Iterable
@@ -220,6 +221,24 @@ def test_a_reply_that_can_neither_go_on_nor_end_is_an_error_of_its_own(shipped: 
     request = shipped.request(chat("go"), grammar=grammar, stop_ids=frozenset({4096}), max_tokens=9)
     with pytest.raises(GrammarError, match="no token of this model can follow"):
         shipped.engine.generate([request])
+
+
+def test_long_texts_and_what_one_reply_has_used_up(shipped: Assistant) -> None:
+    grammars, encode = shipped.engine.grammars, shipped.renderer.encode_plain
+
+    def follow(wanted: dict[str, Any], text: str) -> None:
+        constraint = Constraint(grammars.compile(f"start: {json_rule(wanted)}"), [(0,)])
+        for token in encode(text):
+            assert constraint.allowed()[token]
+            constraint.accept(token)
+
+    prose = " ".join(f"word {n}" for n in range(500))
+    follow({"type": "string", "maxLength": 5000}, json.dumps(prose))
+    costly = {"type": "string", "pattern": ".*a.{30}b.*"}
+    draw = random.Random(0)
+    with pytest.raises(GrammarError, match="too many states"):
+        follow(costly, '"' + "".join(draw.choice("ab ") for _ in range(60_000)))
+    follow(costly, '"ab ab')
 
 
 @pytest.mark.parametrize(

@@ -28,10 +28,12 @@ from sftflow.foundation.errors import GrammarError, first_line
 
 LONGEST = 64 * 1024
 """characters of a grammar: the time to compile one grows with the square of its alternatives, to half a second here"""
-REMEMBERED = 16
+REMEMBERED, USES = 8, 256
+"""grammars, and how often each is given out: its replies share what it has learnt, which grows to 100 MB at most"""
 MOST_DIGITS, LONGEST_CIRCLE, CIRCLING = 20, 32, 64
-LIMITS = {"max_lexer_states": 10_000, "max_grammar_size": 100_000, "verbose_errors": False}
-"""of llguidance: a state takes some 2 kB; the work for one token has limits of its own, which are some 15 ms"""
+LIMITS = {"max_lexer_states": 250_000, "max_grammar_size": 100_000, "verbose_errors": False}
+"""of llguidance: a text of bounded length takes nine states a character, a state 0.4 kB; the work for one token has
+limits of its own, which are some 15 ms"""
 PREAMBLE = '%llguidance {"no_forcing": true}\n'  # else one way to cut a text into tokens would be forced
 
 
@@ -56,9 +58,11 @@ class Grammars:
             raise GrammarError(place, f"{len(text)} characters; at most {LONGEST} are taken")
         key = text, otherwise, place
         with self._lock:
-            if key in self._compiled:
+            known = self._compiled.get(key)
+            if known is not None and known.uses < USES:
                 self._compiled.move_to_end(key)
-                return self._compiled[key]
+                known.uses += 1
+                return known
             self._vocabulary = self._vocabulary or self._make_vocabulary()
         second = Grammar(self._vocabulary, otherwise, place) if otherwise else None
         grammar = Grammar(self._vocabulary, text, place, second)
@@ -107,6 +111,7 @@ class Grammar:
         limits = LLParserLimits(**LIMITS)
         self.matcher = LLMatcher(vocabulary.tokenizer, PREAMBLE + text, log_level=0, limits=limits)
         self.vocabulary, self.place, self.otherwise = vocabulary, place, otherwise
+        self.uses = 0
         Constraint(self, ()).allowed()
 
 
@@ -114,8 +119,8 @@ class Constraint:
     """Where one reply stands in its grammar.   ends: the ids of each end of a turn."""
 
     def __init__(self, grammar: Grammar, ends: Collection[tuple[int, ...]]) -> None:
-        self._matcher, self._vocabulary = grammar.matcher.deep_copy(), grammar.vocabulary
-        self._place, self._otherwise = grammar.place, grammar.otherwise
+        self._grammar, self._vocabulary = grammar, grammar.vocabulary
+        self._matcher, self._otherwise = grammar.matcher.deep_copy(), grammar.otherwise
         self._size = len(self._vocabulary.words)
         self._ends = [end for end in ends if max(end) < self._size]
         self._ending: tuple[int, ...] = ()  # what has come of an end
@@ -145,7 +150,8 @@ class Constraint:
         else:
             bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
             if self._matcher.is_error():
-                raise GrammarError(self._place, _reason(self._matcher.get_error()))
+                self._grammar.uses = USES  # its limits may be reached, for the next reply as well
+                raise GrammarError(self._grammar.place, _reason(self._matcher.get_error()))
             every = torch.from_numpy(np.unpackbits(bits, count=self._size + 1, bitorder="little").astype(bool))
             found, may_end = every[:-1], bool(every[-1])
             found[[end[-1] for end in self._ends]] = False  # a stop id ends the reply, also where it is text
@@ -154,7 +160,7 @@ class Constraint:
         if may_end:
             found[[end[n] for end in self._ends if end[:n] == self._ending and len(end) > n]] = True
         if not found.any():
-            raise GrammarError(self._place, "no token of this model can follow")
+            raise GrammarError(self._grammar.place, "no token of this model can follow")
         return found
 
     def _led_out(self, found: torch.Tensor, may_end: bool) -> torch.Tensor:
