@@ -180,8 +180,8 @@ def _rendered(renderer: Renderer, context: int, conversation: Conversation, ends
 
 
 def too_long(param: str, n_tokens: int, context: int, *, at_least: bool = False) -> ApiError:
-    """In OpenAI's own words and code, by which clients know that they have to shorten. The code stands in the words, too:
-    LangChain looks for it in an exception's text, where newer `openai` packages put nothing but the words."""
+    """In OpenAI's own words and code, by which clients know that they have to shorten. The code stands in the words,
+    too: LangChain looks for it in an exception's text, and newer `openai` packages put nothing but the words there."""
     message = (
         f"This model's maximum context length is {context} tokens. However, your {param} resulted in "
         f"{'at least ' if at_least else ''}{n_tokens} tokens. Please reduce the length of the {param}. "
