@@ -193,4 +193,5 @@ def _reason(message: str) -> str:
     """What llguidance says, in one line, without the place in a text that nobody but us has seen."""
     *_, reason = [first_line(ValueError(message)), *re.findall(r"^error: (.*)", message, re.M)]
     reason = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", reason)
+    reason = re.sub(r"^Unimplemented keys: \[(.*)\]", r"no grammar holds \1; leave it out, and check the reply", reason)
     return "no token of this model can follow" if reason.startswith("NoExtension") else reason
