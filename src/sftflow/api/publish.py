@@ -61,7 +61,11 @@ def serve(
 
 
 def _served_names(model: ModelLike, base: ModelLike | None, name: str | None) -> list[str]:
-    """What clients call the model by, and the base beside it. Raises ServeError."""
+    """What clients call the model by, and the base beside it. Raises ServeError.
+
+    >>> _served_names("a/one", "a/one", None), _served_names("a/one", "builtin:tiny", "mine")
+    (['a/one', 'a/one-base'], ['mine', 'builtin:tiny'])
+    """
     if name is not None and (not name.strip() or name != name.strip() or not name.isprintable() or len(name) > 200):
         raise ServeError(
             "--name", f"{name[:40]!r} is no name", "write one to 200 characters, with no blank around them"
