@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -21,6 +20,7 @@ import pytest
 
 from helpers.outside import outside
 from helpers.runs import run
+from helpers.serving import served
 from helpers.tiny import TEXT
 from sftflow.pretraining.pretrain import BaseSpec, build_model
 from sftflow.pretraining.tokenizer import train_tokenizer
@@ -111,26 +111,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@contextmanager
-def running(model: Path) -> Iterator[str]:
-    """`sftflow serve` on a port of its own choice; gives its address."""
-    command = [sys.executable, "-m", "sftflow", "serve", str(model), "--port", "0"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    try:
-        line = ""
-        while "http://" not in line:
-            line = process.stderr.readline()
-            assert line, "the server ended"
-        yield re.findall(r"http://[\w.:]+", line)[0]
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
 @pytest.fixture(scope="module")
 def address(base: Path) -> Iterator[str]:
-    with running(base) as url:
+    with served(str(base)) as url:
         yield url
 
 
@@ -190,7 +173,7 @@ def replies(address: str, state: str) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("npm") is None, reason="no npm on the PATH")
 def test_vercel_ai_sdk(taught: Path) -> None:
-    with running(taught) as address:
+    with served(str(taught)) as address:
         said = script("sh", str(CLIENTS / "ai_sdk.sh"), address, "run", timeout=200)
     assert 'ok      a tool round trip: "It is sunny in Paris."' in said
     assert said.rstrip().endswith("all good") and "FAILED" not in said

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,6 +77,25 @@ def running(app: Any, connection: type[listen.Connection] = listen.Connection) -
         server.should_exit = True
         thread.join(10)
         sock.close()
+
+
+@contextmanager
+def served(model: str, *options: str) -> Iterator[str]:
+    """`sftflow serve` as a process, on a port of its own choice; gives its address."""
+    command = [sys.executable, "-m", "sftflow", "serve", model, "--port", "0", *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        line = ""
+        while "http://" not in line:
+            line = process.stderr.readline()
+            assert line, "the server ended"
+        # The access log would fill the pipe, and the server would wait for a reader.
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        yield re.findall(r"http://[\w.:]+", line)[0]
+    finally:
+        process.terminate()
+        process.wait(20)
 
 
 def local(assistant: Assistant, **options: Any) -> TestClient:
