@@ -133,6 +133,11 @@ def called(message: Any) -> list[tuple[str, dict[str, Any]]]:
     return [(c.function.name, json.loads(c.function.arguments)) for c in message.tool_calls or []]
 
 
+def said(message: Any) -> tuple[str, str]:
+    """(thoughts, text) of a message of the openai client."""
+    return (message.model_extra or {}).get("reasoning_content") or "", message.content or ""
+
+
 # ---- openai
 
 
@@ -140,19 +145,22 @@ def test_openai_chat_and_stream_say_the_same(place: tuple[str, str], client: ope
     asked: Any = {"model": place[0], "messages": user(QUESTION), "max_tokens": 40, "temperature": 0, "seed": 1}
     whole = client.chat.completions.create(**asked)
     chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
-    said = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
-    assert said == (whole.choices[0].message.content or "") and chunks[-1].usage == whole.usage
+    streamed = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert streamed == (whole.choices[0].message.content or "") and chunks[-1].usage == whole.usage
 
 
 def test_openai_n_seed_and_log_probabilities(place: tuple[str, str], client: openai.OpenAI) -> None:
     asked: Any = {"model": place[0], "messages": user("Tell me a story."), "max_tokens": 12, "temperature": 1.0}
     two, again, other = (client.chat.completions.create(**asked, n=2, seed=s) for s in (7, 7, 8))
-    texts = [[c.message.content for c in r.choices] for r in (two, again, other)]
+    texts = [[said(c.message) for c in r.choices] for r in (two, again, other)]
     assert texts[0] == texts[1] != texts[2] and len(texts[0]) == 2
     told = client.chat.completions.create(**asked, seed=7, logprobs=True, top_logprobs=3)
     logprobs = told.choices[0].logprobs
-    assert logprobs is not None and logprobs.content
-    assert all(p.logprob <= 0 and len(p.top_logprobs) == 3 for p in logprobs.content)
+    assert logprobs is not None and logprobs.content is not None
+    thoughts = (logprobs.model_extra or {}).get("reasoning_content") or []
+    tokens = [*thoughts, *(p.model_dump() for p in logprobs.content)]
+    assert tokens and all(p["logprob"] <= 0 and len(p["top_logprobs"]) == 3 for p in tokens)
+    assert "".join(p["token"] for p in tokens) == "".join(said(told.choices[0].message))
 
 
 def test_openai_context_overflow_has_its_type_and_code(place: tuple[str, str], client: openai.OpenAI) -> None:
@@ -297,11 +305,11 @@ def lite(place: tuple[str, str], **options: Any) -> Any:
 
 def test_litellm_chat_and_stream(place: tuple[str, str]) -> None:
     whole = lite(place)
-    said = "".join(c.choices[0].delta.content or "" for c in lite(place, stream=True))
-    assert said == (whole.choices[0].message.content or "")
+    streamed = "".join(c.choices[0].delta.content or "" for c in lite(place, stream=True))
+    assert streamed == (whole.choices[0].message.content or "")
     two, again = (lite(place, n=2, seed=5, temperature=1.0, max_tokens=8) for _ in range(2))
     assert [c.message.content for c in two.choices] == [c.message.content for c in again.choices]
-    assert lite(place, logprobs=True, top_logprobs=2, max_tokens=4).choices[0].logprobs.content
+    assert lite(place, logprobs=True, top_logprobs=2).choices[0].logprobs.content
 
 
 def test_litellm_knows_context_overflow(place: tuple[str, str]) -> None:
