@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import openai
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 
 from helpers.outside import outside, unpack_tokenizer
 from helpers.runs import run
@@ -41,7 +41,8 @@ WEATHER = {
         },
     },
 }
-CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}
+NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
+CLOCK = {"type": "function", "function": {"name": "clock", "parameters": NOTHING}}
 ASKED = {"role": "user", "content": "What is the weather in Paris?"}
 CALL = {"id": "call00001", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
 RESULT = {"role": "tool", "tool_call_id": "call00001", "content": "sunny in Paris"}
@@ -66,10 +67,11 @@ MODELS = ("tiny", "qwen")
 
 
 class Token(BaseModel):
-    """What a reply is parsed into."""
+    """What a reply is parsed into. Closed, for a tiny model in a schema that is open adds keys without end."""
 
+    model_config = ConfigDict(extra="forbid")
     kind: Literal["word", "piece"]
-    length: int
+    length: int = Field(ge=0, le=99)
 
 
 @pytest.fixture(scope="module")
