@@ -281,12 +281,15 @@ def test_langchain_tools(qwen_address: str) -> None:
 def test_langchain_structured_output(place: tuple[str, str], method: str) -> None:
     if place[0] == "tiny" and method == "function_calling":
         pytest.skip("the sftflow chat format has no tool calls")
-    model = chain(place, max_tokens=200)
-    if method == "json_mode":  # any JSON object: whether it has the keys is the model's affair
-        bound = model.bind(response_format={"type": "json_object"}).invoke(f"{QUESTION} Write JSON.")
-        if bound.response_metadata["finish_reason"] == "stop":
-            assert isinstance(json.loads(bound.content), dict)
+    if method == "json_mode":  # any JSON object: which keys it has is the model's affair, and when it ends, too
+        bound = chain(place, max_tokens=400).bind(response_format={"type": "json_object"})
+        asked = {"role": "user", "content": f"{QUESTION} Write JSON."}
+        try:
+            assert isinstance(json.loads(bound.invoke([asked]).content), dict)
+        except openai.LengthFinishReasonError as cut:
+            assert cut.completion.choices[0].message.content.startswith("{")
         return
+    model = chain(place, max_tokens=200)
     assert isinstance(model.with_structured_output(Token, method=method).invoke(QUESTION), Token)
 
 
