@@ -117,6 +117,8 @@ def test_the_bound_of_a_text_says_something(known_tokenizers: dict[str, Path]) -
         text = "what is a token? " * 2000
         n = len(backend.encode(text, add_special_tokens=False).ids)
         assert n / 20 < fewest(text, 1000) <= n
+        words = text.count("t ") + text.count("s ") + text.count("a ")
+        assert fewest._ends_words and fewest(text, words) >= words
         assert fewest(text, n + 1) == 0 and fewest(longest[0], 10**6) == 0
 
 

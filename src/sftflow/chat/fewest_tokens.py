@@ -1,12 +1,14 @@
 """How many tokens a text has at the very least, without encoding it: what cannot fit is refused before it is encoded.
 
 A token covers only so many bytes of text. Let each byte cost one part in as many as the longest token has that holds
-such a byte: then all bytes of a token, whichever it is, cost one token at most, and their sum is a lower bound.
+such a byte: then all bytes of a token, whichever it is, cost one token at most, and their sum is a lower bound. Another
+is the number of words, where no token goes on behind a word's end.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,8 @@ NFC_SHRINKS = 4
 """bytes that normal form C makes one of, at most: 3.5, where seven (U+1FBE U+0308 U+0301) become two (U+0390). ASCII
 stays as it is."""
 BLOCK = 1 << 16
+_WORD_END = re.compile(rb"[A-Za-z] ")
+_LETTERS = np.array([chr(byte).isascii() and chr(byte).isalpha() for byte in range(256)])
 BLANK = "▁"  # what SentencePiece writes for one
 
 
@@ -35,18 +39,22 @@ class FewestTokens:
         known = data["model"]["type"] == "BPE" and all(map(_keeps, normalizer)) and all(map(_splits, pieces))
         tokens = _tokens(data["model"], {step["type"] for step in [*normalizer, *pieces]}) if known else []
         self._parts = _parts(tokens, data["added_tokens"]) if tokens else None
+        added = [t["content"].encode() for t in data["added_tokens"]]
+        self._ends_words = not any(map(_WORD_END.search, [*tokens, *added]))
 
     def __call__(self, text: str, most: int) -> int:
         """How many tokens the text has at least, where those are `most` or more; else 0. It reads no further."""
         if self._parts is None or 4 * len(text) < most:
             return 0
         shrinks = NFC_SHRINKS if self._composes and not text.isascii() else 1
-        n = 0.0
+        n, words = 0.0, 0
         for start in range(0, len(text), BLOCK):
             block = np.frombuffer(text[start : start + BLOCK].encode(), np.uint8)
             n += float(np.bincount(block, minlength=256) @ self._parts) / shrinks * (1 - 1e-9)  # rounding adds nothing
-            if n >= most:
-                return int(n)
+            if self._ends_words:
+                words += int(np.count_nonzero(_LETTERS[block[:-1]] & (block[1:] == ord(" "))))
+            if max(n, words) >= most:
+                return int(max(n, words))
         return 0
 
 
