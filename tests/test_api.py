@@ -225,10 +225,10 @@ def test_evaluating_and_comparing(base: Any, run: Any, tmp_path: Path) -> None:
         (lambda: sf.load("./nowhere"), "./nowhere: no such checkpoint directory"),
         (lambda: sf.task("speling"), "unknown task 'speling'; did you mean 'spelling'?"),
         (lambda: sf.task("spelling", limits=3), "limits: unknown key; did you mean 'limit'?"),
-        (lambda: sf.train(recipe={"mixture": [{"source": "spelling"}]}, stepz=3), "train.stepz: unknown key; did you"),
+        (lambda: sf.train(recipe={"mixture": [{"source": "spelling"}]}, stepz=3), "stepz: unknown key; did you mean"),
         (lambda: sf.mix(["nowhere.jsonl"], "builtin:tiny"), "nowhere.jsonl: no such file"),
         (lambda: sf.evaluate("builtin:tiny", ["spelin"]), "unknown task 'spelin'; did you mean 'spelling'?"),
-        (lambda: sf.export("builtin:tiny", "merged", "x", type="q8_0"), "--type: a checkpoint directory holds no q8_0"),
+        (lambda: sf.export("builtin:tiny", "merged", "x", type="q8_0"), "type: a checkpoint directory holds no q8_0"),
     ],
 )  # fmt: skip
 def test_errors_are_the_command_line_s(call: Any, line: str, folder: Path) -> None:

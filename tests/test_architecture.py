@@ -15,6 +15,8 @@ FLOORS = (
     "sandbox",
     "packing",
     "chat",
+    "other_trainers",
+    "recipe_words",
     "recipe",
     "generation",
     "tasks",

@@ -252,7 +252,7 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_generated(
         evaluate_models([(assistant, runs)], tmp_path / "out")
     assert str(error.value) == (
         "arc: in this chat format a letter alone is no reply (the thinking format's prompt for this reply is not a "
-        "prefix of the training text); leave it out of --tasks"
+        "prefix of the training text); leave this task out"
     )
     assert not (tmp_path / "out").exists()
 

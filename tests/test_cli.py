@@ -123,8 +123,8 @@ def test_letters_that_a_locale_has_not_are_escaped(tmp_path: Path, tiny_base: Pa
             for lr in (-1, 0, "fast", 9e999)
         ),
         ({"train": {"compile": "maybe"}}, ": train.compile: it should be 'auto', true or false (given: "),
-        ({"train": {"epochs": 9e999}}, ": train.epochs: Input should be a finite number (given: "),
-        ({"validation": 9e999}, ": validation: Input should be a finite number (given: "),
+        ({"train": {"epochs": 9e999}}, ": train.epochs: it should be a finite number (given: "),
+        ({"validation": 9e999}, ": validation: it should be a finite number (given: "),
         ({"literal[": 1}, ": literal[: unknown key; "),
         ({"train": {"lora": {"rank": 8}}}, "not available in this version"),
         ({"base": "./nowhere"}, "no such checkpoint directory"),
@@ -161,8 +161,8 @@ def test_override_and_unknown_eval_task(tmp_path: Path, tiny_base: Path) -> None
         ("mixture.0.source.x=5", "'mixture.0.source' holds no keys; check the key"),
         ("train..steps=5", "it is not key=value; write for example --set train.steps=30"),
         ("train.steps", "it is not key=value; write for example --set train.steps=30"),
-        ("train.steps=-1", "train.steps: Input should be greater than 0 (given: -1)"),
-        ("mixture.1.limit=none", "mixture.1.limit: Input should be a valid integer"),
+        ("train.steps=-1", "train.steps: it should be greater than 0 (given: -1); write null"),
+        ("mixture.1.limit=none", 'mixture.1.limit: it should be a whole number (given: "none"); write null'),
         ("trian.steps=5", "trian: unknown key; did you mean 'train'?"),
         ("eval={taks: []}", "eval.taks: unknown key; did you mean 'tasks'?"),
         ("train.tokens_per_step=8", "train: tokens_per_step 8 is less than max_length 64"),
@@ -177,7 +177,7 @@ def test_wrong_overrides_are_named(override: str, said: str, tmp_path: Path) -> 
     assert not (tmp_path / "run").exists()
     path.write_text(path.read_text().replace('"steps": 1', '"steps": -2'))
     line = error_line(run("train", str(path), "--set", "train.seed=3"))
-    assert line.startswith(f"error: {path}: train.steps: "), line
+    assert line.startswith(f"error: {path}:1: train.steps: "), line
 
 
 def test_overrides_reach_every_command_and_the_door(tmp_path: Path, tiny_base: Path) -> None:

@@ -165,7 +165,7 @@ def test_evaluating_during_training_on_working_copies(tmp_path: Path, tiny_base:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--tasks", "gsm8k"], "--tasks: the task gsm8k needs a path; write gsm8k=PATH, or path: in the recipe"),
+        (["--tasks", "gsm8k"], "--tasks: the task gsm8k needs a path; write gsm8k=PATH"),
         (["--tasks", "spelin"], "--tasks: unknown task 'spelin'; did you mean 'spelling'?"),
         (["--tasks", "jsonl=QUESTIONS"], "QUESTIONS:1: "),
         (["--judge", "http://127.0.0.1:9"], "--judge: it needs --judge-model, and that needs --judge; give both"),

@@ -301,7 +301,7 @@ def test_smoltalk_is_for_training_only(tmp_path: Path) -> None:
     assert [(c.source, c.messages[0].text) for c in task.conversations()] == [
         (f"{path}:{line}", f"{n}?") for line, n in enumerate("abc", 1)
     ]
-    fact = "smoltalk: its replies have no grader, it is for training only; leave it out of --tasks"
+    fact = "smoltalk: its replies have no grader, it is for training only; leave it out of the tasks that are asked"
     assert error_of(TaskError, task.items) == fact
     assert error_of(TaskError, lambda: task.grade(Item(id="x", messages=(), answer=None), "yo")) == fact
 
@@ -334,7 +334,7 @@ def test_limit_takes_a_seeded_sample_in_file_order(tmp_path: Path) -> None:
 def test_a_missing_path(kind: type[Task]) -> None:
     name = kind.name
     assert error_of(TaskError, lambda: kind(TaskSource()).conversations()) == (
-        f"{name}: it needs a path; write {name}=PATH, or path: in the recipe"
+        f"{name}: it needs a path; write {name}=PATH"
     )
 
 

@@ -42,10 +42,28 @@ def __getattr__(name: str) -> Any:
         value: Any = import_module("sftflow.foundation.errors")
     elif name in __all__:
         value = getattr(import_module("sftflow.foundation.errors" if name == "SftflowError" else "sftflow.api"), name)
+        value = value if isinstance(value, type) else _verb(value)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
     return value
+
+
+def _verb(function: Any) -> Any:
+    """A function of the door, whose errors speak of its arguments, not of the command line's options."""
+    import functools
+
+    from sftflow.foundation.errors import SftflowError, in_python
+
+    @functools.wraps(function)
+    def verb(*arguments: Any, **keys: Any) -> Any:
+        try:
+            return function(*arguments, **keys)
+        except SftflowError as error:
+            error.reword(in_python)
+            raise
+
+    return verb
 
 
 def __dir__() -> list[str]:

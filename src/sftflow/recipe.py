@@ -1,24 +1,42 @@
-"""The recipe: frozen pydantic models, YAML in. An unknown key is an error that names its nearest neighbour."""
+"""The recipe: frozen pydantic models, YAML in. What is wrong in one is told by `recipe_words`."""
 
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from sftflow.foundation.dotted_keys import set_key
 from sftflow.foundation.errors import RecipeError, first_line
+from sftflow.recipe_words import Origin, told
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_for_a_number(cls, value: Any, asked: ValidationInfo) -> Any:
+        kind = str(cls.model_fields[str(asked.field_name)].annotation)
+        if isinstance(value, bool) and "bool" not in kind and ("int" in kind or "float" in kind):
+            raise ValueError(f"it should be a number (given: {json.dumps(value)}); correct the value")
+        return value
 
 
 class SourceEntry(_Frozen):
@@ -116,14 +134,15 @@ class Train(_Frozen):
     @classmethod
     def _not_yet(cls, value: Any) -> None:
         if value is not None:
-            raise ValueError("not available in this version; leave it null")
+            raise ValueError("not available in this version, which trains all weights; leave it null")
 
     @model_validator(mode="after")
     def _fits(self) -> Train:
-        if self.tokens_per_step < self.max_length:
-            raise ValueError(f"tokens_per_step {self.tokens_per_step} is less than max_length {self.max_length}")
-        if self.micro_tokens is not None and self.micro_tokens < self.max_length:
-            raise ValueError(f"micro_tokens {self.micro_tokens} is less than max_length {self.max_length}")
+        for name in ("tokens_per_step", "micro_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < self.max_length:
+                fact = f"{name} {value} is less than max_length {self.max_length}"
+                raise ValueError(f"{fact}; raise train.{name}, or lower train.max_length")
         return self
 
 
@@ -160,6 +179,12 @@ class Recipe(_Frozen):
     train: Train = Train()
     eval: Eval | None = None
     compare: Compare | None = None
+    _origin: Origin = PrivateAttr(default_factory=Origin)
+
+    @property
+    def origin(self) -> Origin:
+        """Where its values were written, for errors: `recipe.origin.place("eval", "tasks")`."""
+        return self._origin
 
     @field_validator("mixture")
     @classmethod
@@ -167,46 +192,26 @@ class Recipe(_Frozen):
         names = [entry.name for entry in mixture if entry.name]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"two sources have the name {name!r}")
+                raise ValueError(f"two sources have the name {name!r}; give each a name of its own")
         return mixture
 
 
-def _model_at(model: type[BaseModel], location: tuple[Any, ...]) -> type[BaseModel]:
-    """The model of a place of the recipe: its fields are the keys that are known there."""
-    for step in location:
-        if isinstance(step, int) or step not in model.model_fields:
-            continue
-        annotation = model.model_fields[step].annotation
-        kinds = (annotation, *get_args(annotation))
-        model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), model)
-    return model
+def parse_recipe(data: Any, origin: str | Origin) -> Recipe:
+    """Validate a recipe. Raises RecipeError with the first mistake: place, fact, remedy.
 
-
-def parse_recipe(data: Any, place: str) -> Recipe:
-    """Validate a recipe. Raises RecipeError with the first mistake: place, fact, remedy."""
+    origin: where its values were written, or just what it is called.
+    """
+    if isinstance(origin, str):
+        origin = Origin(origin)
     if not isinstance(data, dict):
-        raise RecipeError(place, "a recipe is a mapping of keys", "see the README's example")
+        fact = "it is empty" if data is None else "a recipe is a mapping of keys"
+        raise RecipeError(origin.file, fact, "write for example mixture: [{source: data.jsonl}]")
     try:
-        return Recipe.model_validate(data)
+        recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        location = tuple(first["loc"])
-        message = str(first["msg"]).removeprefix("Value error, ")
-        if first["type"] == "literal_error" and str(location[-1]).startswith("literal["):
-            # one of several kinds of value, of which each has its own error
-            location = location[:-1]
-            message = f"it should be {_model_at(Recipe, location[:-1]).model_fields[str(location[-1])].description}"
-        path = ".".join(map(str, location))
-        if first["type"] == "extra_forbidden":
-            known = list(_model_at(Recipe, location[:-1]).model_fields)
-            near = difflib.get_close_matches(str(location[-1]), known, 1, 0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-            raise RecipeError(f"{place}: {path}", "unknown key", hint) from None
-        if first["type"] == "missing":
-            raise RecipeError(f"{place}: {path}", "this key is missing", "add it") from None
-        given = json.dumps(first.get("input"), default=str, ensure_ascii=False)
-        given = given if len(given) < 60 else given[:57] + "..."
-        raise RecipeError(f"{place}: {path}", f"{message} (given: {given})", "correct the value") from None
+        raise told(error, Recipe, origin) from None
+    recipe._origin = origin
+    return recipe
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] | None = None) -> Recipe:
@@ -216,25 +221,25 @@ def load_recipe(path: str | Path, overrides: Sequence[str] | None = None) -> Rec
     if not file.is_file():
         raise RecipeError(str(path), "no such recipe", "give the path of a YAML file")
     try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise RecipeError(where, f"not YAML ({getattr(error, 'problem', error)})", "fix the line") from None
     except UnicodeDecodeError:
-        raise RecipeError(str(path), "not UTF-8 text", "convert it") from None
+        raise RecipeError(str(path), "not UTF-8 text", "save it as UTF-8") from None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:  # what YAML makes of a date of no calendar
         raise RecipeError(str(path), f"not YAML ({first_line(error)})", "fix the value") from None
-    recipe = overridden(data, overrides or [], str(path))
-    return resolve_paths(recipe, file.resolve().parent, [said.partition("=")[0].strip() for said in overrides or []])
+    return resolve_paths(overridden(data, overrides or [], Origin(str(path), text)), file.resolve().parent)
 
 
-def overridden(data: Any, overrides: Sequence[str], place: str) -> Recipe:
+def overridden(data: Any, overrides: Sequence[str], origin: Origin) -> Recipe:
     """Validate a recipe with `train.steps=30` or `mixture.0.limit=5` set in it; values are YAML, `data` stays as it is.
 
     Raises RecipeError, which names the `--set` where it is at fault.
     """
-    changed, keys = copy.copy(data), dict[str, str]()
+    changed, sets = copy.copy(data), []
     for override in overrides:
         key, found, value = override.partition("=")
         said = f"--set {override if len(override) <= 80 else override[:77] + '...'}"
@@ -242,28 +247,31 @@ def overridden(data: Any, overrides: Sequence[str], place: str) -> Recipe:
             raise RecipeError(said, "it is not key=value", "write for example --set train.steps=30")
         try:
             parsed = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError):
-            raise RecipeError(said, "the value is not YAML", "quote it") from None
+        except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            fact = f"the value is not YAML ({getattr(error, 'problem', None) or first_line(error)})"
+            raise RecipeError(said, fact, "mend it, or put it in quotes") from None
         if isinstance(changed, dict):
             set_key(changed, key.strip(), parsed, said)
-        keys[f"{key.strip()}."] = said
+        sets.append((key.strip(), said))
     try:
-        return parse_recipe(changed, place)
+        return parse_recipe(changed, replace(origin, sets=(*origin.sets, *sets)))
     except RecipeError as error:
-        wrong = error.place.removeprefix(f"{place}: ")
-        near = [said for key, said in keys.items() if key.startswith(f"{wrong}.") or f"{wrong}.".startswith(key)]
+        wrong = error.place.rpartition(": ")[2]
+        below = [said for key, said in sets if key.startswith(f"{wrong}.")]  # of keys that do not fit together
+        if not below or error.place.startswith("--set "):
+            raise
         try:
-            parse_recipe(data, place)
+            parse_recipe(data, origin)
         except RecipeError as own:
-            near = near if str(own) != str(error) else []
-        raise RecipeError(f"{near[-1]}: {wrong}" if near else error.place, error.fact, error.remedy) from None
+            if str(own) == str(error):
+                raise own from None
+        raise RecipeError(f"{below[-1]}: {wrong}", error.fact, error.remedy) from None
 
 
-def resolve_paths(recipe: Recipe, folder: Path, typed: Sequence[str] = ()) -> Recipe:
-    """Relative paths of data, base and prompts become absolute, seen from the recipe's folder.
-
-    typed: keys that were given on the command line, where a path is seen from the current folder.
-    """
+def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
+    """Relative paths of data, base and prompts become absolute: seen from the recipe's folder, or from the current one
+    where they were typed behind `--set`."""
+    typed = [key for key, _ in recipe.origin.sets]
 
     def home(key: str) -> Path:
         return Path.cwd() if any(f"{key}.".startswith(f"{one}.") for one in typed) else folder

@@ -35,7 +35,8 @@ def doctor(
         made = recipe_of(recipe, None, (), {}, overrides)
         mixture = mix(recipe=made)
         if made.eval:
-            eval_options(made).open(made.base)
+            with made.origin.named():
+                eval_options(made).open(made.base)
         name = recipe if not isinstance(recipe, dict) else "recipe"
         lines.append(f"{name}: sound; {len(mixture.examples):,} training rows, {len(mixture.held_out):,} held out")
     if math:

@@ -81,7 +81,7 @@ def mix(sources: Any = (), base: ModelLike | None = None, *, recipe: RecipeLike 
     """
     entries = [entry_of(s) for s in (sources if isinstance(sources, list | tuple) else [sources])]
     made = recipe_of(recipe, base, entries, keys)
-    with watching() as shown:
+    with watching() as shown, made.origin.named():
         built = data_mixture.build_mixture(made, renderer_of(made), shown.rendering)
         return Mixture(**parts_of(built), recipe=made)
 
@@ -96,7 +96,7 @@ def audit(recipe: RecipeLike, overrides: Sequence[str] = ()) -> Audit:
     overrides: of the recipe, as `--set` has them.
     """
     made = recipe_of(recipe, None, (), {}, overrides)
-    with watching() as shown:
+    with watching() as shown, made.origin.named():
         # Nothing is asked here, so nothing that a model wrote runs: the items are only compared with the rows.
         tasks = replace(eval_options(made), allow_code=True).open(made.base)
         mixture = data_mixture.build_mixture(made, renderer_of(made), shown.rendering, every_row=True)

@@ -28,6 +28,7 @@ from sftflow.foundation.atomic_io import write_file, write_text
 from sftflow.foundation.errors import DataError, RecipeError, SftflowError
 from sftflow.foundation.json_values import without_nulls
 from sftflow.recipe import SourceEntry, parse_recipe, resolve_paths
+from sftflow.recipe_words import Origin
 from sftflow.report.tables import as_text
 from sftflow.report.token_page import token_html, token_page
 from sftflow.report.token_view import TerminalRow
@@ -149,7 +150,8 @@ def entry_of(source: Any) -> SourceEntry:
     if isinstance(source, SourceEntry):
         return source
     if isinstance(source, Mapping) and "source" in source:
-        (entry,) = resolve_paths(parse_recipe({"mixture": [dict(source)]}, "recipe"), Path.cwd()).mixture
+        origin = Origin(arguments=frozenset(map(str, source)))
+        (entry,) = resolve_paths(parse_recipe({"mixture": [dict(source)]}, origin), Path.cwd()).mixture
         check_source(entry)
         return entry
     rows = read([source] if isinstance(source, Mapping) else source)

@@ -128,7 +128,7 @@ def _train(
 ) -> Run:
     """lock: on train.out, where it is held already."""
     started, out = time.perf_counter(), Path(recipe.train.out)
-    with ExitStack() as stack:
+    with ExitStack() as stack, recipe.origin.named():
         stack.enter_context(Heard(shown.warned))
         signals = stack.enter_context(Signals(_tell_of_waiting))
         if lock is None and (not out.exists() or out.is_dir()):

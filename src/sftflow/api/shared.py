@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from sftflow.data.sources import check_source
 from sftflow.evaluation.options import EvalOptions
 from sftflow.foundation.dotted_keys import set_key
 from sftflow.recipe import Eval, Recipe, SourceEntry, load_recipe, overridden, resolve_paths
+from sftflow.recipe_words import Origin
 from sftflow.report.progress import ProgressDisplay
 
 RecipeLike = Recipe | str | Path | Mapping[str, Any]
@@ -89,7 +90,9 @@ def recipe_of(
             set_key(data, key, value, "recipe")
         else:  # one that is known nowhere, too: it is named there, with its nearest neighbour
             data["train"] = {**(data.get("train") or {}), key: value}
-    made = resolve_paths(overridden(data, overrides, "recipe"), Path.cwd())
-    for entry in made.mixture:
-        check_source(entry)
+    origin = recipe.origin if isinstance(recipe, Recipe) else Origin()
+    origin = replace(origin, arguments=frozenset(keys))
+    made = resolve_paths(overridden(data, overrides, origin), Path.cwd())
+    for number, entry in enumerate(made.mixture):
+        check_source(entry, made.origin.place("mixture", number, "source"))
     return made

@@ -64,6 +64,6 @@ class Prompts:
                 raise MaskError(place, *UNASKED)
             elif turn in supervised:
                 other = f"the {name} format's prompt for this reply is not a prefix of the training text"
-                remedy = "the template rewrites history or pre-fills the reply; use another --format or drop_prefill"
+                remedy = "the template rewrites history or pre-fills the reply; use another format or drop_prefill"
                 raise MaskError(place, fact or other, "" if fact else remedy)
         return starts

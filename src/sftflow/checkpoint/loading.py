@@ -181,7 +181,7 @@ def _load_with_adapter(location: Location) -> Any:
     if quantised := getattr(load_config(base), "quantization_config", None):
         kind = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", "")
         fact = f"its weights are quantised ({kind}), and {location.name} cannot be added into those"
-        raise CheckpointError(base.name, fact, "name the full base: export --to merged --base BASE")
+        raise CheckpointError(base.name, fact, "name the full base: sftflow export ADAPTER --to merged --base BASE")
     if location.from_hub:
         hub.fetch_weights(location.name, Path(location.path))
     model, _ = load_model(base)

@@ -56,7 +56,7 @@ def resolve(name: str) -> Location:
     if path.is_dir():
         inside = path / "checkpoint" if (path / "checkpoint").is_dir() else path
         if (path / "resume").is_dir() and inside == path:
-            raise CheckpointError(name, "this run has not finished", "continue it with train RECIPE --resume")
+            raise CheckpointError(name, "this run has not finished", "finish it: sftflow train RECIPE --resume")
         if adapters.is_adapter(inside):
             return Location(name, str(inside), adapter_of=adapters.base_name(inside))
         if not any((inside / f).is_file() for f in ("config.json", "tokenizer.json", "tokenizer_config.json")):
@@ -71,7 +71,7 @@ def resolve(name: str) -> Location:
 
 def base_location(adapter: Location) -> Location:
     """Where the base of an adapter is."""
-    remedy = "put it there, or name the base: export --to merged --base BASE"
+    remedy = "put it there, or name the base: sftflow export ADAPTER --to merged --base BASE"
     if not adapter.adapter_of:
         raise CheckpointError(adapter.name, "the adapter names no base", remedy)
     try:

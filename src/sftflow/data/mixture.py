@@ -85,7 +85,7 @@ class Mixture:
             if counts["failed"]:
                 place, _, fact = counts["first"].partition(": ")
                 fact = f"{name}: {fact} ({counts['failed']:,} rows fail)"
-                raise ProofError(place, fact, "remove the row, or use another --format")
+                raise ProofError(place, fact, "remove the row, or use another format")
 
     def notes(self) -> list[str]:
         """What is to be said of the sources: which rows are not trained on, or not whole, and what of them is not."""

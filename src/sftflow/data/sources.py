@@ -17,22 +17,27 @@ from sftflow.recipe import Recipe, SourceEntry
 from sftflow.tasks import TASKS, TaskSource, make_task
 
 
-def check_source(entry: SourceEntry) -> None:
-    """Raises RecipeError where an entry names a task that there is not."""
+def check_source(entry: SourceEntry, place: str = "mixture") -> None:
+    """Raises RecipeError where an entry names a task that there is not.   place: where it was written."""
     if entry.path is None and entry.has_bare_name and entry.source not in TASKS:
         near = difflib.get_close_matches(entry.source, TASKS, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(TASKS)}, or a data file"
-        raise RecipeError("mixture", f"unknown task {entry.source!r}", hint)
+        raise RecipeError(place, f"unknown task {entry.source!r}", hint)
 
 
 def rows_of_entry(entry: SourceEntry, recipe: Recipe) -> Iterator[NumberedRow]:
     """(number, payload) of each row of a mixture entry, a sample of `limit` of them where it asks for one."""
-    check_source(entry)
+    place = "mixture"
+    if entry in recipe.mixture:
+        place = recipe.origin.place("mixture", recipe.mixture.index(entry), "source")
+    check_source(entry, place)
     if entry.source in TASKS:
         options = {"identity": recipe.identity.model_dump()}
         source = TaskSource(path=entry.path, seed=recipe.train.seed, limit=entry.limit, options=options)
         number = 0
-        for number, conversation in enumerate(make_task(entry.source, source, "mixture").conversations(entry.split), 1):
+        for number, conversation in enumerate(
+            make_task(entry.source, source, place, "write path: FILE beside it").conversations(entry.split), 1
+        ):
             yield number, conversation
         if not number:
             raise DataError(entry.path or entry.source, "no rows in it", f"give a data file of {entry.source}")

@@ -72,7 +72,7 @@ def chat_letters(renderer: Renderer, items: Sequence[Item], task: str) -> list[I
         renderer.render(_exchange("A"))
     except (MaskError, FormatError) as error:
         fact = f"in this chat format a letter alone is no reply ({error.fact})"
-        raise TaskError(task, fact, "leave it out of --tasks") from None
+        raise TaskError(task, fact, "leave this task out") from None
     replies: dict[str, Ids] = {}
     for letter in sorted({c for i in items for c in i.choices}):
         # A reply is encoded apart from its prompt, so that its tokens are the same behind every one.

@@ -19,6 +19,15 @@ Every message is one line: `place: fact; remedy`.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+
+_OPTIONS = re.compile(
+    r"--(allow-code|allow-host|allow-origin|api-key|base|format|host|index|insecure|judge|judge-model|limit|out|overwrite"
+    r"|params|port|prompts|resume|tasks|to|tokens|type)\b(?!-)( (?=[A-Z]{2,}))?"
+)
+_FLAGS = ("allow-code", "insecure", "overwrite", "resume")
+
 
 def first_line(error: BaseException) -> str:
     """The first line of what an error says; "" where it says nothing.
@@ -45,9 +54,27 @@ class SftflowError(Exception):
         line = " ".join((f"{line}; {remedy}" if remedy else line).split())
         super().__init__(line.encode("utf-8", "backslashreplace").decode())  # half a surrogate pair cannot be printed
 
+    def reword(self, say: Callable[[str], str]) -> None:
+        """Say it in the words of whoever asked: errors are raised in the command line's."""
+        SftflowError.__init__(self, say(self.place), say(self.fact), say(self.remedy))
+
     def __reduce__(self) -> tuple[type[SftflowError], tuple[str, str, str]]:
         """Errors travel from the processes that render rows."""
         return type(self), (self.place, self.fact, self.remedy)
+
+
+def in_python(text: str) -> str:
+    """Options of the command line as arguments of a function. A command that is to be run stays as it is.
+
+    >>> in_python("start with --base BASE, or give --allow-code"), in_python("sftflow train RECIPE --resume")
+    ('start with base=BASE, or give allow_code=True', 'sftflow train RECIPE --resume')
+    """
+
+    def argument(found: re.Match[str]) -> str:
+        end = "=True" if found[1] in _FLAGS else "=" if found[2] else ""
+        return found[1].replace("-", "_") + end
+
+    return text if "sftflow " in text else _OPTIONS.sub(argument, text)
 
 
 class SchemaError(SftflowError): ...

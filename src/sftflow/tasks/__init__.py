@@ -31,8 +31,11 @@ TASKS = {
 GENERATED = ("spelling", "spelling_bee", "arithmetic", "identity", "concepts", "formatting")
 
 
-def make_task(name: str, source: TaskSource, place: str = "--tasks") -> Task:
-    """The named task over a source of rows. Raises TaskError for an unknown name or a missing path."""
+def make_task(name: str, source: TaskSource, place: str = "--tasks", path: str = "") -> Task:
+    """The named task over a source of rows. Raises TaskError for an unknown name or a missing path.
+
+    place: where the name was written.   path: what to do where its path is missing.
+    """
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(TASKS)}"
@@ -40,7 +43,7 @@ def make_task(name: str, source: TaskSource, place: str = "--tasks") -> Task:
     module, cls = TASKS[name].split(":")
     if name not in GENERATED:
         if source.path is None:
-            raise TaskError(place, f"the task {name} needs a path", f"write {name}=PATH, or path: in the recipe")
+            raise TaskError(place, f"the task {name} needs a path", path or f"write {name}=PATH")
         several = name == "mmlu" and is_pattern(source.path)
         if not (source.path.startswith("hub:") or several or Path(source.path).exists()):
             raise TaskError(place, f"{name}: no such file {source.path}", "check the path")

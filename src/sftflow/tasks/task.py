@@ -94,7 +94,9 @@ class Task:
         raise self._no_grader()
 
     def _no_grader(self) -> TaskError:
-        return TaskError(self.name, "its replies have no grader, it is for training only", "leave it out of --tasks")
+        return TaskError(
+            self.name, "its replies have no grader, it is for training only", "leave it out of the tasks that are asked"
+        )
 
     def details(self, item: Item, reply: str) -> dict[str, Any]:
         """What the grader found beside the score, JSON-able: {"strict": 0.0, "flexible": 1.0}."""
@@ -152,7 +154,7 @@ def path_of(task: Task, split: str) -> str:
     """
     path = task.source.path
     if not path:
-        raise TaskError(task.name, "it needs a path", f"write {task.name}=PATH, or path: in the recipe")
+        raise TaskError(task.name, "it needs a path", f"write {task.name}=PATH")
     if path.startswith("hub:") and path.count(":") == 1:
         return f"{path}:{split}"
     return path

@@ -84,11 +84,11 @@ class Prover:
                 if required[mark]:
                     place = f"{row.source}.{shape.placeholders[mark].where}"
                     fact = f"the {name} format leaves it out of the training text"
-                    raise MaskError(place, fact, "remove it from the row or use a --format that writes it")
+                    raise MaskError(place, fact, "remove it from the row or use a format that writes it")
             starts = [0, *(end for _, end in spans)]
             return Proof(row, text, shape, spans, starts, shape.literals(starts))
         fact = f"the {name} format changes the contents, so it cannot be proven that none is left out"
-        raise MaskError(row.source, fact, "use another --format")
+        raise MaskError(row.source, fact, "use another format")
 
     def behind(self, proof: Proof, prompt: str) -> Proof | None:
         """The same row with its last reply behind all of the prompt; None where that does not go on, where the reply's
@@ -194,7 +194,7 @@ class Prover:
         place, shape, literals = f"{proof.row.source}.messages[{turn}]", proof.shape, proof.literals
         end = shape.end_of(turn)
         if isinstance(end, str):
-            raise MaskError(place, end, "use another --format, or append_eos: true where the format writes no end")
+            raise MaskError(place, end, "use another format, or append_eos: true where the format writes no end")
         if self._encoder.special[end.token] not in self.stop_ids:
             raise MaskError(place, f"this reply ends with {end.token}, at which generation would not stop", "")
         first, at = proof.starts[end.piece] + end.start, proof.starts[end.piece] + end.last
@@ -207,13 +207,13 @@ class Prover:
             bisect.bisect_left(proof.spans, at, key=lambda span: span[0]),
         )
         if any(shape.placeholders[shape.skeleton.order[n]].message != turn for n in within):
-            raise MaskError(place, "another message's content lies inside this reply", "use another --format")
+            raise MaskError(place, "another message's content lies inside this reply", "use another format")
         inside = range(bisect.bisect_left(literals, (start,)), bisect.bisect_left(literals, (at + 1,)))
         if at < start or not inside or literals[inside[-1]][0] != at:
-            raise MaskError(place, "its end-of-turn token does not follow its prompt", "use another --format")
+            raise MaskError(place, "its end-of-turn token does not follow its prompt", "use another format")
         early = [literals[n][2] for n in inside[:-1] if self._encoder.special[literals[n][2]] in self.stop_ids]
         if early:
-            remedy = "use another --format, or take it out of eos_token_id" if early[0] in self._stops else ""
+            remedy = "use another format, or take it out of eos_token_id" if early[0] in self._stops else ""
             raise MaskError(
                 place, f"the format writes {early[0]} inside the reply, where generation would stop", remedy
             )
