@@ -138,7 +138,8 @@ def test_the_log_of_another_run_is_left_or_replaced(tiny_base: Path, tmp_path: P
     assert line in lines and lines[0].startswith("---- ") and sum("----" in x for x in lines) == 1
 
 
-def test_warnings_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_warnings_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("sftflow"), "propagate", False)  # pytest-xdist cannot send half a pair home
     with ProgressDisplay() as shown, Heard(shown.warned):
         shown.say("early")
         assert not (tmp_path / "log.txt").exists()
