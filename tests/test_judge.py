@@ -359,4 +359,5 @@ def test_our_own_server_as_the_judge(tmp_path: Path, tokenizer_dir: Path) -> Non
 def test_a_judge_whose_context_is_too_small_says_so(tmp_path: Path, tokenizer_dir: Path) -> None:
     with our_server(tmp_path, 256, tokenizer_dir) as url:
         got = judge_pairs(PAIRS[:1], url, "tiny", "k", max_tokens=4).to_json()
-    assert got["parse_failures"] == 1 and "the model's context is 256" in got["rows"][0]["failure"]
+    assert got["parse_failures"] == 1
+    assert "maximum context length is 256" in got["rows"][0]["failure"]

@@ -17,6 +17,7 @@ from helpers.bigrams import bigrams, write_checkpoint
 from helpers.outside import outside, unpack_tokenizer
 from helpers.serving import local, running
 from helpers.templates import CHATML
+from helpers.thoughts import BRACKETS, CALLING, CHANNELS, CLOSED, SPECIAL
 from helpers.tokenizers import byte_level, sentencepiece
 from sftflow.checkpoint import Assistant, load_assistant
 from sftflow.generation.request import TokenLogprob
@@ -27,7 +28,6 @@ from sftflow.serving.completions import completion_response
 from sftflow.serving.model_entry import ServedModel
 from sftflow.serving.responses import ResponseShape
 from sftflow.serving.schemas import ChatBody, CompletionBody
-from test_thoughts import BRACKETS, CALLING, CHANNELS, CLOSED, SPECIAL
 
 ASK: Any = [{"role": "user", "content": "Hi."}]
 BEGINS = "{% if m.role == 'assistant' %}<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}"
