@@ -109,14 +109,14 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
 @pytest.mark.parametrize(
     ("name", "data", "said"),
     [
-        ("torn.jsonl", LINES + b"\0" * 512, ":4: zero bytes: it was not written to its end"),
-        ("torn.json", ARRAY + b"\0" * 512, ":1: zero bytes: it was not written to its end"),
+        ("torn.jsonl", LINES + b"\0" * 512, ":4: NUL bytes: it was not written to its end"),
+        ("torn.json", ARRAY + b"\0" * 512, ":1: NUL bytes: it was not written to its end"),
         ("wide.jsonl", LINES.decode().encode("utf-16"), ": UTF-16 text; convert it to UTF-8"),
         ("wide.json", ARRAY.decode().encode("utf-16-le"), ": UTF-16 text; convert it to UTF-8"),
         ("wide.jsonl", LINES.decode().encode("utf-16-be"), ": UTF-16 text; convert it to UTF-8"),
         ("wider.jsonl", LINES.decode().encode("utf-32"), ": UTF-32 text; convert it to UTF-8"),
         ("wider.json.gz", packed(ARRAY.decode().encode("utf-32-le")), ": UTF-32 text; convert it to UTF-8"),
-        ("zeros.jsonl", b"\0" * 512, ": zero bytes"),
+        ("zeros.jsonl", b"\0" * 512, ": NUL bytes"),
         ("pointer.jsonl", POINTER, ": a Git LFS pointer, not the data; get the file itself: git lfs pull"),
         ("pointer.parquet", POINTER, ": a Git LFS pointer, not the data"),
         ("latin.jsonl", LINES.decode().replace("\u2028", "").encode("latin-1"), ":1: not UTF-8 text"),
@@ -136,14 +136,14 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
         ("noise.parquet", b"PAR1" + b"x" * 40, ": cannot be read as Parquet (ArrowInvalid: Parquet magic bytes not"),
         ("cut.parquet", cut(PARQUET), ": cannot be read as Parquet ("),
         ("twice.parquet", SINK.getvalue().to_pybytes(), ": the column 'completion' stands twice; keep one of them"),
-        ("empty.parquet", b"", ": cannot be read as Parquet ("),
-        ("text.parquet", LINES, ": cannot be read as Parquet ("),
+        ("empty.parquet", b"", ": it is empty; write or download it again"),
+        ("text.parquet", LINES, ": named .parquet, and no Parquet file; name it as what it is"),
         ("big.json", b'[{"prompt": "a", "n": 1' + b"0" * 5000 + b"}]", ": a number of more than 4,300 digits"),
         ("deep.json", DEEP, ": nested more than 100 deep"),
         ("deep.jsonl", b'{"prompt": ' + DEEP + b"}", ":1: nested more than 100 deep"),
         ("row.json", b'[{"prompt": "a"}, {"prompt": "\\ud83d"}]', ":2.prompt: a lone surrogate"),
         ("deep row.json", b'[{"prompt": ' + b"[" * 200 + b"]" * 200 + b"}]", "nested more than 100 deep"),
-        ("line.json", b'[{"prompt": "a"},\n{"prompt": oops}]', ":2: not JSON (Expecting value: line 2 column 12"),
+        ("line.json", b'[{"prompt": "a"},\n{"prompt": oops}]', ":2: not JSON (Expecting value at column 12)"),
     ],
     ids=name_of,
 )
@@ -165,7 +165,7 @@ def test_a_column_twice_in_a_table_in_memory_is_named(table: Any) -> None:
 def test_a_folder_is_named_with_what_is_in_it(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").touch()
     (tmp_path / "a.jsonl").touch()
-    with pytest.raises(DataError, match=r"a folder, not a file \(in it: a.jsonl, b.jsonl\); name each file"):
+    with pytest.raises(DataError, match=r"a folder, not a file \(in it: a.jsonl, b.jsonl\); give one file"):
         list(read_rows(tmp_path))
 
 

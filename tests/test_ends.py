@@ -124,7 +124,9 @@ def test_without_the_file_config_json_is_read_as_transformers_does(tmp_path: Pat
 @pytest.mark.parametrize("wrong", ["2", 1.0, True, [1, "2"], [[1]], {"id": 1}])
 def test_what_are_no_ids_is_refused(tmp_path: Path, wrong: Any) -> None:
     base = a_base(tmp_path / "base", {"eos_token_id": wrong})
-    with pytest.raises(CheckpointError, match=r"generation_config.json: eos_token_id is .*no token ids; write the id"):
+    with pytest.raises(
+        CheckpointError, match=r"generation_config.json: eos_token_id is .*not a token id; write a whole number"
+    ):
         checkpoint.open_renderer(checkpoint.resolve(str(base)), "auto")
 
 
@@ -132,7 +134,7 @@ def test_what_are_no_ids_is_refused(tmp_path: Path, wrong: Any) -> None:
 def test_a_damaged_file_is_refused(tmp_path: Path, damaged: str) -> None:
     base = a_base(tmp_path / "base")
     (base / "generation_config.json").write_text(damaged)
-    with pytest.raises(CheckpointError, match=r"generation_config.json: it is no JSON"):
+    with pytest.raises(CheckpointError, match=r"generation_config.json: not (a )?JSON"):
         checkpoint.open_renderer(checkpoint.resolve(str(base)), "auto")
 
 

@@ -361,7 +361,7 @@ def test_what_cannot_be_exported_is_refused_by_name(tmp_path: Path, tokenizer_di
 
 def test_an_adapter_whose_base_is_not_named_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"the adapter names no base; .*export --to merged --base BASE"):
+    with pytest.raises(CheckpointError, match=r"the adapter names no base; .*export ADAPTER --to merged --base BASE"):
         export_gguf(str(tmp_path), tmp_path / "x.gguf", "f32")
 
 

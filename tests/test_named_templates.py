@@ -131,7 +131,9 @@ def test_arguments_and_ends_are_built_into_all(tmp_path: Path) -> None:
 def test_none_called_default_is_refused(tmp_path: Path, layout: str) -> None:
     others = {name: text for name, text in NAMED.items() if name != "default"}
     directory = base(tmp_path / "base", others, layout)
-    with pytest.raises(FormatError, match=r"called 'rag', 'tool_use', and none called 'default'; .*--format"):
+    with pytest.raises(
+        FormatError, match=r"called 'rag', 'tool_use', and none called 'default'; rename one of them to"
+    ):
         opened(directory)
     assert opened(directory, "chatml").format.named == {}  # another format replaces them all
 

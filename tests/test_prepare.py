@@ -259,7 +259,7 @@ BAD = {
         "nested more than 100 deep",
     ),
     "a huge number": (b'{"prompt": "x", "completion": "y", "n": 1' + b"0" * 5000 + b"}", DataError, "4,300 digits"),
-    "zero bytes": (b'{"prompt": "x", "comp' + bytes(40), DataError, "zero bytes"),
+    "zero bytes": (b'{"prompt": "x", "comp' + bytes(40), DataError, "NUL bytes"),
     "wrong type": ({"messages": 7}, SchemaError, "it is a number"),
     "unknown role": ({"messages": [{"role": "bot", "content": "x"}]}, SchemaError, "role 'bot' is not known"),
     "empty": ({"messages": []}, SchemaError, "no messages"),

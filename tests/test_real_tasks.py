@@ -421,8 +421,7 @@ def test_a_line_that_is_not_json(kind: type[Task], tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n{nonsense\n", encoding="utf-8")
     assert error_of(DataError, kind(TaskSource(path=str(path))).conversations) == (
-        f"{path}:2: not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)); "
-        "fix or remove the line"
+        f"{path}:2: not JSON (Expecting property name enclosed in double quotes at column 2); fix or remove the line"
     )
 
 

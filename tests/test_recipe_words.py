@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -155,6 +157,97 @@ def test_the_door_speaks_of_arguments_and_a_recipe_of_its_keys(tmp_path: Path) -
         assert f"r.yaml:3: eval.tasks: gsm8k: no such file {tmp_path}/none.jsonl; " in said, command
     line = error_line(run("eval", "builtin:tiny", "--tasks", "spelin", "--out", str(tmp_path / "e")))
     assert line.startswith("error: --tasks: unknown task 'spelin'")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            "chat builtin:tiny --max-new-tokens 3",
+            "--max-new-tokens (Possible options: --max-tokens); write --max-tokens; see",
+        ),
+        (
+            "chat --model builtin:tiny",
+            "No such option: --model; write the model without an option: sftflow chat MODEL; ",
+        ),
+        ("train r.yaml --learning-rate 1e-4", "--learning-rate; write --set train.lr=...; see sftflow train --help"),
+        (
+            "train r.yaml --lora-r 8",
+            "--lora-r; this version trains all weights; leave it out; see sftflow train --help",
+        ),
+        (
+            "serve m --tensor-parallel-size 2",
+            "--tensor-parallel-size; a model runs on one device; see sftflow serve --help",
+        ),
+        ("finetune r.yaml", "No such command 'finetune'; write sftflow train; see sftflow --help"),
+        ("compare a", "Missing argument 'SFT'; see sftflow compare --help"),
+        ("serve m --port x", "Invalid value for '--port': it should be a number; see sftflow serve --help"),
+    ],
+)
+def test_a_wrong_command_line_leads_on(arguments: str, line: str) -> None:
+    said = error_line(run(*arguments.split()))
+    assert said.startswith("error: usage: ") and line in said
+
+
+def test_a_path_without_a_file_says_why(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").touch()
+    (tmp_path / "link.jsonl").symlink_to("gone.jsonl")
+    (tmp_path / "empty").mkdir()
+    for name, said in {
+        "row.jsonl": "no such file; did you mean 'rows.jsonl'?",
+        "other.txt": "no such file; check the path; a hub data set is hub:OWNER/NAME",
+        "*.jsonl": "no such file: patterns are not read here; name the files: link.jsonl, rows.jsonl",
+        "link.jsonl": "no such file: a link to gone.jsonl, which is not there; mend the link",
+        "rows.jsonl/x": f"no such file: {tmp_path}/rows.jsonl is a file, not a folder; ",
+        "no/where.jsonl": f"no such file: there is no folder {tmp_path}/no; ",
+        "~/a.jsonl": "no such file; ~ is for the shell to read; write the folder out",
+        "$HOME/a.jsonl": "no such file; $ is for the shell to read; write the folder out",
+        "empty": "an empty folder, not a file; give the path of a file",
+    }.items():
+        (refused,) = [error_line(run("render", f"{tmp_path}/{name}", "--model", "builtin:tiny"))]
+        assert refused.startswith(f"error: {tmp_path}/{name}: {said}"), refused
+    line = error_line(run("render", "https://x.org/a.jsonl", "--model", "builtin:tiny"))
+    assert "an address is not read; download it, and name the file" in line
+
+
+def test_what_is_no_checkpoint_says_what_is_there(tmp_path: Path) -> None:
+    def refusal(name: str) -> str:
+        with pytest.raises(sf.SftflowError) as error:
+            sf.load(tmp_path / name)
+        return str(error.value).removeprefix(f"{tmp_path}/{name}").removeprefix(": ").replace(f"{tmp_path}/", "")
+
+    base = tmp_path / "base"
+    shutil.copytree(Path(sf.__file__).parent / "pretraining" / "tiny", base)
+    (base / "sftflow.json").unlink()
+    weights, config = base / "model.safetensors", json.loads((base / "config.json").read_text())
+    assert refusal("base/config.json") == "a file, not a checkpoint directory; give the folder that it lies in"
+    assert refusal("bose") == "no such checkpoint directory; did you mean 'base'?"
+    assert refusal("").endswith(": no config.json in it, but in base; name one of them: base")
+
+    (base / "config.json").write_text(json.dumps({**config, "model_type": "newest"}))
+    assert "knows no model of type 'newest'; pip install -U transformers, or give another model" in refusal("base")
+    (base / "config.json").write_text(json.dumps({**config, "hidden_size": "many"}))
+    assert "its config.json asks for what no model is (" in refusal("base")
+    (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq", "bits": 4}}))
+    assert refusal("base").endswith(
+        "; install that package; to train, give the base in bf16: quantised weights cannot be trained"
+    )
+    (base / "config.json").write_text(json.dumps(config))
+    tokenizer = (base / "tokenizer.json").read_text()
+    (base / "tokenizer.json").write_text("{")
+    assert refusal("base").startswith("its tokenizer.json is not JSON (")
+    (base / "tokenizer.json").write_text(tokenizer)
+    weights.rename(base / "pytorch_model.bin")
+    assert refusal("base").startswith(
+        "no model.safetensors in it, but pytorch_model.bin; pickled weights are not loaded; "
+    )
+    (base / "pytorch_model.bin").unlink()
+    assert (
+        refusal("base")
+        == "no model.safetensors in it: no weights at all; copy the whole checkpoint, or give one with weights"
+    )
+    (base / "model-00001-of-00002.safetensors").touch()
+    assert refusal("base").startswith("model-00001-of-00002.safetensors is there, and not model.safetensors.index.json")
 
 
 def keys_of(model: type[BaseModel], above: str = "") -> Iterator[str]:

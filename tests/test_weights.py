@@ -59,7 +59,10 @@ WRONG: dict[str, tuple[Callable[[State], State], str]] = {
     "one too many": (with_tensor("v_head.weight", torch.clone), "no place for 1 of its tensors: v_head.weight"),
     "a layer too many": (with_tensor("model.layers.2.mlp.up_proj.weight", torch.clone), "no place for .*layers.2.mlp"),
     "a bias too many": (with_tensor("model.layers.0.mlp.up_proj.bias", torch.clone), "no place for .*up_proj.bias"),
-    "one under two names": (with_tensor("norm.weight", torch.clone), f"norm.weight and {NORM} are one tensor"),
+    "one under two names": (
+        with_tensor("norm.weight", torch.clone),
+        f"one tensor under two names, norm.weight and {NORM}",
+    ),
     "integers": (with_tensor(DOWN, lambda t: (t * 100).to(torch.int8)), f"{DOWN} is stored as integers"),
     "a NaN": (poisoned(DOWN, float("nan")), f"not finite \\({DOWN}\\)"),
     "an infinity": (poisoned("model.embed_tokens.weight", float("-inf")), "not finite \\(model.embed_tokens.weight\\)"),
@@ -154,7 +157,7 @@ def test_a_shard_index_that_leaves_a_tensor_out_or_a_shard_that_is_not_there(who
     with pytest.raises(CheckpointError, match="stands in two of its shards"):
         load_model(resolve(str(base)))
     (base / one).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(CheckpointError, match=f"base/{one}: damaged, or no safetensors file"):
+    with pytest.raises(CheckpointError, match=f"base/{one}: a Git LFS pointer, not the weights; .*git lfs pull"):
         load_model(resolve(str(base)))
     (base / one).unlink()
     with pytest.raises(CheckpointError, match=f"base/{one}: this shard is missing"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,8 @@ from pydantic import (
 )
 
 from sftflow.foundation.dotted_keys import set_key
-from sftflow.foundation.errors import RecipeError, first_line
+from sftflow.foundation.errors import RecipeError, first_line, undecoded
+from sftflow.foundation.missing import not_there
 from sftflow.recipe_words import Origin, told
 
 
@@ -214,19 +216,27 @@ def parse_recipe(data: Any, origin: str | Origin) -> Recipe:
     return recipe
 
 
+_DATA = re.compile(r"\.(jsonl|ndjson|parquet|csv|arrow)(\.gz)?$")
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] | None = None) -> Recipe:
     """Read a YAML recipe, apply `key.sub=value` overrides, make its paths absolute: the file's as seen from its folder,
     those of overrides as seen from the current one."""
     file = Path(path)
+    if file.is_dir():
+        raise RecipeError(
+            str(path), "a folder, not a recipe", f"give the path of a YAML file, as {file / 'recipe.yaml'}"
+        )
     if not file.is_file():
-        raise RecipeError(str(path), "no such recipe", "give the path of a YAML file")
+        raise RecipeError(str(path), *not_there(file, "recipe", "give the path of a YAML file"))
     try:
         text = file.read_text(encoding="utf-8")
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise RecipeError(where, f"not YAML ({getattr(error, 'problem', error)})", "fix the line") from None
+        mark, fact = getattr(error, "problem_mark", None), f"not YAML ({getattr(error, 'problem', first_line(error))})"
+        line = mark.line + 1 if mark else text[: getattr(error, "position", 0)].count("\n") + 1
+        remedy = "give a recipe, which names data files under mixture:" if _DATA.search(str(path)) else "fix the line"
+        raise RecipeError(f"{path}:{line}", fact, remedy) from None
     except UnicodeDecodeError:
         raise RecipeError(str(path), "not UTF-8 text", "save it as UTF-8") from None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:  # what YAML makes of a date of no calendar
@@ -243,6 +253,8 @@ def overridden(data: Any, overrides: Sequence[str], origin: Origin) -> Recipe:
     for override in overrides:
         key, found, value = override.partition("=")
         said = f"--set {override if len(override) <= 80 else override[:77] + '...'}"
+        if any("\ud800" <= letter <= "\udfff" for letter in override):
+            raise RecipeError(ascii(said)[1:-1], *undecoded())
         if not found or not all(key.strip().split(".")):
             raise RecipeError(said, "it is not key=value", "write for example --set train.steps=30")
         try:

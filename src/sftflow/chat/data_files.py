@@ -7,6 +7,7 @@ the first two also packed with gzip. `FILE:17` is line 17 of JSON lines, row 17 
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import json
 import zlib
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from sftflow.chat.schema import Conversation, parse_line, parse_row
-from sftflow.foundation.errors import DataError, first_line
+from sftflow.foundation.errors import DataError, first_line, said_of
 from sftflow.foundation.json_values import check_texts, parse_json, without_nulls
+from sftflow.foundation.missing import not_there
 
 PACKED, MARK = b"\x1f\x8b", b"\xef\xbb\xbf"
 PARQUET, ARROW, STREAM = b"PAR1", b"ARRO", b"\xff\xff\xff\xff"
@@ -36,17 +38,28 @@ def readable(file: str | Path) -> Iterator[None]:
     name, path = str(file), Path(file)
     try:
         if path.is_dir():
-            inside = ", ".join(sorted(p.name for p in path.iterdir() if p.is_file())[:3]) or "nothing"
-            raise DataError(name, f"a folder, not a file (in it: {inside})", "name each file as a source of its own")
+            inside = sorted(f"{p.name}/" if p.is_dir() else p.name for p in path.iterdir() if p.name[0] != ".")
+            if not inside:
+                raise DataError(name, "an empty folder, not a file", "give the path of a file")
+            fact = f"a folder, not a file (in it: {', '.join(inside[:3])}{', ...' if inside[3:] else ''})"
+            raise DataError(name, fact, "give one file; in a recipe's mixture, each as a source")
+        if path.exists() and not path.is_file():
+            raise DataError(name, "not a file: a pipe or a device", "it is read more than once; write it to a file")
         if not path.is_file():
-            raise DataError(name, "no such file", "check the path; a hub data set is written hub:OWNER/NAME")
+            raise DataError(name, *not_there(name, otherwise="check the path; a hub data set is hub:OWNER/NAME"))
         yield
     except UnicodeDecodeError as error:
-        raise DataError(name, f"not UTF-8 text ({error.reason} at byte {error.start})", "convert it") from None
+        fact = f"not UTF-8 text ({error.reason} at byte {error.start})"
+        torn = error.reason == "unexpected end of data"
+        raise DataError(name, fact, "download it again, or save it as UTF-8" if torn else "save it as UTF-8") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(name, f"cannot be unpacked ({error})", "download it again") from None
     except OSError as error:
-        raise DataError(name, f"cannot be read ({error.strerror or error})", "check the file") from None
+        if error.errno == errno.ENAMETOOLONG:
+            place = f"{name[:40]}... ({len(name):,} characters)"
+            raise DataError(place, "too long for a path", "give the path of a file") from None
+        fact, remedy = said_of(error)
+        raise DataError(name, f"cannot be read ({fact})", remedy) from None
 
 
 @contextlib.contextmanager
@@ -146,7 +159,7 @@ def _read_columns(path: Path, head: bytes) -> Iterator[Any]:
 
     kind = "Arrow" if head in (ARROW, STREAM) else "Parquet"
     try:
-        with readable(path), path.open("rb") as file:
+        with path.open("rb") as file:
             if head == ARROW:
                 reader = pa.ipc.open_file(file)
                 batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
@@ -160,7 +173,11 @@ def _read_columns(path: Path, head: bytes) -> Iterator[Any]:
         raise
     except Exception as error:  # of many kinds: pyarrow's, a key twice in a map, a date beyond Python's
         fact = f"cannot be read as {kind} ({type(error).__name__}: {first_line(error)})"
-        raise DataError(str(path), fact, "write or download it again") from None
+        remedy = "write or download it again"
+        if head not in (PARQUET, ARROW, STREAM):
+            fact = f"named {path.suffix}, and no {kind} file" if head else "it is empty"
+            remedy = "name it as what it is, or download it again" if head else remedy
+        raise DataError(str(path), fact, remedy) from None
 
 
 def check_columns(names: Sequence[str], place: str) -> None:
@@ -176,7 +193,16 @@ def _read_hub(name: str) -> Iterator[Any]:
     try:
         yield from map(without_nulls, datasets.load_dataset(hub_id, split=split or "train", streaming=True))
     except Exception as error:  # the library raises many kinds, from HTTP errors to its own
-        raise DataError(name, f"cannot be read ({type(error).__name__}: {error})", "check id and network") from None
+        text, remedy = str(error), "check id and network"
+        if "Config name is missing" in text or "BuilderConfig" in text:
+            remedy = "sets of several configurations are not read; download the one that is meant, and name its file"
+        elif "Unknown split" in text or ("split" in text and isinstance(error, ValueError)):
+            remedy = f"write one of its splits: hub:{hub_id}:SPLIT"
+        elif "gated" in text.lower() or "401" in text or "403" in text:
+            remedy = "accept its terms on its page there, and set HF_TOKEN or run: hf auth login"
+        elif "dataset script" in text.lower() or "trust_remote_code" in text:
+            remedy = "code from the hub is not run; download its files in Parquet or JSON lines"
+        raise DataError(name, f"cannot be read ({type(error).__name__}: {first_line(error)})", remedy) from None
 
 
 def read_conversations(source: str | Path) -> Iterator[Conversation]:

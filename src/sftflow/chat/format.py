@@ -5,6 +5,7 @@ A new built-in format is one file in formats/ and one row in BUILTIN.
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sftflow.foundation.errors import FormatError
+from sftflow.foundation.missing import not_there
 
 TEMPLATE_NOW = "2026-01-01T00:00:00"
 
@@ -117,12 +119,17 @@ def choose_format(name: str, tokenizer: Any, stored: dict[str, Any] | None = Non
     path = Path(name)
     if path.suffix == ".jinja":
         if not path.is_file():
-            raise FormatError(name, "no such template file", "give a path to a .jinja file")
+            raise FormatError(name, *not_there(path, "template file", "give a path to a .jinja file"))
         try:
             return ChatFormat(name=path.stem, template=path.read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
-            raise FormatError(name, f"not UTF-8 text (at byte {error.start})", "convert it") from None
-    raise FormatError("--format", f"{name!r} is not a format", f"use auto, {', '.join(BUILTIN)} or a .jinja path")
+            raise FormatError(name, f"not UTF-8 text (at byte {error.start})", "save it as UTF-8") from None
+    remedy = f"use auto (the checkpoint's own), {', '.join(BUILTIN)} or a .jinja path"
+    if path.is_file():
+        remedy = "call the template's file NAME.jinja"
+    elif near := difflib.get_close_matches(name, BUILTIN, 1, 0.75):
+        remedy = f"did you mean {near[0]!r}?"
+    raise FormatError("--format", f"{name!r} is not a format", remedy)
 
 
 def _default_of(templates: str | dict[str, str]) -> tuple[str, dict[str, str]]:
@@ -132,7 +139,7 @@ def _default_of(templates: str | dict[str, str]) -> tuple[str, dict[str, str]]:
     names = ", ".join(map(repr, sorted(templates)))
     if "default" not in templates:
         fact = f"the checkpoint has templates called {names}, and none called 'default'"
-        raise FormatError("chat_template", fact, "call one of them so, or give --format")
+        raise FormatError("chat_template", fact, "rename one of them to 'default', or give a .jinja file as the format")
     wrong = [name for name in templates if not re.fullmatch(r"[\w.-]+", name)]
     if wrong:
         raise FormatError("chat_template", f"{wrong[0]!r} is no name of a template", "use letters, digits and _")
@@ -152,7 +159,11 @@ def tokenizer_text(tokenizer: Any) -> str:
     """tokenizer.json of a fast tokenizer, as it is now."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise FormatError("tokenizer", "it is not a fast tokenizer", "convert it with AutoTokenizer(use_fast=True)")
+        raise FormatError(
+            "tokenizer",
+            "it is not a fast tokenizer",
+            "save it as a fast one (use_fast=True)",
+        )
     return str(backend.to_str())
 
 

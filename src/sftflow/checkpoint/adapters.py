@@ -98,7 +98,9 @@ def merge_into(model: Any, directory: Path, name: str, n_tokens: int = 0) -> Any
     for which, end in _ends(merged).items():
         if not bool(end.weight[old:].isfinite().all()):
             fact = f"it has {rows} tokens, the base {old} rows, and the new rows of the {which} are not in the adapter"
-            raise CheckpointError(name, fact, "save it with save_embedding_layers=True, or take its tokenizer away")
+            raise CheckpointError(
+                name, fact, "name the base that has them, or save it again with save_embedding_layers=True"
+            )
     with torch.no_grad():
         gap = float((merged(input_ids=ids, use_cache=False).logits - own).abs().max() / own.abs().max())
     if not gap <= TOLERANCE:
@@ -121,7 +123,7 @@ def _weights(directory: Path, name: str) -> dict[str, Any]:
     except Exception as error:  # of many kinds
         raise CheckpointError(str(path), f"damaged ({first_line(error)})", COPY_AGAIN) from error
     if not weights:
-        raise CheckpointError(str(path), "it holds no weights", COPY_AGAIN)
+        raise CheckpointError(str(path), "it holds no weights", "save the adapter again, or copy it again")
     for key, weight in weights.items():
         if not bool(weight.float().isfinite().all()):
             raise CheckpointError(name, f"its weights are not finite ({key})", "give another adapter")
@@ -217,7 +219,9 @@ def _wrapped(model: Any, config: Any, weights: dict[str, Any], name: str) -> Any
     for key in sorted(held.keys() & weights.keys()):
         if not bool((held[key] == weights[key].to(held[key].dtype)).all()):
             fact = f"it brings two versions of a weight that the base has once ({key})"
-            raise CheckpointError(name, fact, "untie the base first")
+            raise CheckpointError(
+                name, fact, "save the base with tie_word_embeddings: false and both weights, and merge into that"
+            )
     return wrapped
 
 

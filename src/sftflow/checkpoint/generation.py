@@ -32,8 +32,12 @@ def read_ends(directory: Path, tokenizer: Any) -> tuple[int, ...]:
     found = _read(directory / FILE).get("eos_token_id") if where == FILE else _from_config(config)
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if not all(type(i) is int for i in ids):
-        fact = f"eos_token_id is {json.dumps(found)[:80]}, which are no token ids"
-        raise CheckpointError(f"{directory / where}", fact, "write the id of the token that ends a reply, or a list")
+        fact = f"eos_token_id is {json.dumps(found)[:80]}, not a token id"
+        raise CheckpointError(
+            f"{directory / where}",
+            fact,
+            "write a whole number, the id of the token that ends a reply, or a list of them",
+        )
     known = [i for i in dict.fromkeys(ids) if 0 <= i < len(tokenizer)]
     if type(found) is int and known and found not in tokenizer.added_tokens_decoder:
         known = [] if found == _default_of(config.get("model_type")) else known
@@ -47,9 +51,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(str(path), f"it is no JSON ({error})", "copy the checkpoint again") from None
+        raise CheckpointError(str(path), f"not JSON ({error})", "mend it, or copy it again") from None
     if not isinstance(value, dict):
-        raise CheckpointError(str(path), "it is no JSON object", "copy the checkpoint again")
+        raise CheckpointError(str(path), "not a JSON object", "mend it, or copy it again")
     return value
 
 
@@ -76,9 +80,8 @@ def sampling_of(config: Any) -> dict[str, Any]:
     own = {key: getattr(config, key, None) for key in (GREEDY if drawn else ("repetition_penalty",))}
     for key, value in own.items():
         if value is not None and not _can_be(key, value):
-            raise CheckpointError(
-                FILE, f"{key} is {value!r:.80}", "write a number that transformers takes, or leave it out"
-            )
+            least = "above 0" if key == "repetition_penalty" else "from 0 on"
+            raise CheckpointError(FILE, f"{key} is {value!r:.80}", f"write a number {least}, or leave it out")
     given = {key: type(GREEDY[key])(value) for key, value in own.items() if value is not None}
     return {**(SAMPLED if drawn else GREEDY), **given}
 

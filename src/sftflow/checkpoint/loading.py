@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
+import json
+import re
 from collections import Counter
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +26,7 @@ from sftflow.foundation.atomic_io import (
     read_record,
     reason,
 )
-from sftflow.foundation.errors import CheckpointError, RunError, first_line
+from sftflow.foundation.errors import CheckpointError, RunError, first_line, said_of
 from sftflow.gguf.vocabulary import as_llama_cpp_splits
 from sftflow.gguf.writer import FORMAT
 
@@ -234,11 +237,38 @@ def _reading(location: Location) -> Iterator[dict[str, Any] | None]:
             raise CheckpointError(location.name, fact, "give a text model") from error
         if "conversion of the weights" in str(error):
             fact = "its tensors do not fit together: some are missing, or of another shape"
-            raise CheckpointError(location.name, fact, COPY_AGAIN) from error
-        fact = f"cannot be loaded ({type(error).__name__}: {first_line(error)})"
-        remedy = "check that the files are whole"
-        if isinstance(error, ImportError):
-            remedy = "install that package"
-            if "quantiz" in fact:
-                remedy += "; to train, give the base in bf16: quantised weights cannot be trained"
+            raise CheckpointError(location.name, fact, f"{COPY_AGAIN}, with its own config.json") from error
+        fact, remedy = _unread(location, error)
         raise CheckpointError(location.name, fact, remedy) from error
+
+
+def _unread(location: Location, error: Exception) -> tuple[str, str]:
+    """(fact, remedy) of what a library says of a checkpoint that it does not read."""
+    lines = " ".join(str(error).split())
+    fact = f"cannot be loaded ({type(error).__name__}: {lines[:300]})"
+    if location.gguf:
+        return fact, "export it again, or give the checkpoint that it was made from"
+    folder = Path(location.path)
+    if isinstance(error, OSError) and error.errno:
+        said, remedy = said_of(error)
+        return f"cannot be read ({said}: {error.filename})", remedy
+    if isinstance(error, ImportError) or "GPU" in lines:
+        remedy = "install that package" if isinstance(error, ImportError) else "run it where there is a GPU"
+        if (read_record(folder / "config.json", COPY_AGAIN) or {}).get("quantization_config"):
+            remedy += "; to train, give the base in bf16: quantised weights cannot be trained"
+        return fact, remedy
+    if found := re.search(r"model type `(.+?)`", lines):
+        fact = f"transformers {version('transformers')} knows no model of type {found[1]!r}"
+        return fact, "pip install -U transformers, or give another model"
+    if "`model_type` key" in lines:
+        return "its config.json names no model_type", f"{COPY_AGAIN}, with its own config.json"
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        return "no tokenizer in it", "copy tokenizer.json and tokenizer_config.json into it, too"
+    for file in sorted(folder.glob("*.json")):
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as wrong:
+            return f"its {file.name} is not JSON ({first_line(wrong)})", "mend it, or copy the checkpoint again"
+    if "alidation error" in lines:
+        return f"its config.json asks for what no model is ({lines[:300]})", "correct it, or copy the checkpoint again"
+    return fact, "copy the checkpoint again, or give another"

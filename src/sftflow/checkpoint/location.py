@@ -9,6 +9,7 @@ from typing import Any
 from sftflow.checkpoint import adapters, hub
 from sftflow.foundation.atomic_io import recover_directory
 from sftflow.foundation.errors import CheckpointError
+from sftflow.foundation.missing import not_there
 
 BUILTIN_TINY = "builtin:tiny"
 
@@ -50,7 +51,7 @@ def resolve(name: str) -> Location:
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise CheckpointError(name, "no such file", "check the path")
+            raise CheckpointError(name, *not_there(path))
         return Location(name, str(path.parent), gguf=path.name)
     recover_directory(path / "checkpoint")
     if path.is_dir():
@@ -60,28 +61,46 @@ def resolve(name: str) -> Location:
         if adapters.is_adapter(inside):
             return Location(name, str(inside), adapter_of=adapters.base_name(inside))
         if not any((inside / f).is_file() for f in ("config.json", "tokenizer.json", "tokenizer_config.json")):
-            raise CheckpointError(name, "no config.json in it", "give a Hugging Face checkpoint directory")
+            raise CheckpointError(name, *_no_checkpoint(inside))
         return Location(name, str(inside))
+    if path.is_file():
+        raise CheckpointError(name, "a file, not a checkpoint directory", "give the folder that it lies in")
     if path.exists() or not hub.is_hub_id(name):
-        raise CheckpointError(name, "no such checkpoint directory", f"give a directory, a hub id or {BUILTIN_TINY}")
+        otherwise = f"give a directory, a hub id or {BUILTIN_TINY}"
+        raise CheckpointError(name, *not_there(path, "checkpoint directory", otherwise))
     folder = hub.snapshot(name)
     base = adapters.base_name(folder) if adapters.is_adapter(folder) else None
     return Location(name, str(folder), from_hub=True, adapter_of=base)
 
 
+def _no_checkpoint(folder: Path) -> tuple[str, str]:
+    """(fact, remedy) of a folder without config.json."""
+    inside = sorted(p.parent.name for p in folder.glob("*/config.json"))
+    files = sorted(p.name for p in folder.glob("*.gguf"))
+    if inside:
+        return f"no config.json in it, but in {', '.join(inside[:3])}", f"name one of them: {folder / inside[-1]}"
+    if files:
+        return "no config.json in it, but .gguf files", f"name one of them: {folder / files[0]}"
+    return "no config.json in it", "give a Hugging Face checkpoint directory"
+
+
 def base_location(adapter: Location) -> Location:
     """Where the base of an adapter is."""
-    remedy = "put it there, or name the base: sftflow export ADAPTER --to merged --base BASE"
+    remedy = (
+        "name the base in it (base_model_name_or_path), or: sftflow export ADAPTER --to merged --base BASE --out OUT"
+    )
     if not adapter.adapter_of:
-        raise CheckpointError(adapter.name, "the adapter names no base", remedy)
+        raise CheckpointError(f"{adapter.name}/adapter_config.json", "the adapter names no base", remedy)
     try:
         base = resolve(adapter.adapter_of)
     except CheckpointError as error:
-        raise CheckpointError(error.place, f"{error.fact} (the base of {adapter.name})", remedy) from None
+        put = "put it there, or name the base: sftflow export ADAPTER --to merged --base BASE --out OUT"
+        raise CheckpointError(error.place, f"{error.fact} (the base of {adapter.name})", put) from None
     below, seen = base, {adapter.path}
     while below.adapter_of:
         if below.path in seen:
-            raise CheckpointError(adapter.name, f"its base is an adapter of itself ({below.name})", remedy)
+            fact = f"its base is an adapter of itself ({below.name})"
+            raise CheckpointError(f"{adapter.name}/adapter_config.json", fact, remedy)
         seen.add(below.path)
         below = resolve(below.adapter_of)
     return base

@@ -30,7 +30,7 @@ def read_templates(directory: Path, tokenizer: Any) -> None:
         texts = found.values() if isinstance(found, dict) else [] if found is None else [found]
         if not all(isinstance(text, str) for text in texts):
             fact = "it has no chat_template that is a text"
-            raise CheckpointError(str(path), fact, 'write {"chat_template": "..."}, or give --format')
+            raise CheckpointError(str(path), fact, 'write {"chat_template": "..."}, or name a format')
         if found:
             tokenizer.chat_template = found
             return

@@ -62,7 +62,8 @@ def load_weights(directory: Path, name: str) -> Any:
     # transformers reads a body's name with and without the prefix, and of two tensors silently one.
     twice = [k for k in stored if f"{model.base_model_prefix}.{k}" in stored and k not in model.state_dict()]
     if twice:
-        raise CheckpointError(name, f"{twice[0]} and {model.base_model_prefix}.{twice[0]} are one tensor", COPY_AGAIN)
+        fact = f"one tensor under two names, {twice[0]} and {model.base_model_prefix}.{twice[0]}"
+        raise CheckpointError(name, fact, "save it again under one of them")
     if not config.get("quantization_config"):
         integers = {key for key, kind in stored.items() if kind[0] in "IUB" and kind != "BF16"}
         require_floats(model, integers - report["unexpected_keys"], name)
@@ -80,8 +81,7 @@ def weight_files(directory: Path, name: str) -> list[Path]:
     if (directory / "model.safetensors").is_file():
         return [directory / "model.safetensors"]
     if not index.is_file():
-        remedy = "pickled weights are not loaded; convert them to safetensors"
-        raise CheckpointError(name, "no model.safetensors in it", remedy)
+        raise CheckpointError(name, *_no_weights(directory))
     try:
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         files = [directory / shard for shard in shards]
@@ -91,6 +91,22 @@ def weight_files(directory: Path, name: str) -> list[Path]:
         if not file.is_file():
             raise CheckpointError(f"{name}/{file.name}", "this shard is missing", COPY_AGAIN)
     return files
+
+
+def _no_weights(directory: Path) -> tuple[str, str]:
+    """(fact, remedy) of a directory without model.safetensors."""
+    fact = "no model.safetensors in it"
+    shards = sorted(p.name for p in directory.glob("model-*-of-*.safetensors"))
+    others = sorted(p.name for p in directory.glob("*.safetensors"))
+    pickled = sorted(p.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in directory.glob(kind))
+    if shards:
+        return f"{shards[0]} is there, and not model.safetensors.index.json, which lists the shards", COPY_AGAIN
+    if others:
+        return f"{fact}, but {others[0]}", "save it as transformers does: model.save_pretrained(...)"
+    if pickled:
+        remedy = "pickled weights are not loaded; convert them to safetensors: model.save_pretrained(...)"
+        return f"{fact}, but {pickled[0]}", remedy
+    return f"{fact}: no weights at all", "copy the whole checkpoint, or give one with weights"
 
 
 def stored_types(directory: Path, name: str) -> dict[str, str]:
@@ -108,10 +124,14 @@ def stored_types(directory: Path, name: str) -> dict[str, str]:
         except SafetensorError as error:
             if "header" not in str(error):
                 raise
-            fact = f"damaged, or no safetensors file ({first_line(error)})"
-            raise CheckpointError(f"{name}/{path.name}", fact, COPY_AGAIN) from None
+            fact, remedy = f"damaged, or no safetensors file ({first_line(error)})", COPY_AGAIN
+            with path.open("rb") as opened:
+                if opened.read(24).startswith(b"version https://git-lfs"):
+                    fact, remedy = "a Git LFS pointer, not the weights", "get the file itself: git lfs pull"
+            raise CheckpointError(f"{name}/{path.name}", fact, remedy) from None
         if both := sorted(found.keys() & types.keys()):
-            raise CheckpointError(name, f"{both[0]} stands in two of its shards", COPY_AGAIN)
+            remedy = "copy the checkpoint into an empty folder, or remove the shards of another save"
+            raise CheckpointError(name, f"{both[0]} stands in two of its shards", remedy)
         found |= types
     return found
 
@@ -161,7 +181,7 @@ def require_whole(model: Any, report: dict[str, Any], name: str, *, multimodal: 
     kind = type(model).__name__
     for key, there, wanted in sorted(report["mismatched_keys"]):
         fact = f"{key} is {_shape(there)}, where config.json asks for {_shape(wanted)}"
-        raise CheckpointError(name, fact, "config.json is of another model, or a file is damaged")
+        raise CheckpointError(name, fact, f"{COPY_AGAIN}, with the config.json of this model")
     weights = {key for key, _ in model.named_parameters()}
     missing = sorted(key for key in report["missing_keys"] if key in weights or not _TABLES.search(key))
     unknown = sorted(key for key in report["unexpected_keys"] if not _TABLES.search(key))
@@ -170,7 +190,7 @@ def require_whole(model: Any, report: dict[str, Any], name: str, *, multimodal: 
         remedy = COPY_AGAIN
         if unknown:
             fact += f" (and it has {_some(unknown)})"
-            remedy = "give their names as transformers saves them, without what it was wrapped in, or copy it again"
+            remedy = "rename its tensors as transformers saves them, or copy the checkpoint again"
         elif missing == ["lm_head.weight"]:
             remedy = f"{COPY_AGAIN}; where the head is the embedding, tie_word_embeddings in config.json must be true"
         raise CheckpointError(name, fact, remedy)
@@ -187,7 +207,7 @@ def require_whole(model: Any, report: dict[str, Any], name: str, *, multimodal: 
             log.warning("note: %s: its text model is meant; not read: %s", name, ", ".join(beside))
     if unknown:
         fact = f"{kind} has no place for {len(unknown)} of its tensors: {_some(unknown)}"
-        raise CheckpointError(name, fact, "config.json is of another model, or these tensors are not this one's")
+        raise CheckpointError(name, fact, "save it without them, or give the config.json that they belong to")
 
 
 def _predicts_ahead(config: Any, key: str) -> bool:

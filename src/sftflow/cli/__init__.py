@@ -10,8 +10,9 @@ import json
 import os
 import sys
 
+from sftflow.cli import usage
 from sftflow.cli.common import app
-from sftflow.foundation.errors import DataError, RunError, SftflowError
+from sftflow.foundation.errors import DataError, RunError, SftflowError, said_of, undecoded
 from sftflow.foundation.runtime import out_of_memory
 
 ORDER = ("demo", "base", "render", "mix", "train", "eval", "compare", "chat", "serve", "export", "doctor")
@@ -48,18 +49,17 @@ def _escaped(error: UnicodeError) -> tuple[str, int]:
 
 def _told(error: Exception) -> tuple[str, int] | None:
     """(what is said of it, the exit code); None for a fault of the program's own."""
-    if usage := getattr(error, "format_message", None):
-        return f"usage: {' '.join(str(usage()).split())}; see sftflow --help", getattr(error, "exit_code", 2)
-    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":  # bytes of the command line
-        error = DataError(ascii(error.object), "not text in UTF-8", "write it in UTF-8")
-    elif isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding() != "utf-8":
-        fact = f"a file's name has letters that {error.encoding}, the encoding of this locale, has not"
-        error = DataError(ascii(error.object), fact, "set LC_ALL=C.UTF-8")
+    if hasattr(error, "format_message"):
+        return usage.told(error), getattr(error, "exit_code", 2)
+    locale = sys.getfilesystemencoding()
+    if isinstance(error, UnicodeEncodeError) and (
+        error.reason == "surrogates not allowed" or error.encoding == locale != "utf-8"
+    ):  # in bytes that were typed, or in a file's name
+        error = DataError(ascii(error.object), *undecoded())
     elif isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         error = DataError(f"{str(error.filename)[:60]} ...", str(error.strerror), "check the path")
     elif isinstance(error, OSError):
-        fact = error.strerror or str(error)
-        error = RunError(str(error.filename or "files"), fact, "check space and permissions")
+        error = RunError(str(error.filename or "files"), *said_of(error))
     elif isinstance(error, MemoryError) or out_of_memory(error):
         remedy = "close other programs, take a smaller model, or for training lower train.micro_tokens"
         error = RunError("memory", "out of memory", remedy)

@@ -12,13 +12,17 @@ from sftflow.cli.common import Out, app, number
 
 @app.command()
 def base(
-    texts: Annotated[list[Path], typer.Argument(metavar="TEXT...", help=".txt or .jsonl files, .xz too")],
+    texts: Annotated[
+        list[Path], typer.Argument(metavar="TEXT...", help="text files, or JSON lines with `text`; also packed with xz")
+    ],
     out: Out,
     params: Annotated[str, typer.Option(help="size: 0.1M, 1M, 3.4M or 6M")] = "3.4M",
     vocab: Annotated[int, typer.Option(min=300, help="vocabulary entries")] = 4096,
     tokens: Annotated[str, typer.Option(help="tokens to train on, for example 20M")] = "20M",
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last saved state")] = False,
-    heldout: Annotated[list[Path] | None, typer.Option(help="text to measure bits per byte on")] = None,
+    heldout: Annotated[
+        list[Path] | None, typer.Option(help="files of the same kinds, to measure bits per byte on")
+    ] = None,
     lr: Annotated[float, typer.Option(help="AdamW's peak rate; Muon's is four times it")] = 7e-3,
     seed: Annotated[int, typer.Option()] = 0,
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile the model (needs a C++ compiler)")] = False,

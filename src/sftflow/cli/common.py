@@ -29,7 +29,9 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="override, e.g. train.steps=30 or mixture.0.limit=5"),
 ]
 Out = Annotated[Path, typer.Option("--out", help="where the results go")]
-Tasks = Annotated[str | None, typer.Option("--tasks", help="tasks: NAME or NAME=PATH, separated by commas")]
+Tasks = Annotated[
+    str | None, typer.Option("--tasks", help="NAME or NAME=PATH, separated by commas (docs/evaluation.md lists them)")
+]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="at most so many items a task")]
 AllowCode = Annotated[bool, typer.Option("--allow-code", help="run code that the model wrote, in a sandbox")]
 

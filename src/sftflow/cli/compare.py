@@ -18,7 +18,9 @@ def compare(
     sft: Annotated[str, typer.Argument(metavar="SFT", help=MODEL_HELP)],
     out: Out,
     tasks: Tasks = None,
-    prompts: Annotated[str, typer.Option(help="default, or a file with one prompt a line")] = "default",
+    prompts: Annotated[
+        str, typer.Option(help='default, or JSON lines: a text, {"prompt": TEXT} or messages')
+    ] = "default",
     limit: Limit = None,
     allow_code: AllowCode = False,
     judge: Annotated[

@@ -13,7 +13,7 @@ from sftflow.foundation.errors import RecipeError
 
 @app.command()
 def doctor(
-    recipe: Annotated[Path | None, typer.Argument(help="check this recipe too")] = None,
+    recipe: Annotated[Path | None, typer.Argument(help="a YAML recipe to check, too")] = None,
     set_: Set = None,
     math: Annotated[bool, typer.Option("--math", help="prove packing and loss on this machine")] = False,
 ) -> None:

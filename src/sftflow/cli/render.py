@@ -14,7 +14,12 @@ from sftflow.cli.common import MODEL_HELP, app
 
 @app.command()
 def render(
-    data: Annotated[str, typer.Argument(help="conversations: JSON lines, a JSON array, Parquet or hub:NAME")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="conversations: JSON lines, a JSON array, Parquet, Arrow, also packed with gzip; or hub:OWNER/NAME"
+        ),
+    ],
     model: Annotated[str, typer.Option(help=f"{MODEL_HELP}; a directory with a tokenizer is enough")],
     format: Annotated[str, typer.Option(help="auto, a built-in format, or a .jinja file")] = "auto",
     index: Annotated[int | None, typer.Option(min=0, help="only this row, counted from 0")] = None,

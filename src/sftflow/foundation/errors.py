@@ -19,7 +19,9 @@ Every message is one line: `place: fact; remedy`.
 
 from __future__ import annotations
 
+import errno
 import re
+import sys
 from collections.abc import Callable
 
 _OPTIONS = re.compile(
@@ -27,6 +29,38 @@ _OPTIONS = re.compile(
     r"|params|port|prompts|resume|tasks|to|tokens|type)\b(?!-)( (?=[A-Z]{2,}))?"
 )
 _FLAGS = ("allow-code", "insecure", "overwrite", "resume")
+
+
+_REMEDIES = {
+    errno.EACCES: "give this user the right to it, or name another place",
+    errno.EPERM: "give this user the right to it, or name another place",
+    errno.EROFS: "name a place on a disk that can be written",
+    errno.ENOSPC: "free space",
+    errno.EDQUOT: "free space: a quota is reached",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "a folder of this path is a file; check the path",
+    errno.EISDIR: "it is a folder; name a file in it",
+    errno.EEXIST: "it is there already; name another place",
+    errno.ENAMETOOLONG: "give the path of a file",
+    errno.ELOOP: "its links lead in a circle; check the path",
+    errno.EMFILE: "close other programs, or raise the limit (ulimit -n)",
+    errno.ENFILE: "close other programs",
+    errno.EIO: "check the disk",
+    errno.ESTALE: "check the network disk",
+}
+
+
+def said_of(error: OSError) -> tuple[str, str]:
+    """(fact, remedy) of what the system says of a file."""
+    return error.strerror or first_line(error), _REMEDIES.get(error.errno or 0, "check the disk and its permissions")
+
+
+def undecoded() -> tuple[str, str]:
+    """(fact, remedy) of bytes of the command line that are no text here."""
+    encoding = sys.getfilesystemencoding()
+    if encoding == "utf-8":
+        return "not text in UTF-8", "write it in UTF-8"
+    return f"it has letters that {encoding}, the encoding of this locale, has not", "set LC_ALL=C.UTF-8"
 
 
 def first_line(error: BaseException) -> str:

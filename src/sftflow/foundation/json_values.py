@@ -72,17 +72,18 @@ def parse_json(text: bytes, place: str, *, whole: bool = False) -> Any:
         value = loads(text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         fact = f"not UTF-8 text ({error.reason} at byte {error.start} of the {part})"
-        raise DataError(place, fact, "convert the file" if whole else "convert the file, or remove the line") from None
+        raise DataError(place, fact, "save the file as UTF-8" + ("" if whole else ", or remove the line")) from None
     except json.JSONDecodeError as error:
-        fact = "zero bytes: it was not written to its end" if b"\0" in text else f"not JSON ({error})"
-        place = f"{place}:{error.lineno}" if whole else place
-        raise DataError(place, fact, "fix or remove the line") from None
+        fact, remedy = f"not JSON ({error.msg} at column {error.colno})", "fix or remove the line"
+        if b"\0" in text:
+            fact, remedy = "NUL bytes: it was not written to its end", "write or download it again, or remove the line"
+        raise DataError(f"{place}:{error.lineno}" if whole else place, fact, remedy) from None
     except RepeatedKeyError as error:
         raise DataError(place, str(error), "keep one of them") from None
     except ValueError:
         raise DataError(place, "a number of more than 4,300 digits", "make it a string") from None
     except RecursionError:
-        raise DataError(place, f"nested more than {MOST_NESTED} deep", "remove it") from None
+        raise DataError(place, f"nested more than {MOST_NESTED} deep", "make it flatter, or remove the row") from None
     if not whole and (_ESCAPED_HALF.search(text) or text.count(b"[") + text.count(b"{") > MOST_NESTED):
         check_texts(value, place)
     return value
@@ -114,7 +115,7 @@ def _fault(value: Any, depth: int = 0, *, strict: bool = True) -> tuple[str, str
             return "", f"a lone surrogate, {half} at character {error.start}", "mend the text: it is half a character"
     elif kind is dict or kind is list:
         if depth == MOST_NESTED:
-            return "", f"nested more than {MOST_NESTED} deep", "remove it"
+            return "", f"nested more than {MOST_NESTED} deep", "make it flatter, or remove the row"
         for key, inner in value.items() if kind is dict else enumerate(value):
             name = f"[{key}]"
             if kind is dict:

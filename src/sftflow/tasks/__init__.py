@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 from sftflow.foundation.errors import TaskError
+from sftflow.foundation.missing import not_there
 from sftflow.tasks.task import Item, Task, TaskSource, chance_of, is_pattern
 
 TASKS = {
@@ -46,7 +47,8 @@ def make_task(name: str, source: TaskSource, place: str = "--tasks", path: str =
             raise TaskError(place, f"the task {name} needs a path", path or f"write {name}=PATH")
         several = name == "mmlu" and is_pattern(source.path)
         if not (source.path.startswith("hub:") or several or Path(source.path).exists()):
-            raise TaskError(place, f"{name}: no such file {source.path}", "check the path")
+            fact, remedy = not_there(source.path, f"file {source.path}")
+            raise TaskError(place, f"{name}: {fact}", remedy)
     task: Task = getattr(import_module(f"sftflow.tasks.{module}"), cls)(source)
     task.name = name
     return task

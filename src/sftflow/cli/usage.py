@@ -1,0 +1,38 @@
+"""What is wrong with a command line, and where to read on: other programs' options and commands lead to ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sftflow import other_trainers
+
+
+def told(error: Any) -> str:
+    """One line for a usage error of the command-line library."""
+    context = getattr(error, "ctx", None)
+    name = str(context.info_name) if context is not None and context.parent is not None else ""
+    said = " ".join(str(error.format_message()).split()).removesuffix(".").replace(" Value error,", "")
+    said = said.replace(
+        "Input should be a valid integer, unable to parse string as an integer", "it should be a number"
+    )
+    said = said.replace("Input should be", "it should be").replace(" (Possible options: --help)", "")
+    lead = _lead(error, context.command, name) if context is not None else ""
+    return f"usage: {said}; {f'{lead}; ' if lead else ''}see {f'sftflow {name}'.strip()} --help"
+
+
+def _lead(error: Any, asked: Any, command: str) -> str:
+    """What to write in place of an option or a command that is another program's; "" where it is no one's."""
+    option = getattr(error, "option_name", None)
+    if option is None:
+        name = other_trainers.normal(str(error.format_message()).partition("No such command '")[2].partition("'")[0])
+        near = (ours for ours, theirs in other_trainers.COMMANDS.items() if name in theirs.replace("-", "_").split())
+        return next((f"write sftflow {found}" for found in near), "")
+    name = other_trainers.normal(option)
+    remedy = other_trainers.FLAGS.get(name, "").replace("COMMAND", command)
+    has = [opt for parameter in asked.params for opt in parameter.opts]
+    if remedy and not (remedy.startswith("write --") and remedy.removeprefix("write ") not in has):
+        return remedy
+    if "--set" in has and (row := other_trainers.ours(name)):
+        key, note = row
+        return f"write --set {key}=..." if key else note
+    return ""
