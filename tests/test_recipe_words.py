@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from pydantic import BaseModel
 import sftflow as sf
 from helpers.runs import error_line, run
 from sftflow import other_trainers
-from sftflow.recipe import Recipe, load_recipe
+from sftflow.recipe import Recipe, load_recipe, parse_recipe
 from sftflow.recipe_words import model_at
 
 MIXTURE = "mixture: [{source: spelling}]\n"
@@ -56,6 +57,9 @@ def refused(tmp_path: Path, text: str, *sets: str) -> str:
             "mixture: [{source: a.jsonl}, {dataset: b}]",
             "mixture.1.dataset: unknown key; write source in an entry of the mixtu",
         ),
+        ("mixture: [{source: a.jsonl, epochs: 2}]", "mixture.0.epochs: unknown key; write repeat in an entry of the"),
+        ("eval: {temperature: 1}", "eval.temperature: unknown key; tasks are asked greedily, "),
+        ("train: {schedule: {warmup_steps: 9}}", "; write train.schedule.warmup (a share of all steps, not"),
         ("mixture: [{path: a.jsonl}]", "mixture.0.source: this key is missing; write source: a data file, "),
         ("mixture: [a.jsonl]", 'mixture.0: it should be a mapping of keys (given: "a.jsonl"); write source: a.jsonl'),
         ("mixture: a.jsonl", 'mixture: it should be a list (given: "a.jsonl"); write [source: a.jsonl]'),
@@ -164,24 +168,27 @@ def test_the_door_speaks_of_arguments_and_a_recipe_of_its_keys(tmp_path: Path) -
     [
         (
             "chat builtin:tiny --max-new-tokens 3",
-            "--max-new-tokens (Possible options: --max-tokens); write --max-tokens; see",
+            "--max-new-tokens; write --max-tokens; see",
         ),
         (
             "chat --model builtin:tiny",
             "No such option: --model; write the model without an option: sftflow chat MODEL; ",
         ),
-        ("train r.yaml --learning-rate 1e-4", "--learning-rate; write --set train.lr=...; see sftflow train --help"),
+        (
+            "train r.yaml --learning-rate 1e-4",
+            "--learning-rate; write --set train.lr=... (auto, or a number); see sftflow train --help",
+        ),
         (
             "train r.yaml --lora-r 8",
             "--lora-r; this version trains all weights; leave it out; see sftflow train --help",
         ),
         (
             "serve m --tensor-parallel-size 2",
-            "--tensor-parallel-size; a model runs on one device; see sftflow serve --help",
+            "--tensor-parallel-size; a model runs on one device; leave it out; see sftflow serve --help",
         ),
         ("finetune r.yaml", "No such command 'finetune'; write sftflow train; see sftflow --help"),
         ("compare a", "Missing argument 'SFT'; see sftflow compare --help"),
-        ("serve m --port x", "Invalid value for '--port': it should be a number; see sftflow serve --help"),
+        ("serve m --port x", "Invalid value for '--port': it should be a whole number; see sftflow serve --help"),
     ],
 )
 def test_a_wrong_command_line_leads_on(arguments: str, line: str) -> None:
@@ -250,6 +257,118 @@ def test_what_is_no_checkpoint_says_what_is_there(tmp_path: Path) -> None:
     assert refusal("base").startswith("model-00001-of-00002.safetensors is there, and not model.safetensors.index.json")
 
 
+THEIRS = {
+    "TRL": """
+        model_name_or_path model_revision torch_dtype dtype attn_implementation use_liger_kernel bf16 tf32
+        dataset_name dataset_config dataset_train_split dataset_test_split dataset_text_field dataset_kwargs
+        dataset_num_proc dataset_streaming packing padding_free packing_strategy eval_packing max_length
+        max_seq_length assistant_only_loss loss_type eos_token pad_token chat_template_path learning_rate
+        num_train_epochs max_steps lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps optim
+        adam_beta2 weight_decay max_grad_norm gradient_checkpointing gradient_checkpointing_kwargs
+        gradient_accumulation_steps per_device_train_batch_size per_device_eval_batch_size
+        eval_accumulation_steps average_tokens_across_devices activation_offloading do_train do_eval
+        eval_strategy evaluation_strategy eval_steps eval_on_start logging_steps logging_strategy
+        logging_first_step log_level log_completions output_dir overwrite_output_dir hub_model_id hub_strategy
+        hub_private_repo push_to_hub report_to run_name save_strategy save_steps save_total_limit
+        save_only_model load_best_model_at_end metric_for_best_model greater_is_better early_stopping_patience
+        seed data_seed full_determinism remove_unused_columns dataloader_drop_last dataloader_pin_memory
+        dataloader_num_workers ddp_find_unused_parameters group_by_length length_column_name label_names
+        label_smoothing_factor neftune_noise_alpha use_cpu no_cuda fp16 fp16_full_eval bf16_full_eval
+        torch_compile torch_compile_backend use_peft lora_r lora_alpha lora_dropout lora_target_modules
+        lora_modules_to_save lora_task_type use_rslora use_dora load_in_4bit bnb_4bit_quant_type
+        bnb_4bit_compute_dtype bnb_4bit_use_double_quant use_bnb_nested_quant accelerator_config deepspeed fsdp
+        resume_from_checkpoint ignore_data_skip include_num_input_tokens_seen disable_tqdm auto_find_batch_size
+        max_prompt_length max_completion_length completion_only_loss formatting_func train_dataset eval_dataset
+        peft_config processing_class tokenizer_name tokenizer_name_or_path trust_remote_code shuffle_dataset
+        pad_to_multiple_of beta1""",
+    "axolotl": """
+        base_model base_model_config model_type tokenizer_type tokenizer_config tokenizer_use_fast
+        trust_remote_code is_llama_derived_model load_in_8bit load_in_4bit strict chat_template
+        chat_template_jinja datasets pretraining_dataset test_datasets dataset_prepared_path dataset_processes
+        dataset_exact_deduplication dataset_keep_in_memory push_dataset_to_hub hub_model_id hf_use_auth_token
+        shuffle_merged_datasets skip_prepare_dataset val_set_size output_dir sequence_len sample_packing
+        eval_sample_packing sample_packing_group_size sample_packing_bin_size sample_packing_eff_est
+        sample_packing_sequentially multipack_real_batches pad_to_sequence_len excess_length_strategy
+        eval_sequence_len min_sample_len batch_flattening adapter lora_model_dir lora_r lora_alpha lora_dropout
+        lora_fan_in_fan_out lora_target_modules lora_target_linear lora_modules_to_save lora_layers_to_transform
+        lora_mlp_kernel lora_qkv_kernel lora_o_kernel peft_use_dora peft_use_rslora peft_layers_to_transform
+        loraplus_lr_ratio relora_steps unfrozen_parameters wandb_project wandb_entity wandb_watch wandb_name
+        wandb_run_id wandb_log_model wandb_mode mlflow_tracking_uri mlflow_experiment_name comet_api_key
+        use_comet use_wandb use_mlflow use_tensorboard gradient_accumulation_steps micro_batch_size
+        eval_batch_size batch_size auto_find_batch_size num_epochs max_steps optimizer optim_args lr_scheduler
+        lr_scheduler_kwargs cosine_min_lr_ratio cosine_constant_lr_ratio learning_rate lr_div_factor lr_groups
+        embedding_lr embedding_lr_scale adam_beta1 adam_epsilon train_on_inputs group_by_length bf16 bfloat16
+        fp16 float16 tf32 gradient_checkpointing gradient_checkpointing_kwargs early_stopping_patience
+        resume_from_checkpoint auto_resume_from_checkpoints local_rank logging_steps xformers_attention
+        flash_attention flash_attn_rms_norm flash_attn_cross_entropy sdp_attention eager_attention s2_attention
+        attn_implementation warmup_steps warmup_ratio evals_per_epoch eval_steps eval_strategy eval_table_size
+        eval_max_new_tokens eval_causal_lm_metrics do_causal_lm_eval do_bench_eval saves_per_epoch save_steps
+        save_total_limit save_strategy save_safetensors save_only_model save_first_step debug deepspeed
+        weight_decay fsdp fsdp_config fsdp_version special_tokens added_tokens_overrides eot_tokens
+        default_system_message plugins liger_rope liger_rms_norm liger_glu_activation
+        liger_fused_linear_cross_entropy cut_cross_entropy unsloth_cross_entropy_loss neftune_noise_alpha
+        torch_compile torch_compile_backend torch_dtype seed rl dpo_beta max_grad_norm gpu_memory_limit
+        low_cpu_mem_usage device_map max_memory ddp ddp_timeout dataloader_num_workers dataloader_pin_memory
+        dataloader_prefetch_factor remove_unused_columns resize_token_embeddings_to_32x
+        include_tokens_per_second rope_scaling overrides_of_model_config noisy_embedding_alpha
+        mean_resizing_embeddings chat_template_kwargs context_parallel_size sequence_parallel_degree
+        tensor_parallel_size use_ray profiler_steps datasets.type datasets.ds_type datasets.data_files
+        datasets.field datasets.field_messages datasets.message_field_role datasets.message_field_content
+        datasets.message_property_mappings datasets.roles datasets.roles_to_train datasets.train_on_eos
+        datasets.train_on_eot datasets.train_on_split datasets.conversation datasets.shards datasets.shards_idx
+        datasets.preprocess_shards datasets.revision datasets.trust_remote_code datasets.drop_system_message
+        datasets.split_thinking datasets.field_tools datasets.field_system datasets.field_instruction
+        datasets.field_output datasets.system_prompt datasets.format datasets.no_input_format datasets.skip
+        datasets.message_field_training datasets.message_field_training_detail datasets.input_format
+        datasets.streaming""",
+    "LLaMA-Factory": """
+        model_name_or_path image_max_pixels trust_remote_code stage do_train finetuning_type
+        freeze_trainable_layers lora_rank lora_alpha lora_dropout lora_target loraplus_lr_ratio
+        additional_target use_rslora use_dora pissa_init create_new_adapter dataset dataset_dir eval_dataset
+        template cutoff_len max_samples overwrite_cache preprocessing_num_workers preprocessing_batch_size
+        tokenized_path dataloader_num_workers streaming buffer_size packing neat_packing mix_strategy
+        interleave_probs train_on_prompt mask_history ignore_pad_token_for_loss efficient_eos val_size
+        output_dir logging_steps save_steps plot_loss overwrite_output_dir save_only_model report_to
+        per_device_train_batch_size gradient_accumulation_steps learning_rate num_train_epochs lr_scheduler_type
+        warmup_ratio bf16 pure_bf16 fp16 ddp_timeout resume_from_checkpoint per_device_eval_batch_size
+        eval_strategy eval_steps flash_attn enable_liger_kernel use_unsloth disable_gradient_checkpointing
+        upcast_layernorm neftune_alpha resize_vocab add_tokens add_special_tokens new_special_tokens shift_attn
+        rope_scaling moe_aux_loss_coef use_galore galore_rank use_apollo use_badam badam_mode use_adam_mini
+        use_muon quantization_bit quantization_method double_quantization adapter_name_or_path enable_thinking
+        default_system tool_format train_from_scratch compute_accuracy predict_with_generate
+        include_num_input_tokens_seen export_dir pref_loss pref_beta deepspeed seed data_seed optim
+        max_grad_norm use_swanlab low_cpu_mem_usage""",
+    "torchtune": """
+        output_dir tokenizer dataset dataset_val seed shuffle model checkpointer resume_from_checkpoint
+        batch_size batch_size_val epochs optimizer lr_scheduler loss max_steps_per_epoch
+        gradient_accumulation_steps optimizer_in_bwd clip_grad_norm compile run_val_every_n_steps
+        enable_activation_checkpointing enable_activation_offloading device dtype metric_logger
+        log_every_n_steps log_peak_memory_stats log_level profiler lora_attn_modules apply_lora_to_mlp
+        apply_lora_to_output lora_rank quantizer quantize_base use_dora custom_sharded_layers fsdp_cpu_offload
+        save_adapter_weights_only enable_async_checkpointing resize_token_embeddings tensor_parallel_dim
+        context_parallel_dim data_parallel_shard_dim packed train_on_input num_warmup_steps max_seq_len""",
+    "unsloth, nanochat, OpenAI and others": """
+        model_name max_seq_length load_in_4bit load_in_16bit full_finetuning fast_inference r target_modules
+        lora_alpha lora_dropout bias use_gradient_checkpointing random_state use_rslora loftq_config
+        max_lora_rank gpu_memory_utilization dtype finetune_language_layers finetune_attention_modules
+        instruction_part response_part train_on_responses_only dataset_text_field dataset_num_proc
+        embedding_learning_rate run device_type model_tag model_step load_optimizer num_iterations max_seq_len
+        device_batch_size total_batch_size target_examples_per_step embedding_lr unembedding_lr matrix_lr
+        weight_decay init_lr_frac warmup_ratio warmdown_ratio final_lr_frac eval_every eval_steps eval_tokens
+        eval_metrics_every eval_metrics_max_problems chatcore_every chatcore_max_cat chatcore_max_sample
+        mmlu_epochs gsm8k_epochs dry_run depth grad_clip n_epochs training_file validation_file hyperparameters
+        method integrations suffix model metadata n_layer block_size max_iters learning_rate min_lr
+        lr_decay_iters warmup_iters decay_lr beta2 eval_interval eval_iters log_interval out_dir init_from
+        wandb_log wandb_run_name always_save_checkpoint max_tokens epoch num_epoch max_epochs train_batch_size
+        global_batch_size micro_batch_size grad_accum gradient_accumulation accumulate_grad_batches
+        early_stopping patience context_length ctx_len seq_len seq_length max_len train_file data data_path
+        train_data dataset_path eval_data val_data test_file checkpoint_dir save_dir tags project fp32 half
+        mixed_precision amp num_gpus nproc_per_node world_size gpus log_every system_prompt system
+        prompt_template chat_format lora qlora""",
+}
+"""keys of recipes, as each trainer's own examples and reference have them"""
+
+
 def keys_of(model: type[BaseModel], above: str = "") -> Iterator[str]:
     for name in model.model_fields:
         yield above + name
@@ -258,11 +377,50 @@ def keys_of(model: type[BaseModel], above: str = "") -> Iterator[str]:
 
 
 def test_the_table_is_whole_and_names_keys_that_there_are() -> None:
-    listed = {name for names in other_trainers.TRAINERS.values() for name in names.split()}
-    assert listed <= other_trainers.KEYS.keys()
     assert sum(len(names.split()) for names, _, _ in other_trainers.ROWS) == len(other_trainers.KEYS), "a name twice"
     assert {row.key for row in other_trainers.KEYS.values() if row.key} <= set(keys_of(Recipe))
     assert all(row.key or row.note for row in other_trainers.KEYS.values())
+
+
+@pytest.mark.parametrize("trainer", THEIRS)
+def test_every_key_of_another_trainer_s_recipe_is_answered(trainer: str) -> None:
+    for name in THEIRS[trainer].split():
+        entry: dict[str, Any] = {"source": "spelling"}
+        recipe: dict[str, Any] = {"mixture": [entry]}
+        inside, _, key = name.rpartition(".")
+        (entry if inside else recipe)[key] = 1
+        with pytest.raises(sf.SftflowError) as error:
+            parse_recipe(recipe, "r.yaml")
+        place = f"mixture.0.{key}" if inside else key
+        assert error.value.place == f"r.yaml: {place}" and error.value.fact == "unknown key", name
+        assert not re.search("known here|did you mean", error.value.remedy), name
+
+
+@pytest.mark.parametrize(
+    ("option", "led"),
+    [
+        ("train r.yaml --lr 3", "write --set train.lr=...; see sftflow train --help"),
+        ("train r.yaml --seed 3", "write --set train.seed=..."),
+        ("mix r.yaml --batch-size 3", "write --set train.tokens_per_step=... (a step is counted in tokens"),
+        ("eval m --out e --batch-size 3", "how many run side by side is chosen; leave it out; see sftflow eval"),
+        ("chat m --top-k 3", "No such option: --top-k; it is the checkpoint's own choice"),
+        ("doctor --jsom", "No such option: --jsom; see sftflow doctor --help"),
+        ("serve m --port 70000", "'--port': it should be less than or equal to 65535; see sftflow serve --help"),
+        ("chat m --temperature hot", "'--temperature': it should be a number; see"),
+    ],
+)
+def test_an_option_is_answered_by_the_command_s_own_means(option: str, led: str) -> None:
+    assert led in error_line(run(*option.split()))
+
+
+def test_a_split_that_would_not_be_heard_is_refused() -> None:
+    for source, said in {"hub:a/b": "write hub:a/b:test", "a.jsonl": "name the split's file"}.items():
+        with pytest.raises(sf.SftflowError, match=f"split 'test': only the built-in tasks have this key; {said}"):
+            sf.mix({"source": source, "split": "test"})
+
+
+def test_a_key_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    assert refused(tmp_path, '"\\ud800": 1').startswith("r.yaml: a key in it cannot be read (")
 
 
 def test_the_page_is_written_from_the_table() -> None:

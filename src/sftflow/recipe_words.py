@@ -137,6 +137,8 @@ def told(error: ValidationError, model: type[BaseModel], origin: Origin) -> Reci
     if first["type"] == "value_error":  # one of our own: "fact; remedy"
         fact, _, remedy = message.partition("; ")
         return RecipeError(origin.place(*path), fact, remedy)
+    if not path:  # a key that is no text
+        return RecipeError(origin.file, f"a key in it cannot be read ({message})", "write it as plain text")
     value = first.get("input")
     holder = model_at(model, path[:-1])
     allowed: list[str] = []
@@ -198,24 +200,30 @@ def _near(said: str, allowed: list[str]) -> str:
 
 def _unknown(path: Path, model: type[BaseModel], origin: Origin) -> str:
     """What to write in place of a key that is unknown where it stands."""
-    name = str(path[-1])
     known = _open(model_at(model, path[:-1]))
+    near = difflib.get_close_matches(str(path[-1]), known, 1, 0.75)
+    return elsewhere(path, model, origin) or (
+        f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+    )
+
+
+def elsewhere(path: Path, model: type[BaseModel], origin: Origin) -> str:
+    """What to write in place of a key that stands elsewhere, or is another trainer's; "" for another."""
+    name = str(path[-1])
     theirs = ours(name, in_mixture=path[0] == "mixture")
-    elsewhere = [key for key, leaf in _keys(model) if leaf == name]
-    if elsewhere and not (theirs and theirs.key in elsewhere):
-        of_mixture = len(elsewhere) > 1 or elsewhere[0].startswith("mixture.")
-        return (
-            origin.write(elsewhere[0], path)
-            if not of_mixture
-            else f"it is a key of {' and of '.join(map(_holder, elsewhere))}"
-        )
-    if theirs is not None and theirs.key and theirs.key.split(".") != [str(p) for p in path if isinstance(p, str)]:
+    holders = [key for key, leaf in _keys(model) if leaf == name]
+    if path[0] == "mixture" and theirs is not None and theirs.key.startswith("mixture."):
+        holders = []
+    if holders and not (theirs and theirs.key in holders):
+        if len(holders) > 1 or holders[0].startswith("mixture."):
+            return f"it is a key of {' and of '.join(map(_holder, holders))}"
+        return origin.write(holders[0], path)
+    if theirs is None:
+        return ""
+    if theirs.key and theirs.key.split(".") != [str(p) for p in path if isinstance(p, str)]:
         said = origin.write(theirs.key, path)
         return f"{said} ({theirs.note})" if theirs.note else said
-    if theirs is not None and theirs.note:
-        return theirs.note
-    near = difflib.get_close_matches(name, known, 1, 0.75)
-    return f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+    return theirs.note
 
 
 def _open(model: type[BaseModel]) -> list[str]:

@@ -12,11 +12,12 @@ def told(error: Any) -> str:
     context = getattr(error, "ctx", None)
     name = str(context.info_name) if context is not None and context.parent is not None else ""
     said = " ".join(str(error.format_message()).split()).removesuffix(".").replace(" Value error,", "")
-    said = said.replace(
-        "Input should be a valid integer, unable to parse string as an integer", "it should be a number"
-    )
-    said = said.replace("Input should be", "it should be").replace(" (Possible options: --help)", "")
+    said = said.replace("Input should be", "it should be").partition(", unable to parse")[0]
+    said = said.replace("a valid integer", "a whole number").replace("a valid number", "a number")
+    said = said.replace(" (Possible options: --help)", "")
     lead = _lead(error, context.command, name) if context is not None else ""
+    if lead:
+        said = said.partition(" (Possible options")[0]
     return f"usage: {said}; {f'{lead}; ' if lead else ''}see {f'sftflow {name}'.strip()} --help"
 
 
@@ -28,11 +29,12 @@ def _lead(error: Any, asked: Any, command: str) -> str:
         near = (ours for ours, theirs in other_trainers.COMMANDS.items() if name in theirs.replace("-", "_").split())
         return next((f"write sftflow {found}" for found in near), "")
     name = other_trainers.normal(option)
-    remedy = other_trainers.FLAGS.get(name, "").replace("COMMAND", command)
     has = [opt for parameter in asked.params for opt in parameter.opts]
-    if remedy and not (remedy.startswith("write --") and remedy.removeprefix("write ") not in has):
-        return remedy
-    if "--set" in has and (row := other_trainers.ours(name)):
-        key, note = row
-        return f"write --set {key}=..." if key else note
-    return ""
+    if "--set" in has:
+        from sftflow.recipe import Recipe
+        from sftflow.recipe_words import Origin, elsewhere
+
+        if found := elsewhere((name,), Recipe, Origin(sets=((name, option),))):
+            return found
+    remedy = other_trainers.FLAGS.get(name, "").replace("COMMAND", command)
+    return remedy if not remedy.startswith("write --") or remedy.removeprefix("write ") in has else ""

@@ -18,11 +18,16 @@ from sftflow.tasks import TASKS, TaskSource, make_task
 
 
 def check_source(entry: SourceEntry, place: str = "mixture") -> None:
-    """Raises RecipeError where an entry names a task that there is not.   place: where it was written."""
+    """Raises RecipeError where an entry names a task that there is not, or a split of a file.   place: where it was
+    written."""
     if entry.path is None and entry.has_bare_name and entry.source not in TASKS:
         near = difflib.get_close_matches(entry.source, TASKS, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(TASKS)}, or a data file"
         raise RecipeError(place, f"unknown task {entry.source!r}", hint)
+    if entry.split != "train" and entry.source not in TASKS:
+        of_hub = entry.source.startswith("hub:")
+        remedy = f"write {':'.join(entry.source.split(':')[:2])}:{entry.split}" if of_hub else "name the split's file"
+        raise RecipeError(place, f"split {entry.split!r}: only the built-in tasks have this key", remedy)
 
 
 def rows_of_entry(entry: SourceEntry, recipe: Recipe) -> Iterator[NumberedRow]:
