@@ -187,7 +187,7 @@ def test_the_door_speaks_of_arguments_and_a_recipe_of_its_keys(tmp_path: Path) -
             "--tensor-parallel-size; a model runs on one device; leave it out; see sftflow serve --help",
         ),
         ("finetune r.yaml", "No such command 'finetune'; write sftflow train; see sftflow --help"),
-        ("compare a", "Missing argument 'SFT'; see sftflow compare --help"),
+        ("compare a", "builtin:tiny); see sftflow compare --help"),
         ("serve m --port x", "Invalid value for '--port': it should be a whole number; see sftflow serve --help"),
     ],
 )
@@ -213,6 +213,11 @@ def test_a_path_without_a_file_says_why(tmp_path: Path) -> None:
     }.items():
         (refused,) = [error_line(run("render", f"{tmp_path}/{name}", "--model", "builtin:tiny"))]
         assert refused.startswith(f"error: {tmp_path}/{name}: {said}"), refused
+    (tmp_path / "dir.gguf").mkdir()
+    assert "dir.gguf: a folder, not a file; " in error_line(run("chat", f"{tmp_path}/dir.gguf"))
+    (tmp_path / "mine.yml").touch()
+    line = error_line(run("train", str(tmp_path)))
+    assert line.endswith(f": a folder, not a recipe; give the path of a YAML file, as {tmp_path}/mine.yml")
     line = error_line(run("render", "https://x.org/a.jsonl", "--model", "builtin:tiny"))
     assert "an address is not read; download it, and name the file" in line
 
@@ -404,6 +409,8 @@ def test_every_key_of_another_trainer_s_recipe_is_answered(trainer: str) -> None
         ("mix r.yaml --batch-size 3", "write --set train.tokens_per_step=... (a step is counted in tokens"),
         ("eval m --out e --batch-size 3", "how many run side by side is chosen; leave it out; see sftflow eval"),
         ("chat m --top-k 3", "No such option: --top-k; it is the checkpoint's own choice"),
+        ("train", "Missing argument 'recipe' (a YAML recipe); see sftflow train --help"),
+        ("render a.jsonl --model", "Option '--model' requires an argument; see sftflow render --help"),
         ("doctor --jsom", "No such option: --jsom; see sftflow doctor --help"),
         ("serve m --port 70000", "'--port': it should be less than or equal to 65535; see sftflow serve --help"),
         ("chat m --temperature hot", "'--temperature': it should be a number; see"),

@@ -223,12 +223,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] | None = None) -> Rec
     """Read a YAML recipe, apply `key.sub=value` overrides, make its paths absolute: the file's as seen from its folder,
     those of overrides as seen from the current one."""
     file = Path(path)
-    if file.is_dir():
-        raise RecipeError(
-            str(path), "a folder, not a recipe", f"give the path of a YAML file, as {file / 'recipe.yaml'}"
-        )
     if not file.is_file():
-        raise RecipeError(str(path), *not_there(file, "recipe", "give the path of a YAML file"))
+        inside = next((f", as {found}" for found in sorted(file.glob("*.y*ml"))), "") if file.is_dir() else ""
+        raise RecipeError(str(path), *not_there(file, "recipe", f"give the path of a YAML file{inside}"))
     try:
         text = file.read_text(encoding="utf-8")
         data = yaml.safe_load(text)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from sftflow import other_trainers
+from sftflow.cli.common import app
 
 
 def told(error: Any) -> str:
     """One line for a usage error of the command-line library."""
     context = getattr(error, "ctx", None)
     name = str(context.info_name) if context is not None and context.parent is not None else ""
+    if context is None:  # of an option without its value
+        ours = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
+        name = next((word for word in sys.argv[1:] if word in ours), "")
     said = " ".join(str(error.format_message()).split()).removesuffix(".").replace(" Value error,", "")
     said = said.replace("Input should be", "it should be").partition(", unable to parse")[0]
     said = said.replace("a valid integer", "a whole number").replace("a valid number", "a number")
     said = said.replace(" (Possible options: --help)", "")
+    if said.startswith("Missing ") and (about := getattr(getattr(error, "param", None), "help", "")):
+        said += f" ({about})"
     lead = _lead(error, context.command, name) if context is not None else ""
     if lead:
         said = said.partition(" (Possible options")[0]

@@ -15,6 +15,8 @@ def not_there(name: str | Path, kind: str = "file", otherwise: str = "check the 
     (('no such file', '~ is for the shell to read; write the folder out'), 'no such file: there is no folder nowhere')
     """
     fact, path, text = f"no such {kind}", Path(name), str(name)
+    if path.is_dir():
+        return f"a folder, not a {kind}", otherwise
     if "~" in path.parts or re.search(r"\$\{?[A-Za-z_]", text):
         sign = "~" if "~" in path.parts else "$"
         return fact, f"{sign} is for the shell to read; write the folder out"
