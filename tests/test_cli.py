@@ -259,7 +259,7 @@ def test_flipped_byte_in_a_checkpoint(tmp_path: Path, tiny_base: Path) -> None:
     blob[-2] ^= 4
     file.write_bytes(blob)
     line = error_line(run("chat", str(tmp_path / "run"), "--prompt", "hi"))
-    assert "model.safetensors: its sha256 is not the one recorded" in line
+    assert "model.safetensors: changed since it was saved: its sha256 is not the one" in line
 
 
 def test_port_in_use(tiny_base: Path) -> None:
@@ -387,7 +387,7 @@ def test_the_flow_end_to_end(tmp_path: Path, tiny_base: Path) -> None:
 
 def test_demo_never_replaces_another_run(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep me")
-    assert "it holds something else than a demo run" in error_line(run("demo", "--out", str(tmp_path)))
+    assert "it holds something other than a demo run" in error_line(run("demo", "--out", str(tmp_path)))
     assert (tmp_path / "mine.txt").read_text() == "keep me"
 
 

@@ -120,7 +120,7 @@ def test_what_cannot_be_checked_says_why(run: Path, tiny_base: Path, tmp_path: P
         ("held_out.jsonl", done["held_out_loss"]),
         ("training_rows.npz", done["tasks"]["arithmetic"]["contamination"]),
     ):
-        assert found == {"not_checked": f"{older / name}: this file is missing: an older version trained this run"}
+        assert found == {"not_checked": f"{older / name}: missing: deleted, or of a run of an older version"}
 
 
 def test_a_comparison_needs_no_data_but_the_run_s(

@@ -122,7 +122,7 @@ def test_a_run_is_checked_by_the_rows_that_it_holds(
     (tmp_path / "other.jsonl").unlink()
     assert contamination_of_run(runs, run, mixture.renderer) == contamination(runs, mixture.rows, mixture.renderer)
     (run / "training_rows.npz").unlink()
-    with pytest.raises(DataError, match=r"training_rows\.npz: this file is missing: an older version trained this run"):
+    with pytest.raises(DataError, match=r"training_rows\.npz: missing: deleted, or of a run of an older version"):
         contamination_of_run(runs, run, mixture.renderer)
 
 

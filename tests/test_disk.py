@@ -82,11 +82,11 @@ def test_a_link_to_what_is_not_ours_is_refused(linked: str, tiny_base: Path, tmp
     (tmp_path / "photos" / "kept.txt").write_text("mine")
     (tmp_path / "run" / linked).symlink_to(tmp_path / "photos")
     with pytest.raises(
-        CheckpointError, match=r"holds something else \(kept.txt\), which would be removed; let it lead"
+        CheckpointError, match=r"something else in it \(kept.txt\), which would be removed; let it lead"
     ):
         require_own_links(tmp_path / "run")
     done = run("train", str(recipe))
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {tmp_path / 'run' / linked}: it leads to a folder")
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {tmp_path / 'run' / linked}: a link to a folder")
     assert os.listdir(tmp_path / "photos") == ["kept.txt"]
     (tmp_path / "photos" / "kept.txt").unlink()
     assert run("train", str(recipe)).returncode == 0

@@ -170,7 +170,7 @@ def test_what_fails_is_told_and_the_worker_goes_on(assistant: Any) -> None:
         async with working(assistant) as thread:
             await until(lambda: thread.ready)
             good = thread.submit([ask(5, 100)])
-            with pytest.raises(Exception, match=f"leave no room in a context of {context}"):
+            with pytest.raises(Exception, match=f"leave no room for a reply in a context of {context}"):
                 await read(thread.submit([ask(context, 5)]))
             assert len((await read(good)).ids) == 100
             with failing(assistant.model, lambda ids: True), pytest.raises(torch.OutOfMemoryError):

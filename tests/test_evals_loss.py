@@ -307,7 +307,7 @@ def test_a_run_of_an_older_version_says_so(finished: Path, tmp_path: Path) -> No
     with pytest.raises(DataError) as error:
         held_out_conversations(run)
     said = str(error.value)
-    assert said.startswith(f"{run / 'held_out.jsonl'}: this file is missing: an older version trained this run")
+    assert said.startswith(f"{run / 'held_out.jsonl'}: missing: deleted, or of a run of an older version")
     assert "\n" not in said
 
 

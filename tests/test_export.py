@@ -366,7 +366,7 @@ def test_an_adapter_whose_base_is_not_named_is_refused(tmp_path: Path) -> None:
 
 
 def test_out_is_ours_or_new(tmp_path: Path, sft: Path) -> None:
-    for name, words in [("m.bin", "no .gguf file name"), ("taken.gguf", "something else than an export")]:
+    for name, words in [("m.bin", "no .gguf file name"), ("taken.gguf", "something other than an export")]:
         (tmp_path / "taken.gguf").write_text("mine")
         with pytest.raises(RecipeError, match=words):
             export_gguf(str(sft), tmp_path / name, "f32", say=silent)
@@ -392,7 +392,7 @@ def test_a_file_with_only_some_of_our_keys_is_not_ours(tmp_path: Path, sft: Path
         step()
     before = (tmp_path / "m.gguf").read_bytes()
     result = run(str(sft), "--to", "gguf", "--out", str(tmp_path / "m.gguf"))
-    assert isinstance(result.exception, RecipeError) and "something else than an export" in str(result.exception)
+    assert isinstance(result.exception, RecipeError) and "something other than an export" in str(result.exception)
     assert (tmp_path / "m.gguf").read_bytes() == before
     with pytest.raises(CheckpointError, match=r"cannot be loaded .*it has sftflow.config and no sftflow.format"):
         checkpoint.load_assistant(str(tmp_path / "m.gguf"))

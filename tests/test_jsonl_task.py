@@ -110,7 +110,7 @@ NAMES = "exact, number, contains, regex"
         ({"answer": []}, f"no answer; {SHAPE}"),
         ({"answer": "a wren"}, f"no text under 'question'; {SHAPE}"),
         (["Well?", "a wren"], f"no text under 'question'; {SHAPE}"),
-        ({"answer": " "}, "the answer ' ' is no text, number, true or false; correct it"),
+        ({"answer": " "}, "the answer is blank; write it"),
         ({"answer": {"a": 1}}, "the answer {'a': 1} is no text, number, true or false; correct it"),
         ({"answer": ["a", None]}, "the answer None is no text, number, true or false; correct it"),
         ({"answer": float("inf")}, "the answer inf is no text, number, true or false; correct it"),
@@ -120,7 +120,7 @@ NAMES = "exact, number, contains, regex"
         ),
         ({"answer": "a", "grader": "fuzzy"}, f"unknown grader 'fuzzy'; write one of {NAMES}, choice"),
         ({"answer": "a", "grader": ["exact"]}, f"unknown grader ['exact']; write one of {NAMES}, choice"),
-        ({"answer": "a", "grader": "number"}, "the grader number and an answer without one; correct either"),
+        ({"answer": "a", "grader": "number"}, "the grader is number, and an answer has no number; correct one of them"),
         ({"answer": "a", "grader": "choice"}, 'the grader choice without choices; add "choices": [...]'),
         (
             {"answer": "a", "grader": "exact", "choices": ["a", "b"]},

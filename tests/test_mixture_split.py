@@ -203,5 +203,5 @@ def test_no_remedy_is_one_that_is_taken_already(tmp_path: Path, renderer: Render
         == f"{longer}, mend the bad rows, or raise max_dropped"
     )
     assert remedy([*few, *[{"messages": [{"role": "user", "content": "a"}]}] * 9]).startswith(
-        "mend these rows or take "
+        "mend or remove these rows: "
     )

@@ -401,7 +401,7 @@ CHOICE_SHAPE = 'write {"question": ..., "choices": {"text": [...], "label": [...
             {"question": "How many?", "choices": ["1", "2", "3", "4"], "answer": 4},
             "answer '4' is neither a letter A to D nor 0 to 3; correct it",
         ),
-        (SmolTalk, {"text": "yo"}, "no known dialect (keys: 'text'); give messages, or prompt and completion"),
+        (SmolTalk, {"text": "yo"}, "no conversation in its keys ('text'); give messages, or prompt and completion"),
     ],
 )
 def test_a_bad_row_names_its_line(kind: type[Task], row: Any, said: str, tmp_path: Path) -> None:

@@ -395,10 +395,10 @@ def test_a_damaged_state_is_named_and_the_advice_works(tiny_base: Path, tmp_path
     good = tmp_path / "good"
     shutil.copytree(newest, good)
     damages: list[tuple[str, Callable[[Path], None], str]] = [
-        ("model.safetensors", flip, "its sha256 is not the one recorded"),
+        ("model.safetensors", flip, "changed since it was saved: its sha256"),
         ("model.safetensors", Path.unlink, "this file is missing"),
-        ("optimizer.safetensors", lambda p: flip(p, 0.99), "its sha256 is not the one recorded"),
-        ("optimizer.safetensors", lambda p: os.truncate(p, 1000), "its sha256 is not the one recorded"),
+        ("optimizer.safetensors", lambda p: flip(p, 0.99), "changed since it was saved: its sha256"),
+        ("optimizer.safetensors", lambda p: os.truncate(p, 1000), "changed since it was saved: its sha256"),
         ("state.json", Path.unlink, "this file is missing"),
         ("state.json", lambda p: os.truncate(p, 100), "damaged: not whole JSON"),
         ("state.json", lambda p: os.truncate(p, 0), "damaged: not whole JSON"),
@@ -407,7 +407,7 @@ def test_a_damaged_state_is_named_and_the_advice_works(tiny_base: Path, tmp_path
         (
             "state.json",
             lambda p: p.write_text(p.read_text().replace('"step": 17', '"step": 18')),
-            "damaged: its checksum is not the one recorded",
+            "changed since it was saved: its checksum is not",
         ),
     ]
     for name, damage, fact in damages:
@@ -702,7 +702,8 @@ def test_rows_without_a_reply(tiny_base: Path, tmp_path: Path) -> None:
 def test_no_row_that_is_taught_is_an_error(tiny_base: Path, tmp_path: Path) -> None:
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]}
     line = error_line(run("train", str(edge_recipe(tmp_path, tiny_base, [row, row]))))
-    assert line.startswith("error: mixture: no row is left to train on; ") and not (tmp_path / "run").exists()
+    assert line.startswith("error: mixture: no row is left to train on (2 are not taught: weight 0); ")
+    assert not (tmp_path / "run").exists()
 
 
 def test_steps_smaller_than_a_row_are_a_recipe_error(tiny_base: Path, tmp_path: Path) -> None:

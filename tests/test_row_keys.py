@@ -80,8 +80,8 @@ def test_a_history_comes_first(keys: tuple[str, str]) -> None:
     ]
     assert taught(row) == [("system", "S", 1), *((role, text, 1) for role, text in said)]
     assert taught({**row, "history": []}) == [("system", "S", 1), ("user", "three", 1), ("assistant", "C", 1)]
-    assert "f:1.history[1]: not a pair" in refusal({**row, "history": [["one", "A"], ["two"]]})
-    assert "f:1.history[0]: it is null" in refusal({**row, "history": [["one", None]]})
+    assert "f:1.history[1]: it is a list, not a pair" in refusal({**row, "history": [["one", "A"], ["two"]]})
+    assert "f:1.history[0][1]: it is null" in refusal({**row, "history": [["one", None]]})
     assert "a history beside messages" in refusal({**CHAT, "history": [["one", "A"]]})
 
 
@@ -145,14 +145,14 @@ def test_messages_in_any_spelling(key: str) -> None:
 def test_two_dialects_in_one_row_say_the_same() -> None:
     assert taught({**CHAT, **ALPACA}) == taught(CHAT)
     assert taught({**CHAT, "prompt": None, "completion": None}) == taught({**BARE, "messages": []}) == taught(CHAT)
-    assert "two dialects" in refusal({**CHAT, **ALPACA, "output": "no"})
+    assert "different conversations under messages and instruction" in refusal({**CHAT, **ALPACA, "output": "no"})
 
 
 def test_a_question_is_not_lost_beside_another() -> None:
     asked = {"query": "hi", "response": "yo"}
     for more in ({"instruction": "Shout."}, {"instruction": "Shout.", "input": "sea"}):
-        assert "f:1.instruction: instruction beside query" in refusal({**asked, **more})
-    assert "f:1.query: query beside instruction" in refusal({**ALPACA, "query": "hey"})
+        assert "f:1.instruction: instruction and query both ask" in refusal({**asked, **more})
+    assert "f:1.query: query and instruction both ask" in refusal({**ALPACA, "query": "hey"})
     assert taught({**asked, "instruction": "", "input": "sea"})[0] == ("user", "hi\n\nsea", 1)
     both = {"instruction": "hi", "input": "sea", "output": "yo", "query": "hi\n\nsea", "response": "yo"}
     assert taught(both) == [("user", "hi\n\nsea", 1), ("assistant", "yo", 1)]
@@ -174,7 +174,7 @@ def test_nothing_of_a_prompt_is_taught() -> None:
     assert [weight for *_, weight in taught({"prompt": [ASKED, REPLIED], "completion": more})] == [1, 0, 1, 1]
     assert "ends with a reply" in refusal({"prompt": [ASKED, REPLIED], "completion": "yes"})
     weighed = [ASKED, {**REPLIED, "weight": 1}, ASKED]
-    assert "f:1.prompt[1].weight: nothing of a prompt is taught" in refusal({"prompt": weighed, "completion": "yes"})
+    assert "f:1.prompt[1].weight: no message of a prompt is taught" in refusal({"prompt": weighed, "completion": "yes"})
 
 
 # ---- what is not taught
@@ -401,8 +401,8 @@ def test_calls_of_every_dialect_are_the_same_calls() -> None:
     for value, fact in (
         ("ring!", "not JSON"),
         ("[]", "no call"),
-        ("3", "not a list of objects"),
-        ("[1]", "not a list"),
+        ("3", "not a call or a list of calls"),
+        ("[1]", "not a call or a list"),
     ):
         assert fact in refusal([ASKED, {"from": "function_call", "value": value}])
 

@@ -87,5 +87,5 @@ def test_training_writes_them_and_the_same_bytes_again(tiny_base: Path, tmp_path
 
 def test_a_run_of_an_older_version_says_so(tmp_path: Path) -> None:
     for read in (read_held_out, read_training_rows):
-        with pytest.raises(DataError, match="this file is missing: an older version trained this run"):
+        with pytest.raises(DataError, match="missing: deleted, or of a run of an older version"):
             read(tmp_path)

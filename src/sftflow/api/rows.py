@@ -70,8 +70,13 @@ class Rows(Sequence[Any]):
         for number, row in enumerate(self._rows or (), 1):
             try:
                 lines.append(_as_json(row).encode() + b"\n")
+            except UnicodeEncodeError as error:
+                half = f"half a character ({ascii(error.object[error.start])[1:-1]})"
+                raise DataError(f"{self.name}:{number}", half, "mend the text") from None
             except (TypeError, ValueError, RecursionError) as error:
-                raise DataError(f"{self.name}:{number}", f"not JSON ({error})", "give plain values") from None
+                raise DataError(
+                    f"{self.name}:{number}", f"not JSON ({error})", "give texts, numbers, lists and mappings"
+                ) from None
         data = b"".join(lines)
         folder = cache_folder("memory") or Path(tempfile.mkdtemp(prefix="sftflow-memory-"))
         file = folder / hashlib.sha256(data).hexdigest()[:16] / f"{self.name}.jsonl"

@@ -109,12 +109,12 @@ def train(
 
 
 def demo(out: str | Path = "runs/demo") -> Run:
-    """The whole flow on the shipped base. Raises RecipeError where `out` holds something else than an earlier demo."""
+    """The whole flow on the shipped base. Raises RecipeError where `out` holds something other than an earlier demo."""
     folder = Path(out)
     recipe = load_recipe(Path(str(resources.files("sftflow.recipes"))) / "demo.yaml", [f"train.out={folder}"])
     mark = folder / ".demo"
     if folder.exists() and any(folder.iterdir()) and not mark.is_file():
-        raise RecipeError(f"--out {folder}", "it holds something else than a demo run", "name another folder")
+        raise RecipeError(f"--out {folder}", "it holds something other than a demo run", "name another folder")
     with watching() as shown, ExitStack() as stack:
         with stack.enter_context(Signals()).deferred():  # cleared by half, it would not be known as a demo's any more
             lock = stack.enter_context(Lock(folder))

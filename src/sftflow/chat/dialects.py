@@ -69,8 +69,10 @@ def _conversations(row: dict[str, Any], place: str, ignored: set[str]) -> tuple[
     whole = [(keys, read) for keys, read in _DIALECTS if all(key in row for key in keys)]
     whole = [(keys, read) for keys, read in whole if all(_usable(key, row[key]) for key in keys)] or whole[:1]
     if not whole:
-        names = ", ".join(map(repr, list(row)[:4])) or "none"
-        raise SchemaError(place, f"no known dialect (keys: {names})", "give messages, or prompt and completion")
+        names = ", ".join(map(repr, list(row)[:4]))
+        if not row:
+            raise SchemaError(place, "an empty row", "remove it")
+        raise SchemaError(place, f"no conversation in its keys ({names})", "give messages, or prompt and completion")
     used: set[str] = set()
     conversations = []
     for keys, read in whole:
@@ -79,7 +81,9 @@ def _conversations(row: dict[str, Any], place: str, ignored: set[str]) -> tuple[
     questions = {key for key in ("instruction", "query") if not absent(row.get(key))}
     if questions & used and questions - used:
         asked, other = *questions & used, *questions - used
-        raise SchemaError(f"{place}.{other}", f"{other} beside {asked}, and one reply", f"put it into {asked}")
+        raise SchemaError(
+            f"{place}.{other}", f"{other} and {asked} both ask, and there is one reply", f"join them in {asked}"
+        )
     if "history" not in used and not absent(row.get("history")):
         raise SchemaError(f"{place}.history", f"a history beside {whole[0][0][0]}", "put its turns into the messages")
     return conversations, used
@@ -108,16 +112,17 @@ def _completed(row: dict[str, Any], keys: tuple[str, ...], place: str, ignored: 
     for where, message in prompt:
         if isinstance(message, dict) and message.get("role") == "assistant":
             if message.get("weight"):
-                raise SchemaError(f"{where}.weight", "nothing of a prompt is taught", "move it into the completion")
+                raise SchemaError(f"{where}.weight", "no message of a prompt is taught", MOVE)
             message["weight"] = 0
     ends = [turns[at][1] for turns, at in ((prompt, -1), (completion, 0)) if turns]
     if len(ends) == 2 and all(isinstance(m, dict) and m.get("role") == "assistant" for m in ends):
         fact = "the prompt ends with a reply, and the completion begins with one"
-        raise SchemaError(f"{place}.prompt", fact, "put what begins the reply into the completion")
+        raise SchemaError(f"{place}.prompt", fact, "join them in the completion, or put the user turn between")
     return [*prompt, *completion]
 
 
 _SIDES = ("user", "assistant")
+MOVE = "remove the key, or move the message into the completion"
 
 
 def _side(value: Any, role: str, place: str, ignored: set[str]) -> list[Turn]:
@@ -137,8 +142,8 @@ def _asked(row: dict[str, Any], keys: tuple[str, ...], place: str, ignored: set[
     for number, pair in enumerate(history):
         where = f"{place}.history[{number}]"
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise SchemaError(where, "not a pair of texts", "make it [asked, replied]")
-        pairs += [(where, _text(side, where)) for side in pair]
+            raise SchemaError(where, f"it is {kind_of(pair)}, not a pair of texts", "make it [asked, replied]")
+        pairs += [(f"{where}[{side}]", _text(pair[side], f"{where}[{side}]")) for side in (0, 1)]
     about = () if keys[0] == "query" and not absent(row.get("instruction")) else ("input",)  # it is the instruction's
     asks = [_text(row[key], f"{place}.{key}") for key in (keys[0], *about) if not absent(row.get(key))]
     pairs.append((f"{place}.{keys[0]}", "\n\n".join(asks)))

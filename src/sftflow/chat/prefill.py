@@ -45,7 +45,7 @@ def drop_prefill(renderer: Renderer) -> Renderer:
         if [[text for _, text in _texts(found, p)] for p in probes] == wanted:
             return found
     fact = f"the {renderer.format.name} format's prompts end with {prefill!r}, which cannot be taken out alone"
-    raise FormatError("drop_prefill", fact, "use another format")
+    raise FormatError("drop_prefill", fact, "leave drop_prefill off, or use another format")
 
 
 def _prefill(renderer: Renderer) -> str:

@@ -26,7 +26,9 @@ _PREFERENCE = Refusal(
 )
 _ARGUMENTS = Refusal("a template's arguments cannot differ from row to row", "remove the key, or these rows")
 _SPANS = Refusal("a reply is taught as a whole or not at all", "use weight 0 or 1")
-_MASK = Refusal("it may mean taught as well as not taught", "give messages that are not taught weight 0")
+_MASK = Refusal(
+    "it may mean taught as well as not taught", 'remove it, and give messages that are not taught "weight": 0'
+)
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
 SYSTEM = ("system", "system_prompt", "system_message")

@@ -155,7 +155,8 @@ def parse_message(raw: Any, place: str) -> Message:
     calls = raw.get("tool_calls") or []
     for key in ("tool_calls", "reasoning_content", "weight"):
         if raw.get(key) not in (None, "") and role != "assistant":
-            raise SchemaError(f"{place}.{key}", f"only an assistant message has {key}, this is {role}", "remove it")
+            fact = f"only an assistant message has {key}, and this is a {role} message"
+            raise SchemaError(f"{place}.{key}", fact, f"correct its role, or remove {key}")
     if role != "assistant":
         texts["reasoning_content"] = None
     if "content" not in raw and not calls:
@@ -164,7 +165,9 @@ def parse_message(raw: Any, place: str) -> Message:
     if not parts and not (role == "assistant" and calls):
         raise SchemaError(f"{place}.content", "content is null", 'write "" for an empty message')
     if role != "assistant" and any(p.kind != "text" for p in parts):
-        raise SchemaError(f"{place}.content", f"python parts in a {role} message", "only the assistant calls the tool")
+        raise SchemaError(
+            f"{place}.content", f"python parts in a {role} message", "move them into an assistant message"
+        )
     return Message(role, parts, tuple(calls), weight=raw.get("weight", 1), **texts)
 
 
@@ -179,7 +182,9 @@ def parse_row(row: Any, place: str) -> Conversation:
     if not found[0]:
         raise SchemaError(f"{place}.messages", "no messages", "give at least one")
     if any(messages != found[0] for messages in found[1:]):
-        raise SchemaError(place, "it holds conversations in two dialects, which differ", "keep one of them")
+        names = [turns[0][0].rpartition(".")[2].partition("[")[0] for turns in raw.conversations if turns]
+        fact = f"different conversations under {' and '.join(names)}"
+        raise SchemaError(place, fact, "keep one of them")
     return Conversation(found[0], tuple(raw.tools), raw.meta, place, raw.ignored)
 
 

@@ -15,6 +15,7 @@ from types import CodeType
 from typing import Any
 
 import jinja2
+import jinja2.exceptions
 import jinja2.ext
 import jinja2.meta
 import jinja2.nodes
@@ -107,7 +108,9 @@ class Template:
             self._compiled = jinja2.Template.from_code(self._environment, _code_of(chat_format.template), globals)
         except Exception as error:  # of Jinja, and of Python where blocks are nested too deeply
             fact = f"the chat template does not compile ({first_line(error) or type(error).__name__})"
-            raise FormatError(chat_format.name, fact, "mend it") from None
+            line = getattr(error, "lineno", None)
+            place = f"{chat_format.name}:{line}" if line else chat_format.name
+            raise FormatError(place, fact, "mend the template, or use another format") from None
 
     def row(self, conversation: Conversation) -> Row:
         """Calculator parts become plain text where the format has no tokens for them."""
@@ -173,10 +176,16 @@ class Template:
             text.isascii() or text.encode()  # half a surrogate pair, which a template can write, is no text
             return text
         except jinja2.TemplateError as error:
-            raise FormatError(place, f"the {self.format.name} format refuses it: {error}", "change the row") from None
+            fact = f"the {self.format.name} format refuses it: {error}"
+            if isinstance(error, jinja2.exceptions.SecurityError):
+                raise FormatError(place, fact, "mend the template, or use another format") from None
+            said = "; " in str(error)  # what to do, as our own formats do
+            raise FormatError(place, fact, "" if said else "change the row, or use another format") from None
         except Exception as error:  # what templates do with a row may end in any of Python's own
             fact = f"the {self.format.name} format cannot express it ({type(error).__name__}: {first_line(error)})"
-            raise FormatError(place, fact, "change the row or the format") from None
+            raise FormatError(
+                place, fact, "take out of the row what the template does not expect, or use another format"
+            ) from None
 
     def watched(self, messages: Messages, tools: Any, add_generation_prompt: bool) -> Watched | None:
         """The rendering, and of each message where in it the template asked for it, and in which state. None where that

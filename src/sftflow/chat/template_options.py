@@ -52,7 +52,11 @@ def append_eos(renderer: Renderer) -> Renderer:
     if renderer.end_token is not None:
         return renderer
     if not renderer.spec.names.get("eos_token"):
-        raise FormatError("append_eos", "the tokenizer has no end-of-text token", "set its eos_token")
+        raise FormatError(
+            "append_eos",
+            "the tokenizer has no end-of-text token",
+            "set eos_token in its tokenizer_config.json, or leave append_eos off",
+        )
     found = renderer.format.behind(_APPEND_EOS, append_eos=True)
     of_tools = renderer.format.with_tools
     if of_tools and renderer.with_format(of_tools).end_token is not None:

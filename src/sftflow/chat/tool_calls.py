@@ -9,9 +9,11 @@ from typing import Any
 
 from sftflow.chat.row_keys import absent
 from sftflow.foundation.errors import SchemaError
-from sftflow.foundation.json_values import RepeatedKeyError, check_plain, kind_of, loads
+from sftflow.foundation.json_values import MOST_NESTED, RepeatedKeyError, check_plain, kind_of, loads
 
 ARGUMENTS = ("arguments", "parameters", "args", "input")
+TOOL = '{"type": "function", "function": {"name": ..., "parameters": {...}}}'
+CALL = '{"name": ..., "arguments": {...}}'
 _THOUGHT = re.compile(r"\s*(<think>.*?</think>)(.*)", re.DOTALL)
 
 
@@ -20,7 +22,7 @@ def read_json(text: str, place: str) -> Any:
     try:
         value = loads(text)
     except RecursionError:
-        raise SchemaError(place, "JSON nested too deeply", "mend the text") from None
+        raise SchemaError(place, f"nested more than {MOST_NESTED} deep", "make it flatter, or remove the row") from None
     except (json.JSONDecodeError, RepeatedKeyError) as error:
         raise SchemaError(place, f"a text that is not JSON ({error})", "mend the text") from None
     except ValueError:
@@ -39,7 +41,7 @@ def read_tools(value: Any, place: str) -> list[dict[str, Any]]:
     if isinstance(value, list):
         value = [read_json(t, place) if isinstance(t, str) else t for t in value]
     if not isinstance(value, list) or not all(isinstance(t, dict) or absent(t) for t in value):
-        raise SchemaError(place, "not a list of objects", "see the OpenAI tool shape")
+        raise SchemaError(place, "not a list of objects", f"write [{TOOL}]")
     check_plain(value, place)
     return [_defined(_tool(tool, f"{place}[{number}]")) for number, tool in enumerate(value) if not absent(tool)]
 
@@ -75,7 +77,7 @@ def _defined(schema: Any) -> Any:
 def read_calls(value: Any, place: str) -> list[dict[str, Any]]:
     """A message's `tool_calls`. Raises SchemaError, naming the call."""
     if not isinstance(value, list) or not all(isinstance(c, dict) for c in value):
-        raise SchemaError(place, "not a list of objects", "see the OpenAI chat shape")
+        raise SchemaError(place, "not a call or a list of calls", f"write {CALL}")
     return [_call(call, f"{place}[{number}]") for number, call in enumerate(value)]
 
 
@@ -89,7 +91,7 @@ def calls_in_content(content: Any, place: str) -> tuple[str | None, list[dict[st
         content = read_json(content, place)
     calls = [content] if isinstance(content, dict) else content
     if not calls:
-        raise SchemaError(place, "no call in it", "give name and arguments")
+        raise SchemaError(place, "no call in it", f"write {CALL}")
     return thought, read_calls(calls, place)
 
 
@@ -99,7 +101,7 @@ def _call(raw: dict[str, Any], place: str) -> dict[str, Any]:
     if call.get("type") in ("tool_use", "tool_call"):  # Anthropic's, LangChain's
         call["type"] = "function"
     if call.get("type", "function") != "function":
-        raise SchemaError(place, f"type {call['type']!r} is not known", "only functions are called")
+        raise SchemaError(place, f"type {call['type']!r} is not known", 'use "function"')
     envelope = {key: value for key, value in call.items() if key in ("id", "type", "index")}
     nested = isinstance(call.get("function"), dict)
     given = call["function"] if nested else {key: value for key, value in call.items() if key not in envelope}

@@ -95,7 +95,8 @@ def _message(raw: Any, place: str, ignored: set[str]) -> Any:
     taught = bool(flags) and flag_of(flags, place)
     flag = next((key for key in flags if key not in NOT_TAUGHT), None)  # tables have `masked: false` in every message
     if taught and flag and role != "assistant":
-        raise SchemaError(f"{place}.{flag}", f"only an assistant message has {flag}, this is {said}", "remove it")
+        fact = f"only an assistant message has {flag}, and this is a {said} message"
+        raise SchemaError(f"{place}.{flag}", fact, f"remove {flag}")
     if flags and role == "assistant" and (flag or not taught):
         message["weight"] = taught
     if sharegpt:

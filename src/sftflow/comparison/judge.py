@@ -198,7 +198,7 @@ def judge_pairs(
     progress: (done, total) questions.
 
     Raises JudgeError, in one line, where the judge cannot be reached, does not know
-    the key or the model, or speaks something else than chat completions: most often before the first pair.
+    the key or the model, or speaks something other than chat completions: most often before the first pair.
     """
     questions = [judge_prompt(p.messages, *order) for p in pairs for order in ((p.a, p.b), (p.b, p.a))]
     with (

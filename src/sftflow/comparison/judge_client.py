@@ -69,7 +69,7 @@ class JudgeClient:
         self._limit = {"max_tokens": max_tokens}
         self._key = (api_key or "").strip()
         if not self._key.isascii() or not all(c.isprintable() and c != " " for c in self._key):
-            raise JudgeError(self.place, "the API key holds characters that no key has", "copy it again")
+            raise JudgeError("SFTFLOW_JUDGE_KEY", "it holds characters that no key has", "copy it again")
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         headers["Content-Type"] = "application/json"
         self._http = httpx.Client(headers=headers, timeout=httpx.Timeout(timeout, connect=min(timeout, 15.0)))
@@ -98,7 +98,11 @@ class JudgeClient:
                 elif "temperature" in message and self.temperature is not None:
                     self.temperature = None
                 else:
-                    raise JudgeError(self.place, message, "check the address and what runs there") from None
+                    at_fault = message.startswith("HTTP 5")
+                    remedy = (
+                        "see the server's log, or try again later" if at_fault else "check the address and the server"
+                    )
+                    raise JudgeError(self.place, message, remedy) from None
         self._proven = True
 
     def ask(self, text: str) -> tuple[str | None, str | None]:
@@ -135,16 +139,26 @@ class JudgeClient:
             return
         fact = f"HTTP {status}: {message}"
         if status in (401, 403):
-            raise JudgeError(self.place, f"the API key is missing or wrong ({fact})", "give the key of this server")
+            raise JudgeError(
+                self.place,
+                f"the API key is missing or wrong ({fact})",
+                "set SFTFLOW_JUDGE_KEY to the key of this server",
+            )
         if status == 404 and "model" in message.lower():
             raise JudgeError(self.place, f"no model {self.model!r} there ({fact})", "check --judge-model")
         if status in LOST:
-            raise JudgeError(self.place, f"no chat completions there ({fact})", "give the address that ends in /v1")
+            raise JudgeError(
+                self.place,
+                f"no chat completions there ({fact})",
+                "check the address, most often one that ends in /v1, and what runs there",
+            )
         if 300 <= status < 400:
             target = response.headers.get("location", "elsewhere")
             raise JudgeError(self.place, f"it sends on to {target}", "give that address")
         if status in BUSY:
-            raise JudgeError(self.place, f"it is too busy, also after {TRIES} tries ({fact})", "try again later")
+            raise JudgeError(
+                self.place, f"it is too busy, also after {TRIES} tries ({fact})", "see what it says, or try again later"
+            )
         raise NoReply(fact)
 
     def _post(self, body: bytes) -> httpx.Response:

@@ -50,7 +50,8 @@ def _prompt_ids(assistant: Assistant, prompt: FixedPrompt, arm: Arm) -> tuple[in
         ids = assistant.plain_ids(prompt.plain)
     context = assistant.engine.context
     if len(ids) >= context:
-        raise ContextError(prompt.id, f"{len(ids)} tokens do not fit {context}", "ask something shorter")
+        fact = f"the prompt has {len(ids):,} tokens, and the model's context {context:,}"
+        raise ContextError(prompt.id, fact, "give --prompts a file of shorter ones")
     return ids
 
 

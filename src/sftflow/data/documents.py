@@ -31,4 +31,6 @@ def read_documents(path: Path) -> Iterator[str]:
                     raise DataError(f"{path}:{number}", "not a JSON object with `text`", "fix the line")
                 yield row["text"]
     except lzma.LZMAError as error:
-        raise DataError(str(path), f"cannot be unpacked ({error})", "download it again") from None
+        raise DataError(
+            str(path), f"cannot be unpacked ({error})", "download it again, or name it as what it is"
+        ) from None

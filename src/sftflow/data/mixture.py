@@ -183,7 +183,12 @@ def build_mixture(
             few.append(f"{rows.name}: {fact}")
     examples = Examples(sources, np.concatenate(train))
     if not len(examples):
-        raise DataError("mixture", "no row is left to train on", "see the ledger's dropped rows")
+        lost = [{**rows.meta["dropped"], "bad": rows.meta["bad"]} for rows in sources]
+        why = ", ".join(
+            f"{n:,} are {w}" for w in dict.fromkeys(w for s in lost for w in s) if (n := sum(s.get(w, 0) for s in lost))
+        )
+        fact = f"no row is left to train on{f' ({why})' if why else ''}"
+        raise DataError("mixture", fact, "give others, or lower validation, or raise train.max_length")
     firsts = [first for rows in sources if (first := rows.meta["sample"])]
     mixture = Mixture(
         examples=examples,

@@ -91,7 +91,7 @@ def _write_rows(
             fact = (
                 f"{len(bad):,} of {total.seen:,} rows are bad, more than {MOST_BAD:.0%}; the first: {bad[0]['reason']}"
             )
-            raise DataError(prefix, fact, "mend these rows or take them out: on_bad_row: skip is for a few")
+            raise DataError(prefix, fact, "mend or remove these rows: on_bad_row: skip is for a few")
         first = {"source": sample.source, "row": sample.to_row()} if sample else None
         kept = {"bad": len(bad), "bad_rows": bad, "sample": first, "verified": verified, "prefix": prefix}
         writer.finish({**vars(total), **kept})

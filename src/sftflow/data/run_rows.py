@@ -182,5 +182,5 @@ def read_training_rows(run: Path) -> TrainingRows:
 def _file_of(run: Path, name: str) -> Path:
     file = run / name
     if not file.is_file():
-        raise DataError(str(file), "this file is missing: an older version trained this run", "train it again")
+        raise DataError(str(file), "missing: deleted, or of a run of an older version", "put it back, or train again")
     return file

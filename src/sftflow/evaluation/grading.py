@@ -52,7 +52,11 @@ def grade_items(
     fitting = [(item, prompt) for item, prompt in asked if len(prompt.ids) < context]
     if asked and not fitting:
         shortest = min(len(prompt.ids) for _, prompt in asked)
-        raise ContextError(task.name, f"no prompt fits a context of {context} tokens (shortest: {shortest})", "drop it")
+        raise ContextError(
+            task.name,
+            f"no prompt fits a context of {context} tokens (shortest: {shortest})",
+            "leave the task out, or take a model with a longer context",
+        )
     most = 1 if task.by_letter else task.task.max_new_tokens
     longest = max((len(prompt.ids) + most for _, prompt in fitting), default=0)
     with _grader(task.task, graded) as grade:

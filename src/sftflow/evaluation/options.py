@@ -72,7 +72,7 @@ def open_tasks(
             raise TaskError(name, "it runs code that the model wrote", "allow that with --allow-code (docs/sandbox.md)")
         items = tuple(task.items("test"))
         if not items:
-            raise TaskError(spec, "no items to ask", "check the file and --limit")
+            raise TaskError(spec, "no items to ask", "check its file")
         taken = {other.name for other in out}
         if name in taken and path:
             name = f"{name}-{Path(path).stem}"

@@ -13,7 +13,7 @@ def require_replaceable(out: Path, is_ours: Callable[[], bool], what: str, kind:
     is loaded.   is_ours: asked of what is there; it may raise where that cannot be read.   kind: "file" or "folder"."""
     folder = next(parent for parent in out.absolute().parents if parent.exists())
     if not folder.is_dir():
-        raise RecipeError(f"--out {out}", f"{folder} is a file", "name a folder")
+        raise RecipeError(f"--out {out}", f"{folder} is a file, not a folder", "choose another path")
     if not out.exists():
         return
     try:
@@ -21,4 +21,4 @@ def require_replaceable(out: Path, is_ours: Callable[[], bool], what: str, kind:
     except (OSError, ValueError):
         ours = False
     if not ours:
-        raise RecipeError(f"--out {out}", f"it holds something else than {what}", f"name another {kind}")
+        raise RecipeError(f"--out {out}", f"it holds something other than {what}", f"name another {kind}")

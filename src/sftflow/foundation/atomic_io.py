@@ -130,7 +130,9 @@ def read_record(path: Path, remedy: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise CheckpointError(str(path), "damaged: not a JSON object", remedy)
     if CHECKSUM in record and record[CHECKSUM] != _checksum(record):
-        raise CheckpointError(str(path), "damaged: its checksum is not the one recorded when it was saved", remedy)
+        raise CheckpointError(
+            str(path), "changed since it was saved: its checksum is not the one recorded then", remedy
+        )
     return record
 
 
@@ -142,7 +144,7 @@ def check_hashes(directory: Path, recorded: dict[str, str], remedy: str, shown: 
         if not path.is_file():
             raise CheckpointError(place, "this file is missing", remedy)
         if sha256_file(path) != expected:
-            raise CheckpointError(place, "its sha256 is not the one recorded when it was saved", remedy)
+            raise CheckpointError(place, "changed since it was saved: its sha256 is not the one recorded then", remedy)
 
 
 # ---- directories

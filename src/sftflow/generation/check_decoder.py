@@ -90,7 +90,9 @@ def _truth(model: Any, runtime: Runtime, sequences: Sequence[Sequence[int]]) -> 
             return [own_logits(model, ids) for ids in sequences]
         except BROKEN as error:
             fact = f"it cannot compute a sequence ({type(error).__name__}: {first_line(error)})"
-            raise CheckpointError(type(model).__name__, fact, "this model cannot be generated from") from error
+            raise CheckpointError(
+                type(model).__name__, fact, "copy the checkpoint again, save it in one dtype, or give another"
+            ) from error
 
 
 def _holds(

@@ -76,8 +76,10 @@ class Scheduler(AbstractContextManager["Scheduler"]):
         """
         room = self.context - len(request.prompt_ids)
         if room < min(1, request.max_new_tokens) or not request.prompt_ids:
-            fact = f"{len(request.prompt_ids)} tokens leave no room in a context of {self.context}"
-            raise ContextError("prompt", fact if request.prompt_ids else "it has no tokens", "shorten or fill it")
+            if not request.prompt_ids:
+                raise ContextError("prompt", "it has no tokens", "write something")
+            fact = f"{len(request.prompt_ids)} tokens leave no room for a reply in a context of {self.context}"
+            raise ContextError("prompt", fact, "shorten it")
         room = min(room, request.max_new_tokens)
         self._waiting.append(ReplySequence(request, self._reply_decoder, room, number=self._count, streamed=streamed))
         self._count += 1

@@ -66,7 +66,7 @@ def layout_of(config: Any, place: str) -> Architecture:
     if name not in ARCHITECTURES:
         raise CheckpointError(place, f"{name} cannot be exported to GGUF", f"these can: {', '.join(ARCHITECTURES)}")
     for problem in _problems(config, name):
-        remedy = "llama.cpp would compute something else, so it stays here"
+        remedy = "llama.cpp would compute something else; serve the directory itself: sftflow serve"
         raise CheckpointError(place, f"this {name} {problem}", remedy)
     return ARCHITECTURES[name]
 

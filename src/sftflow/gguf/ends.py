@@ -70,5 +70,7 @@ def fields_for(ends: Sequence[int], eos: int, tokens: Sequence[str], model: str,
     left = [tokens[i] for i in ends if i not in ends_of(tokens, fields, model)]
     if left:
         fact = f"llama.cpp would not stop at {', '.join(left)}, as this checkpoint's replies do"
-        raise CheckpointError(place, fact, "take it out of eos_token_id, or serve the directory itself")
+        raise CheckpointError(
+            place, fact, "serve the directory itself; only where no reply ends so, take it out of eos_token_id"
+        )
     return fields

@@ -96,7 +96,9 @@ def _encoded(array: Array, kind: str, name: str) -> Array:
     import gguf
 
     if not np.isfinite(array).all():
-        raise CheckpointError(name, "it holds numbers that are not finite", "this checkpoint is damaged; train again")
+        raise CheckpointError(
+            name, "it holds numbers that are not finite", "copy the checkpoint again, or give another"
+        )
     if kind == "f16" and float(np.abs(array).max(initial=0)) > 65504:
         raise CheckpointError(name, "it holds numbers beyond what f16 reaches", "use --type bf16 or f32")
     encoded: Array = gguf.quantize(np.ascontiguousarray(array, np.float32), gguf.GGMLQuantizationType[kind.upper()])

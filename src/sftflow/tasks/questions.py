@@ -144,6 +144,8 @@ def _text_of_answer(value: Any, place: str) -> str:
         return format(Decimal(str(value)), "f")  # 1e-07 as 0.0000001
     if isinstance(value, str) and value.strip():
         return value
+    if isinstance(value, str):
+        raise SchemaError(place, "the answer is blank", "write it")
     raise SchemaError(place, f"the answer {value!r} is no text, number, true or false", "correct it")
 
 
@@ -177,7 +179,7 @@ def letter_of(answers: tuple[str, ...], choices: tuple[str, ...], place: str) ->
 def grader_of(named: str | None, answers: tuple[str, ...], place: str) -> str:
     """The row's grader, its answers checked against it; "" for a long text that names none."""
     if named == "number" and not all(map(numbers_in, answers)):
-        raise SchemaError(place, "the grader number and an answer without one", "correct either")
+        raise SchemaError(place, "the grader is number, and an answer has no number", "correct one of them")
     if named == "regex":
         for pattern in answers:
             try:

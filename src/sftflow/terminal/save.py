@@ -52,7 +52,10 @@ def append_row(path: Path, row: dict[str, Any]) -> int:
                 os.truncate(path, size)  # a disk that is full takes half a row
                 raise
     except OSError as error:
-        raise DataError(str(path), f"cannot be written ({error.strerror or error})", "choose another file") from None
+        remedy = (
+            "choose another file" if path.parent.is_dir() else f"make the folder {path.parent}, or choose another file"
+        )
+        raise DataError(str(path), f"cannot be written ({error.strerror or error})", remedy) from None
     except SftflowError as error:
         fact = f"it is no JSONL file of conversations ({error.fact})"
         raise DataError(error.place or str(path), fact, "choose another file") from None

@@ -80,8 +80,8 @@ def require_own_links(out: Path) -> None:
         states = ("step-", "tokenizer", ".") if path.name == "resume" else (".",)
         foreign = sorted(p.name for p in path.iterdir() if not p.name.startswith(states))
         if foreign:
-            fact = f"it leads to a folder that holds something else ({foreign[0]}), which would be removed"
-            raise CheckpointError(str(path), fact, "let it lead to a folder of its own")
+            fact = f"a link to a folder with something else in it ({foreign[0]}), which would be removed"
+            raise CheckpointError(str(path), fact, "let it lead to an empty folder, or remove the link")
 
 
 def forget(root: Path) -> None:
