@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -49,11 +50,15 @@ def carrying(variable: str) -> list[int]:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder whose owner may have taken all rights from its parts."""
-    for parent, names, _ in os.walk(folder):
-        for name in names:
-            path = os.path.join(parent, name)
-            if not os.path.islink(path):  # chmod would follow it out of the folder
-                with contextlib.suppress(OSError):
+    """Remove a folder whose owner may have taken all rights from it and its parts, or nested them without end."""
+    with contextlib.suppress(OSError):  # it may be gone
+        os.chmod(folder, 0o700)
+        found = [str(folder)]
+        for place in found:
+            for name in os.listdir(place):
+                path = os.path.join(place, name)
+                if os.path.isdir(path) and not os.path.islink(path):  # chmod would follow it out of the folder
                     os.chmod(path, 0o700)
+                    found.append(os.path.join(folder, secrets.token_hex(16)))
+                    os.rename(path, found[-1])  # else paths are longer than may be, and rmtree recurses too deep
     shutil.rmtree(folder, ignore_errors=True)

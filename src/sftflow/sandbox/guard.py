@@ -89,7 +89,7 @@ def install(folder: str, readable: Iterable[str]) -> None:
     forbidden = {event: what for what, events in EVENTS.items() for event in events}
     system = tuple(realpath(path) for path in readable)
     roots, loading = (here, *system), list[str]()
-    mask = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    mask, changing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND, frozenset("wax+")
 
     def whole(path: Any, parent: Any = -1) -> str:
         text = fsdecode(fspath(path))
@@ -133,8 +133,8 @@ def install(folder: str, readable: Iterable[str]) -> None:
 
     def judge(event: str, args: tuple[Any, ...]) -> None:
         if event == "open":
-            path, _, flags = args
-            if isinstance(flags, int) and flags & mask:
+            path, mode, flags = args  # C code that opens by fopen tells its mode, and flags of 0
+            if (isinstance(flags, int) and flags & mask) or (isinstance(mode, str) and not changing.isdisjoint(mode)):
                 may_write(path)
             else:
                 may_read(path)
