@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from helpers.runs import Result, error_line, run, write_recipe
+from sftflow.recipe import Eval
 from sftflow.report.log_file import Heard
 from sftflow.report.progress import ProgressDisplay
 from sftflow.report.run_blocks import end_block
@@ -100,12 +101,26 @@ def test_a_run_ends_with_one_block_whose_commands_run(begun: tuple[Path, Result]
     assert chat.returncode == 0, chat.stderr
 
 
-def test_the_next_command_compares_on_the_recipe_s_tasks(tmp_path: Path) -> None:
-    last = end_block(tmp_path, "a base", ("arithmetic", "gsm8k=my file.jsonl"), {}, 3.0).plain.splitlines()[-2]
-    asked = ["compare", "a base", str(tmp_path), "--tasks", "arithmetic,gsm8k=my file.jsonl", "--out", str(tmp_path)]
-    assert shlex.split(last)[-7:] == asked
+@pytest.mark.parametrize(
+    "asked, options",
+    [
+        (None, []),
+        (Eval(tasks=("gsm8k=my file.jsonl", "spelling")), ["--tasks", "gsm8k=my file.jsonl,spelling", "--limit", "200"]),
+        (Eval(tasks=("spelling",), limit=None), ["--tasks", "spelling"]),
+        (
+            Eval(tasks=("humaneval",), limit=3, allow_code=True),
+            ["--tasks", "humaneval", "--limit", "3", "--allow-code"],
+        ),
+    ],
+)
+def test_the_next_command_compares_on_what_the_recipe_asks(
+    asked: Eval | None, options: list[str], tmp_path: Path
+) -> None:
+    last = end_block(tmp_path, "a base", asked, {}, 3.0).plain.splitlines()[-2]
+    whole = ["compare", "a base", str(tmp_path), *options, "--out", str(tmp_path)]
+    assert shlex.split(last)[-len(whole) :] == whole
     (tmp_path / "compare.json").touch()
-    assert "compare" not in end_block(tmp_path, "base", (), {}, 3.0).plain.split()
+    assert "compare" not in end_block(tmp_path, "base", asked, {}, 3.0).plain.split()
 
 
 def test_the_log_keeps_what_was_said(begun: tuple[Path, Result]) -> None:

@@ -71,8 +71,7 @@ class Run(training_run.Run):
 
     def ending(self) -> Text:
         """Which step was kept and why, the losses, the time, where all is, and what comes next."""
-        tasks = self.recipe.eval.tasks if self.recipe.eval else ()
-        return end_block(self.directory, self.recipe.base, tasks, self.kept, self.seconds)
+        return end_block(self.directory, self.recipe.base, self.recipe.eval, self.kept, self.seconds)
 
     def __str__(self) -> str:
         return self.ending().plain

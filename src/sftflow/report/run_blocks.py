@@ -14,6 +14,7 @@ from typing import Any
 from rich.text import Text
 
 from sftflow.foundation.atomic_io import read_log
+from sftflow.recipe import Eval
 from sftflow.report.figures import duration, plural
 from sftflow.report.log_file import NAME
 from sftflow.report.wording import kept_step
@@ -99,10 +100,10 @@ def _rates(run: Opening) -> str:
     )
 
 
-def end_block(out: Path, base: str, tasks: Sequence[str], kept: Mapping[str, Any], seconds: float) -> Text:
+def end_block(out: Path, base: str, asked: Eval | None, kept: Mapping[str, Any], seconds: float) -> Text:
     """Which step was kept and why, the losses, where all is, and what comes next.
 
-    base, tasks: the recipe's.   kept: see `kept_step`.   seconds: of this command.
+    base, asked: the recipe's `base` and `eval`.   kept: see `kept_step`.   seconds: of this command.
     """
     held = read_log(out / "validation.jsonl")
     rows: list[Row] = [("kept", kept_step(kept))] if kept else []
@@ -110,8 +111,10 @@ def end_block(out: Path, base: str, tasks: Sequence[str], kept: Mapping[str, Any
     if chosen and chosen[-1] is not None and held[0]["loss"] is not None:
         rows.append(("held out", f"loss {held[0]['loss']:.3f} before the first step, {chosen[-1]:.3f} at the kept one"))
     run, compared = shlex.quote(str(out)), (out / "compare.json").is_file()
-    asked = f" --tasks {shlex.quote(','.join(tasks))}" if tasks else ""
-    compare = [] if compared else [f"compare {shlex.quote(base)} {run}{asked} --out {run}"]
+    options = f" --tasks {shlex.quote(','.join(asked.tasks))}" if asked and asked.tasks else ""
+    options += f" --limit {asked.limit}" if asked and asked.limit else ""
+    options += " --allow-code" if asked and asked.allow_code else ""
+    compare = [] if compared else [f"compare {shlex.quote(base)} {run}{options} --out {run}"]
     return _end(out, rows, seconds, [f"chat {run}", *compare, f"serve {run} --base {shlex.quote(base)}"])
 
 
