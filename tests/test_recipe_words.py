@@ -84,6 +84,11 @@ def refused(tmp_path: Path, text: str, *sets: str) -> str:
         ("train: {packing: maybe}", 'train.packing: it should be true or false (given: "maybe")'),
         ("train: {max_length: 9999}", "; raise train.tokens_per_step, or lower train.max_length"),
         ("eval: {tasks: gsm8k}", 'eval.tasks: it should be a list (given: "gsm8k"); write [gsm8k]'),
+        ("base: a\ntrain: {steps: 2}\nbase: b", "r.yaml:4: not YAML (the key base twice, first in line 2); "),
+        ("train:\n  lr: 1\n  steps: 2\n  'lr': 3", "r.yaml:5: not YAML (the key lr twice, first in line 3); "),
+        ("train:\n  on: 1", "r.yaml:3: train.on: unknown key; known here: "),
+        ("5: 1", "r.yaml:2: 5: unknown key; known here: "),
+        ("null: 1", "r.yaml:2: null: unknown key; known here: "),
         ("format: null", "format: it should be a text (given: null); leave the key out, or give it a value"),
     ],
 )
@@ -99,6 +104,12 @@ def test_a_recipe_of_another_trainer_is_known_as_one(tmp_path: Path) -> None:
     assert said.endswith("docs/from_other_trainers.md has those of other trainers")
 
 
+def test_a_key_may_stand_beside_the_one_it_is_merged_with(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("mixture: [&a {source: spelling, limit: 3, repeat: 2}, {<<: *a, limit: 4}, *a]")
+    assert [(entry.limit, entry.repeat) for entry in load_recipe(file).mixture] == [(3, 2), (4, 2), (3, 2)]
+
+
 def test_a_value_is_named_by_where_it_was_written(tmp_path: Path) -> None:
     assert refused(tmp_path, "", "train.learning_rate=1").startswith(
         "--set train.learning_rate=1: train.learning_rate: unknown key; write --set train.lr="
@@ -106,6 +117,8 @@ def test_a_value_is_named_by_where_it_was_written(tmp_path: Path) -> None:
     assert refused(tmp_path, "train: {lr: 3}", "train.steps=0").startswith(
         "--set train.steps=0: train.steps: it should be "
     )
+    twice = "--set train={lr: 1, lr: 2}: the value is not YAML (the key lr twice, first in line 1); "
+    assert refused(tmp_path, "", "train={lr: 1, lr: 2}").startswith(twice)
     assert refused(tmp_path, "train: {lr: x}", "train.steps=3").startswith("r.yaml:2: train.lr: it should be ")
 
 
@@ -189,11 +202,19 @@ def test_the_door_speaks_of_arguments_and_a_recipe_of_its_keys(tmp_path: Path) -
         ("finetune r.yaml", "No such command 'finetune'; write sftflow train; see sftflow --help"),
         ("compare a", "builtin:tiny); see sftflow compare --help"),
         ("serve m --port x", "Invalid value for '--port': it should be a whole number; see sftflow serve --help"),
+        ("chat m --top-p x", "Invalid value for '--top-p': it should be a number; see sftflow chat --help"),
+        ("--debug", "Missing command; see sftflow --help"),
+        ("export m --to", "Option '--to' requires an argument; see sftflow export --help"),
     ],
 )
 def test_a_wrong_command_line_leads_on(arguments: str, line: str) -> None:
     said = error_line(run(*arguments.split()))
     assert said.startswith("error: usage: ") and line in said
+
+
+def test_no_command_at_all_is_answered_with_the_help() -> None:
+    done = run()
+    assert (done.returncode, done.stderr) == (0, "") and " compare " in done.stdout
 
 
 def test_a_path_without_a_file_says_why(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from helpers.runs import Result, error_line, run, write_recipe
+from sftflow import SftflowError, train
 from sftflow.recipe import Eval
 from sftflow.report.log_file import Heard
 from sftflow.report.progress import ProgressDisplay
@@ -105,7 +106,10 @@ def test_a_run_ends_with_one_block_whose_commands_run(begun: tuple[Path, Result]
     "asked, options",
     [
         (None, []),
-        (Eval(tasks=("gsm8k=my file.jsonl", "spelling")), ["--tasks", "gsm8k=my file.jsonl,spelling", "--limit", "200"]),
+        (
+            Eval(tasks=("gsm8k=my file.jsonl", "spelling")),
+            ["--tasks", "gsm8k=my file.jsonl,spelling", "--limit", "200"],
+        ),
         (Eval(tasks=("spelling",), limit=None), ["--tasks", "spelling"]),
         (
             Eval(tasks=("humaneval",), limit=3, allow_code=True),
@@ -151,6 +155,16 @@ def test_the_log_of_another_run_is_left_or_replaced(tiny_base: Path, tmp_path: P
     line = error_line(run("train", str(recipe), *diverging), 3)
     lines = logged(out)
     assert line in lines and lines[0].startswith("---- ") and sum("----" in x for x in lines) == 1
+
+
+@pytest.mark.parametrize("name", ["log.txt", "metrics.jsonl", "recipe.yaml", "report.html", "DONE"])
+def test_a_folder_in_the_place_of_a_file_is_told_before_anything_is_done(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run" / name
+    folder.mkdir(parents=True)
+    with pytest.raises(SftflowError) as refused:
+        train(recipe={"mixture": [{"source": "spelling"}]}, out=folder.parent)
+    assert str(refused.value).startswith(f"{folder}: a folder is where the run writes a file; move it, or ")
+    assert {path.name for path in folder.parent.iterdir()} <= {name, ".lock"}
 
 
 def test_warnings_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

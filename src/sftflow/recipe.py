@@ -26,6 +26,7 @@ from pydantic import (
 from sftflow.foundation.dotted_keys import set_key
 from sftflow.foundation.errors import RecipeError, first_line, undecoded
 from sftflow.foundation.missing import not_there
+from sftflow.foundation.yaml_values import parse_yaml
 from sftflow.recipe_words import Origin, told
 
 
@@ -228,7 +229,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] | None = None) -> Rec
         raise RecipeError(str(path), *not_there(file, "recipe", f"give the path of a YAML file{inside}"))
     try:
         text = file.read_text(encoding="utf-8")
-        data = yaml.safe_load(text)
+        data = parse_yaml(text)
     except yaml.YAMLError as error:
         mark, fact = getattr(error, "problem_mark", None), f"not YAML ({getattr(error, 'problem', first_line(error))})"
         line = mark.line + 1 if mark else text[: getattr(error, "position", 0)].count("\n") + 1
@@ -255,7 +256,7 @@ def overridden(data: Any, overrides: Sequence[str], origin: Origin) -> Recipe:
         if not found or not all(key.strip().split(".")):
             raise RecipeError(said, "it is not key=value", "write for example --set train.steps=30")
         try:
-            parsed = yaml.safe_load(value)
+            parsed = parse_yaml(value)
         except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
             fact = f"the value is not YAML ({getattr(error, 'problem', None) or first_line(error)})"
             raise RecipeError(said, fact, "mend it, or put it in quotes") from None

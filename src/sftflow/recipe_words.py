@@ -120,7 +120,7 @@ def _line(text: str, path: Path) -> int | None:
 def told(error: ValidationError, model: type[BaseModel], origin: Origin) -> RecipeError:
     """The mistake that is said first: an unknown key (it may stand for one that is missing), else the first."""
     mistakes = error.errors()
-    unknown = [tuple(m["loc"]) for m in mistakes if m["type"] == "extra_forbidden"]
+    unknown = [tuple(m["loc"]) for m in mistakes if m["type"] in ("extra_forbidden", "invalid_key")]
     if unknown:
         remedy = _unknown(unknown[0], model, origin)
         theirs = [path for path in unknown if ours(str(path[-1]))]

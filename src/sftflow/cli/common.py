@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="From a base checkpoint to a measured, served assistant: chat format, task mixture, supervised "
     "fine-tuning, evaluation, base-versus-SFT comparison, serving.",

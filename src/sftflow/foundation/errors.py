@@ -39,7 +39,7 @@ _REMEDIES = {
     errno.EDQUOT: "free space: a quota is reached",
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "a folder of this path is a file; check the path",
-    errno.EISDIR: "it is a folder; name a file in it",
+    errno.EISDIR: "name a file, or move the folder away",
     errno.EEXIST: "it is there already; name another place",
     errno.ENAMETOOLONG: "give the path of a file",
     errno.ELOOP: "its links lead in a circle; check the path",

@@ -104,6 +104,11 @@ def run_training(
     out = Path(recipe.train.out)
     if out.exists() and not out.is_dir():
         raise CheckpointError(str(out), "train.out is a file", "name a folder")
+    for name in (*DESCRIBED, *LOGS, *MEASURED_LATER, DONE, "log.txt"):
+        if (out / name).is_dir():
+            raise CheckpointError(
+                str(out / name), "a folder is where the run writes a file", "move it, or change train.out"
+            )
     with contextlib.ExitStack() as stack:
         signals = signals or stack.enter_context(Signals())
         if lock is None:
