@@ -89,6 +89,10 @@ def refused(tmp_path: Path, text: str, *sets: str) -> str:
         ("train:\n  on: 1", "r.yaml:3: train.on: unknown key; known here: "),
         ("5: 1", "r.yaml:2: 5: unknown key; known here: "),
         ("null: 1", "r.yaml:2: null: unknown key; known here: "),
+        ("eval: {tasks: {gsm8k: a.jsonl}}", "; write [gsm8k=a.jsonl]"),
+        ("train: {precision: torch.bfloat16}", "; did you mean 'bf16'?"),
+        ("train: {steps: [3}", "r.yaml:2: not YAML (expected ',' or ']', but got"),
+        ("train: {seed: 2026-13-45}", "r.yaml: not YAML (month must be in 1..12); fix the line"),
         ("format: null", "format: it should be a text (given: null); leave the key out, or give it a value"),
     ],
 )

@@ -125,7 +125,7 @@ SECTIONS: dict[str, Rows] = {
         ("weight_decay", "train.weight_decay", ""),
         ("adam_beta1 adam_beta2 adam_epsilon beta1 beta2 optim_args optimizer_in_bwd", "",
          "AdamW's betas are 0.9 and 0.95; leave it out"),
-        ("max_grad_norm clip_grad_norm grad_clip", "train.clip", ""),
+        ("max_grad_norm clip_grad_norm grad_clip", "train.clip", "0: none"),
         ("load_optimizer", "train.warm_start", ""),
         ("loss loss_type label_smoothing_factor moe_aux_loss_coef average_tokens_across_devices", "",
          "the loss is cross-entropy, a mean over a step's supervised tokens; leave it out"),

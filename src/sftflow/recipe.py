@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from pydantic import (
 )
 
 from sftflow.foundation.dotted_keys import set_key
-from sftflow.foundation.errors import RecipeError, first_line, undecoded
+from sftflow.foundation.errors import RecipeError, undecoded
 from sftflow.foundation.missing import not_there
 from sftflow.foundation.yaml_values import parse_yaml
 from sftflow.recipe_words import Origin, told
@@ -217,9 +216,6 @@ def parse_recipe(data: Any, origin: str | Origin) -> Recipe:
     return recipe
 
 
-_DATA = re.compile(r"\.(jsonl|ndjson|parquet|csv|arrow)(\.gz)?$")
-
-
 def load_recipe(path: str | Path, overrides: Sequence[str] | None = None) -> Recipe:
     """Read a YAML recipe, apply `key.sub=value` overrides, make its paths absolute: the file's as seen from its folder,
     those of overrides as seen from the current one."""
@@ -229,16 +225,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] | None = None) -> Rec
         raise RecipeError(str(path), *not_there(file, "recipe", f"give the path of a YAML file{inside}"))
     try:
         text = file.read_text(encoding="utf-8")
-        data = parse_yaml(text)
-    except yaml.YAMLError as error:
-        mark, fact = getattr(error, "problem_mark", None), f"not YAML ({getattr(error, 'problem', first_line(error))})"
-        line = mark.line + 1 if mark else text[: getattr(error, "position", 0)].count("\n") + 1
-        remedy = "give a recipe, which names data files under mixture:" if _DATA.search(str(path)) else "fix the line"
-        raise RecipeError(f"{path}:{line}", fact, remedy) from None
     except UnicodeDecodeError:
         raise RecipeError(str(path), "not UTF-8 text", "save it as UTF-8") from None
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:  # what YAML makes of a date of no calendar
-        raise RecipeError(str(path), f"not YAML ({first_line(error)})", "fix the value") from None
+    data = parse_yaml(text, str(path))
     return resolve_paths(overridden(data, overrides or [], Origin(str(path), text)), file.resolve().parent)
 
 
@@ -255,11 +244,7 @@ def overridden(data: Any, overrides: Sequence[str], origin: Origin) -> Recipe:
             raise RecipeError(ascii(said)[1:-1], *undecoded())
         if not found or not all(key.strip().split(".")):
             raise RecipeError(said, "it is not key=value", "write for example --set train.steps=30")
-        try:
-            parsed = parse_yaml(value)
-        except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            fact = f"the value is not YAML ({getattr(error, 'problem', None) or first_line(error)})"
-            raise RecipeError(said, fact, "mend it, or put it in quotes") from None
+        parsed = parse_yaml(value, said)
         if isinstance(changed, dict):
             set_key(changed, key.strip(), parsed, said)
         sets.append((key.strip(), said))

@@ -22,7 +22,7 @@ NEAR = {
     "bfloat16": "bf16", "float16": "bf16", "fp16": "bf16", "half": "bf16", "float32": "fp32", "float": "fp32",
     "full": "fp32", "truncate": "cut", "truncation": "cut", "skip": "drop", "warn": "skip", "ignore": "skip",
     "error": "stop", "raise": "stop", "loss": "validation_loss", "eval_loss": "validation_loss", "final": "last",
-    "sgd": "adamw", "constant_with_warmup": "constant",
+    "torch.bfloat16": "bf16", "torch.float32": "fp32", "constant_with_warmup": "constant",
 }  # fmt: skip
 """values of other trainers, and which of ours comes near where it is among those that may be written"""
 OPTIONS = {
@@ -168,6 +168,8 @@ def _remedy(value: Any, kind: str, allowed: list[str], path: Path, model: type[B
         return "write null"
     if kind == "tuple_type":
         entry = f"source: {value}" if path == ("mixture",) and isinstance(value, str) else value
+        if isinstance(value, dict) and path[-1] == "tasks":
+            return f"write [{', '.join(f'{name}={file}' for name, file in value.items())}]"
         return f"write [{entry}]" if isinstance(entry, str) else "write [...] around it"
     if kind.startswith("model_"):
         if len(path) == 2 and path[0] == "mixture" and isinstance(value, str):

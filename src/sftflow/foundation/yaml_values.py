@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
 from yaml.composer import ComposerError
 
+from sftflow.foundation.errors import RecipeError, first_line
 
-def parse_yaml(text: str) -> Any:
-    """The value of a YAML text. Raises YAMLError, also for a key that comes twice, of which YAML's own reader takes the
-    last; and like that one ValueError and others for a date of no calendar.
 
-    >>> parse_yaml("on: {5: yes}")
+def parse_yaml(text: str, place: str) -> Any:
+    """What a recipe's file, or the value of a `--set`, holds.
+
+    Raises RecipeError, which names the file's line, also for a key that comes twice, of which YAML's own reader takes
+    the last.
+
+    >>> parse_yaml("on: {5: yes}", "recipe.yaml")
     {'on': {'5': True}}
     """
-    return yaml.load(text, Loader=_Loader)
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:  # a date of no calendar
+        problem = getattr(error, "problem", None) or first_line(error)
+        if place.startswith("--set "):
+            fact, remedy = f"the value is not YAML ({problem})", "mend it, or put it in quotes"
+            raise RecipeError(place, fact, remedy) from None
+        if isinstance(error, yaml.YAMLError):
+            mark = getattr(error, "problem_mark", None)
+            place += f":{mark.line + 1 if mark else text[: getattr(error, 'position', 0)].count(chr(10)) + 1}"
+        of_data = re.search(r"\.(jsonl|ndjson|parquet|csv|arrow)(\.gz)?(:\d+)?$", place)
+        remedy = "give a recipe, which names data files under mixture:" if of_data else "fix the line"
+        raise RecipeError(place, f"not YAML ({problem})", remedy) from None
 
 
 class _Loader(yaml.SafeLoader):
