@@ -93,6 +93,21 @@ def refused(tmp_path: Path, text: str, *sets: str) -> str:
         ("train: {precision: torch.bfloat16}", "; did you mean 'bf16'?"),
         ("train: {steps: [3}", "r.yaml:2: not YAML (expected ',' or ']', but got"),
         ("train: {seed: 2026-13-45}", "r.yaml: not YAML (month must be in 1..12); fix the line"),
+        (
+            "train: {eps: 1e-8}",
+            "train.eps: unknown key; AdamW's betas are 0.9 and 0.95, its epsilon 1e-8; leave it out",
+        ),
+        ("train: {lr_warmup_steps: 9}", "; write train.schedule.warmup (a share of all steps, not their number)"),
+        ("train: {schedule: {warmup: 100}}", "(given: 100); it is a share of the steps: 0.1 is a tenth"),
+        ("max_dropped: 5", "(given: 5); it is a share of the rows: 0.1 is a tenth"),
+        ("train: {dropout: 1}", "(given: 1); it is a share: 0.1 is a tenth"),
+        ("evaluation: {tasks: [spelling]}", "evaluation: unknown key; write eval, at the top of the recipe ("),
+        ("sources: [a.jsonl]", "sources: unknown key; write mixture, at the top of the recipe (its rows are "),
+        ("LR: 1", "r.yaml:2: LR: unknown key; write train.lr"),
+        ("train: {Micro-Tokens: 1}", "train.Micro-Tokens: unknown key; did you mean 'micro_tokens'?"),
+        ("mixture: [{source: spelling, Limit: 1}]", "mixture.0.Limit: unknown key; did you mean 'limit'?"),
+        ("mixture:", "(given: null); write what to train on: mixture: [{source: "),
+        ("mixture: [{source: }]", "mixture.0.source: it should be a text (given: null); write source: a data file, "),
         ("format: null", "format: it should be a text (given: null); leave the key out, or give it a value"),
     ],
 )
@@ -121,6 +136,8 @@ def test_a_value_is_named_by_where_it_was_written(tmp_path: Path) -> None:
     assert refused(tmp_path, "train: {lr: 3}", "train.steps=0").startswith(
         "--set train.steps=0: train.steps: it should be "
     )
+    for key, ours in {"max_samples": "mixture.0.limit", "mixture.0.max_samples": "mixture.0.limit"}.items():
+        assert f": unknown key; write --set {ours}=... (rows of each entry)" in refused(tmp_path, "", f"{key}=3")
     twice = "--set train={lr: 1, lr: 2}: the value is not YAML (the key lr twice, first in line 1); "
     assert refused(tmp_path, "", "train={lr: 1, lr: 2}").startswith(twice)
     assert refused(tmp_path, "train: {lr: x}", "train.steps=3").startswith("r.yaml:2: train.lr: it should be ")
@@ -131,6 +148,7 @@ def test_a_value_is_named_by_where_it_was_written(tmp_path: Path) -> None:
     [
         ({"learning_rate": 1e-4}, "learning_rate: unknown key; write lr=... (auto, or a number)"),
         ({"warmup_ratio": 0.1}, "warmup_ratio: unknown key; write schedule={'warmup': ...}"),
+        ({"max_samples": 4}, "max_samples: unknown key; write limit in an entry of the mixture (rows of each entry)"),
         ({"base_model": "x"}, "base_model: unknown key; write base=..."),
         (
             {"optimizer": "adamw_torch"},

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from sftflow.foundation.errors import RecipeError, SftflowError
-from sftflow.other_trainers import ours
+from sftflow.other_trainers import normal, ours
 
 Path = tuple[str | int, ...]
 PAGE = "docs/from_other_trainers.md"
@@ -66,9 +66,10 @@ class Origin:
 
     def write(self, key: str, path: Path) -> str:
         """How a key is written where `path` was."""
+        inside = path[0] == "mixture" and len(path) > 2
         if self._said(".".join(map(str, path))):
-            return f"write --set {key}=..."
-        if self._argument(path):
+            return f"write --set {key.replace('mixture.', f'mixture.{path[1] if inside else 0}.')}=..."
+        if self._argument(path) and (inside or not key.startswith("mixture.")):
             first, *inner = key.removeprefix("train.").removeprefix("mixture.").split(".")
             return f"write {first}={{{inner[0]!r}: ...}}" if inner else f"write {first}=..."
         if key.startswith("mixture."):
@@ -162,6 +163,8 @@ def _remedy(value: Any, kind: str, allowed: list[str], path: Path, model: type[B
     """What to write in place of a value."""
     info = model_at(model, path[:-1]).model_fields.get(str(path[-1]))
     nullable = info is not None and type(None) in get_args(info.annotation)
+    if value is None and info is not None and info.is_required():
+        return _MISSING.get(str(path[-1]), "give it a value")
     if value is None:
         return "leave the key out, or give it a value"
     if nullable and (value == -1 or str(value).lower() in ("none", "false", "off", "no")):
@@ -171,6 +174,8 @@ def _remedy(value: Any, kind: str, allowed: list[str], path: Path, model: type[B
         if isinstance(value, dict) and path[-1] == "tasks":
             return f"write [{', '.join(f'{name}={file}' for name, file in value.items())}]"
         return f"write [{entry}]" if isinstance(entry, str) else "write [...] around it"
+    if kind.startswith("less_than"):
+        return f"it is a share{_SHARES.get(str(path[-1]), '')}: 0.1 is a tenth"
     if kind.startswith("model_"):
         if len(path) == 2 and path[0] == "mixture" and isinstance(value, str):
             return f"write source: {value}"
@@ -181,6 +186,12 @@ def _remedy(value: Any, kind: str, allowed: list[str], path: Path, model: type[B
 _MISSING = {
     "mixture": "write what to train on: mixture: [{source: FILE, or a task}]",
     "source": "write source: a data file, hub:OWNER/NAME or a task",
+}
+_SHARES = {
+    "warmup": " of the steps",
+    "warmdown": " of the steps",
+    "final": " of train.lr",
+    "max_dropped": " of the rows",
 }
 _KINDS = {
     "model_type": "a mapping of keys", "model_attributes_type": "a mapping of keys", "tuple_type": "a list",
@@ -203,15 +214,15 @@ def _near(said: str, allowed: list[str]) -> str:
 def _unknown(path: Path, model: type[BaseModel], origin: Origin) -> str:
     """What to write in place of a key that is unknown where it stands."""
     known = _open(model_at(model, path[:-1]))
-    near = difflib.get_close_matches(str(path[-1]), known, 1, 0.75)
-    return elsewhere(path, model, origin) or (
+    near = difflib.get_close_matches(normal(str(path[-1])), known, 1, 0.75)
+    return (near != [normal(str(path[-1]))] and elsewhere(path, model, origin)) or (
         f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
     )
 
 
 def elsewhere(path: Path, model: type[BaseModel], origin: Origin) -> str:
     """What to write in place of a key that stands elsewhere, or is another trainer's; "" for another."""
-    name = str(path[-1])
+    name = normal(str(path[-1]))
     theirs = ours(name, in_mixture=path[0] == "mixture")
     holders = [key for key, leaf in _keys(model) if leaf == name]
     if path[0] == "mixture" and theirs is not None and theirs.key.startswith("mixture."):
