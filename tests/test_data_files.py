@@ -125,6 +125,7 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
         ("quoted.csv", b'"prompt","completion"\n"q","a"\n', ": neither JSON nor Parquet"),
         ("d.txt", b"Once upon a time", ": neither JSON nor Parquet (it begins with 'Once upon a time')"),
         ("d.jsonl", b"oops\n", ":1: not JSON"),
+        ("csv.jsonl", b"prompt,completion\na,b\n", "; remove the line, or give a file whose lines are JSON objects"),
         ("d.xlsx", b"PK\x03\x04 and more", ": a zip archive, or a spreadsheet; unpack it"),
         ("d.jsonl.zst", b"\x28\xb5\x2f\xfd and more", ": packed with zstd; unpack it"),
         ("d.jsonl.xz", b"\xfd7zXZ\0 and more", ": packed with xz; unpack it"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +171,34 @@ def test_arguments_are_named_as_such(keys: dict[str, Any], line: str, tmp_path: 
     with pytest.raises(sf.SftflowError) as error:
         sf.train(recipe={"mixture": [{"source": "spelling"}]}, out=tmp_path / "run", **keys)
     assert str(error.value).startswith(line) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("call", "line"),
+    [
+        (lambda: sf.train("builtin:tiny", "a.jsonl"), "mix: it should be a mixture (given: str); give sftflow.mix(SO"),
+        (
+            lambda: sf.train("builtin:tiny", [{"prompt": "a", "completion": "b"}]),
+            "mix: it should be a mixture (given: ",
+        ),
+        (lambda: sf.train(sf.read([{"prompt": "a"}])), "model: it should be a model (given: Rows); give its name, "),
+        (lambda: sf.load(5), "model: it should be a model (given: int); give its name, its folder, or "),
+        (lambda: sf.load(""), "'': a model without a name; give a directory, a hub id or builtin:tiny"),
+        (
+            lambda: sf.load("builtin:tiny", precision="fp16"),
+            "precision: it should be 'auto' or 'fp32' or 'bf16' (given",
+        ),
+        (lambda: sf.read(5), "rows: no rows, but a number; give a file, or a list of rows"),
+        (lambda: sf.mix(5), "rows: no rows, but a number; "),
+        (lambda: sf.evaluate("builtin:tiny", "spelin"), "tasks: unknown task 'spelin'; did you mean 'spelling'?"),
+        (lambda: sf.mix("rows"), "recipe: mixture.0.source: unknown task 'rows'; known: spelling, "),
+    ],
+)
+def test_another_kind_of_argument_is_named(call: Callable[[], object], line: str) -> None:
+    with pytest.raises(sf.SftflowError) as error:
+        call()
+    assert str(error.value).startswith(line)
+    assert "unknown task 'rows'" not in line or str(error.value).endswith("; a file is written ./rows")
 
 
 def test_the_door_speaks_of_arguments_and_a_recipe_of_its_keys(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from sftflow import checkpoint
 from sftflow.api.rows import Chat, Rendering, conversation_of_chat, rendering_of
-from sftflow.api.shared import ModelLike, parts_of, quiet
+from sftflow.api.shared import ModelLike, name_of, parts_of, quiet
 from sftflow.generation.request import Delta, GenerationRequest, Reply, TokenLogprob
 
 
@@ -55,7 +55,7 @@ def load(model: ModelLike, *, format: str = "auto", precision: str = "fp32") -> 
         return model
     quiet()
     if not isinstance(model, checkpoint.Assistant):
-        model = checkpoint.load_assistant(str(model), format=format, precision=precision)
+        model = checkpoint.load_assistant(name_of(model), format=format, precision=precision)
     return Assistant(**parts_of(model))
 
 

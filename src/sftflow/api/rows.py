@@ -26,7 +26,7 @@ from sftflow.data.row_cache import cache_folder
 from sftflow.data.sources import check_source
 from sftflow.foundation.atomic_io import write_file, write_text
 from sftflow.foundation.errors import DataError, RecipeError, SftflowError
-from sftflow.foundation.json_values import without_nulls
+from sftflow.foundation.json_values import kind_of, without_nulls
 from sftflow.recipe import SourceEntry, parse_recipe, resolve_paths
 from sftflow.recipe_words import Origin
 from sftflow.report.tables import as_text
@@ -56,6 +56,8 @@ class Rows(Sequence[Any]):
             data = datasets.Dataset.from_pandas(data, preserve_index=False)
         self._file = str(data) if isinstance(data, str | Path) else None
         of_arrow = type(data).__module__.partition(".")[0] in ("datasets", "pyarrow")
+        if not (self._file or isinstance(data, Iterable)):
+            raise DataError(name or "rows", f"no rows, but {kind_of(data)}", "give a file, or a list of rows")
         rows = data.to_pylist(maps_as_pydicts="strict") if hasattr(data, "to_pylist") else data
         self._rows = None if self._file else [without_nulls(row) for row in rows] if of_arrow else list(rows)
         self.given_name = name

@@ -101,6 +101,9 @@ def train(
     """
     if resume and overwrite:
         raise RecipeError("--overwrite", "it starts anew, and --resume goes on", "give one of the two")
+    if mix is not None and not isinstance(mix, Mixture):
+        fact = f"it should be a mixture (given: {type(mix).__name__})"
+        raise RecipeError("mix", fact, "give sftflow.mix(SOURCE), where SOURCE is rows, a file or a task")
     start = recipe if mix is None else mix.recipe
     made = recipe_of(start, base, (), {**keys, **({} if out is None else {"out": str(out)})})
     with watching() as shown:

@@ -13,6 +13,7 @@ from sftflow.checkpoint import Assistant
 from sftflow.data.sources import check_source
 from sftflow.evaluation.options import EvalOptions
 from sftflow.foundation.dotted_keys import set_key
+from sftflow.foundation.errors import CheckpointError
 from sftflow.recipe import Eval, Recipe, SourceEntry, load_recipe, overridden, resolve_paths
 from sftflow.recipe_words import Origin
 from sftflow.report.progress import ProgressDisplay
@@ -58,6 +59,10 @@ def parts_of(result: Any) -> dict[str, Any]:
 
 
 def name_of(model: ModelLike) -> str:
+    """Raises CheckpointError for what is no model."""
+    if not isinstance(model, ModelLike):
+        fact = f"it should be a model (given: {type(model).__name__})"
+        raise CheckpointError("model", fact, "give its name, its folder, or what sftflow.load returned")
     return model.name if isinstance(model, Assistant) else str(model)
 
 

@@ -22,7 +22,9 @@ def check_source(entry: SourceEntry, place: str = "mixture") -> None:
     written."""
     if entry.path is None and entry.has_bare_name and entry.source not in TASKS:
         near = difflib.get_close_matches(entry.source, TASKS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(TASKS)}, or a data file"
+        hint = (
+            f"did you mean {near[0]!r}?" if near else f"known: {', '.join(TASKS)}; a file is written ./{entry.source}"
+        )
         raise RecipeError(place, f"unknown task {entry.source!r}", hint)
     if entry.split != "train" and entry.source not in TASKS:
         of_hub = entry.source.startswith("hub:")

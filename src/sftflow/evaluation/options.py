@@ -38,7 +38,7 @@ class EvalTask:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """tasks: `name` or `name=PATH`; None: the generated ones.   limit: items of each.
+    """tasks: `name` or `name=PATH`, several or one; None: the generated ones.   limit: items of each.
     allow_code: whether code that the model wrote may be run.
     identity: name and maker that the identity task asks for; None: those that the model's own recipe taught it."""
 
@@ -52,7 +52,7 @@ class EvalOptions:
         identity = self.identity
         if not identity:
             identity = (load_info(resolve(model)).get("recipe") or {}).get("identity")
-        tasks = GENERATED if self.tasks is None else self.tasks
+        tasks = GENERATED if self.tasks is None else [self.tasks] if isinstance(self.tasks, str) else self.tasks
         return open_tasks(tasks, self.limit, identity, allow_code=self.allow_code)
 
 

@@ -75,6 +75,8 @@ def parse_json(text: bytes, place: str, *, whole: bool = False) -> Any:
         raise DataError(place, fact, "save the file as UTF-8" + ("" if whole else ", or remove the line")) from None
     except json.JSONDecodeError as error:
         fact, remedy = f"not JSON ({error.msg} at column {error.colno})", "fix or remove the line"
+        if not whole and text.lstrip()[:1] not in (b"{", b"["):  # another kind of file, most often
+            remedy = "remove the line, or give a file whose lines are JSON objects"
         if b"\0" in text:
             fact, remedy = "NUL bytes: it was not written to its end", "write or download it again, or remove the line"
         raise DataError(f"{place}:{error.lineno}" if whole else place, fact, remedy) from None

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sftflow.foundation.errors import RecipeError
+
 Precision = Literal["fp32", "bf16"]
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
@@ -71,6 +73,8 @@ def detect(precision: str = "auto", device: str | None = None) -> Runtime:
     """Choose the device, and the precision by capability where it is "auto"."""
     import torch
 
+    if precision not in ("auto", "fp32", "bf16"):
+        raise RecipeError("precision", f"it should be 'auto' or 'fp32' or 'bf16' (given: {precision!r})", "write one")
     if device is None:
         mps = getattr(torch.backends, "mps", None)
         device = "cuda" if torch.cuda.is_available() else "mps" if mps is not None and mps.is_available() else "cpu"
