@@ -189,7 +189,7 @@ def test_what_programs_rarely_use_works(way: Isolation) -> None:
     """What the walls and the guard come near: descriptors, modes and times, modules that can do without others."""
     program = textwrap.dedent(
         """
-        import concurrent.futures, doctest, fcntl, mmap, multiprocessing.pool, os, pathlib, pdb
+        import concurrent.futures, doctest, fcntl, getpass, mmap, multiprocessing.pool, os, pathlib, pdb
         import shelve, shutil, socket, uuid
         with shelve.open("shelf") as shelf:
             shelf["a"] = 1
@@ -213,7 +213,7 @@ def test_what_programs_rarely_use_works(way: Isolation) -> None:
             ">>> f()\\n3\\n"
             return 3
         assert doctest.testmod() == (0, 1)
-        os.sched_getaffinity(0), os.isatty(0), uuid.uuid4(), os.set_inheritable(one.fileno(), True)
+        getpass.getuser(), os.sched_getaffinity(0), os.isatty(0), uuid.uuid4(), os.set_inheritable(one.fileno(), True)
         """
     )
     done = run_python(program, isolation=way)  # threads take the address space that programs have
@@ -271,7 +271,7 @@ def test_the_environment_holds_no_secrets(way: Isolation, monkeypatch: pytest.Mo
     monkeypatch.setenv("API_KEY", "s3cret")
     done = do("import os; print(*sorted(os.environ)); print(os.environ['HOME'] == os.getcwd())", way)
     names, home = done.output.splitlines()
-    assert set(names.split()) <= {"HOME", "LC_ALL", "PATH", "PWD", "PYTHONHASHSEED", "TMPDIR", nothing_left}
+    assert set(names.split()) <= {"HOME", "LC_ALL", "PATH", "PWD", "PYTHONHASHSEED", "TMPDIR", "USER", nothing_left}
     assert home == "True"
 
 

@@ -158,7 +158,7 @@ def _command(isolation: str, report: int, seconds: float, memory_mib: int) -> li
 def _environment(isolation: str, folder: Path, tag: str) -> dict[str, str]:
     home = FOLDER if isolation == "bubblewrap" else str(folder)
     fixed = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0", "HOME": home, "TMPDIR": home}
-    return {**fixed, TAG: tag}
+    return {**fixed, "USER": "nobody", TAG: tag}  # getpass has its name from there: the list of users is not readable
 
 
 def _verdict(report: bytes, token: str, code: int | None) -> str:
