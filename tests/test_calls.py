@@ -189,6 +189,7 @@ def test_calls_are_read_back_however_the_text_is_cut(name: str, learnt: dict[str
         "a < b",
         "{" * 5000,
         '<tool_call>\n{"name": "weather", "arguments": {"days": NaN}}\n</tool_call>',
+        '<tool_call>\n{"name": "weather", "arguments": {"days": 1e999}}\n</tool_call>',
         '<tool_call>\n{"name": "weather", "arguments": ' + '{"a":' * 3000,
         '{"answer": 5}',
         "weather is fine",

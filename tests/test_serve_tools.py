@@ -181,6 +181,19 @@ def test_more_calls_than_one_may_be_asked_for_or_not(client: openai.OpenAI, call
     assert sum(len(chunk["delta"].get("tool_calls", [])) for chunk in chunks) == 1
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_reply_that_is_cut_behind_a_call_says_so(client: openai.OpenAI, stream: bool) -> None:
+    """Else an agent would take its calls for all that were wanted."""
+    drawn: Any = {"tools": [CLOCK], "tool_choice": "required", "temperature": 2}
+    seed = next(s for s in range(8) if len(calls(client, False, **drawn, seed=s)[0]) > 1)
+    for limit in range(20, 60, 6):
+        made, _, reason = calls(client, stream, **drawn, seed=seed, max_tokens=limit)
+        assert reason == "length" or made
+        if made and reason == "length":
+            return
+    pytest.fail("no limit cut a reply behind its first call")
+
+
 def test_json_or_a_call(client: openai.OpenAI) -> None:
     wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"const": {"sunny": True}}}}
     seen = set()

@@ -253,6 +253,9 @@ def test_long_texts_and_what_one_reply_has_used_up(shipped: Assistant) -> None:
         ({"type": "strin"}, "strin"),
         ({"enum": [{"a": i, "b": [i]} for i in range(2500)]}, "2000"),  # known when the reply has begun
         ({"properties": {"a": {"$ref": "#/$defs/none"}}, "required": ["a"]}, "none"),
+        # One key may be written twice, and be counted twice.
+        ({"type": "object", "additionalProperties": {"type": "integer"}, "minProperties": 2}, "minProperties 2"),
+        ({"items": {"patternProperties": {"^[ab]$": {}}, "additionalProperties": False, "minProperties": 2}}, "min"),
     ],
 )  # fmt: skip
 def test_a_schema_that_cannot_be_held_is_refused_with_its_reason(client: TestClient, wanted: Any, says: str) -> None:
@@ -260,6 +263,34 @@ def test_a_schema_that_cannot_be_held_is_refused_with_its_reason(client: TestCli
     began = time.perf_counter()
     error = refusal(client.post(CHAT, json=body), 400, "response_format", "invalid_schema")
     assert says in error["message"] and time.perf_counter() - began < 2
+
+
+@pytest.mark.parametrize("wanted", [{"type": "number"}, {}, {"items": {"type": "number"}}])
+def test_an_exponent_has_two_digits_at_most(shipped: Assistant, wanted: dict[str, Any]) -> None:
+    """A number that no float holds is Infinity to a reader; hexadecimal digits in quotes are none."""
+    names = token_bytes(shipped.tokenizer, range(len(shipped.tokenizer)))
+
+    def may_follow(text: str) -> set[bytes]:
+        grammar = shipped.engine.grammars.compile(f"start: {json_rule(wanted)}")
+        constraint = Constraint(grammar, [(0,)])
+        for token in shipped.tokenizer.encode(text, add_special_tokens=False):
+            assert constraint.allowed()[token], text
+            constraint.accept(token)
+        return {names[i] for i in constraint.allowed().nonzero().flatten().tolist()}
+
+    start = "[" if "items" in wanted else ""
+    assert {b"5"} <= may_follow(start + "1.5e3") & may_follow(start + "1E-3") & may_follow(start + "12345")
+    for text in ("1e35", "1.5E-35", "2e+35"):
+        assert not {t for t in may_follow(start + text) if t[:1].isdigit()}
+    if wanted == {}:
+        assert b"5" in may_follow('"1e35')
+
+
+def test_a_schema_beside_json_object_is_heard(client: TestClient) -> None:
+    for fields in ({"type": "json_object", "schema": CITY}, schema(CITY)):
+        validate(create(client, response_format=fields, max_tokens=200)["message"]["content"], CITY)
+    wrong = {"model": "tiny", "messages": asked("go"), "response_format": {"type": "json_object", "schema": 5}}
+    refusal(client.post(CHAT, json=wrong), 400, "response_format")
 
 
 def test_a_schema_deeper_than_any_parser_is_refused(client: TestClient) -> None:

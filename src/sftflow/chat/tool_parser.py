@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -270,7 +271,15 @@ def _no_constant(name: str) -> Any:
     raise ValueError(name)
 
 
-_DECODER = json.JSONDecoder(strict=False, parse_constant=_no_constant)
+def _finite(digits: str) -> float:
+    """JSON sets no bound to a number; one that no float holds would be handed on as Infinity, which is no JSON."""
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(digits)
+    return value
+
+
+_DECODER = json.JSONDecoder(strict=False, parse_constant=_no_constant, parse_float=_finite)
 
 
 @functools.lru_cache(maxsize=256)
@@ -297,7 +306,7 @@ def _at(value: Any, path: Path) -> Any:
 def _value(text: str) -> Any:
     """A tagged value that is no string: JSON where it is JSON."""
     try:
-        return json.loads(text, parse_constant=_no_constant)
+        return json.loads(text, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError):
         return text
 

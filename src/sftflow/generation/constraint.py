@@ -8,7 +8,8 @@ are no text: none may come but those that the grammar names and, exactly where i
 
 Two things are kept from a model that would never end, and are no part of the grammar: more than MOST_DIGITS digits in a
 row outside of quotes, and a circle of up to LONGEST_CIRCLE tokens that lasts for CIRCLING: a text in quotes is closed
-there, or an object that gets the same keys again.
+there, or an object that gets the same keys again. And an exponent of JSON has two digits at most: 1e999 is no number
+that a reader could hold.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ LONGEST = 64 * 1024
 REMEMBERED, USES = 8, 256
 """grammars, and how often each is given out: its replies share what it has learnt, which grows to 100 MB at most"""
 MOST_DIGITS, LONGEST_CIRCLE, CIRCLING = 20, 32, 64
+EXPONENT, LARGE = re.compile(rb"\d[eE][+-]?\d*$"), re.compile(rb"\d[eE][+-]?\d{3}")
 LIMITS = {"max_lexer_states": 250_000, "max_grammar_size": 100_000, "verbose_errors": False}
 """of llguidance: a text of bounded length takes nine states a character, a state 0.4 kB; the work for one token has
 limits of its own, which are some 15 ms"""
@@ -87,19 +89,28 @@ class Grammars:
                 raise AssertionError("nothing is forced, so that no text is cut into tokens")
 
         first = [word[:1] for word in Words.tokens]
-        begins = (torch.tensor([bool(c) and c in some for c in first]) for some in (b"0123456789", b'"', b"}"))
-        return _Vocabulary(LLTokenizer(TokenizerWrapper(Words())), Words.tokens, *begins)
+        kinds = (b"0123456789", b'"', b"}", b"abcdfghijklmnopqrstuvwxyz")
+        begins = (torch.tensor([bool(c) and c.lower() in some for c in first]) for some in kinds)
+        ids = (
+            torch.tensor([i for i, word in enumerate(Words.tokens) if re.search(some, word)], dtype=torch.long)
+            for some in (rb"\d", rb"[eE][+-]?\d{3}")
+        )
+        return _Vocabulary(LLTokenizer(TokenizerWrapper(Words())), Words.tokens, *begins, *ids)
 
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """words: the bytes of each id.   digits, quotes, braces: (vocabulary,) which begin with a digit, `"`, `}`."""
+    """words: the bytes of each id.   digits, quotes, braces, letters: (vocabulary,) which begin with a digit, `"`, `}`,
+    a letter that is no exponent's.   numbers, exponents: the ids of those with a digit, with a large exponent."""
 
     tokenizer: Any
     words: list[bytes]
     digits: torch.Tensor
     quotes: torch.Tensor
     braces: torch.Tensor
+    letters: torch.Tensor
+    numbers: torch.Tensor
+    exponents: torch.Tensor
 
 
 class Grammar:
@@ -128,6 +139,7 @@ class Constraint:
         self._last: deque[int] = deque(maxlen=LONGEST_CIRCLE)  # ids, the newest first
         self._repeats = [0] * LONGEST_CIRCLE  # how many of the newest ids were equal to those 1, 2, 3 ... before them
         self._n_digits = 0  # in a row, at the end of what has come
+        self._tail = b""  # its last bytes
 
     @property
     def over(self) -> bool:
@@ -164,15 +176,21 @@ class Constraint:
         return found
 
     def _led_out(self, found: torch.Tensor, may_end: bool) -> torch.Tensor:
-        """What may come of these where the reply would else never end."""
+        """What may come of these where a number would be too large, or the reply would else never end."""
+        vocabulary = self._vocabulary
+        numbers = vocabulary.exponents if EXPONENT.search(self._tail) is None else vocabulary.numbers
+        # Where a letter or a quote may follow, it is a text in quotes.
+        if len(numbers) and not (found & (vocabulary.quotes | vocabulary.letters)).any():
+            for i in numbers[found[numbers]].tolist():
+                found[i] = not LARGE.search(self._tail + vocabulary.words[i])
         circling = max(self._repeats) >= CIRCLING
         if not circling and self._n_digits < MOST_DIGITS:
             return found
-        rest = found & self._vocabulary.quotes
+        rest = found & vocabulary.quotes
         if not circling:
-            rest = found if rest.any() else found & ~self._vocabulary.digits
+            rest = found if rest.any() else found & ~vocabulary.digits
         elif not rest.any():
-            rest = found & self._vocabulary.braces
+            rest = found & vocabulary.braces
         return rest if may_end or rest.any() else found
 
     def accept(self, token: int) -> None:
@@ -187,6 +205,7 @@ class Constraint:
         word = self._vocabulary.words[token]
         n = len(word) - len(word.rstrip(b"0123456789"))
         self._n_digits = n + (self._n_digits if n == len(word) else 0)
+        self._tail = (self._tail + word)[-8:]
 
 
 def _reason(message: str) -> str:

@@ -71,8 +71,11 @@ class ChatChoice:
             self._logprobs.add(delta.tokens, final=final)
         chunks = [self._chunk(piece) for piece in self._pieces(delta.text, final)]
         if delta.reply is not None:
-            # As OpenAI has it: that the one tool that had to be called was called says nothing new.
-            reason = "tool_calls" if self._n_calls and not self._named else delta.reply.finish_reason
+            # As OpenAI has it: that the one tool that had to be called was called says nothing new. What was cut off
+            # says so: a further call may have been begun.
+            reason: str = delta.reply.finish_reason
+            if reason == "stop" and self._n_calls and not self._named:
+                reason = "tool_calls"
             chunks.append({**self._chunk({}, final=True), "finish_reason": reason})
         return chunks
 

@@ -101,8 +101,11 @@ def _format(wanted: dict[str, Any] | None) -> str:
     kind = "text" if wanted is None else wanted.get("type")
     if wanted is None or kind == "text":
         return ""
-    if kind == "json_object":
-        return json_rule({"type": "object"})
+    if kind == "json_object":  # llama.cpp and others take a schema here
+        schema = wanted.get("schema")
+        if not isinstance(schema, dict | None):
+            raise wrong("response_format", "its schema is not an object")
+        return json_rule({"type": "object", **(schema or {})}, "response_format")
     if kind != "json_schema":
         raise wrong("response_format", f"its type {kind!r} is not known; use text, json_object or json_schema")
     given = wanted.get("json_schema")
@@ -110,7 +113,7 @@ def _format(wanted: dict[str, Any] | None) -> str:
         raise wrong("response_format", 'no schema; write {"type": "json_schema", "json_schema": {"schema": {...}}}')
     if not isinstance(given.get("strict"), bool | None):
         raise wrong("response_format", "its strict is neither true nor false")
-    return json_rule(given["schema"])
+    return json_rule(given["schema"], "response_format")
 
 
 def _outputs(wanted: dict[str, Any] | None) -> str:
@@ -123,7 +126,7 @@ def _outputs(wanted: dict[str, Any] | None) -> str:
     if others:
         raise wrong(f"structured_outputs.{others[0][0]}", f"{kind} is given, too; keep one of them")
     if kind == "json_object":
-        return json_rule({"type": "object"})
+        return json_rule({"type": "object"}, place)
     if kind == "json":
         try:
             value = json.loads(value) if isinstance(value, str) else value
@@ -131,7 +134,7 @@ def _outputs(wanted: dict[str, Any] | None) -> str:
             raise wrong(place, "not JSON") from None
         if not isinstance(value, dict):
             raise wrong(place, "not an object")
-        return json_rule(value)
+        return json_rule(value, place)
     if kind == "regex":
         from llguidance import regex_to_lark
 
@@ -159,7 +162,8 @@ def _call_rules(model: ServedModel, body: ChatBody, field: str) -> list[str]:
     rules = [f"call: {' | '.join(f'call_{i}' for i in range(len(functions)))}"]
     for i, function in enumerate(functions):
         head = _literals(written.head + function["name"] + written.middle, model.assistant.renderer.special)
-        rules += [f"call_{i}: {head} arguments_{i} {tail}", f"arguments_{i}: {json_rule(_parameters(function))}"]
+        arguments = json_rule(_parameters(function), field)
+        rules += [f"call_{i}: {head} arguments_{i} {tail}", f"arguments_{i}: {arguments}"]
     one = written.between is None or body.forced or body.parallel_tool_calls is False
     return [f"calls: {opening} call {'' if one else f'({between} call)*'} {close}", *rules]
 
@@ -170,10 +174,12 @@ def _parameters(function: dict[str, Any]) -> dict[str, Any]:
     return {"type": "object", **schema}
 
 
-def json_rule(schema: dict[str, Any]) -> str:
-    """A JSON text under a schema, in a grammar; blanks may stand in front of it. Raises ApiError 400."""
+def json_rule(schema: dict[str, Any], place: str = "schema") -> str:
+    """A JSON text under a schema, in a grammar; blanks may stand in front of it. Raises ApiError 400 at `place`."""
     try:
         return f"/({BLANKS})?/ %json {json.dumps({**_asserted(schema), 'x-guidance': OPTIONS})}"
+    except GrammarError as error:
+        raise internal(GrammarError(place, error.fact)) from None
     except RecursionError:
         raise ApiError(400, "the schema is nested too deeply", code="invalid_json") from None
 
@@ -190,6 +196,12 @@ def _asserted(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     is_object = schema.get("type") == "object"
+    least, required = schema.get("minProperties", 0), schema.get("required")
+    n_required = len(required) if isinstance(required, list) else 0
+    closed = schema.get("additionalProperties") is False and not schema.get("patternProperties")
+    if isinstance(least, int) and least > n_required + 1 and not closed:  # one key written twice would count as two
+        fact = f"no grammar holds minProperties {least} where keys are not listed; leave it out, and check the reply"
+        raise GrammarError("schema", fact)
     return {
         key: inner if key in ("const", "enum", "default", "examples") else _asserted(inner)
         for key, inner in schema.items()
