@@ -229,12 +229,34 @@ def test_evaluating_and_comparing(base: Any, run: Any, tmp_path: Path) -> None:
         (lambda: sf.mix(["nowhere.jsonl"], "builtin:tiny"), "nowhere.jsonl: no such file"),
         (lambda: sf.evaluate("builtin:tiny", ["spelin"]), "unknown task 'spelin'; did you mean 'spelling'?"),
         (lambda: sf.export("builtin:tiny", "merged", "x", type="q8_0"), "type: a checkpoint directory holds no q8_0"),
+        (lambda: sf.train("x", base="y"), "sf.train: multiple values for argument 'base'; its arguments: base, mix, "),
+        (lambda: sf.train("x", recipe=5), "recipe: it should be a recipe (given: int); give its"),
+        (lambda: sf.train(recipe={"mixture": [{"source": "a"}]}, train=5, out="x"), "train: it should be a map"),
+        (lambda: sf.load("x", dtype="y"), "sf.load: got an unexpected keyword argument 'dtype'; its arguments: "),
+        (lambda: sf.load(" "), "' ': a model without a name; give a directory, "),
+        (lambda: sf.render(ROWS, 5), "model: it should be a model (given: int)"),
+        (lambda: sf.evaluate(5), "model: it should be a model (given: int)"),
+        (lambda: sf.evaluate("builtin:tiny", limit=0), "limit: it should be a whole number above 0 (given: 0); "),
     ],
 )  # fmt: skip
 def test_errors_are_the_command_line_s(call: Any, line: str, folder: Path) -> None:
     with pytest.raises(sf.SftflowError) as error:
         call()
     assert line in str(error.value) and error.value.exit_code == 2 and "\n" not in str(error.value)
+
+
+def test_values_in_each_other_s_place_are_named(base: Any) -> None:
+    mix = sf.mix([ROWS], base, max_length=64)
+    for call, line in [
+        (lambda: sf.train(mix, base), "mix: it should be a mixture (given: Assistant); "),
+        (lambda: sf.mix(base, [ROWS]), "rows: no rows, but a value of type Assistant; give a file"),
+        (lambda: sf.evaluate(mix), "model: it should be a model (given: Mixture); "),
+        (lambda: base.chat("x", max_new_tokens=9), "max_new_tokens: no argument of a reply; write max_tokens=..."),
+        (lambda: base.stream("x", zebra=9), "zebra: no argument of a reply; known: max_tokens, temperature, "),
+    ]:
+        with pytest.raises(sf.SftflowError) as error:
+            call()
+        assert str(error.value).startswith(line)
 
 
 @pytest.mark.parametrize("content", ["\ud83d", json.loads("[" * 300 + "]" * 300)])

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from helpers.runs import error_line, run
+from sftflow.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -152,6 +153,12 @@ def test_override_and_unknown_eval_task(tmp_path: Path, tiny_base: Path) -> None
     ("override", "said"),
     [
         ("mixture.2.limit=5", "mixture has 2 entries, and 2 is none of them; the first is mixture.0"),
+        (
+            "mixture.2={source: spelling}",
+            "mixture has 2 entries, and 2 is none of them; the first is mixture.0; another",
+        ),
+        ("mixture[0].limit=5", "an entry's number stands behind a dot; write mixture.0.limit=..."),
+        ("mixture.[1]=5", "an entry's number stands behind a dot; write mixture.1=..."),
         ("mixture.-1.limit=5", "mixture has 2 entries, and -1 is none of them; the first is mixture.0"),
         ("mixture.+.source=spelling", "mixture has 2 entries, and + is none of them; the first is mixture.0"),
         ("mixture.first.limit=5", "mixture has 2 entries, and first is none of them; the first is mixture.0"),
@@ -222,6 +229,38 @@ def test_paths_of_overrides_are_seen_from_the_current_folder(tmp_path: Path, mon
     changed = load_recipe(path, ["compare={prompts: p.txt}", "format=q.jinja"])
     assert changed.compare and (changed.compare.prompts, changed.format) == (f"{here}/p.txt", f"{here}/q.jinja")
     assert [e.path or e.source for e in changed.mixture] == [f"{there}/{x}.jsonl" for x in "abc"]
+
+
+def test_a_path_may_begin_with_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "recipe.yaml"
+    path.write_text("mixture: [{source: ~/a.jsonl}, {source: gsm8k, path: ~/b.jsonl}]\ntrain: {out: ~/run}\n")
+    found = load_recipe(path, ["eval.tasks=[gsm8k=~/c.jsonl]"])
+    assert [found.mixture[0].source, found.mixture[1].path] == [f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"]
+    assert found.train.out == f"{tmp_path}/run" and found.eval and found.eval.tasks == (f"gsm8k={tmp_path}/c.jsonl",)
+
+
+def test_a_file_or_folder_of_a_bare_name_is_no_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows").write_text("{}")
+    (tmp_path / "sets").mkdir()
+    for name, remedy in {
+        "rows": "for the file of that name write ./rows",
+        "sets": "a folder has that name; name a file in it: sets/FILE",
+        "zebra": "; a file is written ./zebra",
+    }.items():
+        (tmp_path / "r.yaml").write_text(f"mixture: [{{source: {name}}}]")
+        line = error_line(run("mix", "r.yaml"))
+        assert f"r.yaml:1: mixture.0.source: unknown task '{name}'; " in line and line.endswith(remedy)
+
+
+@pytest.mark.parametrize(("package", "data"), [("datasets", "hub:a/b"), ("pyarrow", "a.parquet")])
+def test_a_missing_package_is_named(package: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, package, None)
+    line = error_line(run("render", data, "--model", "builtin:tiny"))
+    assert line == f"error: {package}: this Python package is not installed; pip install {package}"
 
 
 def test_an_override_leaves_other_uses_of_an_alias_alone(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def refused(tmp_path: Path, text: str, *sets: str) -> str:
         ("lora_r: 8", "lora_r: unknown key; this version trains all weights; leave it out"),
         ("train: {base: x}", "train.base: unknown key; write base, at the top of the recipe"),
         ("warmup: 0.1", "warmup: unknown key; write train.schedule.warmup"),
-        ("limit: 3", "limit: unknown key; it is a key of a mixture's entries and of eval"),
+        ("limit: 3", "limit: unknown key; it is a key of eval and of a mixture's entries"),
         (
             "mixture: [{source: a.jsonl, type: alpaca}]",
             "mixture.0.type: unknown key; a row's dialect is read from the row",
@@ -148,7 +148,8 @@ def test_a_value_is_named_by_where_it_was_written(tmp_path: Path) -> None:
     [
         ({"learning_rate": 1e-4}, "learning_rate: unknown key; write lr=... (auto, or a number)"),
         ({"warmup_ratio": 0.1}, "warmup_ratio: unknown key; write schedule={'warmup': ...}"),
-        ({"max_samples": 4}, "max_samples: unknown key; write limit in an entry of the mixture (rows of each entry)"),
+        ({"max_samples": 4}, "max_samples: unknown key; write limit in an entry of the mixture: sf.task(NAME, limit="),
+        ({"limit": 4}, "limit: unknown key; it is a key of eval and of a mixture's entries: sf.task(NAME, limit=...) "),
         ({"base_model": "x"}, "base_model: unknown key; write base=..."),
         (
             {"optimizer": "adamw_torch"},

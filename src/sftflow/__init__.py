@@ -52,11 +52,19 @@ def __getattr__(name: str) -> Any:
 def _verb(function: Any) -> Any:
     """A function of the door, whose errors speak of its arguments, not of the command line's options."""
     import functools
+    import inspect
 
-    from sftflow.foundation.errors import SftflowError, in_python
+    from sftflow.foundation.errors import RecipeError, SftflowError, in_python
+
+    signature = inspect.signature(function)
 
     @functools.wraps(function)
     def verb(*arguments: Any, **keys: Any) -> Any:
+        try:
+            signature.bind(*arguments, **keys)
+        except TypeError as error:
+            known = ", ".join(str(p).partition(":")[0] for p in signature.parameters.values())
+            raise RecipeError(f"sf.{function.__name__}", str(error), f"its arguments: {known}") from None
         try:
             return function(*arguments, **keys)
         except SftflowError as error:

@@ -272,6 +272,7 @@ def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
         return Path.cwd() if any(f"{key}.".startswith(f"{one}.") for one in typed) else folder
 
     def absolute(value: str, key: str) -> str:
+        value = os.path.expanduser(value)
         return value if value.startswith("hub:") or Path(value).is_absolute() else str(home(key) / value)
 
     entries = []
@@ -281,7 +282,8 @@ def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
         elif not entry.has_bare_name:
             entry = entry.model_copy(update={"source": absolute(entry.source, f"mixture.{number}.source")})
         entries.append(entry)
-    update: dict[str, Any] = {"mixture": tuple(entries)}
+    train = recipe.train.model_copy(update={"out": os.path.expanduser(recipe.train.out)})
+    update: dict[str, Any] = {"mixture": tuple(entries), "train": train}
     base = recipe.base
     if not base.startswith("builtin:") and (
         os.path.exists(home("base") / base) or base.startswith((".", "/")) or base.endswith(".gguf")

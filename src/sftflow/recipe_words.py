@@ -31,6 +31,7 @@ OPTIONS = {
 }  # fmt: skip
 """options of commands, and the keys of a recipe by which the same is asked for"""
 _OPTION = re.compile("|".join(OPTIONS))
+_ENTRY = "sf.task(NAME, {0}=...) or {{'source': FILE, '{0}': ...}}"
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Origin:
         dotted = ".".join(map(str, path))
         if said := self._said(dotted):
             return f"{said}: {dotted}"
-        if given := self._argument(path):
+        if given := self.argument(path):
             return given
         line = _line(self.text, path) if self.text else None
         return f"{self.file}:{line}: {dotted}" if line else f"{self.file}: {dotted}"
@@ -69,11 +70,13 @@ class Origin:
         inside = path[0] == "mixture" and len(path) > 2
         if self._said(".".join(map(str, path))):
             return f"write --set {key.replace('mixture.', f'mixture.{path[1] if inside else 0}.')}=..."
-        if self._argument(path) and (inside or not key.startswith("mixture.")):
+        if self.argument(path) and (inside or not key.startswith("mixture.")):
             first, *inner = key.removeprefix("train.").removeprefix("mixture.").split(".")
             return f"write {first}={{{inner[0]!r}: ...}}" if inner else f"write {first}=..."
         if key.startswith("mixture."):
-            return f"write {key.removeprefix('mixture.')} in an entry of the mixture"
+            leaf = key.removeprefix("mixture.")
+            shown = f": {_ENTRY.format(leaf)}" if self.argument(path) else ""
+            return f"write {leaf} in an entry of the mixture{shown}"
         return f"write {key}" if "." in key else f"write {key}, at the top of the recipe"
 
     @contextlib.contextmanager
@@ -88,7 +91,7 @@ class Origin:
             error.reword(lambda text: _OPTION.sub(lambda option: OPTIONS[option[0]], text))
             raise
 
-    def _argument(self, path: Path) -> str:
+    def argument(self, path: Path) -> str:
         """What a value is called that came as an argument; "" for another."""
         if (dotted := ".".join(map(str, path))) in self.arguments:
             return dotted
@@ -229,7 +232,8 @@ def elsewhere(path: Path, model: type[BaseModel], origin: Origin) -> str:
         holders = []
     if holders and not (theirs and theirs.key in holders):
         if len(holders) > 1 or holders[0].startswith("mixture."):
-            return f"it is a key of {' and of '.join(map(_holder, holders))}"
+            shown = f": {_ENTRY.format(name)}" if origin.argument(path) and holders[0].startswith("mixture.") else ""
+            return f"it is a key of {' and of '.join(map(_holder, reversed(holders)))}{shown}"
         return origin.write(holders[0], path)
     if theirs is None:
         return ""

@@ -63,4 +63,4 @@ def base_beside(base: ModelLike, trained: checkpoint.Assistant) -> checkpoint.As
     """The base of a trained model; where it has no chat format of its own, it is asked in that of the trained one."""
     if isinstance(base, checkpoint.Assistant):
         return base
-    return checkpoint.load_assistant(str(base), fallback=checkpoint.base_format(trained))
+    return checkpoint.load_assistant(name_of(base), fallback=checkpoint.base_format(trained))

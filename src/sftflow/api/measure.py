@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from sftflow.api.assistant import base_beside, load
 from sftflow.api.shared import ModelLike, name_of, parts_of, watching
@@ -63,7 +64,7 @@ def evaluate(
     out: where the graded rows and eval.json stay, so that a rerun goes on from them.
     Raises TaskError, CheckpointError; RunError where weights or logits are not finite.
     """
-    wanted = [models] if isinstance(models, ModelLike) else list(models)
+    wanted: Sequence[Any] = list(models) if isinstance(models, list | tuple) else [models]
     options = EvalOptions(tasks=tasks, limit=limit, allow_code=allow_code)
     with watching() as shown, _results(out) as folder:
         return evaluate_all(wanted, options, folder, shown)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from typing import Any
 from rich.text import Text
 
 from sftflow import checkpoint
-from sftflow.api.shared import ModelLike, quiet
+from sftflow.api.shared import ModelLike, name_of, quiet
 from sftflow.chat import prefill, template_options
 from sftflow.chat.data_files import check_columns, numbered_rows, read_rows
 from sftflow.chat.render import Renderer
@@ -54,9 +55,9 @@ class Rows(Sequence[Any]):
             import datasets
 
             data = datasets.Dataset.from_pandas(data, preserve_index=False)
-        self._file = str(data) if isinstance(data, str | Path) else None
+        self._file = os.path.expanduser(data) if isinstance(data, str | Path) else None
         of_arrow = type(data).__module__.partition(".")[0] in ("datasets", "pyarrow")
-        if not (self._file or isinstance(data, Iterable)):
+        if not (self._file or isinstance(data, Iterable) or hasattr(data, "to_pylist")):
             raise DataError(name or "rows", f"no rows, but {kind_of(data)}", "give a file, or a list of rows")
         rows = data.to_pylist(maps_as_pydicts="strict") if hasattr(data, "to_pylist") else data
         self._rows = None if self._file else [without_nulls(row) for row in rows] if of_arrow else list(rows)
@@ -251,7 +252,7 @@ def render(
         renderer = model.renderer
     else:
         quiet()
-        renderer = checkpoint.open_renderer(checkpoint.resolve(str(model)), format)
+        renderer = checkpoint.open_renderer(checkpoint.resolve(name_of(model)), format)
     if append_eos:
         renderer = template_options.append_eos(renderer)
     if drop_prefill:

@@ -13,7 +13,7 @@ from sftflow.checkpoint import Assistant
 from sftflow.data.sources import check_source
 from sftflow.evaluation.options import EvalOptions
 from sftflow.foundation.dotted_keys import set_key
-from sftflow.foundation.errors import CheckpointError
+from sftflow.foundation.errors import CheckpointError, RecipeError
 from sftflow.recipe import Eval, Recipe, SourceEntry, load_recipe, overridden, resolve_paths
 from sftflow.recipe_words import Origin
 from sftflow.report.progress import ProgressDisplay
@@ -82,8 +82,11 @@ def recipe_of(
         recipe, overrides = load_recipe(recipe, overrides), ()
     if isinstance(recipe, Recipe):
         data = {**recipe.model_dump(mode="json"), "mixture": [dict(entry) for entry in recipe.mixture]}
-    else:
+    elif recipe is None or isinstance(recipe, Mapping):
         data = dict(recipe or {})
+    else:
+        fact = f"it should be a recipe (given: {type(recipe).__name__})"
+        raise RecipeError("recipe", fact, "give its file, or a mapping of its keys")
     if base is not None:
         data["base"] = name_of(base)
     if entries:
@@ -93,7 +96,8 @@ def recipe_of(
             data[key] = value
         elif "." in key:
             set_key(data, key, value, "recipe")
-        else:  # one that is known nowhere, too: it is named there, with its nearest neighbour
+        elif isinstance(data.get("train") or {}, Mapping):
+            # One that is known nowhere, too: it is named there, with its nearest neighbour.
             data["train"] = {**(data.get("train") or {}), key: value}
     origin = recipe.origin if isinstance(recipe, Recipe) else Origin()
     origin = replace(origin, arguments=frozenset(keys))

@@ -12,6 +12,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -135,7 +136,11 @@ def _is_whole(path: Path, first: bytes) -> bool:
     try:
         value = json.loads(first)
     except (ValueError, RecursionError):
-        if first[:1] not in b"[{" and not named & {".json", ".jsonl", ".ndjson"}:
+        if first == b"{" and ".json" not in named:
+            raise DataError(str(path), "an object over several lines", "write each row in one line") from None
+        following = {line.strip()[:1] for _, line in islice(read_lines(str(path)), 1, 3)}
+        torn = following & {b"[", b"{"} or (not following and first[:1] != b"<")  # one bad line of a file of rows
+        if first[:1] not in b"[{" and not (torn and named & {".json", ".jsonl", ".ndjson"}):
             fact = f"neither JSON nor Parquet (it begins with {first[:20].decode('utf-8', 'replace')!r})"
             raise DataError(str(path), fact, "write its rows as JSON lines") from None
         return first[:1] == b"[" or ".json" in named

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from sftflow.chat.format import ChatFormat, add_tokens, choose_format
@@ -13,7 +14,7 @@ from sftflow.checkpoint.generation import left_out, sampling_of
 from sftflow.checkpoint.loading import load_ends, load_model, load_tokenizer
 from sftflow.checkpoint.location import Location, resolve
 from sftflow.fingerprint import format_fingerprint
-from sftflow.foundation.errors import CheckpointError
+from sftflow.foundation.errors import CheckpointError, RecipeError
 
 log = logging.getLogger("sftflow.checkpoint")
 
@@ -59,18 +60,23 @@ class Assistant:
         """
         from sftflow.generation.request import GenerationRequest
 
+        known = [f.name for f in fields(GenerationRequest) if f.name not in ("prompt_ids", "max_new_tokens")]
+        if unknown := sorted(options.keys() - known):
+            near = difflib.get_close_matches(unknown[0], ["max_tokens", *known], 1)
+            remedy = f"write {near[0]}=..." if near else f"known: max_tokens, {', '.join(known)}"
+            raise RecipeError(unknown[0], "no argument of a reply", remedy)
         if isinstance(prompt, Conversation):
             ids = tuple(self.renderer.render(prompt, add_generation_prompt=True).ids.tolist())
         else:
             ids = tuple(prompt)
         room = max(1, self.engine.context - len(ids))
-        fields = {**self.sampling, **{name: value for name, value in options.items() if value is not None}}
-        if fields["temperature"] < 1e-4:
-            fields["temperature"] = 0.0  # the limit of ever smaller ones
-        fields["top_p"] = max(fields["top_p"], 1e-6)
-        fields["top_k"] = max(fields["top_k"], 0)  # -1 is "off", too
+        asked = {**self.sampling, **{name: value for name, value in options.items() if value is not None}}
+        if asked["temperature"] < 1e-4:
+            asked["temperature"] = 0.0  # the limit of ever smaller ones
+        asked["top_p"] = max(asked["top_p"], 1e-6)
+        asked["top_k"] = max(asked["top_k"], 0)  # -1 is "off", too
         limit = room if max_tokens is None else min(max_tokens, room)
-        return GenerationRequest(prompt_ids=ids, max_new_tokens=limit, **fields)
+        return GenerationRequest(prompt_ids=ids, max_new_tokens=limit, **asked)
 
     @property
     def reply_decoder(self) -> ReplyDecoder:
@@ -153,12 +159,11 @@ def load_assistant(
     """Load a checkpoint that answers in a chat format (its own, or the named one)."""
     from sftflow.foundation.runtime import detect
 
-    location = resolve(name)
+    runtime, location = detect(precision), resolve(name)
     model, tokenizer, renderer, info = prepare(location, format_name=format, fallback=fallback)
     sampling_of(getattr(model, "generation_config", None))  # what cannot be asked for is refused now
     if ignored := left_out(model.generation_config):
         log.warning("note: %s: its generation_config.json asks for %s; not done here", name, ", ".join(ignored))
-    runtime = detect(precision)
     model.to(runtime.device).eval()
     return assistant_of(model, tokenizer, renderer, runtime, name=name, info=info)
 

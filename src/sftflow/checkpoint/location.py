@@ -49,8 +49,8 @@ def resolve(name: str) -> Location:
     if name.startswith("builtin:"):
         raise CheckpointError(name, "no such built-in base", f"use {BUILTIN_TINY}")
     path = Path(name).expanduser()
-    if not name:
-        raise CheckpointError("''", "a model without a name", f"give a directory, a hub id or {BUILTIN_TINY}")
+    if not name.strip():
+        raise CheckpointError(repr(name), "a model without a name", f"give a directory, a hub id or {BUILTIN_TINY}")
     if path.suffix == ".gguf":
         if not path.is_file():
             raise CheckpointError(name, *not_there(path))

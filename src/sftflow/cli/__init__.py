@@ -60,6 +60,9 @@ def _told(error: Exception) -> tuple[str, int] | None:
         error = DataError(f"{str(error.filename)[:60]} ...", str(error.strerror), "check the path")
     elif isinstance(error, OSError):
         error = RunError(str(error.filename or "files"), *said_of(error))
+    elif isinstance(error, ModuleNotFoundError) and (error.name or "sftflow").partition(".")[0] != "sftflow":
+        package = str(error.name).partition(".")[0]
+        error = SftflowError(package, "this Python package is not installed", f"pip install {package}")
     elif isinstance(error, MemoryError) or out_of_memory(error):
         remedy = "close other programs, take a smaller model, or for training lower train.micro_tokens"
         error = RunError("memory", "out of memory", remedy)

@@ -25,6 +25,10 @@ def check_source(entry: SourceEntry, place: str = "mixture") -> None:
         hint = (
             f"did you mean {near[0]!r}?" if near else f"known: {', '.join(TASKS)}; a file is written ./{entry.source}"
         )
+        if os.path.isdir(entry.source):
+            hint = f"a folder has that name; name a file in it: {entry.source}/FILE"
+        elif os.path.exists(entry.source):
+            hint = f"for the file of that name write ./{entry.source}"
         raise RecipeError(place, f"unknown task {entry.source!r}", hint)
     if entry.split != "train" and entry.source not in TASKS:
         of_hub = entry.source.startswith("hub:")

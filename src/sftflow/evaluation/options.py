@@ -63,6 +63,8 @@ def open_tasks(
 
     Raises TaskError for an unknown one, and for one that runs code where that is not allowed.
     """
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise TaskError("--limit", f"it should be a whole number above 0 (given: {limit!r})", "None asks all items")
     out: list[EvalTask] = []
     for spec in specs:
         name, _, path = (part.strip() for part in spec.partition("="))

@@ -19,6 +19,8 @@ def set_key(data: Any, key: str, value: Any, place: str) -> None:
     >>> recipe
     {'mixture': [{'source': 'spelling', 'limit': 5}]}
     """
+    if (dotted := re.sub(r"\.?\[(\d+)\]", r".\1", key)) != key:
+        raise RecipeError(place, "an entry's number stands behind a dot", f"write {dotted}=...")
     steps = key.split(".")
     for number, step in enumerate(steps, 1):
         here = ".".join(steps[: number - 1])
@@ -26,7 +28,8 @@ def set_key(data: Any, key: str, value: Any, place: str) -> None:
             at: Any = int(step) if re.fullmatch("0|[1-9][0-9]{0,8}", step) else len(data)
             if at >= len(data):
                 fact = f"{here} has {len(data)} entr{'y' if len(data) == 1 else 'ies'}, and {step} is none of them"
-                remedy = f"the first is {here}.0" if data else f"write the whole list: {here}=[...]"
+                more = f"another goes into the whole list, {here}=[...]"
+                remedy = f"the first is {here}.0; {more}" if data else f"write the whole list: {here}=[...]"
                 raise RecipeError(place, fact, remedy)
         elif isinstance(data, dict):
             at = step
