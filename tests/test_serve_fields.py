@@ -410,6 +410,7 @@ def test_tokenize_and_detokenize_in_vllms_shape(http: TestClient, assistant: Ass
         ("/tokenize", {"messages": ASK, "add_special_tokens": True}, "add_special_tokens", "unsupported_parameter"),
         ("/tokenize", {"messages": [{**ASK[0], "content": "w" * 9000}]}, "messages", "context_length_exceeded"),
         ("/tokenize", {"prompt": "w" * 1_900_000}, "prompt", "too_many_tokens"),
+        ("/tokenize", {"prompt": "w" * 200_000}, "prompt", "too_many_tokens"),  # known when it is encoded
         ("/detokenize", {}, "tokens", "invalid_value"),
         ("/detokenize", {"tokens": [True]}, "tokens", "invalid_value"),
         ("/detokenize", {"tokens": [-1]}, "tokens", "invalid_value"),
@@ -422,6 +423,21 @@ def test_what_cannot_be_tokenized_is_named(
 ) -> None:
     refusal(http.post(path, json={"model": "tiny", **fields}), 400, param, code)
     refusal(http.post(path, json={"model": "nobody", "prompt": "a", "tokens": [5]}), 404, "model")
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"stop": ["a"] * 17}, "at most 16"),
+        ({"stop": ["a", ""]}, "1: String should have at least 1"),
+        ({"stop": 5}, "a valid string"),
+        ({"tool_choice": {"type": "allowed_tools"}}, "type: Input should be 'function'"),
+        ({"messages": [{"role": "user", "content": []}]}, "no parts"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 5_000}]}, "at most 4000"),
+    ],
+)
+def test_a_field_of_several_kinds_is_told_by_the_nearest(http: TestClient, fields: dict[str, Any], says: str) -> None:
+    assert says in refusal(http.post(CHAT, json=ask(**fields)), 400)["message"]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from helpers.tokenizers import byte_level
 from sftflow.chat.schema import Conversation, Message, Part, parse_row
 from sftflow.checkpoint import Assistant, load_assistant
 from sftflow.serving.joining import in_turns, joined_ways
+from sftflow.serving.prompt import read_messages
 
 CHAT, RENDER = "/v1/chat/completions", "/v1/render"
 SYSTEM, TOLD = {"role": "system", "content": "Be brief."}, {"role": "system", "content": "Now in French."}
@@ -82,6 +83,7 @@ def test_the_prompt_has_the_templates_arguments(qwen3: Assistant, thinking: bool
         ({"chat_template_kwargs": {"enable_thinking": "<|im_end|>"}}, "chat_template_kwargs.enable_thinking"),
         ({"chat_template_kwargs": {"enable_thinking": True}, "enable_thinking": False}, "enable_thinking"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"reasoning_effort": "none", "enable_thinking": True}, "reasoning_effort"),
     ],
 )
 def test_an_argument_that_would_change_nothing_or_too_much_is_refused(
@@ -94,6 +96,7 @@ def test_an_argument_that_would_change_nothing_or_too_much_is_refused(
 def test_whether_a_model_thinks_may_be_asked_of_one_that_does_not(http: TestClient) -> None:
     assert rendered(http, messages=ASK, enable_thinking=False) == rendered(http, messages=ASK)
     assert rendered(http, messages=ASK, chat_template_kwargs={"thinking": False}) == rendered(http, messages=ASK)
+    assert rendered(http, messages=ASK, reasoning_effort="none") == rendered(http, messages=ASK)
     refusal(http.post(CHAT, json=ask(enable_thinking=True)), 400, param="enable_thinking")
 
 
@@ -237,6 +240,18 @@ def test_any_order_becomes_turns_and_nothing_is_lost(roles: list[str], thinks: b
     for i, message in enumerate(said):
         assert written.count(f"zq{i}") == 1 and written.count(f"zr{i}") == bool(message.reasoning_content)
         assert written.index(f"zq{i}") >= written.index(f"zq{max(0, i - 1)}")  # in order
+
+
+def test_identities_of_calls_from_elsewhere_are_made_anew_where_the_format_refuses_them() -> None:
+    def history(identity: str) -> Conversation:
+        called = {"id": identity, "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+        result = {"role": "tool", "tool_call_id": identity, "content": "noon"}
+        return read_messages([*ASK, {"role": "assistant", "tool_calls": [called]}, result, HI])
+
+    (way,) = joined_ways(history("call_abcdefghijklmnop"))
+    (call,), result = way.messages[1].tool_calls, way.messages[2]
+    assert call["id"] == result.tool_call_id and len(call["id"]) == 9 and call["id"].isalnum()
+    assert list(joined_ways(history("abcdefgh1"))) == []
 
 
 def test_what_is_too_long_once_joined_is_said_to_be_too_long(http: TestClient) -> None:

@@ -8,6 +8,7 @@ system message. Only what is refused as it stands is joined, and only when servi
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
@@ -17,7 +18,28 @@ from sftflow.chat.schema import Conversation, Message, Part, text_message
 
 def joined_ways(conversation: Conversation) -> Iterator[Conversation]:
     """The conversation by the rule, the least changed first: developer messages are system messages; then turns are
-    joined; reasoning is a part of what was said; the opening system message is a part of the first user turn."""
+    joined; reasoning is a part of what was said; the opening system message is a part of the first user turn. Then all
+    of it again with other identities of calls, where they are not such as every format takes."""
+    yield from _orders(conversation)
+    renamed = replace(conversation, messages=tuple(_identified(m) for m in conversation.messages))
+    if renamed != conversation:
+        yield renamed
+        yield from _orders(renamed)
+
+
+def _identified(message: Message) -> Message:
+    """Its calls by nine letters and digits, as some templates insist on."""
+
+    def short(identity: str) -> str:
+        plain = len(identity) == 9 and identity.isascii() and identity.isalnum()
+        return identity if plain else hashlib.sha256(identity.encode("utf-8", "surrogatepass")).hexdigest()[:9]
+
+    calls = tuple({**c, "id": short(c["id"])} if isinstance(c.get("id"), str) else c for c in message.tool_calls)
+    answered = message.tool_call_id
+    return replace(message, tool_calls=calls, tool_call_id=None if answered is None else short(answered))
+
+
+def _orders(conversation: Conversation) -> Iterator[Conversation]:
     known = [list(conversation.messages)]
     messages = [replace(m, role="system") if m.role == "developer" else m for m in conversation.messages]
     joined = (

@@ -29,7 +29,7 @@ Ending = Literal["prompt", "continued", "whole"]
 """how a rendering ends: with the beginning of a reply, in the last message, or behind it"""
 MOST_MESSAGES = 2_000
 """a conversation is rendered once for each of its replies, which grows with the square of their number"""
-MOST_TOOLS = 128
+MOST_PARTS, MOST_TOOLS = 4_000, 128
 MESSAGE_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content")
 SAMPLED = (SamplingBody.model_fields.keys() & {f.name for f in fields(GenerationRequest)}) - {"seed"}
 """fields of a body that the request to the engine has, too; the seed differs from reply to reply"""
@@ -94,6 +94,9 @@ def read_messages(messages: Sequence[Any], tools: Sequence[Any] = ()) -> Convers
     """OpenAI messages and tools in our schema. Raises ApiError 400 naming the message or the tool."""
     if len(messages) > MOST_MESSAGES:
         raise wrong("messages", f"{len(messages)} messages; at most {MOST_MESSAGES} are taken", "too_many_messages")
+    n_parts = sum(len(m["content"]) for m in messages if isinstance(m, dict) and isinstance(m.get("content"), list))
+    if n_parts > MOST_PARTS:
+        raise wrong("messages", f"{n_parts} parts of contents; at most {MOST_PARTS} are taken", "too_many_messages")
     known = [_known_fields(m, f"messages[{i}]") for i, m in enumerate(messages)]
     row = {"messages": known, "tools": _checked_tools(tools)}
     try:
@@ -125,6 +128,8 @@ def _known_fields(message: Any, place: str) -> Any:
         del out["tool_calls"]
     if out.get("role") == "assistant" and out.get("content") is None and "tool_calls" not in out:
         out["content"] = ""  # it said nothing
+    if out.get("content") == []:
+        raise wrong(f"{place}.content", 'it has no parts; write "" for an empty message')
     if isinstance(out.get("content"), list):
         out["content"] = [
             {k: v for k, v in p.items() if k in ("type", "text")} if isinstance(p, dict) else p for p in out["content"]

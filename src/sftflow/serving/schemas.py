@@ -45,12 +45,21 @@ class ModelBody(BaseModel):
         try:
             body = cls.model_validate(value)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            raise wrong(str(first["loc"][0]), first["msg"]) from None
+            raise _told(error) from None
         for field, nothing in cls.unsupported.items():
             if not any(_same(value.get(field), v) for v in (None, *nothing)):
                 raise ApiError(400, f"{field} is not supported here", param=field, code="unsupported_parameter")
         return body
+
+
+def _told(error: ValidationError) -> ApiError:
+    """Of the first field that is wrong; where it may be of several kinds, of the one that came furthest."""
+    errors = error.errors(include_url=False, include_input=False)
+    field = errors[0]["loc"][0]
+    tried = [e for e in errors if e["loc"][0] == field]
+    one = max(tried, key=lambda e: (len(e["loc"]), not e["type"].endswith("_type")))
+    inside = ".".join(map(str, one["loc"][2:])) if len(tried) > 1 else ""
+    return wrong(str(field), f"{f'{inside}: ' if inside else ''}{one['msg']}")
 
 
 def _same(value: Any, other: Any) -> bool:

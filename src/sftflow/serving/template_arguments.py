@@ -33,7 +33,12 @@ def template_arguments(model: ServedModel, body: PromptBody) -> dict[str, Any]:
         value = getattr(body, name)
         if value is not None and given.setdefault(name, value) != value:
             raise wrong(name, "chat_template_kwargs says otherwise")
-    known, out = {*renderer.arguments(), *renderer.format.kwargs}, {}
+    known = {*renderer.arguments(), *renderer.format.kwargs}
+    if given.get("reasoning_effort") == "none" and "reasoning_effort" not in known:  # OpenAI's word for no thoughts
+        del given["reasoning_effort"]
+        if given.setdefault("enable_thinking", False):
+            raise wrong("reasoning_effort", "enable_thinking says otherwise")
+    out: dict[str, Any] = {}
     anyway = [] if known & set(_THINKING) else _THINKING
     for name, value in given.items():
         place = places.get(name, name)

@@ -15,8 +15,9 @@ from sftflow.serving.prompt import chat_prompt, known_ids
 from sftflow.serving.schemas import DetokenizeBody, RenderBody, TokenizeChatBody, TokenizeTextBody
 
 Find = Callable[[str], ServedModel]
-MOST_TOKENS = 1 << 17
-"""that a text may have where the context is smaller: how far it is too long may be asked, but not of megabytes"""
+MOST_TOKENS, LETTERS = 1 << 17, 8
+"""tokens that a text may have where the context is smaller: how far it is too long may be asked, but not of megabytes;
+and characters for each, above which it is not encoded to find out"""
 
 
 def rendered(find: Find, value: dict[str, Any]) -> dict[str, Any]:
@@ -52,11 +53,17 @@ def tokenized(find: Find, value: dict[str, Any]) -> dict[str, Any]:
 
 def _text_ids(model: ServedModel, body: TokenizeTextBody) -> list[int]:
     assistant, most = model.assistant, max(MOST_TOKENS, model.context)
-    if fewest := assistant.renderer.fewest_tokens(body.prompt, most + 1):
-        raise wrong("prompt", f"at least {fewest} tokens; at most {most} are counted", "too_many_tokens")
-    if body.add_special_tokens is False:
-        return assistant.renderer.encode_plain(body.prompt)
-    return list(assistant.plain_ids(body.prompt))
+    fewest = assistant.renderer.fewest_tokens(body.prompt, most + 1)
+    if not fewest and len(body.prompt) > LETTERS * most:
+        raise wrong("prompt", f"{len(body.prompt)} characters; at most {LETTERS * most} are read", "too_many_tokens")
+    ids: list[int] = []
+    if not fewest and body.add_special_tokens is False:
+        ids = assistant.renderer.encode_plain(body.prompt)
+    elif not fewest:
+        ids = list(assistant.plain_ids(body.prompt))
+    if fewest or len(ids) > most:
+        raise wrong("prompt", f"at least {fewest or len(ids)} tokens; at most {most} are counted", "too_many_tokens")
+    return ids
 
 
 def detokenized(find: Find, value: dict[str, Any]) -> dict[str, Any]:
