@@ -286,6 +286,24 @@ def test_an_exponent_has_two_digits_at_most(shipped: Assistant, wanted: dict[str
         assert b"5" in may_follow('"1e35')
 
 
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ('"7e12345a"', json_rule({"enum": ["7e12345a"]})),
+        ('{"1e345": 1}', json_rule({"properties": {"1e345": {"const": 1}}, "required": ["1e345"]})),
+        ('"12e34567"', json_rule({"type": "string", "pattern": r"^\d+e\d{5}$"})),
+        ("7e12345", '"7e12345" | "no"'),
+        ("7e12345", "/[0-9]e[0-9]{5}/"),
+    ],
+)
+def test_a_given_text_may_look_like_a_large_number(shipped: Assistant, text: str, rule: str) -> None:
+    constraint = Constraint(shipped.engine.grammars.compile(f"start: {rule}"), [(0,)])
+    for token in shipped.tokenizer.encode(text, add_special_tokens=False):
+        assert constraint.allowed()[token]
+        constraint.accept(token)
+    assert constraint.allowed()[0]
+
+
 def test_a_schema_beside_json_object_is_heard(client: TestClient) -> None:
     for fields in ({"type": "json_object", "schema": CITY}, schema(CITY)):
         validate(create(client, response_format=fields, max_tokens=200)["message"]["content"], CITY)

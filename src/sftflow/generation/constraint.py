@@ -181,8 +181,10 @@ class Constraint:
         numbers = vocabulary.exponents if EXPONENT.search(self._tail) is None else vocabulary.numbers
         # Where a letter or a quote may follow, it is a text in quotes.
         if len(numbers) and not (found & (vocabulary.quotes | vocabulary.letters)).any():
+            small = found.clone()
             for i in numbers[found[numbers]].tolist():
-                found[i] = not LARGE.search(self._tail + vocabulary.words[i])
+                small[i] = not LARGE.search(self._tail + vocabulary.words[i])
+            found = small if may_end or small.any() else found  # a number may end there, a given text may not
         circling = max(self._repeats) >= CIRCLING
         if not circling and self._n_digits < MOST_DIGITS:
             return found
