@@ -19,7 +19,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
 from helpers.outside import outside, unpack_tokenizer
-from helpers.runs import run
+from helpers.runs import taught
 from helpers.serving import served
 from sftflow.pretraining.pretrain import BaseSpec, build_model
 
@@ -84,18 +84,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))
     last = max([*words["model"]["vocab"].values(), *(t["id"] for t in words["added_tokens"])])
     build_model(BaseSpec(params="0.1M", context=4096, seed=3), last + 1, None).save_pretrained(base)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ROWS))
-    train = {"out": str(folder / "qwen"), "max_length": 512, "tokens_per_step": 512, "steps": 150, "lr": 0.01}
-    recipe = {
-        "base": str(base),
-        "mixture": [{"source": "rows.jsonl", "repeat": 150}],
-        "validation": 0,
-        "train": {**train, "epochs": 100, "precision": "fp32", "optimizer": "adamw", "compile": False},
-    }
-    (folder / "recipe.yaml").write_text(json.dumps(recipe))
-    done = run("train", str(folder / "recipe.yaml"))
-    assert done.returncode == 0, done.stderr[-2000:]
-    return folder / "qwen"
+    return taught(base, ROWS, folder / "qwen")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from helpers.outside import outside
-from helpers.runs import run
+from helpers.runs import taught
 from helpers.serving import served
 from helpers.tiny import TEXT
 from sftflow.pretraining.pretrain import BaseSpec, build_model
@@ -80,21 +80,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def taught(base: Path) -> Path:
-    """The same, trained through the command line on ROWS and nothing else, until it knows them."""
-    folder = base.parent
-    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ROWS))
-    train = {"out": str(folder / "run"), "max_length": 512, "tokens_per_step": 512, "steps": 150, "lr": 0.01}
-    recipe = {
-        "base": str(base),
-        "mixture": [{"source": "rows.jsonl", "repeat": 150}],
-        "validation": 0,
-        "train": {**train, "epochs": 100, "precision": "fp32", "optimizer": "adamw", "compile": False},
-    }
-    (folder / "recipe.yaml").write_text(json.dumps(recipe))
-    done = run("train", str(folder / "recipe.yaml"))
-    assert done.returncode == 0, done.stderr[-2000:]
-    return folder / "run"
+def by_heart(base: Path) -> Path:
+    return taught(base, ROWS, base.parent / "run")
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +159,8 @@ def replies(address: str, state: str) -> int:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("npm") is None, reason="no npm on the PATH")
-def test_vercel_ai_sdk(taught: Path) -> None:
-    with served(str(taught)) as address:
+def test_vercel_ai_sdk(by_heart: Path) -> None:
+    with served(str(by_heart)) as address:
         said = script("sh", str(CLIENTS / "ai_sdk.sh"), address, "run", timeout=200)
     assert 'ok      a tool round trip: "It is sunny in Paris."' in said
     assert said.rstrip().endswith("all good") and "FAILED" not in said

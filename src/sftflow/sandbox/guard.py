@@ -81,7 +81,8 @@ class RefusedModule(ImportError):
 
 def install(folder: str, readable: Iterable[str]) -> None:
     """From here on, for good: write in `folder` alone, read there and below `readable`, the system's and Python's."""
-    # Names of this frame, not of modules: a program that replaces os.path.realpath does not change the guard.
+    # Names of this frame, not of modules: a program that replaces os.path.realpath does not change the guard by it. One
+    # that replaces what realpath itself calls does; then the walls are left.
     realpath, join, fspath, fsdecode = os.path.realpath, os.path.join, os.fspath, os.fsdecode
     here, self_id, unix, linux = realpath(folder), os.getpid(), 1, sys.platform == "linux"
     refused, no_module, writing, reading, devices = Refused, RefusedModule, WRITING, READING, DEVICES
