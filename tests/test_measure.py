@@ -153,7 +153,7 @@ def test_mix_and_doctor_take_a_recipe_with_code(tmp_path: Path, tiny_base: Path)
     [
         ({"prompts": "missing.jsonl"}, "missing.jsonl: "),
         ({"judge": "http://127.0.0.1:9/v1", "judge_model": "m"}, "http://127.0.0.1:9"),
-        ({"judge": "http://127.0.0.1:9/v1"}, "it needs --judge-model"),
+        ({"judge": "http://127.0.0.1:9/v1"}, "compare.judge: it needs compare.judge_model"),
     ],
 )
 def test_what_a_comparison_needs_is_checked_before_training(
