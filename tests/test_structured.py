@@ -251,6 +251,7 @@ def test_long_texts_and_what_one_reply_has_used_up(shipped: Assistant) -> None:
         ({"enum": ["x" * 1000] * 70}, "65536"),
         ({"allOf": [{"type": "string", "pattern": f".*a.{{{i}}}b.*"} for i in range(1, 12)]}, "regex"),
         ({"type": "strin"}, "strin"),
+        ({"type": "integer", "minimum": 10**30}, "a bound of the integer is too large"),
         ({"enum": [{"a": i, "b": [i]} for i in range(2500)]}, "2000"),  # known when the reply has begun
         ({"properties": {"a": {"$ref": "#/$defs/none"}}, "required": ["a"]}, "none"),
         # One key may be written twice, and be counted twice.
@@ -294,6 +295,7 @@ def test_an_exponent_has_two_digits_at_most(shipped: Assistant, wanted: dict[str
         ('"12e34567"', json_rule({"type": "string", "pattern": r"^\d+e\d{5}$"})),
         ("7e12345", '"7e12345" | "no"'),
         ("7e12345", "/[0-9]e[0-9]{5}/"),
+        ("7e12345", '"7e12" | "7e12345"'),
     ],
 )
 def test_a_given_text_may_look_like_a_large_number(shipped: Assistant, text: str, rule: str) -> None:

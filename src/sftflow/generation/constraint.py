@@ -122,7 +122,7 @@ class Grammar:
         limits = LLParserLimits(**LIMITS)
         self.matcher = LLMatcher(vocabulary.tokenizer, PREAMBLE + text, log_level=0, limits=limits)
         self.vocabulary, self.place, self.otherwise = vocabulary, place, otherwise
-        self.uses = 0
+        self.uses, self.has_json = 0, "%json" in text
         Constraint(self, ()).allowed()
 
 
@@ -180,7 +180,7 @@ class Constraint:
         vocabulary = self._vocabulary
         numbers = vocabulary.exponents if EXPONENT.search(self._tail) is None else vocabulary.numbers
         # Where a letter or a quote may follow, it is a text in quotes.
-        if len(numbers) and not (found & (vocabulary.quotes | vocabulary.letters)).any():
+        if self._grammar.has_json and len(numbers) and not (found & (vocabulary.quotes | vocabulary.letters)).any():
             small = found.clone()
             for i in numbers[found[numbers]].tolist():
                 small[i] = not LARGE.search(self._tail + vocabulary.words[i])
@@ -214,5 +214,8 @@ def _reason(message: str) -> str:
     """What llguidance says, in one line, without the place in a text that nobody but us has seen."""
     *_, reason = [first_line(ValueError(message)), *re.findall(r"^error: (.*)", message, re.M)]
     reason = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", reason)
+    reason = re.sub(
+        r"^Failed to generate regex for (\w+) range.*", r"a bound of the \1 is too large, or none is left", reason
+    )
     reason = re.sub(r"^Unimplemented keys: \[(.*)\]", r"no grammar holds \1; leave it out, and check the reply", reason)
     return "no token of this model can follow" if reason.startswith("NoExtension") else reason
