@@ -15,6 +15,7 @@ from pydantic import BaseModel
 import sftflow as sf
 from helpers.runs import error_line, run
 from sftflow import other_trainers
+from sftflow.foundation.errors import SftflowError
 from sftflow.recipe import Recipe, load_recipe, parse_recipe
 from sftflow.recipe_words import model_at
 
@@ -505,3 +506,8 @@ def test_a_key_that_is_no_text_is_refused(tmp_path: Path) -> None:
 def test_the_page_is_written_from_the_table() -> None:
     page = Path(__file__).parent.parent / "docs" / "from_other_trainers.md"
     assert page.read_text(encoding="utf-8") == other_trainers.page()
+
+
+def test_a_line_stays_a_line_whatever_it_quotes() -> None:
+    error = SftflowError("r.yaml:1", "a" * 9_000, "write source: " + "b" * 9_000)
+    assert len(str(error)) < 2_000 and str(error).count(" ... ") == 2

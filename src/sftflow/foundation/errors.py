@@ -72,6 +72,10 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0]
 
 
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 105]} ... {text[-100:]}"
+
+
 class SftflowError(Exception):
     """An error a user can act on: where it is, what is the case, what to do.
 
@@ -83,7 +87,7 @@ class SftflowError(Exception):
 
     def __init__(self, place: str, fact: str, remedy: str = "") -> None:
         self.place, self.fact, self.remedy = place, fact, remedy
-        fact = fact if len(fact) <= 1_500 else f"{fact[:1_000]} ... {fact[-100:]}"  # it may quote a row's value
+        fact, remedy = _shortened(fact, 1_400), _shortened(remedy, 500)  # they may quote a row's value
         line = f"{place}: {fact}" if place else fact
         line = " ".join((f"{line}; {remedy}" if remedy else line).split())
         super().__init__(line.encode("utf-8", "backslashreplace").decode())  # half a surrogate pair cannot be printed
