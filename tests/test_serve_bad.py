@@ -348,6 +348,15 @@ EARLY = [
 ]  # fmt: skip
 
 
+def test_head_and_body_of_an_answer_come_together(assistant: Assistant) -> None:
+    """A client that reads once has both; else what it has not read looks like a connection that is still in use."""
+    with running(api.make_app({"tiny": assistant}, api_key="k")) as url:
+        for _ in range(20):
+            with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])), timeout=5) as raw:
+                raw.sendall(POST + JSON + SIZE + b"\r\n")
+                assert raw.recv(4096).endswith(b"}}")
+
+
 def test_who_was_answered_early_and_then_is_silent_is_hung_up_on(assistant: Assistant) -> None:
     """In whatever state the request was, however much of its body came."""
     app = api.make_app({"tiny": assistant}, api_key="k")

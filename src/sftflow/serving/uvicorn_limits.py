@@ -25,6 +25,36 @@ from sftflow.serving.middleware import MAX_HEADERS
 from sftflow.serving.request_body import LARGE, Pace
 
 
+class Gathering:
+    """A transport that sends at once what is written in one turn of the event loop: the head and the body of an answer
+    are one packet, so that a client that reads once has both."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop = transport, loop
+        self._held: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        if data and not self._held:
+            self._loop.call_soon(self._send)
+        self._held += [data] if data else []
+
+    def _send(self) -> None:
+        data, self._held = b"".join(self._held), []
+        if data:
+            self._transport.write(data)
+
+    def close(self) -> None:
+        self._send()
+        self._transport.close()
+
+    def abort(self) -> None:
+        self._held = []
+        self._transport.abort()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
 class Connection(H11Protocol):
     """One connection. Whenever it is the client that is waited for, a clock runs: seconds for a header or a body that
     has begun (what drips does not start it again), for the next request, for a client that does not read. Of more than
@@ -44,6 +74,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.transport = Gathering(transport, self.loop)  # type: ignore[assignment]
         self.look()
         if len(self.connections) > self.most:
             self._make_room()
