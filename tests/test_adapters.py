@@ -172,6 +172,10 @@ def pickled(adapter: Path) -> None:
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
 
 
+def pointer(adapter: Path) -> None:
+    (adapter / "adapter_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+
+
 def beside_a_model(adapter: Path) -> None:
     (adapter / "model.safetensors").write_bytes(b"")
 
@@ -200,7 +204,13 @@ WRONG: dict[str, tuple[Callable[[], Any], Callable[[Path], None], str]] = {
     "not finite": (lora, scaled(float("inf")), "its weights are not finite"),
     "cut short": (lora, cut, "adapter_model.safetensors: damaged"),
     "empty": (lora, without(""), "it holds no weights"),
-    "pickled": (lora, pickled, "no adapter_model.safetensors in it; pickled weights are not loaded"),
+    "pickled": (lora, pickled, "no adapter_model.safetensors in it, but adapter_model.bin; pickled weights are not"),
+    "no weights": (
+        lora,
+        lambda a: (a / "adapter_model.safetensors").unlink(),
+        "in it: no weights at all; copy the whole adapter",
+    ),
+    "a pointer": (lora, pointer, "a Git LFS pointer, not the weights; get the file itself: git lfs pull"),
     "unknown type": (lora, lambda a: edit_config(a, peft_type="NEWER"), "knows no adapter of type 'NEWER'"),
     "unknown option": (lora, lambda a: edit_config(a, use_newer=True), "it asks for use_newer, which peft"),
     "a classifier": (lora, lambda a: edit_config(a, task_type="SEQ_CLS"), "it was trained for SEQ_CLS"),
@@ -353,7 +363,13 @@ def test_where_the_base_is(tmp_path: Path, bases: dict[bool, Path], adapter: tup
     shutil.copytree(bases[True], tmp_path / "models" / "mine")
     edit_config(directory, base_model_name_or_path="models/mine")  # from the folder that holds the adapter
     assert off_by(checkpoint.load_model(checkpoint.resolve(str(directory)))[0], own) < 1e-5
-    for name, fact in {"./gone/mine": "gone/mine: no such .*the base of", "": "the adapter names no base"}.items():
+    (tmp_path / "stopped" / "resume").mkdir(parents=True)
+    facts = {
+        "./gone/mine": "gone/mine: no such .*the base of .*; put it there, or name the base",
+        "./stopped": "stopped: this run has not finished .*; finish it: .*--resume, or name the base",
+        "": "the adapter names no base",
+    }
+    for name, fact in facts.items():
         edit_config(directory, base_model_name_or_path=name)
         with pytest.raises(CheckpointError, match=fact) as error:
             checkpoint.load_assistant(str(directory))

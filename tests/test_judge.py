@@ -300,7 +300,7 @@ def test_nobody_there() -> None:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]  # bound, but nobody listens
-        with pytest.raises(JudgeError, match=r"cannot be reached \(.*\); check that it runs there"):
+        with pytest.raises(JudgeError, match=r"cannot be reached \(.*\); check the address, and that it runs there"):
             judge_pairs(PAIRS, f"http://127.0.0.1:{port}/v1", "m")
 
 

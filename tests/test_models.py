@@ -167,7 +167,7 @@ def test_a_head_that_is_not_a_plain_projection_is_refused() -> None:
         return out
 
     model.forward = shifted
-    with pytest.raises(CheckpointError, match="its logits and ours differ"):
+    with pytest.raises(CheckpointError, match="its logits are not those that training would compute"):
         prove_forward(model)
 
 

@@ -80,6 +80,8 @@ def test_what_no_token_can_be_drawn_by_is_refused(values: dict[str, Any], fact: 
     config = SimpleNamespace(do_sample=True, **values)
     with pytest.raises(CheckpointError, match=f"generation_config.json: {fact}; write a number"):
         sampling_of(config)
+    with pytest.raises(CheckpointError, match=f"^models/mine/generation_config.json: {fact}"):
+        sampling_of(config, "models/mine/generation_config.json")
 
 
 def test_a_value_of_zero_or_off_is_one(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -488,7 +488,8 @@ def test_a_damaged_checkpoint_names_the_file(tiny_base: Path, tmp_path: Path, mo
             flip(directory / name)
             with pytest.raises(CheckpointError) as error:
                 load_assistant(str(out))
-            assert name in error.value.place and error.value.remedy == "copy the checkpoint again", error.value
+            assert name in error.value.place, error.value
+            assert error.value.remedy == "restore it, or copy the checkpoint again"
             if not name.endswith(".safetensors"):
                 with pytest.raises(CheckpointError, match=name):
                     open_renderer(resolve(str(out)), "auto")
@@ -688,7 +689,7 @@ def test_a_conversation_longer_than_the_row_is_cut_or_dropped_and_counted(tiny_b
     recipe = edge_recipe(tmp_path, tiny_base, rows[1:], overlong="drop")
     assert "2 of 2 rows are longer than max_length 64 and" in error_line(run("train", str(recipe), "--overwrite"))
     all_lost = run("train", str(recipe), "--overwrite", "--set", "max_dropped=1")
-    assert "no row is left to train on" in error_line(all_lost)
+    assert "no row is left to train on (2 are longer than max_length); raise train.max_length, " in error_line(all_lost)
 
 
 def test_rows_without_a_reply(tiny_base: Path, tmp_path: Path) -> None:
@@ -702,7 +703,9 @@ def test_rows_without_a_reply(tiny_base: Path, tmp_path: Path) -> None:
 def test_no_row_that_is_taught_is_an_error(tiny_base: Path, tmp_path: Path) -> None:
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]}
     line = error_line(run("train", str(edge_recipe(tmp_path, tiny_base, [row, row]))))
-    assert line.startswith("error: mixture: no row is left to train on (2 are not taught: weight 0); ")
+    assert line.startswith(
+        "error: mixture: no row is left to train on (2 are not taught: weight 0); give their replies "
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -104,7 +104,7 @@ def choose_format(name: str, tokenizer: Any, stored: dict[str, Any] | None = Non
     if name == "auto":
         if not getattr(tokenizer, "chat_template", None):
             return builtin_format("sftflow")
-        template, named = _default_of(tokenizer.chat_template)
+        template, named = _default_of(tokenizer.chat_template, tokenizer.name_or_path or "chat_template")
         stored = stored or {}
         return ChatFormat(
             name=stored.get("name", "own"),
@@ -132,17 +132,17 @@ def choose_format(name: str, tokenizer: Any, stored: dict[str, Any] | None = Non
     raise FormatError("--format", f"{name!r} is not a format", remedy)
 
 
-def _default_of(templates: str | dict[str, str]) -> tuple[str, dict[str, str]]:
+def _default_of(templates: str | dict[str, str], place: str) -> tuple[str, dict[str, str]]:
     """(the template called "default", the others by name). Raises FormatError where none is called so."""
     if isinstance(templates, str):
         return templates, {}
     names = ", ".join(map(repr, sorted(templates)))
     if "default" not in templates:
-        fact = f"the checkpoint has templates called {names}, and none called 'default'"
-        raise FormatError("chat_template", fact, "rename one of them to 'default', or give a .jinja file as the format")
+        fact = f"it has chat templates called {names}, and none called 'default'"
+        raise FormatError(place, fact, "rename one of them to 'default', or give a .jinja file as the format")
     wrong = [name for name in templates if not re.fullmatch(r"[\w.-]+", name)]
     if wrong:
-        raise FormatError("chat_template", f"{wrong[0]!r} is no name of a template", "use letters, digits and _")
+        raise FormatError(place, f"{wrong[0]!r} is no name of a chat template", "use letters, digits and _")
     return templates["default"], {name: text for name, text in templates.items() if name != "default"}
 
 

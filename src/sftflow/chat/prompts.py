@@ -53,11 +53,11 @@ class Prompts:
             if message["role"] != "assistant":
                 continue
             place = f"{row.source}.messages[{turn}]"
-            prompt, fact = None, ""
+            prompt, fact, refused = None, "", ""
             try:
                 prompt = self.before(turn)
             except FormatError as error:
-                fact = f"the format gives no prompt for this reply ({error.fact})"
+                fact, refused = f"the format gives no prompt for this reply ({error.fact})", error.remedy
             if prompt is not None and text.startswith(prompt):
                 starts[turn] = len(prompt)
             elif turn in supervised and turn == 0:
@@ -65,5 +65,5 @@ class Prompts:
             elif turn in supervised:
                 other = f"the {name} format's prompt for this reply is not a prefix of the training text"
                 remedy = "the template rewrites history or pre-fills the reply; use another format or drop_prefill"
-                raise MaskError(place, fact or other, "" if fact else remedy)
+                raise MaskError(place, fact or other, refused if fact else remedy)
         return starts

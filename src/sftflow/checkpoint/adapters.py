@@ -14,7 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from sftflow.checkpoint.weights import WRAPPERS, settle_head
+from sftflow.checkpoint.weights import WRAPPERS, no_weights, settle_head, unreadable
 from sftflow.foundation.atomic_io import read_record
 from sftflow.foundation.errors import CheckpointError, ProofError, SftflowError, first_line
 
@@ -23,6 +23,7 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 TOLERANCE = 1e-4
 """of a logit, as a part of the largest one: an order above what single precision loses in adding the weights first"""
 COPY_AGAIN = "copy the adapter again"
+RESTORE = f"restore it, or {COPY_AGAIN}"
 OTHER_BASE = "name the base that it was trained on, or save the adapter again"
 PROMPTS, LENGTH = 4, 16
 
@@ -50,7 +51,7 @@ def has_tokenizer(directory: Path) -> bool:
 def base_name(directory: Path) -> str:
     """The base that an adapter names; "" where it names none. A path counts from the working directory, as in peft,
     else from the adapter's or the folder that holds it."""
-    config = read_record(directory / CONFIG, COPY_AGAIN)
+    config = read_record(directory / CONFIG, RESTORE)
     name = str(config.get("base_model_name_or_path") or "")
     if name and not Path(name).exists():
         for folder in (directory, directory.parent):
@@ -117,11 +118,11 @@ def _weights(directory: Path, name: str) -> dict[str, Any]:
 
     path = directory / WEIGHTS
     if not path.is_file():
-        raise CheckpointError(name, f"no {WEIGHTS} in it", "pickled weights are not loaded; save it as safetensors")
+        raise CheckpointError(name, *no_weights(directory, WEIGHTS, "adapter"))
     try:
         weights: dict[str, Any] = load_file(path)
     except Exception as error:  # of many kinds
-        raise CheckpointError(str(path), f"damaged ({first_line(error)})", COPY_AGAIN) from error
+        raise CheckpointError(str(path), *unreadable(path, error, COPY_AGAIN)) from error
     if not weights:
         raise CheckpointError(str(path), "it holds no weights", "save the adapter again, or copy it again")
     for key, weight in weights.items():
@@ -136,7 +137,7 @@ def _config(directory: Path, name: str) -> Any:
     import peft
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    raw = read_record(directory / CONFIG, COPY_AGAIN)
+    raw = read_record(directory / CONFIG, RESTORE)
     kind, update = raw.get("peft_type"), "pip install -U peft"
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind) if isinstance(kind, str) else None
     if known is None:
@@ -153,7 +154,7 @@ def _config(directory: Path, name: str) -> Any:
             warnings.simplefilter("ignore")
             config = known.from_pretrained(str(directory))
     except Exception as error:  # of many kinds
-        raise CheckpointError(f"{name}/{CONFIG}", f"cannot be read ({first_line(error)})", COPY_AGAIN) from error
+        raise CheckpointError(f"{name}/{CONFIG}", f"cannot be read ({first_line(error)})", RESTORE) from error
     if config.is_prompt_learning or config.is_adaption_prompt or getattr(config, "alora_invocation_tokens", None):
         kind = "aLoRA" if hasattr(config, "alora_invocation_tokens") else kind
         raise CheckpointError(name, f"an adapter of type {kind} cannot be merged", "use it with peft")

@@ -161,7 +161,8 @@ def load_assistant(
 
     runtime, location = detect(precision), resolve(name)
     model, tokenizer, renderer, info = prepare(location, format_name=format, fallback=fallback)
-    sampling_of(getattr(model, "generation_config", None))  # what cannot be asked for is refused now
+    # What cannot be asked for is refused now.
+    sampling_of(getattr(model, "generation_config", None), f"{name}/generation_config.json")
     if ignored := left_out(model.generation_config):
         log.warning("note: %s: its generation_config.json asks for %s; not done here", name, ", ".join(ignored))
     model.to(runtime.device).eval()

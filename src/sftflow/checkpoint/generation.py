@@ -71,7 +71,7 @@ def _default_of(model_type: Any) -> Any:
         return None
 
 
-def sampling_of(config: Any) -> dict[str, Any]:
+def sampling_of(config: Any, place: str = FILE) -> dict[str, Any]:
     """How a transformers GenerationConfig asks for tokens to be drawn, with the keys of GREEDY, as `generate` reads it:
     without do_sample it is greedy, and only the penalty counts; what is left out has transformers' own value.
 
@@ -81,7 +81,7 @@ def sampling_of(config: Any) -> dict[str, Any]:
     for key, value in own.items():
         if value is not None and not _can_be(key, value):
             least = "above 0" if key == "repetition_penalty" else "from 0 on"
-            raise CheckpointError(FILE, f"{key} is {value!r:.80}", f"write a number {least}, or leave it out")
+            raise CheckpointError(place, f"{key} is {value!r:.80}", f"write a number {least}, or leave it out")
     given = {key: type(GREEDY[key])(value) for key, value in own.items() if value is not None}
     return {**(SAMPLED if drawn else GREEDY), **given}
 

@@ -20,7 +20,7 @@ from sftflow.checkpoint.generation import read_ends
 from sftflow.checkpoint.location import Location, base_location, tokenizer_location
 from sftflow.checkpoint.templates import read_templates
 from sftflow.checkpoint.tokenizer import read_tokenizer
-from sftflow.checkpoint.weights import COPY_AGAIN, load_weights, not_finite, require_whole, stored_types
+from sftflow.checkpoint.weights import COPY_AGAIN, RESTORE, load_weights, not_finite, require_whole, stored_types
 from sftflow.foundation.atomic_io import (
     check_hashes,
     read_record,
@@ -49,7 +49,7 @@ def _check_files(location: Location, *, weights: bool = True) -> dict[str, Any]:
     info = load_info(location)
     recorded: dict[str, str] = info.get("sha256", {})
     small = {name: hashed for name, hashed in recorded.items() if not name.endswith(".safetensors")}
-    check_hashes(directory, recorded if weights else small, COPY_AGAIN, location.name)
+    check_hashes(directory, recorded if weights else small, RESTORE, location.name)
     return info
 
 
@@ -109,7 +109,7 @@ def load_info(location: Location) -> dict[str, Any]:
         with _reading(location) as own:
             return {"format": own[FORMAT]} if own else {}
     path = Path(location.path) / "sftflow.json"
-    return read_record(path, COPY_AGAIN) if path.is_file() else {}
+    return read_record(path, RESTORE) if path.is_file() else {}
 
 
 def _info_of_adapter(location: Location) -> dict[str, Any]:
@@ -254,7 +254,7 @@ def _unread(location: Location, error: Exception) -> tuple[str, str]:
         return f"cannot be read ({said}: {error.filename})", remedy
     if isinstance(error, ImportError) or "GPU" in lines:
         remedy = "install that package" if isinstance(error, ImportError) else "run it where there is a GPU"
-        if (read_record(folder / "config.json", COPY_AGAIN) or {}).get("quantization_config"):
+        if (read_record(folder / "config.json", RESTORE) or {}).get("quantization_config"):
             remedy += "; to train, give the base in bf16: quantised weights cannot be trained"
         return fact, remedy
     if found := re.search(r"model type `(.+?)`", lines):

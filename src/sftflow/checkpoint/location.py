@@ -96,7 +96,8 @@ def base_location(adapter: Location) -> Location:
     try:
         base = resolve(adapter.adapter_of)
     except CheckpointError as error:
-        put = "put it there, or name the base: sftflow export ADAPTER --to merged --base BASE --out OUT"
+        put = "put it there" if error.fact.startswith("no such checkpoint") else error.remedy
+        put = f"{put}, or name the base: sftflow export ADAPTER --to merged --base BASE --out OUT"
         raise CheckpointError(error.place, f"{error.fact} (the base of {adapter.name})", put) from None
     below, seen = base, {adapter.path}
     while below.adapter_of:

@@ -15,6 +15,7 @@ from sftflow.foundation.errors import CheckpointError, RunError, first_line
 log = logging.getLogger("sftflow.checkpoint")
 
 COPY_AGAIN = "copy the checkpoint again"
+RESTORE = f"restore it, or {COPY_AGAIN}"  # of a file that somebody may have edited
 WRAPPERS = ("_orig_mod.", "module.")
 """what torch.compile and DistributedDataParallel write into the names of a model that is saved inside them"""
 _TABLES = re.compile(
@@ -34,7 +35,7 @@ def load_weights(directory: Path, name: str) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = read_record(directory / "config.json", COPY_AGAIN)
+    config = read_record(directory / "config.json", RESTORE)
     stored = stored_types(directory, name)
     require_scales(stored, name) if config.get("quantization_config") else require_experts(stored, name)
     wrappers = {w: rf"\b{re.escape(w)}" for w in WRAPPERS if stored and all(f".{w}" in f".{key}" for key in stored)}
@@ -81,7 +82,7 @@ def weight_files(directory: Path, name: str) -> list[Path]:
     if (directory / "model.safetensors").is_file():
         return [directory / "model.safetensors"]
     if not index.is_file():
-        raise CheckpointError(name, *_no_weights(directory))
+        raise CheckpointError(name, *no_weights(directory, "model.safetensors"))
     try:
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         files = [directory / shard for shard in shards]
@@ -93,9 +94,9 @@ def weight_files(directory: Path, name: str) -> list[Path]:
     return files
 
 
-def _no_weights(directory: Path) -> tuple[str, str]:
-    """(fact, remedy) of a directory without model.safetensors."""
-    fact = "no model.safetensors in it"
+def no_weights(directory: Path, wanted: str, what: str = "checkpoint") -> tuple[str, str]:
+    """(fact, remedy) of a directory without the file that is wanted."""
+    fact = f"no {wanted} in it"
     shards = sorted(p.name for p in directory.glob("model-*-of-*.safetensors"))
     others = sorted(p.name for p in directory.glob("*.safetensors"))
     pickled = sorted(p.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in directory.glob(kind))
@@ -106,7 +107,15 @@ def _no_weights(directory: Path) -> tuple[str, str]:
     if pickled:
         remedy = "pickled weights are not loaded; convert them to safetensors: model.save_pretrained(...)"
         return f"{fact}, but {pickled[0]}", remedy
-    return f"{fact}: no weights at all", "copy the whole checkpoint, or give one with weights"
+    return f"{fact}: no weights at all", f"copy the whole {what}, or give one with weights"
+
+
+def unreadable(path: Path, error: Exception, remedy: str) -> tuple[str, str]:
+    """(fact, remedy) of weights that the safetensors library does not read."""
+    with path.open("rb") as file:
+        if file.read(24).startswith(b"version https://git-lfs"):
+            return "a Git LFS pointer, not the weights", "get the file itself: git lfs pull"
+    return f"damaged, or no safetensors file ({first_line(error)})", remedy
 
 
 def stored_types(directory: Path, name: str) -> dict[str, str]:
@@ -124,11 +133,7 @@ def stored_types(directory: Path, name: str) -> dict[str, str]:
         except SafetensorError as error:
             if "header" not in str(error):
                 raise
-            fact, remedy = f"damaged, or no safetensors file ({first_line(error)})", COPY_AGAIN
-            with path.open("rb") as opened:
-                if opened.read(24).startswith(b"version https://git-lfs"):
-                    fact, remedy = "a Git LFS pointer, not the weights", "get the file itself: git lfs pull"
-            raise CheckpointError(f"{name}/{path.name}", fact, remedy) from None
+            raise CheckpointError(f"{name}/{path.name}", *unreadable(path, error, COPY_AGAIN)) from None
         if both := sorted(found.keys() & types.keys()):
             remedy = "copy the checkpoint into an empty folder, or remove the shards of another save"
             raise CheckpointError(name, f"{both[0]} stands in two of its shards", remedy)

@@ -174,7 +174,8 @@ class JudgeClient:
             except (httpx.HTTPError, OSError) as error:
                 if tried == TRIES or not self._proven:
                     why = str(error) or type(error).__name__
-                    raise JudgeError(self.place, f"cannot be reached ({why})", "check that it runs there") from None
+                    remedy = "check the address, and that it runs there"
+                    raise JudgeError(self.place, f"cannot be reached ({why})", remedy) from None
             else:
                 if response.status_code not in BUSY or tried == TRIES or "insufficient_quota" in response.text:
                     return response

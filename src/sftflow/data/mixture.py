@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -183,12 +185,11 @@ def build_mixture(
             few.append(f"{rows.name}: {fact}")
     examples = Examples(sources, np.concatenate(train))
     if not len(examples):
-        lost = [{**rows.meta["dropped"], "bad": rows.meta["bad"]} for rows in sources]
-        why = ", ".join(
-            f"{n:,} are {w}" for w in dict.fromkeys(w for s in lost for w in s) if (n := sum(s.get(w, 0) for s in lost))
-        )
+        lost = sum((Counter({**rows.meta["dropped"], "bad": rows.meta["bad"]}) for rows in sources), Counter[str]())
+        why = ", ".join(f"{n:,} are {w}" for w, n in lost.items())
         fact = f"no row is left to train on{f' ({why})' if why else ''}"
-        raise DataError("mixture", fact, "give others, or lower validation, or raise train.max_length")
+        otherwise = "give more rows" if lost else "lower validation, or give more rows"
+        raise DataError("mixture", fact, _remedy(lost, recipe, otherwise))
     firsts = [first for rows in sources if (first := rows.meta["sample"])]
     mixture = Mixture(
         examples=examples,
@@ -207,6 +208,15 @@ def build_mixture(
     return mixture
 
 
+def _remedy(lost: Mapping[str, int], recipe: Recipe, last: str) -> str:
+    """What to do about rows that were lost, by their reasons.   last: what else would do."""
+    cut_tokens = [] if recipe.train.overlong == "cut_tokens" else ["set train.overlong: cut_tokens"]
+    long = ["raise train.max_length", *cut_tokens] if lost.get(TOO_LONG) else []
+    taught = ["give their replies a weight of 1"] if lost.get(UNTAUGHT) else []
+    remedies = [*long, *(["mend the bad rows"] if lost.get("bad") else []), *taught]
+    return f"{', '.join(remedies)}, or {last}" if remedies else last
+
+
 def _require_kept(rows: RowStore, recipe: Recipe) -> None:
     """Raises DataError where more of a source's rows are lost than the recipe says may be, of those to be taught."""
     lost = {**rows.meta["dropped"], "bad": rows.meta["bad"]}
@@ -216,10 +226,7 @@ def _require_kept(rows: RowStore, recipe: Recipe) -> None:
         named = {TOO_LONG: f"{TOO_LONG} {recipe.train.max_length:,}"}
         why = " and ".join(f"{k:,} of {seen:,} rows are {named.get(w, w)}" for w, k in lost.items() if k)
         fact = f"{why} and were dropped, more than max_dropped {recipe.max_dropped:g} allows"
-        cut_tokens = [] if recipe.train.overlong == "cut_tokens" else ["set train.overlong: cut_tokens"]
-        long = ["raise train.max_length", *cut_tokens] if lost.get(TOO_LONG) else []
-        remedies = [*long, *(["mend the bad rows"] if lost["bad"] else []), "raise max_dropped"]
-        raise DataError(rows.prefix, fact, f"{', '.join(remedies[:-1])}, or {remedies[-1]}")
+        raise DataError(rows.prefix, fact, _remedy(lost, recipe, "raise max_dropped"))
 
 
 def _ledger(

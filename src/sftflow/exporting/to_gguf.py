@@ -64,7 +64,7 @@ def plan_of(assistant: Assistant, kind: str) -> Plan:
     weights = distinct_weights(model)
     unknown = [name for name in weights if layout.gguf_name(name) is None]
     if unknown:
-        raise CheckpointError(assistant.name, f"GGUF has no place for {unknown[0]}", "this model has a part of its own")
+        raise CheckpointError(assistant.name, f"GGUF has no place for {unknown[0]}", "serve the directory itself")
 
     return Plan(
         config=config,

@@ -89,9 +89,10 @@ def _truth(model: Any, runtime: Runtime, sequences: Sequence[Sequence[int]]) -> 
         try:
             return [own_logits(model, ids) for ids in sequences]
         except BROKEN as error:
-            fact = f"it cannot compute a sequence ({type(error).__name__}: {first_line(error)})"
+            name = type(model).__name__
+            fact = f"{name} cannot compute a sequence ({type(error).__name__}: {first_line(error)})"
             raise CheckpointError(
-                type(model).__name__, fact, "copy the checkpoint again, save it in one dtype, or give another"
+                model.name_or_path or "model", fact, "copy the checkpoint again, save it in one dtype, or give another"
             ) from error
 
 

@@ -82,7 +82,7 @@ def vocabulary_of(tokenizer: Any, rows: int, place: str) -> Vocabulary:
     size = max([*by_id, *added]) + 1
     if size > rows:
         fact = f"{size} tokens, but {rows} rows in the embedding"
-        raise CheckpointError(place, fact, "the tokenizer is not this one's")
+        raise CheckpointError(place, fact, "copy the tokenizer of this model beside its weights")
     sentencepiece = bool(model.get("byte_fallback"))
     tokens, types = [], []
     for i in range(rows):

@@ -80,7 +80,7 @@ def write(plan: Plan, target: Path, *, before: Callable[[], None] = lambda: None
             array = weight.detach().float().cpu().numpy()
             heads = layout.permuted(name, plan.config, plan.layout)
             array = layout.interleave(array, heads) if heads else array
-            writer.write_tensor_data(_encoded(array, stored_kind(plan.kind, array.shape), name))
+            writer.write_tensor_data(_encoded(array, stored_kind(plan.kind, array.shape), f"{plan.name}: {name}"))
         writer.flush()
         for file in writer.fout or ():
             os.fsync(file.fileno())
@@ -92,15 +92,15 @@ def write(plan: Plan, target: Path, *, before: Callable[[], None] = lambda: None
         beside.unlink(missing_ok=True)
 
 
-def _encoded(array: Array, kind: str, name: str) -> Array:
+def _encoded(array: Array, kind: str, place: str) -> Array:
     import gguf
 
     if not np.isfinite(array).all():
         raise CheckpointError(
-            name, "it holds numbers that are not finite", "copy the checkpoint again, or give another"
+            place, "it holds numbers that are not finite", "copy the checkpoint again, or give another"
         )
     if kind == "f16" and float(np.abs(array).max(initial=0)) > 65504:
-        raise CheckpointError(name, "it holds numbers beyond what f16 reaches", "use --type bf16 or f32")
+        raise CheckpointError(place, "it holds numbers beyond what f16 reaches", "use --type bf16 or f32")
     encoded: Array = gguf.quantize(np.ascontiguousarray(array, np.float32), gguf.GGMLQuantizationType[kind.upper()])
     return encoded
 

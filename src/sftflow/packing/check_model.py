@@ -22,7 +22,7 @@ from sftflow.packing.loss import head_of, hidden_states, logits_of
 from sftflow.packing.pack import Example, pack_batch, pad_batch
 
 UNPACKED = "set train.packing: false (each conversation alone, padded), or use a decoder-only attention model"
-OTHER = "use a causal model whose logits are a projection of its last hidden states"
+OTHER = "use another base"
 EXACT, COARSE = 1e-4, 2e-3
 """of the largest logit, for fp32 on a CPU, and for all else: a GPU may round fp32 products to 10 bits (TF32)"""
 
@@ -60,7 +60,8 @@ def prove_forward(model: Any, packed: bool = True) -> None:
     weight = next(model.parameters())
     exact = weight.device.type == "cpu" and weight.dtype == torch.float32
     if not gap <= (EXACT if exact else COARSE) * size:
-        raise CheckpointError("base", f"{refuse}: its logits and ours differ by {gap:.2g} of {size:.2g}", remedy)
+        fact = f"{refuse}: its logits are not those that training would compute ({gap:.2g} off, of {size:.2g})"
+        raise CheckpointError("base", fact, remedy)
 
 
 def sees_neighbours(model: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import marshal
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from sftflow.foundation.errors import RunError
+from sftflow.foundation.errors import RunError, said_of
 from sftflow.sandbox.bubblewrap import FOLDER, bwrap, python, readable, why_no_bubblewrap
 from sftflow.sandbox.ending import kill_all, remove
 
@@ -106,7 +107,8 @@ def _run(program: str, seconds: float, memory_mib: int, isolation: str) -> Outco
                 start_new_session=True,
             )
         except OSError as error:
-            raise RunError("sandbox", f"cannot start a process ({error})", "free some and try again") from None
+            remedy = "end others, or free memory" if error.errno in (errno.EAGAIN, errno.ENOMEM) else said_of(error)[1]
+            raise RunError("sandbox", f"cannot start a process ({error})", remedy) from None
         finally:
             os.close(sender)
         running = _RunningProgram(process, receiver, seconds)

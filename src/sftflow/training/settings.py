@@ -60,7 +60,8 @@ def decide_compile(recipe: Recipe, runtime: Runtime, n_parameters: int, steps: i
     asked = recipe.train.compile
     missing = can_compile(runtime.device)
     if asked is True and missing:
-        raise RecipeError("train.compile", f"torch.compile cannot work here: {missing}", "install it, or set auto")
+        remedy = "install it, or set auto" if missing.startswith("no ") else "set auto"
+        raise RecipeError("train.compile", f"torch.compile cannot work here: {missing}", remedy)
     work = 6.0 * n_parameters * steps * recipe.train.tokens_per_step
     worth = work >= WORTH_COMPILING.get(runtime.device, float("inf"))
     decided = asked is True or (asked == "auto" and worth and missing is None)

@@ -196,12 +196,14 @@ class Prover:
         if isinstance(end, str):
             raise MaskError(place, end, "use another format, or append_eos: true where the format writes no end")
         if self._encoder.special[end.token] not in self.stop_ids:
-            raise MaskError(place, f"this reply ends with {end.token}, at which generation would not stop", "")
+            fact = f"this reply ends with {end.token}, at which generation would not stop"
+            raise MaskError(place, fact, "use another format, or add it to eos_token_id")
         first, at = proof.starts[end.piece] + end.start, proof.starts[end.piece] + end.last
         own = shape.marks_of.get(turn, [])
         # (The beginning of a content may be what the template pre-fills, as `<think>`: then it is in the prompt.)
         if not all(start < proof.spans[n][1] <= first for n in own):
-            raise MaskError(place, "its content does not lie between its prompt and its end-of-turn token", "")
+            fact = "its content does not lie between its prompt and its end-of-turn token"
+            raise MaskError(place, fact, "use another format")
         within = range(
             bisect.bisect_right(proof.spans, start, key=lambda span: span[1]),
             bisect.bisect_left(proof.spans, at, key=lambda span: span[0]),
@@ -213,7 +215,7 @@ class Prover:
             raise MaskError(place, "its end-of-turn token does not follow its prompt", "use another format")
         early = [literals[n][2] for n in inside[:-1] if self._encoder.special[literals[n][2]] in self.stop_ids]
         if early:
-            remedy = "use another format, or take it out of eos_token_id" if early[0] in self._stops else ""
+            remedy = f"use another format{', or take it out of eos_token_id' if early[0] in self._stops else ''}"
             raise MaskError(
                 place, f"the format writes {early[0]} inside the reply, where generation would stop", remedy
             )
