@@ -79,12 +79,13 @@ def test_without_the_script_all_is_there_and_nothing_is_hidden_but_the_bars() ->
     assert hidden == [("div", "bar")] * 7, "one for the prompts, one a task"
 
 
-def test_the_first_screen_tells_mean_tasks_stops_and_forgetting() -> None:
+def test_the_first_screen_tells_mean_tasks_stops_prompts_and_forgetting() -> None:
     facts = re.findall(r'<div class="fact"><b.*?</b><span>(.*?)</span>', comparison_page(demo()))
     assert [f.split(",")[0] for f in facts[:4]] == [
         "centred mean", "tasks better (0 worse", "of the replies end by themselves",
-        "bits per byte of plain text: it forgot: 4.5% worse on plain text",
+        "healthy replies to the 64 fixed prompts that are not in the training rows: better",
     ]  # fmt: skip
+    assert facts[4] == "bits per byte of plain text: it forgot: 4.5% worse on plain text"
     assert "2%→93%of the replies end by themselves, base → SFT" in Page(comparison_page(demo())).text
 
 
@@ -118,7 +119,7 @@ def test_policy_allows_the_script_by_hash_and_nothing_else() -> None:
 
 NOT_MEASURED = {
     "tasks": {"tasks": {}, "centred_mean": Both(None, None)},
-    "prompts": {"prompts": ()},
+    "prompts": {"prompts": (), "prompts_in_training": NotChecked(not_checked="none"), "prompt_groups": {}},
     "hygiene": {"hygiene": Both(checks(0.0, 0.0, [], n=0), checks(0.0, 0.0, [], n=0))},
     "held-out": {"held_out_loss": None},
     "forgetting": {"forgetting": Forgetting(text="", bytes=0, base=None, sft=None)},
@@ -208,7 +209,9 @@ def test_the_headline_claims_no_more_than_the_tasks() -> None:
     assert outcomes("better", "better", "worse").startswith("Mixed")
     assert outcomes("worse", "worse", "better").startswith("No: it got worse on 2 of 3")
     assert outcomes(unclear, unclear).startswith("Cannot tell")
-    assert outcomes().startswith("No task was graded")
+    assert outcomes() == (
+        "No task was asked. Healthy replies to fixed prompts that are not in the training rows: 0% → 78%, better."
+    )
     assert outcomes("better", centred_mean=Both(0.0, 0.1)).startswith("Partly: better than the base")
     endless = tuple(replace(p, sft=replace(p.sft, finish_reason="length")) for p in demo().prompts)
     assert outcomes("better", prompts=endless).startswith("Partly: better scores, but")
@@ -235,7 +238,7 @@ def test_weak_answers_are_those_to_open_prompts() -> None:
     html = comparison_page(demo())
     weak = html[html.index('<section id="weak">') : html.index('<section id="prompts">')]
     asked = [p.asked for p in demo().prompts if p.kind == "open"]
-    assert weak.count("<dt>") == len(asked) == 3 and all(text in Page(weak).text for text in asked)
+    assert weak.count("<dt>") == len(asked) == 5 and all(text in Page(weak).text for text in asked)
     assert "gives weak answers" in html and "still gives wrong answers" in comparison_page(
         replace(demo(), n_parameters=7_000_000_000)
     )

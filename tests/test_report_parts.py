@@ -82,8 +82,8 @@ def test_the_default_prompts_cover_what_they_should() -> None:
     found = load_prompts().prompts
     assert len({p.id for p in found}) == len(found)
     assert {p.kind for p in found} == {
-        "concept", "identity", "spelling", "counting", "arithmetic", "format", "code", "open", "multi_turn", "system",
-        "refusal", "language", "edge", "injection",
+        "concept", "identity", "spelling", "counting", "arithmetic", "fact", "format", "code", "open", "multi_turn",
+        "system", "refusal", "language", "edge", "injection",
     }  # fmt: skip
     texts = [p.conversation.messages[-1].text for p in found]
     assert "" in texts and any(len(t.split()) > 200 for t in texts) and any(not t.isascii() for t in texts)

@@ -12,6 +12,7 @@ from typing import Any
 
 from sftflow.chat.token_rows import Token, TokenRow
 from sftflow.comparison.judge import JudgeResult, ReplyPair, Verdict
+from sftflow.comparison.prompt_results import PromptComparison, PromptReply, prompt_groups, seen_counts
 from sftflow.comparison.prompts import PromptSet
 from sftflow.comparison.results import (
     Both,
@@ -20,8 +21,6 @@ from sftflow.comparison.results import (
     HeldOutComparison,
     ItemComparison,
     NotChecked,
-    PromptComparison,
-    PromptReply,
     TaskComparison,
 )
 from sftflow.comparison.run_artifacts import RunArtifacts
@@ -31,7 +30,7 @@ from sftflow.evaluation.journal import EvalRow
 from sftflow.evaluation.reply_checks import FAULTS, ReplyChecks
 
 HOSTILE = "</script></style><script>alert(1)</script><img src=x onerror=alert(2)>\"'><b>&amp; \u202e\x00\ud800"
-OF_OURS = {"base_arm", "verdict", "change", "finish_reason", "first", "second", "refused"}
+OF_OURS = {"base_arm", "seen", "verdict", "change", "finish_reason", "first", "second", "refused"}
 VOID = {"meta", "br", "wbr", "input", "img", "link", "hr"}
 
 
@@ -194,12 +193,15 @@ def prompt(i: int, row: dict[str, Any]) -> PromptComparison:
     """One shipped prompt: the base rambles and never stops, the SFT model answers and mostly stops."""
     ramble = f"{i} the letters of the words of the letters, and then " * (30 if i % 5 == 0 else 4)
     faults = ("leaked a control token",) if i % 9 == 5 else ()
+    expects = tuple(map(tuple, row.get("expects", ())))
     return PromptComparison(
         id=row["id"], kind=row["kind"], messages=tuple(row["messages"]),
-        base=PromptReply(text=ramble, finish_reason="length", faults=("looping",)),
-        base_plain=PromptReply(text="" if i % 7 == 0 else ramble[:200], finish_reason="stop"),
+        base=PromptReply(text=ramble, finish_reason="length", faults=("looping",), right=False if expects else None),
+        base_plain=PromptReply(text="" if i % 7 == 0 else ramble[:200], finish_reason="stop",
+                               right=i % 7 == 1 if expects else None),
         sft=PromptReply(text=f"Reply {i}: p-e-a-r\nDone.", finish_reason="length" if i % 9 == 4 else "stop",
-                        faults=faults),
+                        faults=faults, right=i % 3 > 0 if expects else None),
+        expects=expects, seen="whole" if i % 8 == 0 else "last question" if i == 42 else "no",
     )  # fmt: skip
 
 
@@ -231,7 +233,8 @@ def demo() -> Comparison:
     return Comparison(
         version="0.1.0", kind="base-versus-SFT", names=Both("builtin:tiny", "runs/demo"), tasks=tasks(),
         centred_mean=Both(0.021, 0.634), prompts=prompts,
-        prompt_set=PromptSet(name="default", version=2, sha256="ab12" * 16, prompts=()),
+        prompts_in_training=seen_counts([p.seen or "no" for p in prompts]), prompt_groups=prompt_groups(prompts),
+        prompt_set=PromptSet(name="default", version=3, sha256="ab12" * 16, prompts=()),
         hygiene=Both(checks(0.02, 0.71, [0, 0, 1, 2, 4, 9, 180]), checks(0.93, 0.01, [4, 60, 90, 30, 9, 3, 0])),
         held_out_loss=HeldOutComparison(rows=98, base=held_out(3.1, 9.8), sft=held_out(0.42, 0.003)),
         forgetting=Forgetting(text="the package's own sample", bytes=21_450, base=1.912, sft=1.998),
@@ -262,6 +265,6 @@ def poisoned(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(poisoned(v) for v in value)
     if isinstance(value, dict):
-        free = not value.keys() & {"role", "stop", "mean", "calls", "tokens", "step"}  # else our own keys
+        free = not value.keys() & {"role", "stop", "mean", "calls", "tokens", "step", "all"}  # else our own keys
         return {poisoned(k) if free else k: poisoned(v) for k, v in value.items()}
     return value

@@ -19,11 +19,12 @@ from sftflow.evaluation.evaluate import evaluate_models
 from sftflow.evaluation.options import EvalOptions
 from sftflow.evaluation.prompts_for import require_askable
 from sftflow.foundation.atomic_io import Lock, write_text
+from sftflow.foundation.errors import TaskError
 from sftflow.recipe import Compare
 from sftflow.report.comparison_page import comparison_page
 from sftflow.report.pages import frame
 from sftflow.report.progress import ProgressDisplay
-from sftflow.report.tables import as_html, as_text, eval_table, score_table
+from sftflow.report.tables import as_html, as_text, comparison_tables, eval_table
 
 
 class Evaluation(evaluation.Evaluation):
@@ -44,7 +45,7 @@ class Comparison(comparison.Comparison):
         write_text(Path(path), comparison_page(self))
 
     def __str__(self) -> str:
-        return as_text(score_table(self)) if self.tasks else ""
+        return as_text(*comparison_tables(self))
 
     def _repr_html_(self) -> str:
         return frame(comparison_page(self))
@@ -73,6 +74,10 @@ def evaluate(
 def evaluate_all(models: Sequence[ModelLike], options: EvalOptions, folder: Path, shown: ProgressDisplay) -> Evaluation:
     """folder: of the results, which is locked.   shown: told how far it is."""
     runs = [options.open(name_of(m)) for m in models]  # each was taught who it is by its own recipe
+    if not all(runs):
+        raise TaskError(
+            "--tasks", "no task is named, and eval asks nothing else", "name one, as spelling or gsm8k=PATH"
+        )
     for model, mine in list(zip(models, runs, strict=True))[1:]:  # the first is loaded, and checked, at once
         if isinstance(model, str | Path):
             require_askable(open_renderer(resolve(str(model)), "auto"), mine)
@@ -101,9 +106,9 @@ def compare(
 ) -> Comparison:
     """Base versus SFT on the same items and the same fixed prompts, with paired differences and their intervals.
 
-    tasks: as for `evaluate`.   prompts: `default`, or a file with one prompt a line.   judge, judge_model: an
-    OpenAI-compatible URL and a model of it, whose key is read from SFTFLOW_JUDGE_KEY.   out: where the rows,
-    compare.json, eval.json and report.html stay.
+    tasks: as for `evaluate`; "none", or an empty list, asks the prompts only.   prompts: `default`, or a file with one
+    prompt a line.   judge, judge_model: an OpenAI-compatible URL and a model of it, whose key is read from
+    SFTFLOW_JUDGE_KEY.   out: where the rows, compare.json, eval.json and report.html stay.
     """
     options = EvalOptions(tasks=tasks, limit=limit, allow_code=allow_code)
     asked = Compare(prompts=str(prompts), judge=judge, judge_model=judge_model)

@@ -140,8 +140,11 @@ def _train(
         if recipe.compare is not None:
             checked_prompts(recipe.compare)  # what is wrong with it is said before hours of training
         if recipe.eval is not None:
-            options.open(recipe.base)  # and what is wrong with the tasks
-            if recipe.eval.every is not None:
+            opened = options.open(recipe.base)  # and what is wrong with the tasks
+            if not opened and recipe.compare is None:
+                place, fact = recipe.origin.place("eval", "tasks"), "no task is named, and nothing is compared"
+                raise RecipeError(place, fact, "name one, or leave eval out")
+            if recipe.eval.every is not None and opened:
                 few = min(options.limit or recipe.eval.sample, recipe.eval.sample)
                 callback = EvalDuringTraining(replace(options, limit=few).open(""))
         run = training_run.run_training(

@@ -28,9 +28,8 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="override, e.g. train.steps=30 or mixture.0.limit=5"),
 ]
 Out = Annotated[Path, typer.Option("--out", help="where the results go")]
-Tasks = Annotated[
-    str | None, typer.Option("--tasks", help="NAME or NAME=PATH, separated by commas (docs/evaluation.md lists them)")
-]
+TASKS_HELP = "NAME or NAME=PATH, separated by commas (docs/evaluation.md lists them)"
+Tasks = Annotated[str | None, typer.Option("--tasks", help=TASKS_HELP)]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="at most so many items a task")]
 AllowCode = Annotated[bool, typer.Option("--allow-code", help="run code that the model wrote, in a sandbox")]
 
@@ -56,7 +55,12 @@ def _options(
 
 def split_tasks(tasks: str | None) -> list[str] | None:
     """ "a,b=PATH" -> ["a", "b=PATH"]; None, for the generated tasks, where nothing is said."""
-    return [t for t in tasks.split(",") if t.strip()] if tasks else None
+    if tasks is None:
+        return None
+    named = [t for t in tasks.split(",") if t.strip()]
+    if not named:
+        raise RecipeError("--tasks", f"no task is named in {tasks!r}", "leave it out to ask the generated ones")
+    return named
 
 
 def number(text: str, place: str) -> int:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sftflow.cli.common import MODEL_HELP, AllowCode, Limit, Out, Tasks, app, print_table, say, split_tasks
+from sftflow.cli.common import MODEL_HELP, TASKS_HELP, AllowCode, Limit, Out, app, print_table, say, split_tasks
 
 if TYPE_CHECKING:
     from sftflow.api import Comparison
@@ -17,9 +17,10 @@ def compare(
     base_model: Annotated[str, typer.Argument(metavar="BASE", help=MODEL_HELP)],
     sft: Annotated[str, typer.Argument(metavar="SFT", help=MODEL_HELP)],
     out: Out,
-    tasks: Tasks = None,
+    tasks: Annotated[str | None, typer.Option("--tasks", help=f"{TASKS_HELP}; none asks the prompts only")] = None,
     prompts: Annotated[
-        str, typer.Option(help='default, or JSON lines: a text, {"prompt": TEXT} or messages')
+        str,
+        typer.Option(help='default, or JSON lines: a text, {"prompt": TEXT, "expects": [["Paris"]]} or messages'),
     ] = "default",
     limit: Limit = None,
     allow_code: AllowCode = False,
@@ -47,10 +48,10 @@ def compare(
 
 
 def tell_comparison(comparison: Comparison) -> None:
-    from sftflow.report.tables import score_table
+    from sftflow.report.tables import comparison_tables
 
-    say("")
-    if comparison.tasks:
-        print_table(score_table(comparison))
+    for table in comparison_tables(comparison):
+        say("")
+        print_table(table)
     for line in comparison.remarks():
         say(line)

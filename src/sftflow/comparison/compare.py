@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -21,11 +22,12 @@ from typing import Any
 from sftflow.checkpoint import Assistant
 from sftflow.comparison.judge import JudgeResult, ReplyPair, check_judge, judge_pairs
 from sftflow.comparison.lineage import is_tuned, kind_of
-from sftflow.comparison.losses import forgetting, held_out_comparison, overlap_with_training
+from sftflow.comparison.losses import forgetting, held_out_comparison, overlap_with_training, prompts_seen
 from sftflow.comparison.paired import PairedResult, check_all_replies, task_comparisons
 from sftflow.comparison.prompt_replies import PROMPT_TOKENS, prompt_replies, with_faults
+from sftflow.comparison.prompt_results import PromptComparison, prompt_groups, seen_counts
 from sftflow.comparison.prompts import PromptSet, load_prompts
-from sftflow.comparison.results import Both, Comparison, NotJudged, PromptComparison
+from sftflow.comparison.results import Both, Comparison, NotChecked, NotJudged
 from sftflow.comparison.run_artifacts import read_run
 from sftflow.evaluation.evaluate import evaluate, weights_of
 from sftflow.evaluation.options import EvalTask
@@ -89,6 +91,9 @@ def compare_models(
     scores = Both(ModelScores(tuple(r.better for r in results)), ModelScores(tuple(r.sft for r in results)))
     replies, checks = _prompts_and_checks(base, sft, prompts, results, steps)
     say("held-out loss, forgetting, overlap with the training rows")
+    seen = prompts_seen(prompts.prompts, sft, run_directory)
+    if not isinstance(seen, NotChecked):
+        replies = tuple(replace(p, seen=s) for p, s in zip(replies, seen, strict=True))
     comparison = Comparison(
         version=version("sftflow"),
         kind=kind_of(base, sft),
@@ -97,6 +102,8 @@ def compare_models(
         centred_mean=Both(scores.base.centred_mean, scores.sft.centred_mean),
         prompt_set=prompts,
         prompts=replies,
+        prompts_in_training=seen if isinstance(seen, NotChecked) else seen_counts(seen),
+        prompt_groups=prompt_groups(replies),
         hygiene=checks,
         held_out_loss=held_out_comparison(base, sft, run_directory),
         forgetting=forgetting(base, sft),
@@ -138,7 +145,9 @@ def _prompts_and_checks(
     )
     rows = zip(prompts.prompts, with_faults(chat, checks.base), plain, with_faults(after, checks.sft), strict=True)
     compared = tuple(
-        PromptComparison(id=p.id, kind=p.kind, messages=p.messages_json(), base=b, base_plain=q, sft=s)
+        PromptComparison(
+            id=p.id, kind=p.kind, messages=p.messages_json(), base=b, base_plain=q, sft=s, expects=p.expects
+        )
         for p, b, q, s in rows
     )
     return compared, checks

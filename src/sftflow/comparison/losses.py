@@ -7,13 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sftflow.checkpoint import Assistant
+from sftflow.comparison.in_training import seen_in_training
+from sftflow.comparison.prompt_results import Seen
+from sftflow.comparison.prompts import FixedPrompt
 from sftflow.comparison.results import Forgetting, HeldOutComparison, NotChecked
-from sftflow.evaluation.contamination import Overlap, contamination_of_run
+from sftflow.evaluation.contamination import Overlap, contamination_of_run, whole_training_rows
 from sftflow.evaluation.heldout_loss import bits_per_byte, held_out_conversations, held_out_loss, plain_texts
 from sftflow.evaluation.options import EvalTask
 from sftflow.foundation.errors import SftflowError
 
 HELD_OUT_ROWS = 200
+NO_RUN = "the SFT checkpoint does not lie in a run directory"
 
 
 def held_out_comparison(base: Assistant, sft: Assistant, run: Path | None) -> HeldOutComparison | NotChecked | None:
@@ -34,13 +38,23 @@ def overlap_with_training(
     runs: Sequence[EvalTask], sft: Assistant, run: Path | None
 ) -> Mapping[str, Overlap | NotChecked]:
     """By task, which of its items stand in the rows that the SFT model was trained on."""
-    why = "the SFT checkpoint does not lie in a run directory"
+    why = NO_RUN
     if run is not None:
         try:
             return contamination_of_run(runs, run, sft.renderer)
         except SftflowError as error:
             why = _why(error)
     return {r.name: NotChecked(not_checked=why) for r in runs}
+
+
+def prompts_seen(prompts: Sequence[FixedPrompt], sft: Assistant, run: Path | None) -> Sequence[Seen] | NotChecked:
+    """For each fixed prompt, what of it stands in the rows that the SFT model was trained on."""
+    if run is None:
+        return NotChecked(not_checked=NO_RUN)
+    try:
+        return seen_in_training(prompts, whole_training_rows(run), sft.renderer)
+    except SftflowError as error:
+        return NotChecked(not_checked=_why(error))
 
 
 def forgetting(base: Assistant, sft: Assistant) -> Forgetting:

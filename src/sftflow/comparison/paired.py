@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sftflow.checkpoint import Assistant
-from sftflow.comparison.results import Both, ItemComparison, NotChecked, PromptReply, TaskComparison
+from sftflow.comparison.prompt_results import PromptReply
+from sftflow.comparison.results import Both, ItemComparison, NotChecked, TaskComparison
 from sftflow.evaluation.contamination import Overlap
 from sftflow.evaluation.journal import EvalRow
 from sftflow.evaluation.options import EvalTask

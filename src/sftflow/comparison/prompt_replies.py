@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from sftflow.checkpoint import Assistant
+from sftflow.comparison.prompt_results import PromptReply
 from sftflow.comparison.prompts import FixedPrompt, PromptSet
-from sftflow.comparison.results import PromptReply
 from sftflow.evaluation.options import PLAIN_STOPS, Arm
 from sftflow.evaluation.reply_checks import ReplyChecks
 from sftflow.foundation.errors import ContextError, SftflowError
@@ -37,7 +37,8 @@ def prompt_replies(
     replies = assistant.engine.generate(list(requests.values()), lambda number, reply: step(1))
     for i, reply in zip(requests, replies, strict=True):
         text = reply.text.strip() if arm == "plain" else reply.text
-        told[i] = PromptReply(text=text, finish_reason=reply.finish_reason, reply=reply)
+        right = prompts.prompts[i].right(text)
+        told[i] = PromptReply(text=text, finish_reason=reply.finish_reason, reply=reply, right=right)
     return [told[i] for i in sorted(told)]
 
 

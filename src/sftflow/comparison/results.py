@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from sftflow.comparison.judge import JudgeResult, Verdict
 from sftflow.comparison.lineage import BASE_AND_SFT, CONTINUED, REMARKS
+from sftflow.comparison.prompt_results import PromptComparison, PromptGroup
 from sftflow.comparison.prompts import PromptSet
 from sftflow.comparison.run_artifacts import RunArtifacts
 from sftflow.evaluation.contamination import Overlap
@@ -20,7 +21,6 @@ from sftflow.evaluation.heldout_loss import HeldOutLoss
 from sftflow.evaluation.journal import EvalRow
 from sftflow.evaluation.options import Arm
 from sftflow.evaluation.reply_checks import ReplyChecks
-from sftflow.generation.request import Reply
 
 T = TypeVar("T")
 FORGOT = 0.02
@@ -108,51 +108,6 @@ class TaskComparison:
         return self.verdict if self.verdict in ("better", "worse") else "unclear"
 
 
-# ---- the fixed prompts
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptReply:
-    """A reply to a fixed prompt.
-
-    finish_reason: 'stop', 'length', or 'error' where the model could not be asked; then `text` says why and `reply` is
-    None.   faults: what the reply checks have against its form, in words.
-    """
-
-    text: str
-    finish_reason: str
-    reply: Reply | None = None
-    faults: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptComparison:
-    """One fixed prompt and its three replies. Nothing grades them. messages: [{"role", "content"}, ...]"""
-
-    id: str
-    kind: str
-    messages: Sequence[Mapping[str, str]]
-    base: PromptReply
-    base_plain: PromptReply
-    sft: PromptReply
-
-    @property
-    def asked(self) -> str:
-        """What the user said last."""
-        return next((m["content"] for m in reversed(self.messages) if m["role"] == "user"), self.id)
-
-    def to_json(self) -> dict[str, Any]:
-        replies = {"base": self.base, "base_plain": self.base_plain, "sft": self.sft}
-        return {
-            "id": self.id,
-            "kind": self.kind,
-            "messages": self.messages,
-            **{key: reply.text for key, reply in replies.items()},
-            **{f"{key}_finish": reply.finish_reason for key, reply in replies.items()},
-            "hygiene": {"base": self.base.faults, "sft": self.sft.faults},
-        }
-
-
 # ---- losses
 
 
@@ -200,9 +155,10 @@ class Comparison:
     """Base versus SFT on the same items and prompts.
 
     kind: what the checkpoints show of how the two are related (`lineage`).   tasks: by name.
-    centred_mean: mean over tasks of (score - chance) / (1 - chance).   held_out_loss: None where nothing was held out
-    or the SFT model's run is not known.   seconds: what the comparison took.   n_parameters, finished, run: of the SFT
-    model, of the comparison, and what lies beside the checkpoint.
+    centred_mean: mean over tasks of (score - chance) / (1 - chance).   prompts_in_training: how many of the fixed
+    prompts stand in the training rows (`seen_counts`).   prompt_groups: what they say together, by group.
+    held_out_loss: None where nothing was held out or the SFT model's run is not known.   seconds: what the comparison
+    took.   n_parameters, finished, run: of the SFT model, of the comparison, and what lies beside the checkpoint.
     """
 
     version: str
@@ -212,6 +168,8 @@ class Comparison:
     centred_mean: Both[float | None]
     prompt_set: PromptSet
     prompts: tuple[PromptComparison, ...]
+    prompts_in_training: Mapping[str, int] | NotChecked
+    prompt_groups: Mapping[str, PromptGroup]
     hygiene: Both[ReplyChecks]
     held_out_loss: HeldOutComparison | NotChecked | None
     forgetting: Forgetting
@@ -252,6 +210,9 @@ class Comparison:
             overlap = task.contamination
             if isinstance(overlap, Overlap) and overlap.contaminated:
                 out.append(f"{name}: {overlap.contaminated} of {overlap.items} items share words with training rows")
+        unknown = self.prompts_in_training
+        if self.prompts and isinstance(unknown, NotChecked):
+            out.append(f"not known which fixed prompts stand in the training rows: {unknown.not_checked}")
         if self.n_parameters < SMALL_MODEL:
             out.append(
                 f"a {self.n_parameters / 1e6:.1f}M-parameter model knows what it was taught; other questions get weak"

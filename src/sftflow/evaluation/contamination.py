@@ -11,7 +11,7 @@ from sftflow.data.audit import item_parts
 from sftflow.data.audit.overlap import EvalIndex
 from sftflow.data.audit.overlap import Overlap as Overlap
 from sftflow.data.audit.rows import AuditRows
-from sftflow.data.run_rows import TRAINING_ROWS, read_training_rows
+from sftflow.data.run_rows import TRAINING_ROWS, TrainingRows, read_training_rows
 from sftflow.data.store import Rows
 from sftflow.evaluation.options import EvalTask
 from sftflow.foundation.errors import DataError
@@ -42,9 +42,14 @@ def contamination(tasks: Sequence[EvalTask], sources: Sequence[Rows], renderer: 
 
 
 def contamination_of_run(tasks: Sequence[EvalTask], run: Path, renderer: Renderer) -> dict[str, Overlap]:
-    """The same over the rows that a run directory was trained on. Raises DataError where it does not hold them: an
-    older version trained it, or they were too many to be kept."""
+    """The same over the rows that a run directory was trained on. Raises DataError as `whole_training_rows` does."""
+    return contamination(tasks, whole_training_rows(run).sources, renderer) if tasks else {}
+
+
+def whole_training_rows(run: Path) -> TrainingRows:
+    """The rows that a run directory was trained on. Raises DataError where it does not hold them: an older version
+    trained it, or they were too many to be kept."""
     rows = read_training_rows(run)
     if rows.without_ids is not None:
         raise DataError(str(run / TRAINING_ROWS), rows.without_ids)
-    return contamination(tasks, rows.sources, renderer) if tasks else {}
+    return rows

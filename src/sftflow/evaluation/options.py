@@ -14,6 +14,7 @@ from sftflow.tasks import GENERATED, Item, Task, TaskSource, make_task
 Arm = Literal["chat", "plain"]
 """how a model is asked: in its chat format, or as plain text"""
 PLAIN_STOPS = ("\n\n", *Task.plain_stops)  # of the replies that nothing but eyes and a judge grade
+NO_TASK = "none"
 SEED = 1234  # of the items: fixed, so that every model answers the same ones
 
 
@@ -38,7 +39,8 @@ class EvalTask:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """tasks: `name` or `name=PATH`, several or one; None: the generated ones.   limit: items of each.
+    """tasks: `name` or `name=PATH`, several or one; None: the generated ones; `none`, or an empty list: no task.
+    limit: items of each.
     allow_code: whether code that the model wrote may be run.
     identity: name and maker that the identity task asks for; None: those that the model's own recipe taught it."""
 
@@ -53,7 +55,11 @@ class EvalOptions:
         if not identity:
             identity = (load_info(resolve(model)).get("recipe") or {}).get("identity")
         tasks = GENERATED if self.tasks is None else [self.tasks] if isinstance(self.tasks, str) else self.tasks
-        return open_tasks(tasks, self.limit, identity, allow_code=self.allow_code)
+        names = [str(task).strip() for task in tasks]
+        if NO_TASK in names and len(names) > 1:
+            fact = f"{NO_TASK!r} stands beside other tasks: {', '.join(names)}"
+            raise TaskError("--tasks", fact, f"name tasks, or give {NO_TASK} alone")
+        return open_tasks([] if names == [NO_TASK] else tasks, self.limit, identity, allow_code=self.allow_code)
 
 
 def open_tasks(

@@ -39,6 +39,7 @@ SECTIONS = {
 }
 MOST_ITEMS = 300
 """of a task: enough to read, and a page that still opens at once"""
+SEEN = {"whole": "in training", "last question": "last question in training"}
 MOST_STEPS = 4
 """of the scores while it trained, in numbers"""
 
@@ -103,6 +104,8 @@ def prompt_entries(comparison: Comparison, names: ModelNames) -> list[Entry]:
     for prompt in comparison.prompts:
         before, after, change = faults_of(prompt.base), faults_of(prompt.sft), form_change(prompt)
         marks = [change] if change else []
+        marks += ["seen"] if prompt.seen == "whole" else []
+        marks += ["wrong"] if prompt.sft.right is False else []
         tags = [(fault, "alert") for fault in after]
         if UNSTOPPED in after:
             marks.append("unstopped")
@@ -113,6 +116,7 @@ def prompt_entries(comparison: Comparison, names: ModelNames) -> list[Entry]:
         if verdict := verdicts.get(prompt.id):
             marks.append(f"judge-{verdict}")
             tags.append((judged[verdict], ""))
+        tags += [(SEEN[prompt.seen], "")] if prompt.seen in SEEN else []
         entries.append(Entry(content=prompt, marks=marks, tags=[*tags, (prompt.kind, "")], kind=prompt.kind))
     return entries
 

@@ -105,14 +105,14 @@ def as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def one_line(text: str) -> str:
+def one_line(text: str, most: int = SHORT) -> str:
     """The beginning of a text without its line ends.
 
     >>> one_line("a\\n b"), len(one_line("c" * 999))
     ('a b', 161)
     """
-    words = " ".join(text[: 4 * SHORT].split())
-    return words if len(words) <= SHORT else words[:SHORT].rstrip() + "…"
+    words = " ".join(text[: 4 * most].split())
+    return words if len(words) <= most else words[:most].rstrip() + "…"
 
 
 def flattened(values: Mapping[str, Any]) -> dict[str, str]:

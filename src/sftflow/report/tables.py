@@ -11,10 +11,17 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from sftflow.comparison.lineage import BASE_AND_SFT
+from sftflow.comparison.prompt_results import PromptReply
 from sftflow.comparison.results import Comparison
 from sftflow.evaluation.results import Evaluation
+from sftflow.report.figures import one_line
 from sftflow.report.pages import cell, macros
-from sftflow.report.wording import model_names
+from sftflow.report.wording import GROUP_NAMES, faults_of, model_names, shown_base
+
+CELL = 72
+"""characters of a prompt or reply in a third of 80 columns: three lines"""
+COLOURS = {"better": "green", "worse": "red"}
 
 
 def as_text(*drawn: RenderableType) -> str:
@@ -58,6 +65,51 @@ def eval_table(evaluation: Evaluation) -> Table:
     return table
 
 
+def comparison_tables(comparison: Comparison) -> list[Table]:
+    """The scores, or in their place the replies side by side; then what the fixed prompts say together."""
+    tables = [score_table(comparison)] if comparison.tasks else [reply_table(comparison)] if comparison.prompts else []
+    return [*tables, prompt_table(comparison)] if comparison.prompt_groups else tables
+
+
+def reply_table(comparison: Comparison) -> Table:
+    """The fixed prompts with the beginning of both replies."""
+    names = model_names(comparison)
+    plain = ", plain text" if comparison.kind == BASE_AND_SFT else ""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 1, 0))
+    for column in ("prompt", names.before + plain, names.after):
+        table.add_column(column, ratio=1, overflow="fold")
+    for p in comparison.prompts:
+        asked = Text(one_line(p.asked, CELL) or "(empty)")
+        asked.append("\n(in training)" if p.seen == "whole" else "", "yellow")
+        table.add_row(asked, *(_reply(r) for r in (shown_base(comparison, p), p.sft)))
+    return table
+
+
+def _reply(reply: PromptReply) -> Text:
+    said = Text({True: "✓ ", False: "✗ ", None: ""}[reply.right]) + Text(one_line(reply.text, CELL))
+    return said.append("".join(f" [{fault}]" for fault in faults_of(reply)), "red")
+
+
+def prompt_table(comparison: Comparison) -> Table:
+    """Healthy replies and right answers to the fixed prompts: to all, and to those in and not in the training rows."""
+    names, groups = model_names(comparison), comparison.prompt_groups
+    change = "gain" if comparison.trained else "diff."
+    columns = ("fixed prompts", "n", names.before, names.after, change, "95% interval", "verdict")
+    table = _table(*columns, text=("fixed prompts", "verdict"))
+    for title, shares in (
+        ("healthy replies", {name: group.healthy for name, group in groups.items()}),
+        ("right answers", {name: group.right for name, group in groups.items()}),
+    ):
+        for name, s in shares.items():
+            if s is None:
+                continue
+            low, high = s.ci95
+            figures = (f"{s.base:.2f}", f"{s.sft:.2f}", f"{s.delta:+.2f}", f"{low:+.2f} to {high:+.2f}")
+            label = title if name == "all" else f"  {GROUP_NAMES[name]}"
+            table.add_row(label, str(s.n), *figures, Text(s.verdict, COLOURS.get(s.verdict, "yellow")))
+    return table
+
+
 def score_table(comparison: Comparison) -> Table:
     """Each task before and after, the gain and whether it can be told from chance."""
     names = model_names(comparison)
@@ -75,8 +127,7 @@ def score_table(comparison: Comparison) -> Table:
     for name, t in comparison.tasks.items():
         low, high = t.ci95
         scores = (f"{t.chance:.2f}", f"{t.base:.2f}", f"{t.sft:.2f}", f"{t.delta:+.2f}", f"{low:+.2f} to {high:+.2f}")
-        colour = {"better": "green", "worse": "red", "unclear": "yellow"}[t.outcome]
-        table.add_row(Text(name), str(t.n), *scores, Text(t.verdict, colour))
+        table.add_row(Text(name), str(t.n), *scores, Text(t.verdict, COLOURS.get(t.verdict, "yellow")))
     base, sft = comparison.centred_mean.base, comparison.centred_mean.sft
     if base is not None and sft is not None:
         table.add_section()

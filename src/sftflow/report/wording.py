@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from sftflow.comparison.results import FORGOT, Comparison, Forgetting, PromptComparison, PromptReply
-from sftflow.report.figures import percent
+from sftflow.comparison.lineage import BASE_AND_SFT
+from sftflow.comparison.prompt_results import PromptComparison, PromptReply
+from sftflow.comparison.results import FORGOT, Comparison, Forgetting, NotChecked
+from sftflow.report.figures import percent, plural, whole_percent
 
 ASSISTANT_AT = 0.2
 """Better than before is not yet an assistant: below a fifth of the way from guessing to perfect we do not say "yes"."""
@@ -39,7 +41,7 @@ def headline(comparison: Comparison) -> str:
     outcomes = [t.outcome for t in comparison.tasks.values()]
     better, worse, n = outcomes.count("better"), outcomes.count("worse"), len(outcomes)
     if not n:
-        return "No task was graded: judge by the replies below."
+        return prompts_headline(comparison)
     if not comparison.trained and better + worse:
         return f"The second is better than the first on {better} of {n} tasks, and worse on {worse}."
     if worse > better:
@@ -61,6 +63,17 @@ def headline(comparison: Comparison) -> str:
     if 2 * sum(p.sft.finish_reason == "stop" for p in prompts) < len(prompts):
         return "Partly: better scores, but it rarely ends its replies."
     return "Yes: the base became an assistant on the tasks measured."
+
+
+def prompts_headline(comparison: Comparison) -> str:
+    """Of a comparison without tasks: by the fixed prompts that training has not seen, where that is known."""
+    name = "not_in_training" if "not_in_training" in comparison.prompt_groups else "all"
+    if name not in comparison.prompt_groups:
+        return "No task was asked, and no prompt: there is nothing to tell the two apart by."
+    healthy = comparison.prompt_groups[name].healthy
+    which = "fixed prompts" if name == "all" else "fixed prompts that are not in the training rows"
+    change = f"{whole_percent(healthy.base)} → {whole_percent(healthy.sft)}"
+    return f"No task was asked. Healthy replies to {which}: {change}, {healthy.verdict}."
 
 
 def plain_text_change(forgetting: Forgetting, trained: bool = True) -> str:
@@ -95,6 +108,38 @@ def kept_step(kept: Mapping[str, Any]) -> str:
 
 # ---- replies to the fixed prompts
 
+GROUP_NAMES = {
+    "all": "all",
+    "in_training": "in the training rows",
+    "only_last_question": "only the last question",
+    "not_in_training": "not in the training rows",
+}
+
+
+def told_prompts(comparison: Comparison) -> str:
+    """How many fixed prompts stand in the training rows, and what is left of the gain on the others."""
+    counts, names = comparison.prompts_in_training, model_names(comparison)
+    if isinstance(counts, NotChecked):
+        return f"It is not known which of them stand in the training rows: {counts.not_checked}."
+    text = f"{counts['in_training']} of the {plural(counts['all'], 'prompt')} stand in the training rows"
+    if counts["only_last_question"]:
+        text += f"; of {counts['only_last_question']} only the last question does"
+    group = comparison.prompt_groups.get("not_in_training")
+    if group is None:
+        return text + "."
+    shares = {"healthy replies": group.healthy, "right answers": group.right}
+    said = [
+        f"{what} {names.before} {round(s.base * s.n)}, {names.after} {round(s.sft * s.n)} of {s.n} ({s.verdict})"
+        for what, s in shares.items()
+        if s is not None
+    ]
+    return f"{text}. On those that do not: {'; '.join(said)}."
+
+
+def shown_base(comparison: Comparison, prompt: PromptComparison) -> PromptReply:
+    """The base's reply that is fair to set beside the other: one without a format of its own is asked in plain text."""
+    return prompt.base_plain if comparison.kind == BASE_AND_SFT else prompt.base
+
 
 def ending_faults(finish_reason: str) -> list[str]:
     """What is wrong with how a reply ended, where something is."""
@@ -104,6 +149,11 @@ def ending_faults(finish_reason: str) -> list[str]:
 def faults_of(reply: PromptReply) -> list[str]:
     """What is wrong with the form of a reply, and whether it had to be cut off."""
     return list(dict.fromkeys([*ending_faults(reply.finish_reason), *reply.faults]))
+
+
+def score_of(reply: PromptReply) -> int | None:
+    """1 for the right answer, 0 for another one; None where nothing grades it."""
+    return None if reply.right is None else int(reply.right)
 
 
 def form_change(prompt: PromptComparison) -> str:
