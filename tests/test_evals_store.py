@@ -47,6 +47,15 @@ def row_of(number: int, **kwargs: Any) -> EvalRow:
     return EvalRow(**{**given, **kwargs})
 
 
+def test_a_row_keeps_the_dialogue_in_front_of_its_question() -> None:
+    told = ({"role": "user", "content": "I am Ada."}, {"role": "assistant", "content": "Hi!"})
+    row = row_of(1, ids=(3,), earlier=told)
+    written = json.loads(json.dumps(row.to_json()))
+    assert EvalRow.from_json(written) == row
+    del written["earlier"]  # of an earlier version
+    assert EvalRow.from_json(written) == replace(row, earlier=())
+
+
 def names(path: Path) -> list[str]:
     return [json.loads(line)["id"] for line in path.read_text(encoding="utf-8").splitlines()]
 

@@ -40,6 +40,16 @@ def test_counts_are_no_shares() -> None:
     assert "prompt loose100.0%100.0%unsupported11" in page.text
 
 
+def test_an_item_shows_its_whole_dialogue() -> None:
+    told = ({"role": "user", "content": "I am Ada."}, {"role": "assistant", "content": "Hi!"})
+    asked = item(0, "improved")
+    asked = replace(asked, sft=replace(asked.sft, earlier=told, question="Who am I?"))
+    scored = replace(task(1, 0.0, 1.0, 0.1, "better"), items=(asked,))
+    html = comparison_page(replace(demo(), tasks={"dialogue": scored}))
+    assert "Who am I?improved" in section(html, "items")
+    assert "userI am Ada.assistantHi!userWho am I?expectedp e a r" in section(html, "items").replace("\n", "")
+
+
 def section(html: str, name: str) -> str:
     """A section's text."""
     found = re.search(f'<section id="{name}">.*?</section>', html, re.S)

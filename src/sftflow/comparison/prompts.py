@@ -12,6 +12,7 @@ from sftflow.chat.data_files import read_rows
 from sftflow.chat.schema import Conversation, parse_row
 from sftflow.foundation.errors import DataError
 from sftflow.tasks.answers import holds_text
+from sftflow.tasks.task import as_plain_text
 
 VERSION = 3
 
@@ -29,14 +30,8 @@ class FixedPrompt:
 
     @property
     def plain(self) -> str:
-        """The prompt as plain text for a base: a question, or the dialogue so far."""
-        messages = self.conversation.messages
-        if all(m.role != "assistant" for m in messages):
-            asked = "\n\n".join(m.text for m in messages)
-            return f"Question: {asked}\nAnswer:"
-        names = {"user": "Question", "assistant": "Answer"}
-        lines = [f"{names.get(m.role, '')}: {m.text}".lstrip(": ") for m in messages]
-        return "\n".join([*lines, "Answer:"])
+        """The prompt as plain text for a base."""
+        return as_plain_text(self.conversation.messages)
 
     def right(self, reply: str) -> bool | None:
         """Whether a reply holds the answer, in whole words and by the value of numbers; None where none is expected."""

@@ -107,7 +107,8 @@ def _row(task: Task, item: Item, prompt: ItemPrompt, reply: Reply | None) -> Eva
     _, prompt_sha256, item_sha256 = key_of(item, prompt.ids)
     return EvalRow(
         id=item.id,
-        question="\n\n".join(m.text for m in item.messages),
+        question=item.messages[-1].text,
+        earlier=tuple({"role": m.role, "content": m.text} for m in item.messages[:-1]),
         answer=item.answer,
         reply=text,
         score=task.grade(item, text) if reply else 0.0,

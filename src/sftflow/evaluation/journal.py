@@ -36,6 +36,7 @@ Key = tuple[str, str, str]
 class EvalRow:
     """One graded reply.
 
+    question: the last message.   earlier: those in front of it, each with its `role` and `content`.
     prompt_sha256: of the prompt's ids.   item_sha256: of all that is asked and graded.   provenance: hash of what else
     decides the row (meta.json); `rests_on` in the file.   ids: the generated ids.   near_ties: places where the two
     likeliest tokens were within 1e-4.   details: what the grader found beside the score; `marks` in the file.
@@ -57,6 +58,7 @@ class EvalRow:
     near_ties: int = 0
     details: dict[str, Any] = field(default_factory=dict)
     ids: tuple[int, ...] = ()
+    earlier: tuple[dict[str, str], ...] = ()
 
     @property
     def text(self) -> str:
@@ -76,7 +78,7 @@ class EvalRow:
         """A row of a file; keys of other versions are left out. Raises KeyError or TypeError where one is missing."""
         known = {f.name: IN_FILE.get(f.name, f.name) for f in fields(cls)}
         given = {name: row[key] for name, key in known.items() if key in row}
-        return cls(**given | {"ids": tuple(row["ids"])})
+        return cls(**given | {"ids": tuple(row["ids"]), "earlier": tuple(row.get("earlier", ()))})
 
 
 def key_of(item: Item, prompt: Iterable[int]) -> Key:

@@ -54,8 +54,22 @@ class Item:
     def plain(self) -> str:
         if self.plain_text is not None:
             return self.plain_text
-        asked = "\n\n".join(m.text for m in self.messages if m.role != "assistant")
+        return as_plain_text(self.messages)
+
+
+def as_plain_text(messages: Sequence[Message]) -> str:
+    r"""A chat as plain text for a base, up to the reply: a question, or the dialogue so far.
+
+    >>> as_plain_text([text_message("user", "My cat is Tip."), text_message("user", "Who is Tip?")])
+    'Question: My cat is Tip.\n\nWho is Tip?\nAnswer:'
+    >>> as_plain_text([text_message(*m) for m in (("user", "Hi!"), ("assistant", "Hello."), ("user", "Well?"))])
+    'Question: Hi!\nAnswer: Hello.\nQuestion: Well?\nAnswer:'
+    """
+    if all(m.role != "assistant" for m in messages):
+        asked = "\n\n".join(m.text for m in messages)
         return f"Question: {asked}\nAnswer:"
+    names = {"user": "Question: ", "assistant": "Answer: "}
+    return "\n".join([*(names.get(m.role, "") + m.text for m in messages), "Answer:"])
 
 
 class Task:
