@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
 
-.PHONY: help setup demo test slow check lint types wheel bench clean
+.PHONY: help setup demo notebooks test slow check lint types wheel bench clean
 
 help:
 	@echo "make demo    the whole flow on the shipped base (set-up included, once)"
+	@echo "make notebooks  all notebooks are run, in temporary folders"
 	@echo "make test    the tests"
 	@echo "make check   lint, types and tests: what CI runs"
 	@echo "make slow    the tests that take minutes"
@@ -23,10 +24,18 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(VENV)/.ready-notebooks: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[notebooks]'
+	touch $@
+
 setup: $(VENV)/.ready-dev
 
 demo: $(VENV)/.ready
 	$(BIN)/sftflow demo --out $(OUT)
+
+# Two at a time, of one thread each.
+notebooks: $(VENV)/.ready-notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/run_notebooks.py
 
 # Two processes of one thread each: torch's threads would wait for each other.
 test: $(VENV)/.ready-dev
@@ -38,8 +47,8 @@ slow: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist worksteal
 
 lint: $(VENV)/.ready-dev
-	$(BIN)/ruff check src tests benchmarks scripts
-	$(BIN)/ruff format --check src tests benchmarks scripts
+	$(BIN)/ruff check src tests benchmarks scripts notebooks
+	$(BIN)/ruff format --check src tests benchmarks scripts notebooks
 
 types: $(VENV)/.ready-dev
 	$(BIN)/mypy
