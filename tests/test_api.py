@@ -200,6 +200,26 @@ def test_logprobs_are_the_model_s(base: Any) -> None:
         assert f.logprob == pytest.approx(float(wanted[at, f.id]), abs=1e-4) and len(f.top) == 2
 
 
+def test_a_task_s_rows_and_the_loss_on_them(base: Any) -> None:
+    rows = sf.read(sf.task("arithmetic", limit=6))  # with calls, whose results are not supervised
+    mix = sf.mix(sf.task("arithmetic", limit=6), base, validation=0)
+    rendered = [base.render(row).to_json()["rows"][0] for row in rows]
+    assert [r["ids"] for r in rendered] == [e.ids.tolist() for e in mix.examples] and rows.name == "arithmetic"
+    (end,) = {r["ids"][-1] for r in rendered}
+    by_hand = [
+        (-told.logprob, id == end)
+        for row, r in zip(rows, rendered, strict=True)
+        for told, id, taught in zip(base.logprobs(row), r["ids"], r["mask"], strict=True)
+        if taught
+    ]
+    found = base.loss(rows)
+    assert found.tokens == len(by_hand) and found.all == pytest.approx(sum(x for x, _ in by_hand) / len(by_hand), 1e-5)
+    ends = [x for x, is_end in by_hand if is_end]
+    assert found.end_of_turn == pytest.approx(sum(ends) / len(ends), 1e-5) and found.roles["user"] > 0
+    with pytest.raises(sf.SftflowError, match="^mine:2: a row is a string"):
+        base.loss(sf.read([ROWS[0], "no row"], name="mine"))
+
+
 def test_evaluating_and_comparing(base: Any, run: Any, tmp_path: Path) -> None:
     evaluation = sf.evaluate(run.assistant, ["spelling"], limit=4)
     (model,) = evaluation.models.values()

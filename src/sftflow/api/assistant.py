@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from sftflow import checkpoint
-from sftflow.api.rows import Chat, Rendering, conversation_of_chat, rendering_of
+from sftflow.api.rows import Chat, Rendering, conversation_of_chat, read, rendering_of
 from sftflow.api.shared import ModelLike, name_of, parts_of, quiet
+from sftflow.evaluation.heldout_loss import HeldOutLoss, held_out_loss
+from sftflow.foundation.errors import SftflowError
 from sftflow.generation.request import Delta, GenerationRequest, Reply, TokenLogprob
 
 
@@ -40,6 +42,17 @@ class Assistant(checkpoint.Assistant):
         ids = tuple(self.renderer.render(conversation_of_chat(row)).ids.tolist())
         request = GenerationRequest(prompt_ids=ids, max_new_tokens=0, prompt_logprobs=top, use_python=False)
         return list(self.engine.generate([request])[0].prompt_logprobs)
+
+    def loss(self, rows: Any) -> HeldOutLoss:
+        """The loss on conversations, in nats per token: of replies (`.all`), of the tokens that end them
+        (`.end_of_turn`), and of what each role says (`.roles["user"]`).   rows: as `sf.read` takes them."""
+        named = read(rows)
+        found = []
+        for conversation in named.conversations():
+            if isinstance(conversation, SftflowError):
+                raise conversation
+            found.append((named.name, conversation))
+        return held_out_loss(self, found)
 
     def __repr__(self) -> str:
         millions = self.model.num_parameters() / 1e6

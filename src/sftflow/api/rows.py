@@ -24,11 +24,11 @@ from sftflow.chat.row_keys import READ, REFUSED
 from sftflow.chat.schema import Conversation, conversation_of, parse_row, text_message
 from sftflow.chat.token_rows import TokenRow, token_row
 from sftflow.data.row_cache import cache_folder
-from sftflow.data.sources import check_source
+from sftflow.data.sources import check_source, rows_of_entry
 from sftflow.foundation.atomic_io import write_file, write_text
 from sftflow.foundation.errors import DataError, RecipeError, SftflowError
 from sftflow.foundation.json_values import kind_of, without_nulls
-from sftflow.recipe import SourceEntry, parse_recipe, resolve_paths
+from sftflow.recipe import Recipe, SourceEntry, parse_recipe, resolve_paths
 from sftflow.recipe_words import Origin
 from sftflow.report.tables import as_text
 from sftflow.report.token_page import token_html, token_page
@@ -139,7 +139,11 @@ def _as_json(row: Any) -> str:
 
 def read(data: Any, *, name: str | None = None) -> Rows:
     """Conversations of any dialect: from a .jsonl, .json or .parquet file, a hub data set `hub:OWNER/NAME`, or memory
-    (a list, an iterator, a `datasets.Dataset`, a table of pyarrow, a pandas DataFrame)."""
+    (a list, an iterator, a `datasets.Dataset`, a table of pyarrow, a pandas DataFrame), or those that a task trains on:
+    `sf.read(sf.task("spelling", limit=3))`."""
+    if isinstance(data, SourceEntry):
+        found = [row for _, row in rows_of_entry(data, Recipe(mixture=(data,)))]
+        data, name = [row.to_row() if isinstance(row, Conversation) else row for row in found], name or data.label
     return data if isinstance(data, Rows) else Rows(data, name)
 
 
