@@ -82,8 +82,10 @@ SECTIONS: dict[str, Rows] = {
         ("dataset_exact_deduplication min_sample_len datasets.drop_system_message image_* video_*", "",
          "rows are taken as they stand, and are text: change the file"),
         ("truncation_mode excess_length_strategy", "train.overlong", "cut (to whole turns), drop or cut_tokens"),
-        ("train_on_* assistant_only_loss completion_only_loss ignore_pad_token_for_loss instruction_part "
-         "response_part", "", "replies alone are taught, and that is proven; leave it out"),
+        ("train_on_* assistant_only_loss completion_only_loss mask_prompt", "supervise",
+         "replies (the default, proven), or all: every token after the first"),
+        ("ignore_pad_token_for_loss instruction_part response_part", "",
+         "replies alone are taught, and that is proven; leave it out"),
         ("mask_history", "", 'give earlier replies "weight": 0 in the rows'),
     ),
     "How long, and how much at once": (

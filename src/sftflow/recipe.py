@@ -167,7 +167,9 @@ class Compare(_Frozen):
 class Recipe(_Frozen):
     """A whole run. Paths are relative to the recipe's file, except train.out (current directory).
 
-    max_dropped: the largest share of a source's rows that may be lost (too long, or bad); more is an error."""
+    supervise: what the loss is taken on: replies, or every token after the first, whoever wrote it (messages of
+    weight 0 stay out).   max_dropped: the largest share of a source's rows that may be lost (too long, or bad); more is
+    an error."""
 
     base: str = "builtin:tiny"
     format: str = "auto"
@@ -175,6 +177,7 @@ class Recipe(_Frozen):
     drop_prefill: bool = False
     mixture: Annotated[tuple[SourceEntry, ...], Field(min_length=1)]
     identity: AssistantIdentity = AssistantIdentity()
+    supervise: Literal["replies", "all"] = "replies"
     on_bad_row: Literal["stop", "skip"] = "stop"
     max_dropped: Annotated[float, Field(ge=0, le=1)] = 0.5
     validation: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01

@@ -244,11 +244,12 @@ def render(
     index: int | None = None,
     append_eos: bool = False,
     drop_prefill: bool = False,
+    supervise: str = "replies",
 ) -> Rendering:
     """What a model is trained on of some rows. The model may be a directory with a tokenizer only.
 
     index: only this row, counted from 0.   append_eos: put the end of text behind replies that have no end.
-    drop_prefill: prompts without what the template begins every reply with.
+    drop_prefill: prompts without what the template begins every reply with.   supervise: `replies`, or `all` tokens.
     Raises DataError where nothing of a file can be read; a row that cannot be shown is among `refused`.
     """
     rows = read([data] if isinstance(data, Mapping | Conversation) else data)
@@ -261,6 +262,9 @@ def render(
         renderer = template_options.append_eos(renderer)
     if drop_prefill:
         renderer = prefill.drop_prefill(renderer)
+    if supervise not in ("replies", "all"):
+        raise RecipeError("--supervise", f"{supervise!r} is not known", "give replies or all")
+    renderer = renderer.supervising(supervise)
     if renderer.arguments():
         first = [c for c in islice(rows.conversations(), SETTLE_ROWS) if isinstance(c, Conversation)]
         renderer = template_options.choose_arguments(renderer, first)

@@ -5,16 +5,29 @@
 {"prompt": text | messages, "completion": text | messages}
 {"instruction": ..., "input"?: ..., "output": ...}         Alpaca, with "system" and "history"; also query, response
 {"conversations": [{"from": "human", "value": ...}, ...]}  ShareGPT
+{"input_ids": [...], "mask" or "labels": [...]}            tokens already: `pretokenized`
 
 What each key means: `row_keys`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sftflow.chat.row_keys import CONVERSATIONS, PREFERRED, REFUSED, ROW_FLAGS, SYSTEM, TOOLS, absent, refuse
+from sftflow.chat.pretokenized import Pretokenized, read_pretokenized
+from sftflow.chat.row_keys import (
+    CONVERSATIONS,
+    IDS,
+    PREFERRED,
+    REFUSED,
+    ROW_FLAGS,
+    SYSTEM,
+    TOKEN_KEYS,
+    TOOLS,
+    absent,
+    refuse,
+)
 from sftflow.chat.tool_calls import read_json, read_tools
 from sftflow.chat.turns import Turn, flag_of, read_turns
 from sftflow.foundation.errors import SchemaError
@@ -23,10 +36,12 @@ from sftflow.foundation.json_values import check_plain, kind_of
 
 @dataclass(frozen=True, kw_only=True)
 class RawRow:
-    """conversations: what each dialect that the row is whole in makes of it.   meta: the row's other keys.
-    ignored: names of keys that nothing was made of, those of messages as `messages[].name`."""
+    """conversations: what each dialect that the row is whole in makes of it.   tokens: the row, where it is such.
+    meta: the row's other keys.   ignored: names of keys that nothing was made of, those of messages as
+    `messages[].name`."""
 
     conversations: list[list[Turn]]
+    tokens: Pretokenized | None = None
     tools: list[dict[str, Any]] = field(default_factory=list)
     meta: dict[str, Any] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
@@ -42,6 +57,8 @@ def read_row(row: Any, place: str) -> RawRow:
     if not isinstance(row, dict):
         raise SchemaError(place, f"a row is {kind_of(row)}", "make it an object with messages")
     row = {key: value for key, value in row.items() if value is not None}
+    if not absent(row.get(IDS)) or row.get(IDS) == []:
+        return _of_tokens(row, place)
     if row.get("messages") and row.get("chosen") == row["messages"]:  # its rows for instruction tuning keep both
         refuse({key: value for key, value in row.items() if key not in ("chosen", "rejected")}, REFUSED, place)
     else:
@@ -59,6 +76,16 @@ def read_row(row: Any, place: str) -> RawRow:
     meta = {key: value for key, value in row.items() if key not in used}
     ignored |= {key for key, value in meta.items() if not absent(value)}
     return RawRow(conversations=conversations, tools=_tools(row, place), meta=meta, ignored=tuple(sorted(ignored)))
+
+
+def _of_tokens(row: dict[str, Any], place: str) -> RawRow:
+    refuse({key: value for key, value in row.items() if key not in TOKEN_KEYS}, REFUSED, place)
+    tokens = read_pretokenized(row, place)
+    if _not_taught(row, place):
+        tokens = replace(tokens, mask=(0,) * len(tokens.ids))
+    meta = {key: value for key, value in row.items() if key not in (IDS, *TOKEN_KEYS, *ROW_FLAGS)}
+    ignored = sorted(key for key, value in meta.items() if not absent(value))
+    return RawRow(conversations=[[]], tokens=tokens, meta=meta, ignored=tuple(ignored))
 
 
 # ---- the dialects

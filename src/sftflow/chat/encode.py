@@ -99,6 +99,18 @@ class Encoder:
         line, letter = self.plain("\n"), self.plain("a")
         self.prepends = self.plain("\na")[len(line) :] != letter
 
+    def knows(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """(n,) which ids are in the vocabulary."""
+        known = self._known
+        return np.array([0 <= i < len(known) and known[i] for i in ids.tolist()], bool)
+
+    @functools.cached_property
+    def _known(self) -> NDArray[np.bool_]:
+        ids = list(self._backend.get_vocab(with_added_tokens=True).values())
+        known = np.zeros(max(ids, default=-1) + 1, bool)
+        known[ids] = True
+        return known
+
     def plain(self, text: str) -> list[int]:
         """Ids as the tokenizer gives them, special-token strings included."""
         if self._words is not None:

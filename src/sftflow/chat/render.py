@@ -24,11 +24,12 @@ from numpy.typing import NDArray
 from sftflow.chat.content_parts import Messages
 from sftflow.chat.encode import encoder_of
 from sftflow.chat.format import ChatFormat, tokenizer_text
+from sftflow.chat.pretokenized import Pretokenized
 from sftflow.chat.prompts import Prompts
 from sftflow.chat.proof.prover import Prover, unflagged_ends
 from sftflow.chat.schema import Conversation, parse_row
 from sftflow.chat.template import Template
-from sftflow.foundation.errors import FormatError, MaskError
+from sftflow.foundation.errors import FormatError, MaskError, SchemaError
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,8 @@ class RendererSpec:
     """What a Renderer is made of; can be sent to another process.
 
     tokenizer: tokenizer.json.   names: what the template calls tokens by.   eos: id of the end of text, or None.
-    ends: further ids at which the checkpoint says that a reply ends.
+    ends: further ids at which the checkpoint says that a reply ends.   supervise: what is taught: "replies", or "all"
+    tokens but those of messages of weight 0.
     """
 
     tokenizer: str
@@ -62,6 +64,7 @@ class RendererSpec:
     eos: int | None
     format: ChatFormat
     ends: tuple[int, ...] = ()
+    supervise: str = "replies"
 
     @property
     def stops(self) -> list[int]:
@@ -118,6 +121,14 @@ class Renderer:
             self._others[key] = Renderer(self.tokenizer, chat_format, spec=spec)
         return self._others[key]
 
+    def supervising(self, what: str) -> Renderer:
+        """The same tokenizer and format, with `what` ("replies" or "all") taught. Made once for each."""
+        if what == self.spec.supervise:
+            return self
+        if what not in self._others:
+            self._others[what] = Renderer(self.tokenizer, self.format, spec=replace(self.spec, supervise=what))
+        return self._others[what]
+
     def _way(self, conversation: Conversation) -> _Way:
         """Which of the format's templates renders it: as transformers' `get_chat_template` chooses."""
         return self._with_tools if conversation.tools else self._plain
@@ -141,6 +152,8 @@ class Renderer:
         Raises FormatError where the template refuses the conversation (its own message quoted) and MaskError where
         the mask cannot be proven.
         """
+        if conversation.tokens is not None:
+            return self._pretokenized(conversation, conversation.tokens, add_generation_prompt)
         template, prover = self._way(conversation)
         prompts = prompts or Prompts(template, template.row(conversation))
         row = prompts.row if prompts.row.conversation is conversation else template.row(conversation)
@@ -148,29 +161,52 @@ class Renderer:
             text = prompts.before(len(row.messages))
         else:
             text = template.text(row.messages, row.tools, False, row.source)
-        supervised = [] if add_generation_prompt or continue_final_message else conversation.supervised
+        is_prompt = add_generation_prompt or continue_final_message
+        whole = self.spec.supervise == "all" and not is_prompt
+        supervised = [] if is_prompt else conversation.supervised
         proof = prompts.proof_behind_block(row, text, prover) if supervised == [len(row.messages) - 1] else None
         text = proof.text if proof else text
-        starts = prompts.reply_starts(row, text, set(supervised))
+        told_apart = conversation.left_out if whole else supervised  # where the mask changes
+        starts = prompts.reply_starts(row, text, set(told_apart))
         boundaries = sorted(set(starts.values()))
-        proof = proof or (prover.prove(row, text) if supervised else None)
+        proof = proof or (prover.prove(row, text) if supervised or whole else None)
         literals = proof.literals if proof else prover.literals(row, text, add_generation_prompt)
         if continue_final_message:
             text = template.up_to_the_end(row, text)
             literals, boundaries = [x for x in literals if x[1] <= len(text)], [b for b in boundaries if b <= len(text)]
         encoded = self._encoder.encode(text, literals, boundaries, row.source)
-        mask = np.zeros(len(encoded.ids), np.int8)
+        mask = np.full(len(encoded.ids), whole, np.int8)
+        mask[:1] = 0  # nothing predicts it
         if proof is None:
             return Rendered(encoded.ids, mask, text, row.source, encoded.splits)
         first_token = dict(zip(boundaries, encoded.cuts, strict=True))
-        for turn in supervised:
+        for turn in told_apart:
             start = starts[turn]
             last = prover.end_of_turn(proof, turn, start)
-            mask[first_token[start] : encoded.literals[last] + 1] = 1
+            mask[first_token[start] : encoded.literals[last] + 1] = not whole
             for opened, closed in prover.calculator_results(proof, start, last):
                 mask[encoded.literals[opened] : encoded.literals[closed] + 1] = 0
         found = prover.turns(proof, encoded) if turns else ()
         return Rendered(encoded.ids, mask, text, row.source, encoded.splits, found)
+
+    def _pretokenized(self, row: Conversation, tokens: Pretokenized, is_prompt: bool) -> Rendered:
+        """A row of tokens as it stands. Raises SchemaError where one is not in the vocabulary, or nothing is taught."""
+        if is_prompt:
+            raise FormatError(row.source, "a row of tokens has no turns that could be replied to", "give messages")
+        ids = np.array(tokens.ids, np.int64)
+        unknown = np.flatnonzero(~self._encoder.knows(ids))
+        if len(unknown):
+            place, fact = f"{row.source}.input_ids[{unknown[0]}]", f"{tokens.ids[unknown[0]]} is not in the vocabulary"
+            raise SchemaError(place, fact, "was the row made with another tokenizer? make it with the base's own")
+        if self.spec.supervise == "all":
+            mask = np.ones(len(ids), np.int8)
+        elif tokens.mask is None:
+            remedy = "give mask or labels beside them, or supervise: all in the recipe"
+            raise SchemaError(row.source, "input_ids that do not say what is taught", remedy)
+        else:
+            mask = np.array(tokens.mask, np.int8)
+        mask[:1] = 0
+        return Rendered(ids, mask, self.decode(tokens.ids), row.source)
 
     def prompts(self, conversation: Conversation) -> Prompts:
         """The prompts for a conversation's turns, each rendered when it is asked for."""
@@ -180,11 +216,21 @@ class Renderer:
     def render_rows(self, conversation: Conversation, *, turns: bool = False) -> list[Rendered]:
         """Training examples of one row: one, or one per supervised assistant turn where the template rewrites
         history (so that each turn is trained after exactly the prompt that serving will send)."""
-        return [rendered for _, rendered in self.render_pairs(conversation, turns=turns)]
+        rows = [rendered for _, rendered in self.render_pairs(conversation, turns=turns)]
+        return [self.taught_once(row) for row in rows] if len(rows) > 1 else rows
+
+    def taught_once(self, example: Rendered) -> Rendered:
+        """One of a row's several examples, without what the ones before it teach: where all is supervised, every token
+        up to the last reply that is left out of it."""
+        if self.spec.supervise == "replies":
+            return example
+        mask = example.mask.copy()
+        mask[: np.flatnonzero(mask == 0)[-1]] = 0
+        return replace(example, mask=mask)
 
     def render_pairs(self, conversation: Conversation, *, turns: bool = False) -> list[tuple[Conversation, Rendered]]:
         """The examples of `render_rows`, each with the conversation that it renders."""
-        prompts = self.prompts(conversation)
+        prompts = None if conversation.tokens else self.prompts(conversation)
         try:
             return [(conversation, self.render(conversation, turns=turns, prompts=prompts))]
         except MaskError as whole:
@@ -199,9 +245,10 @@ class Renderer:
                 ]
                 example = replace(conversation, messages=tuple(messages))
                 try:
-                    pairs.append((example, self.render(example, turns=turns, prompts=prompts)))
+                    rendered = self.render(example, turns=turns, prompts=prompts)
                 except (MaskError, FormatError):
                     raise whole from None
+                pairs.append((example, rendered))
             return pairs
 
     def text(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> str:

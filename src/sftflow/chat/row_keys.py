@@ -33,6 +33,11 @@ _MASK = Refusal(
 CONVERSATIONS = ("messages", "conversations", "conversation")
 SYSTEM = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "functions")
+IDS = "input_ids"
+MASKS = ("mask", "loss_mask", "completion_mask", "assistant_masks")
+"""beside IDS: 1 or true where a token is taught"""
+TOKEN_KEYS = ("labels", *MASKS, "attention_mask", "position_ids")
+"""read beside IDS, one value for each of them"""
 PREFERRED = ("label", "kto_tag", "desirable")
 NOT_TAUGHT = ("masked", "ignore")
 """1 or true: the message is not taught"""
@@ -58,6 +63,11 @@ READ = {
     "functions": "as `tools`",
     **dict.fromkeys(ROW_FLAGS, "as of a message: whether anything of the row is taught"),
     **dict.fromkeys(PREFERRED, "true: the reply is wanted"),
+    IDS: "the row's tokens; what is taught of them say `mask` or `labels`",
+    "labels": f"beside {IDS}: the ids that are taught, -100 for the others",
+    **dict.fromkeys(MASKS, f"beside {IDS}: 1 where a token is taught"),
+    "attention_mask": f"beside {IDS}: all 1",
+    "position_ids": f"beside {IDS}: 0, 1, 2 ...",
 }
 REFUSED = {
     **dict.fromkeys((*PICTURES, "objects"), _PICTURES),

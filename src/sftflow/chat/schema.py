@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from sftflow.chat.call_arguments import decoded
 from sftflow.chat.dialects import read_row
+from sftflow.chat.pretokenized import Pretokenized
 from sftflow.chat.row_keys import MESSAGE_KEYS
 from sftflow.foundation.errors import SchemaError
 from sftflow.foundation.json_values import kind_of, parse_json
@@ -71,7 +72,7 @@ def text_message(role: str, text: str) -> Message:
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """One row. `source` is FILE:LINE (or task:number); `meta` keeps the row's other keys, `ignored` names what of
-    them is not empty, and unknown keys of its messages.
+    them is not empty, and unknown keys of its messages. A row that is `tokens` already has no messages.
 
     `to_row` gives it back in the canonical shape, which `parse_row` reads.
     """
@@ -81,6 +82,7 @@ class Conversation:
     meta: dict[str, Any] = field(default_factory=dict)
     source: str = ""
     ignored: tuple[str, ...] = ()
+    tokens: Pretokenized | None = None
 
     def before(self, turn: int) -> Conversation:
         """The history in front of message number `turn`."""
@@ -90,6 +92,11 @@ class Conversation:
     def supervised(self) -> list[int]:
         """The messages that are trained on: those of the assistant, but for weight 0."""
         return [i for i, m in enumerate(self.messages) if m.role == "assistant" and m.weight]
+
+    @property
+    def left_out(self) -> list[int]:
+        """The assistant's messages of weight 0."""
+        return [i for i, m in enumerate(self.messages) if m.role == "assistant" and not m.weight]
 
     def mentions(self, pattern: re.Pattern[str]) -> bool:
         """Whether a content, some reasoning, a tool call or a tool definition holds the pattern."""
@@ -103,6 +110,9 @@ class Conversation:
 
     def to_row(self) -> dict[str, Any]:
         """{"messages": [...]}, with "tools" where there are any; without `meta` and `source`."""
+        if self.tokens is not None:
+            mask = {} if self.tokens.mask is None else {"mask": list(self.tokens.mask)}
+            return {"input_ids": list(self.tokens.ids), **mask}
         tools = {"tools": list(self.tools)} if self.tools else {}
         return {"messages": [m.to_json() for m in self.messages], **tools}
 
@@ -178,6 +188,8 @@ def parse_row(row: Any, place: str) -> Conversation:
     'yo'
     """
     raw = read_row(row, place)
+    if raw.tokens is not None:
+        return Conversation((), (), raw.meta, place, raw.ignored, raw.tokens)
     found = [tuple(parse_message(message, where) for where, message in turns) for turns in raw.conversations]
     if not found[0]:
         raise SchemaError(f"{place}.messages", "no messages", "give at least one")

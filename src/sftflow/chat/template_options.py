@@ -74,7 +74,7 @@ def options_note(renderer: Renderer) -> str | None:
 
 
 def choose_arguments(renderer: Renderer, sample: Sequence[Conversation]) -> Renderer:
-    """The renderer whose template arguments make the most of the sample provable.
+    """The renderer whose template arguments make the most of the sample provable (rows of tokens need none).
 
     Where every row is proven as one example, or the template has no arguments, the renderer itself. Arguments are
     found in the template (names it reads and nobody sets), not in a list; each is tried as true and false, alone and
@@ -82,6 +82,7 @@ def choose_arguments(renderer: Renderer, sample: Sequence[Conversation]) -> Rend
     is left as it is wherever a reply can be taught behind it: what serving sends by default, such as whether a model
     is told to think, is not changed for the sake of longer examples.
     """
+    sample = [c for c in sample if c.messages]
     arguments = renderer.arguments()[:_MOST_ARGUMENTS]
     if not arguments or renderer.format.kwargs:
         return renderer

@@ -32,8 +32,13 @@ def verify(
 ) -> dict[str, str]:
     """What is wrong with a row, by invariant; {} where nothing is. `conversation` is the one that was rendered.
 
-    prompts: where the row expands, those of its examples, so that none is rendered again for each of them."""
+    prompts: where the row expands, those of its examples, so that none is rendered again for each of them.
+    Of a row that is tokens already there is nothing to check. Where all is supervised, what is left out is checked."""
     wrong: dict[str, str] = {}
+    if conversation.tokens is not None:
+        return wrong
+    if renderer.spec.supervise == "all":
+        return verify(renderer.supervising("replies"), *_left_out(conversation, rendered), prompts)
     ids, mask = rendered.ids, rendered.mask
     turns = conversation.supervised
     fact = _parity(renderer, conversation, rendered, prompts or renderer.prompts(conversation))
@@ -57,8 +62,19 @@ def verify(
     return wrong
 
 
-def checks(wrong: dict[str, str], place: str) -> Checks:
+def _left_out(conversation: Conversation, rendered: Rendered) -> tuple[Conversation, Rendered]:
+    """The same row with its messages of weight 0 as the supervised ones."""
+    messages = tuple(replace(m, weight=1 - m.weight) if m.role == "assistant" else m for m in conversation.messages)
+    mask = 1 - rendered.mask
+    mask[:1] = 0
+    return replace(conversation, messages=messages), replace(rendered, mask=mask)
+
+
+def checks(wrong: dict[str, str], conversation: Conversation) -> Checks:
     """What `verify` says of one row, to be added up."""
+    if conversation.tokens is not None:
+        return {}
+    place = conversation.source
     first = {name: f"{place}: {fact}" for name, fact in wrong.items()}
     return {name: {"checked": 1, "failed": int(name in wrong), "first": first.get(name)} for name in INVARIANTS}
 

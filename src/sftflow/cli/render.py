@@ -29,11 +29,20 @@ def render(
     drop_prefill: Annotated[
         bool, typer.Option(help="prompts without what the template begins every reply with")
     ] = False,
+    supervise: Annotated[str, typer.Option(help="what is taught: replies, or all tokens")] = "replies",
 ) -> None:
     """Show rows as the model sees them: tokens, and which of them are trained on."""
     from sftflow import api
 
-    found = api.render(data, model, format=format, index=index, append_eos=append_eos, drop_prefill=drop_prefill)
+    found = api.render(
+        data,
+        model,
+        format=format,
+        index=index,
+        append_eos=append_eos,
+        drop_prefill=drop_prefill,
+        supervise=supervise,
+    )
     for note in found.notes:
         print(note, file=sys.stderr)
     if html is not None:

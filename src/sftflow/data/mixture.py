@@ -65,6 +65,7 @@ class Mixture:
             "padding_share": round(1 - sum(lengths) / slots if slots else 0.0, 5),
             "validation_rows": len(self.held_out),
             "max_length": self.max_length,
+            "supervise": self.renderer.spec.supervise,
             "format": self.renderer.format.name,
             "template_arguments": self.renderer.format.kwargs,
             "append_eos": self.renderer.format.append_eos,
@@ -100,6 +101,7 @@ class Mixture:
             f"{long} and {{was}} cut": meta["cut"],
             "bad and {was} skipped": meta["bad"],
             UNTAUGHT: meta["dropped"].get(UNTAUGHT, 0),
+            "tokens already; their masks are taken as they stand": meta["pretokenized"],
         }
         return [
             f"{rows.name}: {n:,} of {meta['seen']:,} rows {'is' if n == 1 else 'are'} "
@@ -138,12 +140,14 @@ def write_bad_rows(out: Path, mixture: Mixture) -> None:
 
 
 def training_renderer(recipe: Recipe, renderer: Renderer) -> Renderer:
-    """The renderer that the recipe's data is rendered with: with the end of text appended and without what
-    prompts pre-fill where the recipe asks for that, and template arguments chosen by the first rows of each source."""
+    """The renderer that the recipe's data is rendered with: with what the recipe supervises, with the end of text
+    appended and without what prompts pre-fill where it asks for that, and template arguments chosen by the first rows
+    of each source."""
     if recipe.append_eos:
         renderer = append_eos(renderer)
     if recipe.drop_prefill:
         renderer = drop_prefill(renderer)
+    renderer = renderer.supervising(recipe.supervise)
     if renderer.arguments() and not renderer.format.kwargs:
         sample = [c for entry in recipe.mixture for c in sample_of(entry, recipe, SETTLE_ROWS)]
         renderer = choose_arguments(renderer, sample)

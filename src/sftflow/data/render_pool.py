@@ -54,6 +54,7 @@ class Counts:
     seen: int = 0
     cut: int = 0
     expanded: int = 0
+    pretokenized: int = 0
     boundary_splits: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     ignored: Counter[str] = field(default_factory=Counter)
@@ -63,6 +64,7 @@ class Counts:
         self.seen += more.seen
         self.cut += more.cut
         self.expanded += more.expanded
+        self.pretokenized += more.pretokenized
         self.boundary_splits += more.boundary_splits
         self.dropped.update(more.dropped)
         self.ignored.update(more.ignored)
@@ -110,13 +112,16 @@ def render_block(renderer: Renderer, job: Job, items: list[NumberedRow], n_verif
             continue
         counts.cut += fitted.cut
         counts.expanded += len(fitted.pairs) > 1
+        counts.pretokenized += conversation.tokens is not None
         block.sample = block.sample or fitted.pairs[0][0]
         verified = n_verified < 0 or count < n_verified
-        prompts = renderer.prompts(conversation) if verified else None
+        prompts = renderer.prompts(conversation) if verified and conversation.messages else None
         for rendered_from, rendered in fitted.pairs:
             if verified:
                 wrong = verify(renderer, rendered_from, rendered, prompts)
-                add_checks(counts.invariants, checks(wrong, conversation.source))
+                add_checks(counts.invariants, checks(wrong, conversation))
+            if len(fitted.pairs) > 1:
+                rendered = renderer.taught_once(rendered)
             row, mask = rendered.ids[: job.max_length].astype(np.int32), rendered.mask[: job.max_length]
             table.append((start, len(row), int(mask[1:].sum()), number, row_digest(row)))
             counts.boundary_splits += rendered.boundary_splits
@@ -131,7 +136,7 @@ def render_block(renderer: Renderer, job: Job, items: list[NumberedRow], n_verif
 def _shown(payload: Any) -> Any:
     """A bad row for bad_rows.jsonl: as it stood."""
     if isinstance(payload, Conversation):
-        return payload.to_row()["messages"]
+        return payload.to_row()
     if isinstance(payload, bytes):
         return payload.decode("utf-8", "replace").rstrip("\r\n")
     try:  # Parquet has bytes and dates, a JSON file may be nested deeply

@@ -155,10 +155,16 @@ def _held_out_row(line: str) -> HeldOutRow:
     return HeldOutRow(
         source=data["source"],
         index=(first, row),
-        conversation=parse_row({key: data[key] for key in ("messages", "tools") if key in data}, data["place"]),
+        conversation=parse_row(_row_of(data), data["place"]),
         ids=np.array(data["ids"], np.int64),
         mask=np.array(data["mask"], np.int8),
     )
+
+
+def _row_of(line: dict[str, Any]) -> dict[str, Any]:
+    """The conversation of a held-out line; the mask beside it is that of a row of tokens only."""
+    keys = ("input_ids", "mask") if "input_ids" in line else ("messages", "tools")
+    return {key: line[key] for key in keys if key in line}
 
 
 def read_training_rows(run: Path) -> TrainingRows:

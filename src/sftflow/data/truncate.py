@@ -34,8 +34,11 @@ def fit_to_length(conversation: Conversation, renderer: Renderer, max_length: in
     all its replies that they are not taught is dropped, unrendered.
     Raises SchemaError where the row holds no reply; FormatError and MaskError as the renderer does.
     """
-    if not conversation.supervised:
-        if any(m.role == "assistant" for m in conversation.messages):
+    taught = conversation.supervised or renderer.spec.supervise == "all"
+    if conversation.tokens and conversation.tokens.mask:
+        taught = any(conversation.tokens.mask)
+    if not (taught or conversation.tokens):
+        if conversation.left_out:
             return FittedRow([], dropped=UNTAUGHT)
         raise SchemaError(conversation.source, "no assistant turn to learn from", "add one, or remove the row")
     beginning = _may_fit(conversation, renderer, max_length)
@@ -51,7 +54,7 @@ def fit_to_length(conversation: Conversation, renderer: Renderer, max_length: in
     if kept and (overlong != "drop" or not shortened):
         return FittedRow(kept, cut=shortened)
     if overlong == "cut":
-        shorter = _whole_turns(*pairs[0], renderer, max_length)
+        shorter = _whole_turns(*pairs[0], renderer, max_length) if conversation.supervised else None
         return FittedRow([shorter] if shorter else [], cut=shorter is not None, dropped=None if shorter else TOO_LONG)
     return FittedRow([], dropped=TOO_LONG)
 
@@ -89,7 +92,10 @@ def _whole_turns(
 ) -> tuple[Conversation, Rendered] | None:
     """The longest beginning that ends with a supervised reply and fits: the rendering says where each reply ends, so
     that what cannot fit is not rendered."""
-    ends = np.flatnonzero(np.isin(rendered.ids, renderer.stop_ids()) & (rendered.mask == 1))
+    mask = rendered.mask
+    if renderer.spec.supervise == "all":  # then that of the replies says where they end
+        mask = renderer.supervising("replies").render(conversation).mask
+    ends = np.flatnonzero(np.isin(rendered.ids, renderer.stop_ids()) & (mask == 1))
     turns = conversation.supervised
     for turn, end in reversed(list(zip(turns, ends.tolist(), strict=True))):
         if end >= max_length or turn + 1 == len(conversation.messages):

@@ -26,7 +26,7 @@ from sftflow.chat.render import Rendered, Renderer
 from sftflow.chat.schema import ROLES, Conversation
 from sftflow.checkpoint import Assistant
 from sftflow.data.run_rows import read_held_out
-from sftflow.foundation.errors import CheckpointError, ContextError, FormatError, MaskError
+from sftflow.foundation.errors import CheckpointError, ContextError, FormatError, MaskError, SchemaError
 from sftflow.packing.attending import evaluating
 from sftflow.packing.check_model import prove_forward
 from sftflow.packing.length_limits import length_limit
@@ -76,7 +76,7 @@ def groups_of(rendered: Rendered, renderer: Renderer, seen: int = 0) -> Int:
     ids, supervised = rendered.ids, rendered.mask == 1
     groups = np.full(len(ids), NO_GROUP)
     words = ~np.isin(ids, list(renderer.special.values()))
-    ends = [start for start, _ in rendered.turns[1:]] + [len(ids)]
+    ends = [*(start for start, _ in rendered.turns[1:]), len(ids)][: len(rendered.turns)]
     message = 0
     if any("assistant+" in role for _, role in rendered.turns):
         words[:] = False
@@ -88,7 +88,8 @@ def groups_of(rendered: Rendered, renderer: Renderer, seen: int = 0) -> Int:
     groups[supervised] = GROUPS.index("assistant")
     closing = renderer.ends()
     for stop in np.flatnonzero(supervised & np.isin(ids, renderer.stop_ids())):
-        n = next(len(end) for end in closing if tuple(ids[max(0, stop + 1 - len(end)) : stop + 1]) == end)
+        written = (len(end) for end in closing if tuple(ids[max(0, stop + 1 - len(end)) : stop + 1]) == end)
+        n = next(written, 1)  # a row of tokens may end a turn as no template does
         groups[stop + 1 - n : stop + 1] = GROUPS.index("end_of_turn")
     return groups
 
@@ -111,7 +112,7 @@ def held_out_loss(assistant: Assistant, conversations: Sequence[tuple[str, Conve
     for source, conversation in conversations:
         try:
             pairs = renderer.render_pairs(conversation, turns=True)
-        except (FormatError, MaskError) as error:
+        except (FormatError, MaskError, SchemaError) as error:
             skipped[NOT_RENDERED] += 1
             first = first or str(error)
             continue

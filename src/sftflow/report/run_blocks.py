@@ -54,6 +54,7 @@ def start_block(run: Opening) -> Text:
     kind = "packed rows" if train.packing else "rows"
     trained = "all" if run.n_trained == run.n_parameters else f"{run.n_trained:,} of"
     why = {key: f" ({notes[key]})" if notes.get(key, "asked for") != "asked for" else "" for key in ("compile", "lr")}
+    of_all = " (supervise: all)" if notes.get("supervise") == "all" else ""
     time = "known after the first steps; validation and evaluation come on top"
     if run.step_seconds is not None:
         expected = f"{about(left * run.step_seconds)} for {plural(left, 'more step')}, as the last ones took"
@@ -62,7 +63,7 @@ def start_block(run: Opening) -> Text:
         ("run", [str(run.out)]),
         ("base", [run.base or "a new one"]),
         ("rows", f"{run.rows:,}, in {run.packed_rows:,} {kind} of {train.max_length:,} tokens{held}"),
-        ("tokens", f"{run.tokens:,}, of which {run.supervised_tokens:,} are supervised"),
+        ("tokens", f"{run.tokens:,}, of which {run.supervised_tokens:,} are supervised{of_all}"),
         ("steps", f"{run.steps:,} of {train.tokens_per_step:,} tokens{micro}; {_epochs(run.epochs)}"),
         ("rate", f"{_rates(run)}{why['lr']}; {train.schedule.kind}, warmup {train.schedule.warmup:.0%}"),
         ("trained", f"{trained} {run.n_parameters:,} parameters"),

@@ -159,6 +159,7 @@ class FineTuning(TrainingRun):
         set_dropout(model, recipe.train.dropout)
         weights, self.base_body = weights_and_body_hash(model)
         base = base_identity(model, self.dtype, weights)
+        self.notes["supervise"] = recipe.supervise
         listener.say("rendering the mixture")
         self.mixture = build_mixture(recipe, renderer, listener.rendering)
         self.renderer = self.mixture.renderer

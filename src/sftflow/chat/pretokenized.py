@@ -1,0 +1,79 @@
+"""Rows that are tokens already: `input_ids`, and which of them are taught.
+
+{"input_ids": [1, 5, 8], "mask": [0, 0, 1]}            1 or true: taught
+{"input_ids": [1, 5, 8], "labels": [-100, -100, 8]}    as PyTorch's loss has them: -100 is not taught; not shifted
+{"input_ids": [1, 5, 8]}                               where `supervise: all` teaches all of it
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sftflow.chat.row_keys import CONVERSATIONS, IDS, MASKS, TOKEN_KEYS, absent
+from sftflow.foundation.errors import SchemaError
+from sftflow.foundation.json_values import kind_of
+
+IGNORE_INDEX = -100
+"""torch.nn.CrossEntropyLoss leaves such labels out"""
+_OTHERS = (*CONVERSATIONS, "prompt", "completion", "instruction", "query")
+
+
+@dataclass(frozen=True, slots=True)
+class Pretokenized:
+    """ids: (n,) token ids.   mask: (n,) 1 where taught; None where the row does not say."""
+
+    ids: tuple[int, ...]
+    mask: tuple[int, ...] | None = None
+
+
+def read_pretokenized(row: dict[str, Any], place: str) -> Pretokenized:
+    """The tokens of a row with `input_ids`. Raises SchemaError where they are none, or what is taught is not said in
+    one way."""
+    beside = [key for key in _OTHERS if not absent(row.get(key))]
+    if beside:
+        fact = f"{beside[0]} beside {IDS}: both say what the row is"
+        raise SchemaError(f"{place}.{IDS}", fact, "keep one of them")
+    ids = _integers(row, IDS, place)
+    given = {key: _integers(row, key, place) for key in TOKEN_KEYS if not absent(row.get(key))}
+    for key, values in given.items():
+        if len(values) != len(ids):
+            fact = f"{len(values):,} values for {len(ids):,} {IDS}"
+            raise SchemaError(f"{place}.{key}", fact, "give one for each")
+    if 0 in given.get("attention_mask", ()):
+        fact = f"{given['attention_mask'].index(0)} is the first place that it hides: padding, or another conversation"
+        raise SchemaError(f"{place}.attention_mask", fact, f"cut these tokens off {IDS}, and of what stands beside it")
+    if given.get("position_ids", range(len(ids))) != tuple(range(len(ids))) and "position_ids" in given:
+        fact = "they do not count 0, 1, 2 ...: the row holds several conversations, or is padded"
+        raise SchemaError(f"{place}.position_ids", fact, "give each conversation as a row; packing is done here")
+    masks = {key: given[key] for key in MASKS if key in given}
+    for key, mask in masks.items():
+        if bad := sorted(set(mask) - {0, 1}):
+            raise SchemaError(f"{place}.{key}", f"it holds {bad[0]}", "write 1 where taught, else 0")
+    if "labels" in given:
+        masks["labels"] = tuple(int(label != IGNORE_INDEX) for label in given["labels"])
+        wrong = [i for i, label in enumerate(given["labels"]) if label not in (IGNORE_INDEX, ids[i])]
+        if wrong:
+            fact = f"{given['labels'][wrong[0]]} where {IDS} has {ids[wrong[0]]}"
+            remedy = f"write there the id itself, not the next one's, or {IGNORE_INDEX} where it is not taught"
+            raise SchemaError(f"{place}.labels[{wrong[0]}]", fact, remedy)
+    if len({mask[1:] for mask in masks.values()}) > 1:
+        raise SchemaError(place, f"{' and '.join(masks)} differ", "keep one of them")
+    for key, mask in masks.items():
+        if not any(mask[1:]):
+            fact = "nothing to learn: none of it is taught" if not mask[0] else "only the first is taught"
+            raise SchemaError(f"{place}.{key}", fact, "remove the row, or correct it (nothing predicts a first token)")
+    return Pretokenized(ids, next(iter(masks.values()), None))
+
+
+def _integers(row: dict[str, Any], key: str, place: str) -> tuple[int, ...]:
+    values = row[key]
+    if not isinstance(values, list) or not values:
+        fact = "it is empty" if values == [] else f"it is {kind_of(values)}"
+        raise SchemaError(f"{place}.{key}", fact, "make it a list of integers")
+    for number, value in enumerate(values):
+        if not isinstance(value, int) or (isinstance(value, bool) and key not in MASKS):
+            raise SchemaError(f"{place}.{key}[{number}]", f"it is {kind_of(value)}", "make it an integer")
+        if abs(value) >= 1 << 31:
+            raise SchemaError(f"{place}.{key}[{number}]", "a number of more than 32 bits", "write a token's id")
+    return tuple(map(int, values))
