@@ -237,7 +237,7 @@ def test_prompts_alone_are_compared(run: Path, tiny_base: Path, tmp_path: Path) 
         assert said in done.stdout, said
     assert "chance" not in done.stdout, "no empty table of tasks"
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "No task was asked. Healthy replies to fixed prompts that are not in the training rows" in page
+    assert "No task was asked. On fixed prompts that are not in the training rows: healthy replies" in page
     assert 'id="scores"' not in page and 'id="contamination"' not in page and "1 of the 3 prompts stand" in page
 
 

@@ -83,7 +83,7 @@ def test_the_first_screen_tells_mean_tasks_stops_prompts_and_forgetting() -> Non
     facts = re.findall(r'<div class="fact"><b.*?</b><span>(.*?)</span>', comparison_page(demo()))
     assert [f.split(",")[0] for f in facts[:4]] == [
         "centred mean", "tasks better (0 worse", "of the replies end by themselves",
-        "healthy replies to the 64 fixed prompts that are not in the training rows: better",
+        "healthy replies (their form) to 64 fixed prompts that are not in the training rows: better",
     ]  # fmt: skip
     assert facts[4] == "bits per byte of plain text: it forgot: 4.5% worse on plain text"
     assert "2%→93%of the replies end by themselves, base → SFT" in Page(comparison_page(demo())).text
@@ -210,7 +210,8 @@ def test_the_headline_claims_no_more_than_the_tasks() -> None:
     assert outcomes("worse", "worse", "better").startswith("No: it got worse on 2 of 3")
     assert outcomes(unclear, unclear).startswith("Cannot tell")
     assert outcomes() == (
-        "No task was asked. Healthy replies to fixed prompts that are not in the training rows: 0% → 78%, better."
+        "No task was asked. On fixed prompts that are not in the training rows: healthy replies 0% → 78% (better), "
+        "right answers 8% → 64% (better)."
     )
     assert outcomes("better", centred_mean=Both(0.0, 0.1)).startswith("Partly: better than the base")
     endless = tuple(replace(p, sft=replace(p.sft, finish_reason="length")) for p in demo().prompts)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from sftflow.comparison.lineage import BASE_AND_SFT
-from sftflow.comparison.prompt_results import PromptComparison, PromptReply
+from sftflow.comparison.prompt_results import PairedShare, PromptComparison, PromptReply
 from sftflow.comparison.results import FORGOT, Comparison, Forgetting, NotChecked
 from sftflow.report.figures import percent, plural, whole_percent
 
@@ -69,11 +69,15 @@ def prompts_headline(comparison: Comparison) -> str:
     """Of a comparison without tasks: by the fixed prompts that training has not seen, where that is known."""
     name = "not_in_training" if "not_in_training" in comparison.prompt_groups else "all"
     if name not in comparison.prompt_groups:
-        return "No task was asked, and no prompt: there is nothing to tell the two apart by."
-    healthy = comparison.prompt_groups[name].healthy
-    which = "fixed prompts" if name == "all" else "fixed prompts that are not in the training rows"
-    change = f"{whole_percent(healthy.base)} → {whole_percent(healthy.sft)}"
-    return f"No task was asked. Healthy replies to {which}: {change}, {healthy.verdict}."
+        return "No task was asked, and no prompt could be: nothing tells the two apart."
+    which = "On the fixed prompts" if name == "all" else "On fixed prompts that are not in the training rows"
+    group = comparison.prompt_groups[name]
+    said = [
+        f"{what} {whole_percent(s.base)} → {whole_percent(s.sft)} ({s.verdict})"
+        for what, s in (("healthy replies", group.healthy), ("right answers", group.right))
+        if s is not None
+    ]
+    return f"No task was asked. {which}: {', '.join(said)}."
 
 
 def plain_text_change(forgetting: Forgetting, trained: bool = True) -> str:
@@ -123,17 +127,19 @@ def told_prompts(comparison: Comparison) -> str:
         return f"It is not known which of them stand in the training rows: {counts.not_checked}."
     text = f"{counts['in_training']} of the {plural(counts['all'], 'prompt')} stand in the training rows"
     if counts["only_last_question"]:
-        text += f"; of {counts['only_last_question']} only the last question does"
+        text += f"; of {counts['only_last_question']} more, only the last question does"
     group = comparison.prompt_groups.get("not_in_training")
     if group is None:
-        return text + "."
-    shares = {"healthy replies": group.healthy, "right answers": group.right}
-    said = [
-        f"{what} {names.before} {round(s.base * s.n)}, {names.after} {round(s.sft * s.n)} of {s.n} ({s.verdict})"
-        for what, s in shares.items()
-        if s is not None
-    ]
-    return f"{text}. On those that do not: {'; '.join(said)}."
+        return f"{text}."
+    said = [f"On the {group.healthy.n} others: healthy replies {_before_and_after(names, group.healthy)}."]
+    if group.right is not None:
+        graded = plural(group.right.n, "answer")
+        said.append(f"Right, of the {graded} that can be checked: {_before_and_after(names, group.right)}.")
+    return f"{text}. {' '.join(said)}"
+
+
+def _before_and_after(names: ModelNames, share: PairedShare) -> str:
+    return f"{names.before} {round(share.base * share.n)}, {names.after} {round(share.sft * share.n)} ({share.verdict})"
 
 
 def shown_base(comparison: Comparison, prompt: PromptComparison) -> PromptReply:
