@@ -97,27 +97,44 @@ PROMPTS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-def rendered(renderer: Renderer, conversations: Sequence[dict[str, Any]], number: int) -> Rows:
-    rows = [row for c in conversations for row in renderer.render_rows(parse_row(c, "train"))]
-    table = np.zeros(len(rows), ROW)
-    table["length"] = [len(r.ids) for r in rows]
+def rows_of(rendered: Sequence[Sequence[int]], masks: Sequence[Sequence[int]]) -> Rows:
+    table = np.zeros(len(rendered), ROW)
+    table["length"] = [len(ids) for ids in rendered]
     table["start"] = np.cumsum(table["length"]) - table["length"]
-    table["digest"] = [zlib.crc32(np.asarray(r.ids).tobytes()) for r in rows]
-    ids = np.concatenate([r.ids for r in rows]).astype(np.int32)
-    mask = np.concatenate([r.mask for r in rows]).astype(np.int8)
-    return Rows(table, ids, mask, name="train", number=number, prefix="train")
+    table["digest"] = [zlib.crc32(np.asarray(ids).tobytes()) for ids in rendered]
+    ids = np.concatenate([np.asarray(ids, np.int32) for ids in rendered])
+    mask = np.concatenate([np.asarray(mask, np.int8) for mask in masks])
+    return Rows(table, ids, mask, name="train", number=0, prefix="train")
+
+
+def rendered(renderer: Renderer, conversations: Sequence[dict[str, Any]]) -> Rows:
+    rows = [row for c in conversations for row in renderer.render_rows(parse_row(c, "train"))]
+    return rows_of([r.ids.tolist() for r in rows], [r.mask.tolist() for r in rows])
+
+
+def fixed(conversation: dict[str, Any]) -> FixedPrompt:
+    return FixedPrompt(id="p", kind="own", conversation=parse_row(conversation, "prompt"))
 
 
 @pytest.mark.parametrize("name", ["sftflow", "chatml", "llama2", "llama3", "alpaca", "phi3"])
 def test_prompts_are_found_in_training_rows(tokenizer_dir: Path, name: str) -> None:
     """In every format: with and without control tokens, system messages in turns of their own or in the user's."""
     renderer = make_renderer(tokenizer_dir, name)
-    rows = [rendered(renderer, some, number) for number, some in enumerate((TRAINED, HELD_OUT))]
+    rows = [rendered(renderer, some) for some in (TRAINED, HELD_OUT)]
     held_out = [np.zeros(len(rows[0]), bool), np.ones(len(rows[1]), bool)]
-    prompts = [FixedPrompt(id="p", kind="own", conversation=parse_row(c, "prompt")) for c, _ in PROMPTS]
-    found = seen_in_training(prompts, TrainingRows(sources=rows, held_out=held_out), renderer)
+    found = seen_in_training([fixed(c) for c, _ in PROMPTS], TrainingRows(sources=rows, held_out=held_out), renderer)
     wrong = [(c, got, right) for (c, right), got in zip(PROMPTS, found, strict=True) if got != right]
     assert not wrong
+
+
+@pytest.mark.parametrize("taught", ["reply", "all"])
+def test_rows_of_tokens_from_elsewhere_are_searched(renderer: Renderer, taught: str) -> None:
+    """In a format that is not the checkpoint's, and where every token is supervised."""
+    ids = renderer.encode_plain("User: Who are you?\nAssistant: I am Pico.")
+    row = rows_of([ids], [[0, *[1] * (len(ids) - 1)] if taught == "all" else [*[0] * (len(ids) - 5), *[1] * 5]])
+    rows = TrainingRows(sources=[row], held_out=[np.zeros(1, bool)])
+    prompts = [chat("Who are YOU"), chat("Who is she?"), chat("Hi", "Hello", "Who are you?")]
+    assert seen_in_training(list(map(fixed, prompts)), rows, renderer) == ["whole", "no", "last question"]
 
 
 # ---- right answers, and what the prompts say together

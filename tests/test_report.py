@@ -211,7 +211,7 @@ def test_the_headline_claims_no_more_than_the_tasks() -> None:
     assert outcomes(unclear, unclear).startswith("Cannot tell")
     assert outcomes() == (
         "No task was asked. On fixed prompts that are not in the training rows: healthy replies 0% → 78% (better), "
-        "right answers 8% → 64% (better)."
+        "right answers 17% → 71% (better)."
     )
     assert outcomes("better", centred_mean=Both(0.0, 0.1)).startswith("Partly: better than the base")
     endless = tuple(replace(p, sft=replace(p.sft, finish_reason="length")) for p in demo().prompts)

@@ -63,8 +63,9 @@ def seen_in_training(prompts: Sequence[FixedPrompt], rows: TrainingRows, rendere
     with a history or a system message does where a row begins with all of it; else "last question" says that a user
     turn has the words of its last one. A prompt without any word is found nowhere.
 
-    Rows are read as the model reads them, as ids, so that it does not matter where they came from. renderer: of the
-    run's checkpoint. Raises FormatError where the format writes nothing around a question by which it could be found.
+    Rows are read as the model reads them, as ids. In one that is not in the checkpoint's format (tokens that were made
+    elsewhere) a question may stand anywhere.   renderer: of the run's checkpoint. Raises FormatError where the format
+    writes nothing around a question by which it could be found.
     """
     lead, behind, prompt_end, glue = _around_a_question(renderer)
     questions: dict[int, str] = {}
@@ -74,7 +75,7 @@ def seen_in_training(prompts: Sequence[FixedPrompt], rows: TrainingRows, rendere
         question = wording(renderer.round_trip(last.text)) if last.role == "user" else ""
         if not question:
             continue
-        questions[number] = f"{question} {behind} "
+        questions[number] = question
         if len(prompt.conversation.messages) > 1:
             try:
                 ids = renderer.render(prompt.conversation, add_generation_prompt=True).ids
@@ -84,12 +85,14 @@ def seen_in_training(prompts: Sequence[FixedPrompt], rows: TrainingRows, rendere
             wholes[number] = f"\n {' '.join(words[: len(words) - prompt_end])} {behind} "
     found, begun = set[int](), set[int]()
     for texts in _trained_texts(rows, renderer):
-        lines = "".join(f"\n {wording(text)} " for text in texts)
+        each = [f"\n {wording(text)} " for text in texts]
+        lines, foreign = "".join(each), "".join(line for line in each if f" {behind} " not in line)
         begun |= {number for number, words in wholes.items() if words in lines}
         for number in questions.keys() - found:
-            asked = questions[number]
-            glued = f" {asked}" in lines and any(_follows(glue, asked, text) for text in texts)
-            if glued or f" {lead} {asked}" in lines:
+            question = f" {questions[number]} "
+            asked = f"{question}{behind} "
+            glued = asked in lines and any(_follows(glue, asked, text) for text in texts)
+            if glued or f" {lead}{asked}" in lines or question in foreign:
                 found.add(number)
     alone = {number for number in found if len(prompts[number].conversation.messages) == 1}
     seen: list[Seen] = []
@@ -111,7 +114,7 @@ def _trained_texts(rows: TrainingRows, renderer: Renderer) -> Iterator[list[str]
 def _follows(glue: str, words: str, text: str) -> bool:
     """Whether a text goes on with these words somewhere behind what joins a system message to a question."""
     parts = text.split(glue) if glue else []
-    return any(f"{wording(glue.join(parts[i:]))} ".startswith(words) for i in range(1, len(parts)))
+    return any(f" {wording(glue.join(parts[i:]))} ".startswith(words) for i in range(1, len(parts)))
 
 
 def _around_a_question(renderer: Renderer) -> tuple[str, str, int, str]:
