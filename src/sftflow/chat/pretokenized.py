@@ -61,8 +61,8 @@ def read_pretokenized(row: dict[str, Any], place: str) -> Pretokenized:
         raise SchemaError(place, f"{' and '.join(masks)} differ", "keep one of them")
     for key, mask in masks.items():
         if not any(mask[1:]):
-            fact = "nothing to learn: none of it is taught" if not mask[0] else "only the first is taught"
-            raise SchemaError(f"{place}.{key}", fact, "remove the row, or correct it (nothing predicts a first token)")
+            none = "only the first token is taught, which nothing predicts" if mask[0] else "no token is taught"
+            raise SchemaError(f"{place}.{key}", f"nothing to learn: {none}", "correct it, or remove the row")
     return Pretokenized(ids, next(iter(masks.values()), None))
 
 

@@ -216,17 +216,7 @@ class Renderer:
     def render_rows(self, conversation: Conversation, *, turns: bool = False) -> list[Rendered]:
         """Training examples of one row: one, or one per supervised assistant turn where the template rewrites
         history (so that each turn is trained after exactly the prompt that serving will send)."""
-        rows = [rendered for _, rendered in self.render_pairs(conversation, turns=turns)]
-        return [self.taught_once(row) for row in rows] if len(rows) > 1 else rows
-
-    def taught_once(self, example: Rendered) -> Rendered:
-        """One of a row's several examples, without what the ones before it teach: where all is supervised, every token
-        up to the last reply that is left out of it."""
-        if self.spec.supervise == "replies":
-            return example
-        mask = example.mask.copy()
-        mask[: np.flatnonzero(mask == 0)[-1]] = 0
-        return replace(example, mask=mask)
+        return [rendered for _, rendered in self.render_pairs(conversation, turns=turns)]
 
     def render_pairs(self, conversation: Conversation, *, turns: bool = False) -> list[tuple[Conversation, Rendered]]:
         """The examples of `render_rows`, each with the conversation that it renders."""
@@ -235,8 +225,8 @@ class Renderer:
             return [(conversation, self.render(conversation, turns=turns, prompts=prompts))]
         except MaskError as whole:
             supervised = conversation.supervised
-            if supervised in ([], [len(conversation.messages) - 1]):
-                raise
+            if supervised in ([], [len(conversation.messages) - 1]) or self.spec.supervise == "all":
+                raise  # (examples of single replies would teach what stands before them several times)
             pairs = []
             for turn in supervised:
                 messages = [
@@ -245,10 +235,9 @@ class Renderer:
                 ]
                 example = replace(conversation, messages=tuple(messages))
                 try:
-                    rendered = self.render(example, turns=turns, prompts=prompts)
+                    pairs.append((example, self.render(example, turns=turns, prompts=prompts)))
                 except (MaskError, FormatError):
                     raise whole from None
-                pairs.append((example, rendered))
             return pairs
 
     def text(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> str:

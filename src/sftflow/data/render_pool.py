@@ -120,8 +120,6 @@ def render_block(renderer: Renderer, job: Job, items: list[NumberedRow], n_verif
             if verified:
                 wrong = verify(renderer, rendered_from, rendered, prompts)
                 add_checks(counts.invariants, checks(wrong, conversation))
-            if len(fitted.pairs) > 1:
-                rendered = renderer.taught_once(rendered)
             row, mask = rendered.ids[: job.max_length].astype(np.int32), rendered.mask[: job.max_length]
             table.append((start, len(row), int(mask[1:].sum()), number, row_digest(row)))
             counts.boundary_splits += rendered.boundary_splits

@@ -34,12 +34,13 @@ def fit_to_length(conversation: Conversation, renderer: Renderer, max_length: in
     all its replies that they are not taught is dropped, unrendered.
     Raises SchemaError where the row holds no reply; FormatError and MaskError as the renderer does.
     """
-    taught = conversation.supervised or renderer.spec.supervise == "all"
-    if conversation.tokens and conversation.tokens.mask:
-        taught = any(conversation.tokens.mask)
-    if not (taught or conversation.tokens):
-        if conversation.left_out:
-            return FittedRow([], dropped=UNTAUGHT)
+    tokens, replies = conversation.tokens, renderer.spec.supervise == "replies"
+    untaught = replies and not (conversation.supervised or tokens)
+    if tokens and tokens.mask:
+        untaught = not any(tokens.mask)
+    if untaught and (tokens or conversation.left_out):
+        return FittedRow([], dropped=UNTAUGHT)
+    if untaught:
         raise SchemaError(conversation.source, "no assistant turn to learn from", "add one, or remove the row")
     beginning = _may_fit(conversation, renderer, max_length)
     shortened = beginning is not conversation
