@@ -21,10 +21,11 @@ from helpers.runs import error_line, run
 from helpers.templates import STRIPS, chat, open_with
 from sftflow.chat.schema import parse_row
 from sftflow.checkpoint import open_renderer, resolve
+from sftflow.comparison.prompts import load_prompts
 from sftflow.data.mixture import build_mixture
 from sftflow.data.run_rows import read_held_out, write_run_rows
 from sftflow.data.truncate import TOO_LONG, UNTAUGHT, fit_to_length
-from sftflow.foundation.errors import FormatError, MaskError, SchemaError, SftflowError
+from sftflow.foundation.errors import DataError, FormatError, MaskError, SchemaError, SftflowError
 from sftflow.recipe import parse_recipe
 
 RENDERER = open_renderer(resolve("builtin:tiny"), "auto")
@@ -125,7 +126,10 @@ def test_what_is_no_row_of_tokens_is_refused_in_one_line(name: str) -> None:
     assert error.value.exit_code == 2
 
 
-def test_a_row_of_tokens_asks_nothing() -> None:
+def test_a_row_of_tokens_asks_nothing(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"input_ids": IDS, "mask": MASK}))
+    with pytest.raises(DataError, match="prompts.jsonl:1: a row of tokens, which asks nothing"):
+        load_prompts(str(tmp_path / "prompts.jsonl"))
     with pytest.raises(FormatError, match="no turns that could be replied to"):
         RENDERER.render(parse_row({"input_ids": IDS, "mask": MASK}, "f:1"), add_generation_prompt=True)
 

@@ -68,9 +68,10 @@ def read_pretokenized(row: dict[str, Any], place: str) -> Pretokenized:
 
 def _integers(row: dict[str, Any], key: str, place: str) -> tuple[int, ...]:
     values = row[key]
-    if not isinstance(values, list) or not values:
-        fact = "it is empty" if values == [] else f"it is {kind_of(values)}"
-        raise SchemaError(f"{place}.{key}", fact, "make it a list of integers")
+    if not isinstance(values, list | tuple):
+        raise SchemaError(f"{place}.{key}", f"it is {kind_of(values)}", "make it a list of integers")
+    if not values:
+        raise SchemaError(f"{place}.{key}", "it is empty", "give the row's tokens, or remove it")
     for number, value in enumerate(values):
         if not isinstance(value, int) or (isinstance(value, bool) and key not in MASKS):
             raise SchemaError(f"{place}.{key}[{number}]", f"it is {kind_of(value)}", "make it an integer")
