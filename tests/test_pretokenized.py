@@ -128,7 +128,7 @@ def test_what_is_no_row_of_tokens_is_refused_in_one_line(name: str) -> None:
 
 def test_a_row_of_tokens_asks_nothing(tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"input_ids": IDS, "mask": MASK}))
-    with pytest.raises(DataError, match="prompts.jsonl:1: a row of tokens, which asks nothing"):
+    with pytest.raises(DataError, match=r"prompts\.jsonl:1: a row of tokens, which asks nothing"):
         load_prompts(str(tmp_path / "prompts.jsonl"))
     with pytest.raises(FormatError, match="no turns that could be replied to"):
         RENDERER.render(parse_row({"input_ids": IDS, "mask": MASK}, "f:1"), add_generation_prompt=True)
