@@ -80,10 +80,11 @@ def test_without_the_script_all_is_there_and_nothing_is_hidden_but_the_bars() ->
 
 
 def test_the_first_screen_tells_mean_tasks_stops_prompts_and_forgetting() -> None:
+    n = demo().prompt_groups["not_in_training"].healthy.n
     facts = re.findall(r'<div class="fact"><b.*?</b><span>(.*?)</span>', comparison_page(demo()))
     assert [f.split(",")[0] for f in facts[:4]] == [
         "centred mean", "tasks better (0 worse", "of the replies end by themselves",
-        "healthy replies (their form) to 64 fixed prompts that are not in the training rows: better",
+        f"healthy replies (their form) to {n} fixed prompts that are not in the training rows: better",
     ]  # fmt: skip
     assert facts[4] == "bits per byte of plain text: it forgot: 4.5% worse on plain text"
     assert "2%→93%of the replies end by themselves, base → SFT" in Page(comparison_page(demo())).text
@@ -209,10 +210,11 @@ def test_the_headline_claims_no_more_than_the_tasks() -> None:
     assert outcomes("better", "better", "worse").startswith("Mixed")
     assert outcomes("worse", "worse", "better").startswith("No: it got worse on 2 of 3")
     assert outcomes(unclear, unclear).startswith("Cannot tell")
-    assert outcomes() == (
-        "No task was asked. On fixed prompts that are not in the training rows: healthy replies 0% → 78% (better), "
-        "right answers 17% → 71% (better)."
+    told = (
+        r"No task was asked. On fixed prompts that are not in the training rows: healthy replies 0% → \d+% \(better\), "
     )
+    assert re.fullmatch(told + r"right answers \d+% → \d+% \(better\)\.", outcomes())
+    assert outcomes(prompt_groups={}).endswith("nothing tells the two apart.")
     assert outcomes("better", centred_mean=Both(0.0, 0.1)).startswith("Partly: better than the base")
     endless = tuple(replace(p, sft=replace(p.sft, finish_reason="length")) for p in demo().prompts)
     assert outcomes("better", prompts=endless).startswith("Partly: better scores, but")

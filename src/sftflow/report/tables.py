@@ -72,22 +72,26 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
 
 
 def reply_table(comparison: Comparison) -> Table:
-    """The fixed prompts with the beginning of both replies."""
+    """The fixed prompts, "…" for the turns before the last question, with the beginning of both replies."""
     names = model_names(comparison)
     plain = ", plain text" if comparison.kind == BASE_AND_SFT else ""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 1, 0))
     for column in ("prompt", names.before + plain, names.after):
         table.add_column(column, ratio=1, overflow="fold")
     for p in comparison.prompts:
-        asked = Text(one_line(p.asked, CELL) or "(empty)")
+        history = "… " if len(p.messages) > 1 else ""
+        asked = Text(history + (one_line(p.asked, CELL) or "(empty)"))
         asked.append("\n(in training)" if p.seen == "whole" else "", "yellow")
         table.add_row(asked, *(_reply(r) for r in (shown_base(comparison, p), p.sft)))
     return table
 
 
 def _reply(reply: PromptReply) -> Text:
-    said = Text({True: "✓ ", False: "✗ ", None: ""}[reply.right]) + Text(one_line(reply.text, CELL))
-    return said.append("".join(f" [{fault}]" for fault in faults_of(reply)), "red")
+    mark = {True: "✓", False: "✗", None: ""}[reply.right]
+    faults = " ".join(f"[{fault}]" for fault in faults_of(reply))
+    return Text(" ").join(
+        Text(part, style) for part, style in ((mark, ""), (one_line(reply.text, CELL), ""), (faults, "red")) if part
+    )
 
 
 def prompt_table(comparison: Comparison) -> Table:
