@@ -49,6 +49,7 @@ def run(folder: Path, base: Any) -> Any:
 
 def test_the_door_has_these_names() -> None:
     verbs = {"load", "read", "task", "render", "mix", "train", "evaluate", "compare", "serve", "export"}
+    verbs |= {"ask", "diff"}
     assert set(sf.__all__) == verbs | {"SftflowError"} and set(dir(sf)) == set(sf.__all__)
     assert all(callable(getattr(sf, name)) for name in sf.__all__)
     assert issubclass(sf.errors.RecipeError, sf.SftflowError)
@@ -186,6 +187,33 @@ def test_talking(run: Any) -> None:
     drawn = [assistant.chat("Hi", max_tokens=8, temperature=1.0, seed=s).ids for s in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert assistant.chat("Hi", system="Be brief.", max_tokens=4).n_prompt > assistant.chat("Hi", max_tokens=4).n_prompt
+
+
+def test_models_are_asked_the_same_side_by_side(base: Any, run: Any) -> None:
+    turns = [*ROWS[0]["messages"], {"role": "user", "content": "<b>And 2 + 1?"}]
+    replies = sf.ask({"base": base, "SFT": run.assistant}, ["What is 2 + 1?", turns], max_tokens=6)
+    for name, model in (("base", base), ("SFT", run.assistant)):
+        alone = [model.chat(q, max_tokens=6) for q in ("What is 2 + 1?", turns)]
+        assert [r.ids for r in replies.replies[name]] == [r.ids for r in alone]
+    html = replies._repr_html_()
+    assert "<b>And" not in html and "&lt;b&gt;And" in html and "did not stop" in html
+    assert "assistant: It is 1." in str(replies) and max(map(len, str(replies).splitlines())) <= 80
+    assert len(sf.ask(base, turns, max_tokens=2).questions) == len(sf.ask(base, "Hi", max_tokens=2).questions) == 1
+    with pytest.raises(sf.SftflowError, match="models: two have one name; give a mapping of names to models"):
+        sf.ask([base, base], "Hi")
+
+
+def test_training_moves_numbers_and_nothing_else(base: Any, run: Any) -> None:
+    change = sf.diff(base, run.assistant)
+    assert change.same_shapes and change.classes[0] == change.classes[1]
+    assert sum(m.n for m in change.moved) == len(list(base.model.parameters()))
+    (moved,) = (m for m in change.moved if m.name.endswith("q_proj.weight"))
+    both = [m.model.state_dict() for m in (base, run.assistant)]
+    old, new = ([v.flatten() for k, v in weights.items() if k.endswith("q_proj.weight")] for weights in both)
+    far = sum(float((b - a).square().sum()) for a, b in zip(old, new, strict=True))
+    assert moved.share == pytest.approx((far / sum(float(a.square().sum()) for a in old)) ** 0.5, rel=1e-4) and far > 0
+    assert all(m.share == 0 for m in sf.diff(base, base).moved)
+    assert "the same names and shapes" in " ".join(str(change).split()) and "<caption>" in change._repr_html_()
 
 
 def test_logprobs_are_the_model_s(base: Any) -> None:

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 __all__ = [
     "SftflowError",
+    "ask",
     "compare",
+    "diff",
     "evaluate",
     "export",
     "load",
@@ -29,7 +31,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from sftflow.api import compare, evaluate, export, load, mix, read, render, serve, task, train
+    from sftflow.api import ask, compare, diff, evaluate, export, load, mix, read, render, serve, task, train
     from sftflow.foundation import errors as errors
     from sftflow.foundation.errors import SftflowError
 

@@ -7,6 +7,7 @@
     mix     -> Mixture       what is trained on, accounted for                 mixture.py
     train   -> Run           the run directory, its losses, its assistant      run.py
     evaluate, compare -> Evaluation, Comparison, with intervals                measure.py
+    ask, diff -> Replies, WeightChange, side by side                           side_by_side.py
     serve, export                                                              publish.py
 
 What only the command line offers stands here, too: demo, pretrain, audit, talk, doctor.
@@ -25,6 +26,7 @@ from sftflow.api.mixture import Audit, Mixture, audit, mix
 from sftflow.api.publish import export, serve, talk
 from sftflow.api.rows import Rendering, Rows, read, render, task
 from sftflow.api.run import Run, demo, pretrain, train
+from sftflow.api.side_by_side import Replies, WeightChange, ask, diff
 
 __all__ = [
     "Assistant",
@@ -33,11 +35,15 @@ __all__ = [
     "Evaluation",
     "Mixture",
     "Rendering",
+    "Replies",
     "Rows",
     "Run",
+    "WeightChange",
+    "ask",
     "audit",
     "compare",
     "demo",
+    "diff",
     "doctor",
     "evaluate",
     "export",

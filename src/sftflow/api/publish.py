@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sftflow.api.assistant import base_beside, load
-from sftflow.api.shared import ModelLike, name_of, watching
+from sftflow.api.shared import ModelLike, model_id, name_of, watching
 from sftflow.checkpoint import Assistant
 from sftflow.exporting.merge import merge
 from sftflow.exporting.to_gguf import export_gguf, require_passed, summary
@@ -70,25 +70,13 @@ def _served_names(model: ModelLike, base: ModelLike | None, name: str | None) ->
         raise ServeError(
             "--name", f"{name[:40]!r} is no name", "write one to 200 characters, with no blank around them"
         )
-    first = _model_id(name_of(model)) if name is None else name
+    first = model_id(name_of(model)) if name is None else name
     if base is None:
         return [first]
-    second = _model_id(name_of(base))
+    second = model_id(name_of(base))
     if second == first and name is not None:
         raise ServeError("--name", f"the base beside it is served as {second!r}, too", "choose another name")
     return [first, f"{second}-base" if second == first else second]
-
-
-def _model_id(name: str) -> str:
-    """What clients call a model by: the directory's name, or the hub id as it is.
-
-    >>> _model_id("HuggingFaceTB/SmolLM2-135M"), _model_id("builtin:tiny")
-    ('HuggingFaceTB/SmolLM2-135M', 'builtin:tiny')
-    """
-    if not Path(name).exists():
-        return name
-    path = Path(name).resolve()
-    return path.parent.name if path.name == "checkpoint" else path.name
 
 
 def talk(

@@ -66,6 +66,18 @@ def name_of(model: ModelLike) -> str:
     return model.name if isinstance(model, Assistant) else str(model)
 
 
+def model_id(name: str) -> str:
+    """What clients call a model by: the directory's name, or the hub id as it is.
+
+    >>> model_id("HuggingFaceTB/SmolLM2-135M"), model_id("builtin:tiny")
+    ('HuggingFaceTB/SmolLM2-135M', 'builtin:tiny')
+    """
+    if not Path(name).exists():
+        return name
+    path = Path(name).resolve()
+    return path.parent.name if path.name == "checkpoint" else path.name
+
+
 def recipe_of(
     recipe: RecipeLike | None,
     base: ModelLike | None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -11,13 +11,16 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from sftflow.chat.schema import Conversation
 from sftflow.comparison.lineage import BASE_AND_SFT
 from sftflow.comparison.prompt_results import PromptReply
 from sftflow.comparison.results import Comparison
+from sftflow.comparison.weights import WeightChange
 from sftflow.evaluation.results import Evaluation
+from sftflow.generation.request import Reply
 from sftflow.report.figures import one_line
 from sftflow.report.pages import cell, macros
-from sftflow.report.wording import GROUP_NAMES, faults_of, model_names, shown_base
+from sftflow.report.wording import GROUP_NAMES, ending_faults, faults_of, model_names, shown_base
 
 CELL = 72
 """characters of a prompt or reply in a third of 80 columns: three lines"""
@@ -36,7 +39,9 @@ def as_text(*drawn: RenderableType) -> str:
 def as_html(*tables: Table) -> str:
     """Tables for a notebook's cell."""
     made = macros("_macros")
-    drawn = (made.plain_table(t.columns, list(zip(*(c.cells for c in t.columns), strict=True))) for t in tables)
+    drawn = (
+        made.plain_table(t.columns, list(zip(*(c.cells for c in t.columns), strict=True)), t.caption) for t in tables
+    )
     return cell(Markup("").join(drawn))
 
 
@@ -92,6 +97,36 @@ def _reply(reply: PromptReply) -> Text:
     return Text(" ").join(
         Text(part, style) for part, style in ((mark, ""), (one_line(reply.text, CELL), ""), (faults, "red")) if part
     )
+
+
+def asked_table(questions: Sequence[Conversation], replies: Mapping[str, Sequence[Reply]]) -> Table:
+    """What models reply to the same questions, a column a model."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 1, 0))
+    for column in ("asked", *replies):
+        table.add_column(column, ratio=1, overflow="fold")
+    for asked, *said in zip(questions, *replies.values(), strict=True):
+        several = len(asked.messages) > 1
+        question = "\n".join(f"{m.role}: {m.text}" if several else m.text for m in asked.messages)
+        cells = [
+            Text(r.text.strip()).append("".join(f" [{f}]" for f in ending_faults(r.finish_reason)), "red") for r in said
+        ]
+        table.add_row(Text(question), *cells)
+    return table
+
+
+def weights_table(change: WeightChange) -> Table:
+    """Each kind of weights, and how far it has moved."""
+    table = _table("weights", "shape", "tensors", "moved by", text=("weights",))
+    for m in change.moved:
+        table.add_row(Text(m.name), " x ".join(map(str, m.shape)), str(m.n), f"{m.share:.1%}")
+    one, other = change.classes
+    classes = f"both are {one}" if one == other else f"{one} and {other}"
+    shapes = "the same names and shapes"
+    if not change.same_shapes:
+        counts = {"added": change.added, "removed": change.removed, "of another shape": change.reshaped}
+        shapes = ", ".join(f"{len(names)} tensors {what}" for what, names in counts.items() if names)
+    table.caption = f"{classes}; {shapes}; moved by: length of the difference, of the weights before"
+    return table
 
 
 def prompt_table(comparison: Comparison) -> Table:
