@@ -174,6 +174,7 @@ def test_a_loss_that_begins_far_up_does_not_flatten_the_rest() -> None:
         float(y) for _, a in high.elements if a.get("class") == "val" for y in re.findall(r" ([\d.]+)", a["d"] or "")
     ]
     assert min(ends) >= 28, "nothing is drawn above the drawing's upper edge"
+    assert len(ends) == high.count("circle", class_="dot"), "no line comes from a loss that is not drawn"
 
 
 def test_loss_skips_values_that_are_no_numbers_and_stays_small() -> None:

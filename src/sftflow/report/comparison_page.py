@@ -40,6 +40,7 @@ SECTIONS = {
 MOST_ITEMS = 300
 """of a task: enough to read, and a page that still opens at once"""
 SEEN = {"whole": "in training", "last question": "last question in training"}
+RIGHT = {True: ("✓ right", "good"), False: ("✗ wrong", "alert")}
 MOST_STEPS = 4
 """of the scores while it trained, in numbers"""
 
@@ -116,6 +117,7 @@ def prompt_entries(comparison: Comparison, names: ModelNames) -> list[Entry]:
         if verdict := verdicts.get(prompt.id):
             marks.append(f"judge-{verdict}")
             tags.append((judged[verdict], ""))
+        tags += [RIGHT[prompt.sft.right]] if prompt.sft.right is not None else []
         tags += [(SEEN[prompt.seen], "")] if prompt.seen in SEEN else []
         entries.append(Entry(content=prompt, marks=marks, tags=[*tags, (prompt.kind, "")], kind=prompt.kind))
     return entries

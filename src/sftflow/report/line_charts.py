@@ -162,14 +162,16 @@ def ceiling(raw: Points, held_out: Iterable[Points]) -> tuple[float, float]:
 def loss_by_step(raw: Points, smoothed: Points, val: Points, sources: Mapping[str, Points]) -> Markup:
     """The loss of every step, smoothed, and held-out, as (step, loss) points.
 
-    sources: held-out loss per source, thin lines with their names at the end, at most MOST_LINES of them.
+    sources: held-out loss per source, thin lines with their names at the end, at most MOST_LINES of them. Held-out
+    losses are far apart: no line leads to one above the drawing, for it would show losses that nobody measured.
     """
-    lines: list[Line] = [(name, f"s{i}", points) for i, (name, points) in enumerate(sources.items())]
-    held_out = [val, *(points for _, _, points in lines)]
+    top, _ = ceiling(raw, [val, *sources.values()])
+    val, *each = ([p for p in points if p[1] <= top] or points for points in (val, *sources.values()))
+    lines: list[Line] = [(name, f"s{i}", points) for i, (name, points) in enumerate(zip(sources, each, strict=True))]
+    held_out = [val, *each]
     named: list[Line] = [("all", "val", val), *lines] if val and lines else lines
     xs = [x for x, _ in raw + val]
     floor = min(0.0, min(y for points in (raw, *held_out) for _, y in points))
-    top, _ = ceiling(raw, held_out)
     out = []
     for width in WIDTHS:
         frame = Frame(width, min(xs), max(xs), floor, top, "nats per supervised token", named)
