@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 import sftflow as sf
@@ -145,6 +146,9 @@ def test_a_mixture_prints_and_is_audited(base: Any) -> None:
     assert mix.ledger["rows"] + mix.ledger["validation_rows"] == 30 and "spelling" in str(mix)
     audit = mix.audit()
     assert "prompt + supervised = training ids" in str(audit) and max(map(len, str(audit).splitlines())) <= 80
+    picture = mix.plot()._repr_html_()
+    (source,) = mix.ledger["sources"]
+    assert f"{source['tokens']:,} tokens, {source['supervised_tokens']:,} supervised" in picture and "100%" in picture
     assert "<iframe" in mix._repr_html_() and "<iframe" in audit._repr_html_()
 
 
@@ -201,6 +205,19 @@ def test_models_are_asked_the_same_side_by_side(base: Any, run: Any) -> None:
     assert len(sf.ask(base, turns, max_tokens=2).questions) == len(sf.ask(base, "Hi", max_tokens=2).questions) == 1
     with pytest.raises(sf.SftflowError, match="models: two have one name; give a mapping of names to models"):
         sf.ask([base, base], "Hi")
+
+
+def test_a_server_answers_beside_the_program_until_it_is_stopped(run: Any) -> None:
+    body = {"messages": [{"role": "user", "content": "What is 2 + 1?"}], "max_tokens": 6}
+    with sf.serve(run.assistant, name="mine", port=0, background=True) as server:
+        assert server.url.startswith("http://127.0.0.1:") and "mine" in repr(server) and server.models == ("mine",)
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json={"model": "mine", **body}, trust_env=False)
+        said = answer.json()["choices"][0]["message"]["content"]
+        assert said == run.assistant.chat("What is 2 + 1?", max_tokens=6).text
+        with pytest.raises(sf.SftflowError, match="the port is in use"):
+            sf.serve(run.assistant, port=int(server.url.rpartition(":")[2]), background=True)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{server.url}/health", trust_env=False)
 
 
 def test_training_moves_numbers_and_nothing_else(base: Any, run: Any) -> None:
@@ -261,6 +278,12 @@ def test_evaluating_and_comparing(base: Any, run: Any, tmp_path: Path) -> None:
     task = comparison.tasks["spelling"]
     assert task.n == 4 and task.ci95[0] <= task.delta <= task.ci95[1]
     assert "spelling" in str(comparison) and "<iframe" in comparison._repr_html_()
+    for name in ("scores", "forgetting"):
+        drawn = comparison.section(name)._repr_html_()
+        assert 'class="sftflow"' in drawn and "<script" not in drawn
+        assert ("spelling" in drawn) == (name == "scores") and ("bits per byte" in drawn) == (name == "forgetting")
+    with pytest.raises(sf.SftflowError, match="section: there is no 'score'; one of scores, "):
+        comparison.section("score")
     comparison.save_html(tmp_path / "report.html")
     assert (tmp_path / "report.html").read_text() == (tmp_path / "compare" / "report.html").read_text()
     written = json.loads((tmp_path / "compare" / "compare.json").read_text())

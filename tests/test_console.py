@@ -7,6 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
 from rich.console import Console
 
 from sftflow.evaluation.journal import EvalRow
@@ -199,3 +201,26 @@ def test_scores_as_a_table_tell_counts_from_shares() -> None:
     lines = [line.split() for line in out.getvalue().splitlines()]
     assert ["prompt_loose", "1.000"] in lines and ["unsupported", "1"] in lines
     assert ["m", "centred", "mean", "0.500"] in lines and not any(line[:1] == ["none"] for line in lines)
+
+
+def test_a_notebook_s_curve_is_drawn_over_in_place() -> None:
+    """In a real shell of IPython, whose outputs are collected."""
+    shell = InteractiveShell.instance()
+    with capture_output() as captured, ProgressDisplay(Console(force_jupyter=True, width=80)) as watch:
+        watch._picture.validation(0, 4.5, {"<dialogue>": 5.0, "sums": 4.0})
+        for step in range(1, 21):
+            watch.step(step_log(step, loss=5.0 - step / 10), 20)
+        watch.validation(20, 2.5, {"<dialogue>": 3.0, "sums": 2.0})
+        for done in (1, 2, 3):
+            watch.counted("evaluate", done, 3, "sums: <base>")
+    type(shell).clear_instance()
+    outputs = captured._outputs
+    drawn = [o["data"]["text/html"] for o in outputs if "text/html" in o["data"]]
+    curves = [html for html in drawn if "Loss by step" in html]
+    assert len(curves) >= 2 and "&lt;dialogue&gt;" in curves[-1] and "step 20 of 20" in curves[-1]
+    assert "<dialogue>" not in "".join(drawn) and "step 20: validation loss 2.5000" in curves[-1]
+    assert not any("validation, step" in html for html in drawn)
+    assert any("evaluate: 3/3" in html and "&lt;base&gt;" in html for html in drawn)
+    # What is drawn is drawn over: one place for the curve, one for the line.
+    places = [o["transient"]["display_id"] for o in outputs if o["transient"]]
+    assert len(set(places)) == 2

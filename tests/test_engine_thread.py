@@ -23,6 +23,7 @@ from sftflow.serving import api
 from sftflow.serving import engine_thread as module
 from sftflow.serving.engine_thread import EngineThread, Generations
 from sftflow.serving.errors import ApiError
+from sftflow.serving.service import Service, serve
 
 ENDLESS = 230  # tokens
 
@@ -238,11 +239,15 @@ def test_a_server_whose_model_cannot_be_computed_ends_and_says_why(broken: Any) 
 
         broken.model.forward = fail
         with pytest.raises(SftflowError) as caught:
-            api.serve(lambda: {"tiny": broken}, port=0, say=said.append)
+            serve(lambda: {"tiny": broken}, port=0, say=said.append)
         known = isinstance(error, NotImplementedError)
         assert type(caught.value) is (CheckpointError if known else RunError)
         assert caught.value.exit_code == (2 if known else 3)
         assert str(error) in str(caught.value) and "\n" not in str(caught.value)
+        broken.engine = Engine(broken.model, broken.renderer, broken.engine.runtime)
+        with pytest.raises(type(caught.value)) as beside:
+            Service(lambda: {"tiny": broken}, port=0).start()
+        assert str(beside.value) == str(caught.value)
 
 
 def test_a_broken_model_is_not_being_prepared(broken: Any) -> None:

@@ -15,6 +15,7 @@ from sftflow.foundation.errors import ServeError
 from sftflow.serving import api
 from sftflow.serving import uvicorn_limits as listen
 from sftflow.serving.host_check import check_origin, check_origins, check_root_path, host_names
+from sftflow.serving.service import serve
 
 KEYED = (
     ("GET", "/v1/models"),
@@ -177,7 +178,7 @@ def test_a_port_in_use_is_told_before_any_output(assistant: Assistant) -> None:
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(ServeError) as caught:
-            api.serve(lambda: {"tiny": assistant}, host="127.0.0.1", port=port, say=said.append)
+            serve(lambda: {"tiny": assistant}, host="127.0.0.1", port=port, say=said.append)
     assert str(caught.value) == f"127.0.0.1:{port}: the port is in use; choose another with --port"
     assert not said
     with pytest.raises(ServeError):

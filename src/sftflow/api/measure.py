@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sftflow.api.assistant import base_beside, load
-from sftflow.api.shared import ModelLike, name_of, parts_of, watching
+from sftflow.api.shared import Drawing, ModelLike, name_of, parts_of, watching
 from sftflow.checkpoint import open_renderer, resolve
 from sftflow.comparison import results as comparison
 from sftflow.comparison.compare import checked_prompts, compare_models
@@ -19,9 +19,9 @@ from sftflow.evaluation.evaluate import evaluate_models
 from sftflow.evaluation.options import EvalOptions
 from sftflow.evaluation.prompts_for import require_askable
 from sftflow.foundation.atomic_io import Lock, write_text
-from sftflow.foundation.errors import TaskError
+from sftflow.foundation.errors import RecipeError, TaskError
 from sftflow.recipe import Compare
-from sftflow.report.comparison_page import comparison_page
+from sftflow.report.comparison_page import SECTIONS, comparison_page, section_cell
 from sftflow.report.pages import frame
 from sftflow.report.progress import ProgressDisplay
 from sftflow.report.tables import as_html, as_text, comparison_tables, eval_table
@@ -43,6 +43,13 @@ class Comparison(comparison.Comparison):
     def save_html(self, path: str | Path) -> None:
         """The report: one page that loads nothing."""
         write_text(Path(path), comparison_page(self))
+
+    def section(self, name: str) -> Drawing:
+        """One section of the report for a notebook's cell: `scores`, `prompts`, `forgetting`, `held-out` and others.
+        Raises RecipeError for one that there is not."""
+        if name not in SECTIONS:
+            raise RecipeError("section", f"there is no {name!r}", f"one of {', '.join(SECTIONS)}")
+        return Drawing(section_cell(self, name))
 
     def __str__(self) -> str:
         return as_text(*comparison_tables(self))

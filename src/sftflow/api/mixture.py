@@ -11,7 +11,7 @@ from rich.text import Text
 
 from sftflow import checkpoint
 from sftflow.api.rows import entry_of
-from sftflow.api.shared import ModelLike, RecipeLike, eval_options, parts_of, recipe_of, watching
+from sftflow.api.shared import Drawing, ModelLike, RecipeLike, eval_options, parts_of, recipe_of, watching
 from sftflow.chat.render import Renderer
 from sftflow.chat.template_options import options_note
 from sftflow.chat.token_rows import TokenRow, token_row
@@ -20,7 +20,8 @@ from sftflow.data import mixture as data_mixture
 from sftflow.foundation.atomic_io import write_json, write_text
 from sftflow.recipe import Recipe
 from sftflow.report.audit_page import audit_page
-from sftflow.report.pages import frame
+from sftflow.report.charts import source_tokens
+from sftflow.report.pages import cell, frame
 from sftflow.report.tables import as_text, audit_tables, ledger_table
 
 
@@ -64,6 +65,10 @@ class Mixture(data_mixture.Mixture):
     def audit(self) -> Audit:
         """Lengths, repeats, near-repeats, overlap with the recipe's evaluation sets, and every mask checked twice."""
         return audit(self.recipe)
+
+    def plot(self) -> Drawing:
+        """Each source's tokens: how many are read only, and how many are supervised."""
+        return Drawing(cell(source_tokens(self.ledger["sources"]), "charts.css"))
 
     def __str__(self) -> str:
         return as_text(ledger_table(self.ledger), *map(Text, self.notes()))

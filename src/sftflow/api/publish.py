@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sftflow.api.assistant import base_beside, load
 from sftflow.api.shared import ModelLike, model_id, name_of, watching
@@ -13,6 +13,9 @@ from sftflow.checkpoint import Assistant
 from sftflow.exporting.merge import merge
 from sftflow.exporting.to_gguf import export_gguf, require_passed, summary
 from sftflow.foundation.errors import RecipeError, ServeError
+
+if TYPE_CHECKING:
+    from sftflow.serving.service import Service
 
 __all__ = ["export", "require_passed", "serve", "summary", "talk"]
 
@@ -29,15 +32,20 @@ def serve(
     allow_origin: str | Iterable[str] = (),
     allow_hosts: Iterable[str] = (),
     root_path: str = "",
-) -> None:
+    background: bool = False,
+) -> Service | None:
     """An OpenAI-compatible server and a chat page, until Ctrl-C.   base: one that is served beside the model.
+
+    background: return once it answers, which it does until its `.stop()` or the end of a `with`; it has `.url` and
+    `.models`. Port 0 is a free one.
 
     name: what clients call the model by; else its directory's name, or its hub id.   api_key: what clients are asked
     for; else the environment's SFTFLOW_API_KEY.   allow_origin: web origins whose pages may call, or `*`.   root_path:
     the path below which a proxy shows the server, such as `/llm`.   Raises ServeError where the port is in use or the
     host is not safe, before a model is loaded.
     """
-    from sftflow.serving.api import serve as run
+    from sftflow.serving.service import Service
+    from sftflow.serving.service import serve as run
 
     names = _served_names(model, base, name)
 
@@ -46,18 +54,16 @@ def serve(
         served = [trained] if base is None else [trained, base_beside(base, trained)]
         return dict(zip(names, served, strict=True))
 
+    how: dict[str, Any] = {"host": host, "port": port, "insecure": insecure, "root_path": root_path}
+    how |= {"allow_origin": allow_origin, "allow_hosts": allow_hosts}
+    how["api_key"] = os.environ.get("SFTFLOW_API_KEY") if api_key is None else api_key
     with watching() as shown:
-        run(
-            models,
-            host=host,
-            port=port,
-            api_key=os.environ.get("SFTFLOW_API_KEY") if api_key is None else api_key,
-            allow_origin=allow_origin,
-            allow_hosts=allow_hosts,
-            insecure=insecure,
-            root_path=root_path,
-            say=shown.say,
-        )
+        if not background:
+            run(models, say=shown.say, **how)
+            return None
+        service = Service(models, **how)
+        service.start()
+        return service
 
 
 def _served_names(model: ModelLike, base: ModelLike | None, name: str | None) -> list[str]:

@@ -17,7 +17,7 @@ from rich.text import Text
 from sftflow.api.assistant import Assistant, load
 from sftflow.api.measure import Comparison, Evaluation, compare_two, evaluate_all
 from sftflow.api.mixture import Mixture
-from sftflow.api.shared import ModelLike, RecipeLike, eval_options, parts_of, recipe_of, watching
+from sftflow.api.shared import Drawing, ModelLike, RecipeLike, eval_options, parts_of, recipe_of, watching
 from sftflow.comparison.compare import checked_prompts
 from sftflow.comparison.run_artifacts import read_run
 from sftflow.data.row_cache import cache_folder
@@ -27,21 +27,13 @@ from sftflow.foundation.errors import RecipeError
 from sftflow.foundation.runtime import detect
 from sftflow.pretraining.pretrain import BaseSpec, train_base
 from sftflow.recipe import Recipe, load_recipe, to_yaml
-from sftflow.report.comparison_page import loss_figure
+from sftflow.report.comparison_page import loss_cell
 from sftflow.report.figures import duration
 from sftflow.report.log_file import Heard
-from sftflow.report.pages import cell
 from sftflow.report.progress import ProgressDisplay
 from sftflow.report.run_blocks import base_end_block, end_block
 from sftflow.training import run as training_run
 from sftflow.training.signals import Signals
-
-
-class Drawing(str):
-    """A picture in a notebook cell: its SVG."""
-
-    def _repr_html_(self) -> str:
-        return str(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +54,7 @@ class Run(training_run.Run):
 
     def plot(self) -> Drawing:
         """The loss of every step, smoothed, and the held-out losses."""
-        figure = loss_figure(read_run(self.directory))
-        return Drawing(cell(figure["chart"], "charts.css") if figure else "no step has a loss that is a number")
+        return Drawing(loss_cell(read_run(self.directory)) or "no step has a loss that is a number")
 
     def save_recipe(self, path: str | Path) -> None:
         """Write what was done as a recipe, with which `sftflow train` trains the same weights."""

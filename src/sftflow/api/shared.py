@@ -24,6 +24,13 @@ ModelLike = str | Path | Assistant
 """a model as the command line names it, or a loaded one"""
 
 
+class Drawing(str):
+    """A picture for a notebook's cell: its HTML."""
+
+    def _repr_html_(self) -> str:
+        return str(self)
+
+
 def eval_options(recipe: Recipe) -> EvalOptions:
     """What a recipe's models are asked."""
     asked = recipe.eval or Eval(limit=None)

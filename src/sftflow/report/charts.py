@@ -2,6 +2,7 @@
 
     forest, forest_axis     a task's difference with its interval, and the scale under all of them
     share_bar               a share as a bar
+    source_tokens           what of each source is supervised
     reply_lengths           how long the replies of a model are
     row_lengths             how long the rows of a source are
 
@@ -12,11 +13,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from markupsafe import Markup
 
-from sftflow.report.figures import number, plural
+from sftflow.report.figures import number, plural, whole_percent
 from sftflow.report.pages import esc
 
 
@@ -90,6 +92,28 @@ def share_bar(share: float, label: str) -> Markup:
     widths = (("track", 1.0), ("fill", min(max(share, 0.0), 1.0)))
     rects = (f'<rect class="{kind}" width="{200 * part:.1f}" height="12" rx="2"/>' for kind, part in widths)
     return svg(200, 12, label, rects)
+
+
+def source_tokens(sources: Sequence[Mapping[str, Any]]) -> Markup:
+    """The sources of a mixture (as in its ledger): a bar each, as long as its tokens, of which the dark part is
+    supervised; and its share of all that is supervised."""
+    longest = max((s["tokens"] for s in sources), default=0) or 1
+    taught = sum(s["supervised_tokens"] for s in sources) or 1
+    left, wide, high, out = 132, 330, 28, [text(132, 12, "start", "tokens: supervised, and read only")]
+    out.append(text(718, 12, "end", "of all supervised tokens"))
+    for i, s in enumerate(sources):
+        y, tokens, own = 22 + high * i, s["tokens"], s["supervised_tokens"]
+        name = s["name"] if len(s["name"]) <= 18 else s["name"][:17] + "…"
+        out.append(text(left - 8, y + 13, "end", name, kind="of"))
+        said = f"{plural(tokens, 'token')}, {own:,} supervised"
+        for kind, n in (("track", tokens), ("fill", own)):
+            out.append(f'<g class="{kind}">{_bar(left, y, wide * n / longest, 18, said)}</g>')
+        end = left + wide * tokens / longest + 8
+        out.append(
+            text(round(end, 1), y + 13, "start", f"{short(own)} of {short(tokens)}, {whole_percent(own, tokens)}")
+        )
+        out.append(text(718, y + 13, "end", whole_percent(own, taught), kind="of"))
+    return svg(720, 22 + high * len(sources), "Tokens of each source", out, "sources")
 
 
 # ---- lengths

@@ -18,7 +18,7 @@ from sftflow.comparison.results import Comparison, TaskComparison
 from sftflow.comparison.run_artifacts import RunArtifacts
 from sftflow.report import charts, line_charts, wording
 from sftflow.report.line_charts import MOST_LINES, Points
-from sftflow.report.pages import render
+from sftflow.report.pages import cell, render
 from sftflow.report.token_page import token_boxes
 from sftflow.report.wording import UNSTOPPED, ModelNames, faults_of, form_change
 
@@ -37,6 +37,7 @@ SECTIONS = {
     "loss": "Loss",
     "made": "How it was made",
 }
+SECTION_CSS = ("tokens.css", "charts.css", "sections.css", "report.css")
 MOST_ITEMS = 300
 """of a task: enough to read, and a page that still opens at once"""
 SEEN = {"whole": "in training", "last question": "last question in training"}
@@ -47,9 +48,30 @@ MOST_STEPS = 4
 
 def comparison_page(comparison: Comparison) -> str:
     """The page. A section that has nothing to show is left out, with its link."""
+    values = _values(comparison)
+    bodies = {anchor: Markup(render(f"comparison/{anchor}", **values)) for anchor in SECTIONS}
+    titles = SECTIONS if comparison.trained else {**SECTIONS, "forgetting": "Plain text"}
+    kept = [(anchor, title, bodies[anchor]) for anchor, title in titles.items() if bodies[anchor].strip()]
+    return render("comparison/page", sections=kept, **values)
+
+
+def section_cell(comparison: Comparison, anchor: str) -> str:
+    """One of the SECTIONS for a notebook's cell."""
+    return cell(Markup(render(f"comparison/{anchor}", **_values(comparison))), *SECTION_CSS)
+
+
+def loss_cell(run: RunArtifacts, under: Markup = Markup("")) -> str | None:
+    """The loss by step for a notebook's cell; None where no loss is a number."""
+    loss = loss_figure(run)
+    drawn = render("comparison/loss", loss=loss, sampled=sampled_figure(run.sampled), most_lines=MOST_LINES)
+    return cell(Markup(drawn) + under, *SECTION_CSS) if loss else None
+
+
+def _values(comparison: Comparison) -> dict[str, Any]:
+    """What the templates of the sections are handed."""
     names = wording.model_names(comparison)
     lengths = [side.length["counts"] for side in (comparison.hygiene.base, comparison.hygiene.sft)]
-    values = {
+    return {
         "c": comparison,
         "names": names,
         "wording": wording,
@@ -65,10 +87,6 @@ def comparison_page(comparison: Comparison) -> str:
         "tallest": max(max(n, default=0) / (sum(n) or 1) for n in lengths),
         "token_boxes": token_boxes,
     }
-    bodies = {anchor: Markup(render(f"comparison/{anchor}", **values)) for anchor in SECTIONS}
-    titles = SECTIONS if comparison.trained else {**SECTIONS, "forgetting": "Plain text"}
-    kept = [(anchor, title, bodies[anchor]) for anchor, title in titles.items() if bodies[anchor].strip()]
-    return render("comparison/page", sections=kept, **values)
 
 
 # ---- lists to browse

@@ -97,9 +97,17 @@ def macros(template: str) -> Any:
 # ---- in a notebook
 
 
+_DARK = re.compile(r"@media screen and \(prefers-color-scheme: dark\) \{((?:[^{}]|\{[^{}]*\})*)\}")
+_BY_THEME = (
+    r"@media screen and (prefers-color-scheme: dark) { body:not([data-jp-theme-light]) & {\1} }"
+    r" [data-jp-theme-light=false] & {\1}"
+)
+
+
 def cell(body: Markup, *css: str) -> str:
-    """Markup for a notebook's cell, with these style sheets of ours; they reach nothing else in the notebook."""
-    rules = str(asset("theme.css", "cell.css", *css)).replace(":root", "&")
+    """Markup for a notebook's cell, with these style sheets of ours; they reach nothing else in the notebook. It is as
+    dark as the notebook is where that says so, as JupyterLab does; else as the browser asks."""
+    rules = _DARK.sub(_BY_THEME, str(asset("theme.css", "cell.css", *css)).replace(":root", "&"))
     return f'<style>.sftflow {{\n{rules}}}</style><div class="sftflow">{body}</div>'
 
 

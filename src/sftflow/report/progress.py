@@ -8,7 +8,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
-from importlib.util import find_spec
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -18,6 +17,7 @@ from rich.text import Text
 from sftflow.foundation.runtime import Runtime, measure_peak, peak_memory
 from sftflow.report.figures import plural
 from sftflow.report.log_file import LogFile
+from sftflow.report.notebook import LossPicture, Place
 from sftflow.report.run_blocks import about, start_block
 from sftflow.training.opening import Opening
 
@@ -123,15 +123,16 @@ class TwoRows(Progress):
 
 
 class ProgressDisplay:
-    """Shows one stage after another. In a terminal, and in a notebook that has ipywidgets, each is a bar; piped, a line
-    now and then."""
+    """Shows one stage after another. In a terminal each is a bar, in a notebook a line that is drawn over, and of
+    training the curve; piped, a line now and then."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or stderr()
-        widgets = self.console.is_jupyter and find_spec("ipywidgets") is not None
-        self.live = self.console.is_terminal or widgets
+        self.notebook = self.console.is_jupyter
+        self.live = self.console.is_terminal and not self.notebook
         self.log = LogFile()
         self._progress: TwoRows | None = None
+        self._line, self._picture = Place(), LossPicture()  # of a notebook
         self._stage = ""
         self._shown_at = 0.0
         self._began = 0.0
@@ -168,10 +169,9 @@ class ProgressDisplay:
 
     def _close(self) -> None:
         if self._progress is not None:
-            self._progress.refresh()  # a notebook's would stay as it was at its last turn
             self._progress.stop()
             self._progress = None
-        self._stage = ""
+        self._stage, self._line = "", Place()
 
     def _show(
         self, stage: str, done: int, total: int | None, note: str = "", under: str = "", left: float | None = None
@@ -188,7 +188,10 @@ class ProgressDisplay:
         if begins or done == total or tenth > self._logged[0] or now - self._logged[1] >= LOGGED_EVERY_SECONDS:
             self._logged = (tenth, now)
             self.log.write(line)
-        if self.live:
+        if self.notebook:
+            if stage != "train":  # which has its picture
+                self._line.line(line, now=begins or done == total)
+        elif self.live:
             if self._progress is None:
                 self._progress = TwoRows(self.console, stage, total)
             self._progress.under = under
@@ -214,6 +217,7 @@ class ProgressDisplay:
         """What is said of a run before its first step. Its directory is its own now, and has the log."""
         self.log.open(run.out, anew=run.anew)
         self.say(start_block(run))
+        self._picture = LossPicture()
         self._told = run.step_seconds is not None
 
     def rendering(self, source: str, rows: int) -> None:
@@ -231,7 +235,11 @@ class ProgressDisplay:
             more = plural(total - log.step, "more step")
             measured = f"{'step' if len(steps) == 1 else f'steps {steps[0].step} to'} {log.step}"
             self.note(f"time        {about(left)} for {more} (measured over {measured})")
-        self._show("train", log.step, total, under=self._details(log), left=left)
+        under = self._details(log)
+        self._show("train", log.step, total, under=under, left=left)
+        if self.notebook:
+            said = f"step {log.step:,} of {total:,}  {under}  {f'ETA {clock(left)}' if left else ''}"
+            self._picture.step(log.step, log.loss, said, now=log.step == total)
 
     def _details(self, log: Any) -> str:
         """Loss first: a narrow terminal cuts the end off."""
@@ -250,7 +258,9 @@ class ProgressDisplay:
         known = {k: v for k, v in (sources or {}).items() if v is not None}
         worst = sorted(known.items(), key=lambda item: -item[1]) if len(sources or {}) > 1 else []
         parts = [f"{name if len(name) <= 16 else name[:15] + '…'} {value:.3f}" for name, value in worst]
-        self._note_fitted(f"validation, step {step}: {loss:.4f} ", parts)
+        self._note_fitted(f"validation, step {step}: {loss:.4f} ", parts, drawn=True)
+        if self.notebook:
+            self._picture.validation(step, loss, sources or {})
 
     def evaluating(self, done: int, total: int) -> None:
         self.counted("evaluate", done, total)
@@ -261,5 +271,7 @@ class ProgressDisplay:
         parts += [f"{name.removesuffix('_rate').replace('_', ' ')} {x:.0%}" for name, x in figures["hygiene"].items()]
         self._note_fitted(f"evaluation, step {step}:", parts)
 
-    def _note_fitted(self, start: str, parts: list[str]) -> None:
-        self.note(fitted(start, parts, self.console.width if self.live else 80))
+    def _note_fitted(self, start: str, parts: list[str], *, drawn: bool = False) -> None:
+        """drawn: a notebook's picture has it."""
+        line = fitted(start, parts, self.console.width if self.live else 80)
+        (self.log.write if self.notebook and drawn else self.note)(line)

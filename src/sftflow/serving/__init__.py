@@ -14,6 +14,7 @@ The way of one streamed reply, file by file; everything else stands beside it:
     engine_thread    requests -> the line -> the engine's scheduler -> deltas, back on the event loop
     responses        deltas -> chunks (ChatChoice in `chat`, with `logprobs`) -> server-sent events, or one JSON object
 
+`service` is the whole, until Ctrl-C or beside a program.
 `tokens` answers without the engine (/v1/render, /tokenize, /detokenize). `model_entry` is a model under its name.
 Whatever goes wrong is an `errors.ApiError`.
 """

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Container, Iterable, Mapping
 from contextlib import asynccontextmanager
@@ -16,20 +13,18 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import StreamingResponse
 
-from sftflow.foundation.errors import RunError, SftflowError, first_line
 from sftflow.serving.chat import chat_response
 from sftflow.serving.completions import completion_response
 from sftflow.serving.engine_thread import MAX_RUNNING, MAX_WAITING, unusable
 from sftflow.serving.errors import ApiError, add_error_handlers
-from sftflow.serving.host_check import LOOPBACK, check_origins, check_root_path, host_names
+from sftflow.serving.host_check import LOOPBACK
 from sftflow.serving.metrics import CONTENT_TYPE, Metrics
-from sftflow.serving.middleware import Auth, RequestLog, RootPath, UnforeseenErrors, access
+from sftflow.serving.middleware import Auth, RequestLog, RootPath, UnforeseenErrors
 from sftflow.serving.model_entry import ServedModel
 from sftflow.serving.request_body import ReaderPool, parse_json, read_body
 from sftflow.serving.responses import Responder, ResponseShape, slices
 from sftflow.serving.schemas import ChatBody, CompletionBody, SamplingBody
 from sftflow.serving.tokens import Find, detokenized, rendered, tokenized
-from sftflow.serving.uvicorn_limits import Server, config, open_socket
 
 if TYPE_CHECKING:
     from sftflow.checkpoint import Assistant
@@ -217,7 +212,7 @@ def make_app(
     )
     app.state.serving = serving
     free = frozenset({*HEALTH, *PAGE})
-    origins = _listed(allow_origin)
+    origins = listed(allow_origin)
     app.add_middleware(Auth, api_key=api_key, allow_origins=origins, hosts=hosts, free=free)
     app.add_middleware(UnforeseenErrors)
     if origins:  # outside the guard: a preflight has no key, and a refusal must be readable, too
@@ -236,46 +231,5 @@ def make_app(
     return app
 
 
-def _listed(value: str | Iterable[str]) -> tuple[str, ...]:
+def listed(value: str | Iterable[str]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
-
-
-def serve(
-    load: Callable[[], Mapping[str, Assistant]],
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8008,
-    api_key: str | None = None,
-    allow_origin: str | Iterable[str] = (),
-    root_path: str = "",
-    insecure: bool = False,
-    allow_hosts: Iterable[str] = (),
-    say: Callable[[str], None] = print,
-) -> None:
-    """Serve until Ctrl-C.
-
-    load: gives the models by their names; called when all else is known to be right and the port is taken, for it may
-    take minutes.
-
-    Raises ServeError, what `load` raises, and what kept a model from being proven (CheckpointError, else RunError).
-    """
-    origins = check_origins(_listed(allow_origin))
-    check_root_path(root_path)
-    hosts = host_names(host, allow_hosts)
-    with open_socket(host, port, api_key=api_key, insecure=insecure) as sock:
-        assistants = load()
-        app = make_app(assistants, api_key=api_key, allow_origin=origins, root_path=root_path, hosts=hosts)
-        handler = logging.StreamHandler(sys.stderr)  # one line a request
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%S"))
-        access.handlers, access.propagate = [handler], False
-        access.setLevel(logging.INFO)
-        shown = f"[{host}]" if ":" in host else host
-        say(f"serving {', '.join(assistants)} at http://{shown}:{sock.getsockname()[1]}{root_path} (Ctrl-C stops)")
-        with contextlib.suppress(KeyboardInterrupt):
-            Server(config(app)).run(sockets=[sock])
-        error = app.state.serving.unproven()
-        if isinstance(error, SftflowError):
-            raise error
-        if error is not None:
-            fact = f"the model cannot be generated from ({type(error).__name__}: {first_line(error)})"
-            raise RunError("serve", fact) from error
