@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -433,22 +432,6 @@ def test_demo_never_replaces_another_run(tmp_path: Path) -> None:
 def test_doctor_proves_the_maths() -> None:
     result = run("doctor", "--math")
     assert result.returncode == 0 and "ok  " in result.stdout
-
-
-def test_readme_commands_exist() -> None:
-    """Every `sftflow ...` line of the README names a command and options that --help knows."""
-    from typer.main import get_command
-
-    from sftflow.cli import app
-
-    commands = get_command(app).commands  # type: ignore[attr-defined]
-    found = re.findall(r"^(?:\.venv/bin/)?sftflow (\w+)(.*)$", (ROOT / "README.md").read_text(), re.M)
-    assert len(found) >= 6
-    for name, rest in found:
-        assert name in commands, name
-        known = {o for p in commands[name].params for o in p.opts}
-        for option in re.findall(r"(--[\w-]+)", rest.split("#")[0]):
-            assert option in known, (name, option)
 
 
 def test_shipped_recipes_are_sound() -> None:
