@@ -250,6 +250,7 @@ def test_prompts_alone_are_compared(run: Path, tiny_base: Path, tmp_path: Path) 
     assert written["prompts"][0]["right"] == {"base": False, "base_plain": False, "sft": False}
     lines = done.stdout.splitlines()
     assert max(map(len, lines)) <= 80
+    assert "fixed prompts that stand in the training rows: mine\n" in done.stderr
     for said in ("A question that is", "(in training)", "healthy replies", "not in the training rows", "right answers"):
         assert said in done.stdout, said
     assert "chance" not in done.stdout, "no empty table of tasks"
@@ -303,8 +304,9 @@ def test_a_recipe_compares_without_tasks_and_does_not_evaluate_without(tmp_path:
     recipe = json.loads(path.read_text())
     (tmp_path / "one.jsonl").write_text('"Say yes."\n')
     path.write_text(json.dumps({**recipe, "eval": {"tasks": []}}))
-    done = command("train", str(path))
-    assert done.returncode == 2 and "eval.tasks: no task is named, and nothing is compared" in done.stderr
+    for name in ("doctor", "train"):
+        done = command(name, str(path))
+        assert done.returncode == 2 and "eval.tasks: no task is named, and nothing is compared" in done.stderr
     assert not (tmp_path / "run").exists()
     path.write_text(json.dumps({**recipe, "compare": {"prompts": "one.jsonl"}}))
     done = command("train", str(path))

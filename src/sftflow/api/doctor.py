@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from sftflow.api.mixture import mix
-from sftflow.api.shared import RecipeLike, eval_options, recipe_of
+from sftflow.api.shared import RecipeLike, recipe_of, recipe_tasks
 from sftflow.foundation.runtime import Runtime, detect
 from sftflow.packing.loss import batch_loss
 from sftflow.packing.pack import Example, pack_batch
@@ -34,9 +34,8 @@ def doctor(
     if recipe is not None:
         made = recipe_of(recipe, None, (), {}, overrides)
         mixture = mix(recipe=made)
-        if made.eval:
-            with made.origin.named():
-                eval_options(made).open(made.base)
+        with made.origin.named():
+            recipe_tasks(made)
         name = recipe if not isinstance(recipe, dict) else "recipe"
         lines.append(f"{name}: sound; {len(mixture.examples):,} training rows, {len(mixture.held_out):,} held out")
     if math:

@@ -17,7 +17,16 @@ from rich.text import Text
 from sftflow.api.assistant import Assistant, load
 from sftflow.api.measure import Comparison, Evaluation, compare_two, evaluate_all
 from sftflow.api.mixture import Mixture
-from sftflow.api.shared import Drawing, ModelLike, RecipeLike, eval_options, parts_of, recipe_of, watching
+from sftflow.api.shared import (
+    Drawing,
+    ModelLike,
+    RecipeLike,
+    eval_options,
+    parts_of,
+    recipe_of,
+    recipe_tasks,
+    watching,
+)
 from sftflow.comparison.compare import checked_prompts
 from sftflow.comparison.run_artifacts import read_run
 from sftflow.data.row_cache import cache_folder
@@ -130,14 +139,10 @@ def _train(
         options, callback = eval_options(recipe), None
         if recipe.compare is not None:
             checked_prompts(recipe.compare)  # what is wrong with it is said before hours of training
-        if recipe.eval is not None:
-            opened = options.open(recipe.base)  # and what is wrong with the tasks
-            if not opened and recipe.compare is None:
-                place, fact = recipe.origin.place("eval", "tasks"), "no task is named, and nothing is compared"
-                raise RecipeError(place, fact, "name one, or leave eval out")
-            if recipe.eval.every is not None and opened:
-                few = min(options.limit or recipe.eval.sample, recipe.eval.sample)
-                callback = EvalDuringTraining(replace(options, limit=few).open(""))
+        tasks = recipe_tasks(recipe)  # and what is wrong with the tasks
+        if tasks and recipe.eval and recipe.eval.every is not None:
+            few = min(options.limit or recipe.eval.sample, recipe.eval.sample)
+            callback = EvalDuringTraining(replace(options, limit=few).open(""))
         run = training_run.run_training(
             recipe, shown, resume=resume, overwrite=overwrite, signals=signals, lock=lock, callback=callback
         )

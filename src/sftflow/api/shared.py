@@ -11,7 +11,7 @@ from typing import Any
 
 from sftflow.checkpoint import Assistant
 from sftflow.data.sources import check_source
-from sftflow.evaluation.options import EvalOptions
+from sftflow.evaluation.options import EvalOptions, EvalTask
 from sftflow.foundation.dotted_keys import set_key
 from sftflow.foundation.errors import CheckpointError, RecipeError
 from sftflow.recipe import Eval, Recipe, SourceEntry, load_recipe, overridden, resolve_paths
@@ -36,6 +36,17 @@ def eval_options(recipe: Recipe) -> EvalOptions:
     asked = recipe.eval or Eval(limit=None)
     identity = recipe.identity.model_dump()
     return EvalOptions(tasks=asked.tasks, limit=asked.limit, allow_code=asked.allow_code, identity=identity)
+
+
+def recipe_tasks(recipe: Recipe) -> list[EvalTask]:
+    """The tasks that a recipe's models are asked. Raises as `EvalOptions.open`, and where it asks for none of them."""
+    if recipe.eval is None:
+        return []
+    tasks = eval_options(recipe).open(recipe.base)
+    if not tasks and recipe.compare is None:
+        place = recipe.origin.place("eval", "tasks")
+        raise RecipeError(place, "no task is named, and nothing is compared", "name one, or leave eval out")
+    return tasks
 
 
 def quiet() -> None:

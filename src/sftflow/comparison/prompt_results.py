@@ -58,6 +58,15 @@ class PromptComparison:
         return next((m["content"] for m in reversed(self.messages) if m["role"] == "user"), self.id)
 
     @property
+    def in_training(self) -> bool | None:
+        """Whether it stands in the training rows: a single question anywhere, a conversation from its beginning on."""
+        return None if self.seen is None else self.seen == "whole"
+
+    @property
+    def last_question_in_training(self) -> bool | None:
+        return None if self.seen is None else self.seen != "no"
+
+    @property
     def asked_of_both(self) -> bool:
         return "error" not in (self.base.finish_reason, self.base_plain.finish_reason, self.sft.finish_reason)
 
@@ -68,8 +77,8 @@ class PromptComparison:
             "id": self.id,
             "kind": self.kind,
             "messages": self.messages,
-            "in_training": None if self.seen is None else self.seen == "whole",
-            "last_question_in_training": None if self.seen is None else self.seen != "no",
+            "in_training": self.in_training,
+            "last_question_in_training": self.last_question_in_training,
             **{key: reply.text for key, reply in replies.items()},
             **{f"{key}_finish": reply.finish_reason for key, reply in replies.items()},
             "hygiene": {"base": self.base.faults, "sft": self.sft.faults},

@@ -27,6 +27,8 @@ FORGOT = 0.02
 """plain text this much worse, relative, counts as forgetting"""
 SMALL_MODEL = 50_000_000
 """parameters"""
+MOST_NAMED = 12
+"""prompts in one line"""
 NOT_IN_FILE = {"in_file": False}
 ONLY_IF_GIVEN = {"in_file": "where it is not None"}
 
@@ -210,6 +212,10 @@ class Comparison:
             overlap = task.contamination
             if isinstance(overlap, Overlap) and overlap.contaminated:
                 out.append(f"{name}: {overlap.contaminated} of {overlap.items} items share words with training rows")
+        marked = [p.id for p in self.prompts if p.in_training]
+        if marked:
+            more = f" and {len(marked) - MOST_NAMED} more" if len(marked) > MOST_NAMED else ""
+            out.append(f"fixed prompts that stand in the training rows: {', '.join(marked[:MOST_NAMED])}{more}")
         unknown = self.prompts_in_training
         if self.prompts and isinstance(unknown, NotChecked):
             out.append(f"not known which fixed prompts stand in the training rows: {unknown.not_checked}")

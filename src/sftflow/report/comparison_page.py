@@ -123,7 +123,7 @@ def prompt_entries(comparison: Comparison, names: ModelNames) -> list[Entry]:
     for prompt in comparison.prompts:
         before, after, change = faults_of(prompt.base), faults_of(prompt.sft), form_change(prompt)
         marks = [change] if change else []
-        marks += ["seen"] if prompt.seen == "whole" else []
+        marks += ["seen"] if prompt.in_training else []
         marks += ["wrong"] if prompt.sft.right is False else []
         tags = [(fault, "alert") for fault in after]
         if UNSTOPPED in after:

@@ -86,7 +86,7 @@ def reply_table(comparison: Comparison) -> Table:
     for p in comparison.prompts:
         history = "… " if len(p.messages) > 1 else ""
         asked = Text(history + (one_line(p.asked, CELL) or "(empty)"))
-        asked.append("\n(in training)" if p.seen == "whole" else "", "yellow")
+        asked.append("\n(in training)" if p.in_training else "", "yellow")
         table.add_row(asked, *(_reply(r) for r in (shown_base(comparison, p), p.sft)))
     return table
 
