@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sftflow.tasks import Item, Task, TaskSource, make_task
+from sftflow.tasks import GENERATED, Item, Task, TaskSource, make_task
 from sftflow.tasks.answers import answer_of, final_number, numbers_in, same_number
 
 NUMBERS = {
@@ -223,11 +223,11 @@ def test_letters(tmp_path: Path, reply: str, letter: str | None) -> None:
     assert task.grade(item, reply) == float(letter == "C")
 
 
-@pytest.mark.parametrize("name", ["arithmetic", "concepts", "formatting", "identity", "spelling", "spelling_bee"])
+@pytest.mark.parametrize("name", GENERATED)
 def test_every_task_sets_reasoning_aside(name: str) -> None:
     task = make_task(name, TaskSource(limit=40))
-    replies = {c.messages[0].text: c.messages[1].text for c in task.conversations("train")}
-    asked = [(item, replies.get(item.messages[0].text, item.answer)) for item in task.items("train")]
+    replies = {c.messages[:-1]: c.messages[-1].text for c in task.conversations("train")}
+    asked = [(item, replies.get(item.messages, item.answer)) for item in task.items("train")]
     right = [(item, reply) for item, reply in asked if isinstance(reply, str)]
     assert right
     for item, reply in right:

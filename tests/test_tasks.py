@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 
+from sftflow.chat.schema import text_message
 from sftflow.foundation.errors import TaskError
-from sftflow.tasks import GENERATED, TaskSource, make_task
+from sftflow.tasks import GENERATED, Item, TaskSource, make_task
 from sftflow.tasks.formatting import CHECKS
 from sftflow.tasks.task import load_data
 
@@ -61,10 +64,10 @@ def test_deterministic_and_limited(name: str) -> None:
 def test_the_right_reply_scores_and_a_wrong_one_does_not(name: str) -> None:
     """Held-out items graded with the reply their own maker writes for them (text parts only, as the engine shows)."""
     task = make_task(name, TaskSource(seed=1))
-    answers = {c.messages[0].text: c.messages[1] for c in task.conversations("test")}
+    answers = {c.messages[:-1]: c.messages[-1] for c in task.conversations("test")}
     graded = 0
     for item in task.items("test"):
-        gold = answers.get(item.messages[0].text)
+        gold = answers.get(item.messages)
         if gold is None:
             continue
         text = "".join(p.text for p in gold.parts if p.kind == "text")
@@ -73,6 +76,121 @@ def test_the_right_reply_scores_and_a_wrong_one_does_not(name: str) -> None:
         assert task.grade(item, "") == 0.0
         graded += 1
     assert graded > 5 or name in ("spelling", "spelling_bee", "arithmetic", "formatting")
+
+
+def user_texts(rows: Iterable[Any]) -> list[str]:
+    return [m.text for row in rows for m in row.messages if m.role == "user"]
+
+
+def dialogues(split: str) -> list[Any]:
+    """Rows of three seeds."""
+    return [c for seed in (0, 1, 2) for c in make_task("dialogue", TaskSource(seed=seed)).conversations(split)]
+
+
+def test_lists_of_dialogues_are_disjoint() -> None:
+    """Names, topics and wordings: no entry of one part is in the other one, or inside an entry of it."""
+    pairs = []
+
+    def walk(value: Any, path: str) -> None:
+        if isinstance(value, dict) and set(value) == {"train", "held_out"}:
+            texts = [[t if isinstance(t, str) else t[0] for t in value[part]] for part in ("train", "held_out")]
+            pairs.append((path, *([" ".join(re.findall(r"[\w{}']+", t.lower())) for t in part] for part in texts)))
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                walk(inner, f"{path}.{key}")
+
+    walk(load_data("dialogue.json"), "")
+    assert len(pairs) == 5 * 4 + 6
+    for path, trained, held in pairs:
+        assert trained and held and len({*trained, *held}) == len(trained) + len(held), path
+        sentences = not path.endswith(("topics", "names"))  # "grandmother" may be of the same letters as "mother"
+        inside = [(t, h) for t in trained for h in held if sentences and (f" {t} " in f" {h} " or f" {h} " in f" {t} ")]
+        assert not inside, path
+
+
+def test_values_and_topics_of_held_out_dialogues_are_never_trained_on() -> None:
+    data = load_data("dialogue.json")
+    trained = {w for text in user_texts(dialogues("train")) for w in re.findall(r"[\w']+", text.lower())}
+    items = [i for seed in (0, 1, 2) for i in make_task("dialogue", TaskSource(seed=seed)).items()]
+    values = {v.lower() for i in items for v in (i.answer["says"], *i.answer["not"])}
+    assert len(values) > 300 and not [v for v in values if all(w in trained for w in v.split())]
+    topics = {t.partition("/")[0] for kind in data["kinds"].values() for t in kind["topics"]["held_out"]}
+    rows = " | ".join(m.text.lower() for c in dialogues("train") for m in c.messages)
+    assert not [t for t in topics if re.search(rf"\b{t}\b", rows)]
+    assert {"cat", "pepper", "ginger"} <= topics | values and not {"cat", "pepper", "ginger"} & trained
+
+
+def test_the_names_of_the_fixed_prompts_are_in_no_training_row() -> None:
+    """Pepper, of `remember-pet-name`, and Ginger: in no row that a built-in task makes."""
+    rows = (c for name in GENERATED for c in make_task(name, TaskSource()).conversations())
+    assert not [c.source for c in rows for m in c.messages if re.search(r"Pepper|Ginger", m.text)]
+
+
+def test_a_held_out_dialogue_can_be_answered_from_what_the_user_said() -> None:
+    kinds, shapes = Counter(), Counter()
+    for item in make_task("dialogue", TaskSource(seed=4)).items():
+        says, others = item.answer["says"], item.answer["not"]
+        roles = [m.role for m in item.messages]
+        assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"] and len(roles) in (3, 5, 7)
+        told = [m.text for m in item.messages[:-1] if m.role == "user" and says.lower() in m.text.lower()]
+        assert len(told) == 1 and says not in item.messages[-1].text and says not in others
+        corrected = [o for o in others if o in told[0] and re.search(r"Sorry|wrong|replace|Correction", told[0])]
+        kinds[item.id.split(":")[2]] += 1
+        shapes["corrected"] += bool(corrected)
+        shapes["a choice"] += len(others) > len(corrected)
+        shapes["turns", len(roles) // 2 + 1] += 1
+    assert len(kinds) == 5 and min(kinds.values()) > 10
+    assert min(shapes.values()) > 20 and {("turns", n) for n in (2, 3, 4)} < shapes.keys()
+
+
+PEPPER = Item(
+    id="",
+    messages=tuple(
+        text_message(*turn)
+        for turn in (
+            ("user", "My cat is called Pepper. My dog is called Tip."),
+            ("assistant", "Okay, I have noted it."),
+            ("user", "Sorry, her name is Ginger, not Pepper."),
+            ("assistant", "Okay, I have corrected it."),
+            ("user", "What is my cat called?"),
+        )
+    ),
+    answer={"says": "Ginger", "not": ["Pepper", "Tip"]},
+)
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [
+        ("Your cat is called Ginger.", 1),
+        ("ginger", 1),
+        ("Her name is **Ginger**!", 1),
+        ("I remember it: Ginger. Is there anything else?", 1),
+        ("No problem. It\u2019s \u201cGinger\u201d, as you told me.", 1),
+        ("<think>Pepper? No, she said Ginger.</think>Ginger", 1),
+        ("Your cat is called Pepper.", 0),
+        ("Your cat is called Ginger, not Pepper.", 0),
+        ("Ginger or Pepper.", 0),
+        ("Your cat is called Ginger. Your dog is called Tip.", 0),
+        ("Your cat is called Gingerbread.", 0),
+        ("Sorry, her name is Ginger, not Pepper.", 0),
+        ("What is my cat called? Ginger.", 0),
+        ("Is your cat called Ginger?", 0),
+        ("Your cat is not called Ginger.", 0),
+        ("It isn\u2019t Ginger.", 0),
+        ("My cat is called Ginger.", 0),
+        ("Ginger" + " is a man who is a man" * 9, 0),
+        ("I do not know.", 0),
+        ("", 0),
+    ],
+)
+def test_replies_to_a_dialogue(reply: str, score: int) -> None:
+    assert make_task("dialogue", TaskSource()).grade(PEPPER, reply) == score
+
+
+def test_a_base_is_asked_a_dialogue_as_one() -> None:
+    assert PEPPER.plain.startswith("Question: My cat is called Pepper. My dog is called Tip.\nAnswer: Okay, I")
+    assert PEPPER.plain.endswith("\nAnswer: Okay, I have corrected it.\nQuestion: What is my cat called?\nAnswer:")
 
 
 def test_spelling_words_are_disjoint_and_letters_are_right() -> None:

@@ -17,6 +17,7 @@ TASKS = {
     "identity": "identity:Identity",
     "concepts": "concepts:Concepts",
     "formatting": "formatting:Formatting",
+    "dialogue": "dialogue:Dialogue",
     "gsm8k": "gsm8k:Gsm8k",
     "mmlu": "mmlu:Mmlu",
     "arc": "multiple_choice:MultipleChoice",
@@ -29,7 +30,7 @@ TASKS = {
     "humaneval": "humaneval:HumanEval",
     "smoltalk": "smoltalk:SmolTalk",
 }
-GENERATED = ("spelling", "spelling_bee", "arithmetic", "identity", "concepts", "formatting")
+GENERATED = ("spelling", "spelling_bee", "arithmetic", "identity", "concepts", "formatting", "dialogue")
 
 
 def make_task(name: str, source: TaskSource, place: str = "--tasks", path: str = "") -> Task:
