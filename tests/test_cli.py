@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -432,6 +433,27 @@ def test_demo_never_replaces_another_run(tmp_path: Path) -> None:
 def test_doctor_proves_the_maths() -> None:
     result = run("doctor", "--math")
     assert result.returncode == 0 and "ok  " in result.stdout
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_what_a_recipe_of_ours_reads_is_there_or_is_said_to_be_had_somewhere(path: Path, tmp_path: Path) -> None:
+    from sftflow.data.sources import rows_of_entry
+    from sftflow.foundation.errors import SftflowError
+    from sftflow.tasks import TaskSource, make_task
+
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes", ignore=shutil.ignore_patterns("data"))  # as it is cloned
+    loaded = load_recipe(tmp_path / "recipes" / path.name)
+    assert ".." not in re.sub(r"(?m)^#.*", "", path.read_text(encoding="utf-8"))
+    reads = [lambda entry=entry: next(rows_of_entry(entry, loaded)) for entry in loaded.mixture]
+    for name, _, file in (task.partition("=") for task in (loaded.eval.tasks if loaded.eval else ())):
+        source = TaskSource(path=file or None, limit=1)
+        if not file.startswith("hub:"):
+            reads.append(lambda name=name, source=source: make_task(name, source).items())
+    for read in reads:
+        try:
+            assert read()
+        except SftflowError as error:
+            assert re.search(r"(no such file|no CSV file).*; .*(https://|hub:)", str(error)), str(error)
 
 
 def test_shipped_recipes_are_sound() -> None:

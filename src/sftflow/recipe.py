@@ -42,7 +42,9 @@ class _Frozen(BaseModel):
 
 
 class SourceEntry(_Frozen):
-    """One entry of the mixture: a built-in task, or conversations from a file."""
+    """One entry of the mixture: a built-in task, or conversations from a file.
+
+    published: where a file is to be had, said where it is not there."""
 
     source: str
     path: str | None = None
@@ -50,6 +52,7 @@ class SourceEntry(_Frozen):
     split: str = "train"
     limit: Annotated[int, Field(gt=0)] | None = None
     repeat: Annotated[int, Field(ge=1)] = 1
+    published: str | None = None
     place: Annotated[str | None, Field(exclude=True)] = None
     """what errors and ledgers call its rows where that is not the file: of rows that came from memory"""
 

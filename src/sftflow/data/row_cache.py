@@ -62,7 +62,7 @@ def cache_key(entry: SourceEntry, recipe: Recipe, job: Job) -> str | None:
         except OSError:
             return None  # reading the rows will say what is wrong
     parts = [
-        entry.model_dump(mode="json", exclude={"repeat", "name"}),
+        entry.model_dump(mode="json", exclude={"repeat", "name", "published"}),
         data,
         recipe.identity.model_dump(mode="json"),
         recipe.train.seed,

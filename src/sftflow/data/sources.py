@@ -13,6 +13,7 @@ from sftflow.chat.data_files import numbered_rows
 from sftflow.chat.schema import Conversation, conversation_of
 from sftflow.data.render_pool import NumberedRow
 from sftflow.foundation.errors import DataError, RecipeError, SftflowError
+from sftflow.foundation.missing import not_there
 from sftflow.recipe import Recipe, SourceEntry
 from sftflow.tasks import TASKS, TaskSource, make_task
 
@@ -54,6 +55,8 @@ def rows_of_entry(entry: SourceEntry, recipe: Recipe) -> Iterator[NumberedRow]:
             raise DataError(entry.path or entry.source, "no rows in it", f"give a data file of {entry.source}")
         return
     name = entry.path or entry.source
+    if entry.published and not name.startswith("hub:") and not os.path.exists(name):
+        raise DataError(name, *not_there(name, otherwise=f"get it: {entry.published}"))
     chosen: frozenset[int] | None = None
     if entry.limit is not None:
         n = sum(1 for _ in numbered_rows(name))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sftflow.foundation.errors import TaskError
 from sftflow.foundation.missing import not_there
+from sftflow.tasks.published import to_get
 from sftflow.tasks.task import Item, Task, TaskSource, chance_of, is_pattern
 
 TASKS = {
@@ -45,10 +46,10 @@ def make_task(name: str, source: TaskSource, place: str = "--tasks", path: str =
     module, cls = TASKS[name].split(":")
     if name not in GENERATED:
         if source.path is None:
-            raise TaskError(place, f"the task {name} needs a path", path or f"write {name}=PATH")
+            raise TaskError(place, f"the task {name} needs a path", (path or f"write {name}=PATH") + to_get(name))
         several = name == "mmlu" and is_pattern(source.path)
         if not (source.path.startswith("hub:") or several or Path(source.path).exists()):
-            fact, remedy = not_there(source.path, f"file {source.path}")
+            fact, remedy = not_there(source.path, f"file {source.path}", f"check the path{to_get(name)}")
             raise TaskError(place, f"{name}: {fact}", remedy)
     task: Task = getattr(import_module(f"sftflow.tasks.{module}"), cls)(source)
     task.name = name

@@ -11,6 +11,7 @@ from typing import Any
 from sftflow.chat.data_files import read_rows, readable
 from sftflow.foundation.errors import DataError, SchemaError, TaskError
 from sftflow.tasks.multiple_choice import LETTERS, MultipleChoice, Question
+from sftflow.tasks.published import to_get
 from sftflow.tasks.task import is_pattern, line_of, path_of, text_of
 
 CHOICES = LETTERS[:4]
@@ -46,7 +47,7 @@ def csv_files(path: Path, split: str, name: str) -> list[Path]:
     if is_pattern(str(path)):
         found = sorted(Path(p) for p in glob.glob(str(path)) if p.lower().endswith(".csv"))
         if not found:
-            raise TaskError(name, f"no CSV file is called {path}", "check the pattern")
+            raise TaskError(name, f"no CSV file is called {path}", f"check the pattern{to_get(name)}")
         return found
     if not path.is_dir():
         raise DataError(str(path), "no such file or folder", f"check the path of {name}")
