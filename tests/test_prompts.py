@@ -55,6 +55,7 @@ def chat(*said: str, system: str | None = None) -> dict[str, Any]:
         ("कि", "क", False),  # a vowel sign is no punctuation
         ("Nice 😀", "Nice", False),
         ("a\u200bb", "ab", True),
+        ("1 \U000f0041 2", "1 2", False),  # private use, between digits
     ],
 )
 def test_prompts_are_compared_by_their_words(one: str, other: str, same: bool) -> None:

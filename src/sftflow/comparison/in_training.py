@@ -20,7 +20,7 @@ from sftflow.tasks.answers import one_writing
 
 PROBES = ("firstquestion", "firstanswer", "secondquestion", "secondanswer")
 # What computes or counts: all that stands between two digits, a minus before a number, a percent sign behind one.
-_COUNTS = re.compile(r"(?<=\d)\W+(?=\d)|(?<!\w)-(?=\s*\d)|(?<=\d)%")
+_COUNTS = re.compile(r"\d(?:\W+(?=\d)|%)|-(?<!\w-)(?=\s*\d)")
 _KEPT = 0xF0000  # of the private use area: punctuation that counts is put there, where it is none
 
 
@@ -52,8 +52,11 @@ def wording(text: str) -> str:
     True
     """
     caseless = unicodedata.normalize("NFKC", one_writing(text)).casefold()
-    counted = _COUNTS.sub(lambda m: "".join(c if c.isspace() else chr(_KEPT + ord(c)) for c in m[0]), caseless)
-    return " ".join(counted.translate(_LETTERS).split())
+    return " ".join(_COUNTS.sub(_kept, caseless).translate(_LETTERS).split())
+
+
+def _kept(found: re.Match[str]) -> str:
+    return "".join(chr(_KEPT + ord(c)) if unicodedata.category(c)[0] == "P" else c for c in found[0])
 
 
 def seen_in_training(prompts: Sequence[FixedPrompt], rows: TrainingRows, renderer: Renderer) -> list[Seen]:
@@ -91,8 +94,8 @@ def seen_in_training(prompts: Sequence[FixedPrompt], rows: TrainingRows, rendere
         for number in questions.keys() - found:
             question = f" {questions[number]} "
             asked = f"{question}{behind} "
-            glued = asked in lines and any(_follows(glue, asked, text) for text in texts)
-            if glued or f" {lead}{asked}" in lines or question in foreign:
+            near = [text for line, text in zip(each, texts, strict=True) if asked in line] if asked in lines else []
+            if f" {lead}{asked}" in lines or question in foreign or any(_follows(glue, asked, text) for text in near):
                 found.add(number)
     alone = {number for number in found if len(prompts[number].conversation.messages) == 1}
     seen: list[Seen] = []
