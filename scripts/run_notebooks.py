@@ -31,7 +31,12 @@ async def run(file: Path, out: Path) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         place = {"metadata": {"path": folder}}
         client = NotebookClient(
-            notebook, timeout=CELL_SECONDS, kernel_name="python3", resources=place, extra_arguments=QUIET
+            notebook,
+            timeout=CELL_SECONDS,
+            kernel_name="python3",
+            resources=place,
+            extra_arguments=QUIET,
+            coalesce_streams=True,
         )
         try:
             await client.async_execute()

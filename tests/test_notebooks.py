@@ -15,7 +15,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-IMPORTED = {"IPython.display", "importlib.util", "json", "os", "pathlib", "sftflow", "tempfile", "torch"}
+STANDARD = {"importlib.util", "json", "math", "os", "pathlib", "tempfile"}
+IMPORTED = {*STANDARD, "IPython.display", "httpx", "sftflow", "torch"}
 """all that a cell may import: what a step does is the package's, and nothing is copied out of it"""
 MACHINE = re.compile(r"/(home|Users|root|tmp|work|content)/|[A-Z]:\\|\.venv\b")
 

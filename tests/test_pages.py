@@ -77,3 +77,23 @@ def test_a_cells_style_stays_in_the_cell(tmp_path: Path) -> None:
     found = json.loads(dom_of(tmp_path / "page.html", tmp_path / "profile"))
     assert found["outside"] == found["body"] == ["none", "rgba(0, 0, 0, 0)"]
     assert found["supervised"] == ["solid", "rgb(213, 227, 255)"]
+
+
+THEMES = """<body %s>%s<output></output><script>
+onload = () => { document.querySelector("output").textContent =
+  JSON.stringify([getComputedStyle(document.querySelector(".sftflow")).color,
+                  getComputedStyle(document.querySelector(".sftflow td")).textAlign]); };</script>"""
+NOTEBOOK = """<style>.jp-Common:not(.jp-Markdown) td { text-align: right; }</style><div class="jp-Common">%s</div>"""
+
+
+@needs_chromium
+@pytest.mark.parametrize(
+    ("body", "ink"),
+    [("data-jp-theme-light=true", "27, 30, 35"), ("data-jp-theme-light=false", "228, 231, 235"), ("", "27, 30, 35")],
+)
+def test_a_cell_is_as_dark_as_the_notebook_and_its_tables_are_ours(body: str, ink: str, tmp_path: Path) -> None:
+    result = EvalResult(task="t", arm="chat", chance=0.0, rows=(), metrics={}, provenance={})
+    drawn = NOTEBOOK % tables.as_html(tables.eval_table(Evaluation({"m": ModelScores((result,))})))
+    (tmp_path / "page.html").write_text(THEMES % (body, drawn), encoding="utf-8")
+    found = json.loads(dom_of(tmp_path / "page.html", tmp_path / "profile"))
+    assert found == [f"rgb({ink})", "left"]

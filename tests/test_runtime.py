@@ -1,12 +1,14 @@
-"""What the machine leaves this process, read from real-looking /proc and /sys trees."""
+"""What the machine leaves this process, read from real-looking /proc and /sys trees; and its precision."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from sftflow.foundation.runtime import free_memory
+from sftflow.foundation.runtime import detect, free_memory
 
 GIB = 1 << 30
 
@@ -66,3 +68,25 @@ def test_free_memory_is_what_the_machine_and_the_group_leave(
 
 def test_here_something_is_free() -> None:
     assert 0 < free_memory() < 1 << 50
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision"), [((7, 0), "fp32"), ((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")]
+)
+def test_a_gpu_that_only_emulates_bf16_computes_in_fp32(
+    capability: tuple[int, int], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch asks the driver is answered as a card of this capability would: a T4 has 7.5, which torch calls
+    able of bf16, for it makes up for what is missing, slowly."""
+    major, minor = capability
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major, minor=minor))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _: True)
+    assert torch.cuda.is_bf16_supported()
+    found = detect()
+    assert (found.device, found.precision) == ("cuda", precision)
+    assert (
+        found.reason == {"fp32": "cuda has no native bf16 products", "bf16": "cuda multiplies bf16 natively"}[precision]
+    )
+    assert detect("bf16").reason == "asked for"

@@ -38,7 +38,13 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     """The door's names, and `errors` with the kinds of SftflowError, imported when they are first used."""
-    from importlib import import_module
+    import warnings
+    from importlib import import_module as importing
+
+    def import_module(module: str) -> Any:
+        with warnings.catch_warnings():  # tqdm's, in a notebook without ipywidgets: its bars are switched off anyway
+            warnings.filterwarnings("ignore", "IProgress not found")
+            return importing(module)
 
     if name == "errors":
         value: Any = import_module("sftflow.foundation.errors")

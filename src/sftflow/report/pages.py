@@ -108,7 +108,8 @@ def cell(body: Markup, *css: str) -> str:
     """Markup for a notebook's cell, with these style sheets of ours; they reach nothing else in the notebook. It is as
     dark as the notebook is where that says so, as JupyterLab does; else as the browser asks."""
     rules = _DARK.sub(_BY_THEME, str(asset("theme.css", "cell.css", *css)).replace(":root", "&"))
-    return f'<style>.sftflow {{\n{rules}}}</style><div class="sftflow">{body}</div>'
+    # Twice: a notebook's own rules for tables name a class and two more things.
+    return f'<style>.sftflow.sftflow {{\n{rules}}}</style><div class="sftflow">{body}</div>'
 
 
 def frame(page: str) -> str:

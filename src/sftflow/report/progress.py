@@ -234,7 +234,7 @@ class ProgressDisplay:
             self._told = True
             more = plural(total - log.step, "more step")
             measured = f"{'step' if len(steps) == 1 else f'steps {steps[0].step} to'} {log.step}"
-            self.note(f"time        {about(left)} for {more} (measured over {measured})")
+            self._note_drawn(f"time        {about(left)} for {more} (measured over {measured})")
         under = self._details(log)
         self._show("train", log.step, total, under=under, left=left)
         if self.notebook:
@@ -258,7 +258,7 @@ class ProgressDisplay:
         known = {k: v for k, v in (sources or {}).items() if v is not None}
         worst = sorted(known.items(), key=lambda item: -item[1]) if len(sources or {}) > 1 else []
         parts = [f"{name if len(name) <= 16 else name[:15] + '…'} {value:.3f}" for name, value in worst]
-        self._note_fitted(f"validation, step {step}: {loss:.4f} ", parts, drawn=True)
+        self._note_drawn(self._fitted(f"validation, step {step}: {loss:.4f} ", parts))
         if self.notebook:
             self._picture.validation(step, loss, sources or {})
 
@@ -269,9 +269,11 @@ class ProgressDisplay:
         """A sample of the tasks, graded in the middle of training."""
         parts = [f"{name} {score:.2f}" for name, score in figures["tasks"].items()]
         parts += [f"{name.removesuffix('_rate').replace('_', ' ')} {x:.0%}" for name, x in figures["hygiene"].items()]
-        self._note_fitted(f"evaluation, step {step}:", parts)
+        self.note(self._fitted(f"evaluation, step {step}:", parts))
 
-    def _note_fitted(self, start: str, parts: list[str], *, drawn: bool = False) -> None:
-        """drawn: a notebook's picture has it."""
-        line = fitted(start, parts, self.console.width if self.live else 80)
-        (self.log.write if self.notebook and drawn else self.note)(line)
+    def _fitted(self, start: str, parts: list[str]) -> str:
+        return fitted(start, parts, self.console.width if self.live else 80)
+
+    def _note_drawn(self, text: str) -> None:
+        """A note of what a notebook's picture shows."""
+        (self.log.write if self.notebook else self.note)(text)

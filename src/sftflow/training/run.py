@@ -72,6 +72,12 @@ class Run:
         return [row["loss"] for row in read_log(self.directory / "metrics.jsonl")]
 
     @property
+    def validation(self) -> list[dict[str, Any]]:
+        """The held-out loss as it went: {"step", "loss", "supervised_tokens", "sources"}, in nats per supervised
+        token."""
+        return read_log(self.directory / "validation.jsonl")
+
+    @property
     def train_seconds(self) -> float:
         """What all its steps took, those before a resume, too."""
         return float(sum(row["seconds"] for row in read_log(self.directory / "metrics.jsonl")))
