@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 STANDARD = {"importlib.util", "json", "math", "os", "pathlib", "tempfile"}
-IMPORTED = {*STANDARD, "IPython.display", "httpx", "sftflow", "torch"}
+IMPORTED = {*STANDARD, "IPython.display", "httpx", "sftflow", "torch", "transformers"}
 """all that a cell may import: what a step does is the package's, and nothing is copied out of it"""
 MACHINE = re.compile(r"/(home|Users|root|tmp|work|content)/|[A-Z]:\\|\.venv\b")
 
