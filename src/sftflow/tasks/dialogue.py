@@ -104,7 +104,7 @@ class _Writer:
         """All messages with the last reply, the fact that is asked for last, and all other values."""
         taken: set[str] = set()
         told: list[Fact] = []
-        for _ in range(self.rng.choice((1, 2))):
+        for _ in range(self.rng.choice((1, 1, 2))):
             told.append(self.fact(told, taken))
         together = self.maybe(0.3)
         turns: list[tuple[str, str]] = []
