@@ -11,8 +11,9 @@ import pytest
 
 from sftflow.chat.schema import text_message
 from sftflow.foundation.errors import TaskError
-from sftflow.tasks import GENERATED, Item, TaskSource, make_task
+from sftflow.tasks import GENERATED, TASKS, Item, TaskSource, make_task
 from sftflow.tasks.formatting import CHECKS
+from sftflow.tasks.published import PUBLISHED
 from sftflow.tasks.task import load_data
 
 
@@ -255,5 +256,6 @@ def test_unknown_task_names_its_neighbour() -> None:
         make_task("speling", TaskSource())
     with pytest.raises(TaskError, match="needs a path"):
         make_task("gsm8k", TaskSource())
-    with pytest.raises(TaskError, match="no such file"):
+    with pytest.raises(TaskError, match="; it is published as train"):
         make_task("gsm8k", TaskSource(path="nowhere.jsonl"))
+    assert set(PUBLISHED) == set(TASKS) - set(GENERATED) - {"jsonl"}
