@@ -203,6 +203,10 @@ def test_models_are_asked_the_same_side_by_side(base: Any, run: Any) -> None:
     assert "<b>And" not in html and "&lt;b&gt;And" in html and "did not stop" in html
     assert "assistant: It is 1." in str(replies) and max(map(len, str(replies).splitlines())) <= 80
     assert len(sf.ask(base, turns, max_tokens=2).questions) == len(sf.ask(base, "Hi", max_tokens=2).questions) == 1
+    assert len(sf.ask(base, (q for q in ("Hi", "Ho")), max_tokens=2).questions) == 2
+    for nothing in (5, [5], [{"role": "user"}]):
+        with pytest.raises(sf.SftflowError, match="row"):
+            sf.ask(base, nothing)
     with pytest.raises(sf.SftflowError, match="models: two have one name; give a mapping of names to models"):
         sf.ask([base, base], "Hi")
 
@@ -230,6 +234,9 @@ def test_training_moves_numbers_and_nothing_else(base: Any, run: Any) -> None:
     far = sum(float((b - a).square().sum()) for a, b in zip(old, new, strict=True))
     assert moved.share == pytest.approx((far / sum(float(a.square().sum()) for a in old)) ** 0.5, rel=1e-4) and far > 0
     assert all(m.share == 0 for m in sf.diff(base, base).moved)
+    other = sf.diff("builtin:tiny", base)
+    assert not other.same_shapes and "model.embed_tokens.weight" in other.reshaped
+    assert f"{len(other.reshaped)} tensors of another shape" in " ".join(str(other).split())
     assert "the same names and shapes" in " ".join(str(change).split()) and "<caption>" in change._repr_html_()
 
 

@@ -45,6 +45,10 @@ def is_answer(cell: Any) -> bool:
     return "answer" in cell.metadata.get("tags", [])
 
 
+def test_the_walkthrough_is_three_notebooks() -> None:
+    assert {"sft_flow", "chat_format_and_sft", "bring_your_own"} <= {path.stem for path in NOTEBOOKS}
+
+
 def test_it_is_a_notebook_without_what_a_run_leaves_behind(notebook: Any) -> None:
     assert notebook.nbformat == 4 and notebook.nbformat_minor >= 5
     nbformat.validate(notebook)

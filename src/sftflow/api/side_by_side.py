@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,10 +63,11 @@ def ask(
 
 
 def _is_one(questions: Any) -> bool:
-    """Whether it is one conversation: a text, a row, or a list whose entries are messages."""
-    if isinstance(questions, str | Mapping | Conversation):
+    """Whether it is one conversation: a text, a row, or a list whose entries are messages; or nothing to go through."""
+    if isinstance(questions, str | Mapping | Conversation) or not isinstance(questions, Iterable):
         return True
-    return bool(questions) and isinstance(questions[0], Mapping) and "role" in questions[0]
+    first = questions[0] if isinstance(questions, Sequence) and questions else None
+    return isinstance(first, Mapping) and "role" in first
 
 
 @dataclass(frozen=True, kw_only=True)

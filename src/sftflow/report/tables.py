@@ -18,7 +18,7 @@ from sftflow.comparison.results import Comparison
 from sftflow.comparison.weights import WeightChange
 from sftflow.evaluation.results import Evaluation
 from sftflow.generation.request import Reply
-from sftflow.report.figures import one_line
+from sftflow.report.figures import one_line, plural
 from sftflow.report.pages import cell, macros
 from sftflow.report.wording import GROUP_NAMES, ending_faults, faults_of, model_names, shown_base
 
@@ -124,7 +124,7 @@ def weights_table(change: WeightChange) -> Table:
     shapes = "the same names and shapes"
     if not change.same_shapes:
         counts = {"added": change.added, "removed": change.removed, "of another shape": change.reshaped}
-        shapes = ", ".join(f"{len(names)} tensors {what}" for what, names in counts.items() if names)
+        shapes = ", ".join(f"{plural(len(names), 'tensor')} {what}" for what, names in counts.items() if names)
     table.caption = f"{classes}; {shapes}; moved by: length of the difference, of the weights before"
     return table
 

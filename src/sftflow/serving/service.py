@@ -67,6 +67,8 @@ class Service:
             time.sleep(0.01)
         try:
             self._require_proven()
+            if not self._server.started:
+                raise RunError("serve", "the server has ended before it answered")
         except SftflowError:
             self.stop()
             raise
