@@ -20,6 +20,7 @@ import sftflow as sf
 from helpers.runs import error_line, run
 from helpers.templates import STRIPS, chat, open_with
 from sftflow.chat.schema import parse_row
+from sftflow.chat.verify import verify
 from sftflow.checkpoint import open_renderer, resolve
 from sftflow.comparison.prompts import load_prompts
 from sftflow.data.mixture import build_mixture
@@ -79,8 +80,15 @@ def test_the_tokens_of_a_rendering_are_that_rendering(exchanges: list[tuple[str,
 @pytest.mark.parametrize("key", ["mask", "loss_mask", "completion_mask", "assistant_masks"])
 def test_each_spelling_of_a_mask(key: str) -> None:
     row = {"input_ids": IDS, key: [bool(m) for m in MASK], "attention_mask": [1] * N, "position_ids": [*range(N)]}
+    row["seq_lengths"] = [N]
     assert RENDERER.render(parse_row({**row, "labels": LABELS, "id": "a", "weight": 1}, "f:1")).mask.tolist() == MASK
     assert parse_row({**row, "id": "a"}, "f:1").ignored == ("id",)
+
+
+def test_ids_that_are_empty_are_not_there() -> None:
+    assert parse_row({"messages": TALK, "input_ids": [], "mask": []}, "f:1").messages == CONVERSATION.messages
+    with pytest.raises(SchemaError, match=r"f:1\.input_ids: nothing to learn: it is one token"):
+        ALL.render(parse_row({"input_ids": IDS[:1]}, "f:1"))
 
 
 def test_what_is_the_first_token_of_labels_is_not_taught() -> None:
@@ -100,9 +108,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "differ": ({"labels": IDS}, "f:1: mask and labels differ"),
     "padded": (
         {"attention_mask": [1] * (N - 1) + [0]},
-        f"f:1.attention_mask: {N - 1} is the first place",
+        f"f:1.attention_mask[{N - 1}]: it is 0: padding",
     ),
-    "packed": ({"position_ids": [0, 1, *range(N - 2)]}, "f:1.position_ids: they do not count 0, 1, 2"),
+    "packed": (
+        {"position_ids": [0, 1, *range(N - 2)]},
+        f"f:1.position_ids: it is not that of one conversation of {N} tokens",
+    ),
+    "packed by another": ({"attention_mask": [1, 1] + [2] * (N - 2)}, "f:1.attention_mask[2]: it is 2"),
+    "lengths": ({"seq_lengths": [2, N - 2]}, f"f:1.seq_lengths: it is not that of one conversation of {N} tokens"),
+    "weighted": ({"weights": [0.5] * N}, "f:1.weights: a reply is taught as a whole"),
     "no ids": ({"input_ids": []}, "f:1.input_ids: it is empty"),
     "text": ({"input_ids": "1 2 3"}, "f:1.input_ids: it is a string"),
     "batch": ({"input_ids": [IDS]}, "f:1.input_ids[0]: it is a list"),
@@ -168,7 +182,13 @@ def test_they_train_as_the_conversations_do(tmp_path: Path) -> None:
     assert (first.meta["pretokenized"], second.meta["pretokenized"]) == (0, 5)
     assert all(counts["checked"] == 5 and not counts["failed"] for counts in mixture.invariants().values())
     assert "b: 5 of 5 rows are tokens already; their masks are taken as they stand" in mixture.notes()
-    mixture, recipe = mixture_of(tmp_path, lines)
+    assert [s["pretokenized"] for s in mixture.sources] == [0, 5, 5]
+    for train in ({}, {"max_length": 24, "overlong": "cut_tokens"}):
+        mixture, recipe = mixture_of(tmp_path, lines, train=train)
+        check_held_out(tmp_path, mixture, recipe)
+
+
+def check_held_out(tmp_path: Path, mixture: Any, recipe: Any) -> None:
     write_run_rows(tmp_path, mixture, recipe)
     held = read_held_out(tmp_path)
     assert len(held) == 2 and all(RENDERER.render(row.conversation).mask.tolist() == row.mask.tolist() for row in held)
@@ -176,7 +196,10 @@ def test_they_train_as_the_conversations_do(tmp_path: Path) -> None:
 
 def test_from_python_and_the_command_line(tmp_path: Path) -> None:
     data = datasets.Dataset.from_list([{"input_ids": IDS, "labels": LABELS}])
-    for rows in (data, [{"input_ids": IDS, "labels": LABELS}]):
+    for rows in (
+        data, data.with_format("numpy"), data.with_format("torch"), data.to_pandas(),
+        [{"input_ids": IDS, "labels": LABELS}], [{"input_ids": np.array(IDS), "labels": torch.tensor(LABELS)}],
+    ):  # fmt: skip
         assert sf.render(rows, "builtin:tiny").to_json()["rows"][0]["mask"] == MASK
     assert sf.render(data, "builtin:tiny", supervise="all").to_json()["rows"][0]["mask"] == [0] + [1] * (N - 1)
     with pytest.raises(SftflowError, match="give replies or all"):
@@ -218,8 +241,30 @@ def test_messages_of_weight_0_stay_out() -> None:
         assert mask[0] == 0 and not (mask & theirs).any() and mask[1:first].all() and mask[last + 1 :].all()
         if 3 in left_out:  # the calculator's result is a part of the message
             assert not mask[np.flatnonzero(theirs)[-1] - 5 : last + 1].any()
-    asked = parse_row({"prompt": TALK[:3], "completion": "It is 84."}, "f:1")
-    assert ALL.render(asked).mask.tolist().count(0) == 1 + RENDERER.render(parse_row(TALK[:2], "f")).mask.sum()
+    assert ALL.render(parse_row({"prompt": TALK[:3], "completion": "It is 84."}, "f:1")).mask[1:].all()  # as TRL has it
+    weighed = [TALK[0], {**TALK[1], "weight": 0}, TALK[2]]
+    asked = ALL.render(parse_row({"prompt": weighed, "completion": "It is 84."}, "f:1"))
+    assert asked.mask[1:].tolist().count(0) == RENDERER.render(parse_row(TALK[:2], "f")).mask.sum()
+
+
+def test_turns_of_weight_0_stay_out_whoever_wrote_them() -> None:
+    """By the control tokens: each turn of a user is what stands between its two."""
+    opened, closed = (RENDERER.special[f"<|user_{at}|>"] for at in ("start", "end"))
+    for left_out in ([0], [2], [0, 2]):
+        weights = [{**m, "weight": 0} if i in left_out else m for i, m in enumerate(TALK)]
+        rendered = ALL.render(parse_row({"messages": weights}, "f:1"))
+        expected = np.array([0] + [1] * (N - 1))
+        for turn in left_out:
+            begin, end = (np.flatnonzero(rendered.ids == token)[turn // 2] for token in (opened, closed))
+            expected[begin : end + 1] = 0
+        assert rendered.ids.tolist() == IDS and rendered.mask.tolist() == expected.tolist()
+        assert verify(ALL, parse_row({"messages": weights}, "f:1"), rendered) == {}
+        assert RENDERER.render(parse_row({"messages": weights}, "f:1")).mask.tolist() == MASK
+    glued = [{"role": "system", "content": "Be brief."}, {**TALK[0], "weight": 0}, TALK[1]]
+    with pytest.raises(MaskError, match=r"f:1\.messages\[1\]: weight 0, but the format writes nothing that tells it"):
+        ALL.render(parse_row(glued, "f:1"))
+    nothing = parse_row({"messages": TALK, "weight": 0}, "f:1")
+    assert not ALL.render(nothing).mask.any() and fit_to_length(nothing, ALL, N, "cut").dropped == UNTAUGHT
 
 
 def test_rows_without_a_reply_can_be_taught_whole(tmp_path: Path) -> None:
@@ -261,7 +306,7 @@ def test_it_is_counted_checked_and_named(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("trl") is None, reason="the package trl is not installed")
-@pytest.mark.parametrize("kind", ["messages, all", "tokens, labels", "tokens, all"])
+@pytest.mark.parametrize("kind", ["messages, all", "prompts, all", "tokens, labels", "tokens, all"])
 def test_labels_and_first_loss_are_those_of_trl(kind: str, tmp_path: Path) -> None:
     from trl import SFTConfig, SFTTrainer
 
@@ -278,6 +323,8 @@ def test_labels_and_first_loss_are_those_of_trl(kind: str, tmp_path: Path) -> No
     mine: list[dict[str, Any]] = theirs
     if kind == "messages, all":
         theirs = mine = [{"messages": talk} for talk in talks]
+    elif kind == "prompts, all":
+        theirs = mine = [{"prompt": talk[:-1], "completion": talk[-1:]} for talk in talks]
     elif kind == "tokens, labels":
         theirs = mine = [{"input_ids": i, "labels": k} for i, k in zip(ids, labels, strict=True)]
     base = sf.load("builtin:tiny")

@@ -166,12 +166,12 @@ def test_nothing_of_a_prompt_is_taught() -> None:
         assert found == [
             ("system", "S", 1),
             ("user", "hi", 1),
-            ("assistant", "yo", 0),
+            ("assistant", "yo", None),
             ("user", "and?", 1),
             ("assistant", "yes", 1),
         ]
     more = [{"role": "user", "content": "more"}, {"role": "assistant", "content": "M"}]
-    assert [weight for *_, weight in taught({"prompt": [ASKED, REPLIED], "completion": more})] == [1, 0, 1, 1]
+    assert [weight for *_, weight in taught({"prompt": [ASKED, REPLIED], "completion": more})] == [1, None, 1, 1]
     assert "ends with a reply" in refusal({"prompt": [ASKED, REPLIED], "completion": "yes"})
     weighed = [ASKED, {**REPLIED, "weight": 1}, ASKED]
     assert "f:1.prompt[1].weight: no message of a prompt is taught" in refusal({"prompt": weighed, "completion": "yes"})
@@ -188,11 +188,11 @@ def test_a_turn_marked_so_is_not_taught(flag: str, kind: Any) -> None:
     turns = [*SHAREGPT["conversations"], {"from": "human", "value": "ring"}, call]
     assert [weight for *_, weight in taught({"conversations": turns})] == [1, 1, 1, 0]
     assert [weight for *_, weight in taught([ASKED, {**REPLIED, flag: value}])] == [1, 0]
-    assert taught([{**ASKED, flag: value}, {**REPLIED, flag: other}]) == taught(CHAT)
+    assert [weight for *_, weight in taught([{**ASKED, flag: value}, {**REPLIED, flag: other}])] == [0, 1]
     if flag in row_keys.NOT_TAUGHT:  # tables have it in every message
         assert taught([{**ASKED, flag: other}, REPLIED]) == taught(CHAT)
         prompt = [ASKED, {**REPLIED, flag: other}, ASKED]
-        assert [weight for *_, weight in taught({"prompt": prompt, "completion": "yes"})] == [1, 0, 1, 1]
+        assert [weight for *_, weight in taught({"prompt": prompt, "completion": "yes"})] == [1, None, 1, 1]
     else:
         assert "only an assistant message" in refusal([{**ASKED, flag: other}, REPLIED])
     assert f"{flag} is 'no'" in refusal([ASKED, {**REPLIED, flag: "no"}])
@@ -208,7 +208,8 @@ def test_flags_may_not_contradict_each_other() -> None:
 def test_a_label_of_a_turn_marks_it_where_it_is_no_class() -> None:
     asked, replied = SHAREGPT["conversations"]
     assert [weight for *_, weight in taught([asked, {**replied, "label": False}])] == [1, 0]
-    assert taught([{**asked, "label": False}, {**replied, "label": True}]) == taught(CHAT)
+    turns = [{**asked, "label": False}, {**replied, "label": True}]
+    assert [weight for *_, weight in taught(turns)] == [0, 1]
     assert "label" in refusal([asked, {**replied, "label": False, "weight": 1}])
     assert parse_row([asked, {**replied, "label": 0}], "f:1").ignored == ("messages[].label",)
 

@@ -19,6 +19,7 @@ from sftflow.chat.pretokenized import Pretokenized, read_pretokenized
 from sftflow.chat.row_keys import (
     CONVERSATIONS,
     IDS,
+    LENGTHS,
     PREFERRED,
     REFUSED,
     ROW_FLAGS,
@@ -57,7 +58,8 @@ def read_row(row: Any, place: str) -> RawRow:
     if not isinstance(row, dict):
         raise SchemaError(place, f"a row is {kind_of(row)}", "make it an object with messages")
     row = {key: value for key, value in row.items() if value is not None}
-    if not absent(row.get(IDS)) or row.get(IDS) == []:
+    claimed = any(not absent(row.get(key)) for keys, _ in _DIALECTS for key in keys)
+    if not absent(row.get(IDS)) or (row.get(IDS) == [] and not claimed):
         return _of_tokens(row, place)
     if row.get("messages") and row.get("chosen") == row["messages"]:  # its rows for instruction tuning keep both
         refuse({key: value for key, value in row.items() if key not in ("chosen", "rejected")}, REFUSED, place)
@@ -70,7 +72,7 @@ def read_row(row: Any, place: str) -> RawRow:
         if system is not None:
             _put_in_front(system, turns, place)
         for _, message in turns if without else ():
-            if isinstance(message, dict) and message.get("role") == "assistant":
+            if isinstance(message, dict):
                 message["weight"] = 0
     used |= {*SYSTEM, *TOOLS, *ROW_FLAGS, *(key for key in PREFERRED if _wanted(row, key) is not None)}
     meta = {key: value for key, value in row.items() if key not in used}
@@ -83,7 +85,7 @@ def _of_tokens(row: dict[str, Any], place: str) -> RawRow:
     tokens = read_pretokenized(row, place)
     if _not_taught(row, place):
         tokens = replace(tokens, mask=(0,) * len(tokens.ids))
-    meta = {key: value for key, value in row.items() if key not in (IDS, *TOKEN_KEYS, *ROW_FLAGS)}
+    meta = {key: value for key, value in row.items() if key not in (IDS, LENGTHS, *TOKEN_KEYS, *ROW_FLAGS)}
     ignored = sorted(key for key, value in meta.items() if not absent(value))
     return RawRow(conversations=[[]], tokens=tokens, meta=meta, ignored=tuple(ignored))
 
@@ -132,7 +134,7 @@ def _listed(row: dict[str, Any], keys: tuple[str, ...], place: str, ignored: set
 
 
 def _completed(row: dict[str, Any], keys: tuple[str, ...], place: str, ignored: set[str]) -> list[Turn]:
-    """A prompt, of which nothing is taught, and its completion."""
+    """A prompt, whose replies are not taught (weight None, but where one says 0), and its completion."""
     prompt, completion = (
         _side(row[key], role, f"{place}.{key}", ignored) for key, role in zip(keys, _SIDES, strict=True)
     )
@@ -140,7 +142,7 @@ def _completed(row: dict[str, Any], keys: tuple[str, ...], place: str, ignored: 
         if isinstance(message, dict) and message.get("role") == "assistant":
             if message.get("weight"):
                 raise SchemaError(f"{where}.weight", "no message of a prompt is taught", MOVE)
-            message["weight"] = 0
+            message.setdefault("weight", None)
     ends = [turns[at][1] for turns, at in ((prompt, -1), (completion, 0)) if turns]
     if len(ends) == 2 and all(isinstance(m, dict) and m.get("role") == "assistant" for m in ends):
         fact = "the prompt ends with a reply, and the completion begins with one"

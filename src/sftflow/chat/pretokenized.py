@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sftflow.chat.row_keys import CONVERSATIONS, IDS, MASKS, TOKEN_KEYS, absent
+from sftflow.chat.row_keys import CONVERSATIONS, IDS, LENGTHS, MASKS, TOKEN_KEYS, absent
 from sftflow.foundation.errors import SchemaError
 from sftflow.foundation.json_values import kind_of
 
@@ -40,12 +40,15 @@ def read_pretokenized(row: dict[str, Any], place: str) -> Pretokenized:
         if len(values) != len(ids):
             fact = f"{len(values):,} values for {len(ids):,} {IDS}"
             raise SchemaError(f"{place}.{key}", fact, "give one for each")
-    if 0 in given.get("attention_mask", ()):
-        fact = f"{given['attention_mask'].index(0)} is the first place that it hides: padding, or another conversation"
-        raise SchemaError(f"{place}.attention_mask", fact, f"cut these tokens off {IDS}, and of what stands beside it")
-    if given.get("position_ids", range(len(ids))) != tuple(range(len(ids))) and "position_ids" in given:
-        fact = "they do not count 0, 1, 2 ...: the row holds several conversations, or is padded"
-        raise SchemaError(f"{place}.position_ids", fact, "give each conversation as a row; packing is done here")
+    other = next((i for i, seen in enumerate(given.get("attention_mask", ())) if seen != 1), None)
+    if other is not None:
+        fact = f"it is {given['attention_mask'][other]}: padding, or another conversation"
+        remedy = f"cut such tokens off {IDS}, and of what stands beside it"
+        raise SchemaError(f"{place}.attention_mask[{other}]", fact, remedy)
+    for key, one in (("position_ids", (*range(len(ids)),)), (LENGTHS, (len(ids),))):
+        if not absent(row.get(key)) and _integers(row, key, place) != one:
+            fact = f"it is not that of one conversation of {len(ids):,} tokens: several are packed, or it is padded"
+            raise SchemaError(f"{place}.{key}", fact, "give each conversation as a row; packing is done here")
     masks = {key: given[key] for key in MASKS if key in given}
     for key, mask in masks.items():
         if bad := sorted(set(mask) - {0, 1}):
@@ -67,13 +70,13 @@ def read_pretokenized(row: dict[str, Any], place: str) -> Pretokenized:
 
 
 def _integers(row: dict[str, Any], key: str, place: str) -> tuple[int, ...]:
-    values = row[key]
+    values = row[key].tolist() if hasattr(row[key], "tolist") else row[key]  # of numpy, or torch
     if not isinstance(values, list | tuple):
         raise SchemaError(f"{place}.{key}", f"it is {kind_of(values)}", "make it a list of integers")
     if not values:
         raise SchemaError(f"{place}.{key}", "it is empty", "give the row's tokens, or remove it")
     for number, value in enumerate(values):
-        if not isinstance(value, int) or (isinstance(value, bool) and key not in MASKS):
+        if not isinstance(value, int) or (isinstance(value, bool) and key not in (*MASKS, "attention_mask")):
             raise SchemaError(f"{place}.{key}[{number}]", f"it is {kind_of(value)}", "make it an integer")
         if abs(value) >= 1 << 31:
             raise SchemaError(f"{place}.{key}[{number}]", "a number of more than 32 bits", "write a token's id")

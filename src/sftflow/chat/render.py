@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -162,11 +162,12 @@ class Renderer:
         else:
             text = template.text(row.messages, row.tools, False, row.source)
         is_prompt = add_generation_prompt or continue_final_message
-        whole = self.spec.supervise == "all" and not is_prompt
+        whole = self.spec.supervise == "all" and not is_prompt and any(m.weight != 0 for m in conversation.messages)
         supervised = [] if is_prompt else conversation.supervised
         proof = prompts.proof_behind_block(row, text, prover) if supervised == [len(row.messages) - 1] else None
         text = proof.text if proof else text
-        told_apart = conversation.left_out if whole else supervised  # where the mask changes
+        left_out = conversation.left_out if whole else []
+        told_apart = [i for i in left_out if row.messages[i]["role"] == "assistant"] if whole else supervised
         starts = prompts.reply_starts(row, text, set(told_apart))
         boundaries = sorted(set(starts.values()))
         proof = proof or (prover.prove(row, text) if supervised or whole else None)
@@ -186,8 +187,30 @@ class Renderer:
             mask[first_token[start] : encoded.literals[last] + 1] = not whole
             for opened, closed in prover.calculator_results(proof, start, last):
                 mask[encoded.literals[opened] : encoded.literals[closed] + 1] = 0
-        found = prover.turns(proof, encoded) if turns else ()
+        found = prover.turns(proof, encoded) if turns or len(left_out) > len(told_apart) else ()
+        for start, end in self._turns_left_out(conversation, encoded.ids, found) if left_out else ():
+            mask[start:end] = 0
         return Rendered(encoded.ids, mask, text, row.source, encoded.splits, found)
+
+    def _turns_left_out(
+        self, row: Conversation, ids: NDArray[np.int64], turns: tuple[tuple[int, str], ...]
+    ) -> Iterator[tuple[int, int]]:
+        """The tokens, from the first to behind the last, of each turn of another's than the assistant that weight 0
+        leaves out. Raises MaskError where they cannot be told from those beside them."""
+        message = 0
+        if all(row.messages[turn].role == "assistant" for turn in row.left_out):
+            return
+        for (start, roles), (end, _) in zip(turns, (*turns[1:], (len(ids), "")), strict=True):
+            inside = row.messages[message : message + roles.count("+") + 1]
+            message += len(inside)
+            if not any(m.weight == 0 and m.role != "assistant" for m in inside):
+                continue
+            parted = all(ids[at] in self.special.values() for at in (start, end) if 0 < at < len(ids))
+            if not parted or any(m.weight != 0 for m in inside):
+                fact = "weight 0, but the format writes nothing that tells it from the messages beside it"
+                first = next(i for i, m in enumerate(inside, message - len(inside)) if m.weight == 0)
+                raise MaskError(f"{row.source}.messages[{first}]", fact, "remove the weight, or the row")
+            yield start, end
 
     def _pretokenized(self, row: Conversation, tokens: Pretokenized, is_prompt: bool) -> Rendered:
         """A row of tokens as it stands. Raises SchemaError where one is not in the vocabulary, or nothing is taught."""
@@ -199,6 +222,9 @@ class Renderer:
             place, fact = f"{row.source}.input_ids[{unknown[0]}]", f"{tokens.ids[unknown[0]]} is not in the vocabulary"
             raise SchemaError(place, fact, "was the row made with another tokenizer? make it with the base's own")
         if self.spec.supervise == "all":
+            if len(ids) == 1:
+                fact = "nothing to learn: it is one token, which nothing predicts"
+                raise SchemaError(f"{row.source}.input_ids", fact, "remove the row")
             mask = np.ones(len(ids), np.int8)
         elif tokens.mask is None:
             remedy = "give mask or labels beside them, or supervise: all in the recipe"

@@ -38,6 +38,8 @@ MASKS = ("mask", "loss_mask", "completion_mask", "assistant_masks")
 """beside IDS: 1 or true where a token is taught"""
 TOKEN_KEYS = ("labels", *MASKS, "attention_mask", "position_ids")
 """read beside IDS, one value for each of them"""
+LENGTHS = "seq_lengths"
+"""beside IDS: the length of each conversation that was packed into the row"""
 PREFERRED = ("label", "kto_tag", "desirable")
 NOT_TAUGHT = ("masked", "ignore")
 """1 or true: the message is not taught"""
@@ -67,6 +69,7 @@ READ = {
     "labels": f"beside {IDS}: the ids that are taught, -100 for the others",
     **dict.fromkeys(MASKS, f"beside {IDS}: 1 where a token is taught"),
     "attention_mask": f"beside {IDS}: all 1",
+    LENGTHS: f"beside {IDS}: a single one",
     "position_ids": f"beside {IDS}: 0, 1, 2 ...",
 }
 REFUSED = {
@@ -77,7 +80,7 @@ REFUSED = {
     **dict.fromkeys(("chat_template_kwargs", "chat_template"), _ARGUMENTS),
     "documents": Refusal("a template's documents are not taught", "put them into a message"),
     **dict.fromkeys(("mask", "loss_mask"), _MASK),
-    **dict.fromkeys(("loss_weight", "loss_scale", "sample_weight"), _SPANS),
+    **dict.fromkeys(("loss_weight", "loss_scale", "sample_weight", "weights", "loss_weights"), _SPANS),
 }
 
 # ---- of a message

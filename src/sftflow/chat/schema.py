@@ -28,7 +28,9 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `parts` has one text part for plain content; it is empty where the content is null."""
+    """One turn. `parts` has one text part for plain content; it is empty where the content is null.
+
+    weight: 1, or 0 where it is not taught; None: a reply in a prompt, which only `supervise: all` teaches."""
 
     role: str
     parts: tuple[Part, ...]
@@ -36,7 +38,7 @@ class Message:
     tool_call_id: str | None = None
     name: str | None = None
     reasoning_content: str | None = None
-    weight: int = 1
+    weight: int | None = 1
 
     @property
     def text(self) -> str:
@@ -90,13 +92,13 @@ class Conversation:
 
     @property
     def supervised(self) -> list[int]:
-        """The messages that are trained on: those of the assistant, but for weight 0."""
+        """The messages that are trained on as replies: those of the assistant, but for weight 0 or None."""
         return [i for i, m in enumerate(self.messages) if m.role == "assistant" and m.weight]
 
     @property
     def left_out(self) -> list[int]:
-        """The assistant's messages of weight 0."""
-        return [i for i, m in enumerate(self.messages) if m.role == "assistant" and not m.weight]
+        """The messages of weight 0, whoever wrote them: `supervise: all` leaves them out."""
+        return [i for i, m in enumerate(self.messages) if m.weight == 0]
 
     def mentions(self, pattern: re.Pattern[str]) -> bool:
         """Whether a content, some reasoning, a tool call or a tool definition holds the pattern."""
@@ -164,7 +166,7 @@ def parse_message(raw: Any, place: str) -> Message:
             raise SchemaError(f"{place}.{key}", f"it is {kind_of(text)}", "make it a string")
     calls = raw.get("tool_calls") or []
     for key in ("tool_calls", "reasoning_content", "weight"):
-        if raw.get(key) not in (None, "") and role != "assistant":
+        if (raw.get(key) if key == "weight" else raw.get(key) not in (None, "")) and role != "assistant":
             fact = f"only an assistant message has {key}, and this is a {role} message"
             raise SchemaError(f"{place}.{key}", fact, f"correct its role, or remove {key}")
     if role != "assistant":
@@ -193,7 +195,8 @@ def parse_row(row: Any, place: str) -> Conversation:
     found = [tuple(parse_message(message, where) for where, message in turns) for turns in raw.conversations]
     if not found[0]:
         raise SchemaError(f"{place}.messages", "no messages", "give at least one")
-    if any(messages != found[0] for messages in found[1:]):
+    weighed = [[replace(m, weight=m.weight or 0) for m in messages] for messages in found]
+    if any(messages != weighed[0] for messages in weighed[1:]):
         names = [turns[0][0].rpartition(".")[2].partition("[")[0] for turns in raw.conversations if turns]
         fact = f"different conversations under {' and '.join(names)}"
         raise SchemaError(place, fact, "keep one of them")

@@ -97,7 +97,7 @@ def _message(raw: Any, place: str, ignored: set[str]) -> Any:
     if taught and flag and role != "assistant":
         fact = f"only an assistant message has {flag}, and this is a {said} message"
         raise SchemaError(f"{place}.{flag}", fact, f"remove {flag}")
-    if flags and role == "assistant" and (flag or not taught):
+    if flags and ((flag and role == "assistant") or not taught):
         message["weight"] = taught
     if sharegpt:
         unknown = message.keys() - MESSAGE_KEYS

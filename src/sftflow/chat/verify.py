@@ -38,7 +38,7 @@ def verify(
     if conversation.tokens is not None:
         return wrong
     if renderer.spec.supervise == "all":
-        return verify(renderer.supervising("replies"), *_left_out(conversation, rendered), prompts)
+        return verify(renderer.supervising("replies"), *_left_out(renderer, conversation, rendered), prompts)
     ids, mask = rendered.ids, rendered.mask
     turns = conversation.supervised
     fact = _parity(renderer, conversation, rendered, prompts or renderer.prompts(conversation))
@@ -62,9 +62,14 @@ def verify(
     return wrong
 
 
-def _left_out(conversation: Conversation, rendered: Rendered) -> tuple[Conversation, Rendered]:
-    """The same row with its messages of weight 0 as the supervised ones."""
-    messages = tuple(replace(m, weight=1 - m.weight) if m.role == "assistant" else m for m in conversation.messages)
+def _left_out(renderer: Renderer, conversation: Conversation, rendered: Rendered) -> tuple[Conversation, Rendered]:
+    """The same row with its replies of weight 0 as the supervised ones."""
+    if any(m.weight == 0 and m.role != "assistant" for m in conversation.messages):
+        others = tuple(m if m.role == "assistant" else replace(m, weight=1) for m in conversation.messages)
+        rendered = renderer.render(replace(conversation, messages=others))
+    messages = tuple(
+        replace(m, weight=int(m.weight == 0)) if m.role == "assistant" else m for m in conversation.messages
+    )
     mask = 1 - rendered.mask
     mask[:1] = 0
     return replace(conversation, messages=messages), replace(rendered, mask=mask)

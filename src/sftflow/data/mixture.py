@@ -92,7 +92,10 @@ class Mixture:
 
     def notes(self) -> list[str]:
         """What is to be said of the sources: which rows are not trained on, or not whole, and what of them is not."""
-        return [*(line for rows in self.rows for line in self._losses(rows)), *self.ignored(), *self.few_held_out]
+        lines = [line for rows in self.rows for line in self._losses(rows)]
+        if self.renderer.spec.supervise == "all":
+            lines.insert(0, "supervise: all: every token after the first is taught, but for messages of weight 0")
+        return [*lines, *self.ignored(), *self.few_held_out]
 
     def _losses(self, rows: RowStore) -> list[str]:
         meta, long = rows.meta, f"longer than max_length {self.max_length:,}"
@@ -250,6 +253,7 @@ def _ledger(
         "bad": meta["bad"],
         "ignored": dict(sorted(meta["ignored"].items(), key=lambda item: (-item[1], item[0]))),
         "expanded": meta["expanded"],
+        "pretokenized": meta["pretokenized"],
         "validation_rows": n_held_out,
         "taught_elsewhere": n_left_out,
         "boundary_splits": meta["boundary_splits"],

@@ -113,7 +113,7 @@ def _held_out_line(mixture: Mixture, at: tuple[int, int], conversation: Conversa
     source, row = at
     rows = mixture.rows[source]
     line = {
-        **conversation.to_row(),
+        **(conversation.to_row() if conversation.messages else {"input_ids": rows.ids(row).tolist()}),
         "source": mixture.names[source],
         "place": rows.place(row),
         "index": at,

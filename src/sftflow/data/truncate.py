@@ -35,10 +35,11 @@ def fit_to_length(conversation: Conversation, renderer: Renderer, max_length: in
     Raises SchemaError where the row holds no reply; FormatError and MaskError as the renderer does.
     """
     tokens, replies = conversation.tokens, renderer.spec.supervise == "replies"
-    untaught = replies and not (conversation.supervised or tokens)
-    if tokens and tokens.mask:
-        untaught = not any(tokens.mask)
-    if untaught and (tokens or conversation.left_out):
+    left_out = conversation.left_out
+    untaught = not conversation.supervised if replies else len(left_out) == len(conversation.messages)
+    if tokens:
+        untaught = tokens.mask is not None and not any(tokens.mask)
+    if untaught and (tokens or not replies or any(m.role == "assistant" for m in conversation.messages)):
         return FittedRow([], dropped=UNTAUGHT)
     if untaught:
         raise SchemaError(conversation.source, "no assistant turn to learn from", "add one, or remove the row")
