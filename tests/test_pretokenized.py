@@ -28,6 +28,7 @@ from sftflow.data.run_rows import read_held_out, write_run_rows
 from sftflow.data.truncate import TOO_LONG, UNTAUGHT, fit_to_length
 from sftflow.foundation.errors import DataError, FormatError, MaskError, SchemaError, SftflowError
 from sftflow.recipe import parse_recipe
+from sftflow.report.audit_page import audit_page
 
 RENDERER = open_renderer(resolve("builtin:tiny"), "auto")
 ALL = RENDERER.supervising("all")
@@ -183,6 +184,7 @@ def test_they_train_as_the_conversations_do(tmp_path: Path) -> None:
     assert all(counts["checked"] == 5 and not counts["failed"] for counts in mixture.invariants().values())
     assert "b: 5 of 5 rows are tokens already; their masks are taken as they stand" in mixture.notes()
     assert [s["pretokenized"] for s in mixture.sources] == [0, 5, 5]
+    assert "10 rows came as tokens" in audit_page(mixture.ledger)
     for train in ({}, {"max_length": 24, "overlong": "cut_tokens"}):
         mixture, recipe = mixture_of(tmp_path, lines, train=train)
         check_held_out(tmp_path, mixture, recipe)
@@ -299,6 +301,8 @@ def test_it_is_counted_checked_and_named(tmp_path: Path) -> None:
     assert left_out == 3 * RENDERER.render(parse_row(TALK[:2], "f")).mask.sum()
     assert all(c["checked"] == 6 and not c["failed"] for c in whole.invariants().values())
     assert np.array_equal(replies.rows[0].all_ids, whole.rows[0].all_ids)
+    assert "(<code>supervise: all</code>)" in audit_page(whole.ledger) and "supervise" not in str(replies.notes())
+    assert whole.notes()[0].startswith("supervise: all: ")
 
 
 # ---- TRL
