@@ -86,7 +86,7 @@ def test_every_section_says_what_to_look_at_and_ends_with_an_exercise_and_its_an
         assert len(heading.splitlines()) > 1 or section[1].cell_type == "markdown", title
         answer, asked = section[-1], next(c for c in reversed(section) if c.cell_type == "markdown")
         assert "**Exercise.**" in asked.source and is_answer(answer), title
-        assert answer.metadata.jupyter.source_hidden is True, title
+        assert answer.metadata.jupyter == {"source_hidden": True, "outputs_hidden": True}, title
         assert answer.source.startswith('# @title Answer { display-mode: "form" }\n'), title
         assert any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(code(answer)))), title
         shown = [c for c in section if c.cell_type == "code" and not is_answer(c)]
