@@ -7,13 +7,13 @@ OUT ?= runs/demo
 .PHONY: help setup demo notebooks test slow check lint types wheel bench clean
 
 help:
-	@echo "make demo    the whole flow on the shipped base (set-up included, once)"
+	@echo "make demo       the whole flow on the shipped base (set-up included, once)"
 	@echo "make notebooks  all notebooks are run, in temporary folders"
-	@echo "make test    the tests"
-	@echo "make check   lint, types and tests: what CI runs"
-	@echo "make slow    the tests that take minutes"
-	@echo "make wheel   build the wheel, and run the README's Python lines from it in an empty environment"
-	@echo "make bench   the benchmarks, ours beside the peer's"
+	@echo "make test       the tests"
+	@echo "make check      lint, types and tests: what CI runs"
+	@echo "make slow       the tests that take minutes"
+	@echo "make wheel      build the wheel, and run the README's Python lines from it in an empty environment"
+	@echo "make bench      the benchmarks, ours beside the peer's"
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

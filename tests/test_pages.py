@@ -46,6 +46,7 @@ def test_every_template_is_sound() -> None:
 def test_a_cell_and_a_frame_hold_nothing_that_acts() -> None:
     cell = Page(token_html([ROW, TokenRow(HOSTILE, refused=HOSTILE)]))
     assert not {"script", "img", "link"} & {tag for tag, _ in cell.elements} and "Refused: </script>" in cell.text
+    assert (cell.count("p"), Page(token_html([ROW])).count("p")) == (3, 0)  # names, where they are several
     frame = Page(pages.frame(f"<p title='a'>{pages.esc(HOSTILE)}</p>"))
     assert [tag for tag, _ in frame.elements] == ["iframe"]
     assert frame.elements[0][1]["srcdoc"] == f"<p title='a'>{pages.esc(HOSTILE)}</p>"

@@ -35,9 +35,11 @@ def token_page(rows: Sequence[TokenRow]) -> str:
 
 
 def token_html(rows: Sequence[TokenRow]) -> str:
-    """The rows for a notebook's cell: the boxes, and what they mean."""
+    """The rows for a notebook's cell: the boxes, and what they mean; of several rows, each under its name."""
     made = macros("_tokens")
-    return cell(Markup("").join([made.legend(), *(made.tokens_of(row, token_boxes) for row in rows)]), "tokens.css")
+    names = row_names(rows) if len(rows) > 1 else ["" for _ in rows]
+    shown = (made.tokens_of(row, token_boxes, name=name) for row, name in zip(rows, names, strict=True))
+    return cell(Markup("").join([made.legend(), *shown]), "tokens.css")
 
 
 def token_boxes(row: TokenRow, anchor: str = "") -> Markup:
