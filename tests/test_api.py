@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import httpx
 import pytest
 
 import sftflow as sf
+from sftflow.chat.schema import Part
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [
@@ -144,6 +146,7 @@ def test_rendering(base: Any) -> None:
 def test_a_mixture_prints_and_is_audited(base: Any) -> None:
     mix = sf.mix([sf.task("spelling", limit=30)], base, max_length=128)
     assert mix.ledger["rows"] + mix.ledger["validation_rows"] == 30 and "spelling" in str(mix)
+    assert str(mix).splitlines()[2].split()[::7] == ["all", str(mix.ledger["validation_rows"])], "the sums"
     audit = mix.audit()
     assert "prompt + supervised = training ids" in str(audit) and max(map(len, str(audit).splitlines())) <= 80
     picture = mix.plot()._repr_html_()
@@ -202,6 +205,10 @@ def test_models_are_asked_the_same_side_by_side(base: Any, run: Any) -> None:
     html = replies._repr_html_()
     assert "<b>And" not in html and "&lt;b&gt;And" in html and "did not stop" in html
     assert "assistant: It is 1." in str(replies) and max(map(len, str(replies).splitlines())) <= 80
+    parts = (Part("python", "2+1"), Part("python_output", "3"), Part("text", "It is 3."))
+    reckoned = replace(replies.replies["base"][0], text="It is 3.", parts=parts)
+    told = str(replace(replies, questions=replies.questions[:1], replies={"base": [reckoned]}))
+    assert "⟨2+1⟩ ⟨= 3⟩ It is 3." in told and "calculator" in told and "calculator" not in str(replies)
     assert len(sf.ask(base, turns, max_tokens=2).questions) == len(sf.ask(base, "Hi", max_tokens=2).questions) == 1
     assert len(sf.ask(base, (q for q in ("Hi", "Ho")), max_tokens=2).questions) == 2
     for nothing in (5, [5], [{"role": "user"}]):

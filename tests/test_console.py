@@ -218,9 +218,10 @@ def test_a_notebook_s_curve_is_drawn_over_in_place() -> None:
     drawn = [o["data"]["text/html"] for o in outputs if "text/html" in o["data"]]
     curves = [html for html in drawn if "Loss by step" in html]
     assert len(curves) >= 2 and "&lt;dialogue&gt;" in curves[-1] and "step 20 of 20" in curves[-1]
-    assert "<dialogue>" not in "".join(drawn) and "step 20: validation loss 2.5000" in curves[-1]
+    assert "<dialogue>" not in "".join(drawn) and "step 20: held-out loss 2.5000" in curves[-1]
     assert not any("validation, step" in html for html in drawn)
     assert any("evaluate: 3/3" in html and "&lt;base&gt;" in html for html in drawn)
+    assert drawn[-1] == "", "what is done is no longer told"
     # What is drawn is drawn over: one place for the curve, one for the line.
     places = [o["transient"]["display_id"] for o in outputs if o["transient"]]
     assert len(set(places)) == 2

@@ -54,7 +54,7 @@ def test_page_parses_and_names_everything() -> None:
         "Holm 0.840",
         "±9.4",
         "0.02→0.63",
-        "step 500 of 600, of the lowest validation loss (0.462) · trained for 2 min 20 s",
+        "step 500 of 600, of the lowest held-out loss (0.462) · trained for 2 min 20 s",
         "5 of 6",
         "base: builtin:tiny",
         "c3" * 32,

@@ -157,8 +157,8 @@ def test_loss_of_each_source_is_a_named_line_where_there_are_few() -> None:
     page = loss_of({"one": 1.0, HOSTILE: 3.0, "never held out": None})
     for i in range(2):
         assert page.count("path", class_=f"source s{i}") == 2, "once in the wide drawing, once in the narrow"
-        assert page.count("text", class_=f"name s{i}") == 2
-    assert "one" in page.text and "all, and each source" in page.text and "never" not in page.text
+        assert page.count("text", class_=f"name s{i}") == page.count("path", class_=f"lead s{i}") == 2
+    assert "one" in page.text and "held out, each source" in page.text and "never" not in page.text
     assert not page.count("script") and not page.count("img")
     many = loss_of({str(i): 1.0 for i in range(7)})
     assert "of each of the 7 sources" in many.text
@@ -168,7 +168,8 @@ def test_loss_of_each_source_is_a_named_line_where_there_are_few() -> None:
 
 def test_a_loss_that_begins_far_up_does_not_flatten_the_rest() -> None:
     high, level = loss_of({"a": 2.0}, first=20.0), loss_of({"a": 2.0})
-    assert "up to 20.0, lie above the drawing" in high.text and "above the drawing" not in level.text
+    assert "up to 20.0, lie above the drawing" in high.text and "held-out loss 20.00 at step 0, 2.00" in high.text
+    assert "above the drawing" not in level.text
     assert level.count("circle", class_="dot") == 6 and high.count("circle", class_="dot") == 4
     ends = [
         float(y) for _, a in high.elements if a.get("class") == "val" for y in re.findall(r" ([\d.]+)", a["d"] or "")

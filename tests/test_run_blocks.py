@@ -87,7 +87,7 @@ def test_a_run_ends_with_one_block_whose_commands_run(begun: tuple[Path, Result]
     for result in (done, run("train", str(recipe), "--resume", cwd=folder)):  # a finished one says it again
         assert result.returncode == 0, result.stderr
         last = said(result.stderr, "kept", "next")
-        assert re.fullmatch(r"step [246] of 6, of the lowest validation loss \(\d\.\d{3}\)", last["kept"])
+        assert re.fullmatch(r"step [246] of 6, of the lowest held-out loss \(\d\.\d{3}\)", last["kept"])
         assert re.fullmatch(r"loss \d\.\d{3} before the first step, \d\.\d{3} at the kept one", last["held out"])
         assert re.fullmatch(r"\d\.\d{3} in training, the mean of the last 6 steps", last["loss"])
         assert re.fullmatch(r"trained for \d+ s; this command took \d+ s", last["time"])

@@ -279,7 +279,7 @@ def test_the_kept_step_is_named_in_ledger_and_at_the_end(tiny_base: Path, tmp_pa
     kept = json.loads((out / "ledger.json").read_text())["checkpoint"]
     assert kept == {"step": best, "of": 4, "validation_loss": losses[best], "chosen_by": "validation_loss"}
     assert json.loads((out / "checkpoint" / "sftflow.json").read_text())["step"] == best
-    assert f"kept        step {best} of 4, of the lowest validation loss ({losses[best]:.3f})\n" in done.stderr
+    assert f"kept        step {best} of 4, of the lowest held-out loss ({losses[best]:.3f})\n" in done.stderr
     done = run("train", str(recipe), "--overwrite", "--set", "train.best=last")
     assert "kept        step 4 of 4, the last\n" in done.stderr
 

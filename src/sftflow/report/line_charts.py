@@ -102,7 +102,7 @@ class Frame:
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         longest = max((len(name) for name, _, _ in self.named), default=0)
-        right = 14 + 7 * min(self.letters, longest) if self.named else 12
+        right = 18 + 7 * min(self.letters, longest) if self.named else 12
         across = (x - self.x0) / ((self.x1 - self.x0) or 1)
         up = (y - self.y0) / ((self.y1 - self.y0) or 1)
         return (
@@ -131,13 +131,14 @@ class Frame:
         return "".join(out)
 
     def named_ends(self) -> str:
-        """Each line's name beside its last point, moved apart where they would cover each other."""
+        """Each line's name beside its last point, moved apart where they would cover each other, a stroke to each."""
         ends = [self.at(*points[-1]) for _, _, points in self.named]
         places = spread([y + 4 for _, y in ends], 13, TOP, self.height - BOTTOM + 4)
         out = []
-        for (name, kind, _), (x, _), place in zip(self.named, ends, places, strict=True):
+        for (name, kind, _), (x, y), place in zip(self.named, ends, places, strict=True):
             cut = name if len(name) <= self.letters else name[: self.letters - 1] + "…"
-            out.append(text(x + 8, round(place, 1), "start", cut, kind=f"name {kind}"))
+            out.append(f'<path class="lead {kind}" d="M{x + 2} {y}L{x + 9} {place - 4:.1f}"/>')
+            out.append(text(x + 12, round(place, 1), "start", cut, kind=f"name {kind}"))
         return "".join(out)
 
     def drawn(self, label: str, parts: Iterable[str]) -> Markup:
@@ -180,7 +181,7 @@ def loss_by_step(raw: Points, smoothed: Points, val: Points, sources: Mapping[st
         parts += [frame.path(smoothed, "smooth"), frame.path(val, "val")]
         parts += [
             '<circle class="dot" r="3.5" cx="{}" cy="{}">'.format(*frame.at(x, y))
-            + f"<title>step {x:,g}: validation loss {y:.4f}</title></circle>"
+            + f"<title>step {x:,g}: held-out loss {y:.4f}</title></circle>"
             for x, y in val
             if y <= top
         ]

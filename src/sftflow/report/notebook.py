@@ -39,6 +39,10 @@ class Place:
     def line(self, text: str, *, now: bool = True) -> None:
         self.draw(lambda: cell(_small(text)), now=now)
 
+    def clear(self) -> None:
+        if self._handle is not None:
+            self.draw(str)
+
 
 class LossPicture(Place):
     """The loss by step with the held-out losses, as far as the run has come, and a line under it."""

@@ -171,6 +171,7 @@ class ProgressDisplay:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+        self._line.clear()  # of a notebook: what follows shows that it is done
         self._stage, self._line = "", Place()
 
     def _show(

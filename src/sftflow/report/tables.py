@@ -29,7 +29,7 @@ COLOURS = {"better": "green", "worse": "red"}
 
 def as_text(*drawn: RenderableType) -> str:
     """Tables (or whatever rich can print) as plain text of 80 columns, an empty line between them."""
-    console = Console(file=io.StringIO(), width=80, color_system=None, highlight=False)
+    console = Console(file=io.StringIO(), width=80, color_system=None, highlight=False, force_jupyter=False)
     with console.capture() as captured:
         for number, one in enumerate(drawn):
             console.print(*([""] if number else []), one, sep="\n")
@@ -47,7 +47,7 @@ def as_html(*tables: Table) -> str:
 
 def _table(*columns: str, text: tuple[str, ...]) -> Table:
     """text: the columns of running text, which fold; the others hold numbers."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=None, pad_edge=False, caption_justify="left", padding=(0, 1, 0, 0))
     for name in columns:
         words = name in text
         table.add_column(name, justify="left" if words else "right", no_wrap=not words, overflow="fold")
@@ -80,7 +80,7 @@ def reply_table(comparison: Comparison) -> Table:
     """The fixed prompts, "…" for the turns before the last question, with the beginning of both replies."""
     names = model_names(comparison)
     plain = ", plain text" if comparison.kind == BASE_AND_SFT else ""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 1, 0))
+    table = Table(box=None, pad_edge=False, caption_justify="left", padding=(0, 2, 1, 0))
     for column in ("prompt", names.before + plain, names.after):
         table.add_column(column, ratio=1, overflow="fold")
     for p in comparison.prompts:
@@ -101,17 +101,27 @@ def _reply(reply: PromptReply) -> Text:
 
 def asked_table(questions: Sequence[Conversation], replies: Mapping[str, Sequence[Reply]]) -> Table:
     """What models reply to the same questions, a column a model."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 1, 0))
+    table = Table(box=None, pad_edge=False, caption_justify="left", padding=(0, 2, 1, 0))
     for column in ("asked", *replies):
         table.add_column(column, ratio=1, overflow="fold")
     for asked, *said in zip(questions, *replies.values(), strict=True):
         several = len(asked.messages) > 1
         question = "\n".join(f"{m.role}: {m.text}" if several else m.text for m in asked.messages)
         cells = [
-            Text(r.text.strip()).append("".join(f" [{f}]" for f in ending_faults(r.finish_reason)), "red") for r in said
+            Text(_with_calls(r)).append("".join(f" [{f}]" for f in ending_faults(r.finish_reason)), "red") for r in said
         ]
         table.add_row(Text(question), *cells)
+    if any(part.kind == "python" for said in replies.values() for r in said for part in r.parts):
+        table.caption = "⟨…⟩: what the calculator was asked, and ⟨= …⟩ what it wrote: no part of the text"
     return table
+
+
+def _with_calls(reply: Reply) -> str:
+    """The text of a reply, with what the calculator was asked and wrote where it happened."""
+    calls = {"python": "⟨{}⟩", "python_output": "⟨= {}⟩"}
+    if not any(part.kind in calls for part in reply.parts):
+        return reply.text.strip()
+    return " ".join(calls.get(part.kind, "{}").format(part.text.strip()) for part in reply.parts)
 
 
 def weights_table(change: WeightChange) -> Table:
@@ -125,7 +135,7 @@ def weights_table(change: WeightChange) -> Table:
     if not change.same_shapes:
         counts = {"added": change.added, "removed": change.removed, "of another shape": change.reshaped}
         shapes = ", ".join(f"{plural(len(names), 'tensor')} {what}" for what, names in counts.items() if names)
-    table.caption = f"{classes}; {shapes}; moved by: length of the difference, of the weights before"
+    table.caption = f"{classes}; {shapes}; moved by: length of the change / length of the weights before"
     return table
 
 
@@ -176,7 +186,8 @@ def score_table(comparison: Comparison) -> Table:
 
 def ledger_table(ledger: Mapping[str, Any]) -> Table:
     """ledger.json: what became of each source's rows."""
-    columns = ("source", "rows", "repeat", "tokens", "superv.", "share", "cut", "dropped", "held")
+    lost = ("cut", "dropped", "validation_rows")
+    columns = ("source", "rows", "repeat", "tokens", "superv.", "own %", "cut", "dropped", "held")
     table = _table(*columns, text=("source",))
 
     def counts(s: Mapping[str, Any], repeat: str) -> list[str]:
@@ -185,10 +196,13 @@ def ledger_table(ledger: Mapping[str, Any]) -> Table:
         return [f"{s['rows']:,}", repeat, f"{tokens:,}", f"{supervised:,}", f"{share:.0%}"]
 
     for s in ledger["sources"]:
-        lost = (s["cut"], s["dropped"], s["validation_rows"])
-        table.add_row(Text(s["name"]), *counts(s, f"x{s['repeat']}"), *map(str, lost))
+        table.add_row(Text(s["name"]), *counts(s, f"x{s['repeat']}"), *(str(s[key]) for key in lost))
     table.add_section()
-    table.add_row("all", *counts(ledger, ""))
+    table.add_row("all", *counts(ledger, ""), *(str(sum(s[key] for s in ledger["sources"])) for key in lost))
+    table.caption = (
+        "superv.: tokens that are trained on; own %: of the tokens beside them. Tokens, and the rows of all, "
+        "count a repeated row as often as it is shown; the rest once. held: rows held out"
+    )
     return table
 
 
@@ -205,7 +219,7 @@ def audit_tables(ledger: Mapping[str, Any]) -> list[Table]:
 
 
 def _lengths(ledger: Mapping[str, Any]) -> Table:
-    columns = ("length", "p5", "median", "p95", "max", "superv.", "repeats", "near-repeats")
+    columns = ("length", "p5", "median", "p95", "max", "own %", "repeats", "near-repeats")
     table = _table(*columns, text=("length",))
     sources = ledger["sources"]
     for s in [*sources, {**ledger, "name": "all"}]:
@@ -213,6 +227,7 @@ def _lengths(ledger: Mapping[str, Any]) -> Table:
         repeats = (f"{s[key]['rows']:,}" for key in ("duplicates", "near_duplicates"))
         share = f"{s['supervised']['share']:.0%}"
         table.add_row(Text(s["name"]), *lengths, share, *repeats, end_section=s is sources[-1])
+    table.caption = "tokens of a row; own %: trained on. Here every row counts once, however often it is repeated"
     return table
 
 

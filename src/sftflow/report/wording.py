@@ -100,13 +100,13 @@ def kept_step(kept: Mapping[str, Any]) -> str:
     """Which step a run's checkpoint is of.   kept: `checkpoint` of ledger.json.
 
     >>> kept_step({"step": 180, "of": 200, "validation_loss": 1.2345, "chosen_by": "validation_loss"})
-    'step 180 of 200, of the lowest validation loss (1.234)'
+    'step 180 of 200, of the lowest held-out loss (1.234)'
     """
     step = f"step {kept['step']:,} of {kept['of']:,}"
     if kept["chosen_by"] == "validation_loss" and kept["validation_loss"] is None:
-        return f"{step}, whose validation loss is not finite"
+        return f"{step}, whose held-out loss is not finite"
     if kept["chosen_by"] == "validation_loss":
-        return f"{step}, of the lowest validation loss ({kept['validation_loss']:.3f})"
+        return f"{step}, of the lowest held-out loss ({kept['validation_loss']:.3f})"
     return f"{step}, the last{'' if kept['step'] == kept['of'] else ' that could be saved'}"
 
 
