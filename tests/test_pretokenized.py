@@ -204,7 +204,7 @@ def test_from_python_and_the_command_line(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert sf.render(rows, "builtin:tiny").to_json()["rows"][0]["mask"] == MASK
     assert sf.render(data, "builtin:tiny", supervise="all").to_json()["rows"][0]["mask"] == [0] + [1] * (N - 1)
-    with pytest.raises(SftflowError, match="give replies or all"):
+    with pytest.raises(SftflowError, match=r"^supervise: it should be 'replies' or 'all'"):
         sf.render(data, "builtin:tiny", supervise="none")
     bad = tmp_path / "bad.jsonl"
     bad.write_text(
@@ -390,3 +390,56 @@ def test_the_first_loss_is_that_of_all_logits(tmp_path: Path) -> None:
             nats += float(torch.nn.functional.cross_entropy(logits[taught], ids[1:][taught], reduction="sum"))
             n += int(taught.sum())
         assert made.losses[0] == pytest.approx(nats / n, abs=1e-5)
+
+
+def test_a_reply_in_a_prompt_stays_one_wherever_the_row_is_kept(tmp_path: Path) -> None:
+    """What is drawn of a mixture, and what is held out, has the mask that is trained."""
+    file, row = tmp_path / "a.jsonl", {"prompt": TALK[:3], "completion": "It is 84."}
+    kept = parse_row(row, "f:1")
+    assert parse_row(kept.to_row(), "f:1").messages == kept.messages and set(kept.to_row()) == {"prompt", "completion"}
+    file.write_text("".join(json.dumps({**row, "completion": f"It is {k}."}) + "\n" for k in range(6)))
+    mixture, recipe = mixture_of(tmp_path, file, supervise="all")
+    assert mixture.samples[0].mask[1:].all()
+    write_run_rows(tmp_path, mixture, recipe)
+    held = read_held_out(tmp_path)
+    assert all(ALL.render(row.conversation).mask.tolist() == row.mask.tolist() for row in held) and len(held) == 2
+
+
+def test_a_turn_that_cannot_be_told_from_the_next_is_not_left_out() -> None:
+    """An empty reply has no words by which a format's turns could be told apart."""
+    for messages in (
+        [{"role": "user", "content": "a", "weight": 0}, {"role": "assistant", "content": ""}],
+        [{"role": "user", "content": "", "weight": 0}, {"role": "assistant", "content": "b"}],
+    ):
+        try:
+            mask = ALL.render(parse_row(messages, "f:1")).mask
+        except MaskError as error:
+            assert "messages[0]: weight 0, but the format writes nothing that tells it" in str(error)
+        else:  # <|bos|>, the user's header, words and end; the assistant's header, words and end
+            assert mask[-2:].all() and not mask[:3].any()
+
+
+def test_rows_of_numpy_and_torch_train_as_they_are_shown() -> None:
+    data = datasets.Dataset.from_list(
+        [{"input_ids": IDS, "labels": LABELS}, {"input_ids": IDS[:-1], "labels": LABELS[:-1]}]
+    )
+    plain = sf.mix(sf.read(data, name="a"), "builtin:tiny", validation=0).digest()
+    others = [data.with_format("torch"), data.with_format("numpy"), [dict(row) for row in data.with_format("numpy")]]
+    others.append([{"input_ids": list(np.array(row["input_ids"])), "labels": row["labels"]} for row in data])
+    for other in others:
+        read = sf.read(other, name="a")
+        assert sf.render(read, "builtin:tiny").to_json()["rows"][0]["mask"] == MASK
+        assert sf.mix(read, "builtin:tiny", validation=0).digest() == plain
+
+
+def test_long_rows_are_dropped_where_the_end_of_a_reply_cannot_be_told(tokenizer_dir: Path) -> None:
+    endless = open_with(tokenizer_dir, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    whole = endless.supervising("all")
+    short, long = chat("a", "b"), chat("a", "b " * 20, "c", "d " * 20)
+    assert fit_to_length(short, whole, 64, "cut").dropped is None
+    assert fit_to_length(long, whole, 40, "cut").dropped == TOO_LONG
+
+
+def test_ids_under_another_name() -> None:
+    with pytest.raises(SchemaError, match=r"f:1\.ids: a list under a name that nobody reads; call it input_ids"):
+        parse_row({"ids": IDS, "mask": MASK}, "f:1")

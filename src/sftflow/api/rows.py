@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class Rows(Sequence[Any]):
         if not (self._file or isinstance(data, Iterable) or hasattr(data, "to_pylist")):
             raise DataError(name or "rows", f"no rows, but {kind_of(data)}", "give a file, or a list of rows")
         rows = data.to_pylist(maps_as_pydicts="strict") if hasattr(data, "to_pylist") else data
-        self._rows = None if self._file else [without_nulls(row) for row in rows] if of_arrow else list(rows)
+        self._rows = None if self._file else [without_nulls(row) for row in rows] if of_arrow else _dicts(rows)
         self.given_name = name
         self.name = name or (Path(self._file).stem if self._file else "rows")
 
@@ -126,15 +126,27 @@ class Rows(Sequence[Any]):
         return f"Rows({self._file!r})" if self._file else f"Rows({len(self)} in memory, name={self.name!r})"
 
 
+def _dicts(rows: Iterable[Any]) -> list[Any]:
+    """Rows with mappings of other kinds (what a tokenizer of transformers returns) as dicts."""
+    return [dict(row) if isinstance(row, Mapping) and not isinstance(row, dict) else row for row in rows]
+
+
 def _as_json(row: Any) -> str:
-    """A row as a line of JSON; what JSON has not (a date) as a text, under keys that nothing is made of."""
+    """A row as a line of JSON; what numpy and torch have as lists and numbers, and what else JSON has not (a date) as a
+    text, under keys that nothing is made of."""
+    dumps = partial(json.dumps, ensure_ascii=False, allow_nan=False, default=_plain)
     try:
-        return json.dumps(row, ensure_ascii=False, allow_nan=False)
+        return dumps(row)
     except (TypeError, ValueError):
         if not isinstance(row, Mapping):
             raise
-        used = {key: value if key in READ or key in REFUSED else str(value) for key, value in row.items()}
-        return json.dumps(used, ensure_ascii=False, allow_nan=False)
+        return dumps({key: value if key in READ or key in REFUSED else str(value) for key, value in row.items()})
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
 def read(data: Any, *, name: str | None = None) -> Rows:
@@ -254,6 +266,9 @@ def render(
     """
     rows = read([data] if isinstance(data, Mapping | Conversation) else data)
     if isinstance(model, checkpoint.Assistant):
+        if format not in ("auto", model.renderer.format.name):
+            fact = f"the model is loaded with the format {model.renderer.format.name}"
+            raise RecipeError("--format", fact, f"load it with sf.load(MODEL, format={format!r}), or name it here")
         renderer = model.renderer
     else:
         quiet()
@@ -263,7 +278,7 @@ def render(
     if drop_prefill:
         renderer = prefill.drop_prefill(renderer)
     if supervise not in ("replies", "all"):
-        raise RecipeError("--supervise", f"{supervise!r} is not known", "give replies or all")
+        raise RecipeError("--supervise", f"it should be 'replies' or 'all' (given: {supervise!r})", "correct it")
     renderer = renderer.supervising(supervise)
     if renderer.arguments():
         first = [c for c in islice(rows.conversations(), SETTLE_ROWS) if isinstance(c, Conversation)]

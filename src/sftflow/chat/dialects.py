@@ -61,6 +61,8 @@ def read_row(row: Any, place: str) -> RawRow:
     claimed = any(not absent(row.get(key)) for keys, _ in _DIALECTS for key in keys)
     if not absent(row.get(IDS)) or (row.get(IDS) == [] and not claimed):
         return _of_tokens(row, place)
+    if isinstance(row.get("ids"), list) and not claimed:
+        raise SchemaError(f"{place}.ids", "a list under a name that nobody reads", f"call it {IDS}")
     if row.get("messages") and row.get("chosen") == row["messages"]:  # its rows for instruction tuning keep both
         refuse({key: value for key, value in row.items() if key not in ("chosen", "rejected")}, REFUSED, place)
     else:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from sftflow.chat.row_keys import CONVERSATIONS, IDS, LENGTHS, MASKS, TOKEN_KEYS, absent
@@ -76,8 +77,8 @@ def _integers(row: dict[str, Any], key: str, place: str) -> tuple[int, ...]:
     if not values:
         raise SchemaError(f"{place}.{key}", "it is empty", "give the row's tokens, or remove it")
     for number, value in enumerate(values):
-        if not isinstance(value, int) or (isinstance(value, bool) and key not in (*MASKS, "attention_mask")):
+        if not isinstance(value, Integral) or (isinstance(value, bool) and key not in (*MASKS, "attention_mask")):
             raise SchemaError(f"{place}.{key}[{number}]", f"it is {kind_of(value)}", "make it an integer")
-        if abs(value) >= 1 << 31:
+        if abs(int(value)) >= 1 << 31:
             raise SchemaError(f"{place}.{key}[{number}]", "a number of more than 32 bits", "write a token's id")
     return tuple(map(int, values))

@@ -16,6 +16,7 @@ import functools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -197,20 +198,16 @@ class Renderer:
     ) -> Iterator[tuple[int, int]]:
         """The tokens, from the first to behind the last, of each turn of another's than the assistant that weight 0
         leaves out. Raises MaskError where they cannot be told from those beside them."""
-        message = 0
-        if all(row.messages[turn].role == "assistant" for turn in row.left_out):
-            return
-        for (start, roles), (end, _) in zip(turns, (*turns[1:], (len(ids), "")), strict=True):
-            inside = row.messages[message : message + roles.count("+") + 1]
-            message += len(inside)
-            if not any(m.weight == 0 and m.role != "assistant" for m in inside):
+        starts = [*(start for start, _ in turns), len(ids)]
+        apart = len(turns) == len(row.messages) and all(a < b for a, b in pairwise(starts))
+        for turn in row.left_out:
+            if row.messages[turn].role == "assistant":
                 continue
-            parted = all(ids[at] in self.special.values() for at in (start, end) if 0 < at < len(ids))
-            if not parted or any(m.weight != 0 for m in inside):
+            ends = starts[turn : turn + 2] if apart else []
+            if not ends or any(ids[at] not in self.special.values() for at in ends if 0 < at < len(ids)):
                 fact = "weight 0, but the format writes nothing that tells it from the messages beside it"
-                first = next(i for i, m in enumerate(inside, message - len(inside)) if m.weight == 0)
-                raise MaskError(f"{row.source}.messages[{first}]", fact, "remove the weight, or the row")
-            yield start, end
+                raise MaskError(f"{row.source}.messages[{turn}]", fact, "remove the weight, or the row")
+            yield starts[turn], starts[turn + 1]
 
     def _pretokenized(self, row: Conversation, tokens: Pretokenized, is_prompt: bool) -> Rendered:
         """A row of tokens as it stands. Raises SchemaError where one is not in the vocabulary, or nothing is taught."""

@@ -64,7 +64,7 @@ class Message:
         for key in ("tool_call_id", "name", "reasoning_content"):
             if getattr(self, key) is not None:
                 out[key] = getattr(self, key)
-        return out if self.weight else {**out, "weight": 0}
+        return {**out, "weight": 0} if self.weight == 0 else out
 
 
 def text_message(role: str, text: str) -> Message:
@@ -116,6 +116,12 @@ class Conversation:
             mask = {} if self.tokens.mask is None else {"mask": list(self.tokens.mask)}
             return {"input_ids": list(self.tokens.ids), **mask}
         tools = {"tools": list(self.tools)} if self.tools else {}
+        prompt = [i for i, m in enumerate(self.messages) if m.weight is None]
+        if prompt:  # as it was given: the completion begins with the first reply behind them
+            behind = range(prompt[-1] + 1, len(self.messages))
+            n = next((i for i in behind if self.messages[i].role == "assistant"), len(self.messages))
+            sides = {"prompt": self.messages[:n], "completion": self.messages[n:]}
+            return {**{side: [m.to_json() for m in part] for side, part in sides.items()}, **tools}
         return {"messages": [m.to_json() for m in self.messages], **tools}
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from sftflow.chat.schema import Conversation
 from sftflow.checkpoint import Assistant
 from sftflow.comparison.in_training import seen_in_training
 from sftflow.comparison.prompt_results import Seen
@@ -28,10 +29,17 @@ def held_out_comparison(base: Assistant, sft: Assistant, run: Path | None) -> He
         rows = held_out_conversations(run, HELD_OUT_ROWS)
         if not rows:
             return None
+        if any(_other_tokens(base, sft, c) for _, c in rows):
+            return NotChecked(not_checked="rows that are tokens already, and the base has another tokenizer")
         before, after = held_out_loss(base, rows), held_out_loss(sft, rows)
     except SftflowError as error:  # an older run that kept no rows; a model whose logits are not those of its head
         return NotChecked(not_checked=_why(error))
     return HeldOutComparison(rows=after.rows, base=before, sft=after)
+
+
+def _other_tokens(base: Assistant, sft: Assistant, row: Conversation) -> bool:
+    """Whether a row of tokens is another text to the base."""
+    return row.tokens is not None and base.renderer.decode(row.tokens.ids) != sft.renderer.decode(row.tokens.ids)
 
 
 def overlap_with_training(

@@ -99,12 +99,13 @@ class Mixture:
 
     def _losses(self, rows: RowStore) -> list[str]:
         meta, long = rows.meta, f"longer than max_length {self.max_length:,}"
+        whole = self.renderer.spec.supervise == "all"
         counts = {
             f"{long} and {{was}} dropped": meta["dropped"].get(TOO_LONG, 0),
             f"{long} and {{was}} cut": meta["cut"],
             "bad and {was} skipped": meta["bad"],
             UNTAUGHT: meta["dropped"].get(UNTAUGHT, 0),
-            "tokens already; their masks are taken as they stand": meta["pretokenized"],
+            f"tokens already{'' if whole else '; their masks are taken as they stand'}": meta["pretokenized"],
         }
         return [
             f"{rows.name}: {n:,} of {meta['seen']:,} rows {'is' if n == 1 else 'are'} "

@@ -163,7 +163,7 @@ def _held_out_row(line: str) -> HeldOutRow:
 
 def _row_of(line: dict[str, Any]) -> dict[str, Any]:
     """The conversation of a held-out line; the mask beside it is that of a row of tokens only."""
-    keys = ("input_ids", "mask") if "input_ids" in line else ("messages", "tools")
+    keys = ("input_ids", "mask") if "input_ids" in line else ("messages", "prompt", "completion", "tools")
     return {key: line[key] for key in keys if key in line}
 
 

@@ -39,7 +39,8 @@ def fit_to_length(conversation: Conversation, renderer: Renderer, max_length: in
     untaught = not conversation.supervised if replies else len(left_out) == len(conversation.messages)
     if tokens:
         untaught = tokens.mask is not None and not any(tokens.mask)
-    if untaught and (tokens or not replies or any(m.role == "assistant" for m in conversation.messages)):
+    has_reply = any(m.role == "assistant" for m in conversation.messages)
+    if untaught and (tokens or has_reply or len(left_out) == len(conversation.messages)):
         return FittedRow([], dropped=UNTAUGHT)
     if untaught:
         raise SchemaError(conversation.source, "no assistant turn to learn from", "add one, or remove the row")
@@ -94,10 +95,12 @@ def _whole_turns(
 ) -> tuple[Conversation, Rendered] | None:
     """The longest beginning that ends with a supervised reply and fits: the rendering says where each reply ends, so
     that what cannot fit is not rendered."""
-    mask = rendered.mask
-    if renderer.spec.supervise == "all":  # then that of the replies says where they end
-        mask = renderer.supervising("replies").render(conversation).mask
-    ends = np.flatnonzero(np.isin(rendered.ids, renderer.stop_ids()) & (mask == 1))
+    if renderer.spec.supervise == "all":  # then the mask of the replies says where they end
+        try:
+            rendered = renderer.supervising("replies").render(conversation)
+        except SftflowError:
+            return None
+    ends = np.flatnonzero(np.isin(rendered.ids, renderer.stop_ids()) & (rendered.mask == 1))
     turns = conversation.supervised
     for turn, end in reversed(list(zip(turns, ends.tolist(), strict=True))):
         if end >= max_length or turn + 1 == len(conversation.messages):

@@ -38,7 +38,7 @@ NO_GROUP = -1
 PLAIN_TEXT = Path(__file__).with_name("plain.txt")
 TOO_LONG = "longer than the model's context"
 NOT_RENDERED = "the format cannot express it, or its mask cannot be proven"
-NO_REPLY = "nothing in it is supervised"
+NO_REPLY = "it holds no reply that is taught"
 MICRO_TOKENS = 8192
 """slots that are computed at once"""
 Int = NDArray[np.int64]

@@ -26,7 +26,7 @@ from collections.abc import Callable
 
 _OPTIONS = re.compile(
     r"--(allow-code|allow-host|allow-origin|api-key|base|format|host|index|insecure|judge|judge-model|limit|out|overwrite"
-    r"|params|port|prompts|resume|tasks|to|tokens|type)\b(?!-)( (?=[A-Z]{2,}))?"
+    r"|params|port|prompts|resume|supervise|tasks|to|tokens|type)\b(?!-)( (?=[A-Z]{2,}))?"
 )
 _FLAGS = ("allow-code", "insecure", "overwrite", "resume")
 
