@@ -113,5 +113,6 @@ def cell(body: Markup, *css: str) -> str:
 
 
 def frame(page: str) -> str:
-    """A whole page for a notebook's cell, in a frame of its own."""
-    return f'<iframe srcdoc="{esc(page)}" sandbox="allow-scripts" style="width:100%;height:40rem;border:0"></iframe>'
+    """A whole page for a notebook's cell, in a frame of its own, whose border says that it scrolls."""
+    style = "width:100%;height:40rem;border:1px solid #8888"
+    return f'<iframe srcdoc="{esc(page)}" sandbox="allow-scripts" style="{style}"></iframe>'
