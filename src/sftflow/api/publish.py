@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sftflow.api.assistant import base_beside, load
-from sftflow.api.shared import ModelLike, model_id, name_of, watching
+from sftflow.api.shared import ModelLike, model_id, name_of, parts_of, watching
 from sftflow.checkpoint import Assistant
 from sftflow.exporting.merge import merge
 from sftflow.exporting.to_gguf import export_gguf, require_passed, summary
 from sftflow.foundation.errors import RecipeError, ServeError
+from sftflow.generation.engine import Engine
 
 if TYPE_CHECKING:
     from sftflow.serving.service import Service
@@ -52,7 +54,7 @@ def serve(
     def models() -> dict[str, Assistant]:
         trained = load(model)
         served = [trained] if base is None else [trained, base_beside(base, trained)]
-        return dict(zip(names, served, strict=True))
+        return dict(zip(names, map(_apart, served) if background else served, strict=True))
 
     how: dict[str, Any] = {"host": host, "port": port, "insecure": insecure, "root_path": root_path}
     how |= {"allow_origin": allow_origin, "allow_hosts": allow_hosts}
@@ -64,6 +66,15 @@ def serve(
         service = Service(models, **how)
         service.start()
         return service
+
+
+def _apart(assistant: Assistant) -> Assistant:
+    """The same model for another thread: the weights are shared, the modules and the engine, which is not re-entrant,
+    are not."""
+    shared = {id(weight): weight for weight in (*assistant.model.parameters(), *assistant.model.buffers())}
+    model = copy.deepcopy(assistant.model, shared)
+    engine = Engine(model, assistant.renderer, assistant.engine.runtime)
+    return Assistant(**{**parts_of(assistant), "model": model, "engine": engine})
 
 
 def _served_names(model: ModelLike, base: ModelLike | None, name: str | None) -> list[str]:
