@@ -225,8 +225,11 @@ def test_a_server_answers_beside_the_program_until_it_is_stopped(run: Any) -> No
         answer = httpx.post(f"{server.url}/v1/chat/completions", json={"model": "mine", **body}, trust_env=False)
         said = answer.json()["choices"][0]["message"]["content"]
         assert said == run.assistant.chat("What is 2 + 1?", max_tokens=6).text
-        layers = [m for m in run.assistant.model.modules() if "forward" in vars(m)]
-        assert not layers  # the program's own model is not the one that the server's thread computes with
+        long = {**body, "model": "mine", "max_tokens": 400, "stream": True, "temperature": 2}
+        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=long, trust_env=False) as stream:
+            next(stream.iter_lines())
+            changed = [m for m in run.assistant.model.modules() if "forward" in vars(m)]
+            assert not changed  # the program's own model is not the one that the server's thread computes with
         with pytest.raises(sf.SftflowError, match="the port is in use"):
             sf.serve(run.assistant, port=int(server.url.rpartition(":")[2]), background=True)
     with pytest.raises(httpx.ConnectError):
