@@ -47,7 +47,8 @@ def csv_files(path: Path, split: str, name: str) -> list[Path]:
     if is_pattern(str(path)):
         found = sorted(Path(p) for p in glob.glob(str(path)) if p.lower().endswith(".csv"))
         if not found:
-            raise TaskError(name, f"no CSV file is called {path}", f"check the pattern{to_get(name)}")
+            where = "" if path.parent.is_dir() else to_get(name)
+            raise TaskError(name, f"no CSV file is called {path}", f"check the pattern{where}")
         return found
     if not path.is_dir():
         raise DataError(str(path), "no such file or folder", f"check the path of {name}")
