@@ -96,6 +96,7 @@ class Train(_Frozen):
     overlong: what becomes of conversations longer than max_length: cut back to whole turns that fit (what has none is
     dropped), dropped, or cut after so many tokens (the end of a cut reply is then not taught).
     share_prefixes: equal beginnings in a step are computed once.   warm_start: take over the base's optimizer state.
+    shard: whether each of several processes keeps a part of the model only; auto: where the whole would not fit.
     """
 
     out: str = "runs/sft"
@@ -124,6 +125,7 @@ class Train(_Frozen):
     share_prefixes: bool = True
     gradient_checkpointing: bool = False
     warm_start: bool = False
+    shard: Literal["auto", "no", "full"] = "auto"
     lr_scale: LrScale = LrScale()
     logger: Literal["tensorboard", "wandb", "trackio"] | None = None
     lora: None = None

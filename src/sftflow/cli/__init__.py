@@ -10,9 +10,10 @@ import json
 import os
 import sys
 
-from sftflow.cli import usage
+from sftflow.cli import processes, usage
 from sftflow.cli.common import app
 from sftflow.foundation.errors import DataError, RunError, SftflowError, said_of, undecoded
+from sftflow.foundation.ranks import lost, ranks
 from sftflow.foundation.runtime import out_of_memory
 
 ORDER = ("demo", "base", "render", "mix", "train", "eval", "compare", "chat", "serve", "export", "doctor")
@@ -34,11 +35,14 @@ def main() -> None:
         code = 0
     except Exception as error:
         known = _told(error)
-        if known is None or (os.environ.get("SFTFLOW_DEBUG") and not isinstance(error, MemoryError)):
+        if not processes.tells(error):
+            code = known[1] if known else 1
+        elif known is None or (os.environ.get("SFTFLOW_DEBUG") and not isinstance(error, MemoryError)):
             raise
-        line, code = known
-        print(f"error: {line}", file=sys.stderr)
-    sys.exit(code or 0)
+        else:
+            line, code = known
+            print(f"error: {line}", file=sys.stderr)
+    processes.leave(code or 0)
 
 
 def _escaped(error: UnicodeError) -> tuple[str, int]:
@@ -63,6 +67,9 @@ def _told(error: Exception) -> tuple[str, int] | None:
     elif isinstance(error, ModuleNotFoundError) and (error.name or "sftflow").partition(".")[0] != "sftflow":
         package = str(error.name).partition(".")[0]
         error = SftflowError(package, "this Python package is not installed", f"pip install {package}")
+    elif lost(error):
+        remedy = "look at what ended it; --resume goes on from the last saved state"
+        error = RunError(f"rank {ranks().rank}", "another process of the run has ended", remedy)
     elif isinstance(error, MemoryError) or out_of_memory(error):
         remedy = "close other programs, take a smaller model, or for training lower train.micro_tokens"
         error = RunError("memory", "out of memory", remedy)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sftflow.cli.common import Set, app, say
-from sftflow.foundation.errors import RecipeError
+from sftflow.cli.processes import Nproc, processes, tells
 
 if TYPE_CHECKING:
     from sftflow.api import Run
@@ -23,15 +23,13 @@ def train(
     set_: Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last saved state")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a run that is in train.out")] = False,
-    nproc: Annotated[int, typer.Option(min=1, help="processes; this version trains in one")] = 1,
+    nproc: Nproc = 1,
 ) -> None:
     """Fine-tune as the recipe says; evaluate and compare where it asks for it."""
-    if nproc != 1:
-        raise RecipeError("--nproc", "this version trains in one process", "leave it out")
     from sftflow.recipe import load_recipe
 
     loaded = load_recipe(recipe, set_)
-    with stopping(Path(loaded.train.out), overwrite=overwrite):
+    with processes(nproc), stopping(Path(loaded.train.out), overwrite=overwrite):
         from sftflow import api
 
         finish(api.train(recipe=loaded, resume=resume, overwrite=overwrite))
@@ -57,7 +55,8 @@ def stopping(out: Path, *, overwrite: bool = False) -> Iterator[None]:
             fact = f"the state is saved in {out / 'resume'}; --resume goes on"
         else:
             fact = f"{out / 'resume'} is as it was; --resume goes on" if saved else "nothing had been saved yet"
-        print(f"stopped; {fact}", file=sys.stderr)
+        if tells(stopped):
+            print(f"stopped; {fact}", file=sys.stderr)
         raise typer.Exit(stopped.exit_code) from None
 
 

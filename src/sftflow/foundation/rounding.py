@@ -24,8 +24,10 @@ BLOCK = 1 << 20
 """weights rounded at a time, so that what lies between stays in the cache"""
 
 
-def round_bf16(weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+def round_bf16(weight: torch.Tensor, out: torch.Tensor | None = None, *, first_row: int = 0) -> torch.Tensor:
     """The fp32 tensor as bf16, into `out` where given; NaN and infinity stay what they are.
+
+    first_row: the number of its first row in the whole weight, where it is a part of one.
 
     >>> import torch
     >>> w = torch.full((100, 100), 1 + 0.25 * 2**-7)  # a quarter of the way to the next bf16 number
@@ -42,9 +44,12 @@ def round_bf16(weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.T
     target = out.view(flat.shape)
     columns = torch.arange(flat.shape[1], dtype=torch.int32, device=weight.device) * COLUMN_STEP
     rows = max(1, BLOCK // flat.shape[1])
+    before = first_row * (weight.shape[1:-1].numel() if weight.ndim > 2 else 1)
     for start in range(0, len(flat), rows):
         part = flat[start : start + rows]
-        at = torch.arange(start, start + len(part), dtype=torch.int32, device=weight.device) * ROW_STEP
+        at = (
+            torch.arange(before + start, before + start + len(part), dtype=torch.int32, device=weight.device) * ROW_STEP
+        )
         bits = (at[:, None] + columns).bitwise_and_(0xFFFF).add_(part.view(torch.int32)).bitwise_and_(-0x10000)
         rounded = bits.view(torch.float32)
         target[start : start + rows] = torch.where(part.isfinite(), rounded, part)

@@ -65,7 +65,8 @@ def attending(
     embedding = model.get_input_embeddings()
     if sparse_embedding and isinstance(embedding, torch.nn.Embedding):
         weight = embedding.weight
-        changes.append((embedding, "sparse", weight.device.type == "cpu" and weight.grad is not None))
+        plain = type(weight) is torch.nn.Parameter  # not one of which each rank has a part
+        changes.append((embedding, "sparse", plain and weight.device.type == "cpu" and weight.grad is not None))
     AttentionInterface.register(NAME, packed_attention)
     try:
         if name != before:  # setting it walks through all modules, even where it changes nothing

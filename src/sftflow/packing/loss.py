@@ -37,6 +37,7 @@ class Head:
 
     weight: (vocabulary, width).   bias: (vocabulary,).   softcap: Gemma 2's.   scale: Cohere's, Granite's.
     bf16: the copy of the weight that products run on, where it is not simply rounded.
+    grad: where the weight's gradient is added, if not to its own `.grad`.
     """
 
     weight: torch.Tensor
@@ -44,6 +45,7 @@ class Head:
     softcap: float | None = None
     scale: float = 1.0
     bf16: torch.Tensor | None = None
+    grad: torch.Tensor | None = None
 
 
 def head_of(model: Any, bf16: torch.Tensor | None = None) -> Head:
@@ -134,6 +136,7 @@ def chunked_cross_entropy(
         weight = (head.weight if head.bf16 is None else head.bf16).to(dtype)
         bias = None if head.bias is None else head.bias.to(dtype)
         d_weight, d_bias = (None if scale is None else _grad_of(p) for p in (head.weight, head.bias))
+        d_weight = d_weight if head.grad is None else head.grad
         chunk = max(128, LOGITS // weight.shape[0])
         for start in range(0, hidden.shape[0], chunk):
             h = hidden[start : start + chunk].to(dtype)

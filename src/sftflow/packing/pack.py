@@ -127,8 +127,11 @@ def by_beginning(examples: Sequence[Example]) -> list[Example]:
     return sorted(examples, key=lambda e: inputs_of(e).astype(">i8").tobytes())
 
 
-def split_step(examples: Sequence[Example], micro_tokens: int, share: bool = True) -> list[list[Example]]:
-    """Cut a step into micro-batches of at most `micro_tokens` computed slots each, about equally full.
+def split_step(
+    examples: Sequence[Example], micro_tokens: int, share: bool = True, multiple: int = 1
+) -> list[list[Example]]:
+    """Cut a step into micro-batches of at most `micro_tokens` computed slots each, about equally full; into a multiple
+    of `multiple` of them, where that can be.
 
     Where beginnings are shared, attention still gathers every conversation whole; four times `micro_tokens` of that
     is the most a micro-batch gets. A longer conversation stands alone.
@@ -137,7 +140,7 @@ def split_step(examples: Sequence[Example], micro_tokens: int, share: bool = Tru
     inputs = [inputs_of(e) for e in ordered]
     shared = [0, *(common_prefix(a, b) for a, b in pairwise(inputs))] if share else [0] * len(inputs)
     total = sum(len(i) - s for i, s in zip(inputs, shared, strict=True))
-    parts = max(1, -(-total // micro_tokens))
+    parts = multiple * max(1, -(-total // (micro_tokens * multiple)))
     aim = -(-total // parts)
     out: list[list[Example]] = []
     slots = gathered = micro_tokens * 5

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from sftflow.foundation.errors import SftflowError
+from sftflow.foundation.ranks import ranks
 
 NAME = "log.txt"
 PACKAGES = ("sftflow", "torch", "transformers")
@@ -27,7 +28,7 @@ class LogFile:
 
     def open(self, folder: Path, *, anew: bool) -> None:
         """Write into the folder's log from here on, and what was said before. anew: in place of what is there."""
-        if self._path is None:
+        if self._path is None and ranks().first:
             self._path = folder / NAME
             waiting, self._waiting = self._waiting, []
             with self._path.open("w" if anew else "a", encoding="utf-8", errors="backslashreplace") as file:

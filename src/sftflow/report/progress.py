@@ -14,6 +14,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from sftflow.foundation.ranks import ranks
 from sftflow.foundation.runtime import Runtime, measure_peak, peak_memory
 from sftflow.report.figures import plural
 from sftflow.report.log_file import LogFile
@@ -28,7 +29,8 @@ WINDOW = 20  # steps that rates and the ETA look back on
 
 
 def stderr() -> Console:
-    return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+    """Of several ranks the first speaks."""
+    return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty(), quiet=not ranks().first)
 
 
 def clock(seconds: float) -> str:

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from sftflow.packing.pack import Example, PackedBatch, best_fit, pack_batch, pad_batch, split_padded, split_step
+from sftflow.foundation.ranks import Ranks
+from sftflow.packing.pack import (
+    Example,
+    PackedBatch,
+    best_fit,
+    inputs_of,
+    pack_batch,
+    pad_batch,
+    split_padded,
+    split_step,
+)
 from sftflow.recipe import Train
+
+ALONE = Ranks()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +92,95 @@ class RowPlan:
         return out
 
 
-def micro_batches(examples: Sequence[Example], settings: Train) -> list[PackedBatch]:
-    """What the model computes at once: a step's examples in batches of `micro_tokens` slots, packed or padded.
+def micro_batches(
+    examples: Sequence[Example], settings: Train, ranks: Ranks = ALONE, *, even: bool = False
+) -> list[PackedBatch]:
+    """What the model computes at once on this rank: its share of the examples in batches of `micro_tokens` slots,
+    packed or padded.
 
-    Equal beginnings are computed once, but not under dropout, which would strike all of them alike.
+    Equal beginnings are computed once, but not under dropout, which would strike all of them alike. Who computes what
+    hangs on the examples and the number of ranks alone; every example is on exactly one of them.   even: as many
+    batches as every other rank, the last ones perhaps without a label: where each is a collective.
     """
     most = settings.micro_tokens or settings.tokens_per_step
-    if not settings.packing:
-        return [pad_batch(part) for part in split_padded(examples, most)]
-    share = settings.share_prefixes and settings.dropout == 0
-    return [pack_batch(part, share=share) for part in split_step(examples, most, share)]
+    share = settings.packing and settings.share_prefixes and settings.dropout == 0
+    if settings.packing:
+        parts = split_step(examples, most, share, ranks.world)
+    else:
+        parts = split_padded(examples, _share_of(examples, most, ranks.world))
+    mine = dealt([sum(len(inputs_of(e)) for e in part) for part in parts], ranks.world)
+    batches = [pack_batch(parts[i], share=share) if settings.packing else pad_batch(parts[i]) for i in mine[ranks.rank]]
+    idle = max(len(each) for each in mine) - len(batches) if even else 0
+    return batches + [without_labels(settings.packing)] * idle
+
+
+def _share_of(examples: Sequence[Example], most: int, world: int) -> int:
+    """Slots of a padded batch: few enough that there is one for each rank."""
+    return most if world == 1 else min(most, -(-sum(len(inputs_of(e)) for e in examples) // world))
+
+
+def dealt(costs: Sequence[int], world: int) -> list[list[int]]:
+    """For each rank which parts are its own: the dearest part goes to the rank that has the least.
+
+    >>> dealt([5, 9, 4, 3], 2)
+    [[1], [0, 2, 3]]
+    """
+    out: list[list[int]] = [[] for _ in range(world)]
+    loads = [0] * world
+    for part in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        least = min(range(world), key=lambda r: (loads[r], len(out[r]), r))
+        out[least].append(part)
+        loads[least] += costs[part]
+    return [sorted(parts) for parts in out]
+
+
+def without_labels(packed: bool) -> PackedBatch:
+    """The smallest batch: nothing of it is supervised."""
+    example = Example(ids=np.zeros(2, np.int64), mask=np.ones(2, np.int8))
+    batch = pack_batch([example]) if packed else pad_batch([example])
+    nothing = np.zeros(0, np.int64)
+    return replace(batch, label_positions=nothing, labels=nothing, sources=nothing)
+
+
+class Tally:
+    """What a step, or a validation, adds up over batches and ranks.
+
+    loss: nats per supervised token.   computed: tokens that went through the layers, of `slots`.
+    """
+
+    def __init__(self, examples: Sequence[Example], n_sources: int = 0) -> None:
+        """examples: of all ranks.   n_sources: at least so many are told apart."""
+        self.size = max([n_sources, *(e.source + 1 for e in examples)])
+        self.sums, self.counts, self.n = np.zeros(self.size), np.zeros(self.size), np.zeros(2)
+
+    def add(self, batch: PackedBatch, losses: torch.Tensor) -> None:
+        """losses: (n,) of the batch's supervised tokens."""
+        self.sums += np.bincount(batch.sources, losses.cpu().double().numpy(), self.size)
+        self.counts += np.bincount(batch.sources, minlength=self.size)
+        if batch.n_supervised:
+            self.n += (batch.n_computed, batch.input_ids.size)
+
+    def over_ranks(self, ranks: Ranks) -> None:
+        """Add up all ranks' sums, so that each has the same."""
+        whole = ranks.total(np.concatenate([self.sums, self.counts, self.n]))
+        self.sums, self.counts, self.n = np.split(whole, [self.size, 2 * self.size])
+
+    @property
+    def loss(self) -> float:
+        return float(self.sums.sum() / max(1, self.supervised))
+
+    @property
+    def supervised(self) -> int:
+        return int(self.counts.sum())
+
+    @property
+    def computed(self) -> int:
+        return int(self.n[0])
+
+    @property
+    def slots(self) -> int:
+        return int(self.n[1])
+
+    def by_source(self) -> list[float | None]:
+        """The loss of each source, None where it has no token here."""
+        return [float(s / c) if c else None for s, c in zip(self.sums, self.counts, strict=True)]

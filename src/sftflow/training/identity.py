@@ -21,7 +21,7 @@ from sftflow.recipe import Recipe, SourceEntry
 Identity = dict[str, str]
 
 # What may differ when a run is resumed: these decide what is written, not the weights that are trained.
-FREE_OF_TRAIN = {"out", "save_every", "keep", "best", "logger"}
+FREE_OF_TRAIN = {"out", "save_every", "keep", "best", "logger", "shard"}
 FREE_TO_CHANGE: dict[str, Any] = {"eval": True, "compare": True, "max_dropped": True, "train": FREE_OF_TRAIN}
 # Keys of a config that no weight and no reply hangs on: where it lies, who wrote it, how it starts, what it is called.
 SILENT = {"architectures", "dtype", "id2label", "initializer_range", "label2id", "torch_dtype", "transformers_version"}

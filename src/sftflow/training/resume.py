@@ -61,9 +61,11 @@ def save_state(root: Path, trainer: Trainer, identity: Identity, extra: dict[str
         }
         (directory / "state.json").write_text(json.dumps(with_checksum(state), indent=2), encoding="utf-8")
 
-    write_directory(root / f"step-{trainer.step:08d}", fill)
-    for old in saved_states(root)[:-keep]:
-        remove_directory(old)
+    if trainer.ranks.first:
+        write_directory(root / f"step-{trainer.step:08d}", fill)
+        for old in saved_states(root)[:-keep]:
+            remove_directory(old)
+    trainer.ranks.barrier()
 
 
 def saved_states(root: Path) -> list[Path]:

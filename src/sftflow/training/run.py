@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,11 +25,12 @@ from typing import Any
 from sftflow.chat.template_options import options_note
 from sftflow.chat.token_rows import token_row
 from sftflow.checkpoint import Assistant, assistant_of, prepare, resolve, save, stored_dtype
-from sftflow.data.mixture import build_mixture, write_bad_rows
+from sftflow.data.mixture import Mixture, build_mixture, write_bad_rows
 from sftflow.data.run_rows import HELD_OUT, TRAINING_ROWS, write_run_rows
 from sftflow.fingerprint import weights_and_body_hash
 from sftflow.foundation.atomic_io import NO_SPACE, Lock, read_log, sweep, write_json, write_text
 from sftflow.foundation.errors import CheckpointError, RunError
+from sftflow.foundation.ranks import ranks
 from sftflow.foundation.runtime import detect
 from sftflow.recipe import Recipe, to_yaml
 from sftflow.training.batch_plan import RowPlan, StepLog
@@ -107,7 +109,7 @@ def run_training(
     signals, lock: the caller's, where they shall reach further than the training.   callback: what `eval.every` calls.
     """
     started = time.perf_counter()
-    out = Path(recipe.train.out)
+    out, here = Path(recipe.train.out), ranks()
     if out.exists() and not out.is_dir():
         raise CheckpointError(str(out), "train.out is a file", "name a folder")
     for name in (*DESCRIBED, *LOGS, *MEASURED_LATER, DONE, "log.txt"):
@@ -117,12 +119,14 @@ def run_training(
             )
     with contextlib.ExitStack() as stack:
         signals = signals or stack.enter_context(Signals())
-        if lock is None:
+        if lock is None and here.first:
             with signals.deferred():
                 stack.enter_context(Lock(out))
         require_own_links(out)
-        sweep(out, *DESCRIBED, *LOGS, "resume", "checkpoint", DONE)
-        sweep(out / "resume", "*")
+        if here.first:
+            sweep(out, *DESCRIBED, *LOGS, "resume", "checkpoint", DONE)
+            sweep(out / "resume", "*")
+        require_shared(out)
         done = read_done(out) if resume else None
         if done and done.get("asked") == asked_for(recipe) and (gone := missing_input(recipe)):
             listener.say(f"{out}: the finished run is compared with nothing: {gone} is no longer there")
@@ -140,6 +144,34 @@ def run_training(
                 raise
             raise cannot_write(out, error) from error
     return Run(directory=out, seconds=time.perf_counter() - started)
+
+
+def require_shared(out: Path) -> None:
+    """Raises CheckpointError where a rank does not see the run directory that the first rank writes. All must come
+    here."""
+    here = ranks()
+    if here.world == 1:
+        return
+    mark = out / f".{here.from_first(os.getpid())}.rank-0"
+    try:
+        if here.first:
+            mark.touch()
+        here.barrier()
+        if not mark.exists():
+            fact = f"rank {here.rank} does not see what rank 0 writes there"
+            raise CheckpointError(str(out), fact, "name a train.out on a disk that all machines share")
+        here.barrier()
+    finally:
+        if here.first:
+            mark.unlink(missing_ok=True)
+
+
+def first_of_node(build: Callable[[], Mixture]) -> Mixture:
+    """The mixture, rendered by one rank of each machine; the others read what it has left in the cache."""
+    here = ranks()
+    built = build() if here.local_rank == 0 else None
+    here.barrier()
+    return built or build()
 
 
 class FineTuning(TrainingRun):
@@ -167,7 +199,7 @@ class FineTuning(TrainingRun):
         base = base_identity(model, self.dtype, weights)
         self.notes["supervise"] = recipe.supervise
         listener.say("rendering the mixture")
-        self.mixture = build_mixture(recipe, renderer, listener.rendering)
+        self.mixture = first_of_node(lambda: build_mixture(recipe, renderer, listener.rendering))
         self.renderer = self.mixture.renderer
         for note in (*self.mixture.notes(), self.renderer.disagreement(), options_note(self.renderer)):
             if note:
@@ -200,14 +232,16 @@ class FineTuning(TrainingRun):
         resumed = resume and self.restore()
         if self.recipe.train.warm_start and not resumed:
             self.listener.say(warm_start(self.base_path, self.trainer))
-        self.describe(resumed)
-        resumed_at = self.trainer.step if resume else None
-        self.logger = open_logger(self.recipe, self.out, self.listener.say, resumed_at=resumed_at)
+        here = self.trainer.ranks
+        if here.first:
+            self.describe(resumed)
+            resumed_at = self.trainer.step if resume else None
+            self.logger = open_logger(self.recipe, self.out, self.listener.say, resumed_at=resumed_at)
         facts = {"base": self.recipe.base, "held_out": len(self.mixture.held_out), "notes": self.notes}
         self.begin(anew=anew, supervised_tokens=self.mixture.ledger["supervised_tokens"], **facts)
         if self.trainer.step == 0:
             self.validate()
-        if self.evals.last_step() != self.trainer.step:
+        if here.from_first(self.evals.last_step()) != self.trainer.step:
             self.evaluate_sample()
         self.train()
         self.finish()
@@ -281,7 +315,11 @@ class FineTuning(TrainingRun):
             "data": self.mixture.digest(),
             "step": self.trainer.step,
         }
-        save(self.out / "checkpoint", self.trainer.model, self.tokenizer, self.renderer, dtype=self.dtype, meta=meta)
+        if self.trainer.ranks.first:
+            save(
+                self.out / "checkpoint", self.trainer.model, self.tokenizer, self.renderer, dtype=self.dtype, meta=meta
+            )
+        self.trainer.ranks.barrier()
         self.write_ledger()
 
     def write_ledger(self) -> None:
@@ -292,14 +330,17 @@ class FineTuning(TrainingRun):
             "validation_loss": self.state.best,
             "chosen_by": self.recipe.train.best if self.mixture.held_out else "last",
         }
-        write_json(self.out / "ledger.json", {**self.mixture.ledger, "checkpoint": kept})
+        if self.trainer.ranks.first:
+            write_json(self.out / "ledger.json", {**self.mixture.ledger, "checkpoint": kept})
 
     def finish(self) -> None:
         if self.state.checkpoint is None:
             fact = "no step has changed the weights and left them finite"
             raise RunError(str(self.out), fact, self.divergence_remedy())
         done = {"steps": self.trainer.plan.total_steps, "asked": self.asked, "identity": self.identity}
-        write_json(self.out / DONE, done)
+        if self.trainer.ranks.first:
+            write_json(self.out / DONE, done)
+        self.trainer.ranks.barrier()
         self.signals.check()
 
     def divergence_remedy(self) -> str:

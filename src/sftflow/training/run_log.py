@@ -8,20 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from sftflow.foundation.atomic_io import finite, read_log, write_text
+from sftflow.foundation.ranks import ranks
 
 
 class RunLog:
-    """Rows with a `step`. What is not finite is written as null, for NaN is not JSON."""
+    """Rows with a `step`. What is not finite is written as null, for NaN is not JSON. Of several ranks the first writes
+    them."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.writes = path, ranks().first
 
     def append(self, row: dict[str, Any]) -> None:
+        if not self.writes:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite(row), allow_nan=False) + "\n")
 
     def to_disk(self) -> None:
         """A log must not fall behind the state that is saved next, not even in a power cut."""
+        if not self.writes:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             os.fsync(file.fileno())
 
@@ -32,6 +38,6 @@ class RunLog:
 
     def cut_back(self, step: int) -> None:
         """Drop the rows after `step`: a killed run wrote them, and the resumed one writes them again."""
-        if self.path.exists():
+        if self.writes and self.path.exists():
             kept = [row for row in read_log(self.path) if row.get("step", step + 1) <= step]
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))

@@ -11,6 +11,7 @@ import torch
 
 from sftflow.checkpoint import BUILTIN_TINY
 from sftflow.foundation.errors import CheckpointError, RecipeError
+from sftflow.foundation.ranks import ranks
 from sftflow.foundation.runtime import Runtime
 from sftflow.recipe import Recipe
 from sftflow.training.optimizers import OPTIMIZERS
@@ -26,6 +27,11 @@ AUTO_MICRO = {"small": 8192, "cpu": 1024, "cuda": 8192, "mps": 1024}
 # work than this. In floating-point operations and not seconds, so that a busy machine decides the same.
 WORTH_COMPILING = {"cpu": 2e14, "cuda": 2e16}
 
+# shard: auto. What a parameter takes in training: itself, its gradient and two moments; and the share of a device's
+# memory that may go to them, the rest being for activations.
+BYTES_A_PARAMETER = 16
+REPLICATED_SHARE = 0.6
+
 
 def resolve_recipe(recipe: Recipe, runtime: Runtime, n_parameters: int) -> tuple[Recipe, dict[str, Any]]:
     """Fill in what was left to `auto`, but `compile`; the notes say how each was decided."""
@@ -37,12 +43,25 @@ def resolve_recipe(recipe: Recipe, runtime: Runtime, n_parameters: int) -> tuple
         kind = OPTIMIZERS[train.optimizer]
         update["lr"] = kind.lr_tiny if small else kind.lr_real
         notes["lr"] = "auto: " + ("tuned for the tiny base" if small else "full fine-tuning of a real checkpoint")
+    if train.shard == "auto" and ranks().world > 1:
+        update["shard"], notes["shard"] = decide_shard(n_parameters, runtime)
     if train.micro_tokens is None:
         wanted = AUTO_MICRO["small" if small else runtime.device]
         update["micro_tokens"] = min(train.tokens_per_step, max(wanted, train.max_length))
     if train.epochs is None and train.steps is None:
         update["epochs"] = 1.0
     return recipe.model_copy(update={"train": train.model_copy(update=update)}), notes
+
+
+def decide_shard(n_parameters: int, runtime: Runtime) -> tuple[str, str]:
+    """("full" or "no", why): whether weights, gradients and AdamW's two moments, all in fp32, fit one device."""
+    needed = BYTES_A_PARAMETER * n_parameters
+    if runtime.device != "cuda":
+        return "no", "auto: replicated, for the processes share one memory or none is known"
+    room = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    fits = needed <= REPLICATED_SHARE * room
+    gib = f"{needed / 2**30:.1f} GiB of weights, gradients and moments on a device of {room / 2**30:.0f} GiB"
+    return ("no", f"auto: replicated, {gib}") if fits else ("full", f"auto: sharded, {gib}")
 
 
 def can_compile(device: str) -> str | None:

@@ -1,7 +1,8 @@
 """The training loop, for base pretraining and supervised fine-tuning alike: only the masks differ.
 
 Loss of a step = sum over supervised tokens / number of supervised tokens of the whole step, floor 1. Each
-micro-batch adds its SUM divided by the step's count, so accumulation cannot change the gradient.
+micro-batch adds its SUM divided by the step's count, so neither accumulation nor the number of processes can change the
+gradient.
 """
 
 from __future__ import annotations
@@ -12,19 +13,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 
 from sftflow.foundation.errors import RunError
+from sftflow.foundation.ranks import ranks
 from sftflow.foundation.runtime import Runtime, keep_freed_memory
 from sftflow.packing.attending import evaluating
 from sftflow.packing.check_model import check_length, prove_forward
 from sftflow.packing.loss import Parts, batch_loss, fused_parts, head_of, loss_parts
-from sftflow.packing.pack import Example, PackedBatch
+from sftflow.packing.pack import Example, PackedBatch, label_positions_of
 from sftflow.recipe import Train
-from sftflow.training.batch_plan import RowPlan, StepLog, micro_batches
+from sftflow.training.batch_plan import RowPlan, StepLog, Tally, micro_batches
 from sftflow.training.bf16_weights import Bf16Weights, decoder_layers, restore_classes
 from sftflow.training.optimizers import groups_of, lr_factor, make_optimizers
+from sftflow.training.sharding import Gradients, add_gradient, gathered_head, shard
 
 MAX_BAD_STEPS = 3
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -43,11 +45,16 @@ class Trainer:
         self.names = dict(enumerate(source_names))
         self.step = 0
         self.bad_steps = 0
+        self.ranks = ranks()
+        self.sharded = settings.shard == "full" and self.ranks.world > 1
         torch.manual_seed(settings.seed)
         keep_freed_memory()
         restore_classes(model)
         check_length(model, settings.max_length)
         prove_forward(model, packed=settings.packing)
+        self.n_body, self.n_head = matrix_sizes(model)
+        if self.sharded:
+            shard(model, self.ranks, runtime.device, bf16=runtime.precision == "bf16")
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizers = make_optimizers(model, settings)
         if settings.gradient_checkpointing:
@@ -61,12 +68,7 @@ class Trainer:
             for layer in decoder_layers(model):
                 layer.compile(dynamic=True)
             self.parts = torch.compile(fused_parts, dynamic=True)
-        self.n_body, self.n_head = matrix_sizes(model)
-        # Every gradient is allocated once and for all: made anew each step among activations that come and go, they
-        # leave the heap full of holes, and where it is there, that of the token embedding can be sparse (`attending`).
-        for parameter in self.trained:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+        self.gradients = Gradients(self.trained, self.ranks)
 
     def __iter__(self) -> Iterator[StepLog]:
         while self.step < self.plan.total_steps:
@@ -79,18 +81,19 @@ class Trainer:
         """
         started = time.perf_counter()
         examples = [e for row in self.plan.step_rows(self.step) for e in row]
-        batches = micro_batches(examples, self.settings)
+        batches = micro_batches(examples, self.settings, self.ranks, even=self.sharded)
         self.model.train()
-        scale = 1 / max(1, sum(b.n_supervised for b in batches))
-        losses = np.concatenate([np.zeros(0), *(self.loss(b, scale).cpu().double().numpy() for b in batches)])
-        sources = np.concatenate([np.zeros(0, np.int64), *(b.sources for b in batches)])
-        bound = self.settings.clip if self.settings.clip > 0 else math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self.trained, bound))
+        scale = 1 / max(1, sum(len(label_positions_of(e)) for e in examples))
+        found = Tally(examples)
+        for batch in batches:
+            found.add(batch, self.loss(batch, scale))
+        self.gradients.sum_over_ranks()
+        found.over_ranks(self.ranks)
+        norm = self.gradients.clip(self.settings.clip if self.settings.clip > 0 else math.inf)
         factor = lr_factor(self.step, self.plan.total_steps, self.settings.schedule)
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = group["peak_lr"] * factor
-        loss_sum = float(losses.sum(dtype=np.float64))
-        finite = math.isfinite(loss_sum) and math.isfinite(norm)
+        finite = math.isfinite(found.loss) and math.isfinite(norm)
         if finite:
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -98,20 +101,18 @@ class Trainer:
         self.bad_steps = 0 if finite else self.bad_steps + 1
         self.model.zero_grad(set_to_none=False)
         self.step += 1
-        n_computed = sum(b.n_computed for b in batches)
-        present = np.unique(sources).tolist()
         return StepLog(
             step=self.step,
-            loss=loss_sum / max(1, len(losses)),
+            loss=found.loss,
             lr=self.settings.peak_lr * factor,
             grad_norm=norm,
             tokens=sum(len(e.ids) for e in examples),
-            supervised_tokens=len(losses),
+            supervised_tokens=found.supervised,
             seconds=time.perf_counter() - started,
-            padding_share=1 - n_computed / max(1, sum(b.input_ids.size for b in batches)),
-            computed_tokens=n_computed,
-            flops=6.0 * (self.n_body * n_computed + self.n_head * len(losses)),
-            source_loss={self.names.get(s, str(s)): float(losses[sources == s].mean()) for s in present},
+            padding_share=1 - found.computed / max(1, found.slots),
+            computed_tokens=found.computed,
+            flops=6.0 * (self.n_body * found.computed + self.n_head * found.supervised),
+            source_loss={self.names.get(s, str(s)): x for s, x in enumerate(found.by_source()) if x is not None},
             skipped=not finite,
         )
 
@@ -135,21 +136,25 @@ class Trainer:
     def loss(self, batch: PackedBatch, scale: float | None = None) -> torch.Tensor:
         """(n,) loss per supervised token; with `scale`, the gradient of scale * their sum is added up too."""
         head = head_of(self.model, None if self.bf16 is None else self.bf16.head)
+        kept = head.weight
+        if self.sharded:
+            head = gathered_head(head, self.ranks, bf16=self.runtime.precision == "bf16", trained=scale is not None)
         packed = self.settings.packing
-        return batch_loss(self.model, batch, self.runtime, packed=packed, parts=self.parts, scale=scale, head=head)
+        losses = batch_loss(self.model, batch, self.runtime, packed=packed, parts=self.parts, scale=scale, head=head)
+        if head.grad is not None:
+            add_gradient(kept, head.grad)
+        return losses
 
     @torch.no_grad()
     def evaluate(self, examples: Sequence[Example]) -> tuple[float, list[float | None], int]:
         """Held-out loss: nats per supervised token over all examples, per source, and the number of tokens."""
         self.model.eval()
-        n_sources = max([len(self.names), *(e.source + 1 for e in examples)])
-        sums, counts = np.zeros(n_sources), np.zeros(n_sources, np.int64)
-        for batch in micro_batches(list(examples), self.settings):
-            sums += np.bincount(batch.sources, self.loss(batch).cpu().double().numpy(), n_sources)
-            counts += np.bincount(batch.sources, minlength=n_sources)
+        found = Tally(examples, len(self.names))
+        for batch in micro_batches(examples, self.settings, self.ranks, even=self.sharded):
+            found.add(batch, self.loss(batch))
+        found.over_ranks(self.ranks)
         self.model.train()
-        by_source = [float(s / c) if c else None for s, c in zip(sums, counts, strict=True)]
-        return float(sums.sum() / max(1, counts.sum())), by_source, int(counts.sum())
+        return found.loss, found.by_source(), found.supervised
 
 
 @contextmanager

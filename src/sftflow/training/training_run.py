@@ -91,7 +91,7 @@ class TrainingRun:
 
     def restore(self) -> bool:
         """Go on from the newest saved state, on a CPU bit for bit; False where there is none."""
-        states = saved_states(self.out / "resume")
+        states = self.trainer.ranks.from_first(saved_states(self.out / "resume"))
         if not states:
             return False
         self.state = RunState(**load_state(states[-1], self.trainer, self.identity))
@@ -138,7 +138,7 @@ class TrainingRun:
 
     def save_if_due(self) -> None:
         """Save the state each `save_every` steps, and where a signal has come; Raises Stopped then."""
-        asked = self.signals.asked
+        asked = max(self.trainer.ranks.gather(self.signals.asked))  # a signal that came to one rank stops them all
         if self.is_last and self.keeps_last_state and not self.is_new(0):
             raise RunError(f"step {self.trainer.step}", "the weights are not finite")
         # A state that would only repeat the one before it is not worth the older one that is dropped for it.
