@@ -41,9 +41,9 @@ notebooks: $(VENV)/.ready-notebooks
 test: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-# With the packages whose templates are read, and the clients that are put before the server.
+# With the packages whose templates are read, the clients that are put before the server, and torchao's optimizer.
 slow: $(VENV)/.ready-dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers,clients]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers,clients,adamw8bit]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist worksteal
 
 lint: $(VENV)/.ready-dev

@@ -69,7 +69,7 @@ def refused(tmp_path: Path, text: str, *sets: str) -> str:
         ("train: {zebra: 1}", "train.zebra: unknown key; known here: out, max_length, "),
         (
             "train: {optimizer: adamw_torch}",
-            "it should be 'adamw' or 'muon' (given: \"adamw_torch\"); did you mean 'adamw'?",
+            "it should be 'adamw' or 'adamw8bit' or 'muon' (given: \"adamw_torch\"); did you mean 'adamw'?",
         ),
         ("train: {precision: bfloat16}", "; did you mean 'bf16'?"),
         (
@@ -154,7 +154,7 @@ def test_a_value_is_named_by_where_it_was_written(tmp_path: Path) -> None:
         ({"base_model": "x"}, "base_model: unknown key; write base=..."),
         (
             {"optimizer": "adamw_torch"},
-            "optimizer: it should be 'adamw' or 'muon' (given: \"adamw_torch\"); did you mean",
+            "optimizer: it should be 'adamw' or 'adamw8bit' or 'muon' (given: \"adamw_torch\"); did you mean",
         ),
         ({"schedule": {"kind": "x"}}, "schedule.kind: it should be "),
         ({"eval": {"tasks": ["spelin"]}}, "eval.tasks: unknown task 'spelin'; did you mean 'spelling'?"),

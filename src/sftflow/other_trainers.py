@@ -123,7 +123,7 @@ SECTIONS: dict[str, Rows] = {
          "a share of all steps, not their number"),
         ("warmdown_ratio lr_decay_iters", "train.schedule.warmdown", "a share of all steps"),
         ("cosine_min_lr_ratio final_lr_frac min_lr", "train.schedule.final", "a share of train.lr"),
-        ("optim optimizer use_muon use_adam_mini", "train.optimizer", "adamw or muon"),
+        ("optim optimizer use_muon use_adam_mini", "train.optimizer", "adamw, adamw8bit or muon"),
         ("weight_decay", "train.weight_decay", ""),
         ("adam_beta1 adam_beta2 adam_epsilon beta1 beta2 betas eps optim_args optimizer_in_bwd", "",
          "AdamW's betas are 0.9 and 0.95, its epsilon 1e-8; leave it out"),

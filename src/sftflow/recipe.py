@@ -105,7 +105,7 @@ class Train(_Frozen):
     micro_tokens: Annotated[int, Field(gt=0)] | None = None
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     steps: Annotated[int, Field(gt=0)] | None = None
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     lr: Annotated[
         Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)],
         Field(description="'auto' or a number above 0"),
@@ -150,6 +150,8 @@ class Train(_Frozen):
             if value is not None and value < self.max_length:
                 fact = f"{name} {value} is less than max_length {self.max_length}"
                 raise ValueError(f"{fact}; raise train.{name}, or lower train.max_length")
+        if self.warm_start and self.optimizer == "adamw8bit":
+            raise ValueError("warm_start takes over no moments in 8 bits; set warm_start: false, or optimizer: adamw")
         return self
 
 

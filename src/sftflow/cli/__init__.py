@@ -7,6 +7,7 @@ import errno
 import importlib
 import io
 import json
+import logging
 import os
 import sys
 
@@ -27,6 +28,8 @@ def main() -> None:
     codecs.register_error("escape", _escaped)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="escape")
+    for name in ("torchao", "torch.utils._pytree"):  # where it is installed, transformers imports it, and it logs
+        logging.getLogger(name).setLevel(logging.ERROR)  # that its kernels for GPUs cannot be loaded on a CPU
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except (KeyboardInterrupt, EOFError):

@@ -6,6 +6,7 @@ A new optimizer is one function (parameter groups in, a list of torch optimizers
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,15 +36,31 @@ def groups_of(model: Any) -> Groups:
     return groups
 
 
-def adamw(groups: Groups, settings: Train) -> list[torch.optim.Optimizer]:
-    """AdamW (Loshchilov and Hutter 2019) for all; weight decay for matrices, none for norms, biases and embeddings."""
+def _adamw_groups(groups: Groups, settings: Train) -> list[dict[str, Any]]:
+    """Weight decay for matrices, none for norms, biases and embeddings; each group its rate."""
     lr, decay = settings.peak_lr, {"matrices": settings.weight_decay}
-    used: list[dict[str, Any]] = [
+    return [
         {"params": group, "lr": lr * getattr(settings.lr_scale, name), "weight_decay": decay.get(name, 0.0)}
         for name, group in groups.items()
         if group
     ]
+
+
+def adamw(groups: Groups, settings: Train) -> list[torch.optim.Optimizer]:
+    """AdamW (Loshchilov and Hutter 2019) for all."""
+    used = _adamw_groups(groups, settings)
     return [torch.optim.AdamW(used, betas=(0.9, 0.95), eps=1e-8, fused=True)] if used else []
+
+
+def adamw8bit(groups: Groups, settings: Train) -> list[torch.optim.Optimizer]:
+    """AdamW with its moments in 8 bits, 256 numbers to a scale (Dettmers et al. 2022, https://arxiv.org/abs/2110.02861),
+    by torchao: 2 bytes a parameter in place of 8. Weights of fewer than 4,096 numbers, or not a multiple of 256, keep
+    fp32 moments. Its step is compiled, once for each shape of a weight. Its rates are tensors, as `peak_lr` then is."""
+    from torchao.optim import AdamW8bit
+
+    warnings.filterwarnings("ignore", "OptimState8bit does not implement _stable_hash")  # what is compiled is cached
+    used = _adamw_groups(groups, settings)
+    return [AdamW8bit(used, betas=(0.9, 0.95), eps=1e-8)] if used else []
 
 
 def muon(groups: Groups, settings: Train) -> list[torch.optim.Optimizer]:
@@ -65,7 +82,11 @@ class OptimizerKind(NamedTuple):
     lr_real: float
 
 
-OPTIMIZERS = {"adamw": OptimizerKind(adamw, 3e-3, 2e-5), "muon": OptimizerKind(muon, 8e-3, 1e-5)}
+OPTIMIZERS = {
+    "adamw": OptimizerKind(adamw, 3e-3, 2e-5),
+    "adamw8bit": OptimizerKind(adamw8bit, 3e-3, 2e-5),
+    "muon": OptimizerKind(muon, 8e-3, 1e-5),
+}
 
 
 def make_optimizers(model: Any, settings: Train) -> list[torch.optim.Optimizer]:
@@ -75,6 +96,29 @@ def make_optimizers(model: Any, settings: Train) -> list[torch.optim.Optimizer]:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+IN_8_BITS = ("codes", "scale", "qmap")
+
+
+def moment_parts(value: Any) -> dict[str, torch.Tensor]:
+    """What is saved of one value of an optimizer's state, by the ending of its name: itself, or of a moment in 8 bits
+    the plain tensors it is made of ("codes" in its shape, "scale" of each block, "qmap": the 256 numbers that codes
+    stand for)."""
+    if not hasattr(value, "qmap"):
+        return {"": torch.as_tensor(value).contiguous()}
+    return {f".{name}": getattr(value, name).contiguous() for name in IN_8_BITS}
+
+
+def joined_moments(saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One parameter's state again, out of what `moment_parts` made of each value, by names with their endings."""
+    whole = {name: value for name, value in saved.items() if "." not in name}
+    for name in {name.partition(".")[0] for name in saved.keys() - whole.keys()}:
+        from torchao.optim.subclass_8bit import OptimState8bit
+
+        codes, scale, qmap = (saved[f"{name}.{part}"] for part in IN_8_BITS)
+        whole[name] = OptimState8bit(codes, scale, qmap, signed=bool(qmap[0] < 0))
+    return whole
 
 
 def lr_factor(step: int, total: int, schedule: Schedule) -> float:

@@ -30,7 +30,7 @@ from sftflow.foundation.errors import CheckpointError, DataError, RunError
 from sftflow.recipe import Recipe, load_recipe
 from sftflow.training.identity import Identity, recipe_identity, told_changes
 from sftflow.training.loggers import require_logger
-from sftflow.training.optimizers import Muon
+from sftflow.training.optimizers import Muon, joined_moments, moment_parts
 from sftflow.training.trainer import Trainer
 
 MOMENTS = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}
@@ -163,7 +163,7 @@ def load_state(directory: Path, trainer: Trainer, identity: Identity) -> dict[st
     if "cuda_rng" in random and torch.cuda.is_available():
         torch.cuda.set_rng_state(random["cuda_rng"])
     for number, optimizer in enumerate(trainer.optimizers):
-        mine = {parameter: state for (n, parameter), state in moments.items() if n == number}
+        mine = {parameter: joined_moments(state) for (n, parameter), state in moments.items() if n == number}
         optimizer.load_state_dict(optimizer.state_dict() | {"state": mine})
     trainer.step, trainer.bad_steps = state["step"], state["bad_steps"]
     return dict(state["extra"])
@@ -193,7 +193,7 @@ def _optimizer_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
     for number, optimizer in enumerate(trainer.optimizers):
         for index, state in optimizer.state_dict()["state"].items():
             for key, value in state.items():
-                out[f"{number}/{index}/{key}"] = torch.as_tensor(value).contiguous()
+                out |= {f"{number}/{index}/{key}{part}": x for part, x in moment_parts(value).items()}
     return out
 
 

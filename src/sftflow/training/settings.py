@@ -36,6 +36,7 @@ REPLICATED_SHARE = 0.6
 def resolve_recipe(recipe: Recipe, runtime: Runtime, n_parameters: int) -> tuple[Recipe, dict[str, Any]]:
     """Fill in what was left to `auto`, but `compile`; the notes say how each was decided."""
     train = recipe.train
+    require_optimizer(train.optimizer, runtime.device)
     small = recipe.base == BUILTIN_TINY or n_parameters < SMALL_MODEL
     update: dict[str, Any] = {"precision": runtime.precision}
     notes = {"precision": runtime.reason, "device": runtime.device}
@@ -72,6 +73,20 @@ def can_compile(device: str) -> str | None:
         compilers = [os.environ.get("CXX"), "g++", "clang++", "c++", "cl"]
         return None if any(c and shutil.which(c) for c in compilers) else "no C++ compiler"
     return f"not for {device}"
+
+
+def require_optimizer(name: str, device: str) -> None:
+    """Raises RecipeError where the optimizer cannot take a step on this device."""
+    if name != "adamw8bit":
+        return
+    if importlib.util.find_spec("torchao") is None:
+        remedy = "pip install 'sftflow[adamw8bit]', or set adamw"
+        raise RecipeError("train.optimizer", "adamw8bit is torchao's, which is not installed", remedy)
+    if missing := can_compile(device):
+        fact = f"adamw8bit compiles its step, and torch.compile cannot work here: {missing}"
+        raise RecipeError(
+            "train.optimizer", fact, "install it, or set adamw" if missing.startswith("no ") else "set adamw"
+        )
 
 
 def decide_compile(recipe: Recipe, runtime: Runtime, n_parameters: int, steps: int) -> tuple[Recipe, str]:
