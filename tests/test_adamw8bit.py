@@ -57,9 +57,16 @@ def test_it_is_refused_where_it_cannot_step(monkeypatch: pytest.MonkeyPatch) -> 
     require_optimizer("adamw", "mps")
 
 
-def test_its_moments_are_not_taken_over() -> None:
-    asked = {"mixture": [{"source": "spelling"}], "train": {"optimizer": "adamw8bit", "warm_start": True}}
-    with pytest.raises(RecipeError, match="warm_start takes over no moments in 8 bits; set warm_start: false"):
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ({"warm_start": True}, "warm_start takes over no moments in 8 bits; set warm_start: false"),
+        ({"shard": "full"}, "would hang on the number of processes; set optimizer: adamw, whose "),
+    ],
+)
+def test_what_its_moments_do_not_allow(setting: dict[str, Any], told: str) -> None:
+    asked = {"mixture": [{"source": "spelling"}], "train": {"optimizer": "adamw8bit", **setting}}
+    with pytest.raises(RecipeError, match=told):
         parse_recipe(asked, "r.yaml")
 
 

@@ -152,6 +152,9 @@ class Train(_Frozen):
                 raise ValueError(f"{fact}; raise train.{name}, or lower train.max_length")
         if self.warm_start and self.optimizer == "adamw8bit":
             raise ValueError("warm_start takes over no moments in 8 bits; set warm_start: false, or optimizer: adamw")
+        if self.shard == "full" and self.optimizer == "adamw8bit":
+            fact = "adamw8bit has 256 numbers to a scale, and which ones would hang on the number of processes"
+            raise ValueError(f"{fact}; set optimizer: adamw, whose moments are sharded, too, or shard: no")
         return self
 
 

@@ -45,7 +45,7 @@ def resolve_recipe(recipe: Recipe, runtime: Runtime, n_parameters: int) -> tuple
         update["lr"] = kind.lr_tiny if small else kind.lr_real
         notes["lr"] = "auto: " + ("tuned for the tiny base" if small else "full fine-tuning of a real checkpoint")
     if train.shard == "auto" and ranks().world > 1:
-        update["shard"], notes["shard"] = decide_shard(n_parameters, runtime)
+        update["shard"], notes["shard"] = decide_shard(n_parameters, runtime, train.optimizer)
     if train.micro_tokens is None:
         wanted = AUTO_MICRO["small" if small else runtime.device]
         update["micro_tokens"] = min(train.tokens_per_step, max(wanted, train.max_length))
@@ -54,11 +54,13 @@ def resolve_recipe(recipe: Recipe, runtime: Runtime, n_parameters: int) -> tuple
     return recipe.model_copy(update={"train": train.model_copy(update=update)}), notes
 
 
-def decide_shard(n_parameters: int, runtime: Runtime) -> tuple[str, str]:
+def decide_shard(n_parameters: int, runtime: Runtime, optimizer: str = "adamw") -> tuple[str, str]:
     """("full" or "no", why): whether weights, gradients and AdamW's two moments, all in fp32, fit one device."""
     needed = BYTES_A_PARAMETER * n_parameters
     if runtime.device != "cuda":
         return "no", "auto: replicated, for the processes share one memory or none is known"
+    if optimizer == "adamw8bit":
+        return "no", "auto: replicated, as adamw8bit is never sharded"
     room = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     fits = needed <= REPLICATED_SHARE * room
     gib = f"{needed / 2**30:.1f} GiB of weights, gradients and moments on a device of {room / 2**30:.0f} GiB"
