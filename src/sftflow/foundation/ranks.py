@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:  # `sftflow --help` comes by here
+    from numpy.typing import NDArray
 
 T = TypeVar("T")
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -66,6 +66,8 @@ class Ranks:
 
     def total(self, values: NDArray[Any]) -> NDArray[Any]:
         """The sum of every rank's array, added in the order of ranks, so that all have the same to the last bit."""
+        import numpy as np
+
         return np.sum(self.gather(values), axis=0)  # type: ignore[no-any-return]
 
     def barrier(self) -> None:
