@@ -53,7 +53,13 @@ def shard(model: Any, ranks: Ranks, device: str, *, bf16: bool) -> None:
 
 
 def _shard_module(module: torch.nn.Module, mesh: DeviceMesh, small: set[torch.nn.Parameter]) -> None:
-    fully_shard(module, mesh=mesh, ignored_params=small, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    fully_shard(
+        module,
+        mesh=mesh,
+        ignored_params=small,
+        mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
+        reshard_after_forward=True,  # each module is a root to FSDP, and roots else stay whole until the backward pass
+    )
     fully: Any = module
     fully.set_gradient_divide_factor(1.0)  # a sum: each rank has divided by the supervised tokens of all
     fully.set_force_sum_reduction_for_comms(True)
