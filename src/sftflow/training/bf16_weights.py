@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from sftflow.foundation.rounding import round_bf16
@@ -62,18 +63,22 @@ def restore_classes(model: Any) -> None:
 
 
 class Bf16Weights:
-    """The bf16 copies of a model's decoder layers and output projection. `refresh` after every change of a weight."""
+    """The bf16 copies of a model's decoder layers and output projection. `refresh` after every change of a weight.
+
+    Weights of which each rank has a part are rounded when they are gathered instead (see `sharding`).
+    """
 
     def __init__(self, model: Any) -> None:
         self.modules: list[Any] = []
         for layer in decoder_layers(model):
             for module in layer.modules():
-                if type(module) in CLASSES:
+                if type(module) in CLASSES and not isinstance(module.weight, DTensor):
                     module.register_buffer("bf16", module.weight.detach().to(torch.bfloat16), persistent=False)
                     module.__class__ = CLASSES[type(module)]
                     self.modules.append(module)
         self.head_weight = model.get_output_embeddings().weight
-        self.head = self.head_weight.detach().to(torch.bfloat16)
+        gathered = isinstance(self.head_weight, DTensor)
+        self.head = None if gathered else self.head_weight.detach().to(torch.bfloat16)
         self.refresh(every=True)
 
     @torch.no_grad()
@@ -82,5 +87,5 @@ class Bf16Weights:
         for module in self.modules:
             if every or module.weight.requires_grad:
                 round_bf16(module.weight, module.bf16)
-        if every or self.head_weight.requires_grad:
+        if self.head is not None and (every or self.head_weight.requires_grad):
             round_bf16(self.head_weight, self.head)

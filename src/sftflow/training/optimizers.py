@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sftflow.foundation.runtime import has_native_bf16
 from sftflow.recipe import Schedule, Train
@@ -40,9 +41,10 @@ def _adamw_groups(groups: Groups, settings: Train) -> list[dict[str, Any]]:
     """Weight decay for matrices, none for norms, biases and embeddings; each group its rate."""
     lr, decay = settings.peak_lr, {"matrices": settings.weight_decay}
     return [
-        {"params": group, "lr": lr * getattr(settings.lr_scale, name), "weight_decay": decay.get(name, 0.0)}
+        {"params": part, "lr": lr * getattr(settings.lr_scale, name), "weight_decay": decay.get(name, 0.0)}
         for name, group in groups.items()
-        if group
+        for sharded in (False, True)  # the fused kernel takes either kind, not both at once
+        if (part := [p for p in group if isinstance(p, DTensor) == sharded])
     ]
 
 
@@ -150,6 +152,7 @@ class Muon(torch.optim.Muon):
 
     torch runs the Newton-Schulz iteration in bf16 everywhere. A CPU without bf16 products does that at a fiftieth of
     its fp32 speed, and the iteration then takes nearly all of a step: here it runs in fp32 on such machines.
+    A matrix of which each rank has some rows is orthogonalised whole by all of them.
     """
 
     @torch.no_grad()
@@ -165,9 +168,12 @@ class Muon(torch.optim.Muon):
                 momentum = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
                 dtype = torch.bfloat16 if has_native_bf16(p.device.type) else torch.float32
-                update = orthogonalised(update.to(dtype), a_b_c, steps, eps)
+                whole = update.full_tensor() if isinstance(update, DTensor) else update
+                whole = orthogonalised(whole.to(dtype), a_b_c, steps, eps)
+                if isinstance(update, DTensor):  # each rank keeps its rows of what all have computed
+                    whole = distribute_tensor(whole, update.device_mesh, update.placements, src_data_rank=None)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * math.sqrt(max(1.0, p.shape[0] / p.shape[1])))
+                p.add_(whole, alpha=-group["lr"] * math.sqrt(max(1.0, p.shape[0] / p.shape[1])))
 
 
 def orthogonalised(matrix: torch.Tensor, a_b_c: tuple[float, float, float], steps: int, eps: float) -> torch.Tensor:

@@ -1,0 +1,78 @@
+"""Trainings in several processes: this module is also the program that each of them runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Outcome:
+    """losses, norms: of each step.   weights: whole ones, at the end."""
+
+    losses: list[float]
+    norms: list[float]
+    weights: dict[str, torch.Tensor]
+
+
+def launch(world: int, *command: str, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
+    """A command in `world` processes of one thread each, by torchrun."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    outside = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **env}
+    return subprocess.run([*run, *command], capture_output=True, text=True, timeout=timeout, env=outside)
+
+
+def trained(world: int, variants: list[dict[str, Any]], folder: Path) -> list[Outcome]:
+    """What `train` gives for each variant, in so many processes; in this one where it is one."""
+    if world == 1:
+        return [train(variant) for variant in variants]
+    (folder / "variants.json").write_text(json.dumps(variants))
+    done = launch(world, "-m", "helpers.several", str(folder))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [Outcome(**torch.load(folder / f"{number}.pt")) for number in range(len(variants))]
+
+
+def train(variant: dict[str, Any]) -> Outcome:
+    """model: of `ARCHITECTURES`.   rows: how many examples have labels, the others have none; None for `shared_rows`.
+    Everything else: settings."""
+    from helpers.architectures import tiny
+    from helpers.training import BF16, FP32, examples, shared_rows, spec
+    from sftflow.packing.pack import Example
+    from sftflow.training.batch_plan import RowPlan
+    from sftflow.training.trainer import Trainer
+
+    keys = dict(variant)
+    model, rows = tiny(keys.pop("model", "Llama")), keys.pop("rows", None)
+    runtime = BF16 if keys.get("precision") == "bf16" else FP32
+    data = shared_rows()
+    if rows is not None:
+        some = examples(40)
+        data = [e if n < rows else Example(ids=e.ids, mask=0 * e.mask) for n, e in enumerate(some)]
+    settings = spec(**{"micro_tokens": 128, "steps": 20, "lr": 1e-4, **keys})
+    trainer = Trainer(model, RowPlan(data, settings), settings, runtime)
+    logs = list(trainer)
+    weights: list[tuple[str, Any]] = list(model.named_parameters())
+    whole = {n: (p if type(p) is torch.nn.Parameter else p.full_tensor()).detach().clone() for n, p in weights}
+    return Outcome([log.loss for log in logs], [log.grad_norm for log in logs], whole)
+
+
+def main(folder: Path) -> None:
+    from sftflow.foundation.ranks import joined
+
+    with joined() as ranks:
+        for number, variant in enumerate(json.loads((folder / "variants.json").read_text())):
+            outcome = train(variant)
+            if ranks.first:
+                torch.save(vars(outcome), folder / f"{number}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
