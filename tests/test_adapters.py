@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from helpers import runs
-from helpers.adapters import QV, logits, lora, off_by, write_adapter, write_base
+from helpers.adapters import IDS, QV, logits, lora, off_by, randomise, write_adapter, write_base, write_other_base
 from sftflow import checkpoint
-from sftflow.exporting.merge import merge
-from sftflow.fingerprint import weights_hash
+from sftflow.exporting.merge import merge, told
+from sftflow.fingerprint import weights_and_body_hash, weights_hash
+from sftflow.foundation.atomic_io import sha256_file, with_checksum, write_json
 from sftflow.foundation.errors import CheckpointError, ProofError, RecipeError
 
 peft = pytest.importorskip("peft", reason="adapters: pip install peft")
@@ -28,6 +29,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "rslora": lambda: lora(use_rslora=True),
     "dora": lambda: lora(use_dora=True),
     "bias": lambda: lora(bias="all"),
+    "bias of adapted layers": lambda: lora(bias="lora_only"),
     "bias of its own": lambda: lora(lora_bias=True),
     "saved embedding": lambda: lora(modules_to_save=["embed_tokens"]),
     "saved head": lambda: lora(modules_to_save=["lm_head"]),
@@ -35,6 +37,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "saved both, tied": lambda: lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True),
     "tokens": lambda: lora(trainable_token_indices=[5, 9, 17]),
     "tokens of both": lambda: lora(trainable_token_indices={"embed_tokens": [5, 9], "lm_head": [7]}),
+    "tokens below a head": lambda: lora(trainable_token_indices=[5, 9], target_modules=["q_proj", "lm_head"]),
     "head": lambda: lora(target_modules=["q_proj", "lm_head"]),
     "embedding": lambda: lora(target_modules=["q_proj", "embed_tokens"]),
     "embedding and head": lambda: lora(target_modules=["q_proj", *BOTH]),
@@ -46,6 +49,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "a layer twice": lambda: lora(layer_replication=[[0, 2], [1, 2]]),
     "parameters": lambda: lora(target_parameters=["self_attn.k_proj.weight"]),
     "pissa": lambda: lora(init_lora_weights="pissa"),
+    "olora": lambda: lora(init_lora_weights="olora"),
     "loha": lambda: peft.LoHaConfig(r=4, target_modules=QV, **CLM),
     "lokr": lambda: peft.LoKrConfig(r=4, target_modules=QV, **CLM),
     "ia3": lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], **CLM),
@@ -74,14 +78,20 @@ def read(path: Path) -> Any:
 
 def edit_config(adapter: Path, **changes: Any) -> None:
     path = adapter / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes, indent=2))
 
 
 def edit_weights(adapter: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    edit_model(adapter, change, "adapter_model.safetensors")
+
+
+def edit_model(
+    folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]], file: str = "model.safetensors"
+) -> None:
     from safetensors.torch import load_file, save_file
 
-    path = adapter / "adapter_model.safetensors"
-    save_file({key: weight.contiguous() for key, weight in change(load_file(path)).items()}, path)
+    path = folder / file
+    save_file({key: weight.contiguous() for key, weight in change(load_file(path)).items()}, path, {"format": "pt"})
 
 
 @TIED
@@ -95,6 +105,44 @@ def test_merged_computes_what_peft_does(tmp_path: Path, bases: dict[bool, Path],
     embedding, head = (end.weight for end in (merged.get_input_embeddings(), merged.get_output_embeddings()))
     assert merged.config.tie_word_embeddings == (tied and torch.equal(embedding, head))
     assert embedding.shape == base.get_input_embeddings().weight.shape
+
+
+OTHERS: dict[str, tuple[str, Callable[[], Any]]] = {
+    "transposed": ("gpt2", lambda: lora(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)),
+    "transposed, said wrongly": ("gpt2", lambda: lora(target_modules=["c_attn"])),
+    "experts": ("qwen3_moe", lambda: lora(target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])),
+    "experts and router": ("qwen3_moe", lambda: lora(target_parameters=["mlp.experts.down_proj", "mlp.gate.weight"])),
+    "fused": ("phi3", lambda: lora(target_modules=["qkv_proj", "gate_up_proj"], use_rslora=True)),
+    "scaled embedding": ("gemma3_text", lambda: lora(target_modules=["q_proj", "embed_tokens"])),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_adapters_of_other_architectures(tmp_path: Path, tokenizer_dir: Path, kind: str) -> None:
+    from transformers import AutoTokenizer
+
+    architecture, config = OTHERS[kind]
+    base = write_other_base(tmp_path / "base", AutoTokenizer.from_pretrained(tokenizer_dir), architecture)
+    own = write_adapter(tmp_path / "adapter", base, config())
+    merge(str(tmp_path / "adapter"), tmp_path / "merged")
+    assert off_by(read(tmp_path / "merged"), own) < 1e-5 and off_by(read(base), own) > 0.01
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4"])
+def test_a_start_that_was_converted_is_plain(tmp_path: Path, bases: dict[bool, Path], start: str) -> None:
+    """peft's way of keeping an adapter whose start changed the base: the difference, of twice the rank."""
+    wrapped = peft.get_peft_model(read(bases[True]), lora(init_lora_weights=True))
+    wrapped.peft_config["default"].init_lora_weights = start
+    for module in [m for m in wrapped.modules() if hasattr(m, "pissa_init")]:
+        module.pissa_init("default", start)
+    wrapped.peft_config["default"].init_lora_weights = True
+    wrapped.save_pretrained(tmp_path / "start")
+    wrapped.peft_config["default"].init_lora_weights = start
+    randomise((p for p in wrapped.parameters() if p.requires_grad), 0.2)
+    own = logits(wrapped.eval())
+    wrapped.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    merge(str(tmp_path / "adapter"), tmp_path / "merged")
+    assert off_by(read(tmp_path / "merged"), own) < 1e-5
 
 
 # ---- new tokens
@@ -146,6 +194,129 @@ def test_rows_of_new_tokens_are_the_adapters(tmp_path: Path, bases: dict[bool, P
     merge(str(tmp_path / "adapter"), out)
     assert off_by(read(out), own) < 1e-5
     assert len(checkpoint.load_tokenizer(checkpoint.resolve(str(out)))) == len(tokenizer)
+
+
+# ---- what other trainers write
+
+
+def unsloth(adapter: Path, base: Path) -> None:
+    """A token for padding that the base has no row for, its own word in the config, targets as a pattern."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"pad_token": "<|PAD_TOKEN|>"})
+    tokenizer.save_pretrained(adapter)
+    mapping = {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers.models.llama.modeling_llama"}
+    pattern = r"(?:.*?(?:language|text|model).*?(?:self_attn|attention|attn).*?(?:q_proj|v_proj).*?)"
+    edit_config(adapter, auto_mapping=mapping | {"unsloth_fixed": True}, target_modules=pattern)
+
+
+def axolotl(adapter: Path, base: Path) -> None:
+    """The base's config beside the adapter."""
+    shutil.copy(base / "config.json", adapter)
+    shutil.copy(base / "tokenizer.json", adapter)
+    shutil.copy(base / "tokenizer_config.json", adapter)
+
+
+def llama_factory(adapter: Path, base: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base, pad_token="<|end|>", padding_side="right")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(adapter)
+    for name in ("all_results.json", "trainer_state.json", "trainer_log.jsonl"):
+        (adapter / name).write_text("{}")
+
+
+def years_ago(adapter: Path, base: Path) -> None:
+    """As peft 0.6 wrote its config: without the keys of later versions."""
+    path, later = adapter / "adapter_config.json", {"peft_version", "use_dora", "exclude_modules", "lora_bias"}
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in config.items() if k not in later and "_config" not in k}))
+
+
+LAYOUTS = {layout.__name__: layout for layout in (unsloth, axolotl, llama_factory, years_ago)}
+
+
+@TIED
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_other_trainers_write_is_read(tmp_path: Path, bases: dict[bool, Path], layout: str, tied: bool) -> None:
+    adapter, out = tmp_path / "adapter", tmp_path / "merged"
+    own = write_adapter(adapter, bases[tied], lora())
+    LAYOUTS[layout](adapter, bases[tied])
+    merge(str(adapter), out)
+    merged, old = read(out), own.shape[-1]
+    assert len(checkpoint.load_tokenizer(checkpoint.resolve(str(out)))) <= merged.get_input_embeddings().num_embeddings
+    with torch.inference_mode():
+        assert float((merged(IDS).logits[..., :old] - own[:, : IDS.shape[1]]).abs().max() / own.abs().max()) < 1e-5
+
+
+def test_a_base_in_four_bits_is_not_merged_into(tmp_path: Path, bases: dict[bool, Path]) -> None:
+    """Unsloth names the base that it trained on: the whole one is to be named."""
+    write_adapter(tmp_path / "adapter", bases[True], lora())
+    four = Path(shutil.copytree(bases[True], tmp_path / "base-bnb-4bit"))
+    config, how = json.loads((four / "config.json").read_text()), {"load_in_4bit": True, "quant_method": "bitsandbytes"}
+    (four / "config.json").write_text(json.dumps(config | {"quantization_config": how}))
+    edit_config(tmp_path / "adapter", base_model_name_or_path=str(four))
+    with pytest.raises(CheckpointError, match=r"quantised \(bitsandbytes\).*name the full base: .* --base BASE"):
+        checkpoint.load_assistant(str(tmp_path / "adapter"))
+    merge(str(tmp_path / "adapter"), tmp_path / "merged", base=str(bases[True]))
+
+
+@TIED
+def test_several_adapters_lie_in_folders(tmp_path: Path, bases: dict[bool, Path], tied: bool) -> None:
+    wrapped = peft.get_peft_model(read(bases[tied]), lora(), adapter_name="one")
+    wrapped.add_adapter("two", lora(r=8, use_rslora=True))
+    randomise((p for key, p in wrapped.named_parameters() if "lora_" in key), 0.2)
+    wrapped.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"no model in it, but in one, two; name one of them: .*two$"):
+        checkpoint.resolve(str(tmp_path))
+    for name in ("one", "two"):
+        wrapped.set_adapter(name)
+        own = logits(wrapped.eval())
+        assert off_by(checkpoint.load_model(checkpoint.resolve(str(tmp_path / name)))[0], own) < 1e-5
+
+
+@pytest.mark.slow
+@TIED
+@pytest.mark.parametrize("kind", ["defaults", "all-linear", "ends"])
+def test_what_trl_trains_is_read(tmp_path: Path, bases: dict[bool, Path], kind: str, tied: bool) -> None:
+    """Two steps of its SFTTrainer, its last and a saved state: merged, they compute what peft does."""
+    pytest.importorskip("trl", reason="TRL's trainer: pip install trl")
+    import datasets
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    configs = {"defaults": {}, "all-linear": {"target_modules": "all-linear"}, "ends": {"modules_to_save": BOTH}}
+    tokenizer = AutoTokenizer.from_pretrained(bases[tied])
+    tokenizer.pad_token = tokenizer.eos_token = tokenizer.bos_token
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + m['content'] + eos_token }}{% endfor %}"
+    rows = [
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": f"yo {n}"}]} for n in "abcd"
+    ]
+    options = {
+        "max_steps": 2,
+        "save_steps": 1,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+    }
+    trainer = SFTTrainer(
+        read(bases[tied]),
+        SFTConfig(output_dir=str(tmp_path / "run"), disable_tqdm=True, per_device_train_batch_size=2, **options),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=peft.LoraConfig(r=4, **CLM, **configs[kind]),
+    )
+    trainer.model.peft_config["default"].base_model_name_or_path = str(bases[tied])
+    trainer.train()
+    trainer.save_model()
+    for saved in (tmp_path / "run", tmp_path / "run" / "checkpoint-2"):
+        own = logits(peft.PeftModel.from_pretrained(read(bases[tied]), saved).eval())
+        assert off_by(read(bases[tied]), own) > 1e-3
+        assert off_by(checkpoint.load_model(checkpoint.resolve(str(saved)))[0], own) < 1e-5
+        checkpoint.load_assistant(str(saved))
 
 
 # ---- what is no whole adapter of its base
@@ -215,6 +386,11 @@ WRONG: dict[str, tuple[Callable[[], Any], Callable[[Path], None], str]] = {
     "unknown option": (lora, lambda a: edit_config(a, use_newer=True), "it asks for use_newer, which peft"),
     "a classifier": (lora, lambda a: edit_config(a, task_type="SEQ_CLS"), "it was trained for SEQ_CLS"),
     "a model, too": (lora, beside_a_model, "it holds a model .model.safetensors. and an adapter"),
+    "a start at random": (
+        lambda: lora(init_lora_weights="pissa_niter_4"),
+        lambda _: None,
+        r"at its start \(pissa_niter_4\) the base was changed.*path_initial_model_for_weight_conversion",
+    ),
     "alora": (lambda: lora(alora_invocation_tokens=[5]), lambda _: None, "type aLoRA cannot be merged"),
     "prefix": (
         lambda: peft.PrefixTuningConfig(num_virtual_tokens=3, **CLM),
@@ -264,6 +440,38 @@ def test_two_versions_of_a_shared_weight_are_refused(tmp_path: Path, bases: dict
     edit_weights(adapter, lambda weights: weights | {key: weights[key] + 1})
     with pytest.raises(CheckpointError, match="two versions of a weight that the base has once"):
         merge(str(adapter), tmp_path / "merged")
+
+
+# ---- what storing costs
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16"])
+def test_what_is_stored_is_as_near_as_is_told(tmp_path: Path, bases: dict[bool, Path], kind: str) -> None:
+    """The largest difference of a logit, merged and as stored, on the very ids; told and written down."""
+    write_adapter(tmp_path / "adapter", bases[True], lora())
+    _, unmerged = checkpoint.load_merged(checkpoint.resolve(str(tmp_path / "adapter")))
+    found = merge(str(tmp_path / "adapter"), tmp_path / "merged", kind=kind)
+    off = unmerged.off_by(read(tmp_path / "merged"))
+    assert off == pytest.approx(found["stored_off_by"], rel=0.01, abs=1e-5) and off < found["bounds"]["stored"]
+    assert found["merged_off_by"] < 1e-5 < found["moved_by_adapter"]
+    assert {"f32": off < 1e-5, "f16": 1e-4 < off < 0.1, "bf16": 1e-3 < off < 1}[kind]
+    assert json.loads((tmp_path / "merged" / "sftflow.json").read_text())["merged"] == found
+    assert f"{off:.1e} stored as {kind} (allowed" in told(found)
+
+
+def test_what_storing_would_lose_is_refused(tmp_path: Path, bases: dict[bool, Path]) -> None:
+    adapter, out = tmp_path / "adapter", tmp_path / "merged"
+    write_adapter(adapter, bases[True], lora())
+    edit_weights(adapter, lambda weights: {key: w * 1e-3 for key, w in weights.items()})  # a millionth of a change
+    with pytest.raises(
+        ProofError, match=r"stored as bf16.* the adapter itself moves them by .*; .* --type f32"
+    ) as error:
+        merge(str(adapter), out, kind="bf16")
+    assert error.value.exit_code == 1 and not out.exists()
+    merge(str(adapter), out, kind="f32")
+    edit_weights(adapter, lambda weights: {key: w * 1e6 for key, w in weights.items()})  # more than fp16 can hold
+    with pytest.raises(ProofError, match="stored as f16, its logits are off by nan of the largest one"):
+        merge(str(adapter), out, kind="f16")
 
 
 # ---- nothing else changes
@@ -383,6 +591,53 @@ def test_where_the_base_is(tmp_path: Path, bases: dict[bool, Path], adapter: tup
     edit_config(directory, base_model_name_or_path="models/mine")
     with pytest.raises(CheckpointError, match=r"models/mine: its weights are quantised \(awq\)"):
         checkpoint.load_assistant(str(directory))
+
+
+def trained_here(adapter: Path, base: Path) -> None:
+    """The record that training writes beside an adapter."""
+    model = checkpoint.load_model(checkpoint.resolve(str(base)))[0]
+    files = {p.name: sha256_file(p) for p in adapter.iterdir()}
+    record = {"kind": "sft", "base": {"name": str(base), "body": weights_and_body_hash(model)[1]}, "sha256": files}
+    write_json(adapter / "sftflow.json", with_checksum(record))
+
+
+def test_the_base_is_checked_by_its_recorded_hash(tmp_path: Path, bases: dict[bool, Path]) -> None:
+    adapter, base = tmp_path / "adapter", Path(shutil.copytree(bases[True], tmp_path / "base"))
+    own = write_adapter(adapter, base, lora())
+    trained_here(adapter, base)
+    model, info = checkpoint.load_model(checkpoint.resolve(str(adapter)))
+    assert off_by(model, own) < 1e-5 and info["base"]["body"] and info["kind"] == "sft"
+    edit_model(base, lambda weights: weights | {"model.norm.weight": weights["model.norm.weight"] + 1e-3})
+    fact = r"its base .*/base is not the one that it was trained on \(weights [0-9a-f]+ -> [0-9a-f]+\); .*--base BASE"
+    for attempt in (lambda: checkpoint.load_assistant(str(adapter)), lambda: merge(str(adapter), tmp_path / "merged")):
+        with pytest.raises(CheckpointError, match=fact):
+            attempt()
+    merge(str(adapter), tmp_path / "merged", base=str(bases[True]))
+    edit_weights(adapter, lambda weights: {key: w * 2 for key, w in weights.items()})
+    with pytest.raises(
+        CheckpointError, match=r"adapter_model\.safetensors: changed"
+    ):  # nor is the adapter what was saved
+        checkpoint.load_assistant(str(adapter))
+
+
+def test_folders_that_moved_together(tmp_path: Path, bases: dict[bool, Path]) -> None:
+    """A base that is gone from its place is looked for above a run that recorded its hash."""
+    base = Path(shutil.copytree(bases[True], tmp_path / "old" / "models" / "mine"))
+    adapter = tmp_path / "old" / "runs" / "a" / "checkpoint"
+    own = write_adapter(adapter, base, lora())
+    trained_here(adapter, base)
+    (tmp_path / "old").rename(tmp_path / "new")
+    run = tmp_path / "new" / "runs" / "a"
+    with pytest.raises(CheckpointError, match="old/models/mine: no such"):
+        checkpoint.load_assistant(str(run))
+    (tmp_path / "new" / "models" / "mine").rename(tmp_path / "new" / "mine")
+    assert off_by(checkpoint.load_model(checkpoint.resolve(str(run)))[0], own) < 1e-5
+    (tmp_path / "new" / "mine").rename(tmp_path / "elsewhere")
+    edit_config(run / "checkpoint", base_model_name_or_path=str(tmp_path / "elsewhere"))  # as the error says
+    assert off_by(checkpoint.load_model(checkpoint.resolve(str(run)))[0], own) < 1e-5
+    edit_config(run / "checkpoint", lora_alpha=9)
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: changed since it was saved"):
+        checkpoint.load_assistant(str(run))
 
 
 def test_base_and_adapter_are_not_replaced(tmp_path: Path, adapter: tuple[Path, torch.Tensor]) -> None:

@@ -307,7 +307,7 @@ def test_what_is_no_checkpoint_says_what_is_there(tmp_path: Path) -> None:
     weights, config = base / "model.safetensors", json.loads((base / "config.json").read_text())
     assert refusal("base/config.json") == "a file, not a checkpoint directory; give the folder that it lies in"
     assert refusal("bose") == "no such checkpoint directory; did you mean 'base'?"
-    assert refusal("").endswith(": no config.json in it, but in base; name one of them: base")
+    assert refusal("").endswith(": no model in it, but in base; name one of them: base")
 
     (base / "config.json").write_text(json.dumps({**config, "model_type": "newest"}))
     assert "knows no model of type 'newest'; pip install -U transformers, or give another model" in refusal("base")

@@ -36,6 +36,25 @@ def write_base(
     return folder
 
 
+def write_other_base(folder: Path, tokenizer: Any, architecture: str) -> Path:
+    """A random model of another architecture, by transformers' name of it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    more = {"num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    own = {"gpt2": {"n_positions": 256}, "phi3": {"num_key_value_heads": 2}, "gemma3_text": more}
+    own["qwen3_moe"] = {**more, **experts, "tie_word_embeddings": False}
+    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    config = AutoConfig.for_model(architecture, vocab_size=len(tokenizer), **sizes, **own[architecture], **ids)
+    model = AutoModelForCausalLM.from_config(config)
+    randomise(model.parameters(), 0.05)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def randomise(parameters: Any, scale: float) -> None:
     with torch.no_grad():
         for parameter in parameters:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sftflow.api.assistant import base_beside, load
 from sftflow.api.shared import ModelLike, model_id, name_of, parts_of, watching
 from sftflow.checkpoint import Assistant
-from sftflow.exporting.merge import merge
+from sftflow.exporting.merge import merge, told
 from sftflow.exporting.to_gguf import export_gguf, require_passed, summary
 from sftflow.foundation.errors import RecipeError, ServeError
 from sftflow.generation.engine import Engine
@@ -125,9 +125,9 @@ def export(
     type: Literal["f32", "f16", "bf16", "q8_0"] | None = None,
     base: str | None = None,
     prompts: int = 50,
-) -> dict[str, Any] | None:
-    """Write a .gguf file for llama.cpp, proven by a parity certificate beside it, which is returned; or merge a LoRA
-    adapter into its base.
+) -> dict[str, Any]:
+    """Write a .gguf file for llama.cpp, proven by a parity certificate beside it, which is returned; or merge an
+    adapter into its base, and return how far its logits are from those of the two side by side.
 
     type: how weights are stored (gguf: f16).   base: of an adapter whose own is not at hand.   prompts: of the
     certificate.   Raises CheckpointError or FormatError where llama.cpp would compute or read something else.
@@ -136,9 +136,10 @@ def export(
         if to == "merged":
             if type == "q8_0":
                 raise RecipeError("--type", "a checkpoint directory holds no q8_0", "use f32, f16 or bf16")
-            merge(name_of(model), Path(out), base=base, kind=type)
+            merged = merge(name_of(model), Path(out), base=base, kind=type)
+            shown.say(f"export: {told(merged)}")
             shown.say(f"export: wrote {out}; it loads like any checkpoint: sftflow chat {out}")
-            return None
+            return merged
         if base is not None:
             raise RecipeError("--base", "only --to merged has one", "leave it out")
         return export_gguf(name_of(model), Path(out), type or "f16", prompts=prompts, say=shown.say)

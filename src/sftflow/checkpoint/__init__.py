@@ -2,14 +2,16 @@
 
 A model is named by a directory, a run directory (its `checkpoint/` is meant), `builtin:tiny`, a .gguf file, or a
 hub id (`location.py`, `hub.py`). The directory of an adapter of peft is its base with the adapter added
-(`adapters.py`). `weights.py` accounts for every tensor, `tokenizer.py` keeps the tokenizer as its file has it,
-`assistant.py` makes a checkpoint talk, `saving.py` writes one (`older_readers.py`: so that transformers 4 reads it).
+(`adapter_files.py`, `adapters.py`). `weights.py` accounts for every tensor, `tokenizer.py` keeps the tokenizer as its
+file has it, `assistant.py` makes a checkpoint talk, `saving.py` writes one (`older_readers.py`: so that transformers 4
+reads it).
 """
 
 from sftflow.checkpoint.assistant import Assistant, assistant_of, base_format, load_assistant, prepare
 from sftflow.checkpoint.loading import (
     load_config,
     load_info,
+    load_merged,
     load_model,
     load_tokenizer,
     open_renderer,
@@ -29,6 +31,7 @@ __all__ = [
     "load_assistant",
     "load_config",
     "load_info",
+    "load_merged",
     "load_model",
     "load_tokenizer",
     "open_renderer",

@@ -1,4 +1,4 @@
-"""Adapters of peft: what a directory holds, and a base with it added, proven on the logits.
+"""Adapters of peft added into their bases, proven on the logits.
 
 peft wraps the base; what the wrapped model computes is the truth. Then the weights are added into the base's own, and
 the result must compute the same. Weights that the base shares (a tied head) are parted first, so that what the adapter
@@ -9,85 +9,66 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Iterator
-from dataclasses import fields
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sftflow.checkpoint.weights import WRAPPERS, no_weights, settle_head, unreadable
-from sftflow.foundation.atomic_io import read_record
+from sftflow.checkpoint.adapter_files import read_config, read_weights
+from sftflow.checkpoint.weights import WRAPPERS, settle_head
 from sftflow.foundation.errors import CheckpointError, ProofError, SftflowError, first_line
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 TOLERANCE = 1e-4
 """of a logit, as a part of the largest one: an order above what single precision loses in adding the weights first"""
-COPY_AGAIN = "copy the adapter again"
-RESTORE = f"restore it, or {COPY_AGAIN}"
 OTHER_BASE = "name the base that it was trained on, or save the adapter again"
 PROMPTS, LENGTH = 4, 16
 
 
-def is_adapter(directory: Path) -> bool:
-    """Whether a directory holds an adapter. Raises CheckpointError where it holds a whole model, too: some programs
-    would load the one, some both."""
-    if not (directory / CONFIG).is_file():
-        return False
-    whole = sorted(p.name for p in directory.glob("model*.safetensors*"))
-    if whole:
-        raise CheckpointError(str(directory), f"it holds a model ({whole[0]}) and an adapter", "keep them apart")
-    return True
+@dataclass(frozen=True)
+class Unmerged:
+    """What peft computes with an adapter beside its base.
+
+    ids: (n, LENGTH) of prompts.   logits: (n, LENGTH, rows) over them.   largest: of these, by size.
+    moved: the largest change of a logit that the adapter makes in its base.
+    """
+
+    ids: Any
+    logits: Any
+    largest: float
+    moved: float
+
+    def off_by(self, model: Any) -> float:
+        """The largest difference between a logit of `model` and peft's; NaN where one is none."""
+        return float((_logits(model, self.ids) - self.logits).abs().max())
 
 
-def has_tokenizer(directory: Path) -> bool:
-    """Whether an adapter brings a tokenizer; else its base's is meant. Raises CheckpointError for half of one."""
-    if any((directory / name).is_file() for name in TOKENIZERS):
-        return True
-    if (directory / "chat_template.jinja").is_file():
-        raise CheckpointError(str(directory), "it brings a chat template, but no tokenizer", "copy tokenizer.json, too")
-    return False
-
-
-def base_name(directory: Path) -> str:
-    """The base that an adapter names; "" where it names none. A path counts from the working directory, as in peft,
-    else from the adapter's or the folder that holds it."""
-    config = read_record(directory / CONFIG, RESTORE)
-    name = str(config.get("base_model_name_or_path") or "")
-    if name and not Path(name).exists():
-        for folder in (directory, directory.parent):
-            if (folder / name).exists():
-                return str(folder / name)
-        revision = config.get("revision")
-        if revision and "@" not in name and name.count("/") == 1:
-            return f"{name}@{revision}"
-    return name
-
-
-def merge_into(model: Any, directory: Path, name: str, n_tokens: int = 0) -> Any:
-    """The base with the adapter added; the model that was given is used up.
+def merge_into(
+    model: Any, directory: Path, name: str, n_tokens: int = 0, padding: Collection[int] = ()
+) -> tuple[Any, Unmerged]:
+    """The base with the adapter added, and what it was compared with; the model that was given is used up.
 
     model: in fp32, on the CPU.   n_tokens: of the adapter's own tokenizer, where those are more than its base's.
+    padding: those of them that nothing is trained on; where the adapter has no rows for them, they are the mean row.
 
     Raises CheckpointError for what is no whole adapter of this base, and ProofError where the merged model's logits
     are not those that peft computes with the adapter beside the base.
     """
-    import torch
-
     if importlib.util.find_spec("peft") is None:
         raise CheckpointError(name, "it is an adapter, which needs the package peft", "pip install 'sftflow[lora]'")
-    weights = _weights(directory, name)
-    config = _config(directory, name)
+    weights = read_weights(directory, name)
+    config = read_config(directory, name)
     ends = _ends(model)
     was_tied = len(ends) == 2 and len({id(end.weight) for end in ends.values()}) == 1
-    old, rows = _resize(model, weights, n_tokens)
+    old, rows = _resize(model, weights, n_tokens, padding)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of all that peft warns of, we make sure below
         try:
-            wrapped = _wrapped(model, config, weights, name)
             ids = _prompts(config, old, rows)
-            with torch.no_grad():
-                own = wrapped(input_ids=ids, use_cache=False).logits
+            before = _logits(model, ids)
+            wrapped = _wrapped(model, config, weights, name)
+            own = _logits(wrapped, ids)
             _part_shared_weights(wrapped)
+            _merge_inner_tokens(wrapped)
             merged = wrapped.merge_and_unload()
         except (SftflowError, MemoryError):
             raise
@@ -102,64 +83,28 @@ def merge_into(model: Any, directory: Path, name: str, n_tokens: int = 0) -> Any
             raise CheckpointError(
                 name, fact, "name the base that has them, or save it again with save_embedding_layers=True"
             )
-    with torch.no_grad():
-        gap = float((merged(input_ids=ids, use_cache=False).logits - own).abs().max() / own.abs().max())
-    if not gap <= TOLERANCE:
-        fact = f"merged, its logits are off by {gap:.1e} of the largest one"
-        raise ProofError(name, fact, "let peft run the adapter beside its base")
+    moved = float((own - before).nan_to_num(0.0).abs().max())  # what a new row was before is no number
+    unmerged = Unmerged(ids, own, float(own.abs().max()), moved)
+    require_near(
+        unmerged, unmerged.off_by(merged), TOLERANCE, name, "merged", "let peft run the adapter beside its base"
+    )
     for parameter in merged.parameters():  # peft freezes the base
         parameter.requires_grad_(True)
-    return merged
+    return merged, unmerged
 
 
-def _weights(directory: Path, name: str) -> dict[str, Any]:
-    """The adapter's tensors by their keys."""
-    from safetensors.torch import load_file
-
-    path = directory / WEIGHTS
-    if not path.is_file():
-        raise CheckpointError(name, *no_weights(directory, WEIGHTS, "adapter"))
-    try:
-        weights: dict[str, Any] = load_file(path)
-    except Exception as error:  # of many kinds
-        raise CheckpointError(str(path), *unreadable(path, error, COPY_AGAIN)) from error
-    if not weights:
-        raise CheckpointError(str(path), "it holds no weights", "save the adapter again, or copy it again")
-    for key, weight in weights.items():
-        if not bool(weight.float().isfinite().all()):
-            raise CheckpointError(name, f"its weights are not finite ({key})", "give another adapter")
-    return weights
+def require_near(unmerged: Unmerged, off: float, part: float, name: str, how: str, remedy: str) -> None:
+    """Raises ProofError where logits are off by more than this part of the largest one.   how: what was done before."""
+    if not off <= part * unmerged.largest:
+        fact = f"{how}, its logits are off by {off / unmerged.largest:.1e} of the largest one, allowed are {part:.0e}"
+        raise ProofError(name, fact, remedy)
 
 
-def _config(directory: Path, name: str) -> Any:
-    """peft's config of the adapter. Raises CheckpointError for what cannot be merged, or asks for what this peft does
-    not know."""
-    import peft
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+def _logits(model: Any, ids: Any) -> Any:
+    import torch
 
-    raw = read_record(directory / CONFIG, RESTORE)
-    kind, update = raw.get("peft_type"), "pip install -U peft"
-    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind) if isinstance(kind, str) else None
-    if known is None:
-        raise CheckpointError(name, f"peft {peft.__version__} knows no adapter of type {kind!r}", update)
-    if raw.get("task_type") not in (None, "CAUSAL_LM"):
-        raise CheckpointError(name, f"it was trained for {raw['task_type']}", "give an adapter for CAUSAL_LM")
-    names = {f.name for f in fields(known)} | {"auto_mapping", "runtime_config"}
-    # What is off, or a number beside something that is off, changes nothing.
-    asked = [key for key, value in raw.items() if key not in names and value and isinstance(value, bool | list | dict)]
-    if asked:
-        raise CheckpointError(name, f"it asks for {asked[0]}, which peft {peft.__version__} does not know", update)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            config = known.from_pretrained(str(directory))
-    except Exception as error:  # of many kinds
-        raise CheckpointError(f"{name}/{CONFIG}", f"cannot be read ({first_line(error)})", RESTORE) from error
-    if config.is_prompt_learning or config.is_adaption_prompt or getattr(config, "alora_invocation_tokens", None):
-        kind = "aLoRA" if hasattr(config, "alora_invocation_tokens") else kind
-        raise CheckpointError(name, f"an adapter of type {kind} cannot be merged", "use it with peft")
-    config.inference_mode = True
-    return config
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits
 
 
 def _ends(model: Any) -> dict[str, Any]:
@@ -168,10 +113,10 @@ def _ends(model: Any) -> dict[str, Any]:
     return {name: end for name, end in ends.items() if end is not None}
 
 
-def _resize(model: Any, weights: dict[str, Any], n_tokens: int) -> tuple[int, int]:
+def _resize(model: Any, weights: dict[str, Any], n_tokens: int, padding: Collection[int]) -> tuple[int, int]:
     """Give the model as many rows as the adapter's own embeddings have, or its tokenizer tokens; (rows before, after).
 
-    A new row is NaN until the adapter fills it.
+    A new row is NaN until the adapter fills it; one of `padding` is the mean.
     """
     import torch
 
@@ -185,6 +130,7 @@ def _resize(model: Any, weights: dict[str, Any], n_tokens: int) -> tuple[int, in
         with torch.no_grad():
             for end in _ends(model).values():  # new modules
                 end.weight[old:] = torch.nan
+                end.weight[[i for i in padding if i >= old]] = end.weight[:old].mean(0)
     return old, rows
 
 
@@ -280,6 +226,15 @@ def _part_shared_weights(model: Any) -> None:
             if id(weight) in seen:
                 module._parameters[name] = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
             seen.add(id(weight))
+
+
+def _merge_inner_tokens(model: Any) -> None:
+    """Merge trained tokens that lie inside another layer of the adapter: peft's own merging passes by them."""
+    from peft.utils.other import TrainableTokensWrapper
+
+    for module in list(model.modules()):
+        if isinstance(inner := getattr(module, "base_layer", None), TrainableTokensWrapper):
+            module.base_layer = inner.unload_and_optionally_merge_module(True, False, None)
 
 
 def _tie_equal_ends(model: Any) -> None:

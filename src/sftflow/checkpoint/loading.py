@@ -9,6 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 import sftflow.gguf.reader as gguf
 from sftflow.chat.format import add_tokens, choose_format
 from sftflow.checkpoint import adapters, hub
+from sftflow.checkpoint.adapter_files import CONFIG, names_another_base, recorded_base
 from sftflow.checkpoint.generation import read_ends
 from sftflow.checkpoint.location import Location, base_location, tokenizer_location
 from sftflow.checkpoint.templates import read_templates
 from sftflow.checkpoint.tokenizer import read_tokenizer
 from sftflow.checkpoint.weights import COPY_AGAIN, RESTORE, load_weights, not_finite, require_whole, stored_types
+from sftflow.fingerprint import weights_and_body_hash
 from sftflow.foundation.atomic_io import (
     check_hashes,
     read_record,
@@ -48,6 +51,8 @@ def _check_files(location: Location, *, weights: bool = True) -> dict[str, Any]:
         hub.fetch_weights(location.name, directory)
     info = load_info(location)
     recorded: dict[str, str] = info.get("sha256", {})
+    if CONFIG in recorded and names_another_base(directory, recorded[CONFIG]):
+        recorded = {name: hashed for name, hashed in recorded.items() if name != CONFIG}
     small = {name: hashed for name, hashed in recorded.items() if not name.endswith(".safetensors")}
     check_hashes(directory, recorded if weights else small, RESTORE, location.name)
     return info
@@ -114,13 +119,17 @@ def load_info(location: Location) -> dict[str, Any]:
 
 def _info_of_adapter(location: Location) -> dict[str, Any]:
     base = base_location(location)
+    own = Path(location.path) / "sftflow.json"
+    if own.is_file():  # trained here
+        record = read_record(own, RESTORE)
+        return {**record, "base": {**(record.get("base") or {}), "name": base.name}}
     info = load_info(base)
     kept = ["recipe", "kind", "dtype"]
     if tokenizer_location(location).path != location.path:
         kept += ["format", "fingerprint"]
     elif "format" in info and load_tokenizer(location).chat_template == load_tokenizer(base).chat_template:
         kept += ["format"]  # its arguments and clock, which stand in no template
-    of_base = {"name": base.name, **{key: info.get(key) for key in ("fingerprint", "kind")}}
+    of_base = {"name": base.name, **{key: info.get(key) for key in ("fingerprint", "kind", "base")}}
     return {"base": of_base, **{key: info[key] for key in kept if key in info}}
 
 
@@ -143,7 +152,7 @@ def load_model(location: Location) -> tuple[Any, dict[str, Any]]:
     or not finite; of an adapter, also what `adapters.merge_into` does.
     """
     if location.adapter_of is not None:
-        return _load_with_adapter(location), load_info(location)
+        return load_merged(location)[0], load_info(location)
     info = load_info(location) if location.gguf else _check_files(location)
     with _reading(location) as own:
         if own:
@@ -179,19 +188,36 @@ def _from_other_gguf(location: Location) -> Any:
     return fresh
 
 
-def _load_with_adapter(location: Location) -> Any:
+def load_merged(location: Location) -> tuple[Any, adapters.Unmerged]:
+    """(an adapter's base with the adapter added, what it was compared with).
+
+    Raises as `adapters.merge_into`; CheckpointError also for a base that is quantised, or is not the one that the
+    adapter's record has the hash of.
+    """
     base = base_location(location)
     if quantised := getattr(load_config(base), "quantization_config", None):
         kind = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", "")
         fact = f"its weights are quantised ({kind}), and {location.name} cannot be added into those"
         raise CheckpointError(base.name, fact, "name the full base: sftflow export ADAPTER --to merged --base BASE")
-    if location.from_hub:
-        hub.fetch_weights(location.name, Path(location.path))
+    _check_files(replace(location, adapter_of=None))
     model, _ = load_model(base)
-    n_tokens = len(load_tokenizer(location))
-    if n_tokens <= len(load_tokenizer(base)):
-        n_tokens = 0
-    return adapters.merge_into(model, Path(location.path), location.name, n_tokens)
+    recorded = recorded_base(Path(location.path)).get("body")
+    if base.adapter_of is not None:  # merging rounds as the machine does, and that adapter has its own base checked
+        recorded = None
+    if recorded and recorded != (found := weights_and_body_hash(model)[1]):
+        fact = f"its base {base.name} is not the one that it was trained on (weights {recorded} -> {found})"
+        remedy = "restore that, or name it: sftflow export ADAPTER --to merged --base BASE"
+        raise CheckpointError(location.name, fact, remedy)
+    tokenizer, n_before = load_tokenizer(location), len(load_tokenizer(base))
+    n_tokens = len(tokenizer) if len(tokenizer) > n_before else 0
+    return adapters.merge_into(model, Path(location.path), location.name, n_tokens, _padding(tokenizer))
+
+
+def _padding(tokenizer: Any) -> list[int]:
+    """The id that only fills rows up: no text, no end of a reply and no chat template has it."""
+    pad, token = tokenizer.pad_token_id, tokenizer.pad_token
+    others = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
+    return [] if pad is None or pad in others or token in str(tokenizer.chat_template) else [pad]
 
 
 def stored_dtype(location: Location, *, of_gguf: Any = None) -> Any:

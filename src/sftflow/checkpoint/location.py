@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sftflow.checkpoint import adapters, hub
+from sftflow.checkpoint import adapter_files as adapters
+from sftflow.checkpoint import hub
 from sftflow.foundation.atomic_io import recover_directory
 from sftflow.foundation.errors import CheckpointError
 from sftflow.foundation.missing import not_there
@@ -77,10 +78,10 @@ def resolve(name: str) -> Location:
 
 def _no_checkpoint(folder: Path) -> tuple[str, str]:
     """(fact, remedy) of a folder without config.json."""
-    inside = sorted(p.parent.name for p in folder.glob("*/config.json"))
+    inside = sorted({p.parent.name for kind in ("config.json", adapters.CONFIG) for p in folder.glob(f"*/{kind}")})
     files = sorted(p.name for p in folder.glob("*.gguf"))
     if inside:
-        return f"no config.json in it, but in {', '.join(inside[:3])}", f"name one of them: {folder / inside[-1]}"
+        return f"no model in it, but in {', '.join(inside[:3])}", f"name one of them: {folder / inside[-1]}"
     if files:
         return "no config.json in it, but .gguf files", f"name one of them: {folder / files[0]}"
     return "no config.json in it", "give a Hugging Face checkpoint directory"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sftflow.chat.render import Renderer
 
 
-def _stored(weight: Any, dtype: Any) -> Any:
+def stored(weight: Any, dtype: Any) -> Any:
     """The weight in the checkpoint's dtype: in bf16 as training rounds it, so that what was measured is saved."""
     import torch
 
@@ -49,7 +49,7 @@ def save(
 
     def fill(directory: Path) -> None:
         settle_head(model)
-        state = {k: _stored(v, dtype).cpu().contiguous() for k, v in distinct_weights(model).items()}
+        state = {k: stored(v, dtype).cpu().contiguous() for k, v in distinct_weights(model).items()}
         old_dtype, implementation = model.config.dtype, model.config._attn_implementation
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
         generation, model.generation_config = model.generation_config, GenerationConfig()

@@ -36,7 +36,7 @@ def export(
             from sftflow.api.publish import require_passed, summary
 
             certificate = api.export(model, to, out, type=kind, base=base, prompts=prompts)
-            if certificate is not None:
+            if to == "gguf":
                 for line in summary(certificate):
                     print(line)
                 print(f"certificate: {out.with_suffix('.parity.json')}")
