@@ -93,6 +93,22 @@ def test_a_link_to_what_is_not_ours_is_refused(linked: str, tiny_base: Path, tmp
     require_own_links(tmp_path / "run")  # what we have written is ours
 
 
+@pytest.mark.parametrize("replace, left", [(True, "outer"), (False, "inner")])
+def test_two_writers_with_one_number_do_not_disturb_each_other(replace: bool, left: str, tmp_path: Path) -> None:
+    """On a shared disk: in containers every process may be number 1. Here the other comes in the middle."""
+    target = tmp_path / "target"
+
+    def inner(directory: Path) -> None:
+        (directory / "who").write_text("inner")
+
+    def outer(directory: Path) -> None:
+        (directory / "who").write_text("outer")
+        write_directory(target, inner, replace=replace)
+
+    write_directory(target, outer, replace=replace)
+    assert (target / "who").read_text() == left and os.listdir(tmp_path) == ["target"]
+
+
 @pytest.mark.parametrize("why", ["a file in its place", "no home"])
 def test_an_unwritable_default_cache_is_said_and_done_without(
     why: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -3,7 +3,7 @@
     stored under                          fingerprint                  depends on
     sftflow.json `fingerprint`            format_fingerprint           tokenizer, template, its arguments and clock
     $SFTFLOW_CACHE/rows/KEY               data.row_cache.cache_key     the source's files and its entry in the recipe,
-      (rendered rows)                                                  tokenizer, template, RENDERED_ROWS
+      (rendered rows, also KEY.proven, KEY.I-of-N)                     tokenizer, template, RENDERED_ROWS
     eval/*.jsonl `rests_on`               hash_json of provenance_of   weights, tokenizer, template, decoding, device,
       (graded rows)                                                    GRADED_ROWS
     ... `prompt_sha256, item_sha256`      prompt_hash, items_hash      the prompt's ids; question and answer
@@ -58,6 +58,7 @@ class MadeBy:
 RENDERED_ROWS = MadeBy(
     code=(
         "chat",  # conversation -> ids and mask
+        "data/parts.py",
         "data/prepare.py",
         "data/render_pool.py",
         "data/sources.py",

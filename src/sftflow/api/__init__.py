@@ -10,7 +10,7 @@
     ask, diff -> Replies, WeightChange, side by side                           side_by_side.py
     serve, export                                                              publish.py
 
-What only the command line offers stands here, too: demo, pretrain, audit, talk, doctor.
+What only the command line offers stands here, too: demo, pretrain, audit, prepare_part, talk, doctor.
 
 Each object is the stage's own result in a subclass that prints as text and draws itself in a notebook. The command line
 calls the same functions. Arguments have the recipe's names, and every error is the line that the command line prints,
@@ -22,7 +22,7 @@ from __future__ import annotations
 from sftflow.api.assistant import Assistant, load
 from sftflow.api.doctor import doctor
 from sftflow.api.measure import Comparison, Evaluation, compare, evaluate
-from sftflow.api.mixture import Audit, Mixture, audit, mix
+from sftflow.api.mixture import Audit, Mixture, audit, mix, prepare_part
 from sftflow.api.publish import export, serve, talk
 from sftflow.api.rows import Rendering, Rows, read, render, task
 from sftflow.api.run import Run, demo, pretrain, train
@@ -49,6 +49,7 @@ __all__ = [
     "export",
     "load",
     "mix",
+    "prepare_part",
     "pretrain",
     "read",
     "render",

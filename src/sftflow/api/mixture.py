@@ -17,6 +17,8 @@ from sftflow.chat.template_options import options_note
 from sftflow.chat.token_rows import TokenRow, token_row
 from sftflow.data import audit as data_audit
 from sftflow.data import mixture as data_mixture
+from sftflow.data.mixture_part import PreparedPart, build_part
+from sftflow.data.parts import parse_part
 from sftflow.foundation.atomic_io import write_json, write_text
 from sftflow.recipe import Recipe
 from sftflow.report.audit_page import audit_page
@@ -118,3 +120,15 @@ def audit(recipe: RecipeLike, overrides: Sequence[str] = ()) -> Audit:
                 shown.say(note)
     samples = tuple(token_row(r, tokenizer) for r in mixture.samples)
     return Audit(**parts_of(found), ledger=found.into(mixture.ledger), samples=samples, mixture=mixture)
+
+
+def prepare_part(recipe: RecipeLike, part: str, overrides: Sequence[str] = ()) -> PreparedPart:
+    """Render part "I/N" of a recipe's rows into the cache, for whoever builds the mixture later, from any process.
+
+    overrides: of the recipe, as `--set` has them.   Raises the first bad row's error, and DataError where nothing can
+    be kept.
+    """
+    which = parse_part(part)
+    made = recipe_of(recipe, None, (), {}, overrides)
+    with watching() as shown, made.origin.named():
+        return build_part(made, renderer_of(made), which, shown.rendering)

@@ -11,16 +11,18 @@ import errno
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby, islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from sftflow.chat.schema import Conversation, parse_line, parse_row
 from sftflow.foundation.errors import DataError, first_line, said_of
 from sftflow.foundation.json_values import check_texts, parse_json, without_nulls
 from sftflow.foundation.missing import not_there
 
+T = TypeVar("T")
+Wanted = Callable[[int], bool]
 PACKED, MARK = b"\x1f\x8b", b"\xef\xbb\xbf"
 PARQUET, ARROW, STREAM = b"PAR1", b"ARRO", b"\xff\xff\xff\xff"
 NOT_READ = {
@@ -113,20 +115,24 @@ def read_rows(source: str | Path) -> Iterator[tuple[str, Any]]:
             yield place, row
 
 
-def numbered_rows(name: str) -> Iterator[tuple[int, Any]]:
+def numbered_rows(name: str, wanted: Wanted | None = None) -> Iterator[tuple[int, Any]]:
     """As `read_rows`, but (number, raw row), and the row of a file of JSON lines is its line's bytes, not yet
-    parsed."""
+    parsed.   wanted: told a row's index, from 0, whether it is asked for; None: all are."""
     if name.startswith("hub:"):
-        return enumerate(_read_hub(name), 1)
+        return _those(wanted, enumerate(_read_hub(name), 1))
     path = Path(name)
     with _opened(path) as file:
         head = file.read(4)
         if head in (PARQUET, ARROW, STREAM) or path.suffix.lower() == ".parquet":
-            return enumerate(_read_columns(path, head), 1)
+            return _read_columns(path, head, wanted)
     _, first = next(read_lines(name), (0, b""))
     if first and _is_whole(path, first.strip()):
-        return enumerate(_read_json(path), 1)
-    return read_lines(name)
+        return _those(wanted, enumerate(_read_json(path), 1))
+    return _those(wanted, read_lines(name))
+
+
+def _those(wanted: Wanted | None, rows: Iterator[T]) -> Iterator[T]:
+    return rows if wanted is None else (row for i, row in enumerate(rows) if wanted(i))
 
 
 def _is_whole(path: Path, first: bytes) -> bool:
@@ -157,8 +163,9 @@ def _read_json(path: Path) -> Iterator[Any]:
     yield from rows if isinstance(rows, list) else [rows]
 
 
-def _read_columns(path: Path, head: bytes) -> Iterator[Any]:
-    """The rows of a Parquet file, or of Arrow's: a file, or a stream, as `datasets` keeps them."""
+def _read_columns(path: Path, head: bytes, wanted: Wanted | None) -> Iterator[tuple[int, Any]]:
+    """The rows of a Parquet file, or of Arrow's: a file, or a stream, as `datasets` keeps them. Those that are not
+    wanted are not made into Python's objects, which is what takes time."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -170,10 +177,14 @@ def _read_columns(path: Path, head: bytes) -> Iterator[Any]:
                 batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
             else:
                 batches = pa.ipc.open_stream(file) if head == STREAM else pq.ParquetFile(file).iter_batches()
+            first = 0
             for batch in batches:
                 check_columns(batch.schema.names, str(path))
                 batch.validate(full=True)  # Arrow believes the offsets in a damaged file
-                yield from map(without_nulls, batch.to_pylist(maps_as_pydicts="strict"))
+                for start, end in _runs(wanted, first, first + batch.num_rows):
+                    rows = batch.slice(start - first, end - start).to_pylist(maps_as_pydicts="strict")
+                    yield from enumerate(map(without_nulls, rows), start + 1)
+                first += batch.num_rows
     except (DataError, GeneratorExit):
         raise
     except Exception as error:  # of many kinds: pyarrow's, a key twice in a map, a date beyond Python's
@@ -183,6 +194,18 @@ def _read_columns(path: Path, head: bytes) -> Iterator[Any]:
             fact = f"named {path.suffix}, and no {kind} file" if head else "it is empty"
             remedy = "name it as what it is, or download it again" if head else remedy
         raise DataError(str(path), fact, remedy) from None
+
+
+def _runs(wanted: Wanted | None, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """The wanted indexes of start <= i < end, as runs of neighbours (start, end).
+
+    >>> list(_runs(lambda i: i % 4 < 2, 5, 11))
+    [(5, 6), (8, 10)]
+    """
+    for taken, run in groupby(range(start, end), wanted or (lambda _: True)):
+        if taken:
+            indexes = list(run)
+            yield indexes[0], indexes[-1] + 1
 
 
 def check_columns(names: Sequence[str], place: str) -> None:

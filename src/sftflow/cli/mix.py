@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from sftflow.cli.common import Set, app, print_table
+from sftflow.foundation.errors import RecipeError
 
 
 @app.command()
@@ -20,11 +21,23 @@ def mix(
     html: Annotated[
         Path | None, typer.Option(help="write a page with histograms and one rendered row of each source")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="the ledger on stdout")] = False,
+    part: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="only render part I of N into the cache (I from 1; 0/N is N/N); no audit"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="the ledger (or what is told of the part) on stdout")] = False,
 ) -> None:
     """Audit a recipe's mixture: every row rendered, proven and accounted for."""
     from sftflow import api
 
+    if part is not None:
+        if out is not None or html is not None:
+            option = "--out" if html is None else "--html"
+            fact = f"{option} writes the audit of all rows, and a part has no audit"
+            raise RecipeError("--part", fact, f"give {option} to the sftflow mix that comes after all parts")
+        prepared = api.prepare_part(recipe, part, set_ or ())
+        print(json.dumps(prepared.to_json()) if as_json else prepared)
+        return
     found = api.audit(recipe, set_ or ())
     ledger = found.ledger
     if out is not None:

@@ -20,6 +20,7 @@ from sftflow.chat.template_options import append_eos, choose_arguments
 from sftflow.chat.verify import Checks, add_checks
 from sftflow.data.held_out import n_wanted, split_held_out, told_fewer
 from sftflow.data.prepare import Progress, prepare_source
+from sftflow.data.row_cache import prune
 from sftflow.data.sources import sample_of
 from sftflow.data.store import Examples, RowStore
 from sftflow.data.truncate import TOO_LONG, UNTAUGHT
@@ -178,6 +179,8 @@ def build_mixture(
         seed = f"{entry.label}:{recipe.train.seed}"
         sources.append(rows)
         apart.append(split_held_out(rows.table["digest"], rows.table["number"], recipe.validation, seed))
+    if any(rows.new for rows in sources):
+        prune(sources[0].directory.parent, keep=[rows.directory for rows in sources])
     taught = np.concatenate([rows.table["digest"][~chosen] for rows, chosen in zip(sources, apart, strict=True)])
     train: list[NDArray[np.int32]] = []
     held: list[NDArray[np.int32]] = []

@@ -1,24 +1,42 @@
-"""A source of the mixture -> its rendered rows on disk: read in blocks, rendered on all cores, cached by content."""
+"""A source of the mixture -> its rendered rows on disk: read in blocks, rendered on all cores, cached by content. What
+is in the cache already, whole or in parts (`parts.py`), is not rendered again."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
 import functools
+import heapq
+import json
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Iterator
-from itertools import chain, islice
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, count, islice
 from pathlib import Path
+from typing import Any
 
+from sftflow.chat.data_files import Wanted
 from sftflow.chat.render import Renderer
-from sftflow.chat.schema import Conversation
+from sftflow.data.parts import (
+    PROVEN,
+    NumberedBlock,
+    Part,
+    missing_parts,
+    name_of,
+    read_part,
+    stored_parts,
+    told_parts,
+    write_part,
+)
 from sftflow.data.render_pool import Block, Counts, Job, NumberedRow, Workers, n_cores, render_block
-from sftflow.data.row_cache import cache_folder, cache_key, prune
+from sftflow.data.row_cache import cache_folder, cache_key, is_whole, stamps_of
 from sftflow.data.sources import labels_of, place_of, rows_of_entry
 from sftflow.data.store import RowStore, RowWriter
-from sftflow.foundation.atomic_io import write_directory
+from sftflow.foundation.atomic_io import remove_directory, write_directory
 from sftflow.foundation.errors import DataError, RunError
 from sftflow.recipe import Recipe, SourceEntry
 
@@ -30,55 +48,134 @@ MOST_BAD = 0.05  # more bad rows than this share are an error even where bad row
 
 Progress = Callable[[str, int], None]
 
+log = logging.getLogger("sftflow.data")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A mixture entry, and how its rows are rendered.   label: what it is called.   key: what they are kept under."""
+
+    entry: SourceEntry
+    recipe: Recipe
+    renderer: Renderer
+    job: Job
+    label: str
+    stamps: list[tuple[int, int]]
+    key: str | None
+
+    def blocks(self, *, every_row: bool, wanted: Wanted | None = None) -> Generator[NumberedBlock, None, None]:
+        """Its blocks, or the wanted of them, rendered, in order. Raises DataError at the end where the data was
+        written to meanwhile: then the key says something else than what was read."""
+        of_block = None if wanted is None else (lambda row: wanted(row // BLOCK_ROWS))
+        rows = rows_of_entry(self.entry, self.recipe, of_block)
+        places = count() if wanted is None else filter(wanted, count())
+        with contextlib.closing(_rendered(_blocks(rows, places), self.job, self.renderer, every_row)) as blocks:
+            yield from blocks
+        if stamps_of(self.entry) != self.stamps:
+            raise DataError(self.job.prefix, "it was written to while it was read", "run this again")
+
+    def write(self, directory: Path, fill: Callable[[Path], None]) -> None:
+        """Put a store into the cache. Raises RunError where that cannot be written."""
+        try:
+            write_directory(directory, fill, replace=not is_whole(directory))
+        except OSError as error:
+            if not is_whole(directory):  # else another process was faster
+                fact = f"cannot write ({error.strerror or error})"
+                raise RunError(str(directory), fact, "free space, or set SFTFLOW_CACHE") from error
+
+
+def _source(entry: SourceEntry, number: int, recipe: Recipe, renderer: Renderer) -> _Source:
+    place = place_of(entry)
+    job = Job(renderer.spec, place, recipe.train.max_length, recipe.train.overlong, recipe.on_bad_row)
+    stamps, label = stamps_of(entry), labels_of(recipe.mixture)[number]
+    return _Source(entry, recipe, renderer, job, label, stamps, cache_key(entry, recipe, job))
+
 
 def prepare_source(
     entry: SourceEntry, number: int, recipe: Recipe, renderer: Renderer, *, every_row: bool, progress: Progress | None
 ) -> RowStore:
-    """The rendered rows of mixture entry `number`. every_row: verify each of them, not only a sample.
+    """The rendered rows of mixture entry `number`. every_row: verify each of them, not only a sample. Where parts of
+    them are in the cache they are joined, and what is missing is rendered here, each row of it verified as theirs are.
 
     Raises the first bad row's error (on_bad_row: stop), or DataError where more than 5% of the rows are bad.
     """
-    place, label = place_of(entry), labels_of(recipe.mixture)[number]
-    job = Job(renderer.spec, place, recipe.train.max_length, recipe.train.overlong, recipe.on_bad_row)
+    source, folder = _source(entry, number, recipe, renderer), cache_folder()
+    key, prefix = source.key, source.job.prefix
+    said = functools.partial(progress, source.label) if progress else None
 
-    def fill(directory: Path) -> None:
-        said = functools.partial(progress, label) if progress else None
-        with contextlib.closing(_rendered(_blocks(rows_of_entry(entry, recipe)), job, renderer, every_row)) as blocks:
-            _write_rows(directory, blocks, place, "all" if every_row else "sample", said)
+    def opened(directory: Path, *, new: bool) -> RowStore:
+        return RowStore(directory, name=source.label, number=number, prefix=prefix, new=new)
 
-    def opened(directory: Path) -> RowStore:
-        return RowStore(directory, name=label, number=number, prefix=place)
-
-    key, folder = cache_key(entry, recipe, job), cache_folder()
     if key is None or folder is None:
         directory = Path(tempfile.mkdtemp(prefix="sftflow-rows-"))
         atexit.register(shutil.rmtree, directory, ignore_errors=True)
-        fill(directory)
-        return opened(directory)
-    kept = folder / key
-    if (kept / "meta.json").is_file():
-        rows = opened(kept)
-        if rows.meta["verified"] == "all" or not every_row:
+        _write_rows(directory, [source.blocks(every_row=every_row)], prefix, said)
+        return opened(directory, new=False)
+    sampled, proven = folder / key, folder / f"{key}{PROVEN}"
+    for kept in (proven,) if every_row else (proven, sampled):
+        if is_whole(kept):
             with contextlib.suppress(OSError):  # a cache that is shared and read-only
                 os.utime(kept)
-            return rows
-    try:
-        write_directory(kept, fill)
-    except OSError as error:
-        fact = f"cannot write ({error.strerror or error})"
-        raise RunError(str(kept), fact, "free space, or set SFTFLOW_CACHE") from error
-    prune(folder, keep=kept)
-    return opened(kept)
+            return opened(kept, new=False)
+    parts = stored_parts(folder, key)
+    missing = missing_parts(parts)
+    every_row = every_row or bool(parts)
+    kept = proven if every_row else sampled
+    if parts:
+        log.warning(f"{source.label}: {told_parts(list(parts), missing)}")
+
+    def fill(directory: Path) -> None:
+        streams = [read_part(path) for path in parts.values()]
+        if missing or not parts:
+            wanted = (lambda block: any(part.takes(block, key) for part in missing)) if parts else None
+            streams.append(source.blocks(every_row=every_row, wanted=wanted))
+        _write_rows(directory, streams, prefix, said)
+
+    source.write(kept, fill)
+    for path in parts.values():  # their rows are in the whole now
+        with contextlib.suppress(OSError):
+            remove_directory(path)
+    return opened(kept, new=True)
+
+
+def prepare_part(
+    entry: SourceEntry, number: int, recipe: Recipe, renderer: Renderer, part: Part, folder: Path, progress: Progress
+) -> tuple[str, dict[str, Any] | None]:
+    """Render a part of mixture entry `number` into the cache, unless it is there: (the key of the source, the part's
+    meta.json); None for that where the whole source is there.
+
+    Raises the first bad row's error (on_bad_row: stop), and DataError where the rows would not be kept.
+    """
+    source = _source(entry, number, recipe, renderer)
+    key = source.key
+    if key is None:
+        next(rows_of_entry(entry, recipe))  # says what is wrong with the file
+        fact = "its rows are not kept, for its contents cannot be compared, so nobody would find a part of them"
+        raise DataError(source.job.prefix, fact, "download it, and name its file")
+    directory = folder / name_of(key, part)
+    if is_whole(folder / f"{key}{PROVEN}"):
+        return key, None
+    if not is_whole(directory):
+        blocks = source.blocks(every_row=True, wanted=lambda block: part.takes(block, key))
+        said = functools.partial(progress, source.label)
+        source.write(directory, lambda made: write_part(made, blocks, said))
+    return key, json.loads((directory / "meta.json").read_text(encoding="utf-8"))
 
 
 def _write_rows(
-    directory: Path, blocks: Iterable[Block], prefix: str, verified: str, progress: Callable[[int], None] | None
+    directory: Path,
+    streams: Sequence[Generator[NumberedBlock, None, None]],
+    prefix: str,
+    progress: Callable[[int], None] | None,
 ) -> None:
-    """Rendered blocks -> a new store in `directory`. verified: which rows were, "all" or "sample"."""
+    """Rendered blocks, each stream's in the source's order -> a new store of all, in that order, in `directory`."""
     total, bad = Counts(), []
-    sample: Conversation | None = None
-    with contextlib.closing(RowWriter(directory)) as writer:
-        for block in blocks:
+    sample: dict[str, Any] | None = None
+    with contextlib.ExitStack() as open_here:
+        writer = open_here.enter_context(contextlib.closing(RowWriter(directory)))
+        for stream in streams:
+            open_here.enter_context(contextlib.closing(stream))
+        for _, block in heapq.merge(*streams, key=lambda numbered: numbered[0]):
             if block.error is not None:
                 raise block.error
             total.add(block.counts)
@@ -92,40 +189,49 @@ def _write_rows(
                 f"{len(bad):,} of {total.seen:,} rows are bad, more than {MOST_BAD:.0%}; the first: {bad[0]['reason']}"
             )
             raise DataError(prefix, fact, "mend or remove these rows: on_bad_row: skip is for a few")
-        first = {"source": sample.source, "row": sample.to_row()} if sample else None
-        kept = {"bad": len(bad), "bad_rows": bad, "sample": first, "verified": verified, "prefix": prefix}
-        writer.finish({**vars(total), **kept})
+        writer.finish({**vars(total), "bad": len(bad), "bad_rows": bad, "sample": sample, "prefix": prefix})
 
 
-def _blocks(rows: Iterable[NumberedRow]) -> Iterator[list[NumberedRow]]:
-    block: list[NumberedRow] = []
-    size = 0
-    for row in rows:
-        block.append(row)
-        size += len(row[1]) if isinstance(row[1], bytes) else 0
-        if len(block) >= BLOCK_ROWS or size >= BLOCK_BYTES:
-            yield block
-            block, size = [], 0
-    if block:
-        yield block
+def _blocks(rows: Iterator[NumberedRow], places: Iterator[int]) -> Iterator[tuple[int, list[NumberedRow]]]:
+    """Rows -> what is rendered at once: BLOCK_ROWS of them, or fewer where they are long, each with its block's place.
+
+    places: those of the blocks that the rows are of, each full but the source's last."""
+    for place in places:
+        block: list[NumberedRow] = []
+        n = size = 0
+        for row in islice(rows, BLOCK_ROWS):
+            block.append(row)
+            n += 1
+            size += len(row[1]) if isinstance(row[1], bytes) else 0
+            if size >= BLOCK_BYTES:
+                yield place, block
+                block, size = [], 0
+        if block:
+            yield place, block
+        if n < BLOCK_ROWS:
+            return
 
 
 def _rendered(
-    blocks: Iterator[list[NumberedRow]], job: Job, renderer: Renderer, every_row: bool
-) -> Generator[Block, None, None]:
+    blocks: Iterator[tuple[int, list[NumberedRow]]], job: Job, renderer: Renderer, every_row: bool
+) -> Generator[NumberedBlock, None, None]:
     """The blocks rendered, in order: here, or where there are many by processes, which end when it is closed."""
     first = list(islice(blocks, ALONE_BLOCKS))
-    asked = (
-        (block, -1 if every_row else VERIFIED_SAMPLE if n == 0 else 0) for n, block in enumerate(chain(first, blocks))
-    )
+    places: deque[int] = deque()  # of the blocks that are under way
+
+    def questions() -> Iterator[tuple[list[NumberedRow], int]]:
+        for n, (place, block) in enumerate(chain(first, blocks)):
+            places.append(place)
+            yield block, -1 if every_row else VERIFIED_SAMPLE if n == 0 else 0
 
     def here(block: tuple[list[NumberedRow], int]) -> Block:
         return render_block(renderer, job, *block)
 
     cores = n_cores()
     if len(first) < ALONE_BLOCKS or cores == 1:
-        yield from map(here, asked)
+        yield from ((places.popleft(), block) for block in map(here, questions()))
         return
     few = cores <= FEW_CORES  # then this process renders, too
     with Workers(job, cores - 1 if few else cores) as workers:
-        yield from workers.render(asked, here if few else None)
+        for block in workers.render(questions(), here if few else None):
+            yield places.popleft(), block

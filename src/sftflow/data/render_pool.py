@@ -76,7 +76,7 @@ class Block:
     """What came of a block of rows.
 
     table: (n,) of ROW, `start` counted from the block's first token.   bad: of each quarantined row its source (place),
-    reason and row.   sample: the first conversation that was rendered.   error: what stopped the block.
+    reason and row.   sample: source and row of the first conversation that was rendered.   error: what stopped it.
     """
 
     ids: NDArray[np.int32]
@@ -84,7 +84,7 @@ class Block:
     table: NDArray[Any]
     counts: Counts = field(default_factory=Counts)
     bad: list[dict[str, Any]] = field(default_factory=list)
-    sample: Conversation | None = None
+    sample: dict[str, Any] | None = None
     error: SftflowError | None = None
 
 
@@ -113,7 +113,9 @@ def render_block(renderer: Renderer, job: Job, items: list[NumberedRow], n_verif
         counts.cut += fitted.cut
         counts.expanded += len(fitted.pairs) > 1
         counts.pretokenized += conversation.tokens is not None
-        block.sample = block.sample or fitted.pairs[0][0]
+        if block.sample is None:
+            first = fitted.pairs[0][0]
+            block.sample = {"source": first.source, "row": first.to_row()}
         verified = n_verified < 0 or count < n_verified
         prompts = renderer.prompts(conversation) if verified and conversation.messages else None
         for rendered_from, rendered in fitted.pairs:

@@ -1,7 +1,11 @@
 """Where rendered rows are kept, and under which name.
 
 key = hash of (data, tokenizer, format, what the recipe asks, the code of RENDERED_ROWS)
-$SFTFLOW_CACHE/rows/KEY/    default ~/.cache/sftflow; SFTFLOW_CACHE=off keeps nothing
+$SFTFLOW_CACHE/rows/KEY/          default ~/.cache/sftflow; SFTFLOW_CACHE=off keeps nothing
+                    KEY.proven/   where every row was verified, not only a sample
+                    KEY.I-of-N/   a part of the rows (`parts.py`), all verified
+
+A name says what is in it, so nothing is ever written over, and any number of processes and machines may share a folder.
 """
 
 from __future__ import annotations
@@ -11,17 +15,21 @@ import errno
 import functools
 import logging
 import os
-import shutil
+import time
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 
+from sftflow.data.parts import is_part
 from sftflow.data.render_pool import Job
 from sftflow.fingerprint import RENDERED_ROWS, code_hash, hash_json
-from sftflow.foundation.atomic_io import reason, sha256_file
+from sftflow.foundation.atomic_io import reason, remove_directory, require_writable, sha256_file
+from sftflow.foundation.errors import DataError
 from sftflow.recipe import Recipe, SourceEntry
 from sftflow.tasks import TASKS
 
 CACHE_BYTES = 20 << 30
+LEFT_SECONDS = 7 * 86_400
 
 log = logging.getLogger("sftflow.data")
 
@@ -43,24 +51,50 @@ def cache_folder(what: str = "rows") -> Path | None:
     return folder
 
 
+def shared_cache() -> Path:
+    """Where rendered rows are kept for other processes to find. Raises DataError where that cannot be."""
+    folder = cache_folder()
+    remedy = "set SFTFLOW_CACHE to a folder that all parts and the training share"
+    if folder is None:
+        raise DataError("--part", "nothing is kept here, so nobody would find the part", remedy)
+    try:
+        require_writable(folder / "part")
+    except OSError as error:
+        raise DataError(str(folder), f"a part cannot be kept here ({reason(error)})", remedy) from None
+    return folder
+
+
 @functools.cache
 def _say_once(text: str) -> None:
     log.warning(text)
 
 
+def _files_of(entry: SourceEntry) -> list[Path]:
+    """The files of an entry's data; none where it is made here, or from a hub."""
+    name = entry.path if entry.source in TASKS else entry.path or entry.source
+    if name is None or name.startswith("hub:"):
+        return []
+    path = Path(name)
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+
+
+def stamps_of(entry: SourceEntry) -> list[tuple[int, int]]:
+    """What tells that an entry's files were written to: size and time of each; [] where one cannot be read."""
+    try:
+        stats = [path.stat() for path in _files_of(entry)]
+    except OSError:
+        return []
+    return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+
+
 def cache_key(entry: SourceEntry, recipe: Recipe, job: Job) -> str | None:
     """What the rows depend on, as one hash; None where the data cannot be hashed (a hub data set)."""
-    name = entry.path if entry.source in TASKS else entry.path or entry.source
-    data = ""
-    if name is not None:
-        if name.startswith("hub:"):
-            return None
-        path = Path(name)
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        try:
-            data = " ".join(f"{p}={sha256_file(p)}" for p in files)
-        except OSError:
-            return None  # reading the rows will say what is wrong
+    if (entry.path or entry.source).startswith("hub:"):
+        return None
+    try:
+        data = " ".join(f"{p}={sha256_file(p)}" for p in _files_of(entry))
+    except OSError:
+        return None  # reading the rows will say what is wrong
     parts = [
         entry.model_dump(mode="json", exclude={"repeat", "name", "published"}),
         data,
@@ -73,16 +107,26 @@ def cache_key(entry: SourceEntry, recipe: Recipe, job: Job) -> str | None:
     return hash_json(parts)
 
 
-def prune(folder: Path, keep: Path) -> None:
-    """Remove what was not used for longest until the cache fits its limit."""
+def is_whole(path: Path) -> bool:
+    """Whether a store is there, all of it."""
+    return (path / "meta.json").is_file()
+
+
+def prune(folder: Path, keep: Collection[Path]) -> None:
+    """Remove what was not used for longest until the cache fits its limit, and what a killed process left long ago.
+
+    What was used in the last week stays in a folder that the user has named, for others may be at work on it, and
+    anywhere if it is a part, or still being written."""
     entries = []
     for path in folder.iterdir():
         with contextlib.suppress(OSError):  # another run may be removing it, too
             entries.append((path.stat().st_mtime, sum(f.stat().st_size for f in path.iterdir()), path))
-    total = sum(size for _, size, _ in entries)
-    for _, size, path in sorted(entries):
-        if total <= CACHE_BYTES:
-            return
-        if path != keep:
-            shutil.rmtree(path, ignore_errors=True)
-            total -= size
+    total, named = sum(size for _, size, _ in entries), bool(os.environ.get("SFTFLOW_CACHE"))
+    for used, size, path in sorted(entries):
+        unfinished = path.name.startswith(".")
+        recent = time.time() - used < LEFT_SECONDS
+        stays = path in keep or (recent and (unfinished or named or is_part(path.name)))
+        if not stays and (unfinished or total > CACHE_BYTES):
+            with contextlib.suppress(OSError):
+                remove_directory(path)
+                total -= size

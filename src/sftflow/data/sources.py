@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import count, islice
 from pathlib import Path
 
-from sftflow.chat.data_files import numbered_rows
+from sftflow.chat.data_files import Wanted, numbered_rows
 from sftflow.chat.schema import Conversation, conversation_of
 from sftflow.data.render_pool import NumberedRow
 from sftflow.foundation.errors import DataError, RecipeError, SftflowError
@@ -37,8 +37,10 @@ def check_source(entry: SourceEntry, place: str = "mixture") -> None:
         raise RecipeError(place, f"split {entry.split!r}: only the built-in tasks have this key", remedy)
 
 
-def rows_of_entry(entry: SourceEntry, recipe: Recipe) -> Iterator[NumberedRow]:
-    """(number, payload) of each row of a mixture entry, a sample of `limit` of them where it asks for one."""
+def rows_of_entry(entry: SourceEntry, recipe: Recipe, wanted: Wanted | None = None) -> Iterator[NumberedRow]:
+    """(number, payload) of each row of a mixture entry, a sample of `limit` of them where it asks for one.
+
+    wanted: told a row's index among these, from 0, whether it is asked for; None: all are."""
     place = "mixture"
     if entry in recipe.mixture:
         place = recipe.origin.place("mixture", recipe.mixture.index(entry), "source")
@@ -50,23 +52,24 @@ def rows_of_entry(entry: SourceEntry, recipe: Recipe) -> Iterator[NumberedRow]:
         for number, conversation in enumerate(
             make_task(entry.source, source, place, "write path: FILE beside it").conversations(entry.split), 1
         ):
-            yield number, conversation
+            if wanted is None or wanted(number - 1):
+                yield number, conversation
         if not number:
             raise DataError(entry.path or entry.source, "no rows in it", f"give a data file of {entry.source}")
         return
     name = entry.path or entry.source
     if entry.published and not name.startswith("hub:") and not os.path.exists(name):
         raise DataError(name, *not_there(name, otherwise=f"get it: {entry.published}"))
-    chosen: frozenset[int] | None = None
     if entry.limit is not None:
         n = sum(1 for _ in numbered_rows(name))
         if entry.limit < n:
-            chosen = frozenset(random.Random(recipe.train.seed).sample(range(n), entry.limit))
-    i = -1
-    for i, item in enumerate(numbered_rows(name)):
-        if chosen is None or i in chosen:
-            yield item
-    if i < 0:
+            sample = sorted(random.Random(recipe.train.seed).sample(range(n), entry.limit))
+            wanted = frozenset(row for i, row in enumerate(sample) if wanted is None or wanted(i)).__contains__
+    none = True
+    for item in numbered_rows(name, wanted):
+        none = False
+        yield item
+    if none and not any(True for _ in numbered_rows(name)):
         raise DataError(place_of(entry), "no rows in it", "give a file with conversations")
 
 

@@ -96,10 +96,10 @@ class Rows:
 
 
 class RowStore(Rows):
-    """The rows of one source on disk."""
+    """The rows of one source on disk.   new: they were written just now."""
 
-    def __init__(self, directory: Path, *, name: str, number: int, prefix: str) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, *, name: str, number: int, prefix: str, new: bool = False) -> None:
+        self.directory, self.new = directory, new
         self.meta: dict[str, Any] = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
         ids, masks = _mapped(directory / "ids.bin", np.int32), _mapped(directory / "mask.bin", np.int8)
         super().__init__(np.load(directory / "rows.npy"), ids, masks, name=name, number=number, prefix=prefix)

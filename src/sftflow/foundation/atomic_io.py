@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterable
@@ -21,6 +22,7 @@ if sys.platform != "win32":
     import fcntl
 
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_THERE = (errno.ENOTEMPTY, errno.EEXIST)
 LOCK = ".lock"
 CHECKSUM = "checksum"  # the key of a JSON document that holds the hash of the rest of it
 
@@ -55,10 +57,15 @@ def _fsync(path: Path) -> None:
         os.close(fd)
 
 
+def _beside(path: Path) -> Path:
+    """A temporary name of this writer's own: on a shared disk, processes of several machines may have one number."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
 def write_file(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
     """Write a file atomically: `fill` gets it open for writing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = _beside(path)
     try:
         with beside.open("wb") as f:
             fill(f)
@@ -163,13 +170,14 @@ def require_writable(target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    beside.mkdir(exist_ok=True)
+    beside = _beside(target)
+    beside.mkdir()
     beside.rmdir()
 
 
-def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
+def write_directory(target: Path, fill: Callable[[Path], None], *, replace: bool = True) -> None:
     """Create directory `target` through `fill(temporary)`: afterwards it is the new one, or the old one untouched.
+    replace: False for what is named by its contents: what another process has put there meanwhile stays.
 
     Where `target` is a link, the directory that it leads to is replaced. A directory cannot replace another in one
     step, so the old one is first set aside under a known name (`recover_directory` puts it back after a crash between
@@ -177,8 +185,7 @@ def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
     """
     target = _led_to(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
+    beside = _beside(target)
     beside.mkdir()
     try:
         fill(beside)
@@ -189,9 +196,22 @@ def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
                 path.chmod(0o666 & ~umask)  # safetensors writes 0600: nobody else could serve it
                 _fsync(path)
         _fsync(beside)
-        _replace(beside, target)
+        if replace:
+            _replace(beside, target)
+        else:
+            _add(beside, target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _add(beside: Path, target: Path) -> None:
+    """Put the whole directory `beside` at `target`, unless one is there."""
+    try:
+        beside.rename(target)
+    except OSError as error:
+        if error.errno not in _THERE:
+            raise
+    _fsync(target.parent)
 
 
 def _replace(beside: Path, target: Path) -> None:
@@ -206,7 +226,7 @@ def _replace(beside: Path, target: Path) -> None:
             break
         except OSError as error:
             # A reader that came between the two renames has just put the old one back.
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt == 4:
+            if error.errno not in _THERE or attempt == 4:
                 raise
     _fsync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
@@ -215,8 +235,7 @@ def _replace(beside: Path, target: Path) -> None:
 def remove_directory(target: Path) -> None:
     """Remove a directory so that a crash in the middle leaves a temporary, never half of it under its name."""
     target = _led_to(target)
-    doomed = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(doomed, ignore_errors=True)
+    doomed = _beside(target)
     target.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
@@ -241,7 +260,7 @@ def recover_directory(target: Path) -> None:
 
 
 def sweep(folder: Path, *names: str) -> None:
-    """Clear away what killed writers of these names left in a folder: `.NAME.PID.tmp`, and `.NAME.old` (put back
+    """Clear away what killed writers of these names left in a folder: `.NAME.PID-*.tmp`, and `.NAME.old` (put back
     where NAME is gone). names may be patterns, as `step-*`.
 
     Only for whoever holds the lock: nobody else may be writing these.
