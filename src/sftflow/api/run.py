@@ -33,7 +33,7 @@ from sftflow.data.row_cache import cache_folder
 from sftflow.evaluation.evaluate import EvalDuringTraining
 from sftflow.foundation.atomic_io import Lock, clear_directory, write_text
 from sftflow.foundation.errors import RecipeError
-from sftflow.foundation.ranks import ranks
+from sftflow.foundation.ranks import joined, ranks
 from sftflow.foundation.runtime import detect
 from sftflow.pretraining.pretrain import BaseSpec, train_base
 from sftflow.recipe import Recipe, load_recipe, to_yaml
@@ -131,7 +131,7 @@ def _train(
 ) -> Run:
     """lock: on train.out, where it is held already."""
     started, out = time.perf_counter(), Path(recipe.train.out)
-    with ExitStack() as stack, recipe.origin.named():
+    with ExitStack() as stack, recipe.origin.named(), joined():
         stack.enter_context(Heard(shown.warned))
         signals = stack.enter_context(Signals(_tell_of_waiting))
         if lock is None and ranks().first and (not out.exists() or out.is_dir()):

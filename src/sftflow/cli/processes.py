@@ -56,6 +56,7 @@ def _launch(nproc: int) -> None:
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=nproc,
+        run_id=str(os.getpid()),
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
@@ -91,7 +92,7 @@ def tells(error: BaseException) -> bool:
 
 
 def leave(code: int) -> None:
-    """End the process. One of several ends at once, so that none waits for it in vain."""
+    """End the process. One of several ends at once: what it has open to the others must not hold it up."""
     if ranks().world == 1:
         sys.exit(code)
     for stream in (sys.stdout, sys.stderr):

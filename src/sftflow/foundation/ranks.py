@@ -9,6 +9,7 @@ What one process computes is what `Ranks()` computes: every method has its meani
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 from collections.abc import Iterator
@@ -111,9 +112,10 @@ def is_launched() -> bool:
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """While it lasts, this process is one of those that the environment names (torchrun's). May be nested.
+    """While it lasts, this process is one of those that the environment names (torchrun's). May be nested, and entered
+    again: the group stays until the process ends.
 
-    After an error the group is left as it is: the others may be waiting in it, and end with this process.
+    After an error no rank waits for the others: they may be waiting in a collective, and end with this process.
     """
     global _present
     if _present.world > 1 or not is_launched():
@@ -131,10 +133,9 @@ def joined() -> Iterator[Ranks]:
         "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(hours=1)
     )
     _present = Ranks(rank, world, local, store)
+    atexit.register(dist.destroy_process_group)
     yield _present
-    dist.barrier()
-    dist.destroy_process_group()
-    _present = Ranks()
+    _present.barrier()
 
 
 def lost(error: BaseException) -> bool:

@@ -214,7 +214,7 @@ class ProgressDisplay:
 
     def machine(self, runtime: Runtime) -> None:
         """Where the run computes: for the share of the peak and the memory. Measured once, and only shown."""
-        self._device, self._peak = runtime.device, measure_peak(runtime)
+        self._device, self._peak = runtime.device, measure_peak(runtime) * ranks().world
 
     def begins(self, run: Opening) -> None:
         """What is said of a run before its first step. Its directory is its own now, and has the log."""

@@ -53,7 +53,10 @@ def start_block(run: Opening) -> Text:
     micro = f", {at_once:,} at once" if at_once < train.tokens_per_step else ""
     kind = "packed rows" if train.packing else "rows"
     trained = "all" if run.n_trained == run.n_parameters else f"{run.n_trained:,} of"
-    why = {key: f" ({notes[key]})" if notes.get(key, "asked for") != "asked for" else "" for key in ("compile", "lr")}
+    why = {
+        key: f" ({notes[key]})" if notes.get(key, "asked for") != "asked for" else ""
+        for key in ("compile", "lr", "shard")
+    }
     of_all = " (supervise: all)" if notes.get("supervise") == "all" else ""
     time = "known after the first steps; validation and evaluation come on top"
     if run.step_seconds is not None:
@@ -71,6 +74,9 @@ def start_block(run: Opening) -> Text:
         ("compiled", f"{'yes' if train.compile else 'no'}{why['compile']}"),
         ("time", time),
     ]
+    if run.world > 1:
+        keeps = "its rows of every matrix" if train.shard == "full" else "the whole model"
+        rows.insert(-2, ("processes", f"{run.world}, each with {keeps}{why['shard']}"))
     return block(rows)
 
 

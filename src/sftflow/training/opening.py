@@ -30,7 +30,7 @@ class Rate(NamedTuple):
 class Opening:
     """anew: whether it replaces another in `out`.   base: what is fine-tuned; None for a new one.
     rows, tokens: of one epoch, repeats included.   packed_rows: what these make.   step: the last one that is done.
-    step_seconds: what a step took lately, None where none is done.   settings: resolved.
+    step_seconds: what a step took lately, None where none is done.   settings: resolved.   world: processes.
     notes: how each `auto` was decided.
     """
 
@@ -50,6 +50,7 @@ class Opening:
     n_parameters: int
     settings: Train
     runtime: Runtime
+    world: int
     notes: Mapping[str, Any]
 
     @property
@@ -77,6 +78,7 @@ def opening_of(trainer: Trainer, out: Path, facts: Mapping[str, Any]) -> Opening
         n_parameters=sum(p.numel() for p in trainer.model.parameters()),
         settings=trainer.settings,
         runtime=trainer.runtime,
+        world=trainer.ranks.world,
         **known,
     )
 

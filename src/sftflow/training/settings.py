@@ -12,7 +12,7 @@ import torch
 from sftflow.checkpoint import BUILTIN_TINY
 from sftflow.foundation.errors import CheckpointError, RecipeError
 from sftflow.foundation.ranks import ranks
-from sftflow.foundation.runtime import Runtime
+from sftflow.foundation.runtime import Runtime, free_memory
 from sftflow.recipe import Recipe
 from sftflow.training.optimizers import OPTIMIZERS
 
@@ -55,16 +55,19 @@ def resolve_recipe(recipe: Recipe, runtime: Runtime, n_parameters: int) -> tuple
 
 
 def decide_shard(n_parameters: int, runtime: Runtime, optimizer: str = "adamw") -> tuple[str, str]:
-    """("full" or "no", why): whether weights, gradients and AdamW's two moments, all in fp32, fit one device."""
-    needed = BYTES_A_PARAMETER * n_parameters
-    if runtime.device != "cuda":
-        return "no", "auto: replicated, for the processes share one memory or none is known"
+    """("full" or "no", why): whether weights, gradients and AdamW's two moments, all in fp32, fit the memory that each
+    process has. On a CPU the processes of a machine share it."""
     if optimizer == "adamw8bit":
-        return "no", "auto: replicated, as adamw8bit is never sharded"
-    room = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    fits = needed <= REPLICATED_SHARE * room
-    gib = f"{needed / 2**30:.1f} GiB of weights, gradients and moments on a device of {room / 2**30:.0f} GiB"
-    return ("no", f"auto: replicated, {gib}") if fits else ("full", f"auto: sharded, {gib}")
+        return "no", "auto: adamw8bit is never sharded"
+    needed = BYTES_A_PARAMETER * n_parameters
+    if runtime.device == "cuda":
+        room = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    else:
+        room = free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", ranks().world))
+    room = ranks().from_first(room)  # all must decide the same
+    fits = not room or needed <= REPLICATED_SHARE * room
+    fact = f"{needed / 2**30:.1f} GiB for weights, gradients and moments, {room / 2**30:.0f} GiB for each process"
+    return "no" if fits else "full", f"auto: {fact}"
 
 
 def can_compile(device: str) -> str | None:
