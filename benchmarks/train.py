@@ -1,4 +1,4 @@
-"""Full fine-tuning of one checkpoint, ours beside TRL's SFTTrainer: tokens a second, peak memory, loss.
+"""Fine-tuning of one checkpoint, in full or by LoRA, ours beside TRL's SFTTrainer: tokens a second, peak memory, loss.
 
     python benchmarks/train.py --model DIR_OR_GGUF [--rounds 3] [--steps 4] [--peer-python /tmp/trl-venv/bin/python]
 
@@ -14,6 +14,8 @@ apart. Ways:
     TRL packed        best-fit rows of --max-length; one row a micro-batch
     sftflow           as a recipe runs it
     sftflow, no ...   the same without one of its savings
+
+With --lora instead: our full training, and LoRA of rank 16 on all linear layers, ours beside TRL with peft.
 
 real tokens/s counts every token of every conversation once, padding not counted. Computed tokens are those that went
 through the layers: fewer than the real ones where conversations share their beginning. The share of the peak is the
@@ -56,6 +58,14 @@ OUR_WAYS: dict[str, dict[str, Any]] = {
     "sftflow, checkpointing": {"compile": True, "gradient_checkpointing": True},
 }
 
+LORA = {"rank": 16, "alpha": 32}
+LORA_WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{f"{name}, LoRA": ("trl", {**options, "lora": LORA}) for name, options in TRL_WAYS.items()},
+    "sftflow, full": ("ours", {"compile": True}),
+    "sftflow": ("ours", {"compile": True, "lora": LORA}),
+    "sftflow, not compiled": ("ours", {"lora": LORA}),
+}
+
 
 def load(job: dict[str, Any]) -> tuple[Any, Any]:
     from sftflow.checkpoint import prepare, resolve
@@ -70,6 +80,7 @@ def rows_of(job: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
 
 def run_trl(job: dict[str, Any]) -> dict[str, Any]:
     import datasets
+    from peft import LoraConfig
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer  # type: ignore[import-not-found]
 
@@ -77,7 +88,7 @@ def run_trl(job: dict[str, Any]) -> dict[str, Any]:
     model, tokenizer = load(job)
     data = [{"input_ids": i, "labels": [t if m else -100 for t, m in zip(i, k, strict=True)]} for i, k in rows_of(job)]
     options = dict(job["options"])
-    packing = options.get("packing", False)
+    packing, lora = options.get("packing", False), options.pop("lora", None)
     real = sum(len(r["input_ids"]) for r in data) / len(data)
     rows = job["rows_per_step"]
     if packing:  # rows of max_length; about as many tokens a step as the others take
@@ -124,6 +135,7 @@ def run_trl(job: dict[str, Any]) -> dict[str, Any]:
             train_dataset=datasets.Dataset.from_list(data),
             processing_class=tokenizer,
             callbacks=[Clock()],
+            peft_config=LoraConfig(**plain_lora(lora)) if lora else None,
         )
         prepared = trainer.train_dataset
         per_step = micro * accumulate
@@ -133,7 +145,27 @@ def run_trl(job: dict[str, Any]) -> dict[str, Any]:
         mine = [prepared[i % len(prepared)] for i in range(step * per_step, (step + 1) * per_step)]
         counts.append(sum(len(r["input_ids"]) for r in mine))
         supervised.append(sum(x != -100 for r in mine for x in r["labels"]))
-    return {"seconds": times, "tokens": counts, "supervised": supervised, "computed": counts, "losses": losses}
+    trained = trainable_share(trainer.model)
+    return {
+        "seconds": times,
+        "tokens": counts,
+        "supervised": supervised,
+        "computed": counts,
+        "losses": losses,
+        "trained": trained,
+    }
+
+
+def plain_lora(lora: dict[str, Any]) -> dict[str, Any]:
+    """peft's arguments for what `train.lora` says."""
+    own = {"target_modules": "all-linear", "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
+    return {"r": lora["rank"], "lora_alpha": lora["alpha"], **own}
+
+
+def trainable_share(model: Any) -> float:
+    """Parameters that are trained, of all."""
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trained in counts if trained) / sum(n for n, _ in counts)
 
 
 class FixedPlan:
@@ -183,6 +215,7 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
         "supervised": [x.supervised_tokens for x in logs],
         "computed": [getattr(x, "computed_tokens", x.tokens) for x in logs],
         "losses": [x.loss for x in logs],
+        "trained": trainable_share(model),
     }
 
 
@@ -286,6 +319,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", nargs="+", help="only these ways")
+    parser.add_argument("--lora", action="store_true", help="LoRA beside TRL with peft, and our full training")
     parser.add_argument("--peer-python", default=sys.executable, help="an interpreter that has TRL")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -300,12 +334,13 @@ def main() -> None:
     if not arguments.model or not arguments.data.is_file():
         print("skipped: give --model, and --data where the default is not here")
         return
+    ours = LORA_WAYS if arguments.lora else {n: ("ours", o) for n, o in OUR_WAYS.items()}
+    peers = {} if arguments.lora else {n: ("trl", o) for n, o in TRL_WAYS.items()}
     has_trl = not subprocess.run([arguments.peer_python, "-c", "import trl"], capture_output=True).returncode
-    ways = {n: ("ours", sys.executable, o) for n, o in OUR_WAYS.items()}
-    if has_trl:
-        ways = {n: ("trl", arguments.peer_python, o) for n, o in TRL_WAYS.items()} | ways
-    else:
+    ways = peers | ours
+    if not has_trl:
         print("TRL was not found (see --peer-python): only ours is timed")
+        ways = {name: way for name, way in ways.items() if way[0] == "ours"}
     if arguments.only:
         ways = {n: w for n, w in ways.items() if n in arguments.only}
     with tempfile.TemporaryDirectory() as folder:
@@ -317,7 +352,8 @@ def main() -> None:
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
         for _ in range(arguments.rounds):
             peaks.append(child(sys.executable, "peak", job))
-            for name, (side, python, options) in ways.items():
+            for name, (side, options) in ways.items():
+                python = arguments.peer_python if side == "trl" else sys.executable
                 results[name].append(child(python, side, {**job, "options": options}))
         reference = child(sys.executable, "reference", {**job, "precision": "fp32"})["losses"]
     print_table(results, peaks, arguments, n)
@@ -337,19 +373,20 @@ def print_table(
         f"transformers {transformers.__version__}, {torch.get_num_threads()} threads; medians of {arguments.rounds}"
     )
     print(f"best matrix product of these shapes: {peak:,.0f} GFLOP/s\n")
-    print("| way | real tokens/s | supervised/s | computed share | peak share | memory MiB | first step s |")
-    print("|---|--:|--:|--:|--:|--:|--:|")
+    print("| way | real tokens/s | supervised/s | computed share | peak share | trained | memory MiB | first step s |")
+    print("|---|--:|--:|--:|--:|--:|--:|--:|")
     rates = {}
     for name, runs in results.items():
         rates[name] = rate(runs, "tokens")
         supervised = rate(runs, "supervised")
-        flops = 6 * (body * rate(runs, "computed") + head * supervised) / 1e9
+        trained = runs[0]["trained"]  # frozen weights have no gradient of their own: two thirds of the work
+        flops = (6 if trained > 0.5 else 4) * (body * rate(runs, "computed") + head * supervised) / 1e9
         share = sum(runs[0]["computed"]) / sum(runs[0]["tokens"])
         memory = statistics.median(r["rss"] for r in runs) / MIB
         first = statistics.median(r["seconds"][0] for r in runs)
         print(
-            f"| {name} | {rates[name]:,.0f} | {supervised:,.0f} | {share:.0%} | {flops / peak:.0%} | {memory:,.0f} "
-            f"| {first:.1f} |"
+            f"| {name} | {rates[name]:,.0f} | {supervised:,.0f} | {share:.0%} | {flops / peak:.0%} | {trained:.2%} "
+            f"| {memory:,.0f} | {first:.1f} |"
         )
     peers = {name: r for name, r in rates.items() if name.startswith("TRL")}
     if peers and "sftflow" in rates:
@@ -370,7 +407,7 @@ def print_losses(results: dict[str, list[dict[str, Any]]], reference: list[float
     for name, runs in results.items():
         losses = runs[0]["losses"]
         off = max(abs(a / b - 1) for a, b in zip(losses, reference, strict=True))
-        note = "" if "packed" in name else f"  at most {1000 * off:.1f} per mille off"
+        note = "" if "packed" in name or runs[0]["trained"] < 0.5 else f"  at most {1000 * off:.1f} per mille off"
         print(f"  {name:<24}", *(f"{x:.4f}" for x in losses), note)
 
 
