@@ -206,7 +206,8 @@ class FineTuning(TrainingRun):
                 listener.say(note)
         plan = RowPlan(self.mixture.examples, recipe.train)
         self.recipe, self.notes["compile"] = decide_compile(recipe, runtime, model.num_parameters(), plan.total_steps)
-        model.to(runtime.device)
+        if ranks().world == 1 or self.recipe.train.shard != "full":  # else the device gets its rows only
+            model.to(runtime.device)
         super().__init__(
             out,
             Trainer(model, plan, self.recipe.train, runtime, self.mixture.names),

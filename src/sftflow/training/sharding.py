@@ -27,8 +27,9 @@ from sftflow.training.bf16_weights import CLASSES, decoder_layers
 
 
 def shard(model: Any, ranks: Ranks, device: str, *, bf16: bool) -> None:
-    """Leave each rank its rows of the model's matrices; the model computes what it did.
+    """Leave each rank its rows of the model's matrices, on its device; the model computes what it did.
 
+    The whole model is in the machine's memory until then, of every rank, and never on the device.
     bf16: the matrices that `Bf16Weights` would round are gathered in bf16, rounded by the same rule.
     """
     mesh = init_device_mesh(device, (ranks.world,))  # with gloo it must be said that tensors are on the CPU
@@ -50,6 +51,12 @@ def shard(model: Any, ranks: Ranks, device: str, *, bf16: bool) -> None:
     if head.weight not in small:
         # The loss multiplies by the head itself and adds to its gradient, so that no hook of FSDP would ever run.
         head.weight = embedding.weight if tied else _distributed(head.weight, mesh)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+        for parameter in module.parameters(recurse=False):
+            if not isinstance(parameter, DTensor):
+                parameter.data = parameter.data.to(device)
 
 
 def _shard_module(module: torch.nn.Module, mesh: DeviceMesh, small: set[torch.nn.Parameter]) -> None:

@@ -47,7 +47,7 @@ class Trainer:
         self.bad_steps = 0
         self.ranks = ranks()
         self.sharded = settings.shard == "full" and self.ranks.world > 1
-        torch.manual_seed(settings.seed)
+        torch.manual_seed(settings.seed + 1_000_003 * self.ranks.rank)  # no two ranks drop out alike
         keep_freed_memory()
         restore_classes(model)
         check_length(model, settings.max_length)
