@@ -127,7 +127,7 @@ def test_letters_that_a_locale_has_not_are_escaped(tmp_path: Path, tiny_base: Pa
         ({"train": {"epochs": 9e999}}, ": train.epochs: it should be a finite number (given: "),
         ({"validation": 9e999}, ": validation: it should be a finite number (given: "),
         ({"literal[": 1}, ": literal[: unknown key; "),
-        ({"train": {"lora": {"rank": 8}}}, "not available in this version"),
+        ({"train": {"lora": {"rank": -8}}}, ": train.lora.rank: it should be greater than 0 (given: -8)"),
         ({"base": "./nowhere"}, "no such checkpoint directory"),
         ({"format": "sftflw"}, "'sftflw' is not a format"),
         ({"train": {"max_length": 4096, "tokens_per_step": 4096}}, "more than the base's context of 256"),

@@ -27,12 +27,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "padded": {"packing": False, "shard": "full"},
     "compiled": {"compile": True, "shard": "full", "steps": 4},
     "gradient checkpointing": {"gradient_checkpointing": True, "shard": "full"},
+    "lora": {"lora": {"rank": 4}, "lr": 1e-3},
+    "lora, sharded": {"lora": {"rank": 4}, "lr": 1e-3, "shard": "full"},
+    "lora, sharded, untied": {"lora": {"rank": 4}, "lr": 1e-3, "shard": "full", "model": "Qwen3"},
+    "lora, bf16": {"lora": {"rank": 4}, "precision": "bf16"},
+    "lora, sharded, bf16": {"lora": {"rank": 4}, "precision": "bf16", "shard": "full"},
     "muon": {"optimizer": "muon", "shard": "full"},
     "muon, replicated": {"optimizer": "muon"},
     "bf16": {"precision": "bf16", "shard": "full"},
     "bf16, replicated": {"precision": "bf16"},
 }
 LOOSE = {"muon": 1e-3, "muon, replicated": 1e-3, "bf16": 2e-3, "bf16, replicated": 2e-3}
+LOOSE |= {"lora, bf16": 2e-3, "lora, sharded, bf16": 2e-3}
 """Muon iterates in bf16 where the processor has it; bf16 products are summed up in other micro-batches"""
 
 
@@ -63,6 +69,7 @@ def test_ranks_train_as_one_process_does_in_every_way(world: int, tmp_path: Path
         assert len(one.losses) > 1, name
         require_same(one, two[name], LOOSE.get(name, 1e-5))
     require_same(two["bf16"], two["bf16, replicated"], 1e-6)  # rows are rounded as they are in the whole
+    require_same(two["lora, sharded, bf16"], two["lora, bf16"], 1e-6)
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ def refused(tmp_path: Path, text: str, *sets: str) -> str:
         ("sequence_len: 2048", "; write train.max_length"),
         ("val_set_size: 0.1", "; write validation, at the top of the recipe (a share "),
         ("neat_packing: true", "; write train.packing (true already"),
-        ("lora_r: 8", "lora_r: unknown key; this version trains all weights; leave it out"),
+        ("lora_r: 8", "lora_r: unknown key; write train.lora.rank"),
         ("train: {base: x}", "train.base: unknown key; write base, at the top of the recipe"),
         ("warmup: 0.1", "warmup: unknown key; write train.schedule.warmup"),
         ("limit: 3", "limit: unknown key; it is a key of eval and of a mixture's entries"),
@@ -245,7 +245,7 @@ def test_the_door_speaks_of_arguments_and_a_recipe_of_its_keys(tmp_path: Path) -
         ),
         (
             "train r.yaml --lora-r 8",
-            "--lora-r; this version trains all weights; leave it out; see sftflow train --help",
+            "--lora-r; write --set train.lora.rank=...; see sftflow train --help",
         ),
         (
             "serve m --tensor-parallel-size 2",

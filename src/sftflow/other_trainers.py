@@ -19,7 +19,6 @@ class Ours(NamedTuple):
     note: str
 
 
-_ALL_WEIGHTS = "this version trains all weights; leave it out"
 _HELD_OUT = "a share (below 1) or a number of rows, held out of the mixture"
 _SAVES = "the state is saved, and the held-out loss measured, every so many steps"
 _OWN_TEMPLATE = "auto is the checkpoint's own template; or a built-in format, or a .jinja file"
@@ -144,8 +143,10 @@ SECTIONS: dict[str, Rows] = {
         ("torch_compile compile torch_compile_*", "train.compile", "auto, true or false"),
         ("*liger* *_cross_entropy* fast_inference use_unsloth upcast_layernorm plugins lora_*_kernel", "",
          "logits are computed in chunks already, and nothing is patched; leave it out"),
-        ("deepspeed fsdp fsdp_* ddp ddp_* num_gpus gpus nproc_per_node world_size *_parallel_* accelerator_config "
-         "use_ray custom_sharded_layers", "", "this version trains in one process on one device; leave it out"),
+        ("deepspeed fsdp fsdp_* custom_sharded_layers", "train.shard", "full shares the model out over the processes"),
+        ("ddp ddp_* num_gpus gpus nproc_per_node world_size accelerator_config use_ray", "",
+         "sftflow train RECIPE --nproc N, or torchrun (docs/scale.md)"),
+        ("*_parallel_*", "", "processes share rows (--nproc N) and weights (train.shard); leave it out"),
     ),
     "What is written, and when": (
         ("output_dir out_dir save_dir", "train.out", ""),
@@ -182,9 +183,18 @@ SECTIONS: dict[str, Rows] = {
         ("export_*", "", "it is a command: sftflow export RUN --to gguf --out FILE"),
     ),
     "Kinds of training": (
-        ("use_peft adapter finetuning_type lora_* peft_* *_lora* lora r target_modules bias use_rslora use_dora "
-         "loraplus_* relora_* pissa_* additional_target create_new_adapter *galore* *badam* *apollo* freeze_* "
-         "finetune_* unfrozen_parameters full_finetuning", "", _ALL_WEIGHTS),
+        ("use_peft adapter finetuning_type lora peft_* use_lora", "train.lora", "{} for an adapter, null for none"),
+        ("lora_r lora_rank r", "train.lora.rank", ""),
+        ("lora_alpha", "train.lora.alpha", ""),
+        ("lora_dropout", "train.lora.dropout", ""),
+        ("lora_target* target_modules lora_layers", "train.lora.targets",
+         "all, attention, or a list of layers' names"),
+        ("use_rslora", "train.lora.rslora", ""),
+        ("use_dora", "train.lora.dora", ""),
+        ("modules_to_save lora_modules_to_save additional_target", "train.lora.train_embeddings",
+         "auto trains the rows of new tokens, true the whole embedding and head"),
+        ("lora_* *_lora* bias loraplus_* relora_* pissa_* create_new_adapter *galore* *badam* *apollo* freeze_* "
+         "finetune_* unfrozen_parameters full_finetuning", "", "all weights are trained, or train.lora"),
         ("lora_model_dir adapter_name_or_path", "base",
          "an adapter's directory is a base, too: it is added into its own"),
         ("load_in_4bit load_in_8bit loftq_config bnb_* quant* double_quantization use_bnb_nested_quant qlora", "",

@@ -87,6 +87,24 @@ class LrScale(_Frozen):
     rest: Annotated[float, Field(ge=0)] = 1.0
 
 
+class Lora(_Frozen):
+    """An adapter beside the frozen base (`training.lora`).
+
+    targets: all: every linear layer of the blocks; attention: those of the attention; or names of layers.
+    train_embeddings: auto: the rows of tokens that the chat format has added; true: embedding and head whole.
+    """
+
+    rank: Annotated[int, Field(gt=0)] = 16
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 32
+    targets: Annotated[
+        Literal["all", "attention"] | tuple[str, ...], Field(description="'all', 'attention' or a list of names")
+    ] = "all"
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    rslora: bool = False
+    dora: bool = False
+    train_embeddings: Annotated[Literal["auto"] | bool, Field(description="'auto', true or false")] = "auto"
+
+
 class Train(_Frozen):
     """How to train; the trainer takes this model itself, so an option is a field here and its use there.
 
@@ -128,7 +146,7 @@ class Train(_Frozen):
     shard: Literal["auto", "no", "full"] = "auto"
     lr_scale: LrScale = LrScale()
     logger: Literal["tensorboard", "wandb", "trackio"] | None = None
-    lora: None = None
+    lora: Lora | None = None
 
     @property
     def peak_lr(self) -> float:
@@ -136,12 +154,6 @@ class Train(_Frozen):
         if isinstance(self.lr, str):
             raise ValueError("train.lr is still to be decided")
         return self.lr
-
-    @field_validator("lora", mode="before")
-    @classmethod
-    def _not_yet(cls, value: Any) -> None:
-        if value is not None:
-            raise ValueError("not available in this version, which trains all weights; leave it null")
 
     @model_validator(mode="after")
     def _fits(self) -> Train:
@@ -155,6 +167,10 @@ class Train(_Frozen):
         if self.shard == "full" and self.optimizer == "adamw8bit":
             fact = "adamw8bit has 256 numbers to a scale, and which ones would hang on the number of processes"
             raise ValueError(f"{fact}; set optimizer: adamw, whose moments are sharded, too, or shard: no")
+        if self.lora and self.optimizer == "muon":
+            raise ValueError("muon orthogonalises whole weight matrices, and lora trains none; set optimizer: adamw")
+        if self.lora and self.warm_start:
+            raise ValueError("warm_start takes over moments of all weights, and lora trains none of them; leave it out")
         return self
 
 

@@ -46,7 +46,9 @@ def train(variant: dict[str, Any]) -> Outcome:
     from helpers.architectures import tiny
     from helpers.training import BF16, FP32, examples, shared_rows, spec
     from sftflow.packing.pack import Example
+    from sftflow.recipe import Lora
     from sftflow.training.batch_plan import RowPlan
+    from sftflow.training.lora import attach
     from sftflow.training.trainer import Trainer
 
     keys = dict(variant)
@@ -56,6 +58,8 @@ def train(variant: dict[str, Any]) -> Outcome:
     if rows is not None:
         some = examples(40)
         data = [e if n < rows else Example(ids=e.ids, mask=0 * e.mask) for n, e in enumerate(some)]
+    if asked := keys.get("lora"):
+        attach(model, Lora(**asked), "base", [3, 7, 319], 0)
     settings = spec(**{"micro_tokens": 128, "steps": 20, "lr": 1e-4, **keys})
     trainer = Trainer(model, RowPlan(data, settings), settings, runtime)
     logs = list(trainer)

@@ -18,7 +18,7 @@ from sftflow.checkpoint.loading import (
     stored_dtype,
 )
 from sftflow.checkpoint.location import BUILTIN_TINY, Location, base_location, resolve
-from sftflow.checkpoint.saving import save
+from sftflow.checkpoint.saving import save, save_adapter
 from sftflow.checkpoint.weights import require_finite_weights
 
 __all__ = [
@@ -39,5 +39,6 @@ __all__ = [
     "require_finite_weights",
     "resolve",
     "save",
+    "save_adapter",
     "stored_dtype",
 ]

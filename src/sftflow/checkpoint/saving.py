@@ -62,17 +62,38 @@ def save(
         # transformers writes the dtype in memory, whatever is stored: "auto" readers would take fp32 for bf16.
         respell_config(directory, dtype=name_of_dtype)
         write_generation(directory, generation, stop)
-        write_tokenizer(tokenizer, directory)
-        files = sorted(p for p in directory.iterdir() if p.is_file())
-        record = {
-            **meta,
-            **(_format_record(tokenizer, renderer.format) if renderer else {}),
-            "dtype": name_of_dtype,
-            "sha256": {p.name: sha256_file(p) for p in files},
-        }
-        write_json(directory / "sftflow.json", with_checksum(record))
+        _write_rest(directory, tokenizer, renderer, name_of_dtype, meta)
 
     write_directory(target, fill)
+
+
+def save_adapter(
+    target: Path, wrapped: Any, tokenizer: Any, renderer: Renderer, *, dtype: Any, meta: dict[str, Any]
+) -> None:
+    """Write the adapter of a peft model as a directory of peft's, whole or not at all.
+
+    dtype: what its base is stored in.   meta: `base` names it as the adapter's config does, and has its hash.
+    """
+
+    def fill(directory: Path) -> None:
+        wrapped.save_pretrained(directory, save_embedding_layers=False)  # the base has these; new rows are apart
+        (directory / "README.md").unlink(missing_ok=True)  # peft's model card, to be filled in
+        _write_rest(directory, tokenizer, renderer, str(dtype).removeprefix("torch."), meta)
+
+    write_directory(target, fill)
+
+
+def _write_rest(directory: Path, tokenizer: Any, renderer: Renderer | None, dtype: str, meta: dict[str, Any]) -> None:
+    """The tokenizer, and sftflow.json with the hash of every file."""
+    write_tokenizer(tokenizer, directory)
+    files = sorted(p for p in directory.iterdir() if p.is_file())
+    record = {
+        **meta,
+        **(_format_record(tokenizer, renderer.format) if renderer else {}),
+        "dtype": dtype,
+        "sha256": {p.name: sha256_file(p) for p in files},
+    }
+    write_json(directory / "sftflow.json", with_checksum(record))
 
 
 def _format_record(tokenizer: Any, chat_format: ChatFormat) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from sftflow.foundation.runtime import Runtime
 from sftflow.packing.attending import attending
 from sftflow.packing.layout import layout_of
 from sftflow.packing.pack import PackedBatch
+from sftflow.packing.token_rows import TokenRows, is_plain, token_rows
 
 LOGITS = 1 << 24
 """logits in a chunk: large enough for efficient products, small beside weights and activations"""
@@ -37,7 +38,8 @@ class Head:
 
     weight: (vocabulary, width).   bias: (vocabulary,).   softcap: Gemma 2's.   scale: Cohere's, Granite's.
     bf16: the copy of the weight that products run on, where it is not simply rounded.
-    grad: where the weight's gradient is added, if not to its own `.grad`.
+    grad: where the weight's gradient is added, if not to its own `.grad`.   rows: those of a frozen weight that are
+    trained by themselves.
     """
 
     weight: torch.Tensor
@@ -46,6 +48,7 @@ class Head:
     scale: float = 1.0
     bf16: torch.Tensor | None = None
     grad: torch.Tensor | None = None
+    rows: TokenRows | None = None
 
 
 def head_of(model: Any, bf16: torch.Tensor | None = None) -> Head:
@@ -53,8 +56,10 @@ def head_of(model: Any, bf16: torch.Tensor | None = None) -> Head:
     layer, config = model.get_output_embeddings(), model.config
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    rows = token_rows(layer)
     return Head(
-        weight=layer.weight,
+        weight=layer.weight if rows is None else rows.weight,
+        rows=rows,
         bias=getattr(layer, "bias", None),
         softcap=getattr(config, "final_logit_softcapping", None),
         scale=scale,
@@ -137,6 +142,7 @@ def chunked_cross_entropy(
         bias = None if head.bias is None else head.bias.to(dtype)
         d_weight, d_bias = (None if scale is None else _grad_of(p) for p in (head.weight, head.bias))
         d_weight = d_weight if head.grad is None else head.grad
+        d_rows = None if scale is None or head.rows is None else _grad_of(head.rows.rows)
         chunk = max(128, LOGITS // weight.shape[0])
         for start in range(0, hidden.shape[0], chunk):
             h = hidden[start : start + chunk].to(dtype)
@@ -150,6 +156,8 @@ def chunked_cross_entropy(
             if d_weight is not None:
                 for v in range(0, d_weight.shape[0], ROWS):  # a sum of two dtypes makes a copy of its size
                     d_weight[v : v + ROWS].add_(grad[:, v : v + ROWS].T @ h, alpha=scale)
+            if d_rows is not None and head.rows is not None:
+                d_rows.add_(grad[:, head.rows.at].T @ h, alpha=scale)
             if d_bias is not None:
                 d_bias.add_(grad.sum(0, dtype=torch.float32), alpha=scale)
     if d_hidden is not None and hidden.requires_grad:
@@ -197,7 +205,9 @@ def batch_loss(
     """
     targets = torch.from_numpy(batch.labels).to(model.device)
     dtype = torch.bfloat16 if runtime.precision == "bf16" else None
-    with attending(model, "packed" if packed else "own", sparse_embedding=scale is not None):
+    rows = token_rows(model.get_input_embeddings())
+    forwards = [] if rows is None or not is_plain(rows) else [(rows.wrapper, rows.embed)]
+    with attending(model, "packed" if packed else "own", forwards=forwards, sparse_embedding=scale is not None):
         with runtime.autocast(), torch.set_grad_enabled(scale is not None):
             hidden = hidden_states(model, batch, packed=packed)
             wanted = hidden.index_select(0, torch.from_numpy(batch.label_positions).to(model.device))

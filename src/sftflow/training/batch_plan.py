@@ -103,7 +103,8 @@ def micro_batches(
     batches as every other rank, the last ones perhaps without a label: where each is a collective.
     """
     most = settings.micro_tokens or settings.tokens_per_step
-    share = settings.packing and settings.share_prefixes and settings.dropout == 0
+    dropout = settings.dropout or (settings.lora and settings.lora.dropout)
+    share = settings.packing and settings.share_prefixes and not dropout
     if settings.packing:
         parts = split_step(examples, most, share, ranks.world)
     else:

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from sftflow.foundation.rounding import round_bf16
+from sftflow.packing.loss import head_of
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -62,6 +63,14 @@ def restore_classes(model: Any) -> None:
         del module.bf16
 
 
+@torch.no_grad()
+def halve_frozen(model: Any) -> None:
+    """Keep the weights of frozen linear layers in bf16 alone: they never move, and products run on that."""
+    for module in (m for layer in decoder_layers(model) for m in layer.modules() if type(m) is torch.nn.Linear):
+        if not module.weight.requires_grad:
+            module.weight.data = round_bf16(module.weight)
+
+
 class Bf16Weights:
     """The bf16 copies of a model's decoder layers and output projection. `refresh` after every change of a weight.
 
@@ -72,11 +81,13 @@ class Bf16Weights:
         self.modules: list[Any] = []
         for layer in decoder_layers(model):
             for module in layer.modules():
-                if type(module) in CLASSES and not isinstance(module.weight, DTensor):
+                kept = type(module) in CLASSES and module.weight.dtype == torch.float32
+                if kept and not isinstance(module.weight, DTensor):
                     module.register_buffer("bf16", module.weight.detach().to(torch.bfloat16), persistent=False)
                     module.__class__ = CLASSES[type(module)]
                     self.modules.append(module)
-        self.head_weight = model.get_output_embeddings().weight
+        head = head_of(model)
+        self.head_weight, self.head_changes = head.weight, head.weight.requires_grad or head.rows is not None
         gathered = isinstance(self.head_weight, DTensor)
         self.head = None if gathered else self.head_weight.detach().to(torch.bfloat16)
         self.refresh(every=True)
@@ -87,5 +98,5 @@ class Bf16Weights:
         for module in self.modules:
             if every or module.weight.requires_grad:
                 round_bf16(module.weight, module.bf16)
-        if self.head is not None and (every or self.head_weight.requires_grad):
+        if self.head is not None and (every or self.head_changes):
             round_bf16(self.head_weight, self.head)

@@ -23,16 +23,16 @@ Groups = dict[str, list[torch.nn.Parameter]]
 MUON_RATIO = 4.0
 
 
-def groups_of(model: Any) -> Groups:
+def groups_of(model: Any, *, frozen: bool = False) -> Groups:
     """Every trainable parameter by what it is: "matrices" (experts held as (experts, out, in), too), "embeddings" (the
-    output projection among them), "rest"."""
+    output projection among them), "rest".   frozen: those that are not trained, too."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    head = model.get_output_embeddings()
-    if head is not None:
-        tables.add(id(head.weight))
+    for end in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if end is not None:
+            tables |= {id(p) for p in end.parameters() if p.ndim > 1}
     groups: Groups = {"matrices": [], "embeddings": [], "rest": []}
     for p in model.parameters():
-        if p.requires_grad:
+        if p.requires_grad or frozen:
             groups["embeddings" if id(p) in tables else "matrices" if p.ndim >= 2 else "rest"].append(p)
     return groups
 

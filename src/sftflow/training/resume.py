@@ -49,7 +49,7 @@ def save_state(root: Path, trainer: Trainer, identity: Identity, extra: dict[str
     """
 
     def fill(directory: Path) -> None:
-        parameters = {n: p.detach().contiguous() for n, p in trainer.model.named_parameters()}
+        parameters = {n: p.detach().contiguous() for n, p in _saved_parameters(trainer).items()}
         save_file(parameters, directory / "model.safetensors")
         save_file(_optimizer_tensors(trainer), directory / "optimizer.safetensors")
         state = {
@@ -197,9 +197,17 @@ def _optimizer_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
     return out
 
 
+def _saved_parameters(trainer: Trainer) -> dict[str, torch.nn.Parameter]:
+    """All; beside a frozen base, which is as it was, only those that are trained."""
+    parameters: dict[str, torch.nn.Parameter] = dict(trainer.model.named_parameters())
+    if trainer.settings.lora is None:
+        return parameters
+    return {name: p for name, p in parameters.items() if p.requires_grad}
+
+
 def _load_parameters(directory: Path, trainer: Trainer) -> None:
     saved = load_file(directory / "model.safetensors")
-    parameters = dict(trainer.model.named_parameters())
+    parameters = _saved_parameters(trainer)
     shapes, wanted = ({name: x.shape for name, x in tensors.items()} for tensors in (saved, parameters))
     wrong = sorted({name for name, _ in shapes.items() ^ wanted.items()})
     if wrong:

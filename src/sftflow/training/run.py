@@ -24,7 +24,16 @@ from typing import Any
 
 from sftflow.chat.template_options import options_note
 from sftflow.chat.token_rows import token_row
-from sftflow.checkpoint import Assistant, assistant_of, prepare, resolve, save, stored_dtype
+from sftflow.checkpoint import (
+    Assistant,
+    assistant_of,
+    load_tokenizer,
+    prepare,
+    resolve,
+    save,
+    save_adapter,
+    stored_dtype,
+)
 from sftflow.data.mixture import Mixture, build_mixture, write_bad_rows
 from sftflow.data.run_rows import HELD_OUT, TRAINING_ROWS, write_run_rows
 from sftflow.fingerprint import weights_and_body_hash
@@ -36,6 +45,7 @@ from sftflow.recipe import Recipe, to_yaml
 from sftflow.training.batch_plan import RowPlan, StepLog
 from sftflow.training.identity import asked_for, base_identity, run_identity, told_changes
 from sftflow.training.loggers import open_logger
+from sftflow.training.lora import attach, base_reference, not_plain, trainable_share
 from sftflow.training.resume import (
     DONE,
     MEASURED_LATER,
@@ -198,6 +208,14 @@ class FineTuning(TrainingRun):
         weights, self.base_body = weights_and_body_hash(model)
         base = base_identity(model, self.dtype, weights)
         self.notes["supervise"] = recipe.supervise
+        self.adapter = None
+        if recipe.train.lora:
+            before = set(load_tokenizer(location).get_vocab().values())
+            new = sorted(set(self.tokenizer.get_vocab().values()) - before)
+            reference = base_reference(self.base_path, location.name, from_hub=location.from_hub)
+            self.adapter = attach(model, recipe.train.lora, reference, new, recipe.train.seed)
+            trained, of = trainable_share(model)
+            self.notes["lora"] = f"{trained:,} of {of:,} parameters ({trained / of:.2%})"
         listener.say("rendering the mixture")
         self.mixture = first_of_node(lambda: build_mixture(recipe, renderer, listener.rendering))
         self.renderer = self.mixture.renderer
@@ -307,7 +325,8 @@ class FineTuning(TrainingRun):
 
     def save_checkpoint(self) -> None:
         known = {key: self.base_info.get(key) for key in ("fingerprint", "kind", "base")}
-        base = {"name": self.recipe.base, "body": self.base_body, **known}
+        name = self.recipe.base if self.adapter is None else self.adapter.peft_config["default"].base_model_name_or_path
+        base = {"name": name, "body": self.base_body, **known}
         meta = {
             "version": version("sftflow"),
             "base": base,
@@ -317,9 +336,11 @@ class FineTuning(TrainingRun):
             "step": self.trainer.step,
         }
         if self.trainer.ranks.first:
-            save(
-                self.out / "checkpoint", self.trainer.model, self.tokenizer, self.renderer, dtype=self.dtype, meta=meta
-            )
+            out, parts = self.out / "checkpoint", (self.tokenizer, self.renderer)
+            if self.adapter is None:
+                save(out, self.trainer.model, *parts, dtype=self.dtype, meta=meta)
+            else:
+                save_adapter(out, self.adapter, *parts, dtype=self.dtype, meta=meta)
         self.trainer.ranks.barrier()
         self.write_ledger()
 
@@ -338,6 +359,9 @@ class FineTuning(TrainingRun):
         if self.state.checkpoint is None:
             fact = "no step has changed the weights and left them finite"
             raise RunError(str(self.out), fact, self.divergence_remedy())
+        if self.adapter is not None and (more := not_plain(self.adapter)):
+            whole = f"for those: sftflow export {self.out} --to merged --out OUT"
+            self.listener.say(f"vLLM and llama.cpp take no adapter with {' or '.join(more)}; {whole}")
         done = {"steps": self.trainer.plan.total_steps, "asked": self.asked, "identity": self.identity}
         if self.trainer.ranks.first:
             write_json(self.out / DONE, done)

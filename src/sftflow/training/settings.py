@@ -16,6 +16,9 @@ from sftflow.foundation.runtime import Runtime, free_memory
 from sftflow.recipe import Recipe
 from sftflow.training.optimizers import OPTIMIZERS
 
+LORA_LR = 2e-4
+"""lr: auto of an adapter: ten times that of full fine-tuning, as the field has it (Schulman et al. 2025, "LoRA Without
+Regret")"""
 SMALL_MODEL = 20_000_000
 """parameters below which a base is treated as the tiny one"""
 
@@ -29,7 +32,7 @@ WORTH_COMPILING = {"cpu": 2e14, "cuda": 2e16}
 
 # shard: auto. What a parameter takes in training: itself, its gradient and two moments; and the share of a device's
 # memory that may go to them, the rest being for activations.
-BYTES_A_PARAMETER = 16
+BYTES_A_PARAMETER, BYTES_A_FROZEN = 16, 4
 REPLICATED_SHARE = 0.6
 
 
@@ -42,10 +45,13 @@ def resolve_recipe(recipe: Recipe, runtime: Runtime, n_parameters: int) -> tuple
     notes = {"precision": runtime.reason, "device": runtime.device}
     if train.lr == "auto":
         kind = OPTIMIZERS[train.optimizer]
-        update["lr"] = kind.lr_tiny if small else kind.lr_real
-        notes["lr"] = "auto: " + ("tuned for the tiny base" if small else "full fine-tuning of a real checkpoint")
+        update["lr"] = LORA_LR if train.lora else kind.lr_tiny if small else kind.lr_real
+        full = "tuned for the tiny base" if small else "full fine-tuning of a real checkpoint"
+        notes["lr"] = f"auto: {'an adapter' if train.lora else full}"
     if train.shard == "auto" and ranks().world > 1:
-        update["shard"], notes["shard"] = decide_shard(n_parameters, runtime, train.optimizer)
+        update["shard"], notes["shard"] = decide_shard(
+            n_parameters, runtime, train.optimizer, lora=train.lora is not None
+        )
     if train.micro_tokens is None:
         wanted = AUTO_MICRO["small" if small else runtime.device]
         update["micro_tokens"] = min(train.tokens_per_step, max(wanted, train.max_length))
@@ -54,12 +60,14 @@ def resolve_recipe(recipe: Recipe, runtime: Runtime, n_parameters: int) -> tuple
     return recipe.model_copy(update={"train": train.model_copy(update=update)}), notes
 
 
-def decide_shard(n_parameters: int, runtime: Runtime, optimizer: str = "adamw") -> tuple[str, str]:
+def decide_shard(
+    n_parameters: int, runtime: Runtime, optimizer: str = "adamw", *, lora: bool = False
+) -> tuple[str, str]:
     """("full" or "no", why): whether weights, gradients and AdamW's two moments, all in fp32, fit the memory that each
     process has. On a CPU the processes of a machine share it."""
     if optimizer == "adamw8bit":
         return "no", "auto: adamw8bit is never sharded"
-    needed = BYTES_A_PARAMETER * n_parameters
+    needed = (BYTES_A_FROZEN if lora else BYTES_A_PARAMETER) * n_parameters
     if runtime.device == "cuda":
         room = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     else:

@@ -4,7 +4,8 @@ replicated   every rank has the whole model; gradients are summed by one all-red
 sharded      FSDP2: each rank keeps its rows of every matrix, of its gradient and of its moments, and has the whole of a
              layer's only while that layer computes (Zhao et al. 2023, "PyTorch FSDP")
 
-In a sharded model all that is small stays replicated: norms, biases, and an adapter beside a frozen base.
+In a sharded model all that is small stays replicated: norms, biases, an adapter beside a frozen base; and the frozen
+base's embedding and head, which have neither gradients nor moments.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from sftflow.foundation.rounding import round_bf16
 from sftflow.packing.loss import Head
 from sftflow.training.bf16_weights import CLASSES, decoder_layers
 
+FP32 = torch.float32
+
 
 def shard(model: Any, ranks: Ranks, device: str, *, bf16: bool) -> None:
     """Leave each rank its rows of the model's matrices, on its device; the model computes what it did.
@@ -33,22 +36,21 @@ def shard(model: Any, ranks: Ranks, device: str, *, bf16: bool) -> None:
     bf16: the matrices that `Bf16Weights` would round are gathered in bf16, rounded by the same rule.
     """
     mesh = init_device_mesh(device, (ranks.world,))  # with gloo it must be said that tensors are on the CPU
-    small = set(small_parameters(model))
+    small, beside_frozen = set(small_parameters(model)), not all(p.requires_grad for p in model.parameters())
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head.weight is embedding.weight
     for layer in decoder_layers(model):
         for module in reversed(list(layer.modules())):
-            odd = any(p.ndim > 1 and p not in small for p in module.parameters(recurse=False))
+            odd = any(p.requires_grad and p not in small for p in module.parameters(recurse=False))
             if bf16 and odd and type(module) not in CLASSES:  # its gradient has another type than the layer's others
                 _shard_module(module, mesh, small)
         _shard_module(layer, mesh, small)
         if bf16:
             for module in layer.modules():
-                if type(module) in CLASSES and isinstance(module.weight, DTensor):
+                if type(module) in CLASSES and isinstance(module.weight, DTensor) and module.weight.dtype == FP32:
                     _gather_rounded(module.weight, ranks)
-    if embedding.weight not in small:
+    if not beside_frozen:
         _shard_module(embedding, mesh, small)
-    if head.weight not in small:
         # The loss multiplies by the head itself and adds to its gradient, so that no hook of FSDP would ever run.
         head.weight = embedding.weight if tied else _distributed(head.weight, mesh)
     for module in model.modules():

@@ -22,9 +22,10 @@ from sftflow.packing.attending import evaluating
 from sftflow.packing.check_model import check_length, prove_forward
 from sftflow.packing.loss import Parts, batch_loss, fused_parts, head_of, loss_parts
 from sftflow.packing.pack import Example, PackedBatch, label_positions_of
+from sftflow.packing.token_rows import token_rows
 from sftflow.recipe import Train
 from sftflow.training.batch_plan import RowPlan, StepLog, Tally, micro_batches
-from sftflow.training.bf16_weights import Bf16Weights, decoder_layers, restore_classes
+from sftflow.training.bf16_weights import Bf16Weights, decoder_layers, halve_frozen, restore_classes
 from sftflow.training.optimizers import groups_of, lr_factor, make_optimizers
 from sftflow.training.sharding import Gradients, add_gradient, gathered_head, shard
 
@@ -52,13 +53,17 @@ class Trainer:
         restore_classes(model)
         check_length(model, settings.max_length)
         prove_forward(model, packed=settings.packing)
-        self.n_body, self.n_head = matrix_sizes(model)
+        self.flops_body, self.flops_head = flops_a_token(model)
+        if runtime.precision == "bf16":
+            halve_frozen(model)
         if self.sharded:
             shard(model, self.ranks, runtime.device, bf16=runtime.precision == "bf16")
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizers = make_optimizers(model, settings)
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        ends = (token_rows(end()) for end in (model.get_input_embeddings, model.get_output_embeddings) if end())
+        self.token_rows = [rows for rows in ends if rows is not None]
         self.bf16 = Bf16Weights(model) if runtime.precision == "bf16" else None
         self.parts: Parts = loss_parts
         if settings.compile is True:
@@ -111,7 +116,7 @@ class Trainer:
             seconds=time.perf_counter() - started,
             padding_share=1 - found.computed / max(1, found.slots),
             computed_tokens=found.computed,
-            flops=6.0 * (self.n_body * found.computed + self.n_head * found.supervised),
+            flops=self.flops_body * found.computed + self.flops_head * found.supervised,
             source_loss={self.names.get(s, str(s)): x for s, x in enumerate(found.by_source()) if x is not None},
             skipped=not finite,
         )
@@ -130,6 +135,8 @@ class Trainer:
 
     def refresh(self) -> None:
         """After every change of the weights: what is derived from them follows."""
+        for rows in self.token_rows:
+            rows.refresh()
         if self.bf16 is not None:
             self.bf16.refresh()
 
@@ -165,11 +172,16 @@ def resting(model: Any) -> Iterator[None]:
         yield
 
 
-def matrix_sizes(model: Any) -> tuple[int, int]:
-    """(parameters in the blocks' matrices, in the output projection): what products are counted by. Of experts those
-    that a token uses."""
+def flops_a_token(model: Any) -> tuple[float, float]:
+    """Floating-point operations of (a computed token in the blocks, a supervised one in the output projection): 2 for
+    each number of a matrix forward, 2 backward, and 2 for its gradient where it is trained. Of experts those that a
+    token uses."""
     config = model.config.get_text_config()
     experts = next((n for k in EXPERTS if (n := getattr(config, k, None))), 1)
     active = (getattr(config, "num_experts_per_tok", None) or experts) / experts
-    body = sum(p.numel() * (active if p.ndim == 3 else 1) for p in groups_of(model)["matrices"])
-    return int(body), model.get_output_embeddings().weight.numel()
+    body = sum(_flops(p) * (active if p.ndim == 3 else 1) for p in groups_of(model, frozen=True)["matrices"])
+    return body, _flops(head_of(model).weight)
+
+
+def _flops(weight: torch.Tensor) -> float:
+    return weight.numel() * (6.0 if weight.requires_grad else 4.0)
