@@ -11,6 +11,8 @@ import pytest
 
 from helpers.runs import Quiet, digest, write_recipe
 from helpers.runs import run as command
+from helpers.several import forked, results_in
+from sftflow import api
 from sftflow.checkpoint import base_format, load_assistant
 from sftflow.comparison.compare import compare_models
 from sftflow.comparison.losses import held_out_comparison
@@ -209,3 +211,21 @@ def test_changes_in_words() -> None:
         "same right",
         "same wrong",
     ]
+
+
+def test_two_ranks_compare_as_one_process_does(run: Path, tiny_base: Path, tmp_path: Path) -> None:
+    """To the last bit: what is computed at once is the same, and so is what is added up."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(p) + "\n" for p in PROMPTS))
+
+    def compared(out: str) -> None:
+        tasks = ["spelling"]
+        api.compare(str(tiny_base), str(run), tasks, limit=65, prompts=str(prompts), out=tmp_path / out)
+
+    assert forked(1, lambda: compared("one")) == [0]  # in one thread, too
+    assert forked(2, lambda: compared("two")) == [0, 0]
+    one, two = results_in(tmp_path / "one"), results_in(tmp_path / "two")
+    assert one == two and len(one) == 2 + 6
+    assert (tmp_path / "two" / "report.html").is_file() and json.loads(two["compare.json"])["held_out_loss"][
+        "rows"
+    ] == 4

@@ -17,7 +17,7 @@ from sftflow.chat.render import Renderer
 from sftflow.chat.schema import parse_row
 from sftflow.checkpoint.generation import read_ends
 from sftflow.evaluation.evaluate import provenance_of
-from sftflow.evaluation.grading import grade_items
+from sftflow.evaluation.grading import Asking, ask_all
 from sftflow.evaluation.options import open_tasks
 from sftflow.foundation.errors import CheckpointError, MaskError
 
@@ -144,7 +144,7 @@ def test_both_arms_of_an_evaluation_stop_there(tmp_path: Path) -> None:
     assistant = checkpoint.load_assistant(str(base))
     (task,) = open_tasks([f"jsonl={tmp_path / 'q.jsonl'}"], None)
     for arm in ("chat", "plain"):
-        (row,) = grade_items(assistant, task, arm, None)  # type: ignore[arg-type]
+        ((row,),) = ask_all([Asking(assistant, task, arm, None)])  # type: ignore[arg-type]
         assert (row.score, row.finish_reason) == (1.0, "stop"), arm
     assert provenance_of(assistant, task, "chat")["stop_ids"] == sorted(assistant.renderer.stop_ids())
 

@@ -91,7 +91,7 @@ def test_a_rerun_goes_on_from_finished_rows(
         small, "generate", lambda requests, done: asked.append(len(requests)) or generate(requests, done)
     )
     again = evaluate(assistant, run, "chat", tmp_path)
-    assert asked == [4]
+    assert sum(asked) == 4
     assert [(r.id, r.ids, r.score) for r in again.rows] == [(r.id, r.ids, r.score) for r in wanted.rows]
     assert [r["id"] for r in rows_of(path)] == [i.id for i in run.items]
 

@@ -146,7 +146,7 @@ def test_rows_graded_elsewhere_are_asked_again(assistant: Any, tmp_path: Path, m
     monkeypatch.undo()
     asked_again = label_positions_of(assistant, monkeypatch)
     evaluate(assistant, opened(3), "chat", tmp_path)  # the first ones were set aside, not thrown away
-    assert (asked, asked_again) == ([0, 3], [0])
+    assert (asked, asked_again) == ([3], [])
 
 
 @pytest.mark.parametrize("key", ["checkpoint", "code", "versions", "grading", "max_new_tokens", "precision"])
@@ -167,10 +167,10 @@ def test_rows_that_rest_on_something_else_are_set_aside(key: str, tmp_path: Path
     other = Journal(path, {**provenance, key: "another"})
     assert other.rows == {} and names(path) == [] and names(tmp_path / "kept" / "m-t.jsonl") == ["t:1"]
     other.add(row_of(1, score=0.0))
-    other.close([row_of(1).key])
+    other.close([other.rows[row_of(1).key]])
     again = Journal(path, provenance)
     assert [row.score for row in again.rows.values()] == [1.0]
-    again.close([row_of(1).key])
+    again.close([again.rows[row_of(1).key]])
     assert Journal(path, {**provenance, key: "another"}).rows[row_of(1).key].score == 0.0
 
 
@@ -198,7 +198,7 @@ def test_a_smaller_limit_loses_no_rows(assistant: Any, tmp_path: Path, monkeypat
     assert names(path) == [r.id for r in three.rows] and three.n == 3
     again, ten = limited(8), limited(10)
     assert names(path) == [r.id for r in ten.rows] and not (tmp_path / "eval" / "kept" / "m-jsonl.jsonl").exists()
-    assert asked == [8, 0, 0, 2]
+    assert asked == [8, 2]
     assert again.rows == eight.rows
     assert {r.key for r in three.rows} < {r.key for r in eight.rows} < {r.key for r in ten.rows}
 
@@ -225,7 +225,7 @@ def test_another_model_under_the_same_name_loses_no_rows(
     asked = [label_positions_of(assistant, monkeypatch), label_positions_of(other, monkeypatch)]
     assert evaluate(assistant, run, "chat", tmp_path, model="base").rows == first.rows
     assert evaluate(other, run, "chat", tmp_path, model="base").rows == second.rows
-    assert asked == [[0], [0]]
+    assert asked == [[], []]
 
 
 def test_models_never_share_a_file() -> None:
@@ -315,7 +315,7 @@ def test_a_full_disk_ends_with_one_line_and_keeps_the_rows(
     (small_disk / "ballast").unlink()
     asked = label_positions_of(assistant, monkeypatch)
     again = evaluate(assistant, run, "chat", out, model="m")
-    assert asked == [40 - n_kept]
+    assert sum(asked) == 40 - n_kept
     assert [(r.id, r.ids, r.score) for r in again.rows] == [(r.id, r.ids, r.score) for r in whole.rows]
 
 

@@ -17,6 +17,7 @@ LEFT_OUT = {
     "checkpoint": "what it loads has fingerprints of its own: weights, tokenizer, template",
     "data.row_cache": "where rows are kept; its key is compared",
     "foundation.errors": "what refusals look like",
+    "foundation.ranks": "who computes which part; what is computed at once is decided elsewhere",
     "foundation.missing": "what the refusal of a missing file looks like",
     "fingerprint": "its hashes are compared",
     "recipe": "what it asks for is in the key",

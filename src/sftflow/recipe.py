@@ -155,6 +155,11 @@ class Train(_Frozen):
             raise ValueError("train.lr is still to be decided")
         return self.lr
 
+    @field_validator("shard", mode="before")
+    @classmethod
+    def _no_in_yaml(cls, value: Any) -> Any:
+        return "no" if value is False else value
+
     @model_validator(mode="after")
     def _fits(self) -> Train:
         for name in ("tokens_per_step", "micro_tokens"):

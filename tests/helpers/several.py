@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import re
+import socket
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +33,37 @@ def launch(world: int, *command: str, timeout: float = 240, **env: str) -> subpr
     paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
     outside = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **env}
     return subprocess.run([*run, *command], capture_output=True, text=True, timeout=timeout, env=outside)
+
+
+def forked(world: int, work: Callable[[], Any]) -> list[int]:
+    """Exit codes of `work` in copies of this process that have joined: no library is imported again, so it is quick."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def member(rank: int) -> None:
+        from sftflow.foundation.ranks import joined
+
+        torch.set_num_threads(1)  # the others of this process were not copied
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "TOKENIZERS_PARALLELISM": "false"}
+        code = 1
+        try:
+            with joined():
+                work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        os._exit(code)
+
+    processes = [multiprocessing.get_context("fork").Process(target=member, args=(rank,)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        process.kill()
+        process.join()
+    return [process.exitcode or 0 for process in processes]
 
 
 def trained(world: int, variants: list[dict[str, Any]], folder: Path) -> list[Outcome]:
@@ -76,6 +112,14 @@ def main(folder: Path) -> None:
             outcome = train(variant)
             if ranks.first:
                 torch.save(vars(outcome), folder / f"{number}.pt")
+
+
+def results_in(folder: Path) -> dict[str, str]:
+    """What an evaluation or a comparison has written, by file, without what it took and when; the page is drawn from
+    the rest."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in (".lock", "report.html")]
+    times = re.compile(r'"(seconds|date|finished|total_evaluation_time_seconds)": ("[^"]*"|[0-9.]+)')
+    return {str(p.relative_to(folder)): times.sub(r'"\1": 0', p.read_text(encoding="utf-8")) for p in files}
 
 
 if __name__ == "__main__":

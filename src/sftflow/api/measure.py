@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from sftflow.evaluation.options import EvalOptions
 from sftflow.evaluation.prompts_for import require_askable
 from sftflow.foundation.atomic_io import Lock, write_text
 from sftflow.foundation.errors import RecipeError, TaskError
+from sftflow.foundation.ranks import Count, joined, ranks, require_shared
 from sftflow.recipe import Compare
 from sftflow.report.comparison_page import SECTIONS, comparison_page, section_cell
 from sftflow.report.pages import frame
@@ -74,7 +75,7 @@ def evaluate(
     """
     wanted: Sequence[Any] = list(models) if isinstance(models, list | tuple) else [models]
     options = EvalOptions(tasks=tasks, limit=limit, allow_code=allow_code)
-    with watching() as shown, _results(out) as folder:
+    with joined(), watching() as shown, _results(out) as folder:
         return evaluate_all(wanted, options, folder, shown)
 
 
@@ -88,12 +89,10 @@ def evaluate_all(models: Sequence[ModelLike], options: EvalOptions, folder: Path
     for model, mine in list(zip(models, runs, strict=True))[1:]:  # the first is loaded, and checked, at once
         if isinstance(model, str | Path):
             require_askable(open_renderer(resolve(str(model)), "auto"), mine)
-    total, done = sum(len(r.items) for mine in runs for r in mine), 0
+    total, done = sum(len(r.items) for mine in runs for r in mine), Count()
 
     def tell(model: str, task: str, k: int) -> None:
-        nonlocal done
-        done += k
-        shown.counted("evaluate", done, total, f"{task}: {model}")
+        shown.counted("evaluate", done.add(k), total, f"{task}: {model}")
 
     found = evaluate_models(((load(m), r) for m, r in zip(models, runs, strict=True)), folder, tell)
     return Evaluation(**parts_of(found))
@@ -119,7 +118,7 @@ def compare(
     """
     options = EvalOptions(tasks=tasks, limit=limit, allow_code=allow_code)
     asked = Compare(prompts=str(prompts), judge=judge, judge_model=judge_model)
-    with watching() as shown, _results(out) as folder:
+    with joined(), watching() as shown, _results(out) as folder:
         return compare_two(base, sft, options, asked, folder, shown)
 
 
@@ -147,7 +146,8 @@ def compare_two(
         say=shown.say,
     )
     result = Comparison(**parts_of(found))
-    result.save_html(folder / "report.html")
+    if ranks().first:
+        result.save_html(folder / "report.html")
     return result
 
 
@@ -158,5 +158,6 @@ def _results(out: str | Path | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="sftflow-") as folder:
             yield Path(folder)
     else:
-        with Lock(Path(out)):
+        with Lock(Path(out)) if ranks().first else nullcontext():
+            require_shared(Path(out))
             yield Path(out)

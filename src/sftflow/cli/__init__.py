@@ -71,7 +71,7 @@ def _told(error: Exception) -> tuple[str, int] | None:
         package = str(error.name).partition(".")[0]
         error = SftflowError(package, "this Python package is not installed", f"pip install {package}")
     elif lost(error):
-        remedy = "look at what ended it; --resume goes on from the last saved state"
+        remedy = f"look at what ended it; {processes.goes_on}"
         error = RunError(f"rank {ranks().rank}", "another process of the run has ended", remedy)
     elif isinstance(error, MemoryError) or out_of_memory(error):
         remedy = "close other programs, take a smaller model, or for training lower train.micro_tokens"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sftflow.cli.common import MODEL_HELP, TASKS_HELP, AllowCode, Limit, Out, app, print_table, say, split_tasks
+from sftflow.cli.processes import RERUN, Nproc, processes
 
 if TYPE_CHECKING:
     from sftflow.api import Comparison
@@ -28,23 +29,25 @@ def compare(
         str | None, typer.Option(help="OpenAI-compatible URL of a judge; its key is read from SFTFLOW_JUDGE_KEY")
     ] = None,
     judge_model: Annotated[str | None, typer.Option(help="the judge's model id")] = None,
+    nproc: Nproc = 1,
 ) -> None:
     """Base versus SFT on the same tasks and the same fixed prompts; compare.json and report.html."""
-    from sftflow import api
+    with processes(nproc, RERUN):
+        from sftflow import api
 
-    found = api.compare(
-        base_model,
-        sft,
-        split_tasks(tasks),
-        prompts=prompts,
-        limit=limit,
-        allow_code=allow_code,
-        judge=judge,
-        judge_model=judge_model,
-        out=out,
-    )
-    tell_comparison(found)
-    say(f"report:        {out / 'report.html'}")
+        found = api.compare(
+            base_model,
+            sft,
+            split_tasks(tasks),
+            prompts=prompts,
+            limit=limit,
+            allow_code=allow_code,
+            judge=judge,
+            judge_model=judge_model,
+            out=out,
+        )
+        tell_comparison(found)
+        say(f"report:        {out / 'report.html'}")
 
 
 def tell_comparison(comparison: Comparison) -> None:

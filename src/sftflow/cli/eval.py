@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sftflow.cli.common import MODEL_HELP, AllowCode, Limit, Out, Tasks, app, print_table, say, split_tasks
+from sftflow.cli.processes import RERUN, Nproc, processes
 
 if TYPE_CHECKING:
     from sftflow.api import Evaluation
@@ -19,12 +20,14 @@ def eval_(
     tasks: Tasks = None,
     limit: Limit = None,
     allow_code: AllowCode = False,
+    nproc: Nproc = 1,
 ) -> None:
     """Score models on tasks; a row an item, and eval.json. A rerun goes on from finished rows."""
-    from sftflow import api
+    with processes(nproc, RERUN):
+        from sftflow import api
 
-    tell_evaluation(api.evaluate(models, split_tasks(tasks), limit=limit, allow_code=allow_code, out=out))
-    say(f"rows and eval.json are in {out}")
+        tell_evaluation(api.evaluate(models, split_tasks(tasks), limit=limit, allow_code=allow_code, out=out))
+        say(f"rows and eval.json are in {out}")
 
 
 def tell_evaluation(evaluation: Evaluation) -> None:

@@ -22,16 +22,21 @@ NPROC_HELP = "processes on this machine, each with its share of the rows"
 Nproc = Annotated[int, typer.Option("--nproc", min=1, help=NPROC_HELP)]
 BY_NPROC = "SFTFLOW_NPROC"
 """set where this command has started the processes, and tells itself of one that was killed"""
+RESUME, RERUN = "--resume goes on from the last saved state", "the same command goes on from the finished rows"
+goes_on = RESUME
+"""what to do about a process that was ended, in the command that runs"""
 SAVING_SECONDS = 600
 """how long processes that were asked to stop may take to save"""
 
 
 @contextmanager
-def processes(nproc: int) -> Iterator[None]:
+def processes(nproc: int, remedy: str = RESUME) -> Iterator[None]:
     """Run what is inside in `nproc` processes, or in those that torchrun has started: each comes here itself.
 
-    In the process that only starts the others, nothing inside is run.
+    In the process that only starts the others, nothing inside is run.   remedy: of a process that was ended.
     """
+    global goes_on
+    goes_on = remedy
     if nproc > 1 and not is_launched():
         _launch(nproc)
         raise typer.Exit
@@ -73,7 +78,7 @@ def _launch(nproc: int) -> None:
             rank, number = min(killed.items())
             fact = f"it was ended by {signal.Signals(number).name}"
             why = " (the system does that where memory is full)" if number == signal.SIGKILL else ""
-            raise RunError(f"rank {rank}", fact + why, "--resume goes on from the last saved state") from None
+            raise RunError(f"rank {rank}", fact + why, goes_on) from None
         code = next((f.exitcode for f in failures.values() if f.exitcode > 0), 1)
         raise typer.Exit(code) from None
 

@@ -17,26 +17,27 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sftflow.checkpoint import Assistant
 from sftflow.comparison.judge import JudgeResult, ReplyPair, check_judge, judge_pairs
 from sftflow.comparison.lineage import is_tuned, kind_of
 from sftflow.comparison.losses import forgetting, held_out_comparison, overlap_with_training, prompts_seen
 from sftflow.comparison.paired import PairedResult, check_all_replies, task_comparisons
-from sftflow.comparison.prompt_replies import PROMPT_TOKENS, prompt_replies, with_faults
+from sftflow.comparison.prompt_replies import PROMPT_TOKENS, Reading, prompt_replies, with_faults
 from sftflow.comparison.prompt_results import PromptComparison, prompt_groups, seen_counts
 from sftflow.comparison.prompts import PromptSet, load_prompts
 from sftflow.comparison.results import Both, Comparison, NotChecked, NotJudged
 from sftflow.comparison.run_artifacts import read_run
-from sftflow.evaluation.evaluate import evaluate, weights_of
-from sftflow.evaluation.options import EvalTask
+from sftflow.evaluation.evaluate import Asked, evaluate_together, weights_of
+from sftflow.evaluation.options import Arm, EvalTask
 from sftflow.evaluation.prompts_for import require_askable
 from sftflow.evaluation.reply_checks import ReplyChecks
 from sftflow.evaluation.results import Evaluation, ModelScores
 from sftflow.fingerprint import GRADED_ROWS, code_hash, format_fingerprint, items_hash
 from sftflow.foundation.atomic_io import write_json
 from sftflow.foundation.errors import RecipeError, SftflowError
+from sftflow.foundation.ranks import Count, ranks
 from sftflow.recipe import Compare
 
 JUDGE_KEY = "SFTFLOW_JUDGE_KEY"
@@ -51,7 +52,7 @@ def checked_prompts(asked: Compare) -> PromptSet:
     if bool(asked.judge) != bool(asked.judge_model):
         raise RecipeError("--judge", "it needs --judge-model, and that needs --judge", "give both")
     prompts = load_prompts(asked.prompts)
-    if asked.judge and asked.judge_model:
+    if asked.judge and asked.judge_model and ranks().first:
         check_judge(asked.judge, asked.judge_model, os.environ.get(JUDGE_KEY))
     return prompts
 
@@ -79,18 +80,26 @@ def compare_models(
         require_askable(assistant.renderer, runs)
         weights_of(assistant)  # which refuses weights that are not finite
     steps = _steps(progress, 3 * (sum(len(r.items) for r in runs) + len(prompts.prompts)))
-    results = [
-        PairedResult(
-            run,
-            evaluate(base, run, "chat", out, model="base", progress=steps(f"{run.name}: base, chat format")),
-            evaluate(base, run, "plain", out, model="base", progress=steps(f"{run.name}: base, plain text")),
-            evaluate(sft, run, "chat", out, model="sft", progress=steps(f"{run.name}: SFT")),
-        )
-        for run in runs
-    ]
+    ways: tuple[tuple[Assistant, Arm, str, str], ...] = (
+        (base, "chat", "base", "base, chat format"),
+        (base, "plain", "base", "base, plain text"),
+        (sft, "chat", "sft", "SFT"),
+    )
+    found = evaluate_together(
+        [
+            Asked(assistant=assistant, task=run, arm=arm, model=model, progress=steps(f"{run.name}: {what}"))
+            for run in runs
+            for assistant, arm, model, what in ways
+        ],
+        out,
+    )
+    results = [PairedResult(run, *found[3 * number :][:3]) for number, run in enumerate(runs)]
     scores = Both(ModelScores(tuple(r.better for r in results)), ModelScores(tuple(r.sft for r in results)))
     replies, checks = _prompts_and_checks(base, sft, prompts, results, steps)
     say("held-out loss, forgetting, overlap with the training rows")
+    held_out, forgotten = held_out_comparison(base, sft, run_directory), forgetting(base, sft)
+    if not ranks().first:  # what is left needs no model: one sums up, writes, and asks the judge
+        return cast(Comparison, ranks().from_first(None))
     seen = prompts_seen(prompts.prompts, sft, run_directory)
     if not isinstance(seen, NotChecked):
         replies = tuple(replace(p, seen=s) for p, s in zip(replies, seen, strict=True))
@@ -105,8 +114,8 @@ def compare_models(
         prompts_in_training=seen if isinstance(seen, NotChecked) else seen_counts(seen),
         prompt_groups=prompt_groups(replies),
         hygiene=checks,
-        held_out_loss=held_out_comparison(base, sft, run_directory),
-        forgetting=forgetting(base, sft),
+        held_out_loss=held_out,
+        forgetting=forgotten,
         settings=_settings(sft, runs),
         fingerprints=_fingerprints(base, sft, runs),
         judge=_judged(replies, is_tuned(base), asked, progress),
@@ -117,17 +126,15 @@ def compare_models(
     )
     write_json(out / "compare.json", comparison.to_json())
     write_json(out / "eval.json", Evaluation({names.base: scores.base, names.sft: scores.sft}).to_json())
-    return comparison
+    return ranks().from_first(comparison)
 
 
 def _steps(progress: Progress, total: int) -> Steps:
     """-> a function of what is being asked, which gives one that is told how many more replies of it are done."""
-    done = 0
+    done = Count()
 
     def more(what: str, k: int) -> None:
-        nonlocal done
-        done += k
-        progress(what, done, total)
+        progress(what, done.add(k), total)
 
     return lambda what: partial(more, what)
 
@@ -136,9 +143,12 @@ def _prompts_and_checks(
     base: Assistant, sft: Assistant, prompts: PromptSet, results: Sequence[PairedResult], steps: Steps
 ) -> tuple[tuple[PromptComparison, ...], Both[ReplyChecks]]:
     """The fixed prompts answered, and the form of all replies of both models in their chat format checked."""
-    chat = prompt_replies(base, prompts, "chat", steps("prompts: base, chat format"))
-    plain = prompt_replies(base, prompts, "plain", steps("prompts: base, plain text"))
-    after = prompt_replies(sft, prompts, "chat", steps("prompts: SFT"))
+    readings = [
+        Reading(base, "chat", steps("prompts: base, chat format")),
+        Reading(base, "plain", steps("prompts: base, plain text")),
+        Reading(sft, "chat", steps("prompts: SFT")),
+    ]
+    chat, plain, after = prompt_replies(readings, prompts)
     checks = Both(
         check_all_replies(base, chat, [r.chat for r in results]),
         check_all_replies(sft, after, [r.sft for r in results]),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sftflow.checkpoint import Assistant, require_finite_weights
-from sftflow.evaluation.grading import grade_items
+from sftflow.evaluation.grading import Asking, ask_all
 from sftflow.evaluation.journal import EvalRow, Journal, safe_name, telling_full_disk
 from sftflow.evaluation.lm_eval_format import harness_results
 from sftflow.evaluation.options import Arm, EvalTask
@@ -19,9 +20,23 @@ from sftflow.evaluation.reply_checks import check_replies
 from sftflow.evaluation.results import EvalResult, Evaluation, ModelScores
 from sftflow.fingerprint import GRADED_ROWS, code_hash, format_fingerprint, items_hash, weights_hash
 from sftflow.foundation.atomic_io import write_json
+from sftflow.foundation.errors import RunError
+from sftflow.foundation.ranks import Count, ranks
 from sftflow.tasks import chance_of
+from sftflow.training.signals import Stopped
 
 RATES = ("stop_rate", "empty_rate", "role_leak_rate", "self_turn_rate", "looping_rate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A model on one task. model: its name in the file's; None: its own.   progress: told how many items are new."""
+
+    assistant: Assistant
+    task: EvalTask
+    arm: Arm = "chat"
+    model: str | None = None
+    progress: Callable[[int], None] = lambda k: None
 
 
 def evaluate(
@@ -33,25 +48,53 @@ def evaluate(
     model: str | None = None,
     progress: Callable[[int], None] = lambda k: None,
 ) -> EvalResult:
+    """`evaluate_together` of one."""
+    return evaluate_together([Asked(assistant=assistant, task=task, arm=arm, model=model, progress=progress)], out)[0]
+
+
+def evaluate_together(asked: Sequence[Asked], out: Path) -> list[EvalResult]:
     """Ask every item greedily and grade the replies; a row an item into `out/eval/`, as it finishes.
 
-    Rows of an earlier run with the same provenance are taken over. model: its name in the file's. progress: told how
-    many items are new. Raises RunError where the model's weights or logits are not finite, and where the disk is full
-    (finished rows are kept).
+    Rows of an earlier run with the same provenance are taken over. Several ranks share what is left, batch by batch;
+    each has all results then.   Raises RunError where a model's weights or logits are not finite, where the disk is
+    full (finished rows are kept), and where the ranks are not given the same.
     """
-    provenance = provenance_of(assistant, task, arm)
-    name = safe_name(model or assistant.name) + ("-plain" if arm == "plain" else "")
-    path = out / "eval" / f"{name}-{task.name}.jsonl"
-    with telling_full_disk(out), Journal(path, provenance) as journal:
-        rows = grade_items(assistant, task, arm, journal, progress)
-        journal.close([row.key for row in rows])
+    provenances = [provenance_of(each.assistant, each.task, each.arm) for each in asked]
+    whole = [{**p, "data": items_hash(each.task.items)} for p, each in zip(provenances, asked, strict=True)]
+    _require_alike(whole)
+    with telling_full_disk(out), ExitStack() as stack:
+        askings = []
+        for each, provenance in zip(asked, provenances, strict=True):
+            name = safe_name(each.model or each.assistant.name) + ("-plain" if each.arm == "plain" else "")
+            path = out / "eval" / f"{name}-{each.task.name}.jsonl"
+            journal = stack.enter_context(Journal(path, provenance))
+            askings.append(Asking(each.assistant, each.task, each.arm, journal, each.progress))
+        rows = ask_all(askings)
+        for asking, graded in zip(askings, rows, strict=True):
+            if asking.journal:
+                asking.journal.close(graded)
+    return [_result(each, graded, made_by) for each, graded, made_by in zip(asked, rows, whole, strict=True)]
+
+
+def _require_alike(provenances: list[dict[str, Any]]) -> None:
+    """Raises RunError where the ranks do not ask the same of the same."""
+    here = ranks()
+    for number, theirs in enumerate(here.gather(provenances)):
+        pairs = zip(theirs, here.from_first(provenances), strict=True)
+        if keys := [key for one, other in pairs for key in one if one[key] != other[key]]:
+            fact = f"it does not ask what rank 0 asks ({', '.join(dict.fromkeys(keys))} differ)"
+            raise RunError(f"rank {number}", fact, "give all machines the same files, versions and devices")
+
+
+def _result(asked: Asked, rows: Sequence[EvalRow], provenance: dict[str, Any]) -> EvalResult:
+    task = asked.task
     return EvalResult(
         task=task.name,
-        arm=arm,
+        arm=asked.arm,
         chance=chance_of(task.items),
         rows=tuple(rows),
         metrics=task.task.metrics([r.details for r in rows]) if any(r.details for r in rows) else {},
-        provenance={**provenance, "data": items_hash(task.items)},
+        provenance=provenance,
         limit=task.limit,
         available=task.available,
     )
@@ -101,13 +144,16 @@ def evaluate_models(
     for assistant, tasks in asked:
         require_askable(assistant.renderer, tasks)
         name = assistant.name
-        results = [evaluate(assistant, t, "chat", out, progress=partial(progress, name, t.name)) for t in tasks]
+        asked_of = [Asked(assistant=assistant, task=t, progress=partial(progress, name, t.name)) for t in tasks]
+        results = evaluate_together(asked_of, out)
         models[name] = ModelScores(tuple(results))
-        with telling_full_disk(out):
-            write_json(out / "eval" / f"{safe_name(name)}-results.json", harness_results(assistant, results))
+        if ranks().first:
+            with telling_full_disk(out):
+                write_json(out / "eval" / f"{safe_name(name)}-results.json", harness_results(assistant, results))
     evaluation = Evaluation(models)
-    with telling_full_disk(out):
-        write_json(out / "eval.json", evaluation.to_json())
+    if ranks().first:
+        with telling_full_disk(out):
+            write_json(out / "eval.json", evaluation.to_json())
     return evaluation
 
 
@@ -121,21 +167,15 @@ class EvalDuringTraining:
     def __call__(self, assistant: Assistant, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
         """-> {"tasks": {NAME: score}, "hygiene": {RATE: share}, "seconds"}
 
-        progress: told (items done, of how many).
+        progress: told (items done, of how many).   Raises Stopped on all ranks where one was stopped.
         """
         began = time.perf_counter()
+        total, done = sum(len(task.items) for task in self.tasks), Count()
+        step = (lambda k: progress(done.add(k), total)) if progress else (lambda k: None)
+        graded = ask_all([Asking(assistant, task, "chat", None, step) for task in self.tasks], agree=(Stopped,))
         scores: dict[str, float] = {}
         replies: list[EvalRow] = []
-        total, done = sum(len(task.items) for task in self.tasks), 0
-
-        def step(k: int) -> None:
-            nonlocal done
-            done += k
-            if progress:
-                progress(done, total)
-
-        for task in self.tasks:
-            rows = grade_items(assistant, task, "chat", None, step)
+        for task, rows in zip(self.tasks, graded, strict=True):
             scores[task.name] = sum(r.score for r in rows) / len(rows)
             if not task.by_letter:
                 replies += [r for r in rows if r.finish_reason != "too_long"]

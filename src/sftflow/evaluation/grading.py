@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from sftflow.chat.thoughts import learn_thoughts, split_thoughts
 from sftflow.checkpoint import Assistant
-from sftflow.evaluation.journal import EvalRow, Journal, key_of
+from sftflow.evaluation.journal import EvalRow, Journal, Key, key_of
 from sftflow.evaluation.options import Arm, EvalTask
 from sftflow.evaluation.prompts_for import ItemPrompt, letter_scores, prompts_for
 from sftflow.foundation.errors import ContextError, RunError
+from sftflow.foundation.ranks import cores, ranks, shared_out
+from sftflow.generation.engine import Engine
 from sftflow.generation.request import GenerationRequest, Reply
 from sftflow.generation.sampling import NEAR
 from sftflow.tasks import Item, Task
@@ -23,53 +26,102 @@ Asked = Sequence[tuple[Item, ItemPrompt]]
 Grade = Callable[[Item, ItemPrompt, Reply | None], None]
 
 
-def grade_items(
-    assistant: Assistant,
-    task: EvalTask,
-    arm: Arm,
-    journal: Journal | None,
-    progress: Callable[[int], None] = lambda k: None,
-) -> list[EvalRow]:
-    """The rows of all items in their order.
+def whole_batches(prompts: Sequence[Sequence[int]], engine: Engine, *, by_beginning: bool = False) -> list[list[int]]:
+    """Numbers of prompts in even batches that stay whole, whoever computes them: those of similar lengths together, the
+    longest first; or those that begin alike.
 
-    journal: the rows that it holds are not asked again, and new ones are added; None: all are asked, and none is
-    written.   progress: told how many more rows there are.
-
-    Raises TaskError where the task cannot be asked in this format, ContextError where no prompt fits the model's
-    context, RunError where the model's logits are not finite.
+    What runs side by side decides a reply's last bits, and at a near-tie the reply. So the batches hang on the prompts
+    alone, and neither on the number of processes nor on what is known already. Each is twice as many as run at once: a
+    reply that ends makes room for another.
     """
-    prompts = prompts_for(assistant, task, arm)
-    keys = [key_of(item, prompt.ids) for item, prompt in zip(task.items, prompts, strict=True)]
-    rows = {key: journal.rows[key] for key in keys if journal and key in journal.rows}
-    asked = [(i, p) for key, i, p in zip(keys, task.items, prompts, strict=True) if key not in rows]
-    progress(len(keys) - len(asked))
+    order = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]) if by_beginning else (-len(prompts[i]),))
+    parts = -(-len(order) // (2 * engine.max_running))
+    return [part.tolist() for part in np.array_split(np.array(order, int), parts)] if parts else []
 
-    def graded(row: EvalRow) -> None:
-        rows[row.key] = journal.add(row) if journal else row
-        progress(1)
 
-    context = assistant.engine.context
-    fitting = [(item, prompt) for item, prompt in asked if len(prompt.ids) < context]
-    if asked and not fitting:
-        shortest = min(len(prompt.ids) for _, prompt in asked)
-        raise ContextError(
-            task.name,
-            f"no prompt fits a context of {context} tokens (shortest: {shortest})",
-            "leave the task out, or take a model with a longer context",
-        )
-    most = 1 if task.by_letter else task.task.max_new_tokens
-    longest = max((len(prompt.ids) + most for _, prompt in fitting), default=0)
-    with _grader(task.task, graded) as grade:
-        for item, prompt in asked:
-            if len(prompt.ids) >= context:
-                grade(item, prompt, None)
-        assistant.engine.decode_mode(longest)  # found out before logits are looked at: it may try ways that give none
-        with finite_logits(assistant.model, f"{assistant.name}: {task.name}"):
-            if task.by_letter:
-                _choose(assistant, fitting, grade)
-            else:
-                _generate(assistant, task.task, arm, fitting, grade)
-    return [rows[key] for key in keys]
+class Asking:
+    """A model asked a task's items in one arm: `rows` are those that are known, each of `batches` is still to be asked.
+
+    keys: of all items in their order.   costs: of each batch, in tokens.
+    """
+
+    def __init__(
+        self,
+        assistant: Assistant,
+        task: EvalTask,
+        arm: Arm,
+        journal: Journal | None,
+        progress: Callable[[int], None] = lambda k: None,
+    ) -> None:
+        """journal: the rows that it holds are not asked again, and new ones are added; None: all are asked, and none is
+        written.   progress: told how many more rows there are.
+
+        Raises TaskError where the task cannot be asked in this format, ContextError where no prompt fits the model's
+        context.
+        """
+        self.assistant, self.task, self.arm, self.journal, self.progress = assistant, task, arm, journal, progress
+        prompts = prompts_for(assistant, task, arm)
+        self.keys = [key_of(item, prompt.ids) for item, prompt in zip(task.items, prompts, strict=True)]
+        known = journal.rows if journal else {}
+        self.rows: dict[Key, EvalRow] = {key: known[key] for key in self.keys if key in known}
+        first = {key: number for number, key in reversed(list(enumerate(self.keys)))}  # of items that are the same, one
+        context = assistant.engine.context
+        fitting = [number for number in sorted(first.values()) if len(prompts[number].ids) < context]
+        if not fitting:
+            shortest = min(len(prompt.ids) for prompt in prompts)
+            raise ContextError(
+                task.name,
+                f"no prompt fits a context of {context} tokens (shortest: {shortest})",
+                "leave the task out, or take a model with a longer context",
+            )
+        whole = whole_batches([prompts[n].ids for n in fitting], assistant.engine, by_beginning=task.by_letter)
+        numbers = [[fitting[i] for i in batch] for batch in whole]
+        numbers.append([number for number in first.values() if len(prompts[number].ids) >= context])
+        asked = [[number for number in batch if self.keys[number] not in self.rows] for batch in numbers]
+        self.batches: list[Asked] = [[(task.items[n], prompts[n]) for n in batch] for batch in asked if batch]
+        most = 1 if task.by_letter else task.task.max_new_tokens
+        self.costs = [sum(len(prompt.ids) + most for _, prompt in batch) for batch in self.batches]
+        if ranks().first:
+            progress(len(self.keys) - sum(map(len, self.batches)))
+        self._longest = max(len(prompts[number].ids) for number in fitting) + most
+
+    def ask(self, number: int) -> list[EvalRow]:
+        """The rows of a batch. Raises RunError where the model's logits are not finite."""
+        out: list[EvalRow] = []
+
+        def graded(row: EvalRow) -> None:
+            out.append(self.journal.add(row) if self.journal else row)
+            self.progress(1)
+
+        assistant, context = self.assistant, self.assistant.engine.context
+        fitting = [(item, prompt) for item, prompt in self.batches[number] if len(prompt.ids) < context]
+        with _grader(self.task.task, graded) as grade:
+            for item, prompt in self.batches[number]:
+                if len(prompt.ids) >= context:
+                    grade(item, prompt, None)
+            # Found out before logits are looked at: it may try ways that give none.
+            assistant.engine.decode_mode(self._longest)
+            with finite_logits(assistant.model, f"{assistant.name}: {self.task.name}"):
+                if self.task.by_letter:
+                    _choose(assistant, fitting, grade)
+                else:
+                    _generate(assistant, self.task.task, self.arm, fitting, grade)
+        return out
+
+
+def ask_all(askings: Sequence[Asking], agree: tuple[type[BaseException], ...] = ()) -> list[list[EvalRow]]:
+    """For each asking the rows of all its items in their order. The batches of all are shared out over the ranks.
+
+    agree: see `shared_out`.
+    """
+    batches = [(asking, number) for asking in askings for number in range(len(asking.batches))]
+    costs = [asking.costs[number] for asking, number in batches]
+    found = shared_out(costs, lambda i: batches[i][0].ask(batches[i][1]), agree)
+    for (asking, _), rows in zip(batches, found, strict=True):
+        asking.rows |= {row.key: row for row in rows}
+    if ranks().first and ranks().world > 1:
+        askings[-1].progress(0)  # the others may have finished last
+    return [[asking.rows[key] for key in asking.keys] for asking in askings]
 
 
 @contextmanager
@@ -91,7 +143,7 @@ def _grader(task: Task, keep: Callable[[EvalRow], None]) -> Iterator[Grade]:
                 future.result()
         pending.append(pool.submit(finish, item, prompt, reply))
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         try:
             yield grade
         except BaseException:

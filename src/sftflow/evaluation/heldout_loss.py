@@ -26,7 +26,8 @@ from sftflow.chat.render import Rendered, Renderer
 from sftflow.chat.schema import ROLES, Conversation
 from sftflow.checkpoint import Assistant
 from sftflow.data.run_rows import read_held_out
-from sftflow.foundation.errors import CheckpointError, ContextError, FormatError, MaskError, SchemaError
+from sftflow.foundation.errors import CheckpointError, ContextError, FormatError, MaskError, SchemaError, SftflowError
+from sftflow.foundation.ranks import shared_out
 from sftflow.packing.attending import evaluating
 from sftflow.packing.check_model import prove_forward
 from sftflow.packing.length_limits import length_limit
@@ -161,17 +162,23 @@ def held_out_loss(assistant: Assistant, conversations: Sequence[tuple[str, Conve
 def token_losses(assistant: Assistant, examples: Sequence[Example]) -> list[Float]:
     """For each example (m,) nats of its supervised tokens, in order; the first token is never among them.
 
-    Packed where the model can be, else each example alone and padded. Leaves the model as it was found. Raises
-    CheckpointError where its logits are not those of our head.
+    Packed where the model can be, else each example alone and padded; the batches are shared out over the ranks. Leaves
+    the model as it was found. Raises CheckpointError where its logits are not those of our head.
     """
     model, runtime = assistant.model, assistant.engine.runtime
     out = [np.zeros(0)] * len(examples)
     with evaluating(model):
         numbered = [replace(e, source=i) for i, e in enumerate(examples)]
-        for batch, packed in _batches(numbered, model, _can_pack(assistant)):
-            losses = batch_loss(model, batch, runtime, packed=packed).cpu().double().numpy()
-            for i in np.unique(batch.sources):
-                out[i] = losses[batch.sources == i]
+        batches = list(_batches(numbered, model, _can_pack(assistant)))
+
+        def losses_of(number: int) -> Float:
+            batch, packed = batches[number]
+            return batch_loss(model, batch, runtime, packed=packed).cpu().double().numpy()
+
+        found = shared_out([float(b.input_ids.size) for b, _ in batches], losses_of, agree=(SftflowError,))
+    for (batch, _), losses in zip(batches, found, strict=True):
+        for i in np.unique(batch.sources):
+            out[i] = losses[batch.sources == i]
     return out
 
 

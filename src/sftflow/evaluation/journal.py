@@ -3,18 +3,20 @@
 eval/MODEL-TASK.jsonl         a row an item, appended as it finishes; in the items' order when all are there
 eval/MODEL-TASK.meta.json     what decided them: weights, format, decoding, code, versions ... (their provenance)
 eval/kept/MODEL-TASK.jsonl    finished rows that were not asked for this time: of more items, or of other weights
+eval/ranks/N/MODEL-TASK.jsonl of several processes: what rank N has finished, until rank 0 has it in the task's file
 
 Each row holds the hash of its provenance, and is taken over where that is the same. No finished row is thrown away.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, Any
@@ -22,9 +24,10 @@ from typing import IO, Any
 from sftflow.fingerprint import hash_json, items_hash, prompt_hash
 from sftflow.foundation.atomic_io import NO_SPACE, finite, reason, write_json, write_text
 from sftflow.foundation.errors import RunError
+from sftflow.foundation.ranks import ranks
 from sftflow.tasks import Item
 
-KEPT = "kept"
+KEPT, RANKS = "kept", "ranks"
 LONGEST_NAME = 100
 IN_FILE = {"provenance": "rests_on", "details": "marks"}
 """fields of a row that have another name in files"""
@@ -97,7 +100,7 @@ def safe_name(model: str) -> str:
 
 
 class Journal(AbstractContextManager["Journal"]):
-    """One task's rows for one model and arm. Thread-safe: rows finish in any order.
+    """One task's rows for one model and arm. Thread-safe: rows finish in any order. All ranks open and close it.
 
     rows: the finished ones of this provenance by their keys; there may be more of them than are asked for.
     """
@@ -107,8 +110,21 @@ class Journal(AbstractContextManager["Journal"]):
         self.path, self.kept = path, path.parent / KEPT / path.name
         self._stamp = hash_json(dict(provenance))
         self._lock = threading.Lock()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        here, whole = _read_rows(path)
+        self._others: list[EvalRow] = []
+        self.rows: dict[Key, EvalRow] = {}
+        here = ranks()
+        if here.first:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._take_over()
+            write_json(path.with_suffix(".meta.json"), dict(provenance))
+        self.rows = here.from_first(self.rows)
+        own = path if here.first else path.parent / RANKS / str(here.rank) / path.name
+        own.parent.mkdir(parents=True, exist_ok=True)
+        self._file: IO[bytes] = own.open("ab", buffering=0)
+
+    def _take_over(self) -> None:
+        here, whole = _read_rows(self.path)
+        here += [row for part in self._parts() for row in _read_rows(part)[0]]
         found = {(row.provenance, row.key): row for row in [*_read_rows(self.kept)[0], *here]}
         self.rows = {key: row for (stamp, key), row in found.items() if stamp == self._stamp}
         self._others = [row for (stamp, _), row in found.items() if stamp != self._stamp]
@@ -116,10 +132,14 @@ class Journal(AbstractContextManager["Journal"]):
         foreign = any(row.provenance != self._stamp for row in here)
         if foreign:
             self._set_aside(list(found.values()))
-        if foreign or not whole or len(here) != len(self.rows):
-            write_text(path, "".join(map(_line, self.rows.values())))
-        write_json(path.with_suffix(".meta.json"), dict(provenance))
-        self._file: IO[bytes] = path.open("ab", buffering=0)
+        if foreign or not whole or len(here) != len(self.rows) or self._parts():
+            write_text(self.path, "".join(map(_line, self.rows.values())))
+        for part in self._parts():
+            part.unlink()
+
+    def _parts(self) -> list[Path]:
+        """What other ranks, of this run or an earlier one, have left for the first."""
+        return sorted((self.path.parent / RANKS).glob(f"*/{glob.escape(self.path.name)}"))
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -139,15 +159,23 @@ class Journal(AbstractContextManager["Journal"]):
             self.rows[row.key] = row
         return row
 
-    def close(self, asked: Sequence[Key] | None = None) -> None:
-        """asked: the keys of all items in their order, once their rows are there. Other rows are set aside."""
+    def close(self, asked: Sequence[EvalRow] | None = None) -> None:
+        """asked: the rows of all items in their order, of all ranks. Other rows are set aside."""
         if not self._file.closed:
             with self._file:
                 os.fsync(self._file.fileno())
-        if asked is not None:
-            wanted = set(asked)
+        if asked is None:
+            return
+        ranks().barrier()  # none writes any more
+        if ranks().first:
+            wanted = {row.key for row in asked}
             self._set_aside([*self._others, *(row for key, row in self.rows.items() if key not in wanted)])
-            write_text(self.path, "".join(_line(self.rows[key]) for key in asked))
+            write_text(self.path, "".join(map(_line, asked)))
+            for part in self._parts():
+                part.unlink()
+                for folder in (part.parent, part.parent.parent):
+                    with suppress(OSError):  # other tasks' rows are in it
+                        folder.rmdir()
 
     def _set_aside(self, rows: Sequence[EvalRow]) -> None:
         if rows:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from sftflow.foundation.errors import RunError, said_of
+from sftflow.foundation.ranks import cores
 from sftflow.sandbox.bubblewrap import FOLDER, bwrap, python, readable, why_no_bubblewrap
 from sftflow.sandbox.ending import kill_all, remove
 
@@ -33,7 +34,7 @@ POLL_SECONDS = 0.02  # where the kernel cannot wake us at a process's end
 FIRST_USER = 1 << 30  # user ids no system hands out
 READY = b"ready"
 TAG = "SFTFLOW_SANDBOX"
-_slots = threading.BoundedSemaphore(max(1, os.cpu_count() or 1))
+_slots = threading.BoundedSemaphore(cores())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sftflow.foundation.ranks import Ranks
+from sftflow.foundation.ranks import Ranks, dealt
 from sftflow.packing.pack import (
     Example,
     PackedBatch,
@@ -118,21 +118,6 @@ def micro_batches(
 def _share_of(examples: Sequence[Example], most: int, world: int) -> int:
     """Slots of a padded batch: few enough that there is one for each rank."""
     return most if world == 1 else min(most, -(-sum(len(inputs_of(e)) for e in examples) // world))
-
-
-def dealt(costs: Sequence[int], world: int) -> list[list[int]]:
-    """For each rank which parts are its own: the dearest part goes to the rank that has the least.
-
-    >>> dealt([5, 9, 4, 3], 2)
-    [[1], [0, 2, 3]]
-    """
-    out: list[list[int]] = [[] for _ in range(world)]
-    loads = [0] * world
-    for part in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        least = min(range(world), key=lambda r: (loads[r], len(out[r]), r))
-        out[least].append(part)
-        loads[least] += costs[part]
-    return [sorted(parts) for parts in out]
 
 
 def without_labels(packed: bool) -> PackedBatch:

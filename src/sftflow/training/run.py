@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ from sftflow.data.run_rows import HELD_OUT, TRAINING_ROWS, write_run_rows
 from sftflow.fingerprint import weights_and_body_hash
 from sftflow.foundation.atomic_io import NO_SPACE, Lock, read_log, sweep, write_json, write_text
 from sftflow.foundation.errors import CheckpointError, RunError
-from sftflow.foundation.ranks import ranks
+from sftflow.foundation.ranks import ranks, require_shared
 from sftflow.foundation.runtime import detect
 from sftflow.recipe import Recipe, to_yaml
 from sftflow.training.batch_plan import RowPlan, StepLog
@@ -154,26 +153,6 @@ def run_training(
                 raise
             raise cannot_write(out, error) from error
     return Run(directory=out, seconds=time.perf_counter() - started)
-
-
-def require_shared(out: Path) -> None:
-    """Raises CheckpointError where a rank does not see the run directory that the first rank writes. All must come
-    here."""
-    here = ranks()
-    if here.world == 1:
-        return
-    mark = out / f".{here.from_first(os.getpid())}.rank-0"
-    try:
-        if here.first:
-            mark.touch()
-        here.barrier()
-        if not mark.exists():
-            fact = f"rank {here.rank} does not see what rank 0 writes there"
-            raise CheckpointError(str(out), fact, "name a train.out on a disk that all machines share")
-        here.barrier()
-    finally:
-        if here.first:
-            mark.unlink(missing_ok=True)
 
 
 def first_of_node(build: Callable[[], Mixture]) -> Mixture:

@@ -52,6 +52,9 @@ def resolve_recipe(recipe: Recipe, runtime: Runtime, n_parameters: int) -> tuple
         update["shard"], notes["shard"] = decide_shard(
             n_parameters, runtime, train.optimizer, lora=train.lora is not None
         )
+    if ranks().world > 1 and update.get("shard", train.shard) == "full" and recipe.eval and recipe.eval.every:
+        fact = "no rank has the whole of a sharded model, to ask it while it trains"
+        raise RecipeError(recipe.origin.place("eval", "every"), fact, "leave it out, or set train.shard: no")
     if train.micro_tokens is None:
         wanted = AUTO_MICRO["small" if small else runtime.device]
         update["micro_tokens"] = min(train.tokens_per_step, max(wanted, train.max_length))
