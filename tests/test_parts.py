@@ -21,7 +21,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.rendering_ranks import APART, LATE, OFF, SHARED, told_by
 from helpers.runs import error_line, run
+from helpers.several import launch
 from helpers.tiny import make_renderer
 from sftflow.chat.data_files import numbered_rows
 from sftflow.chat.render import Renderer
@@ -405,6 +407,51 @@ def test_the_command_tells_of_its_part_and_refuses_an_audit(tmp_path: Path, tiny
     assert (done.returncode, told["part"], told["of"], told["ready"]) == (0, 1, 2, [1])
     done = run("mix", str(path), "--part", "0/2")
     assert re.fullmatch(r"part 2 of 2: \d+ rows, [\d,]+ tokens in [\d.]+ s; 2 of 2 parts are ready: .*\n", done.stdout)
+
+
+# ---- the ranks of one run
+
+
+def test_another_process_has_the_mixture_without_rendering(
+    many: Recipe, renderer: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for cache in (str(tmp_path / "cache"), "off"):
+        monkeypatch.setenv("SFTFLOW_CACHE", cache)
+        built = build_mixture(many, renderer)
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare, "render_block", None)
+            require_same(build_mixture(many, renderer, prepared=pickle.loads(pickle.dumps(built.prepared()))), built)
+
+
+@pytest.mark.slow
+def test_one_rank_of_the_machines_that_share_a_cache_renders(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """Two machines of two ranks; and the rendering rank comes later than the process group has patience for."""
+    (tmp_path / "rows.jsonl").write_bytes(lines([exchange(i) for i in range(50)]))
+    recipe = {"mixture": [{"source": "rows.jsonl"}], "train": {"max_length": 64, "tokens_per_step": 64}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    done = launch(4, "-m", "helpers.rendering_ranks", str(tmp_path), str(tokenizer_dir))
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = told_by(tmp_path, 4)
+    rendered = {way: [rank[way]["rendered"] for rank in told] for way in told[0]}
+    assert rendered == {SHARED: [50, 0, 0, 0], APART: [50, 0, 50, 0], OFF: [50, 0, 50, 0], LATE: [50, 0, 0, 0]}
+    ledgers = [rank[way]["ledger"] for rank in told for way in rank]
+    assert all(ledger == ledgers[0] for ledger in ledgers)
+    left = [path.name for path in (tmp_path / SHARED / "rows").iterdir()]
+    assert len(left) == 1 and left[0][0] != "."
+
+
+@pytest.mark.slow
+def test_what_the_rendering_rank_refuses_ends_all_with_one_line(tmp_path: Path, tiny_base: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(lines([*[exchange(i) for i in range(20)], {"messages": 7}]))
+    train = {"out": str(tmp_path / "run"), "steps": 2, "max_length": 64, "tokens_per_step": 64}
+    recipe = {"base": str(tiny_base), "mixture": [{"source": "rows.jsonl"}], "train": train}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    words = [sys.executable, "-m", "sftflow", "train", str(tmp_path / "recipe.yaml"), "--nproc", "2"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    errors = [line for line in done.stderr.splitlines() if "rror" in line]
+    assert done.returncode == 2 and len(errors) == 1, done.stderr
+    assert errors[0].startswith(f"error: {tmp_path / 'rows.jsonl'}:21.messages: it is a number")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.slow

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sftflow.chat.format import ChatFormat
 from sftflow.chat.prefill import drop_prefill
 from sftflow.chat.render import Rendered, Renderer
 from sftflow.chat.schema import parse_row
 from sftflow.chat.template_options import append_eos, choose_arguments
 from sftflow.chat.verify import Checks, add_checks
 from sftflow.data.held_out import n_wanted, split_held_out, told_fewer
-from sftflow.data.prepare import Progress, prepare_source
+from sftflow.data.prepare import Progress, open_source, prepare_source
 from sftflow.data.row_cache import prune
 from sftflow.data.sources import sample_of
 from sftflow.data.store import Examples, RowStore
@@ -32,6 +33,15 @@ from sftflow.recipe import Recipe, SourceEntry
 
 MOST_KEYS = 12  # ignored keys that are listed; ledger.json has all
 SETTLE_ROWS = 64  # rows of a source that decide the template's arguments
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What another process needs to have the same mixture without rendering: the format with what was chosen for these
+    rows, and where each source's rows lie."""
+
+    format: ChatFormat
+    directories: list[Path]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +61,9 @@ class Mixture:
     bad: list[dict[str, Any]]
     renderer: Renderer
     few_held_out: list[str]
+
+    def prepared(self) -> Prepared:
+        return Prepared(self.renderer.format, [rows.directory for rows in self.rows])
 
     @cached_property
     def ledger(self) -> dict[str, Any]:
@@ -144,16 +157,18 @@ def write_bad_rows(out: Path, mixture: Mixture) -> None:
         write_text(out / "bad_rows.jsonl", text)
 
 
-def training_renderer(recipe: Recipe, renderer: Renderer) -> Renderer:
+def training_renderer(recipe: Recipe, renderer: Renderer, chosen: ChatFormat | None = None) -> Renderer:
     """The renderer that the recipe's data is rendered with: with what the recipe supervises, with the end of text
     appended and without what prompts pre-fill where it asks for that, and template arguments chosen by the first rows
-    of each source."""
-    if recipe.append_eos:
+    of each source.   chosen: the format that this gave in another process."""
+    if chosen is not None:
+        renderer = renderer.with_format(chosen)
+    elif recipe.append_eos:
         renderer = append_eos(renderer)
-    if recipe.drop_prefill:
+    if chosen is None and recipe.drop_prefill:
         renderer = drop_prefill(renderer)
     renderer = renderer.supervising(recipe.supervise)
-    if renderer.arguments() and not renderer.format.kwargs:
+    if chosen is None and renderer.arguments() and not renderer.format.kwargs:
         sample = [c for entry in recipe.mixture for c in sample_of(entry, recipe, SETTLE_ROWS)]
         renderer = choose_arguments(renderer, sample)
     if renderer.tokenizer is not None:
@@ -162,19 +177,27 @@ def training_renderer(recipe: Recipe, renderer: Renderer) -> Renderer:
 
 
 def build_mixture(
-    recipe: Recipe, renderer: Renderer, progress: Progress | None = None, *, every_row: bool = False
+    recipe: Recipe,
+    renderer: Renderer,
+    progress: Progress | None = None,
+    *,
+    every_row: bool = False,
+    prepared: Prepared | None = None,
 ) -> Mixture:
     """Render every source of the recipe. `progress(source, rows_done)` is called now and then.
 
-    every_row: verify the invariants on all rows; else on a sample of each source. Raises SchemaError, DataError,
-    FormatError or MaskError at the first bad row (on_bad_row: skip quarantines them instead), and ProofError where a
-    verified row fails.
+    every_row: verify the invariants on all rows; else on a sample of each source.   prepared: what another process has
+    made of the same recipe; then nothing is rendered. Raises SchemaError, DataError, FormatError or MaskError at the
+    first bad row (on_bad_row: skip quarantines them instead), and ProofError where a verified row fails.
     """
-    renderer = training_renderer(recipe, renderer)
+    renderer = training_renderer(recipe, renderer, prepared.format if prepared else None)
     sources: list[RowStore] = []
     apart: list[NDArray[np.bool_]] = []
     for number, entry in enumerate(recipe.mixture):
-        rows = prepare_source(entry, number, recipe, renderer, every_row=every_row, progress=progress)
+        if prepared is None:
+            rows = prepare_source(entry, number, recipe, renderer, every_row=every_row, progress=progress)
+        else:
+            rows = open_source(prepared.directories[number], number, recipe)
         _require_kept(rows, recipe)
         seed = f"{entry.label}:{recipe.train.seed}"
         sources.append(rows)

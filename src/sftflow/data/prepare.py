@@ -91,6 +91,12 @@ def _source(entry: SourceEntry, number: int, recipe: Recipe, renderer: Renderer)
     return _Source(entry, recipe, renderer, job, label, stamps, cache_key(entry, recipe, job))
 
 
+def open_source(directory: Path, number: int, recipe: Recipe, *, new: bool = False) -> RowStore:
+    """The rendered rows of mixture entry `number`, from where they lie."""
+    label, prefix = labels_of(recipe.mixture)[number], place_of(recipe.mixture[number])
+    return RowStore(directory, name=label, number=number, prefix=prefix, new=new)
+
+
 def prepare_source(
     entry: SourceEntry, number: int, recipe: Recipe, renderer: Renderer, *, every_row: bool, progress: Progress | None
 ) -> RowStore:
@@ -103,20 +109,16 @@ def prepare_source(
     key, prefix = source.key, source.job.prefix
     said = functools.partial(progress, source.label) if progress else None
 
-    def opened(directory: Path, *, new: bool) -> RowStore:
-        return RowStore(directory, name=source.label, number=number, prefix=prefix, new=new)
-
     if key is None or folder is None:
-        directory = Path(tempfile.mkdtemp(prefix="sftflow-rows-"))
-        atexit.register(shutil.rmtree, directory, ignore_errors=True)
+        directory = _for_this_process(folder)
         _write_rows(directory, [source.blocks(every_row=every_row)], prefix, said)
-        return opened(directory, new=False)
+        return open_source(directory, number, recipe)
     sampled, proven = folder / key, folder / f"{key}{PROVEN}"
     for kept in (proven,) if every_row else (proven, sampled):
         if is_whole(kept):
             with contextlib.suppress(OSError):  # a cache that is shared and read-only
                 os.utime(kept)
-            return opened(kept, new=False)
+            return open_source(kept, number, recipe)
     parts = stored_parts(folder, key)
     missing = missing_parts(parts)
     every_row = every_row or bool(parts)
@@ -135,7 +137,20 @@ def prepare_source(
     for path in parts.values():  # their rows are in the whole now
         with contextlib.suppress(OSError):
             remove_directory(path)
-    return opened(kept, new=True)
+    return open_source(kept, number, recipe, new=True)
+
+
+def _for_this_process(cache: Path | None) -> Path:
+    """A folder for rows that are not kept, until this process ends: in the cache, where other ranks of the run see it,
+    too, else where temporary files go."""
+    try:
+        if cache is not None:
+            cache.mkdir(parents=True, exist_ok=True)
+        directory = Path(tempfile.mkdtemp(prefix=".sftflow-rows-", suffix=".tmp", dir=cache))
+    except OSError:
+        directory = Path(tempfile.mkdtemp(prefix="sftflow-rows-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
 
 
 def prepare_part(

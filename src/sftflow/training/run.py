@@ -33,7 +33,8 @@ from sftflow.checkpoint import (
     save_adapter,
     stored_dtype,
 )
-from sftflow.data.mixture import Mixture, build_mixture, write_bad_rows
+from sftflow.data.mixture import write_bad_rows
+from sftflow.data.rendered_once import rendered_once
 from sftflow.data.run_rows import HELD_OUT, TRAINING_ROWS, write_run_rows
 from sftflow.fingerprint import weights_and_body_hash
 from sftflow.foundation.atomic_io import NO_SPACE, Lock, read_log, sweep, write_json, write_text
@@ -155,14 +156,6 @@ def run_training(
     return Run(directory=out, seconds=time.perf_counter() - started)
 
 
-def first_of_node(build: Callable[[], Mixture]) -> Mixture:
-    """The mixture, rendered by one rank of each machine; the others read what it has left in the cache."""
-    here = ranks()
-    built = build() if here.local_rank == 0 else None
-    here.barrier()
-    return built or build()
-
-
 class FineTuning(TrainingRun):
     """One fine-tuning: made from a recipe, then `run`. Nothing is written before that."""
 
@@ -196,7 +189,7 @@ class FineTuning(TrainingRun):
             trained, of = trainable_share(model)
             self.notes["lora"] = f"{trained:,} of {of:,} parameters ({trained / of:.2%})"
         listener.say("rendering the mixture")
-        self.mixture = first_of_node(lambda: build_mixture(recipe, renderer, listener.rendering))
+        self.mixture = rendered_once(recipe, renderer, listener.rendering)
         self.renderer = self.mixture.renderer
         for note in (*self.mixture.notes(), self.renderer.disagreement(), options_note(self.renderer)):
             if note:
