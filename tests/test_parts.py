@@ -409,6 +409,24 @@ def test_the_command_tells_of_its_part_and_refuses_an_audit(tmp_path: Path, tiny
     assert re.fullmatch(r"part 2 of 2: \d+ rows, [\d,]+ tokens in [\d.]+ s; 2 of 2 parts are ready: .*\n", done.stdout)
 
 
+def test_what_is_not_in_the_cache_is_never_cleared_away(
+    renderer: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that cannot be kept lie among temporary files where the cache cannot be written at first."""
+    (tmp_path / "kept.jsonl").write_bytes(lines([exchange(0), exchange(1)]))
+    monkeypatch.setattr(prepare, "cache_key", lambda entry, *_: "00ab" if "kept" in entry.source else None)
+    other = tmp_path / "temporary" / ".not.ours"
+    other.mkdir(parents=True)
+    os.utime(other, (0, 0))
+    monkeypatch.setattr(prepare.tempfile, "tempdir", str(other.parent))
+    cache = prepare.cache_folder()
+    monkeypatch.setattr(prepare, "cache_folder", iter([None, cache]).__next__)
+    (tmp_path / "other.jsonl").write_bytes(lines([exchange(2), exchange(3)]))
+    found = build_mixture(recipe_of(tmp_path / "other.jsonl", tmp_path / "kept.jsonl"), renderer)
+    assert [rows.directory.parent for rows in found.rows] == [other.parent, cache]
+    assert other.is_dir()
+
+
 # ---- the ranks of one run
 
 
@@ -456,7 +474,7 @@ def test_what_the_rendering_rank_refuses_ends_all_with_one_line(tmp_path: Path, 
 
 @pytest.mark.slow
 def test_the_command_three_times_at_once_one_killed_and_repeated(many: Recipe, tiny_base: Path, tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_bytes(lines([exchange(i) for i in range(2500)]))
+    (tmp_path / "rows.jsonl").write_bytes(lines([exchange(i) for i in range(1500)]))
     path = tmp_path / "recipe.yaml"
     entries = [entry.model_dump(exclude_none=True) for entry in many.mixture]
     path.write_text(json.dumps({"base": str(tiny_base), "mixture": entries, "on_bad_row": "skip"}))

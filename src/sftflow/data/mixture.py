@@ -202,8 +202,8 @@ def build_mixture(
         seed = f"{entry.label}:{recipe.train.seed}"
         sources.append(rows)
         apart.append(split_held_out(rows.table["digest"], rows.table["number"], recipe.validation, seed))
-    if any(rows.new for rows in sources):
-        prune(sources[0].directory.parent, keep=[rows.directory for rows in sources])
+    if written := [rows.directory for rows in sources if rows.new]:
+        prune(written[0].parent, keep=[rows.directory for rows in sources])
     taught = np.concatenate([rows.table["digest"][~chosen] for rows, chosen in zip(sources, apart, strict=True)])
     train: list[NDArray[np.int32]] = []
     held: list[NDArray[np.int32]] = []

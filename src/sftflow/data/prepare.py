@@ -114,12 +114,12 @@ def prepare_source(
         _write_rows(directory, [source.blocks(every_row=every_row)], prefix, said)
         return open_source(directory, number, recipe)
     sampled, proven = folder / key, folder / f"{key}{PROVEN}"
+    parts = stored_parts(folder, key)  # looked for first: whoever joins them removes them when the whole is there
     for kept in (proven,) if every_row else (proven, sampled):
         if is_whole(kept):
             with contextlib.suppress(OSError):  # a cache that is shared and read-only
                 os.utime(kept)
             return open_source(kept, number, recipe)
-    parts = stored_parts(folder, key)
     missing = missing_parts(parts)
     every_row = every_row or bool(parts)
     kept = proven if every_row else sampled

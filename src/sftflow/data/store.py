@@ -96,7 +96,7 @@ class Rows:
 
 
 class RowStore(Rows):
-    """The rows of one source on disk.   new: they were written just now."""
+    """The rows of one source on disk.   new: they were put into the cache just now."""
 
     def __init__(self, directory: Path, *, name: str, number: int, prefix: str, new: bool = False) -> None:
         self.directory, self.new = directory, new
