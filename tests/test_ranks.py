@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from helpers.architectures import ARCHITECTURES
 from helpers.several import Outcome, trained
 from helpers.training import examples, spec
 from sftflow.foundation.ranks import Ranks
+from sftflow.foundation.rounding import round_bf16
 from sftflow.training.batch_plan import dealt, micro_batches
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -55,9 +59,62 @@ def require_same(one: Outcome, several: Outcome, bound: float) -> None:
 
 
 def test_two_ranks_train_as_one_does(tmp_path: Path) -> None:
-    variants = [{"steps": 4}, {"steps": 4, "shard": "full", "rows": 3, "model": "Qwen3"}]
-    for one, two in zip(trained(1, variants, tmp_path), trained(2, variants, tmp_path), strict=True):
+    sharded = {"steps": 6, "shard": "full", "rows": 3, "model": "Qwen3"}
+    variants = [{"steps": 4}, sharded]
+    kept = sharded | {"until": 4, "state": str(tmp_path / "state"), "gathered": str(tmp_path)}
+    several = trained(2, [*variants, kept], tmp_path)
+    alone = trained(1, variants, tmp_path)
+    for one, two in zip(alone, several, strict=False):
         require_same(one, two, 1e-5)
+    file = load_file(tmp_path / "model.safetensors")
+    wanted = {name: round_bf16(weight) for name, weight in several[2].weights.items()}
+    assert file.keys() == wanted.keys() and all(torch.equal(file[name], wanted[name]) for name in file)
+    (rest,) = trained(1, [sharded | {"state": str(tmp_path / "state")}], tmp_path)
+    assert rest.losses == pytest.approx(alone[1].losses[4:], abs=1e-5)
+
+
+ADAPTER = {"lora": {"rank": 4}, "lr": 1e-3}
+
+
+KINDS = [{}, ADAPTER, {"optimizer": "muon"}, {"model": "GPT2"}, {"model": "GPT2", "dropout": 0.1}]
+
+
+@pytest.mark.slow
+def test_a_state_goes_on_bitwise_and_in_any_other_number_of_ranks(tmp_path: Path) -> None:
+    def each(**more: Any) -> list[dict[str, Any]]:
+        return [{**kind, "steps": 8, **more} for kind in KINDS]
+
+    def stopped(name: str, **more: Any) -> list[dict[str, Any]]:
+        return [v | {"until": 4, "state": str(tmp_path / f"{name}-{n}")} for n, v in enumerate(each(**more))]
+
+    def going_on(name: str, as_: str, **more: Any) -> list[dict[str, Any]]:
+        for n in range(len(KINDS)):
+            shutil.copytree(tmp_path / f"{name}-{n}", tmp_path / f"{name}-{as_}-{n}")
+        return [v | {"state": str(tmp_path / f"{name}-{as_}-{n}")} for n, v in enumerate(each(**more))]
+
+    def same(whole: list[Outcome], rest: list[Outcome], exactly: bool = False) -> None:
+        for kind, one, other in zip(KINDS, whole, rest, strict=True):
+            if exactly:
+                assert other.losses == one.losses[4:], kind
+                assert all(torch.equal(other.weights[name], one.weights[name]) for name in one.weights), kind
+            elif "dropout" not in kind:
+                bound = 1e-3 if "optimizer" in kind else 1e-5
+                require_same(Outcome(one.losses[4:], one.norms[4:], one.weights), other, bound)
+
+    n = len(KINDS)
+    alone = trained(1, each(), tmp_path)
+    trained(1, stopped("one"), tmp_path)
+    sharded, replicated = {"shard": "full"}, {"shard": "no"}
+    two = each(**sharded) + each(**replicated) + stopped("full", **sharded) + stopped("no", **replicated)
+    whole = trained(2, two, tmp_path)
+    more = going_on("full", "two", **sharded) + going_on("no", "two", **replicated) + going_on("one", "two", **sharded)
+    rest = trained(2, more, tmp_path)
+    same(whole[:n], rest[:n], exactly=True)
+    same(whole[n : 2 * n], rest[n : 2 * n], exactly=True)
+    same(alone, rest[2 * n :])
+    same(alone, trained(1, going_on("full", "one"), tmp_path))
+    same(alone, trained(1, going_on("no", "one"), tmp_path))
+    same(alone, trained(4, going_on("full", "four", **sharded), tmp_path))
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -78,16 +79,20 @@ def trained(world: int, variants: list[dict[str, Any]], folder: Path) -> list[Ou
 
 def train(variant: dict[str, Any]) -> Outcome:
     """model: of `ARCHITECTURES`.   rows: how many examples have labels, the others have none; None for `shared_rows`.
-    Everything else: settings."""
+    state: a folder to go on from, and to save the state in after step `until`.   gathered: a folder for the model's
+    file in bf16.   Everything else: settings."""
     from helpers.architectures import tiny
     from helpers.training import BF16, FP32, examples, shared_rows, spec
+    from sftflow.checkpoint.saving import write_gathered
     from sftflow.packing.pack import Example
     from sftflow.recipe import Lora
     from sftflow.training.batch_plan import RowPlan
     from sftflow.training.lora import attach
+    from sftflow.training.resume import load_state, save_state, saved_states
     from sftflow.training.trainer import Trainer
 
     keys = dict(variant)
+    state, until, gathered = (keys.pop(name, None) for name in ("state", "until", "gathered"))
     model, rows = tiny(keys.pop("model", "Llama")), keys.pop("rows", None)
     runtime = BF16 if keys.get("precision") == "bf16" else FP32
     data = shared_rows()
@@ -98,7 +103,13 @@ def train(variant: dict[str, Any]) -> Outcome:
         attach(model, Lora(**asked), "base", [3, 7, 319], 0)
     settings = spec(**{"micro_tokens": 128, "steps": 20, "lr": 1e-4, **keys})
     trainer = Trainer(model, RowPlan(data, settings), settings, runtime)
-    logs = list(trainer)
+    if state and (saved := trainer.ranks.from_first(saved_states(Path(state)))):
+        load_state(saved[-1], trainer, {"data": "a"})
+    logs = list(itertools.islice(trainer, (until or settings.steps) - trainer.step))
+    if state:
+        save_state(Path(state), trainer, {"data": "a"}, {}, keep=1)
+    if gathered:
+        write_gathered(model, torch.bfloat16, Path(gathered) if trainer.ranks.first else None)
     weights: list[tuple[str, Any]] = list(model.named_parameters())
     whole = {n: (p if type(p) is torch.nn.Parameter else p.full_tensor()).detach().clone() for n, p in weights}
     return Outcome([log.loss for log in logs], [log.grad_norm for log in logs], whole)
@@ -108,10 +119,12 @@ def main(folder: Path) -> None:
     from sftflow.foundation.ranks import joined
 
     with joined() as ranks:
+        torch.set_num_threads(1)
         for number, variant in enumerate(json.loads((folder / "variants.json").read_text())):
             outcome = train(variant)
             if ranks.first:
                 torch.save(vars(outcome), folder / f"{number}.pt")
+    os._exit(0)  # at its end torch now and then aborts a process that has joined a group
 
 
 def results_in(folder: Path) -> dict[str, str]:

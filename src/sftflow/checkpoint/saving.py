@@ -17,10 +17,20 @@ from sftflow.foundation.atomic_io import (
     write_directory,
     write_json,
 )
+from sftflow.foundation.errors import CheckpointError
+from sftflow.foundation.ranks import Ranks
 from sftflow.foundation.rounding import round_bf16
 
 if TYPE_CHECKING:
     from sftflow.chat.render import Renderer
+
+ALONE = Ranks()
+MOST_BYTES = 5 * 10**9
+"""of one file of a model that is gathered for it"""
+NO_OTHER_NAMES = (
+    "transformers saves its weights under other names than it computes with, which takes all of them at once",
+    "train it with train.shard: no",
+)
 
 
 def stored(weight: Any, dtype: Any) -> Any:
@@ -33,11 +43,19 @@ def stored(weight: Any, dtype: Any) -> Any:
 
 
 def save(
-    target: Path, model: Any, tokenizer: Any, renderer: Renderer | None, *, dtype: Any, meta: dict[str, Any]
+    target: Path,
+    model: Any,
+    tokenizer: Any,
+    renderer: Renderer | None,
+    *,
+    dtype: Any,
+    meta: dict[str, Any],
+    ranks: Ranks = ALONE,
 ) -> None:
     """Write a checkpoint directory, whole or not at all.
 
     renderer: None leaves chat template and generation config as they are; `meta` may name the format.
+    ranks: all come here where each has a part of the model; the first writes.
 
     It loads with AutoModelForCausalLM, carries the chat template, and stops by its generation_config.json where the
     renderer says that a reply ends. The weights are written in `dtype`.
@@ -49,12 +67,16 @@ def save(
 
     def fill(directory: Path) -> None:
         settle_head(model)
-        state = {k: stored(v, dtype).cpu().contiguous() for k, v in distinct_weights(model).items()}
+        weights = distinct_weights(model)
+        shared = any(is_shared_out(weight) for weight in weights.values())
+        state = {} if shared else {k: stored(v, dtype).cpu().contiguous() for k, v in weights.items()}
         old_dtype, implementation = model.config.dtype, model.config._attn_implementation
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
         generation, model.generation_config = model.generation_config, GenerationConfig()
         try:
             model.save_pretrained(directory, state_dict=state)
+            if shared:
+                write_gathered(model, dtype, directory)
         finally:
             model.generation_config = generation
             model.config.dtype = old_dtype
@@ -64,7 +86,44 @@ def save(
         write_generation(directory, generation, stop)
         _write_rest(directory, tokenizer, renderer, name_of_dtype, meta)
 
-    write_directory(target, fill)
+    if ranks.first:
+        write_directory(target, fill)
+    elif any(is_shared_out(parameter) for parameter in model.parameters()):
+        settle_head(model)
+        write_gathered(model, dtype, None)
+
+
+def is_shared_out(weight: Any) -> bool:
+    """Whether each rank has a part of it only."""
+    return hasattr(weight, "full_tensor")
+
+
+def write_gathered(model: Any, dtype: Any, directory: Path | None) -> None:
+    """Write a model of which each rank has a part, a file at a time: no rank ever has more of it than one file's.
+
+    directory: None on all ranks but the one that writes. All must come here together.
+    """
+    import torch
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+    from transformers.core_model_loading import revert_weight_conversion
+
+    weights = distinct_weights(model)
+    sizes = {name: torch.empty(weight.shape, dtype=dtype, device="meta") for name, weight in weights.items()}
+    if revert_weight_conversion(model, dict(sizes)).keys() != sizes.keys():
+        raise CheckpointError(type(model).__name__, *NO_OTHER_NAMES)
+    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=MOST_BYTES)
+    for file, inside in plan.filename_to_tensors.items():
+        part = {}
+        for name in inside:
+            weight = weights[name].full_tensor() if is_shared_out(weights[name]) else weights[name]
+            if directory is not None:
+                part[name] = stored(weight, dtype).cpu().contiguous()
+        if directory is not None:
+            save_file(part, directory / file, metadata={"format": "pt"})
+    if directory is not None and plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_json(directory / "model.safetensors.index.json", index)
 
 
 def save_adapter(

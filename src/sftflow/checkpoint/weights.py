@@ -258,6 +258,8 @@ def not_finite(model: Any) -> str | None:
     import torch
 
     for key, weight in model.state_dict().items():
+        if hasattr(weight, "to_local"):  # this rank's part of it
+            weight = weight.to_local()
         # The ends are a NaN where there is one; `isfinite` on all of it takes six times as long.
         if weight.is_floating_point() and weight.numel() and not torch.stack(weight.aminmax()).isfinite().all():
             return str(key)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sftflow.foundation.errors import CheckpointError
+from sftflow.foundation.ranks import Ranks
 
 if sys.platform != "win32":
     import fcntl
@@ -212,6 +213,22 @@ def _add(beside: Path, target: Path) -> None:
         if error.errno not in _THERE:
             raise
     _fsync(target.parent)
+
+
+def write_together(target: Path, fill: Callable[[Path], None], ranks: Ranks) -> None:
+    """The same by all ranks of a run, each of which fills in its part: rank 0 makes the directory, and gives it its
+    name when all have written theirs."""
+
+    def all_fill(beside: Path) -> None:
+        ranks.from_first(beside)
+        fill(beside)
+        ranks.barrier()
+
+    if ranks.first:
+        write_directory(target, all_fill)
+    else:
+        fill(ranks.from_first(target))
+        ranks.barrier()
 
 
 def _replace(beside: Path, target: Path) -> None:

@@ -41,7 +41,11 @@ def _adamw_groups(groups: Groups, settings: Train) -> list[dict[str, Any]]:
     """Weight decay for matrices, none for norms, biases and embeddings; each group its rate."""
     lr, decay = settings.peak_lr, {"matrices": settings.weight_decay}
     return [
-        {"params": part, "lr": lr * getattr(settings.lr_scale, name), "weight_decay": decay.get(name, 0.0)}
+        {
+            "params": part,
+            "lr": lr * getattr(settings.lr_scale, name),
+            "weight_decay": decay.get(name, 0.0),
+        }
         for name, group in groups.items()
         for sharded in (False, True)  # the fused kernel takes either kind, not both at once
         if (part := [p for p in group if isinstance(p, DTensor) == sharded])
@@ -121,6 +125,19 @@ def joined_moments(saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         codes, scale, qmap = (saved[f"{name}.{part}"] for part in IN_8_BITS)
         whole[name] = OptimState8bit(codes, scale, qmap, signed=bool(qmap[0] < 0))
     return whole
+
+
+def numbered_parameters(
+    model: Any, optimizers: list[torch.optim.Optimizer]
+) -> dict[tuple[int, int], torch.nn.Parameter]:
+    """Each trained parameter by (its optimizer's number, its own there): the same for any number of processes."""
+    out: dict[tuple[int, int], torch.nn.Parameter] = {}
+    of_kind = groups_of(model)
+    for number, optimizer in enumerate(optimizers):
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        ordered = [p for name in of_kind for p in of_kind[name] if id(p) in held]
+        out |= {(number, index): p for index, p in enumerate(ordered)}
+    return out
 
 
 def lr_factor(step: int, total: int, schedule: Schedule) -> float:

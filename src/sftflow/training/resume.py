@@ -24,13 +24,15 @@ from sftflow.foundation.atomic_io import (
     require_writable,
     sha256_file,
     with_checksum,
-    write_directory,
+    write_together,
 )
 from sftflow.foundation.errors import CheckpointError, DataError, RunError
+from sftflow.foundation.ranks import Ranks
 from sftflow.recipe import Recipe, load_recipe
 from sftflow.training.identity import Identity, recipe_identity, told_changes
 from sftflow.training.loggers import require_logger
 from sftflow.training.optimizers import Muon, joined_moments, moment_parts
+from sftflow.training.sharded_state import read_shards, read_small, stored_sizes, write_shards
 from sftflow.training.trainer import Trainer
 
 MOMENTS = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}
@@ -48,24 +50,39 @@ def save_state(root: Path, trainer: Trainer, identity: Identity, extra: dict[str
     identity: what must not change on resume, compared by `load_state`.
     """
 
+    here, random = trainer.ranks, _random_states(trainer)
+
     def fill(directory: Path) -> None:
-        parameters = {n: p.detach().contiguous() for n, p in _saved_parameters(trainer).items()}
-        save_file(parameters, directory / "model.safetensors")
-        save_file(_optimizer_tensors(trainer), directory / "optimizer.safetensors")
+        parameters = {n: p.detach() for n, p in _saved_parameters(trainer).items()}
+        if trainer.sharded:
+            write_shards(directory, trainer, parameters, random)
+        elif here.first:
+            save_file({n: p.contiguous() for n, p in parameters.items()}, directory / "model.safetensors")
+            save_file(_optimizer_tensors(trainer) | random, directory / "optimizer.safetensors")
+        hashes = {p.name: sha256_file(p) for p in _of_this_rank(directory, here)}
+        hashes = {name: sha for part in here.gather(hashes) for name, sha in part.items()}
         state = {
             "step": trainer.step,
             "bad_steps": trainer.bad_steps,
             "identity": identity,
             "extra": extra,
-            "sha256": {p.name: sha256_file(p) for p in sorted(directory.glob("*.safetensors"))},
+            "sha256": hashes,
         }
-        (directory / "state.json").write_text(json.dumps(with_checksum(state), indent=2), encoding="utf-8")
+        if here.first:
+            (directory / "state.json").write_text(json.dumps(with_checksum(state), indent=2), encoding="utf-8")
 
-    if trainer.ranks.first:
-        write_directory(root / f"step-{trainer.step:08d}", fill)
+    write_together(root / f"step-{trainer.step:08d}", fill, here)
+    if here.first:
         for old in saved_states(root)[:-keep]:
             remove_directory(old)
-    trainer.ranks.barrier()
+    here.barrier()
+
+
+def _of_this_rank(directory: Path, ranks: Ranks) -> list[Path]:
+    """The files of a saved state that this rank has written."""
+    mine = f"shard-{ranks.rank + 1:05d}-"
+    every = sorted(directory.glob("*.safetensors"))
+    return [p for p in every if p.name.startswith(mine) or (ranks.first and not p.name.startswith("shard-"))]
 
 
 def saved_states(root: Path) -> list[Path]:
@@ -156,15 +173,23 @@ def load_state(directory: Path, trainer: Trainer, identity: Identity) -> dict[st
     state = read_record(directory / "state.json", remedy)
     if fact := told_changes(state["identity"], identity, "the run has changed since this was saved"):
         raise CheckpointError(str(directory), fact, "undo that, or start in a new train.out")
-    check_hashes(directory, state["sha256"], remedy)
-    _load_parameters(directory, trainer)
-    moments, random = read_optimizers(directory)
-    torch.set_rng_state(random["rng"])
-    if "cuda_rng" in random and torch.cuda.is_available():
-        torch.cuda.set_rng_state(random["cuda_rng"])
-    for number, optimizer in enumerate(trainer.optimizers):
-        mine = {parameter: joined_moments(state) for (n, parameter), state in moments.items() if n == number}
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": mine})
+    mine = sorted(state["sha256"])[trainer.ranks.rank :: trainer.ranks.world]
+    check_hashes(directory, {name: state["sha256"][name] for name in mine}, remedy)
+    trainer.ranks.barrier()
+    if trainer.sharded or not (directory / "model.safetensors").is_file():
+        sizes = stored_sizes(directory)
+        parameters = _saved_parameters(trainer)
+        _require_parameters(directory, {n: s for n, s in sizes.items() if "/" not in n and "rng" not in n}, parameters)
+        read_shards(directory, trainer, dict(parameters), sizes)
+        random = read_small(directory, sizes)
+        trainer.refresh()
+    else:
+        _load_parameters(directory, trainer)
+        moments, random = read_optimizers(directory)
+        for number, optimizer in enumerate(trainer.optimizers):
+            kept = {parameter: joined_moments(state) for (n, parameter), state in moments.items() if n == number}
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": kept})
+    _restore_random(random, trainer)
     trainer.step, trainer.bad_steps = state["step"], state["bad_steps"]
     return dict(state["extra"])
 
@@ -186,15 +211,36 @@ def read_optimizers(directory: Path) -> tuple[Moments, dict[str, torch.Tensor]]:
 
 
 def _optimizer_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """The optimizers' states, OPTIMIZER/PARAMETER/NAME -> tensor, and the random ones."""
-    out = {"rng": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        out["cuda_rng"] = torch.cuda.get_rng_state()
+    """The optimizers' states, OPTIMIZER/PARAMETER/NAME -> tensor."""
+    out: dict[str, torch.Tensor] = {}
     for number, optimizer in enumerate(trainer.optimizers):
         for index, state in optimizer.state_dict()["state"].items():
             for key, value in state.items():
                 out |= {f"{number}/{index}/{key}{part}": x for part, x in moment_parts(value).items()}
     return out
+
+
+def _random_states(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The states of every rank's random numbers: "rng" of the first, "rng.1" of the next; with "cuda_" before it, of
+    its device's."""
+    mine = {"rng": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        mine["cuda_rng"] = torch.cuda.get_rng_state()
+    states = trainer.ranks.gather(mine)
+    return {_of_rank(key, rank): value for rank, each in enumerate(states) for key, value in each.items()}
+
+
+def _restore_random(states: dict[str, torch.Tensor], trainer: Trainer) -> None:
+    """Go on with the random numbers that this rank had; one that is new keeps its own (only dropout draws any)."""
+    rank = trainer.ranks.rank
+    if (state := states.get(_of_rank("rng", rank))) is not None:
+        torch.set_rng_state(state)
+    if (state := states.get(_of_rank("cuda_rng", rank))) is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state)
+
+
+def _of_rank(key: str, rank: int) -> str:
+    return f"{key}.{rank}" if rank else key
 
 
 def _saved_parameters(trainer: Trainer) -> dict[str, torch.nn.Parameter]:
@@ -208,15 +254,21 @@ def _saved_parameters(trainer: Trainer) -> dict[str, torch.nn.Parameter]:
 def _load_parameters(directory: Path, trainer: Trainer) -> None:
     saved = load_file(directory / "model.safetensors")
     parameters = _saved_parameters(trainer)
-    shapes, wanted = ({name: x.shape for name, x in tensors.items()} for tensors in (saved, parameters))
-    wrong = sorted({name for name, _ in shapes.items() ^ wanted.items()})
-    if wrong:
-        fact = f"{len(wrong)} tensors are not those of the base's model, the first: {wrong[0]}"
-        raise CheckpointError(str(directory), fact, "resume on the base that the run was started from")
+    _require_parameters(directory, {name: x.shape for name, x in saved.items()}, parameters)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
     trainer.refresh()
+
+
+def _require_parameters(
+    directory: Path, saved: dict[str, torch.Size], parameters: dict[str, torch.nn.Parameter]
+) -> None:
+    """Raises CheckpointError where the saved tensors have other names or shapes than the trainer's."""
+    wrong = sorted({name for name, _ in saved.items() ^ {name: x.shape for name, x in parameters.items()}.items()})
+    if wrong:
+        fact = f"{len(wrong)} tensors are not those of the base's model, the first: {wrong[0]}"
+        raise CheckpointError(str(directory), fact, "resume on the base that the run was started from")
 
 
 def _go_on_without(directory: Path) -> str:

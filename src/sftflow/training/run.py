@@ -307,13 +307,12 @@ class FineTuning(TrainingRun):
             "data": self.mixture.digest(),
             "step": self.trainer.step,
         }
-        if self.trainer.ranks.first:
-            out, parts = self.out / "checkpoint", (self.tokenizer, self.renderer)
-            if self.adapter is None:
-                save(out, self.trainer.model, *parts, dtype=self.dtype, meta=meta)
-            else:
-                save_adapter(out, self.adapter, *parts, dtype=self.dtype, meta=meta)
-        self.trainer.ranks.barrier()
+        out, parts, here = self.out / "checkpoint", (self.tokenizer, self.renderer), self.trainer.ranks
+        if self.adapter is None:
+            save(out, self.trainer.model, *parts, dtype=self.dtype, meta=meta, ranks=here)
+        elif here.first:
+            save_adapter(out, self.adapter, *parts, dtype=self.dtype, meta=meta)
+        here.barrier()
         self.write_ledger()
 
     def write_ledger(self) -> None:

@@ -153,7 +153,9 @@ class TrainingRun:
     def is_new(self, since: int) -> bool:
         """Whether a step after `since` has changed the weights, and left them finite: what is worth saving, also after
         a step whose own update was skipped."""
-        return self.trainer.updated > since and not_finite(self.trainer.model) is None
+        if self.trainer.updated <= since:
+            return False
+        return not any(self.trainer.ranks.gather(not_finite(self.trainer.model)))
 
     @property
     def is_last(self) -> bool:
