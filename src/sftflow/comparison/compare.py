@@ -98,35 +98,36 @@ def compare_models(
     replies, checks = _prompts_and_checks(base, sft, prompts, results, steps)
     say("held-out loss, forgetting, overlap with the training rows")
     held_out, forgotten = held_out_comparison(base, sft, run_directory), forgetting(base, sft)
-    if not ranks().first:  # what is left needs no model: one sums up, writes, and asks the judge
-        return cast(Comparison, ranks().from_first(None))
-    seen = prompts_seen(prompts.prompts, sft, run_directory)
-    if not isinstance(seen, NotChecked):
-        replies = tuple(replace(p, seen=s) for p, s in zip(replies, seen, strict=True))
-    comparison = Comparison(
-        version=version("sftflow"),
-        kind=kind_of(base, sft),
-        names=names,
-        tasks=task_comparisons(results, overlap_with_training(runs, sft, run_directory)),
-        centred_mean=Both(scores.base.centred_mean, scores.sft.centred_mean),
-        prompt_set=prompts,
-        prompts=replies,
-        prompts_in_training=seen if isinstance(seen, NotChecked) else seen_counts(seen),
-        prompt_groups=prompt_groups(replies),
-        hygiene=checks,
-        held_out_loss=held_out,
-        forgetting=forgotten,
-        settings=_settings(sft, runs),
-        fingerprints=_fingerprints(base, sft, runs),
-        judge=_judged(replies, is_tuned(base), asked, progress),
-        seconds=round(time.perf_counter() - began, 1),
-        n_parameters=sft.model.num_parameters(),
-        finished=datetime.now(UTC),
-        run=read_run(run_directory),
-    )
-    write_json(out / "compare.json", comparison.to_json())
-    write_json(out / "eval.json", Evaluation({names.base: scores.base, names.sft: scores.sft}).to_json())
-    return ranks().from_first(comparison)
+    with ranks().patient() as gather:
+        if not ranks().first:  # what is left needs no model: one sums up, writes, and asks the judge
+            return cast(Comparison, gather(None)[0])
+        seen = prompts_seen(prompts.prompts, sft, run_directory)
+        if not isinstance(seen, NotChecked):
+            replies = tuple(replace(p, seen=s) for p, s in zip(replies, seen, strict=True))
+        comparison = Comparison(
+            version=version("sftflow"),
+            kind=kind_of(base, sft),
+            names=names,
+            tasks=task_comparisons(results, overlap_with_training(runs, sft, run_directory)),
+            centred_mean=Both(scores.base.centred_mean, scores.sft.centred_mean),
+            prompt_set=prompts,
+            prompts=replies,
+            prompts_in_training=seen if isinstance(seen, NotChecked) else seen_counts(seen),
+            prompt_groups=prompt_groups(replies),
+            hygiene=checks,
+            held_out_loss=held_out,
+            forgetting=forgotten,
+            settings=_settings(sft, runs),
+            fingerprints=_fingerprints(base, sft, runs),
+            judge=_judged(replies, is_tuned(base), asked, progress),
+            seconds=round(time.perf_counter() - began, 1),
+            n_parameters=sft.model.num_parameters(),
+            finished=datetime.now(UTC),
+            run=read_run(run_directory),
+        )
+        write_json(out / "compare.json", comparison.to_json())
+        write_json(out / "eval.json", Evaluation({names.base: scores.base, names.sft: scores.sft}).to_json())
+        return cast(Comparison, gather(comparison)[0])
 
 
 def _steps(progress: Progress, total: int) -> Steps:

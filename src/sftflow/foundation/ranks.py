@@ -161,12 +161,13 @@ def shared_out(
     here = ranks()
     mine: dict[int, T] = {}
     raised: BaseException | None = None
-    try:
-        for i in dealt(costs, here.world)[here.rank]:
-            mine[i] = compute(i)
-    except agree as error:
-        raised = error
-    parts = here.gather((mine, raised))
+    with here.patient() as gather:
+        try:
+            for i in dealt(costs, here.world)[here.rank]:
+                mine[i] = compute(i)
+        except agree as error:
+            raised = error
+        parts = gather((mine, raised))
     for _, theirs in parts:
         if theirs is not None:
             raise theirs
@@ -230,9 +231,8 @@ def joined() -> Iterator[Ranks]:
     if cuda:
         torch.cuda.set_device(local)
     store, rank, world = next(dist.rendezvous("env://"))
-    # A process that ends is noticed by its connections. One that others wait for may be rendering, or asking a judge.
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(days=1)
+        "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(hours=1)
     )
     _present = Ranks(rank, world, local, store)
     atexit.register(dist.destroy_process_group)
