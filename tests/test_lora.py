@@ -128,6 +128,23 @@ def test_every_option(name: str, lora: dict[str, Any]) -> None:
     require_same(name, settings_of(**lora), [] if "train_embeddings" in lora else ROWS)
 
 
+@pytest.mark.slow
+def test_at_the_size_of_a_real_checkpoint() -> None:
+    """SmolLM2-135M's config with random weights: 30 layers, tied, 49,152 tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+    config = LlamaConfig(**shape, num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).float().eval()
+    settings = settings_of(rank=16, alpha=32).model_copy(update={"tokens_per_step": 128, "micro_tokens": 128})
+    base = copy.deepcopy(model)
+    wrapped, losses = ours(model, settings, [49150, 49151])
+    wanted, _ = peft_alone(base, copy.deepcopy(wrapped.peft_config["default"]), settings)
+    assert losses == pytest.approx(wanted, abs=1e-5)
+    assert losses[-1] != losses[0]
+
+
 def test_no_shared_beginnings_and_accumulation_change_nothing() -> None:
     settings = settings_of()
     _, whole = ours(tiny("Llama"), settings, ROWS)
