@@ -15,7 +15,7 @@ from helpers.runs import Quiet, digest, write_recipe
 from sftflow.checkpoint import resolve, stored_dtype
 from sftflow.foundation.errors import CheckpointError, RecipeError
 from sftflow.foundation.runtime import Runtime
-from sftflow.recipe import Recipe, load_recipe, parse_recipe
+from sftflow.recipe import Recipe, load_recipe, parse_recipe, to_yaml
 from sftflow.training.run import run_training
 from sftflow.training.settings import decide_compile, resolve_recipe
 from sftflow.training.trainer import Trainer
@@ -50,6 +50,14 @@ def test_compiling_is_decided_by_work_and_capability(monkeypatch: pytest.MonkeyP
     assert decide_compile(recipe(), CPU, 135_000_000, 200)[0].train.compile is False
     with pytest.raises(RecipeError, match="no C\\+\\+ compiler"):
         decide_compile(recipe(compile=True), CPU, 135_000_000, 200)
+
+
+def test_shard_no_is_a_word_though_yaml_reads_a_boolean(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("mixture: [{source: spelling}]\ntrain: {shard: no}")
+    assert load_recipe(path).train.shard == load_recipe(path, ["train.shard=no"]).train.shard == "no"
+    path.write_text(to_yaml(load_recipe(path)))
+    assert load_recipe(path).train.shard == "no"
 
 
 def test_a_group_of_rate_zero_stays_as_it_was(tiny_base: Path, tmp_path: Path) -> None:
