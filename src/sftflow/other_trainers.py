@@ -264,7 +264,7 @@ def ours(name: str, *, in_mixture: bool = False) -> Ours | None:
     """Our key for another trainer's, and what to know of it; None where nobody that we know has it.
 
     >>> ours("per-device-train-batch-size").key, ours("lora_r").key, ours("colour")
-    ('train.micro_tokens', '', None)
+    ('train.micro_tokens', 'train.lora.rank', None)
     """
     for said in (f"datasets.{normal(name)}", normal(name))[not in_mixture :]:
         if said in KEYS:
