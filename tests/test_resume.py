@@ -18,35 +18,13 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.runs import Quiet, digest, error_line, run, write_recipe
+from helpers.runs import Quiet, digest, error_line, leftovers, outcome, run, write_recipe
 from helpers.runs import run as sftflow
 from sftflow.foundation.atomic_io import Lock, sweep, write_directory
 from sftflow.foundation.errors import CheckpointError, RunError
 from sftflow.recipe import load_recipe
 from sftflow.training.run import run_training
 from sftflow.training.signals import Signals, Stopped
-
-MEASURED = ("seconds", "memory")  # of the machine, not of the training
-
-
-def outcome(out: Path) -> dict[str, Any]:
-    """All that must not depend on whether a run was interrupted: weights, optimizer, random state, logs."""
-    found: dict[str, Any] = {}
-    for name in ("metrics.jsonl", "validation.jsonl"):
-        rows = [json.loads(line) for line in (out / name).read_text().splitlines()]
-        found[name] = [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
-    record = json.loads((out / "checkpoint" / "sftflow.json").read_text())
-    found["checkpoint"] = (record["step"], record["sha256"])
-    for path in sorted((out / "checkpoint").iterdir()):
-        if path.name != "sftflow.json":  # it names train.out
-            found[path.name] = digest(path)
-    for path in sorted((out / "resume" / "step-00000020").glob("*.safetensors")):
-        found[f"resume/{path.name}"] = digest(path)
-    return found
-
-
-def leftovers(out: Path) -> list[str]:
-    return sorted(p.name for p in [*out.glob(".*"), *out.glob("resume/.*")] if p.name not in (".lock", "resume"))
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+MEASURED = ("seconds", "memory")  # of the machine, not of the training
+
 
 def write_recipe(folder: Path, base: Path, **train: Any) -> Path:
     """A recipe of 24 steps, a save every 4, on 81 questions; its run goes to `folder/run`."""
@@ -62,6 +64,26 @@ class Quiet:
 
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def outcome(out: Path) -> dict[str, Any]:
+    """All that must not depend on whether a run was interrupted: weights, optimizer, random state, logs."""
+    found: dict[str, Any] = {}
+    for name in ("metrics.jsonl", "validation.jsonl"):
+        rows = [json.loads(line) for line in (out / name).read_text().splitlines()]
+        found[name] = [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
+    record = json.loads((out / "checkpoint" / "sftflow.json").read_text())
+    found["checkpoint"] = (record["step"], record["sha256"])
+    for path in sorted((out / "checkpoint").iterdir()):
+        if path.name != "sftflow.json":  # it names train.out
+            found[path.name] = digest(path)
+    for path in sorted((out / "resume" / "step-00000020").glob("*.safetensors")):
+        found[f"resume/{path.name}"] = digest(path)
+    return found
+
+
+def leftovers(out: Path) -> list[str]:
+    return sorted(p.name for p in [*out.glob(".*"), *out.glob("resume/.*")] if p.name not in (".lock", "resume"))
 
 
 @dataclass

@@ -17,6 +17,7 @@ import typer
 
 from sftflow.foundation.errors import RunError
 from sftflow.foundation.ranks import is_launched, joined, lost, ranks
+from sftflow.training.signals import Stopped
 
 NPROC_HELP = "processes on this machine, each with its share of the rows"
 Nproc = Annotated[int, typer.Option("--nproc", min=1, help=NPROC_HELP)]
@@ -49,7 +50,7 @@ def processes(nproc: int, remedy: str = RESUME) -> Iterator[None]:
 def _launch(nproc: int) -> None:
     """Start this command `nproc` times. Raises typer.Exit with the exit code of the rank that failed, which has told
     why; of one that was killed, RunError."""
-    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -66,6 +67,7 @@ def _launch(nproc: int) -> None:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.1,
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # else each run leaves an empty folder in /tmp
     )
     try:
         elastic_launch(config, sys.executable)("-m", "sftflow", *sys.argv[1:])
@@ -89,6 +91,8 @@ def tells(error: BaseException) -> bool:
     here = ranks()
     if lost(error) and (here.told() or BY_NPROC in os.environ):
         return False  # the root cause is told by another
+    if isinstance(error, Stopped) and not error.saved and BY_NPROC in os.environ and not here.all_end():
+        return False  # nobody asked for it: the launcher stops us because a rank was killed, which it tells itself
     if not here.tells():
         return False
     if here.world > 1 and sys.__stderr__ is not None:

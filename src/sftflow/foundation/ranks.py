@@ -119,6 +119,21 @@ class Ranks:
             time.sleep(0.1)
         return False
 
+    def all_end(self, seconds: float = ROOT_CAUSE_SECONDS) -> bool:
+        """Whether every process of the run comes here within so many seconds: then none of them was killed."""
+        if self.store is None:
+            return True
+        until, more = time.monotonic() + seconds, 1
+        try:
+            while self.store.add("sftflow/ending", more) < self.world:
+                if time.monotonic() > until:
+                    return False
+                more = 0
+                time.sleep(0.1)
+        except RuntimeError:  # the store has ended with its host
+            return False
+        return True
+
 
 class Count:
     """How much of something all ranks have done so far. All make it at the same place in the program."""
