@@ -179,7 +179,8 @@ def _kept_recipe(out: Path) -> Recipe:
 
 def _tell_of_waiting() -> None:
     """Called inside a signal handler, where nothing that buffers may be used."""
-    os.write(2, b"\nstopping after this step, which is then saved; Ctrl-C again stops at once\n")
+    if ranks().first:
+        os.write(2, b"\nstopping after this step, which is then saved; Ctrl-C again stops at once\n")
 
 
 def pretrain(texts: Sequence[str | Path], out: str | Path, **keys: Any) -> dict[str, Any]:

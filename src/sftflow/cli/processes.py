@@ -56,7 +56,7 @@ def _launch(nproc: int) -> None:
 
     logging.disable()  # what it says of a failure, we say in one line
     os.environ[BY_NPROC] = str(nproc)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING_SECONDS))
     config = LaunchConfig(
         min_nodes=1,
@@ -89,7 +89,7 @@ def tells(error: BaseException) -> bool:
     """Whether this process is the one that tells of an error, or of having been stopped. Then its standard error is
     open, whichever rank it is."""
     here = ranks()
-    if lost(error) and (here.told() or BY_NPROC in os.environ):
+    if lost(error) and (BY_NPROC in os.environ or here.told()):
         return False  # the root cause is told by another
     if isinstance(error, Stopped) and not error.saved and BY_NPROC in os.environ and not here.all_end():
         return False  # nobody asked for it: the launcher stops us because a rank was killed, which it tells itself
