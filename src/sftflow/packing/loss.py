@@ -174,6 +174,11 @@ def _grad_of(parameter: torch.Tensor | None) -> torch.Tensor | None:
     return parameter.grad
 
 
+def body_of(model: Any) -> Any:
+    """All of a model but its output projection."""
+    return model.base_model if model.base_model is not model else model.get_decoder()
+
+
 def hidden_states(model: Any, batch: PackedBatch, *, packed: bool = True) -> torch.Tensor:
     """The last hidden states, (slots, width), before the output projection.
 
@@ -184,8 +189,7 @@ def hidden_states(model: Any, batch: PackedBatch, *, packed: bool = True) -> tor
     if packed:
         positions = torch.from_numpy(batch.positions).to(model.device)
         extra = {"position_ids": positions, "layout": layout_of(batch, model.device)}
-    body = model.base_model if model.base_model is not model else model.get_decoder()
-    out: torch.Tensor = body(input_ids=ids, use_cache=False, **extra).last_hidden_state
+    out: torch.Tensor = body_of(model)(input_ids=ids, use_cache=False, **extra).last_hidden_state
     return out.reshape(-1, out.shape[-1])
 
 

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 from sftflow.foundation.ranks import Ranks
 from sftflow.foundation.rounding import round_bf16
-from sftflow.packing.loss import Head
+from sftflow.packing.loss import Head, body_of
 from sftflow.training.bf16_weights import CLASSES, decoder_layers
 
 FP32 = torch.float32
@@ -53,6 +53,9 @@ def shard(model: Any, ranks: Ranks, device: str, *, bf16: bool) -> None:
         _shard_module(embedding, mesh, small)
         # The loss multiplies by the head itself and adds to its gradient, so that no hook of FSDP would ever run.
         head.weight = embedding.weight if tied else _distributed(head.weight, mesh)
+    # The body is what FSDP calls the root: with one above them all, the next layer is gathered while one computes.
+    body = body_of(model)
+    _shard_module(body, mesh, {p for p in body.parameters() if not isinstance(p, DTensor)})
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
@@ -67,7 +70,7 @@ def _shard_module(module: torch.nn.Module, mesh: DeviceMesh, small: set[torch.nn
         mesh=mesh,
         ignored_params=small,
         mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
-        reshard_after_forward=True,  # each module is a root to FSDP, and roots else stay whole until the backward pass
+        reshard_after_forward=True,
     )
     fully: Any = module
     fully.set_gradient_divide_factor(1.0)  # a sum: each rank has divided by the supervised tokens of all
