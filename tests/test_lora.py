@@ -11,13 +11,13 @@ import peft
 import pytest
 import torch
 
-from helpers.architectures import ARCHITECTURES, tiny
+from helpers.architectures import ARCHITECTURES, SMALL, tiny
 from helpers.runs import error_line, run, write_recipe
 from helpers.training import BF16, FP32, shared_rows, spec
 from sftflow.foundation.errors import RecipeError
 from sftflow.recipe import Lora, Train
 from sftflow.training.batch_plan import RowPlan
-from sftflow.training.lora import attach, not_plain
+from sftflow.training.lora import attach, not_plain, target_names, without_adapter
 from sftflow.training.optimizers import lr_factor
 from sftflow.training.trainer import Trainer
 
@@ -126,6 +126,17 @@ def test_every_architecture(name: str) -> None:
 @pytest.mark.parametrize("lora", [{"rslora": True}, {"dora": True}, {"train_embeddings": True}, {"alpha": 7.5}])
 def test_every_option(name: str, lora: dict[str, Any]) -> None:
     require_same(name, settings_of(**lora), [] if "train_embeddings" in lora else ROWS)
+
+
+def test_experts_held_as_one_tensor_are_told_of() -> None:
+    import transformers
+
+    config = transformers.MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2)
+    model = transformers.MixtralForCausalLM(config).float()
+    experts = 2 * 4 * 3 * SMALL["hidden_size"] * SMALL["intermediate_size"]
+    assert without_adapter(model, Lora()) == experts and without_adapter(model, Lora(targets="attention")) == 0
+    assert without_adapter(tiny("Llama"), Lora()) == 0
+    assert target_names(model, "all") == ["k_proj", "o_proj", "q_proj", "v_proj"]
 
 
 @pytest.mark.slow

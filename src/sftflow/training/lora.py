@@ -121,6 +121,14 @@ def _last(name: str) -> str:
     return name.rpartition(".")[2]
 
 
+def without_adapter(model: Any, asked: Lora) -> int:
+    """How many numbers of experts that are held as one tensor, and so are no linear layers, stay as they are where all
+    layers were meant."""
+    if asked.targets != "all":
+        return 0
+    return sum(p.numel() for layer in decoder_layers(model) for p in layer.parameters() if p.ndim > 2)
+
+
 def trainable_share(model: Any) -> tuple[int, int]:
     """(parameters that are trained, all)."""
     parameters = list(model.parameters())

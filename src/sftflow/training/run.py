@@ -45,7 +45,7 @@ from sftflow.recipe import Recipe, to_yaml
 from sftflow.training.batch_plan import RowPlan, StepLog
 from sftflow.training.identity import asked_for, base_identity, run_identity, told_changes
 from sftflow.training.loggers import open_logger
-from sftflow.training.lora import attach, base_reference, not_plain, trainable_share
+from sftflow.training.lora import attach, base_reference, not_plain, trainable_share, without_adapter
 from sftflow.training.resume import (
     DONE,
     MEASURED_LATER,
@@ -188,6 +188,8 @@ class FineTuning(TrainingRun):
             self.adapter = attach(model, recipe.train.lora, reference, new, recipe.train.seed)
             trained, of = trainable_share(model)
             self.notes["lora"] = f"{trained:,} of {of:,} parameters ({trained / of:.2%})"
+            if experts := without_adapter(model, recipe.train.lora):
+                listener.say(f"note: {experts:,} parameters of experts are no linear layers, and get no adapter")
         listener.say("rendering the mixture")
         self.mixture = rendered_once(recipe, renderer, listener.rendering)
         self.renderer = self.mixture.renderer
