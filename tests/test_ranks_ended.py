@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,11 +10,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from helpers.runs import Quiet, leftovers, outcome, write_recipe
 from helpers.several import forked
@@ -105,6 +112,55 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on_bitwise(
             check_hashes(state, read_record(state / "state.json", "")["sha256"], "")
     assert died_saving  # the first rank, whose temporary nobody removes until the run goes on
     assert finished(recipe) == whole
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_in_other_numbers_of_ranks_and_otherwise_shared_out(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    def losses(recipe: Path) -> list[float]:
+        return [json.loads(line)["loss"] for line in (recipe.parent / "run/metrics.jsonl").read_text().splitlines()]
+
+    def work(recipe: Path) -> None:
+        run_training(load_recipe(recipe), Quiet(), resume=True)
+
+    settings = SHARDED | {"lr": 1e-4}
+    alone = recipe_of(tmp_path / "alone", tiny_base, settings)
+    work(alone)
+    for world, shard in [(1, "full"), (2, "no"), (4, "full")]:
+        recipe = recipe_of(tmp_path / f"{world}", tiny_base, settings)
+        assert killed(recipe, 0, lambda out: steps(out, 10)) == [-signal.SIGKILL, 1]
+        recipe.write_text(recipe.read_text().replace('"full"', f'"{shard}"'))
+        if world == 1:
+            work(recipe)
+        else:
+            assert forked(world, partial(work, recipe)) == [0] * world
+        assert losses(recipe) == pytest.approx(losses(alone), abs=1e-5), (world, shard)
+
+
+@pytest.mark.slow
+def test_fewer_rows_than_ranks_are_saved_and_read_in_any_number(tmp_path: Path) -> None:
+    """What the states of sharded runs ask of torch: a rank may have no row, and the last one fewer."""
+    whole = {
+        "two": torch.arange(10.0).reshape(2, 5),
+        "one": torch.arange(7.0).reshape(1, 7).bfloat16(),
+        "five": torch.arange(50.0).reshape(5, 10),
+    }
+
+    def spread(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+        mesh = init_device_mesh("cpu", (ranks().world,))
+        return {name: distribute_tensor(x, mesh, [Shard(0)]) for name, x in tensors.items()}
+
+    def save() -> None:
+        dcp.save(spread(whole), storage_writer=HuggingFaceStorageWriter(str(tmp_path), save_distributed=True))
+
+    def load() -> None:
+        found = spread({name: torch.zeros_like(x) for name, x in whole.items()})
+        dcp.load(found, storage_reader=HuggingFaceStorageReader(str(tmp_path)))
+        assert all(torch.equal(found[name].full_tensor(), x) for name, x in whole.items())
+
+    assert forked(4, save) == [0] * 4
+    assert forked(3, load) == [0] * 3
 
 
 # ---- one line
