@@ -52,7 +52,8 @@ def start_block(run: Opening) -> Text:
     at_once = train.micro_tokens or train.tokens_per_step
     micro = f", {at_once:,} at once" if at_once < train.tokens_per_step else ""
     kind = "packed rows" if train.packing else "rows"
-    trained = "all" if run.n_trained == run.n_parameters else f"{run.n_trained:,} of"
+    share = run.n_trained / run.n_parameters
+    trained = "all" if share == 1 else f"{run.n_trained:,} ({share:.2%}) of"
     why = {
         key: f" ({notes[key]})" if notes.get(key, "asked for") != "asked for" else ""
         for key in ("compile", "lr", "shard")
