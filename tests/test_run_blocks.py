@@ -69,9 +69,9 @@ def test_a_run_begins_with_one_block(begun: tuple[Path, Result], tiny_base: Path
     assert re.fullmatch(r"[\d,]+, of which [\d,]+ are supervised", first["tokens"])
     assert re.fullmatch(r"6 of 512 tokens, 256 at once; [\d.]+ epochs", first["steps"])
     assert first["rate"].startswith("matrices 0.012 (Muon), embeddings frozen, norms and biases 0.0015 (AdamW); linear")
-    trained, of = map(
-        int, re.fullmatch(r"(\d+) \(.+%\) of (\d+) parameters", first["trained"].replace(",", "")).groups()
-    )  # type: ignore[union-attr]
+    counted = re.fullmatch(r"(\d+) \(.+%\) of (\d+) parameters", first["trained"].replace(",", ""))
+    assert counted is not None
+    trained, of = map(int, counted.groups())
     assert 0 < trained < of
     assert first["precision"] == "fp32 on cpu (asked for)" and first["compiled"].startswith("no (auto: ")
     assert first["time"].startswith("known after the first steps")
