@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from sftflow.foundation.errors import SftflowError
-from sftflow.foundation.ranks import ranks
+from sftflow.foundation.ranks import lost, ranks
 
 NAME = "log.txt"
 PACKAGES = ("sftflow", "torch", "transformers")
@@ -47,7 +47,9 @@ class LogFile:
     def ended_by(self, error: BaseException) -> None:
         """The one line of an error or a signal, the traceback of a fault of our own."""
         text = f"error: {error}" if isinstance(error, SftflowError) else str(error) or type(error).__name__
-        if isinstance(error, Exception) and not isinstance(error, SftflowError):
+        if lost(error):
+            text = "error: another process of the run has ended"
+        elif isinstance(error, Exception) and not isinstance(error, SftflowError):
             text = "".join(traceback.format_exception(error))
         with contextlib.suppress(OSError):  # the disk may be what failed; the error itself goes on
             self.write(text)
