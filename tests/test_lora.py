@@ -14,10 +14,11 @@ import torch
 from helpers.architectures import ARCHITECTURES, SMALL, tiny
 from helpers.runs import error_line, run, write_recipe
 from helpers.training import BF16, FP32, shared_rows, spec
+from sftflow.checkpoint.location import Location
 from sftflow.foundation.errors import RecipeError
 from sftflow.recipe import Lora, Train
 from sftflow.training.batch_plan import RowPlan
-from sftflow.training.lora import attach, not_plain, target_names, without_adapter
+from sftflow.training.lora import attach, base_reference, not_plain, target_names, without_adapter
 from sftflow.training.optimizers import lr_factor
 from sftflow.training.trainer import Trainer
 
@@ -227,6 +228,45 @@ def test_refused_by_name(tiny_base: Path, tmp_path: Path, change: dict[str, Any]
     recipe = write_recipe(tmp_path, tiny_base, **{**LORA, **change})
     assert told in error_line(run("train", str(recipe)))
     assert not (tmp_path / "run/checkpoint").exists()
+
+
+def test_the_base_is_named_so_that_it_is_found_again(tmp_path: Path) -> None:
+    """A .gguf file and not its folder; a hub id with its revision apart, as peft reads it; an adapter is told of."""
+    hub = Location("me/base@v1", "/cache", from_hub=True)
+    named = {"builtin": Location("builtin:tiny", "/tiny"), "file": Location("m.gguf", "/models", gguf="m.gguf")}
+    assert base_reference(hub) == ("me/base", "v1")
+    assert base_reference(named["builtin"]) == ("builtin:tiny", None)
+    assert base_reference(named["file"]) == ("/models/m.gguf", None)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    wrapped = attach(tiny("Llama"), Lora(), str(tmp_path), [], 0, "v1")
+    assert wrapped.peft_config["default"].revision == "v1"
+    assert not_plain(wrapped) == ["a base that is an adapter itself"]
+
+
+@pytest.mark.slow
+def test_an_adapter_of_a_gguf_file_and_of_an_adapter(tmp_path: Path) -> None:
+    """Both are loaded again by what they name."""
+    import sftflow as sf
+
+    file = tmp_path / "base.gguf"
+    assert run("export", "builtin:tiny", "--to", "gguf", "--out", str(file)).returncode == 0
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder, base in ((first, file), (second, first / "run")):
+        folder.mkdir()
+        done = run("train", str(write_recipe(folder, base, **LORA | {"steps": 2})))
+        assert done.returncode == 0, done.stderr
+        sf.load(folder / "run")
+    assert f"the base is {file.resolve()} with the adapter merged into it: a new adapter is trained" in done.stderr
+    assert "take no adapter with a base that is an adapter itself" in done.stderr
+
+
+def test_bf16_halves_what_is_frozen_in_gpt2_too() -> None:
+    model = tiny("GPT2")
+    _, losses = ours(model, settings_of(), ROWS, BF16)
+    layer: Any = model.transformer.h[0].attn.c_attn
+    assert layer.base_layer.weight.dtype == torch.bfloat16
+    _, exact = ours(tiny("GPT2"), settings_of(), ROWS)
+    assert losses == pytest.approx(exact, abs=0.02)
 
 
 def test_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:

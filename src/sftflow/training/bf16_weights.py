@@ -66,7 +66,7 @@ def restore_classes(model: Any) -> None:
 @torch.no_grad()
 def halve_frozen(model: Any) -> None:
     """Keep the weights of frozen linear layers in bf16 alone: they never move, and products run on that."""
-    for module in (m for layer in decoder_layers(model) for m in layer.modules() if type(m) is torch.nn.Linear):
+    for module in (m for layer in decoder_layers(model) for m in layer.modules() if type(m) in CLASSES):
         if not module.weight.requires_grad:
             module.weight.data = round_bf16(module.weight)
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from sftflow.checkpoint.adapter_files import is_adapter
+from sftflow.checkpoint.location import Location
 from sftflow.foundation.errors import RecipeError, first_line
 from sftflow.recipe import Lora
 from sftflow.training.bf16_weights import decoder_layers
@@ -24,10 +26,10 @@ KEY = "train.lora"
 ATTENTION = ("attn", "attention")
 
 
-def attach(model: Any, asked: Lora, base: str, new_rows: Sequence[int], seed: int) -> Any:
+def attach(model: Any, asked: Lora, base: str, new_rows: Sequence[int], seed: int, revision: str | None = None) -> Any:
     """peft's model around `model`, which keeps its place inside: its adapter is trained, everything else frozen.
 
-    base: the name by which the adapter's config finds it again.   new_rows: ids of the tokens that the chat format has
+    base, revision: by which the adapter's config finds it again.   new_rows: ids of the tokens that the chat format has
     added, whose rows no base has.   seed: of A.   Raises RecipeError where peft is missing, a target is no layer, or
     new rows would be left out.
     """
@@ -42,6 +44,7 @@ def attach(model: Any, asked: Lora, base: str, new_rows: Sequence[int], seed: in
     config = LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
+        revision=revision,
         r=asked.rank,
         lora_alpha=int(asked.alpha) if asked.alpha == int(asked.alpha) else asked.alpha,
         lora_dropout=asked.dropout,
@@ -143,9 +146,16 @@ def not_plain(wrapped: Any) -> list[str]:
         *([f"{len(next(iter(rows.values())))} new token rows"] if rows else []),
         *(["whole embeddings"] if config.modules_to_save else []),
         *(["DoRA's magnitudes"] if config.use_dora else []),
+        *(["a base that is an adapter itself"] if is_adapter(Path(config.base_model_name_or_path)) else []),
     ]
 
 
-def base_reference(path: Path, name: str, *, from_hub: bool) -> str:
-    """What an adapter's config calls its base: a hub id or a built-in name as it is, a folder by its whole path."""
-    return name if from_hub or name.startswith("builtin:") else str(path.resolve())
+def base_reference(location: Location) -> tuple[str, str | None]:
+    """(what an adapter's config calls its base, its revision where one is named): a hub id or a built-in name as it
+    is, a folder or a .gguf file by its whole path."""
+    if location.from_hub:
+        name, _, revision = location.name.partition("@")
+        return name, revision or None
+    if location.name.startswith("builtin:"):
+        return location.name, None
+    return str((location.file if location.gguf else Path(location.path)).resolve()), None

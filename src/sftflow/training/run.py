@@ -167,7 +167,8 @@ class FineTuning(TrainingRun):
         location = resolve(recipe.base)
         listener.say(f"loading {recipe.base}")
         if location.adapter_of is not None:
-            listener.say(f"the base is {location.adapter_of} with the adapter merged into it: all weights are trained")
+            what = "a new adapter is" if recipe.train.lora else "all weights are"
+            listener.say(f"the base is {location.adapter_of} with the adapter merged into it: {what} trained")
         self.base_path, out = Path(location.path), Path(recipe.train.out)
         if self.base_path.resolve().is_relative_to((out / "checkpoint").resolve()):
             raise CheckpointError(str(out), "the base itself is in it", "name another train.out")
@@ -184,8 +185,8 @@ class FineTuning(TrainingRun):
         if recipe.train.lora:
             before = set(load_tokenizer(location).get_vocab().values())
             new = sorted(set(self.tokenizer.get_vocab().values()) - before)
-            reference = base_reference(self.base_path, location.name, from_hub=location.from_hub)
-            self.adapter = attach(model, recipe.train.lora, reference, new, recipe.train.seed)
+            name, revision = base_reference(location)
+            self.adapter = attach(model, recipe.train.lora, name, new, recipe.train.seed, revision)
             trained, of = trainable_share(model)
             self.notes["lora"] = f"{trained:,} of {of:,} parameters ({trained / of:.2%})"
             if experts := without_adapter(model, recipe.train.lora):
