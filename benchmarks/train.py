@@ -193,6 +193,7 @@ class FixedPlan:
 def run_ours(job: dict[str, Any]) -> dict[str, Any]:
     from sftflow.foundation.runtime import detect
     from sftflow.recipe import Schedule, Train
+    from sftflow.training.lora import attach
     from sftflow.training.trainer import Trainer
 
     model, _ = load(job)
@@ -206,6 +207,8 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
         **job["options"],
     )
     runtime = detect(job["precision"], job["device"])
+    if settings.lora:
+        attach(model, settings.lora, "base", [], settings.seed)
     model.to(runtime.device)
     plan: Any = FixedPlan(job)
     logs = list(Trainer(model, plan, settings, runtime))
