@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from helpers.architectures import ARCHITECTURES
 from helpers.several import Outcome, trained
 from helpers.training import examples, spec
-from sftflow.foundation.ranks import Ranks
+from sftflow.foundation.ranks import Ranks, lost
 from sftflow.foundation.rounding import round_bf16
 from sftflow.training.batch_plan import dealt, micro_batches
 
@@ -167,3 +167,11 @@ def test_a_world_of_one() -> None:
     alone = Ranks()
     assert alone.first and alone.gather(3) == [3] and alone.from_first(3) == 3
     assert alone.total(np.array([1.0, 2.0])).tolist() == [1.0, 2.0]
+
+
+def test_what_says_that_another_rank_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sftflow.foundation.ranks._present", Ranks(1, 2))
+    gone = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:9133"
+    assert lost(RuntimeError(gone)) and lost(torch.distributed.DistNetworkError("no answer"))
+    assert not lost(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"))
+    assert not lost(RuntimeError("NCCL: out of memory")) and not lost(ValueError(gone))

@@ -263,5 +263,7 @@ def lost(error: BaseException) -> bool:
     """
     if _present.world == 1 or not isinstance(error, RuntimeError):
         return False
+    if type(error).__name__.startswith("Dist"):  # torch's own: DistBackendError, DistNetworkError, DistStoreError
+        return True
     words = ("connection closed by peer", "connection reset by peer", "gloo", "nccl", "socket", "tcpstore", "timed out")
-    return type(error).__module__.startswith("torch") or any(word in str(error).lower() for word in words)
+    return "out of memory" not in str(error).lower() and any(word in str(error).lower() for word in words)
