@@ -129,6 +129,11 @@ def test_every_option(name: str, lora: dict[str, Any]) -> None:
     require_same(name, settings_of(**lora), [] if "train_embeddings" in lora else ROWS)
 
 
+def test_a_scale_that_llama_cpp_does_not_read_is_told_of() -> None:
+    said = [not_plain(attach(tiny("Llama"), Lora(rslora=rslora), "base", [], 0)) for rslora in (True, False)]
+    assert said == [["rslora's scale (llama.cpp would take alpha / rank)"], []]
+
+
 def test_experts_held_as_one_tensor_are_told_of() -> None:
     import transformers
 

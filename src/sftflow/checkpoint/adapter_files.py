@@ -45,7 +45,7 @@ def base_name(directory: Path) -> str:
 
     A path counts from the working directory, as in peft, else from the adapter's or the folder that holds it. Where the
     adapter's record has the base's hash, so that another model would be found out, it is looked for in every folder
-    above, too, and a path that is gone also by its last name: folders may have moved together.
+    above, too, and a path that is gone also by its last names: folders may have moved together.
     """
     config = read_record(directory / CONFIG, RESTORE)
     name = str(config.get("base_model_name_or_path") or "")
@@ -54,7 +54,7 @@ def base_name(directory: Path) -> str:
     folders, names = [directory, directory.parent], [name]
     if recorded_base(directory).get("body"):
         folders = [directory, *directory.resolve().parents]
-        names += [] if is_hub_id(name) else [Path(name).name]
+        names += [] if is_hub_id(name) else ["/".join(Path(name).parts[n:]) for n in range(1, len(Path(name).parts))]
     for folder in (folder / part for part in names for folder in folders):
         if folder.exists():
             return str(folder)

@@ -139,13 +139,14 @@ def trainable_share(model: Any) -> tuple[int, int]:
 
 
 def not_plain(wrapped: Any) -> list[str]:
-    """What of an adapter vLLM and llama.cpp's converter do not take: they know A and B, and nothing else."""
+    """What of an adapter vLLM or llama.cpp's converter do not take: they know A and B, and little else."""
     config = wrapped.peft_config["default"]
     rows = config.trainable_token_indices
     return [
         *([f"{len(next(iter(rows.values())))} new token rows"] if rows else []),
         *(["whole embeddings"] if config.modules_to_save else []),
         *(["DoRA's magnitudes"] if config.use_dora else []),
+        *(["rslora's scale (llama.cpp would take alpha / rank)"] if config.use_rslora else []),
         *(["a base that is an adapter itself"] if is_adapter(Path(config.base_model_name_or_path)) else []),
     ]
 

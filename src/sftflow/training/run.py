@@ -335,7 +335,7 @@ class FineTuning(TrainingRun):
             raise RunError(str(self.out), fact, self.divergence_remedy())
         if self.adapter is not None and (more := not_plain(self.adapter)):
             whole = f"for those: sftflow export {self.out} --to merged --out OUT"
-            self.listener.say(f"vLLM and llama.cpp take no adapter with {' or '.join(more)}; {whole}")
+            self.listener.say(f"vLLM or llama.cpp take no adapter with {' or '.join(more)}; {whole}")
         done = {"steps": self.trainer.plan.total_steps, "asked": self.asked, "identity": self.identity}
         if self.trainer.ranks.first:
             write_json(self.out / DONE, done)
