@@ -245,6 +245,24 @@ def test_a_signal_before_the_first_step_stops_at_once_and_leaves_nothing(tiny_ba
     assert not out.exists()
 
 
+def test_a_signal_while_the_folder_is_tried_leaves_nothing(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, rmdir = write_recipe(tmp_path, tiny_base), Path.rmdir
+    sent: list[Path] = []
+
+    def interrupted(folder: Path) -> None:
+        if not sent:  # of the trial folder: before it is removed
+            sent.append(folder)
+            os.kill(os.getpid(), signal.SIGTERM)
+        rmdir(folder)
+
+    monkeypatch.setattr(Path, "rmdir", interrupted)
+    with pytest.raises(Stopped):
+        run_training(load_recipe(recipe), Quiet())
+    assert sent and not (tmp_path / "run").exists()
+
+
 class StopRendering(Quiet):
     def say(self, text: str) -> None:
         if text == "rendering the mixture":

@@ -142,7 +142,8 @@ def run_training(
             listener.say(f"{out}: the finished run is compared with nothing: {gone} is no longer there")
             return Run(directory=out, seconds=0.0, already_done=True)
         if not done:
-            require_startable(recipe, out, anew=not (overwrite or (resume and (out / "ledger.json").is_file())))
+            with signals.deferred():  # it tries the folder, and what it makes there for that must go again
+                require_startable(recipe, out, anew=not (overwrite or (resume and (out / "ledger.json").is_file())))
         try:
             tuning = FineTuning(recipe, listener, signals, callback)
             if done:
