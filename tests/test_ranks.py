@@ -14,9 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from helpers.architectures import ARCHITECTURES
+from helpers.architectures import ARCHITECTURES, SMALL, tiny
 from helpers.several import Outcome, trained
 from helpers.training import examples, spec
+from sftflow.checkpoint import require_own_names
+from sftflow.foundation.errors import CheckpointError
 from sftflow.foundation.ranks import Ranks, lost
 from sftflow.foundation.rounding import round_bf16
 from sftflow.training.batch_plan import dealt, micro_batches
@@ -167,6 +169,15 @@ def test_a_world_of_one() -> None:
     alone = Ranks()
     assert alone.first and alone.gather(3) == [3] and alone.from_first(3) == 3
     assert alone.total(np.array([1.0, 2.0])).tolist() == [1.0, 2.0]
+
+
+def test_a_model_that_is_saved_under_other_names_is_refused_before_it_is_sharded() -> None:
+    import transformers
+
+    config = transformers.MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2)
+    with pytest.raises(CheckpointError, match=r"train\.shard: the weights of MixtralForCausalLM "):
+        require_own_names(transformers.MixtralForCausalLM(config))
+    require_own_names(tiny("Llama"))
 
 
 def test_what_says_that_another_rank_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:

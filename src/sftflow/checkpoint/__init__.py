@@ -18,7 +18,7 @@ from sftflow.checkpoint.loading import (
     stored_dtype,
 )
 from sftflow.checkpoint.location import BUILTIN_TINY, Location, base_location, resolve
-from sftflow.checkpoint.saving import save, save_adapter
+from sftflow.checkpoint.saving import require_own_names, save, save_adapter
 from sftflow.checkpoint.weights import require_finite_weights
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "open_renderer",
     "prepare",
     "require_finite_weights",
+    "require_own_names",
     "resolve",
     "save",
     "save_adapter",

@@ -27,10 +27,6 @@ if TYPE_CHECKING:
 ALONE = Ranks()
 MOST_BYTES = 5 * 10**9
 """of one file of a model that is gathered for it"""
-NO_OTHER_NAMES = (
-    "transformers saves its weights under other names than it computes with, which takes all of them at once",
-    "train it with train.shard: no",
-)
 
 
 def stored(weight: Any, dtype: Any) -> Any:
@@ -98,20 +94,30 @@ def is_shared_out(weight: Any) -> bool:
     return hasattr(weight, "full_tensor")
 
 
+def require_own_names(model: Any) -> None:
+    """Raises CheckpointError where transformers saves a model's weights under other names than it computes with: that
+    takes all of them at once, and cannot be done a file at a time."""
+    import torch
+    from transformers.core_model_loading import revert_weight_conversion
+
+    names = {name: torch.empty(weight.shape, device="meta") for name, weight in distinct_weights(model).items()}
+    if revert_weight_conversion(model, dict(names)).keys() != names.keys():
+        fact = f"the weights of {type(model).__name__} are saved under other names, which takes all of them at once"
+        raise CheckpointError("train.shard", fact, "set train.shard: no")
+
+
 def write_gathered(model: Any, dtype: Any, directory: Path | None) -> None:
     """Write a model of which each rank has a part, a file at a time: no rank ever has more of it than one file's.
 
-    directory: None on all ranks but the one that writes. All must come here together.
+    directory: None on all ranks but the one that writes. All must come here together, with a model of which
+    `require_own_names` holds.
     """
     import torch
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
-    from transformers.core_model_loading import revert_weight_conversion
 
     weights = distinct_weights(model)
     sizes = {name: torch.empty(weight.shape, dtype=dtype, device="meta") for name, weight in weights.items()}
-    if revert_weight_conversion(model, dict(sizes)).keys() != sizes.keys():
-        raise CheckpointError(type(model).__name__, *NO_OTHER_NAMES)
     plan = split_torch_state_dict_into_shards(sizes, max_shard_size=MOST_BYTES)
     for file, inside in plan.filename_to_tensors.items():
         part = {}

@@ -28,6 +28,7 @@ from sftflow.checkpoint import (
     assistant_of,
     load_tokenizer,
     prepare,
+    require_own_names,
     resolve,
     save,
     save_adapter,
@@ -192,6 +193,8 @@ class FineTuning(TrainingRun):
             self.notes["lora"] = f"{trained:,} of {of:,} parameters ({trained / of:.2%})"
             if experts := without_adapter(model, recipe.train.lora):
                 listener.say(f"note: {experts:,} parameters of experts are no linear layers, and get no adapter")
+        if ranks().world > 1 and recipe.train.shard == "full" and self.adapter is None:
+            require_own_names(model)
         listener.say("rendering the mixture")
         self.mixture = rendered_once(recipe, renderer, listener.rendering)
         self.renderer = self.mixture.renderer
