@@ -21,7 +21,7 @@ real tokens/s counts every token of every conversation once, padding not counted
 through the layers: fewer than the real ones where conversations share their beginning. The share of the peak is the
 floating-point work of the computed tokens (6 a parameter and token, the head at supervised positions only) over the
 time, divided by the best bf16 (fp32) matrix product of this model's shapes, measured in the same run.
-Memory is the process's largest resident set.
+Memory is the process's largest resident set, on a GPU the most that was allocated there.
 """
 
 from __future__ import annotations
@@ -256,25 +256,36 @@ def measure_peak(job: dict[str, Any]) -> dict[str, Any]:
     dtype = torch.bfloat16 if job["precision"] == "bf16" else torch.float32
     best = 0.0
     wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    for m in (1024, 2048):
+    repeats = 20 if job["device"] == "cuda" else 1  # a product there takes less time than starting it
+    for m in (1024, 2048, 8192):
         x = torch.randn(m, config.hidden_size, device=job["device"]).to(dtype)
         w = torch.randn(wide, config.hidden_size, device=job["device"]).to(dtype)
         for _ in range(20):
             began = time.perf_counter()
-            torch.nn.functional.linear(x, w)
+            for _ in range(repeats):
+                torch.nn.functional.linear(x, w)
             if job["device"] == "cuda":
                 torch.cuda.synchronize()
-            best = max(best, 2 * m * wide * config.hidden_size / (time.perf_counter() - began) / 1e9)
+            best = max(best, 2 * repeats * m * wide * config.hidden_size / (time.perf_counter() - began) / 1e9)
     head = model.get_output_embeddings().weight.numel()
     body = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
     body -= 0 if getattr(config, "tie_word_embeddings", False) else head
     return {"peak": best, "body": body, "head": head}
 
 
+def peak_memory(device: str) -> int:
+    """Bytes: the device's most at once, on a CPU the process's largest resident set."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def child(python: str, side: str, job: dict[str, Any]) -> dict[str, Any]:
     environment = {
         **os.environ,
-        "PYTHONPATH": str(ROOT / "src"),
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -331,7 +342,7 @@ def main() -> None:
         sides = {"trl": run_trl, "ours": run_ours, "peak": measure_peak, "reference": run_reference}
         side = sides[arguments.side]
         out = side(json.loads(arguments.job))
-        out["rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        out["rss"] = peak_memory(json.loads(arguments.job)["device"])
         print(json.dumps(out))
         return
     if not arguments.model or not arguments.data.is_file():
@@ -371,9 +382,11 @@ def print_table(
 
     peak = max(p["peak"] for p in peaks)
     body, head = peaks[0]["body"], peaks[0]["head"]
+    of_gpu = arguments.device == "cuda"
+    processor = torch.cuda.get_device_name() if of_gpu else f"{torch.get_num_threads()} threads"
     print(
         f"{n_rows} rows, {arguments.rows_per_step} a step, {arguments.precision}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, {torch.get_num_threads()} threads; medians of {arguments.rounds}"
+        f"transformers {transformers.__version__}, {processor}; medians of {arguments.rounds}"
     )
     print(f"best matrix product of these shapes: {peak:,.0f} GFLOP/s\n")
     print("| way | real tokens/s | supervised/s | computed share | peak share | trained | memory MiB | first step s |")

@@ -28,7 +28,7 @@ def alone(model: Any, ids: Ids) -> torch.Tensor:
     """The oracle: the model's own forward pass over the whole sequence, no cache; the last logits."""
     model.set_attn_implementation("eager")
     with torch.no_grad():
-        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].float()
+        return model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1].float()
 
 
 def drive(model: Any, decoder: Any, rows: list[Ids], plan: list[Any], rng: Any) -> list[tuple[Ids, torch.Tensor]]:

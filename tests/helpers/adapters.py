@@ -95,7 +95,7 @@ def logits(model: Any) -> torch.Tensor:
     rows = int(model.get_input_embeddings().weight.shape[0])
     ids = torch.cat([IDS, torch.arange(rows - 8, rows).view(2, 4)], 1)
     with torch.inference_mode():
-        return model(ids).logits
+        return model(ids.to(model.device)).logits.cpu()
 
 
 def off_by(model: Any, wanted: torch.Tensor) -> float:
