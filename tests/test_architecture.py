@@ -21,6 +21,7 @@ FLOORS = (
     "generation",
     "tasks",
     "gguf",
+    "nanochat",
     "fingerprint",
     "checkpoint",
     "data",

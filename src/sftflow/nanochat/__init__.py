@@ -1,0 +1,1 @@
+"""Checkpoints of picollm and nanochat: their files, their tokenizer, their model."""
