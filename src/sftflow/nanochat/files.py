@@ -14,11 +14,18 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from zipfile import is_zipfile
 
 from sftflow.foundation.errors import CheckpointError, said_of
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 STAGES = "*_checkpoints"
+COPY_AGAIN = "copy the checkpoint again"
+WRAPPER = "_orig_mod."
+"""what torch.compile writes before the names of a model that is saved inside it"""
 TOKENIZERS = ("tokenizer.pkl", "tokenizer.json")
 _MODEL = re.compile(r"model_(\d+)\.pt")
 _DEPTH = re.compile(r"d(\d+)")
@@ -111,9 +118,9 @@ def _read(model: Path, name: str, chosen: str) -> Files:
     except OSError as error:
         raise CheckpointError(str(meta), *said_of(error)) from None
     except ValueError as error:
-        raise CheckpointError(str(meta), f"not JSON ({error})", "copy the checkpoint again") from None
+        raise CheckpointError(str(meta), f"not JSON ({error})", COPY_AGAIN) from None
     if not isinstance(said, dict) or not isinstance(said.get("model_config"), dict):
-        raise CheckpointError(str(meta), "no model_config in it", "copy the checkpoint again")
+        raise CheckpointError(str(meta), "no model_config in it", COPY_AGAIN)
     return Files(model, said, _tokenizer(model, name), name, chosen)
 
 
@@ -126,3 +133,24 @@ def _tokenizer(model: Path, name: str) -> Path:
                 return folder / file
     fact = f"no tokenizer/tokenizer.pkl beside {beside.parent.name}"
     raise CheckpointError(name, fact, f"copy the tokenizer folder into {beside.parents[1]}, too")
+
+
+def state_of(files: Files) -> dict[str, Tensor]:
+    """The weights by their names, as they are stored, mapped from the file. Raises CheckpointError for what is no plain
+    state dict: only tensors are unpickled."""
+    import torch
+
+    try:
+        state = torch.load(files.model, map_location="cpu", mmap=is_zipfile(files.model), weights_only=True)
+    except OSError as error:
+        raise CheckpointError(str(files.model), *said_of(error)) from None
+    except Exception as error:  # torch's, its pickle's and its archive's
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        fact = f"it asks for {asked[1]}, and only tensors are read" if asked else "damaged or cut short"
+        raise CheckpointError(str(files.model), fact, COPY_AGAIN) from error
+    if not isinstance(state, dict) or not all(isinstance(weight, torch.Tensor) for weight in state.values()):
+        raise CheckpointError(str(files.model), "not a plain state dict", "save model.state_dict() alone")
+    plain = {str(key).removeprefix(WRAPPER): weight for key, weight in state.items()}
+    if len(plain) < len(state):
+        raise CheckpointError(str(files.model), f"tensors with and without {WRAPPER} before one name", "save it again")
+    return plain
