@@ -64,7 +64,8 @@ def test_importing_it_costs_nothing() -> None:
     code = "import sys; before = set(sys.modules); import sftflow; print(*set(sys.modules) - before)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert {m.split(".")[0] for m in done.stdout.split()} - set(sys.stdlib_module_names) == {"sftflow"}
-    assert not [m for m in done.stdout.split() if m.startswith("sftflow.")]
+    few = {"sftflow.nanochat", "sftflow.nanochat.registration"}  # which waits for transformers
+    assert {m for m in done.stdout.split() if m.startswith("sftflow.")} == few
 
 
 def test_types_are_shipped() -> None:

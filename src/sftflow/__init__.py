@@ -8,10 +8,12 @@
     run = sf.train(base, mix, out="runs/mine", steps=60)
     print(sf.compare(base, run.assistant, tasks=["spelling"]))
 
-Nothing is imported until one of these is used.
+Nothing is imported until one of these is used. transformers' auto classes know our model of picollm and nanochat then.
 """
 
 from typing import TYPE_CHECKING, Any
+
+from sftflow.nanochat import registration
 
 __version__ = "0.1.0"
 __all__ = [
@@ -84,3 +86,6 @@ def _verb(function: Any) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+registration.arrange()
