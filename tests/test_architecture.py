@@ -32,6 +32,7 @@ FLOORS = (
     "exporting",
     "serving",
     "terminal",
+    "replies",
     "report",
     "api",
     "cli",

@@ -14,9 +14,9 @@ from fastapi.testclient import TestClient
 
 from helpers.serving import ASK, DRAW, local, own, refusal, request, running, twin
 from sftflow.checkpoint import Assistant
+from sftflow.generation.sampling import derived_seed
 from sftflow.serving import api
 from sftflow.serving.logprobs import TextLogprobs
-from sftflow.serving.prompt import derived_seed
 from sftflow.serving.responses import EVENT, PLAIN, slices
 
 PROMPT = "the cat sat on 🙂 the mät"

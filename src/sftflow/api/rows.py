@@ -92,12 +92,16 @@ class Rows(Sequence[Any]):
         """What errors call it: the file, or the name of rows from memory."""
         return self._file or self.name
 
+    def numbered(self) -> Iterable[tuple[int, Any]]:
+        """(number, row) from 1: lines of a file of JSON lines as bytes, see `chat.data_files.numbered_rows`."""
+        return numbered_rows(self.path) if self._rows is None else enumerate(self._rows, 1)
+
     def conversations(self) -> Iterator[Conversation | SftflowError]:
         """Each row in the canonical shape, or what is wrong with it; the last may be what is wrong with the file.
         Raises DataError where nothing of it can be read."""
         number = 0
         try:
-            for number, row in numbered_rows(self.path) if self._rows is None else enumerate(self._rows, 1):
+            for number, row in self.numbered():
                 try:
                     yield conversation_of(row, f"{self.place}:{number}")
                 except SftflowError as error:

@@ -190,6 +190,31 @@ _DIALECTS: list[tuple[tuple[str, ...], Any]] = [
 ]
 
 
+def as_asked(row: Any, place: str) -> Any:
+    """A row that only asks, as one that `read_row` takes: a text as a user's message, messages under `prompt` as such,
+    and a question without its reply with an empty one. Any other row as it is.
+
+    >>> as_asked({"instruction": "Add", "input": "1 and 2"}, "x:1")
+    {'instruction': 'Add', 'input': '1 and 2', 'output': ''}
+    """
+    if isinstance(row, str):
+        return [{"role": "user", "content": row}]
+    if not isinstance(row, dict):
+        return row
+    pairs = [keys for keys, _ in _DIALECTS if len(keys) == 2]
+    whole = any(all(not absent(row.get(key)) for key in keys) for keys, _ in _DIALECTS)
+    asks = {ask: reply for ask, reply in reversed(pairs) if not absent(row.get(ask))}
+    if whole or not asks or any(not absent(row.get(reply)) for _, reply in pairs):
+        return row
+    if len(asks) > 1:
+        first, second = sorted(asks)[:2]
+        raise SchemaError(f"{place}.{second}", f"{second} and {first} both ask", f"join them in {first}")
+    ((ask, reply),) = asks.items()
+    if isinstance(row[ask], list):
+        return {**{key: value for key, value in row.items() if key not in (ask, reply)}, "messages": row[ask]}
+    return {**row, reply: ""}
+
+
 # ---- what goes with any dialect
 
 

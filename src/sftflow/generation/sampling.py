@@ -7,6 +7,7 @@ in the order of transformers' processors. Every row is computed by itself, so ne
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 from collections.abc import Sequence
@@ -19,6 +20,18 @@ NEAR = 1e-4
 """two logits this close are a near-tie: products in another order of summation may swap them"""
 NUCLEUS = 1024
 """so many of the likeliest tokens are sorted first; they nearly always hold the whole nucleus"""
+
+
+def derived_seed(seed: int, choice: int) -> int:
+    """The seed of reply number `choice` of one request, or of a file's row of that number; choice 0 has the request's
+    own, so that n=1 is the beginning of n=2.
+
+    >>> derived_seed(7, 0)
+    7
+    """
+    if choice == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed}:{choice}".encode()).digest()[:8]) >> 1
 
 
 class Sampler:

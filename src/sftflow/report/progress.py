@@ -204,10 +204,10 @@ class ProgressDisplay:
             self._shown_at = now
             self.console.print(line, markup=False)
 
-    def counted(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """A stage whose steps take about equally long."""
-        same = self.live and done and stage == self._stage
-        left = (time.perf_counter() - self._began) * (total - done) / done if same else None
+    def counted(self, stage: str, done: int, total: int, note: str = "", *, before: int = 0) -> None:
+        """A stage whose steps take about equally long.   before: so many of them had been done before it began."""
+        same = self.live and done > before and stage == self._stage
+        left = (time.perf_counter() - self._began) * (total - done) / (done - before) if same else None
         self._show(stage, done, total, note[:34], left=left)
 
     # ---- the listener of a training run

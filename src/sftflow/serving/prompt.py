@@ -5,7 +5,6 @@ All of it may take seconds for a large body, and runs in a thread.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import secrets
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from sftflow.chat.render import Rendered, Renderer
 from sftflow.chat.schema import Conversation, parse_row
 from sftflow.foundation.errors import FormatError, SftflowError
 from sftflow.generation.request import GenerationRequest
+from sftflow.generation.sampling import derived_seed
 from sftflow.serving.errors import ApiError, wrong
 from sftflow.serving.joining import joined_ways
 from sftflow.serving.schemas import PromptBody, SamplingBody
@@ -259,14 +259,3 @@ def requests_for(
         **more,
     )
     return [replace(first, seed=derived_seed(seed, i)) for i in range(body.n or 1)]
-
-
-def derived_seed(seed: int, choice: int) -> int:
-    """The seed of choice number `choice`; the first one's is the request's own, so that n=1 is the beginning of n=2.
-
-    >>> derived_seed(7, 0)
-    7
-    """
-    if choice == 0:
-        return seed
-    return int.from_bytes(hashlib.sha256(f"{seed}:{choice}".encode()).digest()[:8]) >> 1
