@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PrivateAttr,
@@ -22,11 +23,16 @@ from pydantic import (
     model_validator,
 )
 
+from sftflow.foundation.counts import count_of
 from sftflow.foundation.dotted_keys import set_key
 from sftflow.foundation.errors import RecipeError, undecoded
 from sftflow.foundation.missing import not_there
 from sftflow.foundation.yaml_values import parse_yaml
 from sftflow.recipe_words import Origin, told
+
+
+BUILTIN, RECIPES = "builtin:", Path(__file__).parent / "recipes"
+"""what the names of recipes that come with the package begin with, and where these lie"""
 
 
 class _Frozen(BaseModel):
@@ -44,14 +50,16 @@ class _Frozen(BaseModel):
 class SourceEntry(_Frozen):
     """One entry of the mixture: a built-in task, or conversations from a file.
 
-    published: where a file is to be had, said where it is not there."""
+    repeat: passes over its rows, 1 where None; where tokens are shared out (`data.shares`) the most that there may be.
+    share: of the mixture's supervised tokens.   published: where a file is to be had, said where it is not there."""
 
     source: str
     path: str | None = None
     name: str | None = None
     split: str = "train"
     limit: Annotated[int, Field(gt=0)] | None = None
-    repeat: Annotated[int, Field(ge=1)] = 1
+    repeat: Annotated[int, Field(ge=1)] | None = None
+    share: Annotated[float, Field(gt=0, le=1)] | None = None
     published: str | None = None
     place: Annotated[str | None, Field(exclude=True)] = None
     """what errors and ledgers call its rows where that is not the file: of rows that came from memory"""
@@ -105,6 +113,12 @@ class Lora(_Frozen):
     train_embeddings: Annotated[Literal["auto"] | bool, Field(description="'auto', true or false")] = "auto"
 
 
+class OfBase(_Frozen):
+    """A learning rate as a multiple of the one that the base was trained with."""
+
+    of_base: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 class Train(_Frozen):
     """How to train; the trainer takes this model itself, so an option is a field here and its use there.
 
@@ -125,8 +139,8 @@ class Train(_Frozen):
     steps: Annotated[int, Field(gt=0)] | None = None
     optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     lr: Annotated[
-        Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)],
-        Field(description="'auto' or a number above 0"),
+        Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] | OfBase,
+        Field(description="'auto', a number above 0, or {of_base: 0.8}"),
     ] = "auto"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Annotated[float, Field(ge=0)] = 1.0
@@ -151,7 +165,7 @@ class Train(_Frozen):
     @property
     def peak_lr(self) -> float:
         """`lr` as a number: of a resolved recipe only."""
-        if isinstance(self.lr, str):
+        if not isinstance(self.lr, float):
             raise ValueError("train.lr is still to be decided")
         return self.lr
 
@@ -198,6 +212,8 @@ class Compare(_Frozen):
 class Recipe(_Frozen):
     """A whole run. Paths are relative to the recipe's file, except train.out (current directory).
 
+    tokens, mixing_temperature: how supervised tokens are shared out (`data.shares`).   order: of the rows of an epoch;
+    listed: source after source.   decontaminate: whether rows that overlap with the evaluation tasks are left out.
     supervise: what the loss is taken on: replies, or every token after the first, whoever wrote it (messages of
     weight 0 stay out).   max_dropped: the largest share of a source's rows that may be lost (too long, or bad); more is
     an error."""
@@ -207,6 +223,10 @@ class Recipe(_Frozen):
     append_eos: bool = False
     drop_prefill: bool = False
     mixture: Annotated[tuple[SourceEntry, ...], Field(min_length=1)]
+    tokens: Annotated[int, BeforeValidator(count_of)] | None = None
+    mixing_temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    order: Literal["shuffled", "listed"] = "shuffled"
+    decontaminate: Literal["report", "drop"] = "report"
     identity: AssistantIdentity = AssistantIdentity()
     supervise: Literal["replies", "all"] = "replies"
     on_bad_row: Literal["stop", "skip"] = "stop"
@@ -252,8 +272,13 @@ def parse_recipe(data: Any, origin: str | Origin) -> Recipe:
 
 def load_recipe(path: str | Path, overrides: Sequence[str] | None = None) -> Recipe:
     """Read a YAML recipe, apply `key.sub=value` overrides, make its paths absolute: the file's as seen from its folder,
-    those of overrides as seen from the current one."""
-    file = Path(path)
+    those of overrides, and of a built-in recipe (`builtin:demo`), as seen from the current one."""
+    file, folder = Path(path), None
+    if str(path).startswith(BUILTIN):
+        file, folder = RECIPES / f"{str(path).removeprefix(BUILTIN)}.yaml", Path.cwd()
+        if not file.is_file():
+            known = ", ".join(BUILTIN + one.stem for one in sorted(RECIPES.glob("*.yaml")))
+            raise RecipeError(str(path), "no such built-in recipe", f"known: {known}")
     if not file.is_file():
         inside = next((f", as {found}" for found in sorted(file.glob("*.y*ml"))), "") if file.is_dir() else ""
         raise RecipeError(str(path), *not_there(file, "recipe", f"give the path of a YAML file{inside}"))
@@ -262,7 +287,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] | None = None) -> Rec
     except UnicodeDecodeError:
         raise RecipeError(str(path), "not UTF-8 text", "save it as UTF-8") from None
     data = parse_yaml(text, str(path))
-    return resolve_paths(overridden(data, overrides or [], Origin(str(path), text)), file.resolve().parent)
+    return resolve_paths(overridden(data, overrides or [], Origin(str(path), text)), folder or file.resolve().parent)
 
 
 def overridden(data: Any, overrides: Sequence[str], origin: Origin) -> Recipe:

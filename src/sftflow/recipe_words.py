@@ -124,7 +124,7 @@ def _line(text: str, path: Path) -> int | None:
 def told(error: ValidationError, model: type[BaseModel], origin: Origin) -> RecipeError:
     """The mistake that is said first: an unknown key (it may stand for one that is missing), else the first."""
     mistakes = error.errors()
-    unknown = [tuple(m["loc"]) for m in mistakes if m["type"] in ("extra_forbidden", "invalid_key")]
+    unknown = [_of_keys(m["loc"]) for m in mistakes if m["type"] in ("extra_forbidden", "invalid_key")]
     if unknown:
         remedy = _unknown(unknown[0], model, origin)
         theirs = [path for path in unknown if ours(str(path[-1]))]
@@ -162,6 +162,16 @@ def told(error: ValidationError, model: type[BaseModel], origin: Origin) -> Reci
     return RecipeError(origin.place(*path), fact, _remedy(value, first["type"], allowed, path, model))
 
 
+def _of_keys(location: Path) -> Path:
+    """Without the name of a model that is one of several kinds of value: that is no key.
+
+    >>> _of_keys(("train", "lr", "OfBase", "of_bas"))
+    ('train', 'lr', 'of_bas')
+    """
+    *above, last = location
+    return (*(part for part in above if not str(part)[0].isupper()), last)
+
+
 def _remedy(value: Any, kind: str, allowed: list[str], path: Path, model: type[BaseModel]) -> str:
     """What to write in place of a value."""
     info = model_at(model, path[:-1]).model_fields.get(str(path[-1]))
@@ -195,6 +205,7 @@ _SHARES = {
     "warmdown": " of the steps",
     "final": " of train.lr",
     "max_dropped": " of the rows",
+    "share": " of the supervised tokens",
 }
 _KINDS = {
     "model_type": "a mapping of keys", "model_attributes_type": "a mapping of keys", "tuple_type": "a list",

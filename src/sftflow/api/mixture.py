@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from rich.text import Text
 
 from sftflow import checkpoint
 from sftflow.api.rows import entry_of
-from sftflow.api.shared import Drawing, ModelLike, RecipeLike, eval_options, parts_of, recipe_of, watching
+from sftflow.api.shared import Drawing, ModelLike, RecipeLike, eval_sets, parts_of, recipe_of, sets_to_drop, watching
 from sftflow.chat.render import Renderer
 from sftflow.chat.template_options import options_note
 from sftflow.chat.token_rows import TokenRow, token_row
@@ -24,7 +24,7 @@ from sftflow.recipe import Recipe
 from sftflow.report.audit_page import audit_page
 from sftflow.report.charts import source_tokens
 from sftflow.report.pages import cell, frame
-from sftflow.report.tables import as_text, audit_tables, ledger_table
+from sftflow.report.tables import as_text, audit_tables, mixture_tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class Audit(data_audit.Audit):
 
     def __str__(self) -> str:
         notes = map(Text, self.mixture.notes())
-        return as_text(ledger_table(self.ledger), *notes, *audit_tables(self.ledger))
+        return as_text(*mixture_tables(self.ledger), *notes, *audit_tables(self.ledger))
 
     def _repr_html_(self) -> str:
         return frame(audit_page(self.ledger, self.samples))
@@ -73,7 +73,7 @@ class Mixture(data_mixture.Mixture):
         return Drawing(cell(source_tokens(self.ledger["sources"]), "charts.css"))
 
     def __str__(self) -> str:
-        return as_text(ledger_table(self.ledger), *map(Text, self.notes()))
+        return as_text(*mixture_tables(self.ledger), *map(Text, self.notes()))
 
     def _repr_html_(self) -> str:
         return frame(audit_page(self.ledger, [token_row(r, self.renderer.tokenizer) for r in self.samples]))
@@ -89,7 +89,8 @@ def mix(sources: Any = (), base: ModelLike | None = None, *, recipe: RecipeLike 
     entries = [entry_of(s) for s in (sources if isinstance(sources, list | tuple) else [sources])]
     made = recipe_of(recipe, base, entries, keys)
     with watching() as shown, made.origin.named():
-        built = data_mixture.build_mixture(made, renderer_of(made), shown.rendering)
+        dropped = sets_to_drop(made)
+        built = data_mixture.build_mixture(made, renderer_of(made), shown.rendering, eval_sets=dropped)
         return Mixture(**parts_of(built), recipe=made)
 
 
@@ -104,14 +105,15 @@ def audit(recipe: RecipeLike, overrides: Sequence[str] = ()) -> Audit:
     """
     made = recipe_of(recipe, None, (), {}, overrides)
     with watching() as shown, made.origin.named():
-        # Nothing is asked here, so nothing that a model wrote runs: the items are only compared with the rows.
-        tasks = replace(eval_options(made), allow_code=True).open(made.base)
-        mixture = data_mixture.build_mixture(made, renderer_of(made), shown.rendering, every_row=True)
+        dropped = sets_to_drop(made)
+        mixture = data_mixture.build_mixture(
+            made, renderer_of(made), shown.rendering, every_row=True, eval_sets=dropped
+        )
         tokenizer = mixture.renderer.tokenizer
         found = data_audit.audit(
-            mixture.rows,
+            mixture.rows_in_use(),
             lambda ids: tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=True),
-            eval_sets={t.name: [data_audit.item_parts(item) for item in t.items] for t in tasks},
+            eval_sets=dropped or eval_sets(made),
             control=mixture.renderer.special,
             progress=lambda done, total: shown.counted("audit", done, total),
         )

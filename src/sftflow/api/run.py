@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from sftflow.api.shared import (
     parts_of,
     recipe_of,
     recipe_tasks,
+    sets_to_drop,
     watching,
 )
 from sftflow.comparison.compare import checked_prompts
@@ -114,7 +114,7 @@ def train(
 def demo(out: str | Path = "runs/demo") -> Run:
     """The whole flow on the shipped base. Raises RecipeError where `out` holds something other than an earlier demo."""
     folder = Path(out)
-    recipe = load_recipe(Path(str(resources.files("sftflow.recipes"))) / "demo.yaml", [f"train.out={folder}"])
+    recipe = load_recipe("builtin:demo", [f"train.out={folder}"])
     mark = folder / ".demo"
     if folder.exists() and any(folder.iterdir()) and not mark.is_file():
         raise RecipeError(f"--out {folder}", "it holds something other than a demo run", "name another folder")
@@ -145,7 +145,14 @@ def _train(
             few = min(options.limit or recipe.eval.sample, recipe.eval.sample)
             callback = EvalDuringTraining(replace(options, limit=few).open(""))
         run = training_run.run_training(
-            recipe, shown, resume=resume, overwrite=overwrite, signals=signals, lock=lock, callback=callback
+            recipe,
+            shown,
+            resume=resume,
+            overwrite=overwrite,
+            signals=signals,
+            lock=lock,
+            callback=callback,
+            eval_sets=sets_to_drop(recipe),
         )
         measured = "compare.json" if recipe.compare else "eval.json" if recipe.eval else None
         evaluation = comparison = None

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from sftflow.checkpoint import Assistant
+from sftflow.data.audit import item_parts
+from sftflow.data.decontaminate import EvalSets
+from sftflow.data.shares import check_shares
 from sftflow.data.sources import check_source
 from sftflow.evaluation.options import EvalOptions, EvalTask
 from sftflow.foundation.dotted_keys import set_key
@@ -47,6 +50,24 @@ def recipe_tasks(recipe: Recipe) -> list[EvalTask]:
         place = recipe.origin.place("eval", "tasks")
         raise RecipeError(place, "no task is named, and nothing is compared", "name one, or leave eval out")
     return tasks
+
+
+def eval_sets(recipe: Recipe) -> EvalSets:
+    """The items of a recipe's tasks, to be looked for in its rows. Nothing is asked, so no code of a model's runs."""
+    tasks = replace(eval_options(recipe), allow_code=True).open(recipe.base)
+    return {task.name: [item_parts(item) for item in task.items] for task in tasks}
+
+
+def sets_to_drop(recipe: Recipe) -> EvalSets | None:
+    """The same for `decontaminate: drop`; None where the recipe only asks for a report. Raises RecipeError where it has
+    no task."""
+    if recipe.decontaminate != "drop":
+        return None
+    found = eval_sets(recipe)
+    if not found:
+        place = recipe.origin.place("decontaminate")
+        raise RecipeError(place, "there is no evaluation task to look for", "name some in eval.tasks, or leave it out")
+    return found
 
 
 def quiet() -> None:
@@ -134,4 +155,5 @@ def recipe_of(
     made = resolve_paths(overridden(data, overrides, origin), Path.cwd())
     for number, entry in enumerate(made.mixture):
         check_source(entry, made.origin.place("mixture", number, "source"))
+    check_shares(made)
     return made

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sftflow.foundation.counts import count_of
 from sftflow.foundation.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -65,14 +66,11 @@ def split_tasks(tasks: str | None) -> list[str] | None:
 
 def number(text: str, place: str) -> int:
     """3.4M, 20M, 4096 -> an int."""
-    factor = {"K": 1e3, "M": 1e6, "B": 1e9}.get(text[-1:].upper(), 1)
     try:
-        value = float(text[:-1] if factor != 1 else text) * factor
-    except ValueError:
-        value = -1.0
-    if value < 1:
-        raise RecipeError(place, f"{text!r} is not a positive number", "write for example 20M")
-    return int(value)
+        return count_of(text)
+    except ValueError as error:
+        fact, _, remedy = str(error).partition("; ")
+        raise RecipeError(place, fact, remedy) from None
 
 
 def say(text: str | Text) -> None:

@@ -47,9 +47,10 @@ def mix(
     if as_json:
         print(json.dumps(ledger, ensure_ascii=False))
     else:
-        from sftflow.report.tables import audit_tables, ledger_table
+        from sftflow.report.tables import audit_tables, mixture_tables
 
-        print_table(ledger_table(ledger))
+        for table in mixture_tables(ledger):
+            print_table(table)
         print(
             f"{ledger['packed_rows']:,} packed rows of {ledger['max_length']}, {ledger['padding_share']:.1%} padding, "
             f"{ledger['validation_rows']:,} rows held out"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +19,12 @@ from sftflow.chat.render import Rendered, Renderer
 from sftflow.chat.schema import parse_row
 from sftflow.chat.template_options import append_eos, choose_arguments
 from sftflow.chat.verify import Checks, add_checks
-from sftflow.data.held_out import n_wanted, split_held_out, told_fewer
+from sftflow.data.choice import Choice, choose
+from sftflow.data.decontaminate import EvalSets, overlapping
 from sftflow.data.prepare import Progress, open_source, prepare_source
 from sftflow.data.row_cache import prune
 from sftflow.data.sources import sample_of
-from sftflow.data.store import Examples, RowStore
+from sftflow.data.store import Examples, Rows, RowStore
 from sftflow.data.truncate import TOO_LONG, UNTAUGHT
 from sftflow.fingerprint import data_digest
 from sftflow.foundation.atomic_io import finite, write_text
@@ -33,37 +34,47 @@ from sftflow.recipe import Recipe, SourceEntry
 
 MOST_KEYS = 12  # ignored keys that are listed; ledger.json has all
 SETTLE_ROWS = 64  # rows of a source that decide the template's arguments
+OVERLAPS = "overlapping with an evaluation task"
 
 
 @dataclass(frozen=True)
 class Prepared:
     """What another process needs to have the same mixture without rendering: the format with what was chosen for these
-    rows, and where each source's rows lie."""
+    rows, where each source's rows lie, and which of them overlap with an evaluation task."""
 
     format: ChatFormat
     directories: list[Path]
+    overlapping: list[NDArray[np.bool_]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
     """examples: training sequences, repeats included, unshuffled (the loop shuffles).   held_out: for the
     validation loss.   sources: what became of each source's rows, as in the ledger.   rows: the rendered rows of each
-    source, on disk.   samples: the first of each source, for the mask view.   bad: the quarantined rows.
-    few_held_out: a line for each source of which far fewer rows are held out than were asked for."""
+    source, on disk.   overlapping: which of these, (rows, tasks), for `decontaminate: drop`.   choices: what became of
+    each source's rows.   samples: the first of each source, for the mask view.   bad: the quarantined rows."""
 
     examples: Examples
     held_out: Examples
     names: list[str]
     sources: list[dict[str, Any]]
     rows: list[RowStore]
+    overlapping: list[NDArray[np.bool_]]
+    choices: list[Choice]
     samples: list[Rendered]
     max_length: int
     bad: list[dict[str, Any]]
     renderer: Renderer
-    few_held_out: list[str]
 
     def prepared(self) -> Prepared:
-        return Prepared(self.renderer.format, [rows.directory for rows in self.rows])
+        return Prepared(self.renderer.format, [rows.directory for rows in self.rows], self.overlapping)
+
+    def rows_in_use(self) -> list[Rows]:
+        """Each source's rows but those that are left out."""
+        return [
+            rows.only(~choice.left_out) if choice.left_out.any() else rows
+            for rows, choice in zip(self.rows, self.choices, strict=True)
+        ]
 
     @cached_property
     def ledger(self) -> dict[str, Any]:
@@ -109,7 +120,7 @@ class Mixture:
         lines = [line for rows in self.rows for line in self._losses(rows)]
         if self.renderer.spec.supervise == "all":
             lines.insert(0, "supervise: all: every token after the first is taught, but for messages of weight 0")
-        return [*lines, *self.ignored(), *self.few_held_out]
+        return [*lines, *self.ignored(), *(line for choice in self.choices for line in choice.told)]
 
     def _losses(self, rows: RowStore) -> list[str]:
         meta, long = rows.meta, f"longer than max_length {self.max_length:,}"
@@ -183,59 +194,50 @@ def build_mixture(
     *,
     every_row: bool = False,
     prepared: Prepared | None = None,
+    eval_sets: EvalSets | None = None,
 ) -> Mixture:
     """Render every source of the recipe. `progress(source, rows_done)` is called now and then.
 
     every_row: verify the invariants on all rows; else on a sample of each source.   prepared: what another process has
-    made of the same recipe; then nothing is rendered. Raises SchemaError, DataError, FormatError or MaskError at the
-    first bad row (on_bad_row: skip quarantines them instead), and ProofError where a verified row fails.
+    made of the same recipe; then nothing is rendered.   eval_sets: rows that overlap with these are left out. Raises
+    SchemaError, DataError, FormatError or MaskError at the first bad row (on_bad_row: skip quarantines them instead),
+    and ProofError where a verified row fails.
     """
     renderer = training_renderer(recipe, renderer, prepared.format if prepared else None)
     sources: list[RowStore] = []
-    apart: list[NDArray[np.bool_]] = []
     for number, entry in enumerate(recipe.mixture):
         if prepared is None:
             rows = prepare_source(entry, number, recipe, renderer, every_row=every_row, progress=progress)
         else:
             rows = open_source(prepared.directories[number], number, recipe)
         _require_kept(rows, recipe)
-        seed = f"{entry.label}:{recipe.train.seed}"
         sources.append(rows)
-        apart.append(split_held_out(rows.table["digest"], rows.table["number"], recipe.validation, seed))
     if written := [rows.directory for rows in sources if rows.new]:
         prune(written[0].parent, keep=[rows.directory for rows in sources])
-    taught = np.concatenate([rows.table["digest"][~chosen] for rows, chosen in zip(sources, apart, strict=True)])
-    train: list[NDArray[np.int32]] = []
-    held: list[NDArray[np.int32]] = []
-    ledgers: list[dict[str, Any]] = []
-    few: list[str] = []
-    for number, (entry, rows, chosen) in enumerate(zip(recipe.mixture, sources, apart, strict=True)):
-        # an example that is trained on elsewhere, in another conversation or source, is not one that was held out
-        here, out = np.flatnonzero(~chosen), np.flatnonzero(chosen & ~np.isin(rows.table["digest"], taught))
-        train.append(np.tile(_index(number, here), (entry.repeat, 1)))
-        held.append(_index(number, out))
-        ledgers.append(_ledger(entry, rows, here, len(out), int(chosen.sum()) - len(out)))
-        if fact := told_fewer(len(out), int(chosen.sum()), n_wanted(len(rows), recipe.validation)):
-            few.append(f"{rows.name}: {fact}")
-    examples = Examples(sources, np.concatenate(train))
+    found = prepared.overlapping if prepared else overlapping(sources, renderer, eval_sets) if eval_sets else []
+    choices = choose(recipe, sources, found, list(eval_sets or ()))
+    examples = Examples(sources, _index([choice.shown for choice in choices]))
     if not len(examples):
         lost = sum((Counter({**rows.meta["dropped"], "bad": rows.meta["bad"]}) for rows in sources), Counter[str]())
+        lost += Counter({OVERLAPS: sum(int(hit.any(axis=1).sum()) for hit in found)})
         why = ", ".join(f"{n:,} are {w}" for w, n in lost.items())
         fact = f"no row is left to train on{f' ({why})' if why else ''}"
-        otherwise = "give more rows" if lost else "lower validation, or give more rows"
+        less = "raise tokens" if recipe.tokens else "lower validation"
+        otherwise = "give more rows" if lost else f"{less}, or give more rows"
         raise DataError("mixture", fact, _remedy(lost, recipe, otherwise))
     firsts = [first for rows in sources if (first := rows.meta["sample"])]
     mixture = Mixture(
         examples=examples,
-        held_out=Examples(sources, np.concatenate(held)),
+        held_out=Examples(sources, _index([choice.held_out for choice in choices])),
         names=[rows.name for rows in sources],
-        sources=ledgers,
+        sources=[_ledger(*each) for each in zip(recipe.mixture, sources, choices, strict=True)],
         rows=sources,
+        overlapping=found,
+        choices=choices,
         samples=[renderer.render(parse_row(first["row"], first["source"]), turns=True) for first in firsts],
         max_length=recipe.train.max_length,
         bad=[row for rows in sources for row in rows.meta["bad_rows"]],
         renderer=renderer,
-        few_held_out=few,
     )
     if not every_row:
         mixture.prove()
@@ -263,30 +265,30 @@ def _require_kept(rows: RowStore, recipe: Recipe) -> None:
         raise DataError(rows.prefix, fact, _remedy(lost, recipe, "raise max_dropped"))
 
 
-def _ledger(
-    entry: SourceEntry, rows: RowStore, here: NDArray[np.int64], n_held_out: int, n_left_out: int
-) -> dict[str, Any]:
-    """A source's entry in the ledger. here: its training rows; their tokens count repeats.   n_left_out: examples that
-    are on neither side, for others like them are trained on."""
-    meta = rows.meta
+def _ledger(entry: SourceEntry, rows: RowStore, choice: Choice) -> dict[str, Any]:
+    """A source's entry in the ledger. Its tokens count a row as often as it is shown."""
+    meta, shown = rows.meta, choice.shown
     return {
         "name": rows.name,
-        "repeat": entry.repeat,
-        "rows": len(here),
-        "tokens": entry.repeat * int(rows.lengths[here].sum()),
-        "supervised_tokens": entry.repeat * int(rows.supervised[here].sum()),
+        "repeat": entry.repeat or 1,
+        "rows": len(np.unique(shown)),
+        "tokens": int(rows.lengths[shown].sum(dtype=np.int64)),
+        "supervised_tokens": int(rows.supervised[shown].sum(dtype=np.int64)),
         "cut": meta["cut"],
         "dropped": sum(meta["dropped"].values()) + meta["bad"],
         "bad": meta["bad"],
         "ignored": dict(sorted(meta["ignored"].items(), key=lambda item: (-item[1], item[0]))),
         "expanded": meta["expanded"],
         "pretokenized": meta["pretokenized"],
-        "validation_rows": n_held_out,
-        "taught_elsewhere": n_left_out,
+        "validation_rows": len(choice.held_out),
+        "taught_elsewhere": choice.taught_elsewhere,
         "boundary_splits": meta["boundary_splits"],
         "dropped_why": {**meta["dropped"], **({"bad row": meta["bad"]} if meta["bad"] else {})},
+        **choice.ledger,
     }
 
 
-def _index(number: int, rows: NDArray[np.int64]) -> NDArray[np.int32]:
-    return np.stack([np.full(len(rows), number), rows], axis=1).astype(np.int32)
+def _index(chosen: Sequence[NDArray[np.int64]]) -> NDArray[np.int32]:
+    """(n, 2) of source number and row, of the rows of each source."""
+    numbers = np.repeat(np.arange(len(chosen)), [len(rows) for rows in chosen])
+    return np.stack([numbers, np.concatenate(chosen)], axis=1).astype(np.int32)

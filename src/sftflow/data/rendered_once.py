@@ -10,6 +10,7 @@ import secrets
 from pathlib import Path
 
 from sftflow.chat.render import Renderer
+from sftflow.data.decontaminate import EvalSets
 from sftflow.data.mixture import Mixture, build_mixture
 from sftflow.data.prepare import Progress
 from sftflow.data.row_cache import cache_folder
@@ -17,14 +18,16 @@ from sftflow.foundation.ranks import Ranks, ranks
 from sftflow.recipe import Recipe
 
 
-def rendered_once(recipe: Recipe, renderer: Renderer, progress: Progress | None) -> Mixture:
+def rendered_once(
+    recipe: Recipe, renderer: Renderer, progress: Progress | None, eval_sets: EvalSets | None = None
+) -> Mixture:
     """As `build_mixture`. All ranks must come here; what the rendering rank refuses ends the others with it."""
     here = ranks()
     source = rendering_rank(here, here.gather(here.local_rank))
     with here.patient() as gather:
-        built = build_mixture(recipe, renderer, progress) if source == here.rank else None
+        built = build_mixture(recipe, renderer, progress, eval_sets=eval_sets) if source == here.rank else None
         found = gather(None if built is None else built.prepared())[source]
-    return built or build_mixture(recipe, renderer, prepared=found)
+    return built or build_mixture(recipe, renderer, prepared=found, eval_sets=eval_sets)
 
 
 def rendering_rank(here: Ranks, local_ranks: list[int]) -> int:

@@ -2,7 +2,7 @@
 a second rendering, and outlives both.
 
 held_out.jsonl      a line a held-out row: its conversation as a data file has it, where it came from, ids and mask
-training_rows.npz   all rows of the mixture, each once, held-out ones marked: digest, line, ids, mask
+training_rows.npz   all rows of the mixture but those left out, each once, held-out ones marked: digest, line, ids, mask
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def write_run_rows(out: Path, mixture: Mixture, recipe: Recipe) -> None:
     """Write both files into the run directory. Raises DataError where a source has changed since it was rendered."""
     index = drawn_in_turn(mixture.held_out.chosen, recipe.train.seed)
     conversations = held_out_conversations(mixture, recipe)
-    lines = (_held_out_line(mixture, at, conversations[at]) for at in index)
+    numbers = [np.cumsum(~choice.left_out) - 1 for choice in mixture.choices]  # without the rows that are left out
+    lines = (_held_out_line(mixture, at, int(numbers[at[0]][at[1]]), conversations[at]) for at in index)
     write_file(out / HELD_OUT, lambda file: file.writelines(lines))
     write_file(out / TRAINING_ROWS, lambda file: np.savez_compressed(file, **_arrays(mixture)))
 
@@ -109,14 +110,15 @@ def held_out_conversations(mixture: Mixture, recipe: Recipe) -> dict[tuple[int, 
     return found
 
 
-def _held_out_line(mixture: Mixture, at: tuple[int, int], conversation: Conversation) -> bytes:
+def _held_out_line(mixture: Mixture, at: tuple[int, int], number: int, conversation: Conversation) -> bytes:
+    """number: of the row among those of its source that are kept."""
     source, row = at
     rows = mixture.rows[source]
     line = {
         **(conversation.to_row() if conversation.messages else {"input_ids": rows.ids(row).tolist()}),
         "source": mixture.names[source],
         "place": rows.place(row),
-        "index": at,
+        "index": (source, number),
         "ids": rows.ids(row).tolist(),
         "mask": rows.mask(row).tolist(),
     }
@@ -126,15 +128,20 @@ def _held_out_line(mixture: Mixture, at: tuple[int, int], conversation: Conversa
 def _arrays(mixture: Mixture) -> dict[str, Any]:
     """What training_rows.npz holds: names, prefixes, and for source N "N/table", "N/held_out", "N/ids", "N/mask"."""
     arrays: dict[str, Any] = {"names": mixture.names, "prefixes": [rows.prefix for rows in mixture.rows]}
-    whole = sum(int(rows.lengths.sum(dtype=np.int64)) for rows in mixture.rows) <= MAX_TOKENS
-    for number, rows in enumerate(mixture.rows):
-        held_out = np.zeros(len(rows), bool)
-        held_out[[row for source, row in mixture.held_out.chosen if source == number]] = True
-        arrays |= {f"{number}/table": rows.table, f"{number}/held_out": held_out}
+    used = mixture.rows_in_use()
+    whole = sum(int(rows.lengths.sum(dtype=np.int64)) for rows in used) <= MAX_TOKENS
+    for number, (rows, choice) in enumerate(zip(used, mixture.choices, strict=True)):
+        held_out = np.zeros(len(choice.left_out), bool)
+        held_out[choice.held_out] = True
+        table = rows.table.copy()
+        table["start"] = np.cumsum(table["length"], dtype=np.int64) - table["length"]
+        arrays |= {f"{number}/table": table, f"{number}/held_out": held_out[~choice.left_out]}
         if whole:
-            smallest = np.min_scalar_type(int(rows.all_ids.max(initial=0)))
-            arrays[f"{number}/ids"] = rows.all_ids.astype(smallest)
-            arrays[f"{number}/mask"] = np.packbits(rows.all_masks.astype(bool))
+            kept = np.repeat(~choice.left_out, mixture.rows[number].lengths)  # tokens, which lie one after another
+            ids = rows.all_ids[kept]
+            smallest = np.min_scalar_type(int(ids.max(initial=0)))
+            arrays[f"{number}/ids"] = ids.astype(smallest)
+            arrays[f"{number}/mask"] = np.packbits(rows.all_masks[kept].astype(bool))
     return arrays
 
 

@@ -87,6 +87,11 @@ class Rows:
         start = int(self.table["start"][i])
         return slice(start, start + int(self.lengths[i]))
 
+    def only(self, kept: NDArray[np.bool_]) -> Rows:
+        """Some of the rows.   kept: (rows,) which."""
+        table = self.table[kept]
+        return Rows(table, self.all_ids, self.all_masks, name=self.name, number=self.number, prefix=self.prefix)
+
     def place(self, i: int) -> str:
         """Where the row comes from, e.g. data.jsonl:17."""
         return f"{self.prefix}:{int(self.table['number'][i])}"

@@ -196,7 +196,8 @@ def ledger_table(ledger: Mapping[str, Any]) -> Table:
         return [f"{s['rows']:,}", repeat, f"{tokens:,}", f"{supervised:,}", f"{share:.0%}"]
 
     for s in ledger["sources"]:
-        table.add_row(Text(s["name"]), *counts(s, f"x{s['repeat']}"), *(str(s[key]) for key in lost))
+        repeat = f"x{s.get('passes', s['repeat']):.3g}"
+        table.add_row(Text(s["name"]), *counts(s, repeat), *(str(s[key]) for key in lost))
     table.add_section()
     table.add_row("all", *counts(ledger, ""), *(str(sum(s[key] for s in ledger["sources"])) for key in lost))
     table.caption = (
@@ -204,6 +205,22 @@ def ledger_table(ledger: Mapping[str, Any]) -> Table:
         "count a repeated row as often as it is shown; the rest once. held: rows held out"
     )
     return table
+
+
+def mixture_tables(ledger: Mapping[str, Any]) -> list[Table]:
+    """What a mixture is made of: `ledger_table`, and where supervised tokens were shared out, what was asked for."""
+    sources = [s for s in ledger["sources"] if "asked" in s]
+    if not sources:
+        return [ledger_table(ledger)]
+    table = _table("share", "asked", "is", "superv. asked", "superv.", "passes", text=("share",))
+    for s in sources:
+        shares, tokens = (s["asked"]["share"], s["share"]), (s["asked"]["tokens"], s["supervised_tokens"])
+        cells = (*(f"{share:.2%}" for share in shares), *(f"{n:,}" for n in tokens), f"{s['passes']:,.4g}")
+        table.add_row(Text(s["name"]), *cells, end_section=s is sources[-1])
+    asked = sum(s["asked"]["tokens"] for s in sources)
+    table.add_row("all", "", "", f"{asked:,}", f"{ledger['supervised_tokens']:,}", "")
+    table.caption = "of supervised tokens; a row is never cut to fit. passes: over a source's training rows"
+    return [ledger_table(ledger), table]
 
 
 def audit_tables(ledger: Mapping[str, Any]) -> list[Table]:

@@ -51,10 +51,18 @@ class StepLog:
 
 class RowPlan:
     """Which examples make which row of which step: a pure function of (examples, settings), so a resumed run needs
-    only the step number. Each epoch is shuffled and packed anew with its own seed."""
+    only the step number. Each epoch is shuffled and packed anew with its own seed.
 
-    def __init__(self, examples: Sequence[Example], settings: Train) -> None:
+    listed: source after source, in the order of their numbers, each shuffled. A packed row then holds rows of one
+    source, and only a step in which a source ends also has rows of the next.
+    """
+
+    def __init__(self, examples: Sequence[Example], settings: Train, *, listed: bool = False) -> None:
         self.examples, self.settings = examples, settings
+        chosen: NDArray[np.int32] | None = getattr(examples, "chosen", None) if listed else None
+        self.sources = np.zeros(len(examples), np.int64)
+        if listed:
+            self.sources += [e.source for e in examples] if chosen is None else chosen[:, 0]
         self.rows_per_step = max(1, settings.tokens_per_step // settings.max_length)
         known: NDArray[np.int32] | None = getattr(examples, "lengths", None)  # rows on disk need not be read for them
         self.lengths = np.array([len(e.ids) for e in examples], np.int32) if known is None else known
@@ -69,9 +77,20 @@ class RowPlan:
         """The rows of an epoch, as numbers of examples; epochs differ by a few rows, each packed in its own order."""
         rng = np.random.default_rng([self.settings.seed, epoch])
         order = rng.permutation(len(self.examples))
-        packed = best_fit(self.lengths[order].tolist(), self.settings.max_length)
-        rows = [[int(order[j]) for j in row] for row in packed]
-        return [rows[i] for i in rng.permutation(len(rows))]  # best-fit orders by length; the model must not see that
+        out: list[list[int]] = []
+        for source in np.unique(self.sources):
+            own = order[self.sources[order] == source]
+            packed = best_fit(self.lengths[own].tolist(), self.settings.max_length)
+            rows = [[int(own[j]) for j in row] for row in packed]
+            out += [rows[i] for i in rng.permutation(len(rows))]  # best-fit orders by length, which is not to be seen
+        return out
+
+    def unreached(self) -> list[int]:
+        """The numbers of the sources that no step comes to, where the last step is before the first epoch's end."""
+        if not self.sources.any():
+            return []
+        rows = self.epoch_rows(0)[: self.total_steps * self.rows_per_step]
+        return sorted(set(self.sources.tolist()) - {int(self.sources[i]) for row in rows for i in row})
 
     def step_rows(self, step: int) -> list[list[Example]]:
         """The packed rows of one step; a step may straddle two epochs."""

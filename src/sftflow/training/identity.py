@@ -15,6 +15,7 @@ from typing import Any
 
 from sftflow.chat.format import tokenizer_json
 from sftflow.chat.render import Renderer
+from sftflow.data.shares import shares_out
 from sftflow.fingerprint import StoredRows, hash_json, rows_digest
 from sftflow.recipe import Recipe, SourceEntry
 
@@ -44,13 +45,14 @@ def run_identity(recipe: Recipe, base: Identity, renderer: Renderer, sources: Se
 
 def recipe_identity(recipe: Recipe) -> Identity:
     """The recipe's keys but its paths: what lies there counts, and stands beside them. A source's name is kept where it
-    decides which of its rows are held out."""
+    decides which of its rows are held out, or drawn."""
     kept = recipe.model_dump(mode="json", exclude=FREE_TO_CHANGE | {"base": True})
     for entry, data in zip(recipe.mixture, kept["mixture"], strict=True):
         data.pop("path")
+        data["repeat"] = entry.repeat or 1  # beside a share the two differ in what is refused only
         if not entry.has_bare_name:
             data.pop("source")
-            data["name"] = entry.label if recipe.validation else None
+            data["name"] = entry.label if recipe.validation or shares_out(recipe) else None
     if recipe.format.endswith(".jinja"):
         kept.pop("format")
     return dict(flattened(kept, "recipe"))

@@ -21,6 +21,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sftflow.chat.template_options import options_note
 from sftflow.chat.token_rows import token_row
 from sftflow.checkpoint import (
@@ -34,11 +36,12 @@ from sftflow.checkpoint import (
     save_adapter,
     stored_dtype,
 )
+from sftflow.data.decontaminate import EvalSets
 from sftflow.data.mixture import write_bad_rows
 from sftflow.data.rendered_once import rendered_once
 from sftflow.data.run_rows import HELD_OUT, TRAINING_ROWS, write_run_rows
 from sftflow.fingerprint import weights_and_body_hash
-from sftflow.foundation.atomic_io import NO_SPACE, Lock, read_log, sweep, write_json, write_text
+from sftflow.foundation.atomic_io import NO_SPACE, Lock, digest_of, read_log, sweep, write_json, write_text
 from sftflow.foundation.errors import CheckpointError, RunError
 from sftflow.foundation.ranks import ranks, require_shared
 from sftflow.foundation.runtime import detect
@@ -110,6 +113,7 @@ def run_training(
     signals: Signals | None = None,
     lock: Lock | None = None,
     callback: EvalCallback | None = None,
+    eval_sets: EvalSets | None = None,
 ) -> Run:
     """Train as the recipe says, into `train.out`.
 
@@ -118,6 +122,7 @@ def run_training(
     Raises Stopped when SIGTERM or Ctrl-C comes, after saving once the steps have begun.
 
     signals, lock: the caller's, where they shall reach further than the training.   callback: what `eval.every` calls.
+    eval_sets: whose rows `decontaminate: drop` leaves out.
     """
     started = time.perf_counter()
     out, here = Path(recipe.train.out), ranks()
@@ -146,7 +151,7 @@ def run_training(
             with signals.deferred():  # it tries the folder, and what it makes there for that must go again
                 require_startable(recipe, out, anew=not (overwrite or (resume and (out / "ledger.json").is_file())))
         try:
-            tuning = FineTuning(recipe, listener, signals, callback)
+            tuning = FineTuning(recipe, listener, signals, callback, eval_sets)
             if done:
                 tuning.require_same(done)
                 return Run(directory=out, seconds=0.0, already_done=True)
@@ -164,7 +169,14 @@ class FineTuning(TrainingRun):
     keeps_last_state = False
     memory_remedy = "lower train.micro_tokens or train.max_length"
 
-    def __init__(self, recipe: Recipe, listener: Listener, signals: Signals, callback: EvalCallback | None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        listener: Listener,
+        signals: Signals,
+        callback: EvalCallback | None,
+        eval_sets: EvalSets | None,
+    ) -> None:
         """Load the base, render the mixture, decide what the recipe leaves to `auto`."""
         location = resolve(recipe.base)
         listener.say(f"loading {recipe.base}")
@@ -177,7 +189,9 @@ class FineTuning(TrainingRun):
         model, self.tokenizer, renderer, self.base_info = prepare(location, format_name=recipe.format)
         self.asked, self.dtype = asked_for(recipe), stored_dtype(location)
         runtime = detect(recipe.train.precision)
-        recipe, self.notes = resolve_recipe(recipe, runtime, model.num_parameters())
+        recipe, self.notes = resolve_recipe(
+            recipe, runtime, model.num_parameters(), self.base_info, getattr(location, "meta", None)
+        )
         check_context(model, recipe.train.max_length)
         set_dropout(model, recipe.train.dropout)
         weights, self.base_body = weights_and_body_hash(model)
@@ -196,12 +210,15 @@ class FineTuning(TrainingRun):
         if ranks().world > 1 and recipe.train.shard == "full" and self.adapter is None:
             require_own_names(model)
         listener.say("rendering the mixture")
-        self.mixture = rendered_once(recipe, renderer, listener.rendering)
+        self.mixture = rendered_once(recipe, renderer, listener.rendering, eval_sets)
         self.renderer = self.mixture.renderer
         for note in (*self.mixture.notes(), self.renderer.disagreement(), options_note(self.renderer)):
             if note:
                 listener.say(note)
-        plan = RowPlan(self.mixture.examples, recipe.train)
+        plan = RowPlan(self.mixture.examples, recipe.train, listed=recipe.order == "listed")
+        if unreached := plan.unreached():
+            names = ", ".join(self.mixture.names[number] for number in unreached)
+            listener.say(f"order: listed: the {plan.total_steps:,} steps end before they come to {names}")
         self.recipe, self.notes["compile"] = decide_compile(recipe, runtime, model.num_parameters(), plan.total_steps)
         if ranks().world == 1 or self.recipe.train.shard != "full":  # else the device gets its rows only
             model.to(runtime.device)
@@ -209,12 +226,18 @@ class FineTuning(TrainingRun):
             out,
             Trainer(model, plan, self.recipe.train, runtime, self.mixture.names),
             listener,
-            identity=run_identity(self.recipe, base, self.renderer, self.mixture.rows),
+            identity=run_identity(self.recipe, base, self.renderer, self.mixture.rows) | self.left_out(),
             signals=signals,
         )
         self.callback = callback
         self.validation, self.evals = RunLog(self.out / "validation.jsonl"), RunLog(self.out / "evals.jsonl")
         self.logs += [self.validation, self.evals]
+
+    def left_out(self) -> dict[str, str]:
+        """Which rows overlap with the evaluation tasks, by whose items a run is another one."""
+        found = self.mixture.overlapping
+        rows = digest_of(np.packbits(hit.any(axis=1)).tobytes() for hit in found)
+        return {"rows that overlap with evaluation tasks": rows} if found else {}
 
     def require_same(self, done: dict[str, Any]) -> None:
         """Raises CheckpointError where the finished run (`read_done`) was of another recipe, base or data."""

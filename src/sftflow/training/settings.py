@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from sftflow.checkpoint import BUILTIN_TINY
 from sftflow.foundation.errors import CheckpointError, RecipeError
 from sftflow.foundation.ranks import ranks
 from sftflow.foundation.runtime import Runtime, free_memory
-from sftflow.recipe import Recipe
+from sftflow.recipe import OfBase, Recipe
+from sftflow.training.base_rate import rate_of_base
 from sftflow.training.optimizers import OPTIMIZERS
 
 LORA_LR = 2e-4
@@ -36,8 +38,15 @@ BYTES_A_PARAMETER, BYTES_A_FROZEN = 16, 4
 REPLICATED_SHARE = 0.6
 
 
-def resolve_recipe(recipe: Recipe, runtime: Runtime, n_parameters: int) -> tuple[Recipe, dict[str, Any]]:
-    """Fill in what was left to `auto`, but `compile`; the notes say how each was decided."""
+def resolve_recipe(
+    recipe: Recipe,
+    runtime: Runtime,
+    n_parameters: int,
+    info: Mapping[str, Any] | None = None,
+    meta: Mapping[str, Any] | None = None,
+) -> tuple[Recipe, dict[str, Any]]:
+    """Fill in what was left to `auto`, but `compile`; the notes say how each was decided.   info, meta: what the base
+    records (see `rate_of_base`)."""
     train = recipe.train
     require_optimizer(train.optimizer, runtime.device)
     small = recipe.base == BUILTIN_TINY or n_parameters < SMALL_MODEL
@@ -48,6 +57,8 @@ def resolve_recipe(recipe: Recipe, runtime: Runtime, n_parameters: int) -> tuple
         update["lr"] = LORA_LR if train.lora else kind.lr_tiny if small else kind.lr_real
         full = "tuned for the tiny base" if small else "full fine-tuning of a real checkpoint"
         notes["lr"] = f"auto: {'an adapter' if train.lora else full}"
+    elif isinstance(train.lr, OfBase):
+        update["lr"], notes["lr"] = rate_of_base(recipe, info or {}, meta)
     if train.shard == "auto" and ranks().world > 1:
         update["shard"], notes["shard"] = decide_shard(
             n_parameters, runtime, train.optimizer, lora=train.lora is not None

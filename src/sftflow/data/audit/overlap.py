@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sftflow.data.audit.ngrams import Hashes, Index, Words, split_words
 from sftflow.data.audit.rows import EXAMPLES, AuditRows
@@ -166,9 +167,8 @@ class EvalIndex:
         self.widths.update(lengths[anchor].tolist())
         return np.concatenate([found, keyed[anchor]]), np.concatenate([item, owner[anchor]])
 
-    def search(self, words: Words, rows: AuditRows, chunk: Index) -> None:
-        """Look up all runs of words of the rows `chunk`, whose words these are."""
-        source = rows.source_of(chunk)
+    def _candidates(self, words: Words) -> Iterator[tuple[int, Index, Index, Index]]:
+        """(width, the run's first word, the item, the row) of all runs of words that have the hash of an item's."""
         for width in sorted(self.widths):
             grams = words.ngrams(width)
             at = np.flatnonzero(self.maybe[grams >> self.shift])
@@ -183,7 +183,12 @@ class EvalIndex:
             within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
             owner = self.owner[np.repeat(self.first[key], count) + within]
             at = np.repeat(at, count)
-            row = np.searchsorted(words.first, at, side="right") - 1
+            yield width, at, owner, np.searchsorted(words.first, at, side="right") - 1
+
+    def search(self, words: Words, rows: AuditRows, chunk: Index) -> None:
+        """Look up all runs of words of the rows `chunk`, whose words these are."""
+        source = rows.source_of(chunk)
+        for width, at, owner, row in self._candidates(words):
             new = np.flatnonzero(~self.found[owner, source[row]])
             for a, item, r in zip(at[new].tolist(), owner[new].tolist(), row[new].tolist(), strict=True):
                 text = words.text(a, a + width)
@@ -192,6 +197,16 @@ class EvalIndex:
                     task = self._task(item)
                     where = {"source": self.sources[source[r]], "place": rows.place(int(chunk[r]))}
                     task.examples.append(OverlapExample(item=item - task.start, words=text, **where))
+
+    def rows_of_tasks(self, words: Words) -> NDArray[np.bool_]:
+        """(rows, tasks) whether a row has an item of the task."""
+        found = np.zeros((len(words.first) - 1, len(self.tasks)), bool)
+        starts = [task.start for task in self.tasks]
+        for width, at, owner, row in self._candidates(words):
+            task = np.searchsorted(starts, owner, side="right") - 1
+            for a, item, r, t in zip(at.tolist(), owner.tolist(), row.tolist(), task.tolist(), strict=True):
+                found[r, t] = found[r, t] or self._holds(item, words.text(a, a + width), words, r)
+        return found
 
     def _holds(self, item: int, text: str, words: Words, row: int) -> bool:
         """Whether the words that were found by their hash are the item's, and all of it where it is a short one."""
