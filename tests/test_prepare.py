@@ -261,7 +261,7 @@ BAD = {
     "a huge number": (b'{"prompt": "x", "completion": "y", "n": 1' + b"0" * 5000 + b"}", DataError, "4,300 digits"),
     "zero bytes": (b'{"prompt": "x", "comp' + bytes(40), DataError, "NUL bytes"),
     "wrong type": ({"messages": 7}, SchemaError, "it is a number"),
-    "unknown role": ({"messages": [{"role": "bot", "content": "x"}]}, SchemaError, "role 'bot' is not known"),
+    "unknown role": ({"messages": [{"role": "narrator", "content": "x"}]}, SchemaError, "role 'narrator' is not known"),
     "empty": ({"messages": []}, SchemaError, "no messages"),
     "no assistant": ({"messages": [{"role": "user", "content": "x"}]}, SchemaError, "no assistant turn"),
     "role order": (

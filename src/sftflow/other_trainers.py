@@ -57,7 +57,9 @@ SECTIONS: dict[str, Rows] = {
         ("dataset_config dataset_config_name datasets.subset datasets.revision", "mixture.source",
          "not chosen here: download the files that are meant, and name them"),
         ("dataset_train_split datasets.train_on_split", "mixture.source", "hub:OWNER/NAME:SPLIT"),
-        ("dataset_text_field field field_* datasets.field datasets.field_* datasets.message_* datasets.roles "
+        ("field_* datasets.field_* datasets.columns columns", "mixture.columns",
+         "{theirs: ours}, where a row's keys are not known (docs/rows.md)"),
+        ("dataset_text_field field datasets.field datasets.message_* datasets.roles "
          "datasets.type datasets.ds_type datasets.chat_template datasets.conversation datasets.*format "
          "dataset_kwargs label_names formatting_func remove_unused_columns split_thinking", "", _FROM_THE_ROW),
         ("pretraining_dataset", "", "plain text is for sftflow base"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,25 +23,13 @@ from pydantic import (
     model_validator,
 )
 
+from sftflow.chat.columns import fault_of
 from sftflow.foundation.counts import count_of
 from sftflow.foundation.dotted_keys import set_key
 from sftflow.foundation.errors import RecipeError, undecoded
 from sftflow.foundation.missing import not_there
 from sftflow.foundation.yaml_values import parse_yaml
 from sftflow.recipe_words import Origin, told
-
-_OWN_TASK = re.compile(r"(?s)(?!hub:)(.+\.py):(\w+)")
-
-
-def own_task(source: str) -> tuple[str, str] | None:
-    """(file, class) of a task in a user's file; None for what names none.
-
-    >>> own_task("./tasks.py:riddles"), own_task("hub:me/tasks.py:train"), own_task("spelling")
-    (('./tasks.py', 'riddles'), None, None)
-    """
-    found = _OWN_TASK.fullmatch(source)
-    return (found[1], found[2]) if found else None
-
 
 BUILTIN, RECIPES = "builtin:", Path(__file__).parent / "recipes"
 """what the names of recipes that come with the package begin with, and where these lie"""
@@ -63,6 +50,7 @@ class _Frozen(BaseModel):
 class SourceEntry(_Frozen):
     """One entry of the mixture: a built-in task, or conversations from a file.
 
+    columns: of a table with other names, its own by ours: {question: prompt, answer: completion}.
     repeat: passes over its rows, 1 where None; where tokens are shared out (`data.shares`) the most that there may be.
     share: of the mixture's supervised tokens.   published: where a file is to be had, said where it is not there."""
 
@@ -73,15 +61,22 @@ class SourceEntry(_Frozen):
     limit: Annotated[int, Field(gt=0)] | None = None
     repeat: Annotated[int, Field(ge=1)] | None = None
     share: Annotated[float, Field(gt=0, le=1)] | None = None
+    columns: dict[str, str] | None = None
     published: str | None = None
     place: Annotated[str | None, Field(exclude=True)] = None
     """what errors and ledgers call its rows where that is not the file: of rows that came from memory"""
 
+    @field_validator("columns")
+    @classmethod
+    def _known(cls, columns: dict[str, str] | None) -> dict[str, str] | None:
+        if fault := fault_of(columns or {}):
+            raise ValueError(fault)
+        return columns
+
     @property
     def label(self) -> str:
         """What it is called where it is the only one (`data.sources.labels_of`); it seeds which rows are held out."""
-        own = own_task(self.source)
-        return self.name or (own[1] if own else self.source if self.has_bare_name else Path(self.source).stem)
+        return self.name or (self.source if self.has_bare_name else Path(self.source).stem)
 
     @property
     def has_bare_name(self) -> bool:
@@ -352,7 +347,7 @@ def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     for number, entry in enumerate(recipe.mixture):
         if entry.path is not None:
             entry = entry.model_copy(update={"path": absolute(entry.path, f"mixture.{number}.path")})
-        if not entry.has_bare_name and (entry.path is None or own_task(entry.source)):
+        elif not entry.has_bare_name:
             entry = entry.model_copy(update={"source": absolute(entry.source, f"mixture.{number}.source")})
         entries.append(entry)
     train = recipe.train.model_copy(update={"out": os.path.expanduser(recipe.train.out)})
@@ -366,8 +361,7 @@ def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
         tasks = []
         for number, task in enumerate(recipe.eval.tasks):
             name, found, path = task.partition("=")
-            name = absolute(name, f"eval.tasks.{number}") if name.endswith(".py") or own_task(name) else name
-            tasks.append(f"{name}={absolute(path, f'eval.tasks.{number}')}" if found else name)
+            tasks.append(f"{name}={absolute(path, f'eval.tasks.{number}')}" if found else task)
         update["eval"] = recipe.eval.model_copy(update={"tasks": tuple(tasks)})
     if recipe.compare is not None and recipe.compare.prompts != "default":
         update["compare"] = recipe.compare.model_copy(

@@ -18,6 +18,7 @@ from rich.text import Text
 from sftflow import checkpoint
 from sftflow.api.shared import ModelLike, name_of, quiet
 from sftflow.chat import prefill, template_options
+from sftflow.chat.columns import Columned, Columns, fault_of, require_columns
 from sftflow.chat.data_files import check_columns, numbered_rows, read_rows
 from sftflow.chat.render import Renderer
 from sftflow.chat.row_keys import READ, REFUSED
@@ -33,8 +34,6 @@ from sftflow.recipe_words import Origin
 from sftflow.report.tables import as_text
 from sftflow.report.token_page import token_html, token_page
 from sftflow.report.token_view import TerminalRow
-from sftflow.tasks import Task, TaskSource
-from sftflow.tasks.own import given
 
 Chat = str | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Conversation
 """one question, a row of any dialect, a list of messages, or a Conversation"""
@@ -47,10 +46,14 @@ class Rows(Sequence[Any]):
 
     Rows in memory are trained on exactly as the same rows in a JSONL file of that name: they are written to one, by the
     hash of what is in it, when they are first needed.   name: a file's stem; it names the source in the ledger, and
-    seeds the choice of the rows that are held out.
+    seeds the choice of the rows that are held out.   columns: the names of its columns by ours, where they are others.
     """
 
-    def __init__(self, data: Any, name: str | None = None) -> None:
+    def __init__(self, data: Any, name: str | None = None, columns: Columns | None = None) -> None:
+        if fault := fault_of(columns or {}):
+            fact, _, remedy = fault.partition("; ")
+            raise RecipeError("columns", fact, remedy)
+        self.columns = dict(columns) if columns else None
         of_pandas = hasattr(data, "iloc") and hasattr(data, "columns")
         check_columns(list(data.columns if of_pandas else getattr(data, "column_names", None) or ()), name or "rows")
         if of_pandas:
@@ -74,7 +77,7 @@ class Rows(Sequence[Any]):
         lines = []
         for number, row in enumerate(self._rows or (), 1):
             try:
-                lines.append(_as_json(row).encode() + b"\n")
+                lines.append(_as_json(row, self.columns or {}).encode() + b"\n")
             except UnicodeEncodeError as error:
                 half = f"half a character ({ascii(error.object[error.start])[1:-1]})"
                 raise DataError(f"{self.name}:{number}", half, "mend the text") from None
@@ -95,8 +98,14 @@ class Rows(Sequence[Any]):
         return self._file or self.name
 
     def numbered(self) -> Iterable[tuple[int, Any]]:
-        """(number, row) from 1: lines of a file of JSON lines as bytes, see `chat.data_files.numbered_rows`."""
-        return numbered_rows(self.path) if self._rows is None else enumerate(self._rows, 1)
+        """(number, row) from 1: lines of a file of JSON lines as bytes, see `chat.data_files.numbered_rows`; each with
+        the names of its columns where they are others. Raises DataError where no row has one of these."""
+        rows = numbered_rows(self.path) if self._rows is None else enumerate(self._rows, 1)
+        if self.columns is None:
+            return rows
+        again = numbered_rows(self.path) if self._rows is None else enumerate(self._rows, 1)
+        require_columns((row for _, row in again), self.columns, self.place)
+        return ((number, Columned(row, self.columns)) for number, row in rows)
 
     def conversations(self) -> Iterator[Conversation | SftflowError]:
         """Each row in the canonical shape, or what is wrong with it; the last may be what is wrong with the file.
@@ -137,7 +146,7 @@ def _dicts(rows: Iterable[Any]) -> list[Any]:
     return [dict(row) if isinstance(row, Mapping) and not isinstance(row, dict) else row for row in rows]
 
 
-def _as_json(row: Any) -> str:
+def _as_json(row: Any, columns: Columns) -> str:
     """A row as a line of JSON; what numpy and torch have as lists and numbers, and what else JSON has not (a date) as a
     text, under keys that nothing is made of."""
     dumps = partial(json.dumps, ensure_ascii=False, allow_nan=False, default=_plain)
@@ -146,7 +155,8 @@ def _as_json(row: Any) -> str:
     except (TypeError, ValueError):
         if not isinstance(row, Mapping):
             raise
-        return dumps({key: value if key in READ or key in REFUSED else str(value) for key, value in row.items()})
+        kept = {*READ, *REFUSED, *columns, *(column.partition(".")[0] for column in columns)}
+        return dumps({key: value if key in kept else str(value) for key, value in row.items()})
 
 
 def _plain(value: Any) -> Any:
@@ -155,33 +165,33 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
-def read(data: Any, *, name: str | None = None) -> Rows:
+def read(data: Any, *, name: str | None = None, columns: Columns | None = None) -> Rows:
     """Conversations of any dialect: from a .jsonl, .json or .parquet file, a hub data set `hub:OWNER/NAME`, or memory
     (a list, an iterator, a `datasets.Dataset`, a table of pyarrow, a pandas DataFrame), or those that a task trains on:
-    `sf.read(sf.task("spelling", limit=3))`."""
+    `sf.read(sf.task("spelling", limit=3))`.   columns: what a table with other names calls ours, as
+    `{"question": "prompt", "answer": "completion"}`."""
     if isinstance(data, SourceEntry):
-        found = [row for _, row in rows_of_entry(data, Recipe(mixture=(data,)))]
-        data, name = [row.to_row() if isinstance(row, Conversation) else row for row in found], name or data.label
-    return data if isinstance(data, Rows) else Rows(data, name)
+        entry = data if columns is None else data.model_copy(update={"columns": columns})
+        name, columns = name or entry.label, entry.columns
+        found = [row for _, row in rows_of_entry(entry, Recipe(mixture=(entry,)))]
+        data = [row.to_row() if isinstance(row, Conversation) else _row_of(row) for row in found]
+    if isinstance(data, Rows):
+        return data if columns is None else Rows(data._file or data._rows, name or data.given_name, columns)
+    return Rows(data, name, columns)
 
 
-def task(name: str | type[Task] | Task, path: str | Path | None = None, **keys: Any) -> SourceEntry:
-    """A task as a source of the mixture: a built-in one, one in a file (`./tasks.py:riddles`), or a class of one's own
-    or an instance, whose conversations are made at once (with the seed 0) and trained on as rows from memory.
+def _row_of(payload: Any) -> Any:
+    return payload.row if isinstance(payload, Columned) else payload
 
-    path: of its data, where it needs some.   keys: `limit`, `repeat`, `split`, `name`, as in a recipe.   Raises
-    RecipeError for another key.
+
+def task(name: str, path: str | Path | None = None, **keys: Any) -> SourceEntry:
+    """A built-in task as a source of the mixture.   path: of its data, where it needs some.   keys: `limit`, `repeat`,
+    `split`, `name`, as in a recipe.   Raises RecipeError for another key.
 
     >>> task("spelling", limit=2000).limit
     2000
     """
-    said = None if path is None else str(path)
-    if isinstance(name, str):
-        return entry_of({"source": name, "path": said, **keys})
-    made = given(name, TaskSource(path=said, limit=keys.pop("limit", None)))
-    conversations: list[Any] = made.conversations(keys.pop("split", "train"))
-    rows = [row.to_row() if isinstance(row, Conversation) else row for row in conversations]
-    return entry_of({**dict(entry_of(Rows(rows, made.name))), **keys})
+    return entry_of({"source": name, "path": None if path is None else str(path), **keys})
 
 
 def entry_of(source: Any) -> SourceEntry:
@@ -194,7 +204,7 @@ def entry_of(source: Any) -> SourceEntry:
         check_source(entry)
         return entry
     rows = read([source] if isinstance(source, Mapping) else source)
-    return SourceEntry(source=rows.path, name=rows.given_name, place=rows.place)
+    return SourceEntry(source=rows.path, name=rows.given_name, place=rows.place, columns=rows.columns)
 
 
 def conversation_of_chat(chat: Chat, system: str | None = None) -> Conversation:
@@ -272,14 +282,16 @@ def render(
     append_eos: bool = False,
     drop_prefill: bool = False,
     supervise: str = "replies",
+    columns: Columns | None = None,
 ) -> Rendering:
     """What a model is trained on of some rows. The model may be a directory with a tokenizer only.
 
     index: only this row, counted from 0.   append_eos: put the end of text behind replies that have no end.
     drop_prefill: prompts without what the template begins every reply with.   supervise: `replies`, or `all` tokens.
+    columns: what a table with other names calls ours.
     Raises DataError where nothing of a file can be read; a row that cannot be shown is among `refused`.
     """
-    rows = read([data] if isinstance(data, Mapping | Conversation) else data)
+    rows = read([data] if isinstance(data, Mapping | Conversation) else data, columns=columns)
     if isinstance(model, checkpoint.Assistant):
         if format not in ("auto", model.renderer.format.name):
             fact = f"the model is loaded with the format {model.renderer.format.name}"

@@ -2,12 +2,11 @@
 
 {"messages": [...], "tools"?: [...]}                       OpenAI chat, the canonical shape
 [{"role": ..., "content": ...}, ...]                       a bare list of messages
-{"prompt": text | messages, "completion": text | messages}
-{"instruction": ..., "input"?: ..., "output": ...}         Alpaca, with "system" and "history"; also query, response
 {"conversations": [{"from": "human", "value": ...}, ...]}  ShareGPT
+{"prompt": ..., "completion": ...} and its like            one exchange: `exchanges`
 {"input_ids": [...], "mask" or "labels": [...]}            tokens already: `pretokenized`
 
-What each key means: `row_keys`.
+What each key means: `row_keys`. Tables with other names say which is which: `columns`.
 """
 
 from __future__ import annotations
@@ -15,6 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sftflow.chat.columns import Columns, renamed
+from sftflow.chat.exchanges import CANONICAL, OTHERS, Pair, pairs_of, read_pair, require_clear, turns_of_ready
 from sftflow.chat.pretokenized import Pretokenized, read_pretokenized
 from sftflow.chat.row_keys import (
     CONVERSATIONS,
@@ -29,6 +30,7 @@ from sftflow.chat.row_keys import (
     absent,
     refuse,
 )
+from sftflow.chat.shapes import unknown_shape
 from sftflow.chat.tool_calls import read_json, read_tools
 from sftflow.chat.turns import Turn, flag_of, read_turns
 from sftflow.foundation.errors import SchemaError
@@ -48,9 +50,14 @@ class RawRow:
     ignored: tuple[str, ...] = ()
 
 
-def read_row(row: Any, place: str) -> RawRow:
-    """One row of any dialect. Raises SchemaError where it is of none, or a key cannot be honoured."""
+def read_row(row: Any, place: str, columns: Columns | None = None) -> RawRow:
+    """One row of any dialect.   columns: the user's names of keys by ours.
+
+    Raises SchemaError where it is of none, or a key cannot be honoured."""
     ignored: set[str] = set()
+    named: frozenset[str] = frozenset()
+    if columns:
+        row, named = renamed(row, columns, place, ignored)
     bare = row["messages"] if isinstance(row, dict) and len(row) == 1 and "messages" in row else row
     if isinstance(bare, list):
         conversations = [read_turns(bare, f"{place}.messages", ignored)]
@@ -58,16 +65,15 @@ def read_row(row: Any, place: str) -> RawRow:
     if not isinstance(row, dict):
         raise SchemaError(place, f"a row is {kind_of(row)}", "make it an object with messages")
     row = {key: value for key, value in row.items() if value is not None}
-    claimed = any(not absent(row.get(key)) for keys, _ in _DIALECTS for key in keys)
-    if not absent(row.get(IDS)) or (row.get(IDS) == [] and not claimed):
+    if not absent(row.get(IDS)) or (row.get(IDS) == [] and not _claimed(row)):
         return _of_tokens(row, place)
-    if isinstance(row.get("ids"), list) and not claimed:
+    if isinstance(row.get("ids"), list) and not _claimed(row):
         raise SchemaError(f"{place}.ids", "a list under a name that nobody reads", f"call it {IDS}")
     if row.get("messages") and row.get("chosen") == row["messages"]:  # its rows for instruction tuning keep both
         refuse({key: value for key, value in row.items() if key not in ("chosen", "rejected")}, REFUSED, place)
     else:
         refuse(row, REFUSED, place)
-    conversations, used = _conversations(row, place, ignored)
+    conversations, used = _conversations(row, place, ignored, named)
     system = _system(row, place)
     without = _not_taught(row, place)
     for turns in conversations:
@@ -80,6 +86,11 @@ def read_row(row: Any, place: str) -> RawRow:
     meta = {key: value for key, value in row.items() if key not in used}
     ignored |= {key for key, value in meta.items() if not absent(value)}
     return RawRow(conversations=conversations, tools=_tools(row, place), meta=meta, ignored=tuple(sorted(ignored)))
+
+
+def _claimed(row: dict[str, Any]) -> bool:
+    """Whether a key of the row holds something of a conversation."""
+    return any(not absent(row.get(key)) for key in (*CONVERSATIONS, *(key for pair in CANONICAL for key in pair)))
 
 
 def _of_tokens(row: dict[str, Any], place: str) -> RawRow:
@@ -95,28 +106,39 @@ def _of_tokens(row: dict[str, Any], place: str) -> RawRow:
 # ---- the dialects
 
 
-def _conversations(row: dict[str, Any], place: str, ignored: set[str]) -> tuple[list[list[Turn]], set[str]]:
-    """The conversation in each dialect that the row is whole in, and the keys of these."""
-    whole = [(keys, read) for keys, read in _DIALECTS if all(key in row for key in keys)]
-    whole = [(keys, read) for keys, read in whole if all(_usable(key, row[key]) for key in keys)] or whole[:1]
+def _conversations(
+    row: dict[str, Any], place: str, ignored: set[str], named: frozenset[str]
+) -> tuple[list[list[Turn]], set[str]]:
+    """The conversation in each dialect that the row is whole in, and the keys of these.   named: keys that the user's
+    `columns` have made; where they are of a dialect, only that counts."""
+    whole: list[tuple[str] | Pair] = [(key,) for key in CONVERSATIONS if key in row]
+    whole += pairs_of(row, listed=any(_usable(key, row[key]) for (key, *_) in whole))
+    whole = [keys for keys in whole if all(_usable(key, row[key]) for key in keys)] or whole[:1]
+    if named:
+        most = max((len(named.intersection(keys)) for keys in whole), default=0)
+        whole = [keys for keys in whole if len(named.intersection(keys)) == most]
+    if not whole and isinstance(row.get("text"), str):
+        return [turns_of_ready(row["text"], f"{place}.text")], {"text"}
     if not whole:
-        names = ", ".join(map(repr, list(row)[:4]))
-        if not row:
-            raise SchemaError(place, "an empty row", "remove it")
-        raise SchemaError(place, f"no conversation in its keys ({names})", "give messages, or prompt and completion")
+        raise unknown_shape(row, place)
+    if whole[0] in OTHERS:
+        require_clear(row, whole[0], place, named=named.issuperset(whole[0]))
     used: set[str] = set()
     conversations = []
-    for keys, read in whole:
-        conversations.append(read(row, keys, place, ignored))
-        used |= {*keys, *(("input", "history") if read is _asked else ())}
-    questions = {key for key in ("instruction", "query") if not absent(row.get(key))}
-    if questions & used and questions - used:
-        asked, other = *questions & used, *questions - used
-        raise SchemaError(
-            f"{place}.{other}", f"{other} and {asked} both ask, and there is one reply", f"join them in {asked}"
-        )
+    for keys in whole:
+        if len(keys) == 1:
+            turns, of = _listed(row, keys[0], place, ignored), set(keys)
+        else:
+            turns, of = read_pair(row, keys, place, ignored, named)
+        conversations.append(turns)
+        used |= of
+    asked = [keys[0] for keys in whole if keys in CANONICAL[1:]]
+    others = [key for key in ("instruction", "query") if key not in asked and not absent(row.get(key))]
+    if asked and others and not named:
+        fact = f"{others[0]} and {asked[0]} both ask, and there is one reply"
+        raise SchemaError(f"{place}.{others[0]}", fact, f"join them in {asked[0]}")
     if "history" not in used and not absent(row.get("history")):
-        raise SchemaError(f"{place}.history", f"a history beside {whole[0][0][0]}", "put its turns into the messages")
+        raise SchemaError(f"{place}.history", f"a history beside {whole[0][0]}", "put its turns into the messages")
     return conversations, used
 
 
@@ -126,93 +148,12 @@ def _usable(key: str, value: Any) -> bool:
     return not absent(value) and not is_words
 
 
-def _listed(row: dict[str, Any], keys: tuple[str, ...], place: str, ignored: set[str]) -> list[Turn]:
-    (key,) = keys
+def _listed(row: dict[str, Any], key: str, place: str, ignored: set[str]) -> list[Turn]:
     where = f"{place}.{key}"
     turns = read_json(row[key], where) if isinstance(row[key], str) else row[key]
     if not isinstance(turns, list):
         raise SchemaError(where, f"it is {kind_of(turns)}", "make it a list of messages")
     return read_turns(turns, where, ignored)
-
-
-def _completed(row: dict[str, Any], keys: tuple[str, ...], place: str, ignored: set[str]) -> list[Turn]:
-    """A prompt, whose replies are not taught (weight None, but where one says 0), and its completion."""
-    prompt, completion = (
-        _side(row[key], role, f"{place}.{key}", ignored) for key, role in zip(keys, _SIDES, strict=True)
-    )
-    for where, message in prompt:
-        if isinstance(message, dict) and message.get("role") == "assistant":
-            if message.get("weight"):
-                raise SchemaError(f"{where}.weight", "no message of a prompt is taught", MOVE)
-            message.setdefault("weight", None)
-    ends = [turns[at][1] for turns, at in ((prompt, -1), (completion, 0)) if turns]
-    if len(ends) == 2 and all(isinstance(m, dict) and m.get("role") == "assistant" for m in ends):
-        fact = "the prompt ends with a reply, and the completion begins with one"
-        raise SchemaError(f"{place}.prompt", fact, "join them in the completion, or put the user turn between")
-    return [*prompt, *completion]
-
-
-_SIDES = ("user", "assistant")
-MOVE = "remove the key, or move the message into the completion"
-
-
-def _side(value: Any, role: str, place: str, ignored: set[str]) -> list[Turn]:
-    if isinstance(value, str):
-        return [(place, {"role": role, "content": _text(value, place)})]
-    if isinstance(value, list):
-        return read_turns(value, place, ignored)
-    raise SchemaError(place, f"it is {kind_of(value)}", "make it a text or a list of messages")
-
-
-def _asked(row: dict[str, Any], keys: tuple[str, ...], place: str, ignored: set[str]) -> list[Turn]:
-    """Alpaca, and its like: earlier exchanges, then what is asked and replied."""
-    history = [] if absent(row.get("history")) else row["history"]
-    pairs: list[tuple[str, Any]] = []
-    if not isinstance(history, list):
-        raise SchemaError(f"{place}.history", f"it is {kind_of(history)}", "make it a list of [asked, replied] pairs")
-    for number, pair in enumerate(history):
-        where = f"{place}.history[{number}]"
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise SchemaError(where, f"it is {kind_of(pair)}, not a pair of texts", "make it [asked, replied]")
-        pairs += [(f"{where}[{side}]", _text(pair[side], f"{where}[{side}]")) for side in (0, 1)]
-    about = () if keys[0] == "query" and not absent(row.get("instruction")) else ("input",)  # it is the instruction's
-    asks = [_text(row[key], f"{place}.{key}") for key in (keys[0], *about) if not absent(row.get(key))]
-    pairs.append((f"{place}.{keys[0]}", "\n\n".join(asks)))
-    pairs.append((f"{place}.{keys[1]}", _text(row[keys[1]], f"{place}.{keys[1]}")))
-    return [(where, {"role": _SIDES[i % 2], "content": text}) for i, (where, text) in enumerate(pairs)]
-
-
-_DIALECTS: list[tuple[tuple[str, ...], Any]] = [
-    *(((key,), _listed) for key in CONVERSATIONS),
-    (("prompt", "completion"), _completed),
-    (("instruction", "output"), _asked),
-    (("query", "response"), _asked),
-]
-
-
-def as_asked(row: Any, place: str) -> Any:
-    """A row that only asks, as one that `read_row` takes: a text as a user's message, messages under `prompt` as such,
-    and a question without its reply with an empty one. Any other row as it is.
-
-    >>> as_asked({"instruction": "Add", "input": "1 and 2"}, "x:1")
-    {'instruction': 'Add', 'input': '1 and 2', 'output': ''}
-    """
-    if isinstance(row, str):
-        return [{"role": "user", "content": row}]
-    if not isinstance(row, dict):
-        return row
-    pairs = [keys for keys, _ in _DIALECTS if len(keys) == 2]
-    whole = any(all(not absent(row.get(key)) for key in keys) for keys, _ in _DIALECTS)
-    asks = {ask: reply for ask, reply in reversed(pairs) if not absent(row.get(ask))}
-    if whole or not asks or any(not absent(row.get(reply)) for _, reply in pairs):
-        return row
-    if len(asks) > 1:
-        first, second = sorted(asks)[:2]
-        raise SchemaError(f"{place}.{second}", f"{second} and {first} both ask", f"join them in {first}")
-    ((ask, reply),) = asks.items()
-    if isinstance(row[ask], list):
-        return {**{key: value for key, value in row.items() if key not in (ask, reply)}, "messages": row[ask]}
-    return {**row, reply: ""}
 
 
 # ---- what goes with any dialect

@@ -22,7 +22,16 @@ class Refusal(NamedTuple):
 
 _PICTURES = Refusal("only text is taught, not pictures or sound", "remove the row, or this key where it is not needed")
 _PREFERENCE = Refusal(
-    "preference data", "give the reply that is wanted as `completion` or `messages`, without this key"
+    "preference data",
+    "name the reply that is wanted: columns: {chosen: completion}, or messages where it is a list",
+)
+_CHOICES = Refusal(
+    "a question of several choices, which a row of text does not show",
+    "a task asks it (source: mmlu, arc or jsonl, with path: FILE), or write the choices into a prompt",
+)
+_BELOW = Refusal(
+    "it is not said where it stands in the prompt",
+    "name the columns: columns: {QUESTION: instruction, THIS: input, ANSWER: output} puts it below the question",
 )
 _ARGUMENTS = Refusal("a template's arguments cannot differ from row to row", "remove the key, or these rows")
 _SPANS = Refusal("a reply is taught as a whole or not at all", "use weight 0 or 1")
@@ -46,7 +55,14 @@ NOT_TAUGHT = ("masked", "ignore")
 ROW_FLAGS = ("weight", "loss", "train", "training", "trainable", "learn", *NOT_TAUGHT)
 FLAGS = (*ROW_FLAGS, "loss_weight")
 """1 or true: the message, or each of the row, is taught, but for NOT_TAUGHT. 0 or false: the contrary."""
+ASKS = ("prompt", "instruction", "query", "question", "problem")
+REPLIES = ("completion", "output", "response", "answer", "solution")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 REJECTED = ("response", "messages", "output", "completion", "answer")
+PREFERENCE = {
+    *("chosen", "rejected", "preferred_output", "non_preferred_output"),
+    *(name for of in REJECTED for name in (f"rejected_{of}", f"{of}_rejected")),
+}
 PATHS = ("image_path", "image_url", "image_file", "image_paths", "image_urls", "image_files")
 PICTURES = ("images", "image", "videos", "video", "audios", "audio", *PATHS, "video_path", "audio_path", "media")
 
@@ -54,12 +70,18 @@ READ = {
     **dict.fromkeys(CONVERSATIONS, "the conversation: a list of messages, or JSON text of one"),
     "prompt": "what `completion` answers: a text, or messages, none of which is taught",
     "completion": "the reply that is taught: a text, or messages",
-    "instruction": "Alpaca: what is asked",
-    "input": "Alpaca: what `instruction` is about, below it",
-    "output": "Alpaca: the reply",
-    "query": "as `instruction`",
-    "response": "as `output`",
-    "history": "of Alpaca and `query`: [asked, replied] pairs in front; their replies are taught",
+    "instruction": "what is asked: of Alpaca with `output`, of others with `response`",
+    "input": "what `instruction` is about, below it; alone with `output`, what is asked",
+    "context": "as `input`, below `instruction`",
+    "output": "the reply to `instruction`, or to `input` alone",
+    **dict.fromkeys(("query", "question", "problem", "inputs", "user"), "what is asked"),
+    "response": "the reply to `instruction`, `prompt`, `query` or `question`",
+    **{"answer": "the reply to `question`", "solution": "the reply to `problem`"},
+    **{"targets": "the reply to `inputs`", "assistant": "the reply to `user`"},
+    "answers": "beside `query` and `tools`: the calls that are the reply",
+    "history": "of what is asked in a text: [asked, replied] pairs in front; their replies are taught",
+    "text": "alone: Alpaca's ready text, or Guanaco's",
+    **dict.fromkeys(THOUGHTS, "the reasoning in front of a reply that is a text"),
     **dict.fromkeys(SYSTEM, "the system message, unless the conversation begins with the same one"),
     "tools": "tools in the OpenAI shape, or without its envelope; or JSON text of them",
     "functions": "as `tools`",
@@ -74,13 +96,18 @@ READ = {
 }
 REFUSED = {
     **dict.fromkeys((*PICTURES, "objects"), _PICTURES),
-    **dict.fromkeys(("chosen", "rejected", *(f"rejected_{of}" for of in REJECTED)), _PREFERENCE),
-    **dict.fromkeys((f"{of}_rejected" for of in REJECTED), _PREFERENCE),
-    **dict.fromkeys(("preferred_output", "non_preferred_output"), _PREFERENCE),
+    **dict.fromkeys(sorted(PREFERENCE), _PREFERENCE),
     **dict.fromkeys(("chat_template_kwargs", "chat_template"), _ARGUMENTS),
     "documents": Refusal("a template's documents are not taught", "put them into a message"),
     **dict.fromkeys(("mask", "loss_mask"), _MASK),
     **dict.fromkeys(("loss_weight", "loss_scale", "sample_weight", "weights", "loss_weights"), _SPANS),
+}
+
+_CHOICE = ("choices", "options", "endings", "distractors", "answerKey", "answer_index", "answer_idx")
+BESIDE = {  # of what is asked and replied under names that are not only those of conversations
+    **dict.fromkeys((*_CHOICE, *(f"{of}{n}" for of in ("choice", "option") for n in "0123"), "A", "B"), _CHOICES),
+    **dict.fromkeys(("option_a", "opa", "ending0", "distractor1", "sol1"), _CHOICES),
+    **dict.fromkeys(("input", "context", "contexts", "passage", "passages", "article"), _BELOW),
 }
 
 # ---- of a message
@@ -95,14 +122,19 @@ MESSAGE_REFUSED = {
     **dict.fromkeys(("train_detail", "training_detail", "loss_scale"), _SPANS),
     "refusal": Refusal("a refusal beside the content is not read", "make it the content"),
 }
-TURN_NAMES = {  # under `from`
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "bot"), "assistant"),
+TURN_NAMES = {  # in any case, under `from` or `role`
+    **dict.fromkeys(("human", "user", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "bot", "chatbot", "ai"), "assistant"),
     "system": "system",
     "developer": "developer",
-    **dict.fromkeys(("tool", "observation", "function_response", "tool_response"), "tool"),
+    **dict.fromkeys(("tool", "observation", "function", "function_response", "tool_response"), "tool"),
 }
-ROLES = {"function": "tool", "tool_response": "tool"}  # under `role`, beside OpenAI's own of today
+SPEAKERS = {  # of a turn that is {"user": ..., "assistant": ...}
+    "system": "system",
+    **dict.fromkeys(("human", "user", "input", "prompt", "question", "query"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "output", "response", "answer"), "assistant"),
+}
+PARTS = {"input_text": "text", "output_text": "text", "thinking": "reasoning"}
 CALL_ROLES = ("function_call", "tool_call")
 """an assistant's turn whose content is a call, or a list of calls, as JSON"""
 

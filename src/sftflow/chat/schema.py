@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from sftflow.chat.call_arguments import decoded
+from sftflow.chat.columns import Columned, Columns
 from sftflow.chat.dialects import read_row
+from sftflow.chat.exchanges import SAY_WHICH
 from sftflow.chat.pretokenized import Pretokenized
 from sftflow.chat.row_keys import MESSAGE_KEYS
 from sftflow.foundation.errors import SchemaError
@@ -189,13 +191,15 @@ def parse_message(raw: Any, place: str) -> Message:
     return Message(role, parts, tuple(calls), weight=raw.get("weight", 1), **texts)
 
 
-def parse_row(row: Any, place: str) -> Conversation:
-    """One row of any accepted dialect -> the canonical conversation. Raises SchemaError, naming the place in the row.
+def parse_row(row: Any, place: str, columns: Columns | None = None) -> Conversation:
+    """One row of any accepted dialect -> the canonical conversation.   columns: the row's names of keys by ours.
+
+    Raises SchemaError, naming the place in the row.
 
     >>> parse_row({"prompt": "hi", "completion": "yo"}, "x:1").messages[1].text
     'yo'
     """
-    raw = read_row(row, place)
+    raw = read_row(row, place, columns)
     if raw.tokens is not None:
         return Conversation((), (), raw.meta, place, raw.ignored, raw.tokens)
     found = [tuple(parse_message(message, where) for where, message in turns) for turns in raw.conversations]
@@ -203,17 +207,22 @@ def parse_row(row: Any, place: str) -> Conversation:
         raise SchemaError(f"{place}.messages", "no messages", "give at least one")
     weighed = [[replace(m, weight=m.weight or 0) for m in messages] for messages in found]
     if any(messages != weighed[0] for messages in weighed[1:]):
-        names = [turns[0][0].rpartition(".")[2].partition("[")[0] for turns in raw.conversations if turns]
-        fact = f"different conversations under {' and '.join(names)}"
-        raise SchemaError(place, fact, "keep one of them")
+        ends = [[turns[at][0].rpartition(".")[2].partition("[")[0] for turns in raw.conversations] for at in (0, -1)]
+        names = max(ends, key=lambda keys: len(set(keys)))
+        fact = f"different conversations under {' and '.join(dict.fromkeys(names))}"
+        raise SchemaError(place, fact, f"keep one of them, or {SAY_WHICH}")
     return Conversation(found[0], tuple(raw.tools), raw.meta, place, raw.ignored)
 
 
 def conversation_of(payload: Any, place: str) -> Conversation:
-    """A row in any form that a source has it in: a Conversation (as it is), a JSONL line's bytes, or parsed JSON."""
+    """A row in any form that a source has it in: a Conversation (as it is), a JSONL line's bytes or parsed JSON, both
+    also with the names of their columns."""
     if isinstance(payload, Conversation):
         return payload
-    return parse_row(parse_line(payload, place) if isinstance(payload, bytes) else payload, place)
+    columns = None
+    if isinstance(payload, Columned):
+        payload, columns = payload
+    return parse_row(parse_line(payload, place) if isinstance(payload, bytes) else payload, place, columns)
 
 
 def parse_line(line: bytes, place: str) -> Any:

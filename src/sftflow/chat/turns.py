@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from sftflow.chat.row_keys import (
@@ -11,8 +12,9 @@ from sftflow.chat.row_keys import (
     MESSAGE_READ,
     MESSAGE_REFUSED,
     NOT_TAUGHT,
-    ROLES,
+    PARTS,
     SAME_AS,
+    SPEAKERS,
     TEXTS,
     TURN_NAMES,
     absent,
@@ -27,6 +29,8 @@ Turn = tuple[str, Any]
 
 
 _PLAIN = ("user", "assistant", "system")
+_ORDER = ("system", "user", "assistant")
+_NAMES = {*TURN_NAMES, *CALL_ROLES}
 
 
 def read_turns(turns: list[Any], place: str, ignored: set[str]) -> list[Turn]:
@@ -34,10 +38,12 @@ def read_turns(turns: list[Any], place: str, ignored: set[str]) -> list[Turn]:
     `tool_call` with what the assistant says in front of it."""
     out: list[Turn] = []
     joins = False
-    for number, raw in enumerate(turns):
-        where = f"{place}[{number}]"
-        message = _message(raw, where, ignored)
+    for where, raw in _spoken(turns, place):
         name = raw.get("from", raw.get("role")) if isinstance(raw, dict) else None
+        if type(name) is str and name not in _NAMES and name.lower() in _NAMES:
+            name = name.lower()
+            raw = {**raw, "from" if "from" in raw else "role": name}
+        message = _message(raw, where, ignored)
         calls = name in CALL_ROLES
         before: Any = out[-1][1] if calls and out and (joins or name == "tool_call") else None
         said = isinstance(before, dict) and before.get("role") == "assistant"
@@ -47,6 +53,22 @@ def read_turns(turns: list[Any], place: str, ignored: set[str]) -> list[Turn]:
             out.append((where, message))
         joins = calls
     return out
+
+
+def _spoken(turns: list[Any], place: str) -> Iterator[Turn]:
+    """The turns, each with its place; one that is {"user": ..., "assistant": ...}, or the half of it, as messages."""
+    for number, raw in enumerate(turns):
+        where = f"{place}[{number}]"
+        if type(raw) is dict and "role" not in raw and "from" not in raw:
+            said = {key: SPEAKERS.get(str(key).lower()) for key, value in raw.items() if not absent(value)}
+            if said and None not in said.values():
+                for role in _ORDER:
+                    keys = [key for key in said if said[key] == role]
+                    if len(keys) > 1:
+                        raise SchemaError(where, f"{' and '.join(keys)} in one turn", "keep one of them")
+                    yield from ((f"{where}.{key}", {"role": role, "content": raw[key]}) for key in keys)
+                continue
+        yield where, raw
 
 
 def _message(raw: Any, place: str, ignored: set[str]) -> Any:
@@ -61,20 +83,24 @@ def _message(raw: Any, place: str, ignored: set[str]) -> Any:
     if len(raw) == 2 and raw.get("role") in _PLAIN and isinstance(raw.get("content"), str):
         return dict(raw)
     message = {k: v for k, v in raw.items() if k == "content" or not (v is None if k in TEXTS else absent(v))}
+    if message.get("type") == "message":  # an item of OpenAI's Responses
+        del message["type"]
+    if "text" in message and "content" not in raw and "value" not in raw:
+        message["content"] = message.pop("text")
     refuse(message, MESSAGE_REFUSED, place)
     for alias, name in SAME_AS.items():
         if alias in message:
             value, other = message.pop(alias), message.get(name)
             if absent(value) and not absent(other):
                 value = other
-            same = absent(other) or value == other or (alias == "from" and _role(str(value)) == _role(str(other)))
+            same = absent(other) or value == other or (alias == "from" and _role(value) == _role(other))
             if not same:
                 raise SchemaError(place, f"{alias} and {name} differ", "keep one of them")
             message[name] = value
     if isinstance(message.get("content"), list):
         _take_parts(message, place)
     said = message.get("role")
-    role = TURN_NAMES.get(str(said)) if sharegpt else ROLES.get(str(said), said)
+    role = TURN_NAMES.get(str(said), None if sharegpt else said)
     if said in CALL_ROLES:
         role = "assistant"
         where = f"{place}.{'value' if sharegpt else 'content'}"
@@ -106,15 +132,14 @@ def _message(raw: Any, place: str, ignored: set[str]) -> Any:
     return message
 
 
-def _role(name: str) -> str:
-    """A role by its name under `from`, or under `role`."""
-    return TURN_NAMES.get(name) or ROLES.get(name, name)
+def _role(name: Any) -> str:
+    return TURN_NAMES.get(str(name).lower(), str(name))
 
 
 def _take_parts(message: dict[str, Any], place: str) -> None:
     """Parts of type `reasoning` and `tool_call` become the message's reasoning, in front of the text, and its calls,
     behind it."""
-    parts = message["content"]
+    parts = message["content"] = [_part(part) for part in message["content"]]
     kinds = [part.get("type") if isinstance(part, dict) else None for part in parts]
     start = next((i for i, kind in enumerate(kinds) if kind != "reasoning"), len(kinds))
     end = next((i for i in range(len(kinds), start, -1) if kinds[i - 1] != "tool_call"), start)
@@ -132,6 +157,15 @@ def _take_parts(message: dict[str, Any], place: str) -> None:
         _, calls = calls_in_content(parts[i].get("value", parts[i].get("text")), f"{place}.content[{i}]")
         message["tool_calls"] = [*message.get("tool_calls", []), *calls]
     message["content"] = parts[start:end] or None
+
+
+def _part(part: Any) -> Any:
+    """A part under the names of OpenAI's Responses, or Anthropic's, by ours; without what is not there."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(kind, str) or kind not in PARTS:
+        return part
+    found = {"text" if key == kind else key: value for key, value in part.items() if not absent(value) or key == "text"}
+    return {**found, "type": PARTS[kind]}
 
 
 def flag_of(flags: dict[str, Any], place: str) -> int:

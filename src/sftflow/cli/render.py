@@ -30,9 +30,13 @@ def render(
         bool, typer.Option(help="prompts without what the template begins every reply with")
     ] = False,
     supervise: Annotated[str, typer.Option(help="what is taught: replies, or all tokens")] = "replies",
+    columns: Annotated[
+        str | None, typer.Option(help="what a table calls ours: question=prompt,answer=completion")
+    ] = None,
 ) -> None:
     """Show rows as the model sees them: tokens, and which of them are trained on."""
     from sftflow import api
+    from sftflow.chat.columns import parse_columns
 
     found = api.render(
         data,
@@ -42,6 +46,7 @@ def render(
         append_eos=append_eos,
         drop_prefill=drop_prefill,
         supervise=supervise,
+        columns=None if columns is None else parse_columns(columns),
     )
     for note in found.notes:
         print(note, file=sys.stderr)

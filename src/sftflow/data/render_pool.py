@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sftflow.chat.columns import Columned
 from sftflow.chat.render import Renderer, RendererSpec
 from sftflow.chat.schema import Conversation, conversation_of
 from sftflow.chat.verify import Checks, add_checks, checks, verify
@@ -32,7 +33,9 @@ from sftflow.data.truncate import fit_to_length
 from sftflow.fingerprint import row_digest
 from sftflow.foundation.errors import DataError, FormatError, MaskError, RunError, SchemaError, SftflowError
 
-NumberedRow = tuple[int, Any]  # (number in the source, a line's bytes, a parsed row, or a Conversation)
+NumberedRow = tuple[
+    int, Any
+]  # (number in the source, a line's bytes, a parsed row, either Columned, or a Conversation)
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,8 @@ def _shown(payload: Any) -> Any:
     """A bad row for bad_rows.jsonl: as it stood."""
     if isinstance(payload, Conversation):
         return payload.to_row()
+    if isinstance(payload, Columned):
+        payload = payload.row
     if isinstance(payload, bytes):
         return payload.decode("utf-8", "replace").rstrip("\r\n")
     try:  # Parquet has bytes and dates, a JSON file may be nested deeply

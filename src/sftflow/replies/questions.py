@@ -13,9 +13,10 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sftflow.chat.dialects import as_asked
+from sftflow.chat.columns import Columned, renamed
+from sftflow.chat.exchanges import as_asked
 from sftflow.chat.row_keys import READ, REFUSED
-from sftflow.chat.schema import Conversation, Message, Part, conversation_of, parse_line, text_message
+from sftflow.chat.schema import Conversation, Message, Part, conversation_of, parse_line, parse_row, text_message
 from sftflow.chat.thoughts import ThoughtMarks, learn_thoughts, split_thoughts
 from sftflow.chat.tool_format import learn_calls
 from sftflow.chat.tool_parser import CallFormat, read_calls
@@ -45,8 +46,11 @@ def read_question(payload: Any, place: str, system: str | None = None) -> tuple[
 
     Raises DataError or SchemaError where the row is none, or asks nothing.
     """
-    row = parse_line(payload, place) if isinstance(payload, bytes) else payload
-    found = conversation_of(as_asked(row, place), place)
+    row, columns = payload if isinstance(payload, Columned) else (payload, None)
+    row = parse_line(row, place) if isinstance(row, bytes) else row
+    named = renamed(row, columns, place, set())[0] if columns else row
+    asked = as_asked(named, place)
+    found = conversation_of(asked, place) if asked is not named or not columns else parse_row(row, place, columns)
     if found.tokens is not None:
         raise SchemaError(place, "a row of tokens: it has no message that could be asked", "give its messages")
     messages = [replace(m, weight=0) if m.weight is None else m for m in found.messages]
