@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,19 @@ from sftflow.foundation.errors import RecipeError, undecoded
 from sftflow.foundation.missing import not_there
 from sftflow.foundation.yaml_values import parse_yaml
 from sftflow.recipe_words import Origin, told
+
+_OWN_TASK = re.compile(r"(?s)(?!hub:)(.+\.py):(\w+)")
+
+
+def own_task(source: str) -> tuple[str, str] | None:
+    """(file, class) of a task in a user's file; None for what names none.
+
+    >>> own_task("./tasks.py:riddles"), own_task("hub:me/tasks.py:train"), own_task("spelling")
+    (('./tasks.py', 'riddles'), None, None)
+    """
+    found = _OWN_TASK.fullmatch(source)
+    return (found[1], found[2]) if found else None
+
 
 BUILTIN, RECIPES = "builtin:", Path(__file__).parent / "recipes"
 """what the names of recipes that come with the package begin with, and where these lie"""
@@ -76,7 +90,8 @@ class SourceEntry(_Frozen):
     @property
     def label(self) -> str:
         """What it is called where it is the only one (`data.sources.labels_of`); it seeds which rows are held out."""
-        return self.name or (self.source if self.has_bare_name else Path(self.source).stem)
+        own = own_task(self.source)
+        return self.name or (own[1] if own else self.source if self.has_bare_name else Path(self.source).stem)
 
     @property
     def has_bare_name(self) -> bool:
@@ -347,7 +362,7 @@ def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     for number, entry in enumerate(recipe.mixture):
         if entry.path is not None:
             entry = entry.model_copy(update={"path": absolute(entry.path, f"mixture.{number}.path")})
-        elif not entry.has_bare_name:
+        if not entry.has_bare_name and (entry.path is None or own_task(entry.source)):
             entry = entry.model_copy(update={"source": absolute(entry.source, f"mixture.{number}.source")})
         entries.append(entry)
     train = recipe.train.model_copy(update={"out": os.path.expanduser(recipe.train.out)})
@@ -361,7 +376,8 @@ def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
         tasks = []
         for number, task in enumerate(recipe.eval.tasks):
             name, found, path = task.partition("=")
-            tasks.append(f"{name}={absolute(path, f'eval.tasks.{number}')}" if found else task)
+            name = absolute(name, f"eval.tasks.{number}") if name.endswith(".py") or own_task(name) else name
+            tasks.append(f"{name}={absolute(path, f'eval.tasks.{number}')}" if found else name)
         update["eval"] = recipe.eval.model_copy(update={"tasks": tuple(tasks)})
     if recipe.compare is not None and recipe.compare.prompts != "default":
         update["compare"] = recipe.compare.model_copy(

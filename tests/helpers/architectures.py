@@ -41,6 +41,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Phi3": SMALL,
     "SmolLM3": SMALL,
     "NanoChat": SMALL,
+    "SftflowNanochat": SMALL | {"num_hidden_layers": 3, "sliding_window": 4, "long_window": 8, "backout_layer": 1},
     # not in the promise, but what people bring
     "Olmo3": SMALL | WINDOW,
     "Granite": SMALL | {"logits_scaling": 4.0, "residual_multiplier": 0.5},
@@ -58,13 +59,18 @@ REFUSED: dict[str, dict[str, Any]] = {
 def tiny(name: str) -> Any:
     import transformers
 
+    from sftflow.nanochat import config as ours
+
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**ARCHITECTURES.get(name, REFUSED.get(name, {})))
+    kind = getattr(transformers, f"{name}Config", None) or getattr(ours, f"{name}Config")
+    config = kind(**ARCHITECTURES.get(name, REFUSED.get(name, {})))
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # NanoChat starts with zeros, under which nothing would be tested
+        for key, parameter in model.named_parameters():  # NanoChat starts with zeros: nothing would be tested
             if parameter.ndim == 2:
                 parameter.normal_(0, 0.1)
+            elif "lambda" in key:
+                parameter.normal_(0.5, 0.3)
     return model
 
 

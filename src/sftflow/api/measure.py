@@ -16,7 +16,7 @@ from sftflow.comparison.compare import checked_prompts, compare_models
 from sftflow.comparison.run_artifacts import run_of
 from sftflow.evaluation import results as evaluation
 from sftflow.evaluation.evaluate import evaluate_models
-from sftflow.evaluation.options import EvalOptions
+from sftflow.evaluation.options import EvalOptions, TaskLike
 from sftflow.evaluation.prompts_for import require_askable
 from sftflow.foundation.atomic_io import Lock, write_text
 from sftflow.foundation.errors import RecipeError, TaskError
@@ -61,13 +61,14 @@ class Comparison(comparison.Comparison):
 
 def evaluate(
     models: ModelLike | Sequence[ModelLike],
-    tasks: Sequence[str] | None = None,
+    tasks: Sequence[TaskLike] | TaskLike | None = None,
     *,
     limit: int | None = 200,
     allow_code: bool = False,
     out: str | Path | None = None,
 ) -> Evaluation:
-    """Score models on tasks, written as on the command line: `spelling`, `gsm8k=PATH`; None: the generated ones.
+    """Score models on tasks, written as on the command line: `spelling`, `gsm8k=PATH`, `./tasks.py:riddles`, or a class
+    of one's own; None: the generated ones.
 
     limit: items a task, None for all.   allow_code: run code that the model wrote, in a sandbox.
     out: where the graded rows and eval.json stay, so that a rerun goes on from them.
@@ -101,7 +102,7 @@ def evaluate_all(models: Sequence[ModelLike], options: EvalOptions, folder: Path
 def compare(
     base: ModelLike,
     sft: ModelLike,
-    tasks: Sequence[str] | None = None,
+    tasks: Sequence[TaskLike] | TaskLike | None = None,
     *,
     limit: int | None = 200,
     prompts: str = "default",

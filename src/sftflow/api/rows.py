@@ -34,6 +34,8 @@ from sftflow.recipe_words import Origin
 from sftflow.report.tables import as_text
 from sftflow.report.token_page import token_html, token_page
 from sftflow.report.token_view import TerminalRow
+from sftflow.tasks import Task, TaskSource
+from sftflow.tasks.own import given
 
 Chat = str | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Conversation
 """one question, a row of any dialect, a list of messages, or a Conversation"""
@@ -184,14 +186,23 @@ def _row_of(payload: Any) -> Any:
     return payload.row if isinstance(payload, Columned) else payload
 
 
-def task(name: str, path: str | Path | None = None, **keys: Any) -> SourceEntry:
-    """A built-in task as a source of the mixture.   path: of its data, where it needs some.   keys: `limit`, `repeat`,
-    `split`, `name`, as in a recipe.   Raises RecipeError for another key.
+def task(name: str | type[Task] | Task, path: str | Path | None = None, **keys: Any) -> SourceEntry:
+    """A task as a source of the mixture: a built-in one, one in a file (`./tasks.py:riddles`), or a class of one's own
+    or an instance, whose conversations are made at once (with the seed 0) and trained on as rows from memory.
+
+    path: of its data, where it needs some.   keys: `limit`, `repeat`, `split`, `name`, as in a recipe.   Raises
+    RecipeError for another key.
 
     >>> task("spelling", limit=2000).limit
     2000
     """
-    return entry_of({"source": name, "path": None if path is None else str(path), **keys})
+    said = None if path is None else str(path)
+    if isinstance(name, str):
+        return entry_of({"source": name, "path": said, **keys})
+    made = given(name, TaskSource(path=said, limit=keys.pop("limit", None)))
+    conversations: list[Any] = made.conversations(keys.pop("split", "train"))
+    rows = [row.to_row() if isinstance(row, Conversation) else row for row in conversations]
+    return entry_of({**dict(entry_of(Rows(rows, made.name))), **keys})
 
 
 def entry_of(source: Any) -> SourceEntry:

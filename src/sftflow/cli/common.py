@@ -29,7 +29,7 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="override, e.g. train.steps=30 or mixture.0.limit=5"),
 ]
 Out = Annotated[Path, typer.Option("--out", help="where the results go")]
-TASKS_HELP = "NAME or NAME=PATH, separated by commas (docs/evaluation.md lists them)"
+TASKS_HELP = "NAME, NAME=PATH or ./FILE.py:CLASS, separated by commas (docs/evaluation.md lists them, docs/tasks.md)"
 Tasks = Annotated[str | None, typer.Option("--tasks", help=TASKS_HELP)]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="at most so many items a task")]
 AllowCode = Annotated[bool, typer.Option("--allow-code", help="run code that the model wrote, in a sandbox")]

@@ -39,7 +39,7 @@ from sftflow.data.sources import labels_of, place_of, rows_of_entry
 from sftflow.data.store import RowStore, RowWriter
 from sftflow.foundation.atomic_io import remove_directory, write_directory
 from sftflow.foundation.errors import DataError, RunError
-from sftflow.recipe import Recipe, SourceEntry
+from sftflow.recipe import Recipe, SourceEntry, own_task
 
 BLOCK_ROWS, BLOCK_BYTES = 256, 1 << 20
 ALONE_BLOCKS = 6  # a source of fewer blocks is rendered here: processes would take longer to start
@@ -61,7 +61,7 @@ class _Source:
     renderer: Renderer
     job: Job
     label: str
-    stamps: list[tuple[int, int]]
+    stamps: list[object]
     key: str | None
 
     def blocks(self, *, every_row: bool, wanted: Wanted | None = None) -> Generator[NumberedBlock, None, None]:
@@ -72,7 +72,10 @@ class _Source:
         places = count() if wanted is None else filter(wanted, count())
         with contextlib.closing(_rendered(_blocks(rows, places), self.job, self.renderer, every_row)) as blocks:
             yield from blocks
-        if stamps_of(self.entry) != self.stamps:
+        if stamps_of(self.entry, self.recipe) != self.stamps:
+            if own_task(self.entry.source):
+                fact = "it makes other rows each time"
+                raise DataError(self.job.prefix, fact, "draw what is drawn from random.Random(self.source.seed)")
             raise DataError(self.job.prefix, "it was written to while it was read", "run this again")
 
     def write(self, directory: Path, fill: Callable[[Path], None]) -> None:
@@ -88,8 +91,8 @@ class _Source:
 def _source(entry: SourceEntry, number: int, recipe: Recipe, renderer: Renderer) -> _Source:
     place = place_of(entry)
     job = Job(renderer.spec, place, recipe.train.max_length, recipe.train.overlong, recipe.on_bad_row)
-    stamps, label = stamps_of(entry), labels_of(recipe.mixture)[number]
-    return _Source(entry, recipe, renderer, job, label, stamps, cache_key(entry, recipe, job))
+    stamps, label = stamps_of(entry, recipe), labels_of(recipe.mixture)[number]
+    return _Source(entry, recipe, renderer, job, label, stamps, cache_key(entry, recipe, job, stamps))
 
 
 def open_source(directory: Path, number: int, recipe: Recipe, *, new: bool = False) -> RowStore:

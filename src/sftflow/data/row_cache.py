@@ -22,11 +22,12 @@ from pathlib import Path
 
 from sftflow.data.parts import is_part
 from sftflow.data.render_pool import Job
+from sftflow.data.sources import made_digest
 from sftflow.fingerprint import RENDERED_ROWS, code_hash, hash_json
 from sftflow.foundation.atomic_io import reason, remove_directory, require_writable, sha256_file
 from sftflow.foundation.errors import DataError
-from sftflow.recipe import Recipe, SourceEntry
-from sftflow.tasks import TASKS
+from sftflow.recipe import Recipe, SourceEntry, own_task
+from sftflow.tasks import is_task
 
 CACHE_BYTES = 20 << 30
 LEFT_SECONDS = 7 * 86_400
@@ -71,15 +72,18 @@ def _say_once(text: str) -> None:
 
 def _files_of(entry: SourceEntry) -> list[Path]:
     """The files of an entry's data; none where it is made here, or from a hub."""
-    name = entry.path if entry.source in TASKS else entry.path or entry.source
+    name = entry.path if is_task(entry.source) else entry.path or entry.source
     if name is None or name.startswith("hub:"):
         return []
     path = Path(name)
     return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
 
 
-def stamps_of(entry: SourceEntry) -> list[tuple[int, int]]:
-    """What tells that an entry's files were written to: size and time of each; [] where one cannot be read."""
+def stamps_of(entry: SourceEntry, recipe: Recipe) -> list[object]:
+    """What tells that an entry's files were written to: size and time of each; [] where one cannot be read. Of a user's
+    task, a hash of its rows."""
+    if own_task(entry.source):
+        return [made_digest(entry, recipe)]
     try:
         stats = [path.stat() for path in _files_of(entry)]
     except OSError:
@@ -87,12 +91,15 @@ def stamps_of(entry: SourceEntry) -> list[tuple[int, int]]:
     return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
 
 
-def cache_key(entry: SourceEntry, recipe: Recipe, job: Job) -> str | None:
-    """What the rows depend on, as one hash; None where the data cannot be hashed (a hub data set)."""
+def cache_key(entry: SourceEntry, recipe: Recipe, job: Job, stamps: list[object]) -> str | None:
+    """What the rows depend on, as one hash; None where the data cannot be hashed (a hub data set).
+
+    stamps: see `stamps_of`."""
     if (entry.path or entry.source).startswith("hub:"):
         return None
     try:
         data = " ".join(f"{p}={sha256_file(p)}" for p in _files_of(entry))
+        data += str(stamps) if own_task(entry.source) else ""
     except OSError:
         return None  # reading the rows will say what is wrong
     parts = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,15 +14,19 @@ from sftflow.chat.columns import Columned, require_columns
 from sftflow.chat.data_files import Wanted, numbered_rows
 from sftflow.chat.schema import Conversation, conversation_of
 from sftflow.data.render_pool import NumberedRow
+from sftflow.foundation.atomic_io import digest_of
 from sftflow.foundation.errors import DataError, RecipeError, SftflowError
 from sftflow.foundation.missing import not_there
-from sftflow.recipe import Recipe, SourceEntry
-from sftflow.tasks import TASKS, TaskSource, make_task
+from sftflow.recipe import Recipe, SourceEntry, own_task
+from sftflow.tasks import TASKS, TaskSource, is_task, make_task, own_class
 
 
 def check_source(entry: SourceEntry, place: str = "mixture") -> None:
-    """Raises RecipeError where an entry names a task that there is not, or a split of a file.   place: where it was
-    written."""
+    """Raises RecipeError or TaskError where an entry names a task that there is not, or a split of a file.
+    place: where it was written."""
+    if own_task(entry.source) or entry.source.endswith(".py"):
+        own_class(entry.source, place)
+        return
     if entry.path is None and entry.has_bare_name and entry.source not in TASKS:
         near = difflib.get_close_matches(entry.source, TASKS, 1)
         hint = (
@@ -36,7 +41,7 @@ def check_source(entry: SourceEntry, place: str = "mixture") -> None:
         of_hub = entry.source.startswith("hub:")
         remedy = f"write {':'.join(entry.source.split(':')[:2])}:{entry.split}" if of_hub else "name the split's file"
         raise RecipeError(place, f"split {entry.split!r}: only the built-in tasks have this key", remedy)
-    if entry.columns and entry.source in TASKS:
+    if entry.columns and (entry.source in TASKS or own_task(entry.source)):
         fact = f"columns beside the task {entry.source}, which knows the names of its own"
         raise RecipeError(place, fact, "leave out columns, or name the file as the source")
 
@@ -49,7 +54,7 @@ def rows_of_entry(entry: SourceEntry, recipe: Recipe, wanted: Wanted | None = No
     if entry in recipe.mixture:
         place = recipe.origin.place("mixture", recipe.mixture.index(entry), "source")
     check_source(entry, place)
-    if entry.source in TASKS:
+    if is_task(entry.source):
         options = {"identity": recipe.identity.model_dump()}
         source = TaskSource(path=entry.path, seed=recipe.train.seed, limit=entry.limit, options=options)
         number = 0
@@ -80,9 +85,15 @@ def rows_of_entry(entry: SourceEntry, recipe: Recipe, wanted: Wanted | None = No
         raise DataError(place_of(entry), "no rows in it", "give a file with conversations")
 
 
+def made_digest(entry: SourceEntry, recipe: Recipe) -> str:
+    """Of all rows that a user's task makes: what else its code reads is not known."""
+    rows = (row.to_row() if isinstance(row, Conversation) else row for _, row in rows_of_entry(entry, recipe))
+    return digest_of(json.dumps(row, default=str).encode() + b"\n" for row in rows)
+
+
 def place_of(entry: SourceEntry) -> str:
     """What errors call the entry's rows, with the row's number behind it: `data.jsonl` in `data.jsonl:17`."""
-    return entry.place or (entry.source if entry.source in TASKS else entry.path or entry.source)
+    return entry.place or (entry.source if is_task(entry.source) else entry.path or entry.source)
 
 
 def labels_of(entries: Sequence[SourceEntry]) -> list[str]:

@@ -28,6 +28,7 @@ from sftflow.generation.kv_cache import Cache, Decoding, Prefix, Reading, Store
 from sftflow.generation.onednn import Forwards
 from sftflow.packing.attending import attending
 from sftflow.packing.layout import layout_of
+from sftflow.packing.loss import needs_previous_ids
 from sftflow.packing.pack import Example, PackedBatch, pack_batch
 
 PREFILL = 2048
@@ -48,6 +49,7 @@ class PackedDecoder:
         """shared_prefix: ids that every prompt begins with, computed here once.   forwards: see `ordered_forwards`."""
         self.model, self.runtime = model, runtime
         self.cache, self.prefix = Cache(), Prefix()
+        self._needs_previous = needs_previous_ids(model)
         self._mode = ExitStack()
         self._mode.enter_context(attending(model, "packed", forwards=forwards or ()))
         if shared_prefix:
@@ -83,8 +85,10 @@ class PackedDecoder:
     def step(self, tokens: Sequence[int]) -> torch.Tensor:
         rows = list(range(len(tokens)))
         ids, positions, to = (torch.tensor(x, device=self.model.device) for x in (tokens, self.cache.lengths, rows))
-        logits = self._forward(ids[None], positions[None], Decoding(self.cache, positions, to), 0)
+        plan = Decoding(self.cache, positions, to)
+        logits = self._forward(ids[None], positions[None], plan, 0, np.asarray([self.cache.last]))
         self.cache.lengths = [n + 1 for n in self.cache.lengths]
+        self.cache.last = list(tokens)
         return logits
 
     @torch.inference_mode()
@@ -97,6 +101,7 @@ class PackedDecoder:
         batch = _packed([ids], 0)
         logits = self._read(batch, prefix, prefix.extend, batch.segments[0] if every else batch.label_positions)
         prefix.length += len(ids)
+        prefix.last = ids[-1]
         return logits
 
     @torch.inference_mode()
@@ -105,6 +110,7 @@ class PackedDecoder:
         for layer, states in prefix.layers.items():
             store(layer, *states)
         self.cache.lengths = lengths
+        self.cache.last = [*self.cache.last, prefix.last]
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         """Compute prompts behind the shared prefix as one packed row; their keys become new rows of the cache."""
@@ -116,6 +122,7 @@ class PackedDecoder:
         store, lengths = self.cache.new_rows(paths, self.model.device)
         logits = self._read(batch, self.prefix, store, batch.label_positions[order])
         self.cache.lengths = lengths
+        self.cache.last = [*self.cache.last, *(prompt[-1] for prompt in prompts)]
         return logits
 
     def _read(self, batch: PackedBatch, prefix: Prefix, store: Store, wanted: NDArray[np.int64]) -> torch.Tensor:
@@ -125,12 +132,15 @@ class PackedDecoder:
             torch.from_numpy(x).to(self.model.device)
             for x in (batch.input_ids, batch.positions + prefix.length, wanted)
         )
-        return self._forward(ids, positions, plan, slots)
+        return self._forward(ids, positions, plan, slots, batch.previous_ids(prefix.last))
 
-    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, plan: Any, wanted: Any) -> torch.Tensor:
+    def _forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, plan: Any, wanted: Any, previous: NDArray[np.int64]
+    ) -> torch.Tensor:
+        more = {"previous_ids": torch.from_numpy(previous).to(ids.device)} if self._needs_previous else {}
         with self.runtime.autocast():
             logits = self.model(
-                input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=wanted, plan=plan
+                input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=wanted, plan=plan, **more
             ).logits[0]
         return torch.as_tensor(logits).float()
 

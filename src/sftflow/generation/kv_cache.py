@@ -31,9 +31,11 @@ Store = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 @dataclass
 class Prefix:
-    """The first `length` tokens of a prompt, or of all: by layer (keys, values), each (length, kv heads, size)."""
+    """The first `length` tokens of a prompt, or of all: by layer (keys, values), each (length, kv heads, size).
+    last: the id of the last one; -1: there is none."""
 
     length: int = 0
+    last: int = -1
     layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -60,9 +62,11 @@ class Reading:
 
 @dataclass
 class Cache:
-    """What the running replies remember: how many tokens each has, and by layer their keys and values."""
+    """What the running replies remember: how many tokens each has, the last one's id, and by layer their keys and
+    values."""
 
     lengths: list[int] = field(default_factory=list)
+    last: list[int] = field(default_factory=list)
     layers: dict[int, list[torch.Tensor]] = field(default_factory=dict)
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -78,6 +82,7 @@ class Cache:
                 for buffer in buffers:
                     buffer[to, :, :longest] = buffer[origin, :, :longest]
         self.lengths = [self.lengths[i] for i in rows]
+        self.last = [self.last[i] for i in rows]
         # Give back what one long reply, or many at once, took long ago.
         n, longest = len(rows), max(self.lengths, default=0)
         for buffers in self.layers.values() if n else ():

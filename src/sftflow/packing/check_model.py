@@ -86,9 +86,9 @@ def sees_neighbours(model: Any) -> bool:
     middle = sorted(batch.segments, key=lambda path: int(path[0]))[1]  # it has one before it and one behind
     own = hidden[torch.from_numpy(middle).to(hidden.device)]
     direction = torch.from_numpy(rng.standard_normal(tuple(own.shape))).to(own)
-    (slope,) = torch.autograd.grad((own * direction).sum(), embedded)
-    others = np.setdiff1d(np.arange(hidden.shape[0]), middle)
-    return bool(slope.reshape(hidden.shape[0], -1)[torch.from_numpy(others).to(slope.device)].any())
+    slopes = torch.autograd.grad((own * direction).sum(), embedded)  # one for each look into the embedding
+    others = torch.from_numpy(np.setdiff1d(np.arange(hidden.shape[0]), middle)).to(hidden.device)
+    return any(bool(slope.reshape(hidden.shape[0], -1)[others].any()) for slope in slopes)
 
 
 @contextmanager

@@ -179,6 +179,11 @@ def body_of(model: Any) -> Any:
     return model.base_model if model.base_model is not model else model.get_decoder()
 
 
+def needs_previous_ids(model: Any) -> bool:
+    """Whether a model must be told the token before each: it looks back at that one by itself, besides attention."""
+    return bool(getattr(model, "needs_previous_ids", False))
+
+
 def hidden_states(model: Any, batch: PackedBatch, *, packed: bool = True) -> torch.Tensor:
     """The last hidden states, (slots, width), before the output projection.
 
@@ -189,6 +194,8 @@ def hidden_states(model: Any, batch: PackedBatch, *, packed: bool = True) -> tor
     if packed:
         positions = torch.from_numpy(batch.positions).to(model.device)
         extra = {"position_ids": positions, "layout": layout_of(batch, model.device)}
+        if needs_previous_ids(model):
+            extra["previous_ids"] = torch.from_numpy(batch.previous_ids()).to(model.device)
     out: torch.Tensor = body_of(model)(input_ids=ids, use_cache=False, **extra).last_hidden_state
     return out.reshape(-1, out.shape[-1])
 

@@ -74,6 +74,14 @@ class PackedBatch:
         """Slots that hold a token."""
         return sum(self.n_own)
 
+    def previous_ids(self, before: int = -1) -> Int:
+        """(rows, width) the id before each slot's in its conversation; `before` where a conversation begins."""
+        ids = self.input_ids.ravel()
+        previous = np.full(ids.size, before)
+        for path in self.segments:
+            previous[path[1:]] = ids[path[:-1]]
+        return previous.reshape(self.input_ids.shape)
+
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Best-fit decreasing bin packing: each item goes to the fullest row that still takes it.

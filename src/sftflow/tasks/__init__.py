@@ -1,4 +1,5 @@
-"""The table of built-in tasks. A new task is one file beside this one and one row here."""
+"""The table of built-in tasks (a new one is one file beside this one and one row here), and what a task of one's own is
+written with: docs/tasks.md."""
 
 from __future__ import annotations
 
@@ -8,8 +9,22 @@ from pathlib import Path
 
 from sftflow.foundation.errors import TaskError
 from sftflow.foundation.missing import not_there
+from sftflow.recipe import own_task
+from sftflow.tasks.answers import answer_of, final_number, holds_text, same_number, same_text
+from sftflow.tasks.own import class_in_file, made_of, name_of
 from sftflow.tasks.published import to_get
-from sftflow.tasks.task import Item, Task, TaskSource, chance_of, is_pattern
+from sftflow.tasks.task import (
+    Item,
+    Task,
+    TaskSource,
+    ask,
+    chance_of,
+    is_pattern,
+    is_test_case,
+    make_item,
+    rows_of,
+    sample,
+)
 
 TASKS = {
     "spelling": "spelling:Spelling",
@@ -34,11 +49,27 @@ TASKS = {
 GENERATED = ("spelling", "spelling_bee", "arithmetic", "identity", "concepts", "formatting", "dialogue")
 
 
+def is_task(name: str) -> bool:
+    """Whether a source's name is a task's: a built-in one, or one in a file (`./tasks.py:riddles`)."""
+    return name in TASKS or own_task(name) is not None
+
+
+def own_class(name: str, place: str) -> type[Task]:
+    """The class that `./tasks.py:riddles` names. Raises TaskError where it is not there, or bears a built-in's name."""
+    file, wanted = own_task(name) or (name, "")
+    found = class_in_file(file, wanted, place)
+    if (called := name_of(found)) in TASKS:
+        raise TaskError(f"{file}:{wanted}", f"its name {called!r} is a built-in task's", "give it a name of its own")
+    return found
+
+
 def make_task(name: str, source: TaskSource, place: str = "--tasks", path: str = "") -> Task:
     """The named task over a source of rows. Raises TaskError for an unknown name or a missing path.
 
     place: where the name was written.   path: what to do where its path is missing.
     """
+    if own_task(name) or name.endswith(".py"):
+        return made_of(own_class(name, place), source)
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(TASKS)}"
@@ -56,4 +87,24 @@ def make_task(name: str, source: TaskSource, place: str = "--tasks", path: str =
     return task
 
 
-__all__ = ["GENERATED", "TASKS", "Item", "Task", "TaskSource", "chance_of", "make_task"]
+__all__ = [
+    "GENERATED",
+    "TASKS",
+    "Item",
+    "Task",
+    "TaskSource",
+    "answer_of",
+    "ask",
+    "chance_of",
+    "final_number",
+    "holds_text",
+    "is_task",
+    "is_test_case",
+    "make_item",
+    "make_task",
+    "own_class",
+    "rows_of",
+    "same_number",
+    "same_text",
+    "sample",
+]

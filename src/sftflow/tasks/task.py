@@ -135,8 +135,8 @@ def chance_of(items: Sequence[Item]) -> float:
     return sum(1 / len(i.choices) if i.choices else 0.0 for i in items) / max(1, len(items))
 
 
-def ask(question: str, reply: str | Sequence[Part], source: str) -> Conversation:
-    """A one-turn conversation."""
+def ask(question: str, reply: str | Sequence[Part], source: str = "") -> Conversation:
+    """A one-turn conversation.   source: where it came from, as errors shall name it."""
     parts = (Part("text", reply),) if isinstance(reply, str) else tuple(reply)
     return Conversation((text_message("user", question), Message("assistant", parts)), (), {}, source)
 
