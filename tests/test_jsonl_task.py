@@ -131,8 +131,8 @@ NAMES = "exact, number, contains, regex"
             "the answer 'c' is not one of the choices; write its text or its letter",
         ),
         ({"answer": ["a", "b"], "choices": ["a", "b"]}, "2 answers to one choice; give one"),
-        ({"answer": "a", "choices": ["a"]}, "the number of choices is 1; give 2 to 5"),
-        ({"answer": "a", "choices": list("abcdef")}, "the number of choices is 6; give 2 to 5"),
+        ({"answer": "a", "choices": ["a"]}, "the number of choices is 1; give 2 to 26"),
+        ({"answer": "a", "choices": list("abcdefghijklmnopqrstuvwxyz.")}, "the number of choices is 27; give 2 to 26"),
         ({"answer": "a", "choices": ["a", "A."]}, "two choices are the same; give every choice its own text"),
         ({"answer": "a", "choices": "ab"}, 'choices that are not a list of texts; write "choices": ["...", "..."]'),
         (

@@ -197,6 +197,9 @@ def test_multiple_choice_maps_labels_to_letters(tmp_path: Path) -> None:
         ("**A**", "A"),
         ("Answer: A", "A"),
         ("Answer: C\nB would be wrong", "C"),
+        ("A mole is blind, so B.", "B"),
+        ("A is right, and B is not.", "A"),
+        ("A mole.", "A"),
         ("a", None),
         ("D", None),
         ("Bees fly", None),
@@ -209,6 +212,56 @@ def test_first_letter(reply: str, letter: str | None) -> None:
     assert first_letter(reply, ("A", "B", "C")) == letter
     item = Item(id="x", messages=(), answer="A", choices=("A", "B", "C"))
     assert MultipleChoice(TaskSource()).grade(item, reply) == (letter == "A")
+
+
+@pytest.mark.parametrize(
+    ("reply", "letter"),
+    [
+        ("I", "I"),
+        ("I.", "I"),
+        ("(I) a wren", "I"),
+        ("The answer is I because wrens sing.", "I"),
+        ("I think the answer is B.", "B"),
+        ("I'd say (D), not A.", "D"),
+        ("I do not know.", None),
+        ("B, I think", "B"),
+        (r"I would choose \boxed{I}", "I"),
+        ("J", "J"),
+        ("K", None),
+    ],
+)
+def test_the_pronoun_is_no_letter(reply: str, letter: str | None) -> None:
+    assert first_letter(reply, tuple("ABCDEFGHIJ")) == letter
+
+
+PRO = {"question": "Which one sings?", "options": [f"bird {n}" for n in range(10)], "answer": "I", "answer_index": 8}
+
+
+def test_mmlu_pro(tmp_path: Path) -> None:
+    rows = [
+        PRO | {"category": "biology"},
+        PRO | {"options": ["a", "b", "c", "N/A", "N/A"], "answer": "B", "answer_index": 1},
+    ]
+    task = make_task("mmlu_pro", TaskSource(path=jsonl(tmp_path / "test.jsonl", *rows)))
+    ten, three = task.items()
+    assert (ten.choices, ten.answer, three.choices) == (tuple("ABCDEFGHIJ"), "I", ("A", "B", "C"))
+    assert "\nJ. bird 9\nAnswer with" in ten.messages[0].text and task.grade(ten, "I") == 1
+    assert task.conversations()[0].messages[-1].text == "I"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"options": "abc"}, "no texts under 'options'; write"),
+        ({"options": ["a"]}, "the number of options is 1; give 2 to 26"),
+        ({"answer_index": 10}, "answer_index 10 is none of its 10 options; correct it"),
+        ({"answer_index": None, "answer": "K"}, "answer 'K' is none of its 10 options; correct it"),
+        ({"answer": "A"}, "answer 'A', but answer_index 8 is I; correct one"),
+    ],
+)
+def test_a_bad_row_of_mmlu_pro(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "test.jsonl", PRO | change)
+    assert error_of(SchemaError, make_task("mmlu_pro", TaskSource(path=path)).items).startswith(f"{path}:1: {said}")
 
 
 def mmlu_folder(root: Path) -> Path:
@@ -383,8 +436,8 @@ CHOICE_SHAPE = 'write {"question": ..., "choices": {"text": [...], "label": [...
         ),
         (
             MultipleChoice,
-            WREN | {"choices": {"text": list("abcdef"), "label": list("ABCDEF")}},
-            "the number of choices is 6; give 2 to 5",
+            WREN | {"choices": {"text": ["a"] * 27, "label": list(range(27))}},
+            "the number of choices is 27; give 2 to 26",
         ),
         (
             MultipleChoice,

@@ -79,6 +79,7 @@ GRADED_ROWS = MadeBy(
         "evaluation/journal.py",
         "evaluation/options.py",
         "evaluation/prompts_for.py",
+        "evaluation/shots.py",
         "foundation/calculator.py",  # the results that replies are continued with
         "foundation/rounding.py",
         "foundation/runtime.py",  # device and precision

@@ -218,13 +218,19 @@ class Train(_Frozen):
 
 
 class Eval(_Frozen):
-    """every: also evaluate each so many steps, on `sample` items a task."""
+    """every: also evaluate each so many steps, on `sample` items a task.   shots, samples, temperature, max_tokens,
+    thinking: see `evaluation.options.How`."""
 
     tasks: tuple[str, ...] = ()
     limit: Annotated[int, Field(gt=0)] | None = 200
     allow_code: bool = False
     every: Annotated[int, Field(gt=0)] | None = None
     sample: Annotated[int, Field(gt=0)] = 16
+    shots: Annotated[int, Field(ge=0)] = 0
+    samples: Annotated[int, Field(gt=0)] = 1
+    temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
+    max_tokens: Annotated[int, Field(gt=0)] | None = None
+    thinking: bool | None = None
 
 
 class Compare(_Frozen):

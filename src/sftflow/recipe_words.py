@@ -28,6 +28,8 @@ NEAR = {
 OPTIONS = {
     "--allow-code": "eval.allow_code: true", "--format": "format", "--judge-model": "compare.judge_model",
     "--judge": "compare.judge", "--limit": "eval.limit", "--prompts": "compare.prompts", "--tasks": "eval.tasks",
+    "--thinking on": "eval.thinking: true", "--thinking": "eval.thinking", "--shots": "eval.shots",
+    "--samples": "eval.samples", "--temperature": "eval.temperature", "--max-tokens": "eval.max_tokens",
 }  # fmt: skip
 """options of commands, and the keys of a recipe by which the same is asked for"""
 _OPTION = re.compile("|".join(OPTIONS))
@@ -239,7 +241,7 @@ def elsewhere(path: Path, model: type[BaseModel], origin: Origin) -> str:
     name = normal(str(path[-1]))
     theirs = ours(name, in_mixture=path[0] == "mixture")
     holders = [key for key, leaf in _keys(model) if leaf == name]
-    if path[0] == "mixture" and theirs is not None and theirs.key.startswith("mixture."):
+    if theirs is not None and theirs.key.startswith(f"{path[0]}."):  # another trainer's word for what stands beside it
         holders = []
     if holders and not (theirs and theirs.key in holders):
         if len(holders) > 1 or holders[0].startswith("mixture."):

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from sftflow.api.assistant import Assistant, load
 from sftflow.api.doctor import doctor
-from sftflow.api.measure import Comparison, Evaluation, compare, evaluate
+from sftflow.api.measure import BarMissed, Comparison, Evaluation, compare, evaluate
 from sftflow.api.mixture import Audit, Mixture, audit, mix, prepare_part
 from sftflow.api.publish import export, serve, talk
 from sftflow.api.rows import Rendering, Rows, read, render, task
@@ -31,6 +31,7 @@ from sftflow.api.side_by_side import Replies, WeightChange, ask, diff
 __all__ = [
     "Assistant",
     "Audit",
+    "BarMissed",
     "Comparison",
     "Evaluation",
     "Mixture",

@@ -14,7 +14,7 @@ from sftflow.data.audit import item_parts
 from sftflow.data.decontaminate import EvalSets
 from sftflow.data.shares import check_shares
 from sftflow.data.sources import check_source
-from sftflow.evaluation.options import EvalOptions, EvalTask
+from sftflow.evaluation.options import EvalOptions, EvalTask, How
 from sftflow.foundation.dotted_keys import set_key
 from sftflow.foundation.errors import CheckpointError, RecipeError
 from sftflow.recipe import Eval, Recipe, SourceEntry, load_recipe, overridden, resolve_paths
@@ -38,7 +38,8 @@ def eval_options(recipe: Recipe) -> EvalOptions:
     """What a recipe's models are asked."""
     asked = recipe.eval or Eval(limit=None)
     identity = recipe.identity.model_dump()
-    return EvalOptions(tasks=asked.tasks, limit=asked.limit, allow_code=asked.allow_code, identity=identity)
+    how = How(**{f.name: getattr(asked, f.name) for f in fields(How)})
+    return EvalOptions(tasks=asked.tasks, limit=asked.limit, allow_code=asked.allow_code, identity=identity, how=how)
 
 
 def recipe_tasks(recipe: Recipe) -> list[EvalTask]:

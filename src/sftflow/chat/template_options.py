@@ -6,16 +6,18 @@ what was trained on. Arguments are built in as defaults: a caller who sets one i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations, product
 
 from sftflow.chat.format import ChatFormat
 from sftflow.chat.render import Renderer
-from sftflow.chat.schema import Conversation
+from sftflow.chat.schema import Conversation, text_message
 from sftflow.foundation.errors import FormatError, MaskError
 
 _MOST_ARGUMENTS = 6
+_THINKING = re.compile(r"(?:enable_|use_)?(?:thinking|think|reasoning)(?:_enabled|_mode)?")
 _REFUSED = 3  # as many rows as this to be expanded are as bad as one that is refused
 
 # The end-of-text token is put behind every reply before the template sees it. (namespace: a `set` inside a `for` would
@@ -44,6 +46,19 @@ def with_arguments(chat_format: ChatFormat, arguments: dict[str, bool]) -> ChatF
         for name, value in arguments.items()
     )
     return chat_format.behind(front, kwargs={**chat_format.kwargs, **arguments})
+
+
+def set_thinking(renderer: Renderer, *, on: bool) -> Renderer:
+    """The renderer whose prompts ask for thoughts, or for none, by the template's own argument for that
+    (`enable_thinking` in most). Raises FormatError where it has none."""
+    probe = Conversation((text_message("user", "u"),))
+    for name in dict.fromkeys([*renderer.format.kwargs, *renderer.arguments()]):
+        if _THINKING.fullmatch(name):
+            yes, no = (renderer.with_format(with_arguments(renderer.format, {name: value})) for value in (True, False))
+            if yes.text(probe, add_generation_prompt=True) != no.text(probe, add_generation_prompt=True):
+                return yes if on else no
+    fact = "its template has no argument that switches thinking on or off, such as enable_thinking"
+    raise FormatError(renderer.format.name, fact, "leave --thinking out")
 
 
 def append_eos(renderer: Renderer) -> Renderer:

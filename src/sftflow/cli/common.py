@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +23,12 @@ app = typer.Typer(
     "fine-tuning, evaluation, base-versus-SFT comparison, serving.",
 )
 
+
+class Switch(StrEnum):
+    on = "on"
+    off = "off"
+
+
 MODEL_HELP = "a checkpoint or run directory, a hub id, a .gguf file, or builtin:tiny"
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 Set = Annotated[
@@ -33,6 +40,20 @@ TASKS_HELP = "NAME, NAME=PATH or ./FILE.py:CLASS, separated by commas (docs/eval
 Tasks = Annotated[str | None, typer.Option("--tasks", help=TASKS_HELP)]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="at most so many items a task")]
 AllowCode = Annotated[bool, typer.Option("--allow-code", help="run code that the model wrote, in a sandbox")]
+Shots = Annotated[int, typer.Option("--shots", min=0, metavar="N", help="examples in front of each item")]
+Samples = Annotated[int, typer.Option("--samples", min=1, metavar="K", help="replies an item; needs --temperature")]
+Temperature = Annotated[float, typer.Option("--temperature", min=0, metavar="T", help="0: greedy")]
+MaxTokens = Annotated[
+    int | None, typer.Option("--max-tokens", min=1, metavar="N", help="of a reply, in place of the task's own")
+]
+Thinking = Annotated[
+    Switch | None,
+    typer.Option("--thinking", help="whether the chat template asks for thoughts; else as it stands"),
+]
+
+
+def is_on(switch: Switch | None) -> bool | None:
+    return None if switch is None else switch is Switch.on
 
 
 def _version(asked: bool) -> None:

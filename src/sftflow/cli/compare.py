@@ -6,7 +6,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sftflow.cli.common import MODEL_HELP, TASKS_HELP, AllowCode, Limit, Out, app, print_table, say, split_tasks
+from sftflow.cli.common import (
+    MODEL_HELP,
+    TASKS_HELP,
+    AllowCode,
+    Limit,
+    MaxTokens,
+    Out,
+    Samples,
+    Shots,
+    Temperature,
+    Thinking,
+    app,
+    is_on,
+    print_table,
+    say,
+    split_tasks,
+)
 from sftflow.cli.processes import RERUN, Nproc, processes
 
 if TYPE_CHECKING:
@@ -24,6 +40,11 @@ def compare(
         typer.Option(help='default, or JSON lines: a text, {"prompt": TEXT, "expects": [["Paris"]]} or messages'),
     ] = "default",
     limit: Limit = None,
+    shots: Shots = 0,
+    samples: Samples = 1,
+    temperature: Temperature = 0.0,
+    max_tokens: MaxTokens = None,
+    thinking: Thinking = None,
     allow_code: AllowCode = False,
     judge: Annotated[
         str | None, typer.Option(help="OpenAI-compatible URL of a judge; its key is read from SFTFLOW_JUDGE_KEY")
@@ -42,6 +63,11 @@ def compare(
             prompts=prompts,
             limit=limit,
             allow_code=allow_code,
+            shots=shots,
+            samples=samples,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            thinking=is_on(thinking),
             judge=judge,
             judge_model=judge_model,
             out=out,

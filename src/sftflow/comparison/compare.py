@@ -30,7 +30,7 @@ from sftflow.comparison.prompts import PromptSet, load_prompts
 from sftflow.comparison.results import Both, Comparison, NotChecked, NotJudged
 from sftflow.comparison.run_artifacts import read_run
 from sftflow.evaluation.evaluate import Asked, evaluate_together, weights_of
-from sftflow.evaluation.options import Arm, EvalTask
+from sftflow.evaluation.options import Arm, EvalTask, How
 from sftflow.evaluation.prompts_for import require_askable
 from sftflow.evaluation.reply_checks import ReplyChecks
 from sftflow.evaluation.results import Evaluation, ModelScores
@@ -79,7 +79,7 @@ def compare_models(
     for assistant in (base, sft):
         require_askable(assistant.renderer, runs)
         weights_of(assistant)  # which refuses weights that are not finite
-    steps = _steps(progress, 3 * (sum(len(r.items) for r in runs) + len(prompts.prompts)))
+    steps = _steps(progress, 3 * (sum(r.n_replies for r in runs) + len(prompts.prompts)))
     ways: tuple[tuple[Assistant, Arm, str, str], ...] = (
         (base, "chat", "base", "base, chat format"),
         (base, "plain", "base", "base, plain text"),
@@ -165,13 +165,17 @@ def _prompts_and_checks(
 
 
 def _settings(sft: Assistant, runs: Sequence[EvalTask]) -> dict[str, Any]:
+    how = runs[0].how if runs else How()
+    drawn = f"tasks at temperature {how.temperature:g}, prompts greedy" if how.temperature else "greedy"
+    asked = {"tasks are asked with": told} if (told := how.told()) else {}
     return {
-        "decoding": "greedy; multiple choice by the probability of its letters",
+        "decoding": f"{drawn}; multiple choice by the probability of its letters",
+        **asked,
         "precision": sft.engine.runtime.precision,
         "device": sft.engine.runtime.device,
         "replies side by side": sft.engine.max_running,
         "tokens a prompt": PROMPT_TOKENS,
-        "tokens a task": {r.name: r.task.max_new_tokens for r in runs},
+        "tokens a task": {r.name: r.max_new_tokens for r in runs},
         "interval": "95%, paired bootstrap, 10,000 resamples",
         "p": "exact McNemar (fractional scores: sign flips); Holm over the tasks",
     }

@@ -58,11 +58,11 @@ def task_comparisons(
             p_holm=adjusted,
             detectable=detectable(before.scores, after.scores),
             verdict=verdict(interval, after.n, adjusted),
-            metrics=Both(before.metrics, after.metrics),
+            metrics=Both({**before.metrics, **before.pass_at}, {**after.metrics, **after.pass_at}),
             near_ties=Both(before.near_ties, after.near_ties),
             too_long=Both(before.too_long, after.too_long),
             contamination=overlap.get(name),
-            max_new_tokens=result.run.task.max_new_tokens,
+            max_new_tokens=result.run.max_new_tokens,
             tokens=Both(before.tokens, after.tokens),
             items=changed_first(result),
         )
@@ -78,7 +78,7 @@ def changed_first(result: PairedResult) -> tuple[ItemComparison, ...]:
             sft=sft,
             change=change_of((chat if result.better is result.chat else plain).score, sft.score),
         )
-        for chat, plain, sft in zip(result.chat.rows, result.plain.rows, result.sft.rows, strict=True)
+        for chat, plain, sft in zip(result.chat.per_item, result.plain.per_item, result.sft.per_item, strict=True)
     ]
     order = {"regressed": 0, "improved": 1}
     return tuple(sorted(items, key=lambda item: order.get(item.change, 2)))
@@ -100,6 +100,6 @@ def check_all_replies(
     """Over the replies to the fixed prompts, then those to the tasks that are answered in free text."""
     checked: list[Reply | EvalRow] = [r.reply for r in replies if r.reply is not None]
     for result in results:
-        if result.provenance["decoding"] == "greedy":
+        if result.provenance["decoding"] != "letter probabilities":
             checked += [row for row in result.rows if row.finish_reason != "too_long"]
     return check_replies(checked, assistant.renderer)

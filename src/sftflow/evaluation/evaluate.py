@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from sftflow.evaluation.grading import Asking, ask_all
 from sftflow.evaluation.journal import EvalRow, Journal, safe_name, telling_full_disk
 from sftflow.evaluation.lm_eval_format import harness_results
 from sftflow.evaluation.options import Arm, EvalTask
-from sftflow.evaluation.prompts_for import require_askable
+from sftflow.evaluation.prompts_for import in_mode, require_askable
 from sftflow.evaluation.reply_checks import check_replies
 from sftflow.evaluation.results import EvalResult, Evaluation, ModelScores
 from sftflow.fingerprint import GRADED_ROWS, code_hash, format_fingerprint, items_hash, weights_hash
@@ -53,12 +53,13 @@ def evaluate(
 
 
 def evaluate_together(asked: Sequence[Asked], out: Path) -> list[EvalResult]:
-    """Ask every item greedily and grade the replies; a row an item into `out/eval/`, as it finishes.
+    """Ask every item and grade the replies; a row a reply into `out/eval/`, as it finishes.
 
     Rows of an earlier run with the same provenance are taken over. Several ranks share what is left, batch by batch;
     each has all results then.   Raises RunError where a model's weights or logits are not finite, where the disk is
     full (finished rows are kept), and where the ranks are not given the same.
     """
+    asked = [replace(each, assistant=in_mode(each.assistant, each.task)) for each in asked]
     provenances = [provenance_of(each.assistant, each.task, each.arm) for each in asked]
     whole = [{**p, "data": items_hash(each.task.items)} for p, each in zip(provenances, asked, strict=True)]
     _require_alike(whole)
@@ -94,6 +95,7 @@ def _result(asked: Asked, rows: Sequence[EvalRow], provenance: dict[str, Any]) -
         chance=chance_of(task.items),
         rows=tuple(rows),
         metrics=task.task.metrics([r.details for r in rows]) if any(r.details for r in rows) else {},
+        how=task.how,
         provenance=provenance,
         limit=task.limit,
         available=task.available,
@@ -102,7 +104,8 @@ def _result(asked: Asked, rows: Sequence[EvalRow], provenance: dict[str, Any]) -
 
 def provenance_of(assistant: Assistant, task: EvalTask, arm: Arm) -> dict[str, Any]:
     """What decides a score beside its items: with all of this equal it comes out the same (near-ties aside)."""
-    engine = assistant.engine
+    engine, temperature = assistant.engine, task.how.temperature
+    decoding = f"temperature {temperature:g}, seeds of item and sample" if temperature else "greedy"
     return {
         "checkpoint": weights_of(assistant),
         "format": assistant.renderer.format.name if arm == "chat" else "plain text",
@@ -111,8 +114,9 @@ def provenance_of(assistant: Assistant, task: EvalTask, arm: Arm) -> dict[str, A
         "code": code_hash(GRADED_ROWS),
         "versions": GRADED_ROWS.versions(),
         "grading": task.task.provenance(),
-        "decoding": "letter probabilities" if task.by_letter else "greedy",
-        "max_new_tokens": task.task.max_new_tokens,
+        "decoding": "letter probabilities" if task.by_letter else decoding,
+        "shots": task.how.shots,
+        "max_new_tokens": task.max_new_tokens,
         "stop": list(task.task.plain_stops) if arm == "plain" else [],
         "paragraph": arm == "plain" and task.task.plain_paragraph,
         "precision": engine.runtime.precision,
@@ -170,9 +174,9 @@ class EvalDuringTraining:
         progress: told (items done, of how many).   Raises Stopped on all ranks where one was stopped.
         """
         began = time.perf_counter()
-        total, done = sum(len(task.items) for task in self.tasks), Count()
+        total, done = sum(task.n_replies for task in self.tasks), Count()
         step = (lambda k: progress(done.add(k), total)) if progress else (lambda k: None)
-        graded = ask_all([Asking(assistant, task, "chat", None, step) for task in self.tasks], agree=(Stopped,))
+        graded = ask_all([Asking(in_mode(assistant, t), t, "chat", None, step) for t in self.tasks], agree=(Stopped,))
         scores: dict[str, float] = {}
         replies: list[EvalRow] = []
         for task, rows in zip(self.tasks, graded, strict=True):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,23 @@ from sftflow.generation.request import GenerationRequest, Reply
 from sftflow.generation.sampling import NEAR
 from sftflow.tasks import Item, Task
 
-Asked = Sequence[tuple[Item, ItemPrompt]]
-Grade = Callable[[Item, ItemPrompt, Reply | None], None]
+
+@dataclass(frozen=True)
+class Question:
+    """An item with its prompt, and which of the replies to it this one is, from 0."""
+
+    item: Item
+    prompt: ItemPrompt
+    sample: int
+
+    @property
+    def seed(self) -> int:
+        """Of what is drawn for the reply: another one for each item and sample, the same for every model."""
+        return int.from_bytes(hashlib.sha256(f"{self.item.id}:{self.sample}".encode()).digest()[:8], "little")
+
+
+Asked = Sequence[Question]
+Grade = Callable[[Question, Reply | None], None]
 
 
 def whole_batches(prompts: Sequence[Sequence[int]], engine: Engine, *, by_beginning: bool = False) -> list[list[int]]:
@@ -42,7 +58,7 @@ def whole_batches(prompts: Sequence[Sequence[int]], engine: Engine, *, by_beginn
 class Asking:
     """A model asked a task's items in one arm: `rows` are those that are known, each of `batches` is still to be asked.
 
-    keys: of all items in their order.   costs: of each batch, in tokens.
+    keys: of all replies, by item and sample in their order.   costs: of each batch, in tokens.
     """
 
     def __init__(
@@ -60,8 +76,10 @@ class Asking:
         context.
         """
         self.assistant, self.task, self.arm, self.journal, self.progress = assistant, task, arm, journal, progress
-        prompts = prompts_for(assistant, task, arm)
-        self.keys = [key_of(item, prompt.ids) for item, prompt in zip(task.items, prompts, strict=True)]
+        pairs = zip(task.items, prompts_for(assistant, task, arm), strict=True)
+        questions = [Question(item, prompt, n) for item, prompt in pairs for n in range(task.how.samples)]
+        prompts = [q.prompt for q in questions]
+        self.keys = [key_of(q.item, q.prompt.ids, q.sample) for q in questions]
         known = journal.rows if journal else {}
         self.rows: dict[Key, EvalRow] = {key: known[key] for key in self.keys if key in known}
         first = {key: number for number, key in reversed(list(enumerate(self.keys)))}  # of items that are the same, one
@@ -78,9 +96,9 @@ class Asking:
         numbers = [[fitting[i] for i in batch] for batch in whole]
         numbers.append([number for number in first.values() if len(prompts[number].ids) >= context])
         asked = [[number for number in batch if self.keys[number] not in self.rows] for batch in numbers]
-        self.batches: list[Asked] = [[(task.items[n], prompts[n]) for n in batch] for batch in asked if batch]
-        most = 1 if task.by_letter else task.task.max_new_tokens
-        self.costs = [sum(len(prompt.ids) + most for _, prompt in batch) for batch in self.batches]
+        self.batches: list[Asked] = [[questions[n] for n in batch] for batch in asked if batch]
+        most = 1 if task.by_letter else task.max_new_tokens
+        self.costs = [sum(len(q.prompt.ids) + most for q in batch) for batch in self.batches]
         if ranks().first:
             progress(len(self.keys) - sum(map(len, self.batches)))
         self._longest = max(len(prompts[number].ids) for number in fitting) + most
@@ -94,23 +112,24 @@ class Asking:
             self.progress(1)
 
         assistant, context = self.assistant, self.assistant.engine.context
-        fitting = [(item, prompt) for item, prompt in self.batches[number] if len(prompt.ids) < context]
+        fitting = [q for q in self.batches[number] if len(q.prompt.ids) < context]
         with _grader(self.task.task, graded) as grade:
-            for item, prompt in self.batches[number]:
-                if len(prompt.ids) >= context:
-                    grade(item, prompt, None)
+            for question in self.batches[number]:
+                if len(question.prompt.ids) >= context:
+                    grade(question, None)
             # Found out before logits are looked at: it may try ways that give none.
             assistant.engine.decode_mode(self._longest)
             with finite_logits(assistant.model, f"{assistant.name}: {self.task.name}"):
                 if self.task.by_letter:
                     _choose(assistant, fitting, grade)
                 else:
-                    _generate(assistant, self.task.task, self.arm, fitting, grade)
+                    _generate(assistant, self.task, self.arm, fitting, grade)
         return out
 
 
 def ask_all(askings: Sequence[Asking], agree: tuple[type[BaseException], ...] = ()) -> list[list[EvalRow]]:
-    """For each asking the rows of all its items in their order. The batches of all are shared out over the ranks.
+    """For each asking the rows of all its items in their order, those of an item side by side. The batches of all
+    are shared out over the ranks.
 
     agree: see `shared_out`.
     """
@@ -129,19 +148,19 @@ def _grader(task: Task, keep: Callable[[EvalRow], None]) -> Iterator[Grade]:
     """Gives the function that grades a reply and tells `keep` of its row; for tasks that run code it does so beside the
     generation, on every core, and an error in grading shows at the next reply."""
 
-    def finish(item: Item, prompt: ItemPrompt, reply: Reply | None) -> None:
-        keep(_row(task, item, prompt, reply))
+    def finish(question: Question, reply: Reply | None) -> None:
+        keep(_row(task, question, reply))
 
     if not task.runs_code:
         yield finish
         return
     pending: list[Future[None]] = []
 
-    def grade(item: Item, prompt: ItemPrompt, reply: Reply | None) -> None:
+    def grade(question: Question, reply: Reply | None) -> None:
         for future in pending:
             if future.done():
                 future.result()
-        pending.append(pool.submit(finish, item, prompt, reply))
+        pending.append(pool.submit(finish, question, reply))
 
     with ThreadPoolExecutor(cores()) as pool:
         try:
@@ -153,10 +172,10 @@ def _grader(task: Task, keep: Callable[[EvalRow], None]) -> Iterator[Grade]:
         future.result()
 
 
-def _row(task: Task, item: Item, prompt: ItemPrompt, reply: Reply | None) -> EvalRow:
+def _row(task: Task, question: Question, reply: Reply | None) -> EvalRow:
     """reply None: the prompt does not fit the model's context."""
-    text = reply.text if reply else ""
-    _, prompt_sha256, item_sha256 = key_of(item, prompt.ids)
+    text, item, prompt = reply.text if reply else "", question.item, question.prompt
+    _, prompt_sha256, item_sha256, sample = key_of(item, prompt.ids, question.sample)
     return EvalRow(
         id=item.id,
         question=item.messages[-1].text,
@@ -173,32 +192,35 @@ def _row(task: Task, item: Item, prompt: ItemPrompt, reply: Reply | None) -> Eva
         near_ties=len(reply.near_ties) if reply else 0,
         details=task.details(item, text),
         ids=reply.ids if reply else (),
+        sample=sample,
     )
 
 
-def _generate(assistant: Assistant, task: Task, arm: Arm, asked: Asked, grade: Grade) -> None:
+def _generate(assistant: Assistant, task: EvalTask, arm: Arm, asked: Asked, grade: Grade) -> None:
     renderer = assistant.renderer
     marks = learn_thoughts(renderer) if arm == "chat" else None
     marks = marks if marks and marks.codes else None  # those that are text a grader reads itself (`tasks.answers`)
 
     def done(number: int, reply: Reply) -> None:
-        item, prompt = asked[number]
+        question = asked[number]
         if arm == "plain":
-            reply = plain_reply(task, item, reply)
+            reply = plain_reply(task.task, question.item, reply)
         elif marks:
-            begun = marks.begun(renderer.decode(prompt.ids[-64:]))
+            begun = marks.begun(renderer.decode(question.prompt.ids[-64:]))
             reply = replace(reply, text=split_thoughts(marks, reply.text, begun)[1])
-        grade(item, prompt, reply)
+        grade(question, reply)
 
     requests = [
         GenerationRequest(
-            prompt_ids=prompt.ids,
+            prompt_ids=question.prompt.ids,
             max_new_tokens=task.max_new_tokens,
-            stop_texts=task.plain_stops if arm == "plain" else (),
+            temperature=task.how.temperature,
+            seed=question.seed,
+            stop_texts=task.task.plain_stops if arm == "plain" else (),
             use_python=arm == "chat",
             shown=marks.shown(renderer) if marks else (),
         )
-        for _, prompt in asked
+        for question in asked
     ]
     assistant.engine.generate(requests, done)
 
@@ -214,8 +236,9 @@ def plain_reply(task: Task, item: Item, reply: Reply) -> Reply:
 
 def _choose(assistant: Assistant, asked: Asked, grade: Grade) -> None:
     """Multiple choice: the item's own letter with the highest probability."""
-    for number, scores in letter_scores(assistant.engine, [prompt for _, prompt in asked]):
-        item, prompt = asked[number]
+    for number, scores in letter_scores(assistant.engine, [question.prompt for question in asked]):
+        question = asked[number]
+        prompt = question.prompt
         best, second = sorted(scores, key=lambda c: -scores[c])[:2]
         ids = prompt.letters[best]
         reply = Reply(
@@ -228,7 +251,7 @@ def _choose(assistant: Assistant, asked: Asked, grade: Grade) -> None:
             seconds=0.0,
             near_ties=(0,) if scores[best] - scores[second] < NEAR else (),
         )
-        grade(item, prompt, reply)
+        grade(question, reply)
 
 
 @contextmanager

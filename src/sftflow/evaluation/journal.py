@@ -32,7 +32,7 @@ LONGEST_NAME = 100
 IN_FILE = {"provenance": "rests_on", "details": "marks"}
 """fields of a row that have another name in files"""
 
-Key = tuple[str, str, str]
+Key = tuple[str, str, str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,7 @@ class EvalRow:
     prompt_sha256: of the prompt's ids.   item_sha256: of all that is asked and graded.   provenance: hash of what else
     decides the row (meta.json); `rests_on` in the file.   ids: the generated ids.   near_ties: places where the two
     likeliest tokens were within 1e-4.   details: what the grader found beside the score; `marks` in the file.
+    sample: which of the replies to the item it is, from 0.
     finish_reason: "too_long" where the prompt does not fit the model's context; that scores 0.
     """
 
@@ -62,6 +63,7 @@ class EvalRow:
     details: dict[str, Any] = field(default_factory=dict)
     ids: tuple[int, ...] = ()
     earlier: tuple[dict[str, str], ...] = ()
+    sample: int = 0
 
     @property
     def text(self) -> str:
@@ -70,7 +72,7 @@ class EvalRow:
 
     @property
     def key(self) -> Key:
-        return self.id, self.prompt_sha256, self.item_sha256
+        return self.id, self.prompt_sha256, self.item_sha256, self.sample
 
     def to_json(self) -> dict[str, Any]:
         """The row as it stands in the file."""
@@ -84,9 +86,9 @@ class EvalRow:
         return cls(**given | {"ids": tuple(row["ids"]), "earlier": tuple(row.get("earlier", ()))})
 
 
-def key_of(item: Item, prompt: Iterable[int]) -> Key:
+def key_of(item: Item, prompt: Iterable[int], sample: int = 0) -> Key:
     """The key of the row that the item's reply to this prompt will have."""
-    return item.id, prompt_hash(prompt), items_hash([item])
+    return item.id, prompt_hash(prompt), items_hash([item]), sample
 
 
 def safe_name(model: str) -> str:

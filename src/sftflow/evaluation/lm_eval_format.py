@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from sftflow.checkpoint import Assistant
+from sftflow.evaluation.options import How
 from sftflow.evaluation.results import EvalResult
 
 # Our figure -> the harness's "metric,filter". `score` is the task's own.
@@ -27,12 +28,13 @@ NAMES: dict[str, dict[str, str]] = {
 def harness_results(assistant: Assistant, results: Sequence[EvalResult]) -> dict[str, Any]:
     """One model's results: `results`, `n-samples`, `config` and what else the harness writes at the top level."""
     tasks = [r.task for r in results]
+    how = results[0].how if results else How()
     return {
         "results": {r.task: {"alias": r.task, "sample_len": r.n, **figures(r)} for r in results},
         "group_subtasks": {name: [] for name in tasks},
-        "configs": {r.task: {"task": r.task, "num_fewshot": 0, "metadata": r.provenance} for r in results},
+        "configs": {r.task: {"task": r.task, "num_fewshot": r.how.shots, "metadata": r.provenance} for r in results},
         "versions": {name: version("sftflow") for name in tasks},
-        "n-shot": {name: 0 for name in tasks},
+        "n-shot": {r.task: r.how.shots for r in results},
         "higher_is_better": {r.task: {key.split(",")[0]: True for key in figures(r)} for r in results},
         "n-samples": {r.task: {"original": r.available or r.n, "effective": r.n} for r in results},
         "config": {
@@ -42,12 +44,12 @@ def harness_results(assistant: Assistant, results: Sequence[EvalResult]) -> dict
             "device": assistant.engine.runtime.device,
             "batch_size": assistant.engine.max_running,
             "limit": results[0].limit if results else None,
-            "gen_kwargs": {"temperature": 0.0, "do_sample": False},
+            "gen_kwargs": {"temperature": float(how.temperature), "do_sample": how.temperature > 0},
         },
         "date": datetime.now(UTC).timestamp(),
         "sftflow_version": version("sftflow"),
         "chat_template": assistant.renderer.format.template,
-        "fewshot_as_multiturn": False,
+        "fewshot_as_multiturn": how.shots > 0,
         "model_name": assistant.name,
     }
 
@@ -66,5 +68,6 @@ def figures(result: EvalResult) -> dict[str, float]:
         out[theirs] = value
         # Of a share of n rows; for the share of instructions, of which a row has several, the rows are the sample.
         spread = math.sqrt(value * (1 - value) / (result.n - 1)) if result.n > 1 else 0.0
-        out[f"{metric}_stderr,{kind}"] = spread
+        of_items = ours == "score" and result.how.samples > 1  # then a row is no sample of its own
+        out[f"{metric}_stderr,{kind}"] = result.stderr if of_items else spread
     return out

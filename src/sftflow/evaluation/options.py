@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from sftflow.checkpoint import load_info, resolve
+from sftflow.evaluation.shots import Shots, shots_for
 from sftflow.foundation.errors import TaskError
 from sftflow.recipe import SourceEntry
 from sftflow.tasks import GENERATED, Item, Task, TaskSource, make_task
@@ -23,10 +24,51 @@ SEED = 1234  # of the items: fixed, so that every model answers the same ones
 
 
 @dataclass(frozen=True, kw_only=True)
+class How:
+    """How items are asked.
+
+    shots: examples in front of each.   samples: replies to each, drawn at this temperature; 0 is greedy.
+    max_tokens: of a reply; None: as many as the task has it.   thinking: whether the chat template is to ask for
+    thoughts; None: as it stands.
+    """
+
+    shots: int = 0
+    samples: int = 1
+    temperature: float = 0.0
+    max_tokens: int | None = None
+    thinking: bool | None = None
+
+    def require_valid(self) -> None:
+        """Raises TaskError for a value that cannot be."""
+        for name, least in (("shots", 0), ("samples", 1), ("max_tokens", 1)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                fact = f"it should be a whole number, {least} or more (given: {value!r})"
+                raise TaskError(f"--{name.replace('_', '-')}", fact, "correct it")
+        given = self.temperature
+        if isinstance(given, bool) or not isinstance(given, int | float) or not (given == 0 or 1e-4 <= given <= 100):
+            fact = f"it should be 0, which is greedy, or a number from 0.0001 to 100 (given: {given!r})"
+            raise TaskError("--temperature", fact, "correct it")
+        if self.samples > 1 and self.temperature == 0:
+            fact = "at temperature 0 all replies to an item are the same"
+            raise TaskError("--samples", fact, "give a --temperature, for example 0.7")
+
+    def told(self) -> str:
+        """What is not as usual, in words; "" where all is."""
+        words = [f"{self.shots} example{'s' * (self.shots > 1)} in front"] if self.shots else []
+        words += [f"{self.samples} replies to an item"] if self.samples > 1 else []
+        words += [f"temperature {self.temperature:g}"] if self.temperature else []
+        words += [f"at most {self.max_tokens:,} tokens"] if self.max_tokens else []
+        words += [f"thinking {'on' if self.thinking else 'off'}"] if self.thinking is not None else []
+        return ", ".join(words)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalTask:
     """A task with the items that every model is asked.
 
     limit: as it was asked for.   available: how many items there are without it; None: as many as `items`.
+    how: how they are asked.   shots: what stands in front of each item; () where nothing does.
     """
 
     name: str
@@ -34,6 +76,17 @@ class EvalTask:
     items: tuple[Item, ...]
     limit: int | None = None
     available: int | None = None
+    how: How = How()
+    shots: tuple[Shots, ...] = ()
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.how.max_tokens or self.task.max_new_tokens
+
+    @property
+    def n_replies(self) -> int:
+        """How many replies a model is asked for."""
+        return len(self.items) * self.how.samples
 
     @property
     def by_letter(self) -> bool:
@@ -45,13 +98,14 @@ class EvalTask:
 class EvalOptions:
     """tasks: several or one (`TaskLike`); None: the generated ones; `none`, or an empty list: no task.
     limit: items of each.
-    allow_code: whether code that the model wrote may be run.
+    allow_code: whether code that the model wrote may be run.   how: see `How`.
     identity: name and maker that the identity task asks for; None: those that the model's own recipe taught it."""
 
     tasks: Sequence[TaskLike] | TaskLike | None
     limit: int | None = None
     allow_code: bool = False
     identity: Mapping[str, str] | None = None
+    how: How = How()
 
     def open(self, model: str) -> list[EvalTask]:
         """The tasks as they are asked of the model of that name. Raises as `open_tasks` does."""
@@ -64,17 +118,25 @@ class EvalOptions:
         if NO_TASK in names and len(names) > 1:
             fact = f"{NO_TASK!r} stands beside other tasks: {', '.join(names)}"
             raise TaskError("--tasks", fact, f"name tasks, or give {NO_TASK} alone")
-        return open_tasks([] if names == [NO_TASK] else tasks, self.limit, identity, allow_code=self.allow_code)
+        specs = [] if names == [NO_TASK] else tasks
+        return open_tasks(specs, self.limit, identity, allow_code=self.allow_code, how=self.how)
 
 
 def open_tasks(
-    specs: Sequence[TaskLike], limit: int | None, identity: Mapping[str, str] | None = None, *, allow_code: bool = False
+    specs: Sequence[TaskLike],
+    limit: int | None,
+    identity: Mapping[str, str] | None = None,
+    *,
+    allow_code: bool = False,
+    how: How = How(),
 ) -> list[EvalTask]:
     """Tasks as they were named (`name`, `name=PATH` ...) with their items. A name that comes again gets its file's name
     behind it.
 
-    Raises TaskError for an unknown one, and for one that runs code where that is not allowed.
+    Raises TaskError for an unknown one, for one that runs code where that is not allowed, and for one that cannot be
+    asked so.
     """
+    how.require_valid()
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise TaskError("--limit", f"it should be a whole number above 0 (given: {limit!r})", "None asks all items")
     out: list[EvalTask] = []
@@ -97,7 +159,13 @@ def open_tasks(
             name = f"{name}-{Path(path).stem}"
         if name in taken:
             raise TaskError(spec, "the task is named twice", "leave one out")
-        out.append(EvalTask(name=name, task=task, items=items, limit=limit, available=_available(task, items)))
+        shots = shots_for(task, items, how.shots, SEED) if how.shots else ()
+        available = _available(task, items)
+        out.append(EvalTask(name=name, task=task, items=items, limit=limit, available=available, how=how, shots=shots))
+        if out[-1].by_letter and (how.temperature or how.thinking):
+            fact = "it is answered by the probabilities of its letters, behind the prompt"
+            option = "--temperature" if how.temperature else "--thinking on"
+            raise TaskError(name, fact, f"ask it in a run without {option}")
     return out
 
 

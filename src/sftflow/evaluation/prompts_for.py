@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation, text_message
-from sftflow.chat.template_options import append_eos, choose_arguments
+from sftflow.chat.template_options import append_eos, choose_arguments, set_thinking
 from sftflow.checkpoint import Assistant
 from sftflow.evaluation.options import Arm, EvalTask
+from sftflow.evaluation.shots import Shots, as_text, as_turns
 from sftflow.foundation.errors import FormatError, MaskError, TaskError
 from sftflow.foundation.sequences import common_prefix
 from sftflow.generation.engine import Engine
@@ -41,28 +42,46 @@ class ItemPrompt:
 def prompts_for(assistant: Assistant, task: EvalTask, arm: Arm) -> list[ItemPrompt]:
     """What the model is given for each item. Raises TaskError where the task cannot be asked in this format."""
     if task.by_letter and arm == "chat":
-        return chat_letters(assistant.renderer, task.items, task.name)
+        return chat_letters(assistant.renderer, task.items, task.name, task.shots)
     if task.by_letter:
-        return plain_letters(assistant.plain_ids, task.items, task.name)
-    renderer = assistant.renderer
-    ids = [chat_prompt(renderer, i) if arm == "chat" else assistant.plain_ids(i.plain) for i in task.items]
+        return plain_letters(assistant.plain_ids, task.items, task.name, task.shots)
+    pairs = _with_shots(task.items, task.shots)
+    if arm == "chat":
+        ids = [chat_prompt(assistant.renderer, item, shots) for item, shots in pairs]
+    else:
+        ids = [assistant.plain_ids(as_text(shots, item.plain)) for item, shots in pairs]
     return [ItemPrompt(ids=prompt, letters={}) for prompt in ids]
 
 
+def _with_shots(items: Sequence[Item], shots: Sequence[Shots]) -> Iterator[tuple[Item, Shots]]:
+    return zip(items, shots or [()] * len(items), strict=True)
+
+
+def in_mode(assistant: Assistant, task: EvalTask) -> Assistant:
+    """The assistant whose chat template asks for thoughts, or for none, as the task is to be asked. Raises FormatError
+    where it has no such argument."""
+    if task.how.thinking is None:
+        return assistant
+    return replace(assistant, renderer=set_thinking(assistant.renderer, on=task.how.thinking))
+
+
 def require_askable(renderer: Renderer, tasks: Sequence[EvalTask]) -> None:
-    """Raises TaskError where a multiple-choice task cannot be asked in this format: before minutes are spent."""
+    """Raises TaskError or FormatError where a task cannot be asked so in this format: before minutes are spent."""
     for task in tasks:
+        on = task.how.thinking
+        asked = renderer if on is None else set_thinking(renderer, on=on)
         if task.by_letter:
-            chat_letters(renderer, task.items[:1], task.name)
+            chat_letters(asked, task.items[:1], task.name)
 
 
-def chat_prompt(renderer: Renderer, item: Item) -> Ids:
+def chat_prompt(renderer: Renderer, item: Item, shots: Shots = ()) -> Ids:
     """The item's prompt ids in a chat format."""
-    rendered = renderer.render(Conversation(item.messages, source=item.id), add_generation_prompt=True)
+    messages = as_turns(shots, item.messages)
+    rendered = renderer.render(Conversation(messages, source=item.id), add_generation_prompt=True)
     return tuple(rendered.ids.tolist())
 
 
-def chat_letters(renderer: Renderer, items: Sequence[Item], task: str) -> list[ItemPrompt]:
+def chat_letters(renderer: Renderer, items: Sequence[Item], task: str, shots: Sequence[Shots] = ()) -> list[ItemPrompt]:
     """The prompt of each multiple-choice item in a chat format. Raises TaskError where a bare letter is no reply in it,
     or where the tokenizer does not tell the letters apart."""
     try:
@@ -78,12 +97,16 @@ def chat_letters(renderer: Renderer, items: Sequence[Item], task: str) -> list[I
         # A reply is encoded apart from its prompt, so that its tokens are the same behind every one.
         rendered = renderer.render(_exchange(letter))
         replies[letter] = tuple(rendered.ids[rendered.mask == 1].tolist())
-    return [_split(chat_prompt(renderer, item), {c: replies[c] for c in item.choices}, task) for item in items]
+    pairs = _with_shots(items, shots)
+    return [_split(chat_prompt(renderer, item, s), {c: replies[c] for c in item.choices}, task) for item, s in pairs]
 
 
-def plain_letters(encode: Callable[[str], Ids], items: Sequence[Item], task: str) -> list[ItemPrompt]:
+def plain_letters(
+    encode: Callable[[str], Ids], items: Sequence[Item], task: str, shots: Sequence[Shots] = ()
+) -> list[ItemPrompt]:
     """The same as plain text. Each letter is encoded with its whole prompt: a token may straddle the two."""
-    return [_split((), {c: encode(f"{item.plain} {c}") for c in item.choices}, task) for item in items]
+    texts = [(as_text(s, item.plain), item.choices) for item, s in _with_shots(items, shots)]
+    return [_split((), {c: encode(f"{text} {c}") for c in choices}, task) for text, choices in texts]
 
 
 def _exchange(letter: str) -> Conversation:

@@ -28,6 +28,16 @@ def standard_error(scores: Sequence[float]) -> float:
     return float(np.std(scores, ddof=1) / math.sqrt(n)) if n > 1 else 0.0
 
 
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """The chance that at least one of `k` replies is right, estimated from `n` of which `right` are: the unbiased
+    1 - C(n - right, k) / C(n, k) (Chen et al. 2021), for k up to n.
+
+    >>> pass_at_k(4, 1, 1), pass_at_k(4, 1, 2), pass_at_k(4, 3, 2)
+    (0.25, 0.5, 1.0)
+    """
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
 def wilson(mean: float, n: int) -> tuple[float, float]:
     """95% score interval of a share (Wilson 1927): all p with |mean - p| <= z sqrt(p (1 - p) / n), z = 1.96.
 

@@ -25,8 +25,9 @@ import sys
 from collections.abc import Callable
 
 _OPTIONS = re.compile(
-    r"--(allow-code|allow-host|allow-origin|api-key|base|format|host|index|insecure|judge|judge-model|limit|out|overwrite"
-    r"|params|port|prompts|resume|supervise|tasks|to|tokens|type)\b(?!-)( (?=[A-Z]{2,}))?"
+    r"--(allow-code|allow-host|allow-origin|api-key|base|format|host|index|insecure|judge|judge-model|limit|max-tokens"
+    r"|out|overwrite|params|port|prompts|require|resume|samples|shots|supervise|tasks|temperature"
+    r"|thinking|to|tokens|type)\b(?!-)( (?=[A-Z]{2,}))?"
 )
 _FLAGS = ("allow-code", "insecure", "overwrite", "resume")
 

@@ -62,7 +62,7 @@ def eval_table(evaluation: Evaluation) -> Table:
             low, high = r.interval
             scores = (f"{r.score:.3f}", f"{r.stderr:.3f}", f"{low:.3f} to {high:.3f}", f"{r.chance:.2f}")
             table.add_row(Text(name), Text(r.task), str(r.n), *scores)
-            for metric, value in r.metrics.items():
+            for metric, value in {**r.metrics, **r.pass_at}.items():
                 table.add_row("", Text(f"  {metric}"), "", str(value) if isinstance(value, int) else f"{value:.3f}")
         for mean, score in (("centred mean", model.centred_mean), ("ChatCORE", model.chatcore)):
             if score is not None:

@@ -36,6 +36,7 @@ TASKS = {
     "dialogue": "dialogue:Dialogue",
     "gsm8k": "gsm8k:Gsm8k",
     "mmlu": "mmlu:Mmlu",
+    "mmlu_pro": "mmlu:MmluPro",
     "arc": "multiple_choice:MultipleChoice",
     "arc_easy": "multiple_choice:MultipleChoice",
     "arc_challenge": "multiple_choice:MultipleChoice",

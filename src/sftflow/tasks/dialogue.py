@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sftflow.chat.schema import Conversation, Message, text_message
+from sftflow.foundation.errors import TaskError
 from sftflow.tasks.answers import answer_of, bare, holds_text, one_writing
 from sftflow.tasks.spelling import words
 from sftflow.tasks.task import Item, Task, is_test_case, load_data
@@ -152,6 +153,9 @@ class Dialogue(Task):
             )
             for n, (messages, fact, others) in enumerate(rows)
         ]
+
+    def examples(self, n: int) -> list[tuple[str, Conversation]]:
+        raise TaskError(self.name, "a dialogue in front of it would tell other facts of the same user")
 
     def grade(self, item: Item, reply: str) -> float:
         """1 where the reply says what was asked for, in few words, without anything else that was told, and repeats no

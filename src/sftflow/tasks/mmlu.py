@@ -1,10 +1,13 @@
-"""MMLU: four choices over 57 subjects, from the published folders of CSV files or rows in the hub's layout."""
+"""MMLU: four choices over 57 subjects, from the published folders of CSV files or rows in the hub's layout. MMLU-Pro:
+up to ten choices."""
 
 from __future__ import annotations
 
 import csv
 import glob
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,11 @@ from sftflow.chat.data_files import read_rows, readable
 from sftflow.foundation.errors import DataError, SchemaError, TaskError
 from sftflow.tasks.multiple_choice import LETTERS, MultipleChoice, Question
 from sftflow.tasks.published import to_get
-from sftflow.tasks.task import is_pattern, line_of, path_of, text_of
+from sftflow.tasks.task import is_pattern, line_of, path_of, rows_of, text_of
 
 CHOICES = LETTERS[:4]
 COLUMNS = "question,A,B,C,D,answer"
+PRO_SHAPE = '{"question": ..., "options": [texts], "answer": "C", "answer_index": 2}'
 SHAPE = '{"question": ..., "choices": [four texts], "answer": 0..3}'
 
 
@@ -27,6 +31,11 @@ class Mmlu(MultipleChoice):
     """
 
     name = "mmlu"
+    example_splits = ("dev", "val")
+
+    def examples_path(self) -> str | None:
+        path = self.source.path
+        return path if path and Path(path).is_dir() else super().examples_path()  # a folder that holds dev/, too
 
     def questions(self, split: str) -> Iterator[Question]:
         split = "dev" if split == "train" else split
@@ -37,7 +46,19 @@ class Mmlu(MultipleChoice):
             return
         for file in csv_files(Path(path), split, self.name):
             for line, cells in read_csv(file):
-                yield parse_cells(cells, f"{file}:{line}", f"{self.name}:{file.stem}:{line}")
+                question = parse_cells(cells, f"{file}:{line}", f"{self.name}:{file.stem}:{line}")
+                yield replace(question, group=re.sub(r"_(?:dev|val|test)$", "", file.stem))
+
+
+class MmluPro(MultipleChoice):
+    """MMLU-Pro (Wang et al. 2024): rows of PRO_SHAPE with 3 to 10 choices. Its training rows are its `validation`."""
+
+    name = "mmlu_pro"
+    example_splits = ("validation", "dev")
+
+    def questions(self, split: str) -> Iterator[Question]:
+        for place, row in rows_of(self, "validation" if split == "train" else split):
+            yield parse_options(row, place, f"{self.name}:{line_of(place)}")
 
 
 def csv_files(path: Path, split: str, name: str) -> list[Path]:
@@ -90,7 +111,31 @@ def parse_row(row: Any, place: str, name: str) -> Question:
     choices = row.get("choices")
     if not isinstance(choices, list) or len(choices) != 4 or not all(isinstance(c, str) for c in choices):
         raise SchemaError(place, "no four texts under 'choices'", f"write {SHAPE}")
-    return Question(place, name, question, tuple(choices), letter_of(row.get("answer"), place))
+    return Question(place, name, question, tuple(choices), letter_of(row.get("answer"), place), _group(row, "subject"))
+
+
+def parse_options(row: Any, place: str, name: str) -> Question:
+    """A row of PRO_SHAPE -> a Question. "N/A", with which early versions of the set fill up to ten, is no choice."""
+    question, options = text_of(row, "question", place, PRO_SHAPE), row.get("options")
+    if not isinstance(options, list) or not all(isinstance(text, str) and text.strip() for text in options):
+        raise SchemaError(place, "no texts under 'options'", f"write {PRO_SHAPE}")
+    while len(options) > 2 and options[-1] == "N/A":
+        options = options[:-1]
+    if not 2 <= len(options) <= len(LETTERS):
+        raise SchemaError(place, f"the number of options is {len(options)}", f"give 2 to {len(LETTERS)}")
+    letters, answer, index = LETTERS[: len(options)], row.get("answer"), row.get("answer_index")
+    if index is None and answer in letters:
+        index = letters.index(answer)
+    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(options):
+        said = f"answer {answer!r}" if index is None else f"answer_index {index!r}"
+        raise SchemaError(place, f"{said} is none of its {len(options)} options", "correct it")
+    if answer not in (None, letters[index]):
+        raise SchemaError(place, f"answer {answer!r}, but answer_index {index} is {letters[index]}", "correct one")
+    return Question(place, name, question, tuple(options), letters[index], _group(row, "category"))
+
+
+def _group(row: Any, key: str) -> str:
+    return str(row.get(key) or "")
 
 
 def letter_of(answer: Any, place: str) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+import string
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from sftflow.chat.schema import Conversation
@@ -12,19 +14,27 @@ from sftflow.foundation.errors import SchemaError
 from sftflow.tasks.answers import WORD, answer_of, marked_text, one_writing
 from sftflow.tasks.task import Item, Task, ask, line_of, make_item, rows_of, sample, text_of
 
-LETTERS = ("A", "B", "C", "D", "E")
+LETTERS = tuple(string.ascii_uppercase)
+# What tells the letter from the article at a sentence's beginning ("A mole is blind") and from the pronoun ("I think").
+_ARTICLE = re.compile(
+    r"(?:^|[.!?:;\n(\"'*]\s*)A "
+    r"(?!(?:is|was|and|or|because|since|as|would|will|should|must|can|cannot|has|seems|fits|best)\b)(?=[a-z])"
+)
+_PRONOUN = re.compile(r"\bI (?!(?:is|and|or|because|since)\b)(?=[a-z])")
 SHAPE = '{"question": ..., "choices": {"text": [...], "label": [...]}, "answerKey": ...}'
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """place: FILE:LINE.   id: the Item's.   text: the question.   choices: their texts, A first.   answer: a letter."""
+    """place: FILE:LINE.   id: the Item's.   text: the question.   choices: their texts, A first.   answer: a letter.
+    group: its subject; examples for `--shots` are of the same."""
 
     place: str
     id: str
     text: str
     choices: tuple[str, ...]
     answer: str
+    group: str = ""
 
 
 class MultipleChoice(Task):
@@ -32,6 +42,7 @@ class MultipleChoice(Task):
 
     name = "arc"
     max_new_tokens = 16  # the letter, or a short sentence around it
+    _groups: Mapping[str, str] = MappingProxyType({})
 
     def questions(self, split: str) -> Iterator[Question]:
         """Every row of the set; a subclass with another layout overrides only this."""
@@ -42,13 +53,21 @@ class MultipleChoice(Task):
         return [ask(prompt(q.text, q.choices), q.answer, q.place) for q in sample(self, self.questions(split))]
 
     def items(self, split: str = "test") -> list[Item]:
+        questions = sample(self, self.questions(split))
+        self._groups = {q.id: q.group for q in questions}
         return [
-            make_item(q.id, prompt(q.text, q.choices), q.answer, choices=LETTERS[: len(q.choices)])
-            for q in sample(self, self.questions(split))
+            make_item(q.id, prompt(q.text, q.choices), q.answer, choices=LETTERS[: len(q.choices)]) for q in questions
         ]
 
     def grade(self, item: Item, reply: str) -> float:
         return float(first_letter(reply, item.choices) == item.answer)
+
+    def examples(self, n: int) -> list[tuple[str, Conversation]]:
+        questions = self.of_examples(None).questions("train")
+        return [(q.group, ask(prompt(q.text, q.choices), q.answer, q.place)) for q in questions]
+
+    def group_of(self, item: Item) -> str:
+        return self._groups.get(item.id, "")
 
 
 def prompt(question: str, choices: Sequence[str]) -> str:
@@ -67,14 +86,17 @@ def prompt(question: str, choices: Sequence[str]) -> str:
 
 def first_letter(reply: str, letters: Sequence[str]) -> str | None:
     r"""The letter in the reply's last \boxed{...}, else the first choice letter that stands alone, in capitals. The
-    article of "A mole" counts as one.
+    pronoun of "I think" is none, and the article of "A mole" is one only where there is no other.
 
     >>> [first_letter(r, "ABCD") for r in ("B", "B.", "(B) a mole", "Answer: B", "b", "Bees, so E")]
     ['B', 'B', 'B', 'B', None, None]
+    >>> [first_letter(r, LETTERS[:10]) for r in ("I think it is B.", "I", "A mole digs: J", "A mole", "A is it, not B")]
+    ['B', 'I', 'J', 'A', 'A']
     """
-    said = one_writing(answer_of(reply))
+    said = _PRONOUN.sub("", one_writing(answer_of(reply)))
     alone = re.compile(rf"(?<!{WORD})(?<!{WORD}')[{''.join(letters)}](?!'?{WORD})")
-    found = (alone.search(marked_text(said) or "") or alone.search(said)) if letters else None
+    places = (marked_text(said) or "", _ARTICLE.sub(" ", said), said) if letters else ()
+    found = next((letter for place in places if (letter := alone.search(place))), None)
     return found[0] if found else None
 
 

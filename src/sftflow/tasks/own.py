@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from sftflow.chat.schema import Conversation, Message
+from sftflow.chat.schema import Conversation, Message, parse_row
 from sftflow.foundation.atomic_io import digest_of
 from sftflow.foundation.errors import SftflowError, TaskError, first_line
 from sftflow.foundation.missing import not_there
@@ -81,6 +81,15 @@ class OwnTask(Task):
         if not (isinstance(found, dict) and _as_json(found)):
             raise self._wrong("details", f"it gives no mapping that JSON can hold for item {item.id}", "return one")
         return found
+
+    def examples(self, n: int) -> list[tuple[str, Conversation]]:
+        rows: list[tuple[str, Any]] = super().examples(n)
+        place = f"{self.name}: examples"
+        return [(group, row if isinstance(row, Conversation) else parse_row(row, place)) for group, row in rows]
+
+    def examples_path(self) -> str | None:
+        """Its path as it is: which of its rows are for training, a user's class says itself."""
+        return self.source.path
 
     def metrics(self, details: Sequence[Mapping[str, Any]]) -> dict[str, float | int]:
         return self._asked("metrics", partial(super().metrics, details))

@@ -5,6 +5,7 @@ _ARC = f"ARC-Easy or ARC-Challenge, a .parquet file of {_HUB}/allenai/ai2_arc"
 PUBLISHED = {
     "gsm8k": "train.jsonl and test.jsonl of https://github.com/openai/grade-school-math (grade_school_math/data)",
     "mmlu": f"https://people.eecs.berkeley.edu/~hendrycks/data.tar, or a .parquet file of {_HUB}/cais/mmlu",
+    "mmlu_pro": "hub:TIGER-Lab/MMLU-Pro:test, which may be named in place of the file",
     "arc": _ARC,
     "arc_easy": _ARC,
     "arc_challenge": _ARC,

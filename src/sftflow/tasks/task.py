@@ -7,19 +7,24 @@ The steps every real set begins with are here, too: `rows_of` reads, `text_of` c
 
 from __future__ import annotations
 
+import copy
+import glob
 import hashlib
 import heapq
 import json
 import random
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from sftflow.chat.data_files import read_rows
 from sftflow.chat.schema import Conversation, Message, Part, text_message
 from sftflow.foundation.errors import SchemaError, TaskError
 
+_SPLIT = re.compile(r"(?<![A-Za-z])(?:test|validation|valid|val|dev)(?![A-Za-z])", re.I)
 DATA = Path(__file__).parent / "data"
 T = TypeVar("T")
 
@@ -88,6 +93,9 @@ class Task:
     """whether a reply in plain text is also graded as far as its first blank line, behind which a base often goes on
     with something else; the better grade counts, so that neither reading makes a base look worse than it is"""
 
+    example_splits: tuple[str, ...] = ("train", "dev", "validation", "val")
+    """of a published set, from which examples for `--shots` are drawn: the first that is there"""
+
     n_rows: int | None = None
     """how many rows the split has without the limit, once `sample` has seen them"""
 
@@ -106,6 +114,39 @@ class Task:
     def grade(self, item: Item, reply: str) -> float:
         """Score in 0..1 of a reply's text."""
         raise self._no_grader()
+
+    def examples(self, n: int) -> list[tuple[str, Conversation]]:
+        """What the `n` examples of `--shots` are drawn from: (group, exchange); an item is shown those of its own group
+        (`group_of`). Raises TaskError where there are none."""
+        return [("", c) for c in self.of_examples(16 * n).conversations("train")]
+
+    def of_examples(self, limit: int | None) -> Self:
+        """The task over the set that its examples are of; all of it where that is a file, else `limit` of it."""
+        task, path = copy.copy(self), self.examples_path()
+        task.source = replace(self.source, path=path, limit=limit if path is None else None)
+        return task
+
+    def examples_path(self) -> str | None:
+        """Where the examples of a set are: its train split on the hub, or the file beside it that is called so. None
+        for a task without a path."""
+        path = self.source.path
+        if path is None:
+            return None
+        if path.startswith("hub:"):
+            named, _, split = path.removeprefix("hub:").partition(":")
+            return f"hub:{named}:{self.example_splits[0]}" if split else path
+        whole = Path(path)
+        for split in self.example_splits:
+            last, folder = (_SPLIT.sub(partial(_in_case, split), part) for part in (whole.name, whole.parent.name))
+            for found in (whole.parent / last, whole.parent.parent / folder / last):
+                if found != whole and (found.exists() or (is_pattern(str(found)) and glob.glob(str(found)))):
+                    return str(found)
+        fact = f"no file beside {path} is called as it is with {' or '.join(self.example_splits)} in place of test"
+        raise TaskError(self.name, fact, "put its examples there")
+
+    def group_of(self, item: Item) -> str:
+        """The group of examples that an item is shown, such as its subject."""
+        return ""
 
     def _no_grader(self) -> TaskError:
         return TaskError(
@@ -172,6 +213,11 @@ def path_of(task: Task, split: str) -> str:
     if path.startswith("hub:") and path.count(":") == 1:
         return f"{path}:{split}"
     return path
+
+
+def _in_case(word: str, found: re.Match[str]) -> str:
+    """train in place of test, and Train in place of Test."""
+    return word.capitalize() if found[0][0].isupper() else word
 
 
 def is_pattern(path: str) -> bool:
