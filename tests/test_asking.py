@@ -192,7 +192,8 @@ def test_compare_pairs_items(tiny_base: Path, tmp_path: Path) -> None:
     task = found.tasks["coin"]
     assert (task.n, len(task.items), task.max_new_tokens, task.delta) == (4, 4, 3, task.sft - task.base)
     assert found.tasks["coin"].sft == pytest.approx(sum(i.sft.score for i in task.items) / 4)
-    assert found.settings["tasks are asked with"] == "1 example in front, 2 replies to an item, temperature 1, at most 3 tokens"
+    told = "1 example in front, 2 replies to an item, temperature 1, at most 3 tokens"
+    assert found.settings["tasks are asked with"] == told
     assert "tasks are asked with" in (tmp_path / "report.html").read_text()
 
 
