@@ -23,7 +23,7 @@ from sftflow.api.assistant import Assistant, load
 from sftflow.api.doctor import doctor
 from sftflow.api.measure import BarMissed, Comparison, Evaluation, compare, evaluate
 from sftflow.api.mixture import Audit, Mixture, audit, mix, prepare_part
-from sftflow.api.publish import export, serve, talk
+from sftflow.api.publish import ask_rows, export, serve, talk
 from sftflow.api.rows import Rendering, Rows, read, render, task
 from sftflow.api.run import Run, demo, pretrain, train
 from sftflow.api.side_by_side import Replies, WeightChange, ask, diff
@@ -41,6 +41,7 @@ __all__ = [
     "Run",
     "WeightChange",
     "ask",
+    "ask_rows",
     "audit",
     "compare",
     "demo",

@@ -90,7 +90,7 @@ class Assistant(checkpoint.Assistant):
         self, rows: Any, system: str | None, on_bad_row: str, seed: int, sampling: dict[str, Any]
     ) -> tuple[RowSource, Asker, bool]:
         if on_bad_row not in ("stop", "skip"):
-            raise RecipeError("--on-bad-row", f"it should be 'stop' or 'skip' (given: {on_bad_row!r})", "correct it")
+            raise RecipeError("on_bad_row", f"it should be 'stop' or 'skip' (given: {on_bad_row!r})", "correct it")
         named = read(rows)
         asker = Asker(self, system, seed, **{"max_tokens": LONGEST_REPLY, **sampling})
         return RowSource(named.place, named.numbered), asker, on_bad_row == "skip"

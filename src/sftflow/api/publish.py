@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sftflow.api.assistant import base_beside, load
+from sftflow.api.rows import read
 from sftflow.api.shared import ModelLike, model_id, name_of, parts_of, watching
 from sftflow.checkpoint import Assistant
 from sftflow.exporting.merge import merge, told
 from sftflow.exporting.to_gguf import export_gguf, require_passed, summary
 from sftflow.foundation.errors import RecipeError, ServeError
 from sftflow.generation.engine import Engine
+from sftflow.replies.reply_file import ReplyCount, require_output
 
 if TYPE_CHECKING:
     from sftflow.serving.service import Service
 
-__all__ = ["export", "require_passed", "serve", "summary", "talk"]
+__all__ = ["ask_rows", "export", "require_passed", "serve", "summary", "talk"]
 
 
 def serve(
@@ -115,6 +117,14 @@ def talk(
     other = None if base is None else base_beside(base, trained)
     given = {key: value for key, value in sampling.items() if value is not None}
     chat(trained, prompt=prompt, system=system, base=other, sampling=given)
+
+
+def ask_rows(model: ModelLike, rows: str | Path, out: str | Path, **how: Any) -> ReplyCount:
+    """`Assistant.write_replies`, with what can be said of the files said before the model is loaded."""
+    named = read(rows)
+    require_output(Path(out), named.place)
+    next(iter(named.numbered()), None)
+    return load(model).write_replies(named, out, **how)
 
 
 def export(

@@ -182,17 +182,20 @@ def as_asked(row: Any, place: str) -> Any:
     if not isinstance(row, dict):
         return row
     pairs = [*CANONICAL, *OTHERS[:-1]]
-    there = {key for key in row if not absent(row[key])}
-    asks = {ask: reply for ask, reply in reversed(pairs) if ask in (there & {*ASKS} or there)}
-    if not asks or there & {*CONVERSATIONS, *(reply for _, reply in pairs)}:
+    there = {key: value for key, value in row.items() if not absent(value)}
+    asks = {ask: reply for ask, reply in reversed(pairs) if ask in (there.keys() & {*ASKS} or there)}
+    if [*asks] == ["question"] and _GSM8K.search(str(there.get("answer"))):
+        rest = {key: value for key, value in row.items() if key not in ("question", "answer")}
+        return {**rest, "prompt": row["question"], "completion": row["answer"]}  # to compare with, not to teach
+    if not asks or there.keys() & {*CONVERSATIONS, *(reply for _, reply in pairs)}:
         return row
     if len(asks) > 1:
         first, second = sorted(asks)[:2]
         raise SchemaError(f"{place}.{second}", f"{second} and {first} both ask", f"join them in {first}")
     ((ask, reply),) = asks.items()
     if isinstance(row[ask], list):
-        return {**{key: value for key, value in row.items() if key not in (ask, reply)}, "messages": row[ask]}
-    return {**row, reply: ""}
+        return {**{key: value for key, value in there.items() if key != ask}, "messages": row[ask]}
+    return {**there, reply: ""}
 
 
 def turns_of_ready(text: str, place: str) -> list[Turn]:

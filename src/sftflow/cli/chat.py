@@ -58,7 +58,7 @@ def _ask_file(model: str, rows: str, out: Path, **how: Any) -> None:
         with Signals():
             from sftflow import api
 
-            say(f"chat: {api.load(model).write_replies(rows, out, **how)}")
+            say(f"chat: {api.ask_rows(model, rows, out, **how)}")
     except Stopped as stopped:
         said = f"the same command goes on from the rows in {out}" if out.exists() else "nothing had been written yet"
         say(f"stopped; {said}")
