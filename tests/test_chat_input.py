@@ -53,6 +53,11 @@ ROWS: list[tuple[Any, list[Any], Any]] = [
     ({"conversations": [{"from": "human", "value": "Who is it?"}, {"from": "gpt", "value": "Bo."}]}, [USER], BO),
     ({"messages": [USER, {**SAID, "weight": 0}, USER, SAID]}, [USER, {**SAID, "weight": 0}, USER], SAID),
     ({"messages": [USER, {"role": "assistant", "content": ""}]}, [USER], None),
+    ({"messages": [], "prompt": "Who is it?", "completion": None}, [USER], None),
+    ({"question": "Who is it?"}, [USER], None),
+    ({"question": "Who is it?", "answer": "Bo."}, [USER], BO),
+    ({"question": "Who is it?", "answer": "<<1+1=2>> #### 2"}, [USER], {**BO, "content": "<<1+1=2>> #### 2"}),
+    ({"instruction": "Who", "context": "is it?", "response": "Bo."}, [{**USER, "content": "Who\n\nis it?"}], BO),
 ]  # fmt: skip
 
 
@@ -273,6 +278,17 @@ def test_one_writer_at_a_time(model: Any, tmp_path: Path) -> None:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(DataError, match="another process is writing it"):
             model.write_replies(questions, out, max_tokens=1)
+
+
+def test_columns_of_other_names(model: Any, tmp_path: Path) -> None:
+    questions = write(tmp_path / "q.jsonl", [{"q": "Who?", "a": "Bo.", "n": 1}, {"q": "Who else?", "a": None, "n": 2}])
+    for options, answers in (("q=prompt,a=completion", ["Bo.", None]), ("q=prompt", [None, None])):
+        out = tmp_path / f"{len(answers)}{options}.jsonl"
+        assert chat_input(model, questions, out, "--max-tokens", "2", "--columns", options).returncode == 0
+        assert [r.get("reference", {}).get("content") for r in written(out)] == answers
+        assert [(r["messages"][0]["content"], r["n"]) for r in written(out)] == [("Who?", 1), ("Who else?", 2)]
+    line = error_line(chat_input(model, questions, tmp_path / "r.jsonl", "--columns", "x=prompt"))
+    assert "x" in line and not (tmp_path / "r.jsonl").exists()
 
 
 # ---- as the server reads a reply

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sftflow.api.assistant import base_beside, load
 from sftflow.api.rows import read
 from sftflow.api.shared import ModelLike, model_id, name_of, parts_of, watching
+from sftflow.chat.columns import Columns
 from sftflow.checkpoint import Assistant
 from sftflow.exporting.merge import merge, told
 from sftflow.exporting.to_gguf import export_gguf, require_passed, summary
@@ -119,9 +120,12 @@ def talk(
     chat(trained, prompt=prompt, system=system, base=other, sampling=given)
 
 
-def ask_rows(model: ModelLike, rows: str | Path, out: str | Path, **how: Any) -> ReplyCount:
-    """`Assistant.write_replies`, with what can be said of the files said before the model is loaded."""
-    named = read(rows)
+def ask_rows(
+    model: ModelLike, rows: str | Path, out: str | Path, *, columns: Columns | None = None, **how: Any
+) -> ReplyCount:
+    """`Assistant.write_replies`, with what can be said of the files said before the model is loaded.
+    columns: as of `sf.read`."""
+    named = read(rows, columns=columns)
     require_output(Path(out), named.place)
     next(iter(named.numbered()), None)
     return load(model).write_replies(named, out, **how)

@@ -25,6 +25,9 @@ def chat(
     top_p: Annotated[float | None, Option(min=0, max=1, help="draw from the likeliest share")] = None,
     seed: Annotated[int | None, Option(min=-(2**63), max=2**63 - 1, help="of a reply; /retry takes the next")] = None,
     max_tokens: Annotated[int | None, Option(min=1, help="of a reply; else 1,024")] = None,
+    columns: Annotated[
+        str | None, Option(help="of --input: what a table calls ours: question=prompt,answer=completion")
+    ] = None,
     on_bad_row: Annotated[
         Literal["stop", "skip"] | None, Option(help="of --input: where a row cannot be asked; else stop")
     ] = None,
@@ -35,14 +38,15 @@ def chat(
     given = {"temperature": temperature, "top_p": top_p, "seed": seed, "max_tokens": max_tokens}
     drawn = {key: value for key, value in given.items() if value is not None}
     if input is not None and out is not None and prompt is None and base_model is None:
-        _ask_file(model, input, out, system=system, on_bad_row=on_bad_row or "stop", overwrite=overwrite, **drawn)
+        how = {"system": system, "on_bad_row": on_bad_row or "stop", "overwrite": overwrite}
+        _ask_file(model, input, out, columns, **how, **drawn)
         return
     if input is not None:
         if out is None:
             raise RecipeError("--input", "the replies go to a file", "give --out replies.jsonl")
         other = "--base" if prompt is None else "--prompt"
         raise RecipeError(other, "--input asks the rows of a file, and nothing else", "leave one of them out")
-    alone = {"--out": out, "--on-bad-row": on_bad_row, "--overwrite": overwrite or None}
+    alone = {"--out": out, "--columns": columns, "--on-bad-row": on_bad_row, "--overwrite": overwrite or None}
     for option in (name for name, value in alone.items() if value is not None):
         raise RecipeError(option, "it belongs to --input", "give --input FILE, or leave it out")
     from sftflow import api
@@ -50,15 +54,17 @@ def chat(
     api.talk(model, prompt=prompt, system=system, base=base_model, **drawn)
 
 
-def _ask_file(model: str, rows: str, out: Path, **how: Any) -> None:
+def _ask_file(model: str, rows: str, out: Path, columns: str | None, **how: Any) -> None:
     """Ask every row. A stopped one says what is there, and leaves with the signal's exit code."""
     from sftflow.training.signals import Signals, Stopped
 
     try:
         with Signals():
             from sftflow import api
+            from sftflow.chat.columns import parse_columns
 
-            say(f"chat: {api.ask_rows(model, rows, out, **how)}")
+            named = None if columns is None else parse_columns(columns)
+            say(f"chat: {api.ask_rows(model, rows, out, columns=named, **how)}")
     except Stopped as stopped:
         said = f"the same command goes on from the rows in {out}" if out.exists() else "nothing had been written yet"
         say(f"stopped; {said}")
