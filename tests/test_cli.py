@@ -120,7 +120,7 @@ def test_letters_that_a_locale_has_not_are_escaped(tmp_path: Path, tiny_base: Pa
         ({"mixture": [{"source": "gsm8k"}]}, "the task gsm8k needs a path"),
         ({"mixture": []}, "mixture: "),
         *(
-            ({"train": {"lr": lr}}, ": train.lr: it should be 'auto' or a number above 0 (")
+            ({"train": {"lr": lr}}, ": train.lr: it should be 'auto', a number above 0, or {of_base: 0.8} (")
             for lr in (-1, 0, "fast", 9e999)
         ),
         ({"train": {"compile": "maybe"}}, ": train.compile: it should be 'auto', true or false (given: "),

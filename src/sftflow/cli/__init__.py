@@ -17,7 +17,7 @@ from sftflow.foundation.errors import DataError, RunError, SftflowError, said_of
 from sftflow.foundation.ranks import lost, ranks
 from sftflow.foundation.runtime import out_of_memory
 
-ORDER = ("demo", "base", "render", "mix", "train", "eval", "compare", "chat", "serve", "export", "doctor")
+ORDER = ("demo", "base", "render", "mix", "data", "train", "eval", "compare", "chat", "serve", "export", "doctor")
 for _command in ORDER:
     importlib.import_module(f"sftflow.cli.{_command}")  # each adds its command
 app.registered_commands.sort(key=lambda c: ORDER.index(c.name or getattr(c.callback, "__name__", "")))
