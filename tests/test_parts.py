@@ -243,10 +243,10 @@ def test_what_is_missing_is_rendered_by_whoever_asks(
     rendered: list[int] = []
     real = prepare.render_block
 
-    def counted(renderer: Renderer, job: Any, items: list[Any], n_verified: int) -> Any:
+    def counted(renderer: Renderer, job: Any, items: list[Any], n_verified: int, places: Any) -> Any:
         rendered.append(len(items))
         assert n_verified < 0  # what was proven of the parts is proven of the rest
-        return real(renderer, job, items, n_verified)
+        return real(renderer, job, items, n_verified, places)
 
     monkeypatch.setattr(prepare, "render_block", counted)
     found = build_mixture(many, renderer)

@@ -278,13 +278,13 @@ def test_a_path_without_a_file_says_why(tmp_path: Path) -> None:
     for name, said in {
         "row.jsonl": "no such file; did you mean 'rows.jsonl'?",
         "other.txt": "no such file; check the path; a hub data set is hub:OWNER/NAME",
-        "*.jsonl": "no such file: patterns are not read here; name the files: link.jsonl, rows.jsonl",
+        "*.json": "no file fits the pattern; check the pattern",
         "link.jsonl": "no such file: a link to gone.jsonl, which is not there; mend the link",
         "rows.jsonl/x": f"no such file: {tmp_path}/rows.jsonl is a file, not a folder; ",
         "no/where.jsonl": f"no such file: there is no folder {tmp_path}/no; ",
         "~/a.jsonl": "no such file; ~ is for the shell to read; write the folder out",
         "$HOME/a.jsonl": "no such file; $ is for the shell to read; write the folder out",
-        "empty": "an empty folder, not a file; give the path of a file",
+        "empty": "an empty folder; what is read of a folder is .jsonl, ",
     }.items():
         (refused,) = [error_line(run("render", f"{tmp_path}/{name}", "--model", "builtin:tiny"))]
         assert refused.startswith(f"error: {tmp_path}/{name}: {said}"), refused
@@ -495,10 +495,12 @@ def test_an_option_is_answered_by_the_command_s_own_means(option: str, led: str)
     assert led in error_line(run(*option.split()))
 
 
-def test_a_split_that_would_not_be_heard_is_refused() -> None:
-    for source, said in {"hub:a/b": "write hub:a/b:test", "a.jsonl": "name the split's file"}.items():
-        with pytest.raises(sf.SftflowError, match=f"split 'test': only the built-in tasks have this key; {said}"):
-            sf.mix({"source": source, "split": "test"})
+def test_a_split_or_configuration_that_would_not_be_heard_is_refused() -> None:
+    for key in ("split", "config"):
+        with pytest.raises(sf.SftflowError, match=rf"{key} 'x': only data sets \(hub:NAME, .*; name the {key}'s file"):
+            sf.mix({"source": "a.jsonl", key: "x"})
+    with pytest.raises(sf.SftflowError, match="names the split 'train', and split: 'test' another; write one of them"):
+        sf.mix({"source": "hub:a/b:train", "split": "test"})
 
 
 def test_a_key_that_is_no_text_is_refused(tmp_path: Path) -> None:

@@ -54,8 +54,8 @@ SECTIONS: dict[str, Rows] = {
          "mixture", "its rows are entries of the mixture: - source: FILE, hub:OWNER/NAME or a task"),
         ("test_datasets eval_dataset dataset_val validation_file eval_data val_data test_file dataset_test_split "
          "val_set_size val_size validation_split", "validation", _HELD_OUT),
-        ("dataset_config dataset_config_name datasets.subset datasets.revision", "mixture.source",
-         "not chosen here: download the files that are meant, and name them"),
+        ("dataset_config dataset_config_name datasets.subset", "mixture.config", "of an entry with hub:OWNER/NAME"),
+        ("datasets.revision", "mixture.source", "hub:OWNER/NAME@REVISION"),
         ("dataset_train_split datasets.train_on_split", "mixture.source", "hub:OWNER/NAME:SPLIT"),
         ("field_* datasets.field_* datasets.columns columns", "mixture.columns",
          "{theirs: ours}, where a row's keys are not known (docs/rows.md)"),
@@ -63,7 +63,7 @@ SECTIONS: dict[str, Rows] = {
          "datasets.type datasets.ds_type datasets.chat_template datasets.conversation datasets.*format "
          "dataset_kwargs label_names formatting_func remove_unused_columns split_thinking", "", _FROM_THE_ROW),
         ("pretraining_dataset", "", "plain text is for sftflow base"),
-        ("datasets.data_files", "mixture.source", "name the file: hub:OWNER/NAME, or a path"),
+        ("datasets.data_files", "mixture.source", "a file, a folder, or a pattern such as data/*.jsonl.gz"),
         ("datasets.roles_to_train datasets.train_on_eos datasets.train_on_eot", "",
          'replies and their ends are taught; "weight": 0 in a message takes it out'),
         ("datasets.shards datasets.shards_idx datasets.skip datasets.num_samples datasets.size max_samples "

@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from sftflow.chat.columns import fault_of
+from sftflow.chat.files.names import stem_of
 from sftflow.foundation.counts import count_of
 from sftflow.foundation.dotted_keys import set_key
 from sftflow.foundation.errors import RecipeError, undecoded
@@ -65,12 +66,14 @@ class SourceEntry(_Frozen):
     """One entry of the mixture: a built-in task, or conversations from a file.
 
     columns: of a table with other names, its own by ours: {question: prompt, answer: completion}.
+    config, split: of a data set on the hub or in a folder, where its name does not say them; `split` also of a task.
     repeat: passes over its rows, 1 where None; where tokens are shared out (`data.shares`) the most that there may be.
     share: of the mixture's supervised tokens.   published: where a file is to be had, said where it is not there."""
 
     source: str
     path: str | None = None
     name: str | None = None
+    config: str | None = None
     split: str = "train"
     limit: Annotated[int, Field(gt=0)] | None = None
     repeat: Annotated[int, Field(ge=1)] | None = None
@@ -91,12 +94,14 @@ class SourceEntry(_Frozen):
     def label(self) -> str:
         """What it is called where it is the only one (`data.sources.labels_of`); it seeds which rows are held out."""
         own = own_task(self.source)
-        return self.name or (own[1] if own else self.source if self.has_bare_name else Path(self.source).stem)
+        return self.name or (
+            own[1] if own else self.source if self.has_bare_name else stem_of(self.source, self.config)
+        )
 
     @property
     def has_bare_name(self) -> bool:
         """Whether `source` has neither folder nor ending: a task's name, or where there is a `path`, just a name."""
-        return "/" not in self.source and "." not in self.source
+        return "/" not in self.source and "." not in self.source and not self.source.startswith("hub:")
 
 
 class AssistantIdentity(_Frozen):
@@ -362,7 +367,10 @@ def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
 
     def absolute(value: str, key: str) -> str:
         value = os.path.expanduser(value)
-        return value if value.startswith("hub:") or Path(value).is_absolute() else str(home(key) / value)
+        if value.startswith("hub:"):  # of a set in a folder
+            here = home(key) / value[4:].partition(":")[0]
+            return f"hub:{home(key)}/{value[4:]}" if here.is_dir() and not os.path.isabs(value[4:]) else value
+        return value if Path(value).is_absolute() else str(home(key) / value)
 
     entries = []
     for number, entry in enumerate(recipe.mixture):

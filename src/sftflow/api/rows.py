@@ -19,7 +19,10 @@ from sftflow import checkpoint
 from sftflow.api.shared import ModelLike, name_of, quiet
 from sftflow.chat import prefill, template_options
 from sftflow.chat.columns import Columned, Columns, fault_of, require_columns
-from sftflow.chat.data_files import check_columns, numbered_rows, read_rows
+from sftflow.chat.data_files import numbered_rows, read_rows
+from sftflow.chat.files.columns import check_columns
+from sftflow.chat.files.names import Places, stem_of
+from sftflow.chat.files.sets import set_name
 from sftflow.chat.render import Renderer
 from sftflow.chat.row_keys import READ, REFUSED
 from sftflow.chat.schema import Conversation, conversation_of, parse_row, text_message
@@ -69,7 +72,7 @@ class Rows(Sequence[Any]):
         rows = data.to_pylist(maps_as_pydicts="strict") if hasattr(data, "to_pylist") else data
         self._rows = None if self._file else [without_nulls(row) for row in rows] if of_arrow else _dicts(rows)
         self.given_name = name
-        self.name = name or (Path(self._file).stem if self._file else "rows")
+        self.name = name or (stem_of(self._file) if self._file else "rows")
 
     @cached_property
     def path(self) -> str:
@@ -99,24 +102,32 @@ class Rows(Sequence[Any]):
         """What errors call it: the file, or the name of rows from memory."""
         return self._file or self.name
 
-    def numbered(self) -> Iterable[tuple[int, Any]]:
+    def numbered(self, places: Places | None = None) -> Iterable[tuple[int, Any]]:
         """(number, row) from 1: lines of a file of JSON lines as bytes, see `chat.data_files.numbered_rows`; each with
-        the names of its columns where they are others. Raises DataError where no row has one of these."""
-        rows = numbered_rows(self.path) if self._rows is None else enumerate(self._rows, 1)
+        the names of its columns where they are others. Raises DataError where no row has one of these.
+
+        places: told where each file begins."""
+        rows = self._numbered(places)
         if self.columns is None:
             return rows
-        again = numbered_rows(self.path) if self._rows is None else enumerate(self._rows, 1)
-        require_columns((row for _, row in again), self.columns, self.place)
+        require_columns((row for _, row in self._numbered()), self.columns, self.place)
         return ((number, Columned(row, self.columns)) for number, row in rows)
+
+    def _numbered(self, places: Places | None = None) -> Iterable[tuple[int, Any]]:
+        if self._rows is None:
+            return numbered_rows(self.path, places=places)
+        if places is not None:
+            places.begin(0, self.place)
+        return enumerate(self._rows, 1)
 
     def conversations(self) -> Iterator[Conversation | SftflowError]:
         """Each row in the canonical shape, or what is wrong with it; the last may be what is wrong with the file.
         Raises DataError where nothing of it can be read."""
-        number = 0
+        number, places = 0, Places()
         try:
-            for number, row in self.numbered():
+            for number, row in self.numbered(places):
                 try:
-                    yield conversation_of(row, f"{self.place}:{number}")
+                    yield conversation_of(row, places[number])
                 except SftflowError as error:
                     yield error
         except SftflowError as error:
@@ -167,11 +178,22 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
-def read(data: Any, *, name: str | None = None, columns: Columns | None = None) -> Rows:
-    """Conversations of any dialect: from a .jsonl, .json or .parquet file, a hub data set `hub:OWNER/NAME`, or memory
-    (a list, an iterator, a `datasets.Dataset`, a table of pyarrow, a pandas DataFrame), or those that a task trains on:
-    `sf.read(sf.task("spelling", limit=3))`.   columns: what a table with other names calls ours, as
-    `{"question": "prompt", "answer": "completion"}`."""
+def read(
+    data: Any,
+    *,
+    name: str | None = None,
+    columns: Columns | None = None,
+    config: str | None = None,
+    split: str | None = None,
+) -> Rows:
+    """Conversations of any dialect: from a file (JSON lines, CSV, Parquet ..., also packed), a folder of such or a
+    pattern, a data set `hub:OWNER/NAME`, or memory (a list, an iterator, a `datasets.Dataset`, a table of pyarrow, a
+    pandas DataFrame), or those that a task trains on: `sf.read(sf.task("spelling", limit=3))`.
+
+    columns: what a table with other names calls ours, as `{"question": "prompt", "answer": "completion"}`.
+    config, split: of a data set, where its name does not say them."""
+    if config or split:
+        data = set_name(str(data), config, split)
     if isinstance(data, SourceEntry):
         entry = data if columns is None else data.model_copy(update={"columns": columns})
         name, columns = name or entry.label, entry.columns
@@ -288,6 +310,7 @@ def render(
     data: Any,
     model: ModelLike,
     *,
+    config: str | None = None,
     format: str = "auto",
     index: int | None = None,
     append_eos: bool = False,
@@ -299,10 +322,10 @@ def render(
 
     index: only this row, counted from 0.   append_eos: put the end of text behind replies that have no end.
     drop_prefill: prompts without what the template begins every reply with.   supervise: `replies`, or `all` tokens.
-    columns: what a table with other names calls ours.
+    columns: what a table with other names calls ours.   config: of a data set with several.
     Raises DataError where nothing of a file can be read; a row that cannot be shown is among `refused`.
     """
-    rows = read([data] if isinstance(data, Mapping | Conversation) else data, columns=columns)
+    rows = read([data] if isinstance(data, Mapping | Conversation) else data, columns=columns, config=config)
     if isinstance(model, checkpoint.Assistant):
         if format not in ("auto", model.renderer.format.name):
             fact = f"the model is loaded with the format {model.renderer.format.name}"

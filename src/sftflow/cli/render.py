@@ -17,11 +17,13 @@ def render(
     data: Annotated[
         str,
         typer.Argument(
-            help="conversations: JSON lines, a JSON array, Parquet, Arrow, also packed with gzip; or hub:OWNER/NAME"
+            help="conversations: a file (JSON lines, a JSON array, CSV, Parquet, Arrow, also packed), a folder or a "
+            "pattern of these, or hub:OWNER/NAME[@REVISION][[:CONFIG]:SPLIT]"
         ),
     ],
     model: Annotated[str, typer.Option(help=f"{MODEL_HELP}; a directory with a tokenizer is enough")],
     format: Annotated[str, typer.Option(help="auto, a built-in format, or a .jinja file")] = "auto",
+    config: Annotated[str | None, typer.Option(help="of a data set with several configurations")] = None,
     index: Annotated[int | None, typer.Option(min=0, help="only this row, counted from 0")] = None,
     html: Annotated[Path | None, typer.Option(help="write a page with every token as a box")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document on stdout")] = False,
@@ -41,6 +43,7 @@ def render(
     found = api.render(
         data,
         model,
+        config=config,
         format=format,
         index=index,
         append_eos=append_eos,

@@ -7,7 +7,7 @@ import lzma
 from collections.abc import Iterator
 from pathlib import Path
 
-from sftflow.chat.data_files import readable
+from sftflow.chat.files.packed import readable
 from sftflow.chat.schema import parse_line
 from sftflow.foundation.errors import DataError
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sftflow.chat.files.names import Places
 from sftflow.data.render_pool import Block, Counts
 from sftflow.data.store import RowWriter
 from sftflow.foundation.errors import RecipeError
@@ -117,8 +118,11 @@ def stored_parts(folder: Path, key: str) -> dict[Part, Path]:
     return dict(sorted(found.get(best, {}).items(), key=lambda item: item[0].number))
 
 
-def write_part(directory: Path, blocks: Generator[NumberedBlock, None, None], progress: Callable[[int], None]) -> None:
-    """Rendered blocks -> a part in `directory`. Raises the error of the first bad row. progress: told the rows done."""
+def write_part(
+    directory: Path, blocks: Generator[NumberedBlock, None, None], places: Places, progress: Callable[[int], None]
+) -> None:
+    """Rendered blocks -> a part in `directory`. Raises the error of the first bad row. places: where the source's rows
+    stand, all of them when the blocks are through.   progress: told the rows done."""
     seen = rows = tokens = supervised = 0
     first = True
     with (
@@ -139,11 +143,16 @@ def write_part(directory: Path, blocks: Generator[NumberedBlock, None, None], pr
             seen, tokens = seen + block.counts.seen, tokens + len(block.ids)
             rows, supervised = rows + len(block.table), supervised + int(block.table["supervised"].sum())
             progress(seen)
-        writer.finish({"seen": seen, "rows": rows, "tokens": tokens, "supervised_tokens": supervised})
+        counts = {"seen": seen, "rows": rows, "tokens": tokens, "supervised_tokens": supervised}
+        writer.finish({**counts, "files": places.files})
 
 
-def read_part(directory: Path) -> Generator[NumberedBlock, None, None]:
-    """The blocks of a part, as they were rendered. (Read, not mapped: another process may remove the part.)"""
+def read_part(directory: Path, places: Places) -> Generator[NumberedBlock, None, None]:
+    """The blocks of a part, as they were rendered. (Read, not mapped: another process may remove the part.)
+
+    places: told where the source's rows stand."""
+    meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+    places.files[:] = places.files or map(tuple, meta["files"])
     table, row = np.load(directory / "rows.npy"), 0
     with (
         (directory / "blocks.jsonl").open(encoding="utf-8") as lines,

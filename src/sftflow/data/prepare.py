@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from sftflow.chat.columns import Columned
-from sftflow.chat.data_files import Wanted
+from sftflow.chat.files.columns import Wanted
+from sftflow.chat.files.names import Places
 from sftflow.chat.render import Renderer
 from sftflow.data.parts import (
     PROVEN,
@@ -33,7 +34,7 @@ from sftflow.data.parts import (
     told_parts,
     write_part,
 )
-from sftflow.data.render_pool import Block, Counts, Job, NumberedRow, Workers, n_cores, render_block
+from sftflow.data.render_pool import Block, Counts, Job, NumberedRow, Question, Workers, n_cores, render_block
 from sftflow.data.row_cache import cache_folder, cache_key, is_whole, stamps_of
 from sftflow.data.sources import labels_of, place_of, rows_of_entry
 from sftflow.data.store import RowStore, RowWriter
@@ -54,7 +55,8 @@ log = logging.getLogger("sftflow.data")
 
 @dataclass(frozen=True)
 class _Source:
-    """A mixture entry, and how its rows are rendered.   label: what it is called.   key: what they are kept under."""
+    """A mixture entry, and how its rows are rendered.   label: what it is called.   key: what they are kept under.
+    places: where they stand, as far as they were read."""
 
     entry: SourceEntry
     recipe: Recipe
@@ -63,15 +65,16 @@ class _Source:
     label: str
     stamps: list[object]
     key: str | None
+    places: Places
 
     def blocks(self, *, every_row: bool, wanted: Wanted | None = None) -> Generator[NumberedBlock, None, None]:
         """Its blocks, or the wanted of them, rendered, in order. Raises DataError at the end where the data was
         written to meanwhile: then the key says something else than what was read."""
         of_block = None if wanted is None else (lambda row: wanted(row // BLOCK_ROWS))
-        rows = rows_of_entry(self.entry, self.recipe, of_block)
-        places = count() if wanted is None else filter(wanted, count())
-        with contextlib.closing(_rendered(_blocks(rows, places), self.job, self.renderer, every_row)) as blocks:
-            yield from blocks
+        rows = rows_of_entry(self.entry, self.recipe, of_block, self.places)
+        blocks = _blocks(rows, count() if wanted is None else filter(wanted, count()))
+        with contextlib.closing(_rendered(blocks, self.job, self.renderer, every_row, self.places)) as rendered:
+            yield from rendered
         if stamps_of(self.entry, self.recipe) != self.stamps:
             if own_task(self.entry.source):
                 fact = "it makes other rows each time"
@@ -92,7 +95,7 @@ def _source(entry: SourceEntry, number: int, recipe: Recipe, renderer: Renderer)
     place = place_of(entry)
     job = Job(renderer.spec, place, recipe.train.max_length, recipe.train.overlong, recipe.on_bad_row)
     stamps, label = stamps_of(entry, recipe), labels_of(recipe.mixture)[number]
-    return _Source(entry, recipe, renderer, job, label, stamps, cache_key(entry, recipe, job, stamps))
+    return _Source(entry, recipe, renderer, job, label, stamps, cache_key(entry, recipe, job, stamps), Places())
 
 
 def open_source(directory: Path, number: int, recipe: Recipe, *, new: bool = False) -> RowStore:
@@ -115,7 +118,7 @@ def prepare_source(
 
     if key is None or folder is None:
         directory = _for_this_process(folder)
-        _write_rows(directory, [source.blocks(every_row=every_row)], prefix, said)
+        _write_rows(directory, [source.blocks(every_row=every_row)], prefix, source.places, said)
         return open_source(directory, number, recipe)
     sampled, proven = folder / key, folder / f"{key}{PROVEN}"
     parts = stored_parts(folder, key)  # looked for first: whoever joins them removes them when the whole is there
@@ -131,11 +134,11 @@ def prepare_source(
         log.warning(f"{source.label}: {told_parts(list(parts), missing)}")
 
     def fill(directory: Path) -> None:
-        streams = [read_part(path) for path in parts.values()]
+        streams = [read_part(path, source.places) for path in parts.values()]
         if missing or not parts:
             wanted = (lambda block: any(part.takes(block, key) for part in missing)) if parts else None
             streams.append(source.blocks(every_row=every_row, wanted=wanted))
-        _write_rows(directory, streams, prefix, said)
+        _write_rows(directory, streams, prefix, source.places, said)
 
     source.write(kept, fill)
     for path in parts.values():  # their rows are in the whole now
@@ -177,7 +180,7 @@ def prepare_part(
     if not is_whole(directory):
         blocks = source.blocks(every_row=True, wanted=lambda block: part.takes(block, key))
         said = functools.partial(progress, source.label)
-        source.write(directory, lambda made: write_part(made, blocks, said))
+        source.write(directory, lambda made: write_part(made, blocks, source.places, said))
     return key, json.loads((directory / "meta.json").read_text(encoding="utf-8"))
 
 
@@ -185,9 +188,12 @@ def _write_rows(
     directory: Path,
     streams: Sequence[Generator[NumberedBlock, None, None]],
     prefix: str,
+    places: Places,
     progress: Callable[[int], None] | None,
 ) -> None:
-    """Rendered blocks, each stream's in the source's order -> a new store of all, in that order, in `directory`."""
+    """Rendered blocks, each stream's in the source's order -> a new store of all, in that order, in `directory`.
+
+    places: filled by the streams."""
     total, bad = Counts(), []
     sample: dict[str, Any] | None = None
     with contextlib.ExitStack() as open_here:
@@ -208,7 +214,8 @@ def _write_rows(
                 f"{len(bad):,} of {total.seen:,} rows are bad, more than {MOST_BAD:.0%}; the first: {bad[0]['reason']}"
             )
             raise DataError(prefix, fact, "mend or remove these rows: on_bad_row: skip is for a few")
-        writer.finish({**vars(total), "bad": len(bad), "bad_rows": bad, "sample": sample, "prefix": prefix})
+        more = {"bad": len(bad), "bad_rows": bad, "sample": sample, "prefix": prefix, "files": places.files}
+        writer.finish({**vars(total), **more})
 
 
 def _blocks(rows: Iterator[NumberedRow], places: Iterator[int]) -> Iterator[tuple[int, list[NumberedRow]]]:
@@ -233,18 +240,21 @@ def _blocks(rows: Iterator[NumberedRow], places: Iterator[int]) -> Iterator[tupl
 
 
 def _rendered(
-    blocks: Iterator[tuple[int, list[NumberedRow]]], job: Job, renderer: Renderer, every_row: bool
+    blocks: Iterator[tuple[int, list[NumberedRow]]], job: Job, renderer: Renderer, every_row: bool, at: Places
 ) -> Generator[NumberedBlock, None, None]:
-    """The blocks rendered, in order: here, or where there are many by processes, which end when it is closed."""
+    """The blocks rendered, in order: here, or where there are many by processes, which end when it is closed.
+
+    at: where their rows stand."""
     first = list(islice(blocks, ALONE_BLOCKS))
     places: deque[int] = deque()  # of the blocks that are under way
 
-    def questions() -> Iterator[tuple[list[NumberedRow], int]]:
+    def questions() -> Iterator[Question]:
         for n, (place, block) in enumerate(chain(first, blocks)):
             places.append(place)
-            yield block, -1 if every_row else VERIFIED_SAMPLE if n == 0 else 0
+            among = at.among([block[0][0], block[-1][0]])
+            yield block, -1 if every_row else VERIFIED_SAMPLE if n == 0 else 0, among
 
-    def here(block: tuple[list[NumberedRow], int]) -> Block:
+    def here(block: Question) -> Block:
         return render_block(renderer, job, *block)
 
     cores = n_cores()

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftflow.chat.columns import Columned
+from sftflow.chat.files.names import Places
 from sftflow.chat.render import Renderer, RendererSpec
 from sftflow.chat.schema import Conversation, conversation_of
 from sftflow.chat.verify import Checks, add_checks, checks, verify
@@ -33,9 +34,10 @@ from sftflow.data.truncate import fit_to_length
 from sftflow.fingerprint import row_digest
 from sftflow.foundation.errors import DataError, FormatError, MaskError, RunError, SchemaError, SftflowError
 
-NumberedRow = tuple[
-    int, Any
-]  # (number in the source, a line's bytes, a parsed row, either Columned, or a Conversation)
+NumberedRow = tuple[int, Any]
+"""(number in the source, a line's bytes, a parsed row, either Columned, or a Conversation)"""
+Question = tuple[list[NumberedRow], int, Places]
+"""(a block, how many of its rows are verified, where they stand)"""
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,13 @@ class Block:
     error: SftflowError | None = None
 
 
-def render_block(renderer: Renderer, job: Job, items: list[NumberedRow], n_verified: int) -> Block:
-    """Render a block; its first `n_verified` rows are verified, all of them where it is negative."""
+def render_block(
+    renderer: Renderer, job: Job, items: list[NumberedRow], n_verified: int, places: Places | None = None
+) -> Block:
+    """Render a block; its first `n_verified` rows are verified, all of them where it is negative.
+
+    places: where its rows stand, if not all in the job's `prefix`."""
+    places = places or Places([(0, job.prefix)])
     ids, masks = [np.empty(0, np.int32)], [np.empty(0, np.int8)]
     table: list[tuple[int, int, int, int, int]] = []
     block = Block(ids[0], masks[0], np.empty(0, ROW))
@@ -100,7 +107,7 @@ def render_block(renderer: Renderer, job: Job, items: list[NumberedRow], n_verif
     for count, (number, payload) in enumerate(items):
         counts.seen += 1
         try:
-            conversation = conversation_of(payload, f"{job.prefix}:{number}")
+            conversation = conversation_of(payload, places[number])
             if conversation.ignored:
                 counts.ignored.update(conversation.ignored)
             fitted = fit_to_length(conversation, renderer, job.max_length, job.overlong)
@@ -108,7 +115,7 @@ def render_block(renderer: Renderer, job: Job, items: list[NumberedRow], n_verif
             if job.on_bad_row == "stop":
                 block.error = error
                 break
-            block.bad.append({"source": f"{job.prefix}:{number}", "reason": str(error), "row": _shown(payload)})
+            block.bad.append({"source": places[number], "reason": str(error), "row": _shown(payload)})
             continue
         if fitted.dropped:
             counts.dropped[fitted.dropped] += 1
@@ -196,8 +203,8 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
 
     def render(
         self,
-        blocks: Iterable[tuple[list[NumberedRow], int]],
-        here: Callable[[tuple[list[NumberedRow], int]], Block] | None = None,
+        blocks: Iterable[Question],
+        here: Callable[[Question], Block] | None = None,
     ) -> Iterator[Block]:
         """The blocks' results in order; a few blocks are under way at a time, so memory stays flat.
 
@@ -216,7 +223,7 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
         while pending:
             yield pending.popleft().result()
 
-    def _ask(self, block: tuple[list[NumberedRow], int]) -> Block:
+    def _ask(self, block: Question) -> Block:
         process = self._free.get()
         try:
             _send(process, block)
@@ -246,8 +253,8 @@ def main() -> None:
         gc.freeze()  # the tokenizer's vocabulary need not be walked again and again
         gc.set_threshold(50_000)
         while True:
-            items, n_verified = pickle.load(requests)
-            pickle.dump(render_block(renderer, job, items, n_verified), answers, pickle.HIGHEST_PROTOCOL)
+            question: Question = pickle.load(requests)
+            pickle.dump(render_block(renderer, job, *question), answers, pickle.HIGHEST_PROTOCOL)
             answers.flush()
     except (EOFError, BrokenPipeError):
         os._exit(0)  # the parent is done with us, or gone

@@ -20,9 +20,11 @@ from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 
+from sftflow.chat.files.names import files_of, is_pattern
+from sftflow.chat.files.sets import HUB, DataFile, parse_set, pinned
 from sftflow.data.parts import is_part
 from sftflow.data.render_pool import Job
-from sftflow.data.sources import made_digest
+from sftflow.data.sources import data_name, made_digest
 from sftflow.fingerprint import RENDERED_ROWS, code_hash, hash_json
 from sftflow.foundation.atomic_io import reason, remove_directory, require_writable, sha256_file
 from sftflow.foundation.errors import DataError
@@ -70,37 +72,38 @@ def _say_once(text: str) -> None:
     log.warning(text)
 
 
-def _files_of(entry: SourceEntry) -> list[Path]:
-    """The files of an entry's data; none where it is made here, or from a hub."""
-    name = entry.path if is_task(entry.source) else entry.path or entry.source
-    if name is None or name.startswith("hub:"):
-        return []
-    path = Path(name)
-    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+def _files_of(entry: SourceEntry) -> list[DataFile]:
+    """The files of an entry's data; none where it is made here."""
+    if not is_task(entry.source) or entry.path is None or is_pattern(entry.path):
+        name = data_name(entry)
+        return [] if name is None else files_of(name)
+    where = parse_set(entry.path).where if entry.path.startswith(HUB) else entry.path
+    if not os.path.isdir(where):
+        return [DataFile(entry.path, commit=pinned(entry.path) if where != entry.path else "")]
+    return [DataFile(str(p)) for p in sorted(Path(where).rglob("*")) if p.is_file()]  # which of them it reads, it says
 
 
 def stamps_of(entry: SourceEntry, recipe: Recipe) -> list[object]:
-    """What tells that an entry's files were written to: size and time of each; [] where one cannot be read. Of a user's
-    task, a hash of its rows."""
+    """What tells that an entry's files were written to: name, size and time of each; [] where one cannot be read. Of
+    a user's task, a hash of its rows."""
     if own_task(entry.source):
         return [made_digest(entry, recipe)]
     try:
-        stats = [path.stat() for path in _files_of(entry)]
-    except OSError:
+        stats = [(file.place, file.path().stat()) for file in _files_of(entry) if not file.commit]
+    except (OSError, DataError):
         return []
-    return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
 
 def cache_key(entry: SourceEntry, recipe: Recipe, job: Job, stamps: list[object]) -> str | None:
-    """What the rows depend on, as one hash; None where the data cannot be hashed (a hub data set).
+    """What the rows depend on, as one hash; None where the data cannot be hashed. (Of a set on the hub the commit says
+    what is in its files.)
 
     stamps: see `stamps_of`."""
-    if (entry.path or entry.source).startswith("hub:"):
-        return None
     try:
-        data = " ".join(f"{p}={sha256_file(p)}" for p in _files_of(entry))
+        data = " ".join(f"{f.place}={f.commit or sha256_file(f.path())}" for f in _files_of(entry))
         data += str(stamps) if own_task(entry.source) else ""
-    except OSError:
+    except (OSError, DataError):
         return None  # reading the rows will say what is wrong
     parts = [
         entry.model_dump(mode="json", exclude={"repeat", "name", "published"}),

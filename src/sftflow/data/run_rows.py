@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sftflow.chat.files.names import Places
 from sftflow.chat.schema import Conversation, conversation_of, parse_row
 from sftflow.data.mixture import Mixture
-from sftflow.data.sources import place_of, rows_of_entry
+from sftflow.data.sources import rows_of_entry
 from sftflow.data.store import Rows
 from sftflow.data.truncate import fit_to_length
 from sftflow.foundation.atomic_io import write_file
@@ -94,10 +95,10 @@ def held_out_conversations(mixture: Mixture, recipe: Recipe) -> dict[tuple[int, 
         for source, row in mixture.held_out.chosen.tolist():
             if source == number:
                 wanted.setdefault(int(rows.table["number"][row]), []).append(row)
-        last = max(wanted, default=0)
-        for at, payload in rows_of_entry(entry, recipe) if wanted else ():
+        last, places = max(wanted, default=0), Places()
+        for at, payload in rows_of_entry(entry, recipe, places=places) if wanted else ():
             if at in wanted:
-                place = f"{place_of(entry)}:{at}"
+                place = places[at]
                 conversation = conversation_of(payload, place)
                 fitted = fit_to_length(conversation, mixture.renderer, train.max_length, train.overlong)
                 for row in wanted[at]:
@@ -126,7 +127,8 @@ def _held_out_line(mixture: Mixture, at: tuple[int, int], number: int, conversat
 
 
 def _arrays(mixture: Mixture) -> dict[str, Any]:
-    """What training_rows.npz holds: names, prefixes, and for source N "N/table", "N/held_out", "N/ids", "N/mask"."""
+    """What training_rows.npz holds: names, prefixes, and for source N "N/table", "N/held_out", "N/ids", "N/mask",
+    and "N/files", where its rows stand."""
     arrays: dict[str, Any] = {"names": mixture.names, "prefixes": [rows.prefix for rows in mixture.rows]}
     used = mixture.rows_in_use()
     whole = sum(int(rows.lengths.sum(dtype=np.int64)) for rows in used) <= MAX_TOKENS
@@ -136,6 +138,7 @@ def _arrays(mixture: Mixture) -> dict[str, Any]:
         table = rows.table.copy()
         table["start"] = np.cumsum(table["length"], dtype=np.int64) - table["length"]
         arrays |= {f"{number}/table": table, f"{number}/held_out": held_out[~choice.left_out]}
+        arrays[f"{number}/files"] = json.dumps(rows.places.files)
         if whole:
             kept = np.repeat(~choice.left_out, mixture.rows[number].lengths)  # tokens, which lie one after another
             ids = rows.all_ids[kept]
@@ -186,7 +189,8 @@ def read_training_rows(run: Path) -> TrainingRows:
             if whole:
                 ids = file[f"{number}/ids"]
                 mask = np.unpackbits(file[f"{number}/mask"], count=len(ids)).view(np.int8)
-            sources.append(Rows(table, ids, mask, name=name, number=number, prefix=prefix))
+            files = json.loads(str(file[f"{number}/files"])) if f"{number}/files" in file else ()
+            sources.append(Rows(table, ids, mask, name=name, number=number, prefix=prefix, files=files))
             held_out.append(file[f"{number}/held_out"])
     why = None if whole else f"more than the {MAX_TOKENS:,} tokens that are kept beside a run"
     return TrainingRows(sources=sources, held_out=held_out, without_ids=why)

@@ -11,7 +11,10 @@ from itertools import count, islice
 from pathlib import Path
 
 from sftflow.chat.columns import Columned, require_columns
-from sftflow.chat.data_files import Wanted, numbered_rows
+from sftflow.chat.data_files import numbered_rows
+from sftflow.chat.files.columns import Wanted
+from sftflow.chat.files.names import Places, is_pattern
+from sftflow.chat.files.sets import set_name
 from sftflow.chat.schema import Conversation, conversation_of
 from sftflow.data.render_pool import NumberedRow
 from sftflow.foundation.atomic_io import digest_of
@@ -33,30 +36,46 @@ def check_source(entry: SourceEntry, place: str = "mixture") -> None:
             f"did you mean {near[0]!r}?" if near else f"known: {', '.join(TASKS)}; a file is written ./{entry.source}"
         )
         if os.path.isdir(entry.source):
-            hint = f"a folder has that name; name a file in it: {entry.source}/FILE"
+            hint = f"for the folder of that name write ./{entry.source}"
         elif os.path.exists(entry.source):
             hint = f"for the file of that name write ./{entry.source}"
         raise RecipeError(place, f"unknown task {entry.source!r}", hint)
-    if entry.split != "train" and entry.source not in TASKS:
-        of_hub = entry.source.startswith("hub:")
-        remedy = f"write {':'.join(entry.source.split(':')[:2])}:{entry.split}" if of_hub else "name the split's file"
-        raise RecipeError(place, f"split {entry.split!r}: only the built-in tasks have this key", remedy)
+    name = entry.path or entry.source
+    if entry.source not in TASKS and not (name.startswith("hub:") or os.path.isdir(name)):
+        for key, said in (("config", entry.config), ("split", entry.split if entry.split != "train" else None)):
+            if said:
+                fact = f"{key} {said!r}: only data sets (hub:NAME, or a folder) and tasks have this key"
+                raise RecipeError(place, fact, f"name the {key}'s file")
     if entry.columns and (entry.source in TASKS or own_task(entry.source)):
         fact = f"columns beside the task {entry.source}, which knows the names of its own"
         raise RecipeError(place, fact, "leave out columns, or name the file as the source")
 
 
-def rows_of_entry(entry: SourceEntry, recipe: Recipe, wanted: Wanted | None = None) -> Iterator[NumberedRow]:
+def data_name(entry: SourceEntry) -> str | None:
+    """The name of an entry's data with all that it says of it: configuration and split; None where it has none."""
+    name = entry.path if is_task(entry.source) else entry.path or entry.source
+    split = None if entry.split == "train" else entry.split
+    return name if name is None or not (entry.config or split) else set_name(name, entry.config, split)
+
+
+def rows_of_entry(
+    entry: SourceEntry, recipe: Recipe, wanted: Wanted | None = None, places: Places | None = None
+) -> Iterator[NumberedRow]:
     """(number, payload) of each row of a mixture entry, a sample of `limit` of them where it asks for one.
 
-    wanted: told a row's index among these, from 0, whether it is asked for; None: all are."""
+    wanted: told a row's index among these, from 0, whether it is asked for; None: all are.   places: told where each
+    file begins."""
     place = "mixture"
     if entry in recipe.mixture:
         place = recipe.origin.place("mixture", recipe.mixture.index(entry), "source")
     check_source(entry, place)
     if is_task(entry.source):
         options = {"identity": recipe.identity.model_dump()}
-        source = TaskSource(path=entry.path, seed=recipe.train.seed, limit=entry.limit, options=options)
+        source = TaskSource(
+            path=entry.path, config=entry.config, seed=recipe.train.seed, limit=entry.limit, options=options
+        )
+        if places is not None:
+            places.begin(0, place_of(entry))
         number = 0
         for number, conversation in enumerate(
             make_task(entry.source, source, place, "write path: FILE beside it").conversations(entry.split), 1
@@ -66,8 +85,11 @@ def rows_of_entry(entry: SourceEntry, recipe: Recipe, wanted: Wanted | None = No
         if not number:
             raise DataError(entry.path or entry.source, "no rows in it", f"give a data file of {entry.source}")
         return
-    name = entry.path or entry.source
-    if entry.published and not name.startswith("hub:") and not os.path.exists(name):
+    name = data_name(entry) or entry.source
+    if places is not None and entry.place:
+        places.begin(0, entry.place)
+        places.fixed = True
+    if entry.published and not (name.startswith("hub:") or is_pattern(name) or os.path.exists(name)):
         raise DataError(name, *not_there(name, otherwise=f"get it: {entry.published}"))
     columns = entry.columns
     if columns:
@@ -78,7 +100,7 @@ def rows_of_entry(entry: SourceEntry, recipe: Recipe, wanted: Wanted | None = No
             sample = sorted(random.Random(recipe.train.seed).sample(range(n), entry.limit))
             wanted = frozenset(row for i, row in enumerate(sample) if wanted is None or wanted(i)).__contains__
     none = True
-    for number, row in numbered_rows(name, wanted):
+    for number, row in numbered_rows(name, wanted, places):
         none = False
         yield number, Columned(row, columns) if columns else row
     if none and not any(True for _ in numbered_rows(name)):
@@ -140,9 +162,10 @@ def _ends_of(files: Mapping[int, Path]) -> Iterator[dict[int, str]]:
 def sample_of(entry: SourceEntry, recipe: Recipe, n: int) -> list[Conversation]:
     """The first `n` rows of an entry that can be read."""
     out: list[Conversation] = []
-    for number, payload in islice(rows_of_entry(entry, recipe), n):
+    places = Places()
+    for number, payload in islice(rows_of_entry(entry, recipe, places=places), n):
         try:
-            out.append(conversation_of(payload, f"{place_of(entry)}:{number}"))
+            out.append(conversation_of(payload, places[number]))
         except SftflowError:
             continue  # it will be named, or skipped, when the rows are rendered
     return out

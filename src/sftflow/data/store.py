@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sftflow.chat.files.names import Places
 from sftflow.packing.pack import Example
 
 ROW = np.dtype(
@@ -63,16 +64,26 @@ class Rows:
     """The rendered rows of one source.
 
     table: (rows,) of ROW.   ids, masks: those of all rows, one after another.   number: index of the source in the
-    mixture.   prefix: what a row's number is put behind, e.g. "data.jsonl".
+    mixture.   prefix: what a row's number is put behind, e.g. "data.jsonl".   files: of a source of several files,
+    (the number before its first row, file) of each.
     """
 
     def __init__(
-        self, table: NDArray[Any], ids: NDArray[Any], masks: NDArray[np.int8], *, name: str, number: int, prefix: str
+        self,
+        table: NDArray[Any],
+        ids: NDArray[Any],
+        masks: NDArray[np.int8],
+        *,
+        name: str,
+        number: int,
+        prefix: str,
+        files: Sequence[tuple[int, str]] = (),
     ) -> None:
         self.table, self.all_ids, self.all_masks = table, ids, masks
         self.lengths: NDArray[np.int32] = table["length"]
         self.supervised: NDArray[np.int32] = table["supervised"]
         self.name, self.number, self.prefix = name, number, prefix
+        self.places = Places([(first, file) for first, file in files] or [(0, prefix)])
 
     def __len__(self) -> int:
         return len(self.table)
@@ -90,11 +101,12 @@ class Rows:
     def only(self, kept: NDArray[np.bool_]) -> Rows:
         """Some of the rows.   kept: (rows,) which."""
         table = self.table[kept]
-        return Rows(table, self.all_ids, self.all_masks, name=self.name, number=self.number, prefix=self.prefix)
+        name, number, prefix, files = self.name, self.number, self.prefix, self.places.files
+        return Rows(table, self.all_ids, self.all_masks, name=name, number=number, prefix=prefix, files=files)
 
     def place(self, i: int) -> str:
         """Where the row comes from, e.g. data.jsonl:17."""
-        return f"{self.prefix}:{int(self.table['number'][i])}"
+        return self.places[int(self.table["number"][i])]
 
     def example(self, i: int) -> Example:
         return Example(ids=self.ids(i).astype(np.int64), mask=np.asarray(self.mask(i)), source=self.number)
@@ -107,7 +119,9 @@ class RowStore(Rows):
         self.directory, self.new = directory, new
         self.meta: dict[str, Any] = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
         ids, masks = _mapped(directory / "ids.bin", np.int32), _mapped(directory / "mask.bin", np.int8)
-        super().__init__(np.load(directory / "rows.npy"), ids, masks, name=name, number=number, prefix=prefix)
+        files = self.meta["files"] if len(self.meta["files"]) > 1 or prefix.startswith("hub:") else ()
+        rows = np.load(directory / "rows.npy")
+        super().__init__(rows, ids, masks, name=name, number=number, prefix=prefix, files=files)
 
 
 def _mapped(path: Path, dtype: Any) -> NDArray[Any]:

@@ -10,9 +10,10 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from sftflow.chat.files.names import Places
 from sftflow.chat.schema import Conversation
 from sftflow.evaluation.grading import finite_logits
 from sftflow.foundation.errors import DataError, SftflowError
@@ -29,13 +30,14 @@ of ten tokens each in the engine's 32 places"""
 @dataclass(frozen=True)
 class RowSource:
     """numbered: gives (number, row) anew at each call, rows as `chat.data_files.numbered_rows` has them.
-    name: what stands in front of the number in a row's place."""
+    name: what all of them are called.   places: where each row stands, as far as they were read."""
 
     name: str
-    numbered: Callable[[], Iterable[tuple[int, Any]]]
+    numbered: Callable[[Places], Iterable[tuple[int, Any]]]
+    places: Places = field(default_factory=Places)
 
-    def place(self, number: int) -> str:
-        return f"{self.name}:{number}"
+    def rows(self) -> Iterable[tuple[int, Any]]:
+        return self.numbered(self.places)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,7 @@ class Survey:
 def digest_of_rows(source: RowSource, each: Callable[[int, Any], None] = lambda number, payload: None) -> str:
     """Of every row and its number.   each: told of each on the way."""
     digest = hashlib.sha256()
-    for number, payload in source.numbered():
+    for number, payload in source.rows():
         each(number, payload)
         if isinstance(payload, Conversation):
             payload = payload.to_row()
@@ -82,7 +84,7 @@ def survey(
         n += 1
         looked(n)
         try:
-            request = asker.question(number, payload, source.place(number)).request
+            request = asker.question(number, payload, source.places[number]).request
         except SftflowError as error:
             if not skip:
                 raise
@@ -141,10 +143,10 @@ def replies(
 
 
 def _questions(source: RowSource, asker: Asker, skip: bool, behind: int) -> Iterator[Question]:
-    for number, payload in source.numbered():
+    for number, payload in source.rows():
         if number > behind:
             try:
-                yield asker.question(number, payload, source.place(number))
+                yield asker.question(number, payload, source.places[number])
             except SftflowError:
                 if not skip:
                     raise

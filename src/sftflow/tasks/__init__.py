@@ -7,24 +7,14 @@ import difflib
 from importlib import import_module
 from pathlib import Path
 
+from sftflow.chat.files.names import is_pattern
 from sftflow.foundation.errors import TaskError
 from sftflow.foundation.missing import not_there
 from sftflow.recipe import own_task
 from sftflow.tasks.answers import answer_of, final_number, holds_text, same_number, same_text
 from sftflow.tasks.own import class_in_file, made_of, name_of
 from sftflow.tasks.published import to_get
-from sftflow.tasks.task import (
-    Item,
-    Task,
-    TaskSource,
-    ask,
-    chance_of,
-    is_pattern,
-    is_test_case,
-    make_item,
-    rows_of,
-    sample,
-)
+from sftflow.tasks.task import Item, Task, TaskSource, ask, chance_of, is_test_case, make_item, rows_of, sample
 
 TASKS = {
     "spelling": "spelling:Spelling",
@@ -79,8 +69,7 @@ def make_task(name: str, source: TaskSource, place: str = "--tasks", path: str =
     if name not in GENERATED:
         if source.path is None:
             raise TaskError(place, f"the task {name} needs a path", (path or f"write {name}=PATH") + to_get(name))
-        several = name == "mmlu" and is_pattern(source.path)
-        if not (source.path.startswith("hub:") or several or Path(source.path).exists()):
+        if not (source.path.startswith("hub:") or is_pattern(source.path) or Path(source.path).exists()):
             fact, remedy = not_there(source.path, f"file {source.path}", f"check the path{to_get(name)}")
             raise TaskError(place, f"{name}: {fact}", remedy)
     task: Task = getattr(import_module(f"sftflow.tasks.{module}"), cls)(source)

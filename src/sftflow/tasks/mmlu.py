@@ -11,11 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sftflow.chat.data_files import read_rows, readable
+from sftflow.chat.data_files import read_rows
+from sftflow.chat.files.names import is_pattern
+from sftflow.chat.files.packed import readable
 from sftflow.foundation.errors import DataError, SchemaError, TaskError
 from sftflow.tasks.multiple_choice import LETTERS, MultipleChoice, Question
 from sftflow.tasks.published import to_get
-from sftflow.tasks.task import is_pattern, line_of, path_of, rows_of, text_of
+from sftflow.tasks.task import line_of, path_of, rows_of, text_of
 
 CHOICES = LETTERS[:4]
 COLUMNS = "question,A,B,C,D,answer"

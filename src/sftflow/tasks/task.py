@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from sftflow.chat.data_files import read_rows
+from sftflow.chat.files.names import is_pattern
+from sftflow.chat.files.sets import is_set, parse_set, set_name
 from sftflow.chat.schema import Conversation, Message, Part, text_message
 from sftflow.foundation.errors import SchemaError, TaskError
 
@@ -31,9 +33,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSource:
-    """Where a task's rows come from: a path or hub id for real sets, a seed and a count for generated ones."""
+    """Where a task's rows come from: a path or hub id for real sets, a seed and a count for generated ones.
+
+    config: of a set with several configurations, where its path does not name it."""
 
     path: str | None = None
+    config: str | None = None
     seed: int = 0
     limit: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -133,8 +138,8 @@ class Task:
         if path is None:
             return None
         if path.startswith("hub:"):
-            named, _, split = path.removeprefix("hub:").partition(":")
-            return f"hub:{named}:{self.example_splits[0]}" if split else path
+            named = parse_set(path)
+            return str(named._replace(split=self.example_splits[0])) if named.split else path
         whole = Path(path)
         for split in self.example_splits:
             last, folder = (_SPLIT.sub(partial(_in_case, split), part) for part in (whole.name, whole.parent.name))
@@ -203,26 +208,23 @@ def line_of(place: str) -> str:
 
 
 def path_of(task: Task, split: str) -> str:
-    """The task's path; a hub id that names no split gets the one asked for.
+    """The task's path; a data set (on the hub, or a folder of several splits) that names no split gets the one that is
+    asked for.
 
     hub:owner/set, split test  ->  hub:owner/set:test        data/test.jsonl  ->  data/test.jsonl
     """
     path = task.source.path
     if not path:
         raise TaskError(task.name, "it needs a path", f"write {task.name}=PATH")
-    if path.startswith("hub:") and path.count(":") == 1:
-        return f"{path}:{split}"
+    if path.startswith("hub:") or task.source.config or is_set(path):
+        named = parse_set(path if path.startswith("hub:") else f"hub:{path}").split
+        return set_name(path, task.source.config, named or split)
     return path
 
 
 def _in_case(word: str, found: re.Match[str]) -> str:
     """train in place of test, and Train in place of Test."""
     return word.capitalize() if found[0][0].isupper() else word
-
-
-def is_pattern(path: str) -> bool:
-    """Whether a path names several files: `test/high_*`. A file of that very name is meant itself."""
-    return any(c in path for c in "*?[") and not Path(path).exists()
 
 
 def rows_of(task: Task, split: str) -> Iterator[tuple[str, Any]]:

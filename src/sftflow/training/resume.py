@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from sftflow.chat.data_files import numbered_rows
+from sftflow.chat.files.names import files_of
 from sftflow.checkpoint import resolve
+from sftflow.data.sources import data_name
 from sftflow.foundation.atomic_io import (
     check_hashes,
     read_record,
@@ -152,12 +153,10 @@ def missing_input(recipe: Recipe) -> str | None:
         resolve(recipe.base)
     except CheckpointError:
         return recipe.base
-    names = [entry.path or (None if entry.has_bare_name else entry.source) for entry in recipe.mixture]
+    names = [data_name(entry) for entry in recipe.mixture]
     for name in filter(None, [recipe.format if recipe.format.endswith(".jinja") else None, *names]):
         try:
-            if name.startswith("hub:"):
-                next(iter(numbered_rows(name)), None)
-            elif not Path(name).exists():
+            if not all(file.path().exists() for file in files_of(name)[:1]):
                 return name
         except DataError:
             return name
