@@ -79,6 +79,8 @@ def test_what_a_row_asks(row: Any, asked: list[Any], reference: Any) -> None:
         ({"prompt": "a", "instruction": "b"}, "both ask"),
         ({"chosen": [USER, SAID], "rejected": [USER, SAID]}, "preference data"),
         ({"prompt": "a", "output": "b"}, "no conversation in its keys"),
+        ({"prompt": {"text": "a", "replies": []}}, "a tree of replies"),
+        ({"question": "a", "choices": ["b", "c"]}, "several choices"),
         ({}, "an empty row"),
         (3, "a row is a number"),
     ],

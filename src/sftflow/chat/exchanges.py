@@ -187,7 +187,8 @@ def as_asked(row: Any, place: str) -> Any:
     if [*asks] == ["question"] and _GSM8K.search(str(there.get("answer"))):
         rest = {key: value for key, value in row.items() if key not in ("question", "answer")}
         return {**rest, "prompt": row["question"], "completion": row["answer"]}  # to compare with, not to teach
-    if not asks or there.keys() & {*CONVERSATIONS, *(reply for _, reply in pairs)}:
+    asked = asks and all(isinstance(row[ask], str | list) for ask in asks)
+    if not asked or there.keys() & {*CONVERSATIONS, *(reply for _, reply in pairs)}:
         return row
     if len(asks) > 1:
         first, second = sorted(asks)[:2]
