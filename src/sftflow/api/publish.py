@@ -15,6 +15,7 @@ from sftflow.chat.columns import Columns
 from sftflow.checkpoint import Assistant
 from sftflow.exporting.merge import merge, told
 from sftflow.exporting.to_gguf import export_gguf, require_passed, summary
+from sftflow.exporting.to_nanochat import export_nanochat
 from sftflow.foundation.errors import RecipeError, ServeError
 from sftflow.generation.engine import Engine
 from sftflow.replies.reply_file import ReplyCount, require_output
@@ -133,7 +134,7 @@ def ask_rows(
 
 def export(
     model: ModelLike,
-    to: Literal["gguf", "merged"],
+    to: Literal["gguf", "merged", "nanochat"],
     out: str | Path,
     *,
     type: Literal["f32", "f16", "bf16", "q8_0"] | None = None,
@@ -141,7 +142,8 @@ def export(
     prompts: int = 50,
 ) -> dict[str, Any]:
     """Write a .gguf file for llama.cpp, proven by a parity certificate beside it, which is returned; or merge an
-    adapter into its base, and return how far its logits are from those of the two side by side.
+    adapter into its base, and return how far its logits are from those of the two side by side; or write a base
+    directory that picollm and nanochat read, and return where in it the checkpoint is.
 
     type: how weights are stored (gguf: f16).   base: of an adapter whose own is not at hand.   prompts: of the
     certificate.   Raises CheckpointError or FormatError where llama.cpp would compute or read something else.
@@ -156,4 +158,14 @@ def export(
             return merged
         if base is not None:
             raise RecipeError("--base", "only --to merged has one", "leave it out")
+        if to == "nanochat":
+            if type not in (None, "f32"):
+                raise RecipeError("--type", "a base directory of picollm or nanochat is written in f32", "leave it out")
+            folder = export_nanochat(name_of(model), Path(out))
+            home = Path(out).absolute()
+            shown.say(f"export: wrote {folder}, and the tokenizer")
+            shown.say(
+                f"export: PICOLLM_BASE_DIR={home} is where picollm looks for it, NANOCHAT_BASE_DIR where nanochat"
+            )
+            return {"checkpoint": str(folder)}
         return export_gguf(name_of(model), Path(out), type or "f16", prompts=prompts, say=shown.say)

@@ -15,6 +15,7 @@ from sftflow.checkpoint.loading import load_ends, load_model, load_tokenizer
 from sftflow.checkpoint.location import Location, resolve
 from sftflow.fingerprint import format_fingerprint
 from sftflow.foundation.errors import CheckpointError, RecipeError
+from sftflow.nanochat.vocabulary import BEGUN_BY_BOS
 
 log = logging.getLogger("sftflow.checkpoint")
 
@@ -88,6 +89,8 @@ class Assistant:
     def plain_ids(self, text: str) -> tuple[int, ...]:
         """Plain text as the base was pretrained to read it: with the tokenizer's own BOS, without control tokens."""
         opening = self.tokenizer("").input_ids  # BOS where the tokenizer writes one
+        if not opening and self.model.config.model_type in BEGUN_BY_BOS and self.tokenizer.bos_token_id is not None:
+            opening = [self.tokenizer.bos_token_id]
         if opening and opening[-1] == self.tokenizer.eos_token_id != self.tokenizer.bos_token_id:
             opening = opening[:-1]
         return (*opening, *self.renderer.encode_plain(text))

@@ -26,7 +26,7 @@ def is_hub_id(name: str) -> bool:
     >>> [is_hub_id(n) for n in ("Qwen/Qwen3-0.6B", "gpt2", "Qwen/Qwen3-0.6B@main", "./base", "runs/mine/checkpoint")]
     [True, True, True, False, False]
     """
-    return bool(_ID.fullmatch(name)) and not name.startswith((".", "/", "~")) and not name.endswith(".gguf")
+    return bool(_ID.fullmatch(name)) and not name.startswith((".", "/", "~")) and not name.endswith((".gguf", ".pt"))
 
 
 @functools.lru_cache(maxsize=64)

@@ -32,6 +32,9 @@ from sftflow.foundation.atomic_io import (
 from sftflow.foundation.errors import CheckpointError, RunError, first_line, said_of
 from sftflow.gguf.vocabulary import as_llama_cpp_splits
 from sftflow.gguf.writer import FORMAT
+from sftflow.nanochat import vocabulary
+from sftflow.nanochat import weights as nanochat_weights
+from sftflow.nanochat.files import state_of
 
 if TYPE_CHECKING:
     from sftflow.chat.render import Renderer
@@ -44,8 +47,8 @@ def _check_files(location: Location, *, weights: bool = True) -> dict[str, Any]:
 
     weights: check those, too, not only the small files.
     """
-    if location.gguf:
-        return {}
+    if location.gguf or location.nanochat:
+        return load_info(location)
     directory = Path(location.path)
     if weights and location.from_hub:
         hub.fetch_weights(location.name, directory)
@@ -67,6 +70,8 @@ def load_tokenizer(location: Location) -> Any:
     with _reading(location) as own:
         if own:
             return gguf.tokenizer_of(own)
+        if location.nanochat:
+            return vocabulary.tokenizer_of(location.nanochat)
         if not location.gguf:
             tokenizer = read_tokenizer(Path(location.path), **location.load_args)
             read_templates(Path(location.path), tokenizer)
@@ -87,6 +92,9 @@ def load_config(location: Location) -> Any:
     with _reading(location) as own:
         if own:
             return gguf.config_of(own)
+        if location.nanochat:
+            files = location.nanochat
+            return nanochat_weights.config_of(files.meta, state_of(files), files.name)
         return AutoConfig.from_pretrained(location.path, **location.load_args)
 
 
@@ -100,6 +108,8 @@ def load_ends(location: Location, tokenizer: Any) -> tuple[int, ...]:
     if location.gguf:  # a reply ends where llama.cpp would end it
         with _reading(location):
             return gguf.read_ends(location.file)
+    if location.nanochat:
+        return vocabulary.ends_of(tokenizer)
     return read_ends(Path(location.path), tokenizer)
 
 
@@ -113,6 +123,8 @@ def load_info(location: Location) -> dict[str, Any]:
     if location.gguf:
         with _reading(location) as own:
             return {"format": own[FORMAT]} if own else {}
+    if location.nanochat:
+        return location.nanochat.record
     path = Path(location.path) / "sftflow.json"
     return read_record(path, RESTORE) if path.is_file() else {}
 
@@ -157,6 +169,8 @@ def load_model(location: Location) -> tuple[Any, dict[str, Any]]:
     with _reading(location) as own:
         if own:
             model = gguf.model_of(location.file, own)
+        elif location.nanochat:
+            model = nanochat_weights.model_of(location.nanochat)
         elif location.gguf:
             model = _from_other_gguf(location)
         else:
@@ -232,6 +246,10 @@ def stored_dtype(location: Location, *, of_gguf: Any = None) -> Any:
         location = base_location(location)
     if location.gguf:
         return of_gguf or torch.bfloat16
+    if location.nanochat:
+        state = state_of(location.nanochat)
+        most = Counter(weight.dtype for weight in state.values()).most_common(1)[0][0]
+        return most if most in (torch.bfloat16, torch.float16) else torch.float32
     kinds = Counter(stored_types(Path(location.path), location.name).values())
     named = {"BF16": torch.bfloat16, "F16": torch.float16}
     return named.get(kinds.most_common(1)[0][0], torch.float32)

@@ -1,7 +1,9 @@
-"""What a model's name means: a directory, a run, an adapter of one, a .gguf file, a model of the hub."""
+"""What a model's name means: a directory, a run, an adapter of one, what picollm saves, a .gguf file, a hub model."""
 
 from __future__ import annotations
 
+import functools
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,9 @@ from sftflow.checkpoint import hub
 from sftflow.foundation.atomic_io import recover_directory
 from sftflow.foundation.errors import CheckpointError
 from sftflow.foundation.missing import not_there
+from sftflow.nanochat.files import Files, files_of
+
+log = logging.getLogger("sftflow.checkpoint")
 
 BUILTIN_TINY = "builtin:tiny"
 
@@ -19,6 +24,7 @@ BUILTIN_TINY = "builtin:tiny"
 class Location:
     """Where a checkpoint's files are. path: a directory; gguf: file name inside it.
 
+    nanochat: of a checkpoint of picollm or nanochat, its files.
     from_hub: whether the directory is the hub library's copy of model `name`, whose weights come when asked for.
     adapter_of: of an adapter's directory, the name of its base; "" where it names none.
     """
@@ -26,13 +32,14 @@ class Location:
     name: str
     path: str
     gguf: str | None = None
+    nanochat: Files | None = None
     from_hub: bool = False
     adapter_of: str | None = None
 
     @property
     def file(self) -> Path:
-        """The .gguf file."""
-        return Path(self.path) / str(self.gguf)
+        """The .gguf file; model_*.pt of picollm or nanochat."""
+        return self.nanochat.model if self.nanochat else Path(self.path) / str(self.gguf)
 
     @property
     def load_args(self) -> dict[str, Any]:
@@ -63,10 +70,14 @@ def resolve(name: str) -> Location:
             raise CheckpointError(name, "this run has not finished", "finish it: sftflow train RECIPE --resume")
         if adapters.is_adapter(inside):
             return Location(name, str(inside), adapter_of=adapters.base_name(inside))
+        if not (inside / "config.json").is_file() and (files := files_of(inside, name)):
+            return _nanochat(files)
         if not any((inside / f).is_file() for f in ("config.json", "tokenizer.json", "tokenizer_config.json")):
             raise CheckpointError(name, *_no_checkpoint(inside))
         return Location(name, str(inside))
     if path.is_file():
+        if files := files_of(path, name):
+            return _nanochat(files)
         raise CheckpointError(name, "a file, not a checkpoint directory", "give the folder that it lies in")
     if path.exists() or not hub.is_hub_id(name):
         otherwise = f"give a directory, a hub id or {BUILTIN_TINY}"
@@ -74,6 +85,18 @@ def resolve(name: str) -> Location:
     folder = hub.snapshot(name)
     base = adapters.base_name(folder) if adapters.is_adapter(folder) else None
     return Location(name, str(folder), from_hub=True, adapter_of=base)
+
+
+def _nanochat(files: Files) -> Location:
+    if files.chosen:
+        _tell(files.name, files.chosen)
+    return Location(files.name, str(files.model.parent), nanochat=files)
+
+
+@functools.cache
+def _tell(name: str, chosen: str) -> None:
+    """Once: a command asks several times where its model is."""
+    log.warning("note: %s: taken is %s", name, chosen)
 
 
 def _no_checkpoint(folder: Path) -> tuple[str, str]:

@@ -29,7 +29,7 @@ class Switch(StrEnum):
     off = "off"
 
 
-MODEL_HELP = "a checkpoint or run directory, a hub id, a .gguf file, or builtin:tiny"
+MODEL_HELP = "a checkpoint or run directory, a base directory of picollm, a hub id, a .gguf file, or builtin:tiny"
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 Set = Annotated[
     list[str] | None,

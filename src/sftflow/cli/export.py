@@ -15,10 +15,14 @@ from sftflow.cli.common import Model, app
 def export(
     model: Model,
     to: Annotated[
-        Literal["gguf", "merged"],
-        typer.Option("--to", help="gguf: a file for llama.cpp; merged: an adapter in its base"),
+        Literal["gguf", "merged", "nanochat"],
+        typer.Option(
+            "--to",
+            help="gguf: a file for llama.cpp; merged: an adapter in its base; nanochat: a base directory of "
+            "picollm and nanochat",
+        ),
     ],
-    out: Annotated[Path, typer.Option("--out", help="the .gguf file, or the directory of the merged checkpoint")],
+    out: Annotated[Path, typer.Option("--out", help="the .gguf file, or the directory to be written")],
     kind: Annotated[
         Literal["f32", "f16", "bf16", "q8_0"] | None, typer.Option("--type", help="how weights are stored; gguf: f16")
     ] = None,
@@ -27,7 +31,7 @@ def export(
     ] = None,
     prompts: Annotated[int, typer.Option(min=1, max=70, help="gguf: prompts of the parity certificate")] = 50,
 ) -> None:
-    """Write a GGUF file with its parity certificate, or merge an adapter into its base."""
+    """Write a GGUF file with its parity certificate, merge an adapter into its base, or write what picollm reads."""
     from sftflow.training.signals import Signals, Stopped
 
     try:

@@ -26,6 +26,8 @@ STAGES = "*_checkpoints"
 COPY_AGAIN = "copy the checkpoint again"
 WRAPPER = "_orig_mod."
 """what torch.compile writes before the names of a model that is saved inside it"""
+RECORD = "sftflow"
+"""a key of our own in the meta file, with what says where the model comes from"""
 TOKENIZERS = ("tokenizer.pkl", "tokenizer.json")
 _MODEL = re.compile(r"model_(\d+)\.pt")
 _DEPTH = re.compile(r"d(\d+)")
@@ -50,6 +52,12 @@ class Files:
         return dict(self.meta["model_config"])
 
     @property
+    def record(self) -> dict[str, Any]:
+        """What sftflow.json of another checkpoint says: written by our own export, or that it is no base any more."""
+        kind = {"kind": "sft"} if self.model.parents[1].name.startswith(("mid_", "chat")) else {}
+        return {"step": self.step, **kind, **(self.meta.get(RECORD) or {})}
+
+    @property
     def step(self) -> int:
         return int(_MODEL.fullmatch(self.model.name)[1])  # type: ignore[index]  # so it was found
 
@@ -72,7 +80,7 @@ def files_of(path: Path, name: str | None = None) -> Files | None:
     if len(stages) > 1:
         fact = f"it holds {' and '.join(stage.name for stage in stages)}"
         raise CheckpointError(name, fact, f"name the one that is meant: {path / stages[0].name}")
-    if folders and not stages:
+    if folders and not stages and (path / "tokenizer").is_dir():
         fact = f"no model_*.pt in {', '.join(stage.name for stage in folders)}"
         raise CheckpointError(name, fact, "copy the weights into it, too, or name another checkpoint")
     folder = stages[0] if stages else folder

@@ -9,18 +9,22 @@ class, of which it makes a dictionary: no code is run, and tiktoken is not neede
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sftflow.chat.format import tokenizer_json
 from sftflow.foundation.errors import CheckpointError, first_line, said_of
 from sftflow.nanochat.files import Files
 
 MODULE, CLASS = "tiktoken.core", "Encoding"
 BEGINNINGS = ("<|bos|>", "<|endoftext|>")
 """what a document begins with, which is also what ends the one before: the first that the tokenizer has"""
+BEGUN_BY_BOS = ("nanochat", "sftflow_nanochat")
+"""model types whose documents begin with it in pretraining, though the tokenizer does not write it"""
 ENDS = ("<|assistant_end|>", *BEGINNINGS)
 """where the projects' engine ends a reply"""
 COPY_AGAIN = "copy it again from where it was trained"
@@ -52,11 +56,15 @@ class _State:
         self.state = state
 
 
+class _Refused(Exception):
+    """Another class or function than the one; its name."""
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == (MODULE, CLASS):
             return _State
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        raise _Refused(f"{module}.{name}")
 
 
 def read_encoding(path: Path) -> Encoding:
@@ -65,18 +73,18 @@ def read_encoding(path: Path) -> Encoding:
         loaded = _Unpickler(io.BytesIO(path.read_bytes())).load()
     except OSError as error:
         raise CheckpointError(str(path), *said_of(error)) from None
-    except pickle.UnpicklingError as error:
-        fact = f"not a pickled {MODULE}.{CLASS} ({first_line(error)})"
-        raise CheckpointError(str(path), fact, f"{COPY_AGAIN}; no other pickle is read") from None
-    except Exception as error:  # a damaged pickle raises nearly anything
-        fact = f"not a pickled {MODULE}.{CLASS}, or cut short ({type(error).__name__}: {first_line(error)})"
+    except _Refused as error:
+        fact = f"it asks for {error}, and only a pickled {MODULE}.{CLASS} is read"
+        raise CheckpointError(str(path), fact, COPY_AGAIN) from None
+    except Exception:  # a damaged pickle raises nearly anything
+        fact = f"no pickled {MODULE}.{CLASS}, or cut short"
         raise CheckpointError(str(path), fact, COPY_AGAIN) from None
     state = getattr(loaded, "state", None) if isinstance(loaded, _State) else None
     if isinstance(state, str):
         fact = f"it only names an encoding that comes with tiktoken ({state})"
         raise CheckpointError(str(path), fact, "convert it to a tokenizer.json, and put that in its place")
     if not (isinstance(state, dict) and state.keys() == {"name", "pat_str", "mergeable_ranks", "special_tokens"}):
-        raise CheckpointError(str(path), f"not a pickled {MODULE}.{CLASS}", COPY_AGAIN)
+        raise CheckpointError(str(path), f"no pickled {MODULE}.{CLASS}", COPY_AGAIN)
     ranks, special = state["mergeable_ranks"], state["special_tokens"]
     if not (_numbers(ranks, bytes) and _numbers(special, str) and isinstance(state["pat_str"], str)):
         raise CheckpointError(str(path), "its tokens are no table of bytes and ids", COPY_AGAIN)
@@ -165,6 +173,31 @@ def tokenizer_of(files: Files) -> Any:
         model_max_length=files.shape.get("sequence_len"),
         clean_up_tokenization_spaces=False,
     )
+
+
+def encoding_of(tokenizer: Any) -> Encoding | None:
+    """The encoding of which `tokenizer_of` makes this fast tokenizer; None where there is none."""
+    data = tokenizer_json(tokenizer)
+    byte_of = {letter: byte for byte, letter in enumerate(_letters())}
+    try:
+        made = Encoding(
+            name="rustbpe",
+            pattern=data["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"],
+            ranks={bytes(map(byte_of.__getitem__, token)): i for token, i in data["model"]["vocab"].items()},
+            special={token["content"]: token["id"] for token in data["added_tokens"] if token["special"]},
+        )
+    except (KeyError, TypeError, IndexError):  # another kind of tokenizer
+        return None
+    if _problem(made):
+        return None
+    again = json.loads(_backend(made).to_str())
+    same = ("model", "normalizer", "pre_tokenizer", "added_tokens")
+    return made if all(again[part] == data[part] for part in same) else None
+
+
+def ends_of(tokenizer: Any) -> tuple[int, ...]:
+    """Ids at which the projects' engine ends a reply."""
+    return tuple(i for end in ENDS if (i := tokenizer.added_tokens_encoder.get(end)) is not None)
 
 
 def _backend(encoding: Encoding) -> Any:

@@ -153,10 +153,11 @@ def not_plain(wrapped: Any) -> list[str]:
 
 def base_reference(location: Location) -> tuple[str, str | None]:
     """(what an adapter's config calls its base, its revision where one is named): a hub id or a built-in name as it
-    is, a folder or a .gguf file by its whole path."""
+    is, a folder, a .gguf or a model_*.pt file by its whole path."""
     if location.from_hub:
         name, _, revision = location.name.partition("@")
         return name, revision or None
     if location.name.startswith("builtin:"):
         return location.name, None
-    return str((location.file if location.gguf else Path(location.path)).resolve()), None
+    path = location.file if location.gguf or location.nanochat else Path(location.path)
+    return str(path.resolve()), None
