@@ -31,6 +31,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sharded, three rows with labels": {"rows": 3, "shard": "full"},
     "sharded, no row with labels": {"rows": 0, "shard": "full", "steps": 2},
     "padded": {"packing": False, "shard": "full"},
+    "weighted": {"weighted": True, "shard": "full"},
+    "weighted, lora, bf16": {"weighted": True, "lora": {"rank": 4}, "precision": "bf16"},
     "compiled": {"compile": True, "shard": "full", "steps": 4},
     "gradient checkpointing": {"gradient_checkpointing": True, "shard": "full"},
     "lora": {"lora": {"rank": 4}, "lr": 1e-3},
@@ -44,7 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bf16, replicated": {"precision": "bf16"},
 }
 LOOSE = {"muon": 1e-3, "muon, replicated": 1e-3, "bf16": 2e-3, "bf16, replicated": 2e-3}
-LOOSE |= {"lora, bf16": 2e-3, "lora, sharded, bf16": 2e-3}
+LOOSE |= {"weighted, lora, bf16": 2e-3, "lora, bf16": 2e-3, "lora, sharded, bf16": 2e-3}
 """Muon iterates in bf16 where the processor has it; bf16 products are summed up in other micro-batches"""
 
 
@@ -62,7 +64,7 @@ def require_same(one: Outcome, several: Outcome, bound: float) -> None:
 
 def test_two_ranks_train_as_one_does(tmp_path: Path) -> None:
     sharded = {"steps": 6, "shard": "full", "rows": 3, "model": "Qwen3"}
-    variants = [{"steps": 4}, sharded]
+    variants = [{"steps": 4, "weighted": True}, sharded]
     kept = sharded | {"until": 4, "state": str(tmp_path / "state"), "gathered": str(tmp_path)}
     several = trained(2, [*variants, kept], tmp_path)
     alone = trained(1, variants, tmp_path)

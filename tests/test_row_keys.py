@@ -205,6 +205,23 @@ def test_flags_may_not_contradict_each_other() -> None:
     )
 
 
+@pytest.mark.parametrize("flag", row_keys.FLAGS)
+def test_a_reply_may_count_in_part(flag: str) -> None:
+    said = [ASKED, {**REPLIED, flag: 0.25}]
+    if flag not in row_keys.WEIGHTS:
+        assert f"messages[1].{flag}: {flag} is 0.25; use 0 or 1" in refusal(said)
+        return
+    assert [weight for *_, weight in taught(said)] == [1, 0.25]
+    assert taught(parse_row(said, "f:1").to_row()) == taught(said)
+    assert "only an assistant message" in refusal([{**ASKED, flag: 0.25}, REPLIED])
+    for wrong in (1.5, -0.25, "0.25", 7):
+        said_wrong = f"messages[1].{flag}: {flag} is {wrong!r}; use a number from 0 to 1"
+        assert said_wrong in refusal([ASKED, {**REPLIED, flag: wrong}])
+    assert [w for *_, w in taught([ASKED, {**REPLIED, flag: 0.25, "train": True, "masked": False}])] == [1, 0.25]
+    for other in ({"train": False}, {"ignore": True}, {"loss_weight": 0.5, "weight": 0.25}):
+        assert "contradict" in refusal([ASKED, {**REPLIED, flag: 0.25, **other}])
+
+
 def test_a_label_of_a_turn_marks_it_where_it_is_no_class() -> None:
     asked, replied = SHAREGPT["conversations"]
     assert [weight for *_, weight in taught([asked, {**replied, "label": False}])] == [1, 0]
@@ -215,14 +232,22 @@ def test_a_label_of_a_turn_marks_it_where_it_is_no_class() -> None:
 
 
 @pytest.mark.parametrize("row", DIALECTS)
-@pytest.mark.parametrize("flag", ["weight", "loss", "train", "training", "trainable", "learn", "masked", "ignore"])
+@pytest.mark.parametrize("flag", row_keys.ROW_FLAGS)
 def test_a_row_that_is_marked_so_teaches_nothing(row: dict[str, Any], flag: str) -> None:
     value = flag in row_keys.NOT_TAUGHT
     for no in (value, int(value)):
         found = parse_row({**row, flag: no}, "f:1")
         assert (found.supervised, found.ignored) == ([], ())
     assert taught({**row, flag: float(not value)}) == taught(row)
-    assert f"f:1.{flag}: {flag} is 0.5" in refusal({**row, flag: 0.5})
+    if flag in row_keys.WEIGHTS:
+        half = parse_row({**row, flag: 0.5}, "f:1")
+        assert (half.weight, half.ignored) == (0.5, ()) and taught_by(half) == taught(row)
+        assert parse_row(half.to_row(), "f:1").weight == 0.5
+    else:
+        assert f"f:1.{flag}: {flag} is 0.5; use 0 or 1" in refusal({**row, flag: 0.5})
+    for wrong in (2, -0.5, "0.5", [0.5, 1], {"a": 1}):
+        assert f"f:1.{flag}: {flag} is " in refusal({**row, flag: wrong})
+    assert f"f:1.{flag}: nan is not a number of JSON" in refusal({**row, flag: float("nan")})
     assert "contradict" in refusal({**row, flag: value, "loss_weight": None, "weight": 1, "loss": 0})
 
 

@@ -137,6 +137,7 @@ class StoredRows(Protocol):
 
     directory: Path
     table: NDArray[Any]
+    spans: NDArray[Any]
     meta: dict[str, Any]
 
 
@@ -147,12 +148,12 @@ def row_digest(ids: NDArray[np.int32]) -> int:
 
 
 def data_digest(sources: Iterable[StoredRows], *chosen: NDArray[np.int32]) -> str:
-    """Of every row's ids, in order, and of which rows are trained on and which are held out."""
+    """Of every row's ids, in order, of what counts in part, and of which rows are trained on and which are held out."""
     return digest_of([*map(_table_bytes, sources), *(index.tobytes() for index in chosen)])
 
 
 def _table_bytes(rows: StoredRows) -> bytes:
-    return bytes(rows.table["digest"].tobytes() + rows.table["supervised"].tobytes())
+    return bytes(rows.table["digest"].tobytes() + rows.table["supervised"].tobytes() + rows.spans.tobytes())
 
 
 def rows_digest(rows: StoredRows) -> str:

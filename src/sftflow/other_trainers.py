@@ -64,8 +64,10 @@ SECTIONS: dict[str, Rows] = {
          "dataset_kwargs label_names formatting_func remove_unused_columns split_thinking", "", _FROM_THE_ROW),
         ("pretraining_dataset", "", "plain text is for sftflow base"),
         ("datasets.data_files", "mixture.source", "a file, a folder, or a pattern such as data/*.jsonl.gz"),
-        ("datasets.roles_to_train datasets.train_on_eos datasets.train_on_eot", "",
-         'replies and their ends are taught; "weight": 0 in a message takes it out'),
+        ("datasets.roles_to_train roles_to_train", "supervise",
+         'replies (the assistant), or all roles; "weight": 0 in a message takes it out'),
+        ("datasets.train_on_eos datasets.train_on_eot train_on_eos train_on_eot", "",
+         "the end of each taught reply is taught; turns: last for the last one alone"),
         ("datasets.shards datasets.shards_idx datasets.skip datasets.num_samples datasets.size max_samples "
          "max_train_samples", "mixture.limit", "rows of each entry"),
         ("datasets.dataset datasets.dataset_name datasets.data datasets.file datasets.id datasets.task",
@@ -92,7 +94,11 @@ SECTIONS: dict[str, Rows] = {
          "replies (the default, proven), or all: every token after the first"),
         ("ignore_pad_token_for_loss instruction_part response_part", "",
          "replies alone are taught, and that is proven; leave it out"),
-        ("mask_history", "", 'give earlier replies "weight": 0 in the rows'),
+        ("mask_history last_turn_only train_on_last_turn", "turns",
+         "last: a conversation's last reply; its tool calls are taught with it"),
+        ("merge_turns merge_consecutive_messages concat_consecutive*", "join_turns",
+         "true: messages in a row of the user, and of the assistant, become one"),
+        ("loss_scale loss_weights loss_weighting", "", 'give replies, or rows, a "weight" from 0 to 1'),
     ),
     "How long, and how much at once": (
         ("max_length max_seq_length sequence_len cutoff_len max_seq_len seq_len seq_length max_len ctx_len "

@@ -250,8 +250,9 @@ class Recipe(_Frozen):
     tokens, mixing_temperature: how supervised tokens are shared out (`data.shares`).   order: of the rows of an epoch;
     listed: source after source.   decontaminate: whether rows that overlap with the evaluation tasks are left out.
     supervise: what the loss is taken on: replies, or every token after the first, whoever wrote it (messages of
-    weight 0 stay out).   max_dropped: the largest share of a source's rows that may be lost (too long, or bad); more is
-    an error."""
+    weight 0 stay out).   turns: all replies, or each conversation's last.   join_turns: messages in a row of the user,
+    and of the assistant, are joined.   max_dropped: the largest share of a source's rows that may be lost (too long, or
+    bad); more is an error."""
 
     base: str = "builtin:tiny"
     format: str = "auto"
@@ -264,6 +265,8 @@ class Recipe(_Frozen):
     decontaminate: Literal["report", "drop"] = "report"
     identity: AssistantIdentity = AssistantIdentity()
     supervise: Literal["replies", "all"] = "replies"
+    turns: Literal["all", "last"] = "all"
+    join_turns: bool = False
     on_bad_row: Literal["stop", "skip"] = "stop"
     max_dropped: Annotated[float, Field(ge=0, le=1)] = 0.5
     validation: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
@@ -276,6 +279,12 @@ class Recipe(_Frozen):
     def origin(self) -> Origin:
         """Where its values were written, for errors: `recipe.origin.place("eval", "tasks")`."""
         return self._origin
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Recipe:
+        if self.turns == "last" and self.supervise == "all":
+            raise ValueError("turns: last teaches a reply, and supervise: all every token; leave one of them out")
+        return self
 
     @field_validator("mixture")
     @classmethod

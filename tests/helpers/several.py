@@ -78,11 +78,11 @@ def trained(world: int, variants: list[dict[str, Any]], folder: Path) -> list[Ou
 
 
 def train(variant: dict[str, Any]) -> Outcome:
-    """model: of `ARCHITECTURES`.   rows: how many examples have labels, the others have none; None for `shared_rows`.
-    state: a folder to go on from, and to save the state in after step `until`.   gathered: a folder for the model's
-    file in bf16.   Everything else: settings."""
+    """model: of `ARCHITECTURES`.   weighted: whether the examples have weights.   rows: how many examples have labels,
+    the others have none; None for `shared_rows`.   state: a folder to go on from, and to save the state in after step
+    `until`.   gathered: a folder for the model's file in bf16.   Everything else: settings."""
     from helpers.architectures import tiny
-    from helpers.training import BF16, FP32, examples, shared_rows, spec
+    from helpers.training import BF16, FP32, examples, shared_rows, spec, weighted
     from sftflow.checkpoint.saving import write_gathered
     from sftflow.packing.pack import Example
     from sftflow.recipe import Lora
@@ -95,7 +95,7 @@ def train(variant: dict[str, Any]) -> Outcome:
     state, until, gathered = (keys.pop(name, None) for name in ("state", "until", "gathered"))
     model, rows = tiny(keys.pop("model", "Llama")), keys.pop("rows", None)
     runtime = BF16 if keys.get("precision") == "bf16" else FP32
-    data = shared_rows()
+    data = weighted(shared_rows()) if keys.pop("weighted", False) else shared_rows()
     if rows is not None:
         some = examples(40)
         data = [e if n < rows else Example(ids=e.ids, mask=0 * e.mask) for n, e in enumerate(some)]

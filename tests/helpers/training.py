@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,15 @@ def examples(count: int, seed: int = 0, longest: int = 40) -> list[Example]:
         n = int(rng.integers(2, longest))
         out.append(Example(ids=rng.integers(0, 320, n), mask=rng.integers(0, 2, n).astype(np.int8)))
     return out
+
+
+def weighted(rows: list[Example], seed: int = 0) -> list[Example]:
+    """The rows, of which most count in part, and half a second time with other weights."""
+    rng = np.random.default_rng(seed)
+    amounts = np.array([0.125, 0.3, 0.7, 1.0])
+    both = [*rows, *rows[::2]]
+    weights = [np.repeat(rng.choice(amounts, len(e.ids)), rng.integers(1, 9))[: len(e.ids)] * e.mask for e in both]
+    return [replace(e, weights=w if n % 5 else None) for n, (e, w) in enumerate(zip(both, weights, strict=True))]
 
 
 def spec(**changes: Any) -> Train:

@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
@@ -269,6 +270,7 @@ class Rendering:
                 "source": row.source,
                 "ids": [t.id for t in row.tokens],
                 "mask": [int(t.supervised) for t in row.tokens],
+                **({} if row.weights is None else {"weights": row.weights}),
                 "tokens": [t.text for t in row.tokens],
             }
             for row in self.rows
@@ -297,13 +299,22 @@ def rendering_of(conversations: Iterable[Conversation | SftflowError], renderer:
         try:
             if isinstance(found, SftflowError):
                 raise found
-            rows += [token_row(r, renderer.tokenizer) for r in renderer.render_rows(found, turns=True)]
+            examples = renderer.render_rows(renderer.declared(found), turns=True)
+            rows += [token_row(r, renderer.tokenizer) for r in examples]
         except SftflowError as error:
             place = error.place if isinstance(found, SftflowError) else found.source
             refused.append({"source": place, "reason": str(error)})
             code = max(code, error.exit_code)
     notes = [n for n in (template_options.options_note(renderer), renderer.disagreement()) if n]
     return Rendering(rows=tuple(rows), refused=tuple(refused), notes=tuple(notes), exit_code=code)
+
+
+def _declared(rows: Iterable[Conversation | SftflowError], renderer: Renderer) -> Iterator[Conversation]:
+    """The rows that can be rendered, as they are."""
+    for row in rows:
+        with suppress(SftflowError):  # it is told of where it is rendered
+            if isinstance(row, Conversation):
+                yield renderer.declared(row)
 
 
 def render(
@@ -317,12 +328,16 @@ def render(
     drop_prefill: bool = False,
     supervise: str = "replies",
     columns: Columns | None = None,
+    turns: str = "all",
+    join_turns: bool = False,
 ) -> Rendering:
     """What a model is trained on of some rows. The model may be a directory with a tokenizer only.
 
     index: only this row, counted from 0.   append_eos: put the end of text behind replies that have no end.
     drop_prefill: prompts without what the template begins every reply with.   supervise: `replies`, or `all` tokens.
     columns: what a table with other names calls ours.   config: of a data set with several.
+    turns: `all` replies, or each conversation's `last`.   join_turns: join messages in a row of the user, and of the
+    assistant.
     Raises DataError where nothing of a file can be read; a row that cannot be shown is among `refused`.
     """
     rows = read([data] if isinstance(data, Mapping | Conversation) else data, columns=columns, config=config)
@@ -338,11 +353,15 @@ def render(
         renderer = template_options.append_eos(renderer)
     if drop_prefill:
         renderer = prefill.drop_prefill(renderer)
-    if supervise not in ("replies", "all"):
-        raise RecipeError("--supervise", f"it should be 'replies' or 'all' (given: {supervise!r})", "correct it")
-    renderer = renderer.supervising(supervise)
+    for option, said, known in (("supervise", supervise, ("replies", "all")), ("turns", turns, ("all", "last"))):
+        if said not in known:
+            fact = f"it should be {' or '.join(map(repr, known))} (given: {said!r})"
+            raise RecipeError(f"--{option}", fact, "correct it")
+    if turns == "last" and supervise == "all":
+        raise RecipeError("--turns", "last teaches a reply, and --supervise all every token", "leave one of them out")
+    renderer = renderer.supervising(supervise, turns=turns, join_turns=join_turns)
     if renderer.arguments():
-        first = [c for c in islice(rows.conversations(), SETTLE_ROWS) if isinstance(c, Conversation)]
+        first = list(islice(_declared(rows.conversations(), renderer), SETTLE_ROWS))
         renderer = template_options.choose_arguments(renderer, first)
     chosen = islice(rows.conversations(), index, None if index is None else index + 1)
     found = rendering_of(chosen, renderer)

@@ -11,6 +11,7 @@ What each key means: `row_keys`. Tables with other names say which is which: `co
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,7 +33,7 @@ from sftflow.chat.row_keys import (
 )
 from sftflow.chat.shapes import unknown_shape
 from sftflow.chat.tool_calls import read_json, read_tools
-from sftflow.chat.turns import Turn, flag_of, read_turns
+from sftflow.chat.turns import Turn, read_turns, weight_of
 from sftflow.foundation.errors import SchemaError
 from sftflow.foundation.json_values import check_plain, kind_of
 
@@ -40,12 +41,13 @@ from sftflow.foundation.json_values import check_plain, kind_of
 @dataclass(frozen=True, kw_only=True)
 class RawRow:
     """conversations: what each dialect that the row is whole in makes of it.   tokens: the row, where it is such.
-    meta: the row's other keys.   ignored: names of keys that nothing was made of, those of messages as
-    `messages[].name`."""
+    weight: how much the loss of its replies counts, above 0 (0 is that of each message).   meta: the row's other keys.
+    ignored: names of keys that nothing was made of, those of messages as `messages[].name`."""
 
     conversations: list[list[Turn]]
     tokens: Pretokenized | None = None
     tools: list[dict[str, Any]] = field(default_factory=list)
+    weight: int | float = 1
     meta: dict[str, Any] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
 
@@ -75,17 +77,18 @@ def read_row(row: Any, place: str, columns: Columns | None = None) -> RawRow:
         refuse(row, REFUSED, place)
     conversations, used = _conversations(row, place, ignored, named)
     system = _system(row, place)
-    without = _not_taught(row, place)
+    weight = _weight(row, ROW_FLAGS, place)
     for turns in conversations:
         if system is not None:
             _put_in_front(system, turns, place)
-        for _, message in turns if without else ():
+        for _, message in () if weight else turns:
             if isinstance(message, dict):
                 message["weight"] = 0
     used |= {*SYSTEM, *TOOLS, *ROW_FLAGS, *(key for key in PREFERRED if _wanted(row, key) is not None)}
     meta = {key: value for key, value in row.items() if key not in used}
     ignored |= {key for key, value in meta.items() if not absent(value)}
-    return RawRow(conversations=conversations, tools=_tools(row, place), meta=meta, ignored=tuple(sorted(ignored)))
+    found = RawRow(conversations=conversations, tools=_tools(row, place), meta=meta, ignored=tuple(sorted(ignored)))
+    return replace(found, weight=weight) if 0 < weight < 1 else found
 
 
 def _claimed(row: dict[str, Any]) -> bool:
@@ -96,11 +99,12 @@ def _claimed(row: dict[str, Any]) -> bool:
 def _of_tokens(row: dict[str, Any], place: str) -> RawRow:
     refuse({key: value for key, value in row.items() if key not in TOKEN_KEYS}, REFUSED, place)
     tokens = read_pretokenized(row, place)
-    if _not_taught(row, place):
-        tokens = replace(tokens, mask=(0,) * len(tokens.ids))
+    weight = _weight(row, [key for key in ROW_FLAGS if key not in TOKEN_KEYS], place)
+    if not weight:
+        tokens = replace(tokens, mask=(0,) * len(tokens.ids), weights=None)
     meta = {key: value for key, value in row.items() if key not in (IDS, LENGTHS, *TOKEN_KEYS, *ROW_FLAGS)}
     ignored = sorted(key for key, value in meta.items() if not absent(value))
-    return RawRow(conversations=[[]], tokens=tokens, meta=meta, ignored=tuple(ignored))
+    return RawRow(conversations=[[]], tokens=tokens, weight=weight or 1, meta=meta, ignored=tuple(ignored))
 
 
 # ---- the dialects
@@ -180,14 +184,15 @@ def _put_in_front(system: str, turns: list[Turn], place: str) -> None:
         raise SchemaError(f"{place}.system", fact, "keep one of them")
 
 
-def _not_taught(row: dict[str, Any], place: str) -> bool:
-    """Whether the row's own flags say so. Raises SchemaError where it says that its reply is not wanted."""
+def _weight(row: dict[str, Any], keys: Iterable[str], place: str) -> int | float:
+    """How much the row's own flags, of these keys, say that it is taught. Raises SchemaError where it says that its
+    reply is not wanted."""
     for key in PREFERRED:
         if _wanted(row, key) is False:
             fact = f"{key} is false: a reply that is not wanted (preference data)"
             raise SchemaError(f"{place}.{key}", fact, "remove the row, or the key where it means something else")
-    flags = {key: row[key] for key in ROW_FLAGS if not absent(row.get(key))}
-    return bool(flags) and not flag_of(flags, place)
+    flags = {key: row[key] for key in keys if not absent(row.get(key))}
+    return weight_of(flags, place) if flags else 1
 
 
 def _wanted(row: dict[str, Any], key: str) -> bool | None:

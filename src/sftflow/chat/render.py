@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftflow.chat.content_parts import Messages
+from sftflow.chat.declared import has_turns_in_a_row, join_turns, only_last
 from sftflow.chat.encode import encoder_of
 from sftflow.chat.format import ChatFormat, tokenizer_text
 from sftflow.chat.pretokenized import Pretokenized
@@ -35,7 +36,8 @@ from sftflow.foundation.errors import FormatError, MaskError, SchemaError
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """ids: (n,) token ids.   mask: (n,) 1 where supervised.   text: what was encoded.
+    """ids: (n,) token ids.   mask: (n,) 1 where supervised.   text: what was encoded.   weights: (n,) what each token's
+    loss is multiplied by, 0 where the mask is 0; None where that is the mask.
     boundary_splits: prompt/reply boundaries that a token would have straddled, encoded on both sides separately.
     turns: (first token, role) of each turn in order, for looking at the row; () where they are not known."""
 
@@ -45,6 +47,7 @@ class Rendered:
     source: str = ""
     boundary_splits: int = 0
     turns: tuple[tuple[int, str], ...] = ()
+    weights: NDArray[np.float64] | None = None
 
     @property
     def n_supervised(self) -> int:
@@ -57,7 +60,7 @@ class RendererSpec:
 
     tokenizer: tokenizer.json.   names: what the template calls tokens by.   eos: id of the end of text, or None.
     ends: further ids at which the checkpoint says that a reply ends.   supervise: what is taught: "replies", or "all"
-    tokens but those of messages of weight 0.
+    tokens but those of messages of weight 0.   turns, join_turns: what is declared of rows (`chat.declared`).
     """
 
     tokenizer: str
@@ -66,6 +69,8 @@ class RendererSpec:
     format: ChatFormat
     ends: tuple[int, ...] = ()
     supervise: str = "replies"
+    turns: str = "all"
+    join_turns: bool = False
 
     @property
     def stops(self) -> list[int]:
@@ -122,13 +127,23 @@ class Renderer:
             self._others[key] = Renderer(self.tokenizer, chat_format, spec=spec)
         return self._others[key]
 
-    def supervising(self, what: str) -> Renderer:
-        """The same tokenizer and format, with `what` ("replies" or "all") taught. Made once for each."""
-        if what == self.spec.supervise:
+    def supervising(self, what: str, **declared: Any) -> Renderer:
+        """The same tokenizer and format, with `what` ("replies" or "all") taught. Made once for each.   declared: the
+        spec's `turns` and `join_turns`."""
+        spec = replace(self.spec, supervise=what, **declared)
+        if spec == self.spec:
             return self
-        if what not in self._others:
-            self._others[what] = Renderer(self.tokenizer, self.format, spec=replace(self.spec, supervise=what))
-        return self._others[what]
+        key = "\0".join(map(str, (spec.supervise, spec.turns, spec.join_turns)))
+        if key not in self._others:
+            self._others[key] = Renderer(self.tokenizer, self.format, spec=spec)
+        return self._others[key]
+
+    def declared(self, conversation: Conversation) -> Conversation:
+        """A row as it is rendered and taught: with turns joined, and earlier ones left out, where that is asked for.
+        Raises SchemaError where it cannot be."""
+        if self.spec.join_turns:
+            conversation = join_turns(conversation)
+        return only_last(conversation) if self.spec.turns == "last" else conversation
 
     def _way(self, conversation: Conversation) -> _Way:
         """Which of the format's templates renders it: as transformers' `get_chat_template` chooses."""
@@ -168,7 +183,11 @@ class Renderer:
         proof = prompts.proof_behind_block(row, text, prover) if supervised == [len(row.messages) - 1] else None
         text = proof.text if proof else text
         left_out = conversation.left_out if whole else []
-        told_apart = [i for i in left_out if row.messages[i]["role"] == "assistant"] if whole else supervised
+        fractions = [] if is_prompt else conversation.fractions
+        if whole:
+            told_apart = [i for i in (*left_out, *fractions) if row.messages[i]["role"] == "assistant"]
+        else:
+            told_apart = supervised
         starts = prompts.reply_starts(row, text, set(told_apart))
         boundaries = sorted(set(starts.values()))
         proof = proof or (prover.prove(row, text) if supervised or whole else None)
@@ -179,19 +198,26 @@ class Renderer:
         encoded = self._encoder.encode(text, literals, boundaries, row.source)
         mask = np.full(len(encoded.ids), whole, np.int8)
         mask[:1] = 0  # nothing predicts it
+        weights = np.full(len(mask), float(conversation.weight)) if fractions or conversation.weight != 1 else None
         if proof is None:
             return Rendered(encoded.ids, mask, text, row.source, encoded.splits)
         first_token = dict(zip(boundaries, encoded.cuts, strict=True))
         for turn in told_apart:
             start = starts[turn]
             last = prover.end_of_turn(proof, turn, start)
-            mask[first_token[start] : encoded.literals[last] + 1] = not whole
-            for opened, closed in prover.calculator_results(proof, start, last):
+            reply = slice(first_token[start], encoded.literals[last] + 1)
+            weight = conversation.messages[turn].weight or 0
+            mask[reply] = weight > 0
+            if weights is not None:
+                weights[reply] *= weight
+            for opened, closed in () if whole else prover.calculator_results(proof, start, last):
                 mask[encoded.literals[opened] : encoded.literals[closed] + 1] = 0
-        found = prover.turns(proof, encoded) if turns or len(left_out) > len(told_apart) else ()
+        others = any(row.messages[i]["role"] != "assistant" for i in left_out)
+        found = prover.turns(proof, encoded) if turns or others else ()
         for start, end in self._turns_left_out(conversation, encoded.ids, found) if left_out else ():
             mask[start:end] = 0
-        return Rendered(encoded.ids, mask, text, row.source, encoded.splits, found)
+        weights = None if weights is None else weights * mask
+        return Rendered(encoded.ids, mask, text, row.source, encoded.splits, found, weights)
 
     def _turns_left_out(
         self, row: Conversation, ids: NDArray[np.int64], turns: tuple[tuple[int, str], ...]
@@ -218,7 +244,11 @@ class Renderer:
         if len(unknown):
             place, fact = f"{row.source}.input_ids[{unknown[0]}]", f"{tokens.ids[unknown[0]]} is not in the vocabulary"
             raise SchemaError(place, fact, "was the row made with another tokenizer? make it with the base's own")
+        given = tokens.weights if self.spec.supervise == "replies" else None
         if self.spec.supervise == "all":
+            if tokens.weights:
+                fact = "some tokens count in part, and supervise: all teaches every token"
+                raise SchemaError(f"{row.source}.weights", fact, "leave supervise out, or remove the weights")
             if len(ids) == 1:
                 fact = "nothing to learn: it is one token, which nothing predicts"
                 raise SchemaError(f"{row.source}.input_ids", fact, "remove the row")
@@ -229,7 +259,8 @@ class Renderer:
         else:
             mask = np.array(tokens.mask, np.int8)
         mask[:1] = 0
-        return Rendered(ids, mask, self.decode(tokens.ids), row.source)
+        weights = row.weight * np.array(given or mask, np.float64) if given or row.weight != 1 else None
+        return Rendered(ids, mask, self.decode(tokens.ids), row.source, weights=weights)
 
     def prompts(self, conversation: Conversation) -> Prompts:
         """The prompts for a conversation's turns, each rendered when it is asked for."""
@@ -246,6 +277,11 @@ class Renderer:
         prompts = None if conversation.tokens else self.prompts(conversation)
         try:
             return [(conversation, self.render(conversation, turns=turns, prompts=prompts))]
+        except FormatError as error:
+            if not has_turns_in_a_row(conversation):
+                raise
+            joining = "join_turns: true in the recipe joins turns in a row"
+            raise FormatError(error.place, error.fact, "; ".join(filter(None, (error.remedy, joining)))) from None
         except MaskError as whole:
             supervised = conversation.supervised
             if supervised in ([], [len(conversation.messages) - 1]) or self.spec.supervise == "all":

@@ -34,7 +34,7 @@ _BELOW = Refusal(
     "name the columns: columns: {QUESTION: instruction, THIS: input, ANSWER: output} puts it below the question",
 )
 _ARGUMENTS = Refusal("a template's arguments cannot differ from row to row", "remove the key, or these rows")
-_SPANS = Refusal("a reply is taught as a whole or not at all", "use weight 0 or 1")
+_SPANS = Refusal("what it makes of the loss is another trainer's way", "give each reply a weight, from 0 to 1")
 _MASK = Refusal(
     "it may mean taught as well as not taught", 'remove it, and give messages that are not taught "weight": 0'
 )
@@ -45,16 +45,22 @@ TOOLS = ("tools", "functions")
 IDS = "input_ids"
 MASKS = ("mask", "loss_mask", "completion_mask", "assistant_masks")
 """beside IDS: 1 or true where a token is taught"""
-TOKEN_KEYS = ("labels", *MASKS, "attention_mask", "position_ids")
+TOKEN_WEIGHTS = ("weights", "loss_weights", "loss_mask")
+"""beside IDS: how much each token's loss counts, 0 to 1"""
+TOKEN_KEYS = ("labels", *MASKS, "weights", "loss_weights", "attention_mask", "position_ids")
 """read beside IDS, one value for each of them"""
 LENGTHS = "seq_lengths"
 """beside IDS: the length of each conversation that was packed into the row"""
 PREFERRED = ("label", "kto_tag", "desirable")
 NOT_TAUGHT = ("masked", "ignore")
 """1 or true: the message is not taught"""
-ROW_FLAGS = ("weight", "loss", "train", "training", "trainable", "learn", *NOT_TAUGHT)
-FLAGS = (*ROW_FLAGS, "loss_weight")
-"""1 or true: the message, or each of the row, is taught, but for NOT_TAUGHT. 0 or false: the contrary."""
+_FLAGS = ("weight", "loss", "train", "training", "trainable", "learn", *NOT_TAUGHT)
+FLAGS = (*_FLAGS, "loss_weight")
+"""1 or true: the message is taught, but for NOT_TAUGHT. 0 or false: the contrary."""
+WEIGHTS = ("weight", "loss_weight", "sample_weight", "weights", "loss_weights")
+"""also a number between: how much the loss of the message, or of the row, counts"""
+ROW_FLAGS = (*_FLAGS, *WEIGHTS[1:])
+"""the same of each message of a row"""
 ASKS = ("prompt", "instruction", "query", "question", "problem")
 REPLIES = ("completion", "output", "response", "answer", "solution")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
@@ -90,6 +96,7 @@ READ = {
     IDS: "the row's tokens; what is taught of them say `mask` or `labels`",
     "labels": f"beside {IDS}: the ids that are taught, -100 for the others",
     **dict.fromkeys(MASKS, f"beside {IDS}: 1 where a token is taught"),
+    **dict.fromkeys(("weights", "loss_weights"), f"a row's weight; beside {IDS} one for each of them"),
     "attention_mask": f"beside {IDS}: all 1",
     LENGTHS: f"beside {IDS}: a single one",
     "position_ids": f"beside {IDS}: 0, 1, 2 ...",
@@ -100,7 +107,7 @@ REFUSED = {
     **dict.fromkeys(("chat_template_kwargs", "chat_template"), _ARGUMENTS),
     "documents": Refusal("a template's documents are not taught", "put them into a message"),
     **dict.fromkeys(("mask", "loss_mask"), _MASK),
-    **dict.fromkeys(("loss_weight", "loss_scale", "sample_weight", "weights", "loss_weights"), _SPANS),
+    "loss_scale": _SPANS,
 }
 
 _CHOICE = ("choices", "options", "endings", "distractors", "answerKey", "answer_index", "answer_idx")

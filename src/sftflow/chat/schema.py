@@ -32,7 +32,8 @@ class Part:
 class Message:
     """One turn. `parts` has one text part for plain content; it is empty where the content is null.
 
-    weight: 1, or 0 where it is not taught; None: a reply in a prompt, which only `supervise: all` teaches."""
+    weight: what the loss of its tokens is multiplied by, 0 to 1 (0: it is not taught); None: a reply in a prompt, which
+    only `supervise: all` teaches."""
 
     role: str
     parts: tuple[Part, ...]
@@ -40,7 +41,7 @@ class Message:
     tool_call_id: str | None = None
     name: str | None = None
     reasoning_content: str | None = None
-    weight: int | None = 1
+    weight: int | float | None = 1
 
     @property
     def text(self) -> str:
@@ -66,7 +67,7 @@ class Message:
         for key in ("tool_call_id", "name", "reasoning_content"):
             if getattr(self, key) is not None:
                 out[key] = getattr(self, key)
-        return {**out, "weight": 0} if self.weight == 0 else out
+        return out if self.weight in (1, None) else {**out, "weight": self.weight}
 
 
 def text_message(role: str, text: str) -> Message:
@@ -76,7 +77,8 @@ def text_message(role: str, text: str) -> Message:
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """One row. `source` is FILE:LINE (or task:number); `meta` keeps the row's other keys, `ignored` names what of
-    them is not empty, and unknown keys of its messages. A row that is `tokens` already has no messages.
+    them is not empty, and unknown keys of its messages. A row that is `tokens` already has no messages.   weight: the
+    row's own, above 0, beside those of its messages.
 
     `to_row` gives it back in the canonical shape, which `parse_row` reads.
     """
@@ -87,6 +89,7 @@ class Conversation:
     source: str = ""
     ignored: tuple[str, ...] = ()
     tokens: Pretokenized | None = None
+    weight: int | float = 1
 
     def before(self, turn: int) -> Conversation:
         """The history in front of message number `turn`."""
@@ -102,6 +105,11 @@ class Conversation:
         """The messages of weight 0, whoever wrote them: `supervise: all` leaves them out."""
         return [i for i, m in enumerate(self.messages) if m.weight == 0]
 
+    @property
+    def fractions(self) -> list[int]:
+        """The assistant's messages whose loss counts in part."""
+        return [i for i, m in enumerate(self.messages) if type(m.weight) is float and 0 < m.weight < 1]
+
     def mentions(self, pattern: re.Pattern[str]) -> bool:
         """Whether a content, some reasoning, a tool call or a tool definition holds the pattern."""
         search = pattern.search
@@ -114,10 +122,11 @@ class Conversation:
 
     def to_row(self) -> dict[str, Any]:
         """{"messages": [...]}, with "tools" where there are any; without `meta` and `source`."""
+        own = {"weight": self.weight} if self.weight != 1 else {}
         if self.tokens is not None:
-            mask = {} if self.tokens.mask is None else {"mask": list(self.tokens.mask)}
-            return {"input_ids": list(self.tokens.ids), **mask}
-        tools = {"tools": list(self.tools)} if self.tools else {}
+            beside = {"mask": self.tokens.mask, "weights": self.tokens.weights}
+            return {"input_ids": list(self.tokens.ids), **{k: list(v) for k, v in beside.items() if v}, **own}
+        tools = {**({"tools": list(self.tools)} if self.tools else {}), **own}
         prompt = [i for i, m in enumerate(self.messages) if m.weight is None]
         if prompt:  # as it was given: the completion begins with the first reply behind them
             behind = range(prompt[-1] + 1, len(self.messages))
@@ -201,7 +210,7 @@ def parse_row(row: Any, place: str, columns: Columns | None = None) -> Conversat
     """
     raw = read_row(row, place, columns)
     if raw.tokens is not None:
-        return Conversation((), (), raw.meta, place, raw.ignored, raw.tokens)
+        return Conversation((), (), raw.meta, place, raw.ignored, raw.tokens, raw.weight)
     found = [tuple(parse_message(message, where) for where, message in turns) for turns in raw.conversations]
     if not found[0]:
         raise SchemaError(f"{place}.messages", "no messages", "give at least one")
@@ -211,7 +220,7 @@ def parse_row(row: Any, place: str, columns: Columns | None = None) -> Conversat
         names = max(ends, key=lambda keys: len(set(keys)))
         fact = f"different conversations under {' and '.join(dict.fromkeys(names))}"
         raise SchemaError(place, fact, f"keep one of them, or {SAY_WHICH}")
-    return Conversation(found[0], tuple(raw.tools), raw.meta, place, raw.ignored)
+    return Conversation(found[0], tuple(raw.tools), raw.meta, place, raw.ignored, weight=raw.weight)
 
 
 def conversation_of(payload: Any, place: str) -> Conversation:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from sftflow.chat.fast_bpe import byte_letters
 from sftflow.chat.render import Rendered
 
@@ -18,17 +20,19 @@ from sftflow.chat.render import Rendered
 @dataclass(frozen=True, slots=True)
 class Token:
     """text: the token's bytes as text, with `\\xNN` for bytes that are no whole character; shown to people only.
-    raw: its bytes."""
+    raw: its bytes.   weight: what its loss is multiplied by, where it is supervised."""
 
     id: int
     text: str
     raw: bytes
     supervised: bool
     special: bool = False
+    weight: float = 1.0
 
     def to_json(self) -> dict[str, Any]:
         marks = {"supervised": self.supervised, "special": self.special}
-        return {"id": self.id, "text": self.text, "bytes": self.raw.hex(), **marks}
+        weight = {} if self.weight == 1 else {"weight": self.weight}
+        return {"id": self.id, "text": self.text, "bytes": self.raw.hex(), **marks, **weight}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,13 @@ class TokenRow:
     def n_supervised(self) -> int:
         return sum(t.supervised for t in self.tokens)
 
+    @property
+    def weights(self) -> list[float] | None:
+        """What each token's loss is multiplied by, 0 where it is not supervised; None where none counts in part."""
+        if all(t.weight == 1 for t in self.tokens):
+            return None
+        return [t.weight * t.supervised for t in self.tokens]
+
     def to_json(self) -> dict[str, Any]:
         """As mask_example.json keeps it."""
         turns = [list(turn) for turn in self.turns]
@@ -54,7 +65,8 @@ class TokenRow:
     def from_json(cls, row: Mapping[str, Any]) -> TokenRow:
         """A row of mask_example.json."""
         tokens = tuple(
-            Token(t["id"], t["text"], bytes.fromhex(t["bytes"]), t["supervised"], t["special"]) for t in row["tokens"]
+            Token(t["id"], t["text"], bytes.fromhex(t["bytes"]), t["supervised"], t["special"], t.get("weight", 1.0))
+            for t in row["tokens"]
         )
         return cls(source=row["source"], tokens=tokens, turns=tuple((start, role) for start, role in row["turns"]))
 
@@ -63,9 +75,10 @@ def token_row(rendered: Rendered, tokenizer: Any) -> TokenRow:
     """The tokens of a rendered row, with the mask."""
     ids = [int(i) for i in rendered.ids]
     special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    weights = np.where(rendered.mask, 1.0 if rendered.weights is None else rendered.weights, 1.0).tolist()
     tokens = tuple(
-        Token(i, raw.decode("utf-8", "backslashreplace"), raw, bool(m), i in special)
-        for i, m, raw in zip(ids, rendered.mask, token_bytes(tokenizer, ids), strict=True)
+        Token(i, raw.decode("utf-8", "backslashreplace"), raw, bool(m), i in special, weight)
+        for i, m, raw, weight in zip(ids, rendered.mask, token_bytes(tokenizer, ids), weights, strict=True)
     )
     turns = tuple((int(start), str(role)) for start, role in rendered.turns)
     return TokenRow(source=rendered.source, tokens=tokens, turns=turns)

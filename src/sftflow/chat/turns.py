@@ -17,12 +17,13 @@ from sftflow.chat.row_keys import (
     SPEAKERS,
     TEXTS,
     TURN_NAMES,
+    WEIGHTS,
     absent,
     refuse,
 )
 from sftflow.chat.tool_calls import calls_in_content, read_calls
 from sftflow.foundation.errors import SchemaError
-from sftflow.foundation.json_values import check_plain
+from sftflow.foundation.json_values import check_plain, kind_of
 
 Turn = tuple[str, Any]
 """(place, message)"""
@@ -118,7 +119,7 @@ def _message(raw: Any, place: str, ignored: set[str]) -> Any:
     flags = {key: message.pop(key) for key in FLAGS if key in message}
     if sharegpt and isinstance(message.get("label"), bool):  # other labels are classes
         flags["label"] = message.pop("label")
-    taught = bool(flags) and flag_of(flags, place)
+    taught = bool(flags) and weight_of(flags, place)
     flag = next((key for key in flags if key not in NOT_TAUGHT), None)  # tables have `masked: false` in every message
     if taught and flag and role != "assistant":
         fact = f"only an assistant message has {flag}, and this is a {said} message"
@@ -168,13 +169,19 @@ def _part(part: Any) -> Any:
     return {**found, "type": PARTS[kind]}
 
 
-def flag_of(flags: dict[str, Any], place: str) -> int:
-    """Whether a message, or a row, is taught, 0 or 1, by flags that say so."""
+def weight_of(flags: dict[str, Any], place: str) -> int | float:
+    """How much the loss of a message, or of a row, counts by the flags that say so: 0, 1, or a number between."""
+    said: dict[str, int | float] = {}
     for key, value in flags.items():
         check_plain(value, f"{place}.{key}")
-        if value not in (0, 1):
-            raise SchemaError(f"{place}.{key}", f"{key} is {value!r}", "use 0 or 1")
-    said = {int(value) ^ (key in NOT_TAUGHT) for key, value in flags.items()}
-    if len(said) > 1:
+        if key in WEIGHTS and type(value) is float and 0 < value < 1:
+            said[key] = value
+        elif value in (0, 1):
+            said[key] = int(value) ^ (key in NOT_TAUGHT)
+        else:
+            fact = f"{key} is {repr(value) if isinstance(value, int | float | str) else kind_of(value)}"
+            raise SchemaError(f"{place}.{key}", fact, "use a number from 0 to 1" if key in WEIGHTS else "use 0 or 1")
+    amounts = {value for key, value in said.items() if key in WEIGHTS}
+    if len(amounts) > 1 or len({bool(value) for value in said.values()}) > 1:
         raise SchemaError(place, f"{' and '.join(flags)} contradict each other", "keep one of them")
-    return said.pop()
+    return amounts.pop() if amounts else said.popitem()[1]

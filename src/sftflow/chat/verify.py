@@ -48,6 +48,11 @@ def verify(
     after = np.append(mask[1:], 0)
     if int(stops.sum()) != len(turns) or int((stops & (after == 0)).sum()) != len(turns):
         wrong[ENDS] = f"{int(stops.sum())} supervised ends of turn for {len(turns)} supervised turns"
+    elif conversation.fractions or conversation.weight != 1:
+        of_turn = [conversation.weight * (conversation.messages[turn].weight or 0) for turn in turns]
+        own = np.array([*of_turn, 0.0])[np.searchsorted(np.flatnonzero(stops), np.arange(len(ids)))] * mask
+        if rendered.weights is None or not np.array_equal(rendered.weights, own):
+            wrong[ENDS] = "the weights of its tokens are not those of its turns"
     special = np.isin(ids, list(renderer.special.values()))
     expected = _control_tokens(renderer, conversation, rendered.text)
     found = ids[special].tolist()
@@ -72,7 +77,7 @@ def _left_out(renderer: Renderer, conversation: Conversation, rendered: Rendered
     )
     mask = 1 - rendered.mask
     mask[:1] = 0
-    return replace(conversation, messages=messages), replace(rendered, mask=mask)
+    return replace(conversation, messages=messages, weight=1), replace(rendered, mask=mask, weights=None)
 
 
 def checks(wrong: dict[str, str], conversation: Conversation) -> Checks:

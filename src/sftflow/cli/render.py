@@ -35,6 +35,10 @@ def render(
     columns: Annotated[
         str | None, typer.Option(help="what a table calls ours: question=prompt,answer=completion")
     ] = None,
+    turns: Annotated[str, typer.Option(help="which replies are taught: all, or each conversation's last")] = "all",
+    join_turns: Annotated[
+        bool, typer.Option(help="join messages in a row of the user, and of the assistant, by a blank line")
+    ] = False,
 ) -> None:
     """Show rows as the model sees them: tokens, and which of them are trained on."""
     from sftflow import api
@@ -50,6 +54,8 @@ def render(
         drop_prefill=drop_prefill,
         supervise=supervise,
         columns=None if columns is None else parse_columns(columns),
+        turns=turns,
+        join_turns=join_turns,
     )
     for note in found.notes:
         print(note, file=sys.stderr)

@@ -86,11 +86,14 @@ class Mixture:
             "rows": len(self.examples),
             "tokens": sum(lengths),
             "supervised_tokens": sum(s["supervised_tokens"] for s in self.sources),
+            **self._weight(),
             "packed_rows": len(packed),
             "padding_share": round(1 - sum(lengths) / slots if slots else 0.0, 5),
             "validation_rows": len(self.held_out),
             "max_length": self.max_length,
             "supervise": self.renderer.spec.supervise,
+            "turns": self.renderer.spec.turns,
+            "join_turns": self.renderer.spec.join_turns,
             "format": self.renderer.format.name,
             "template_arguments": self.renderer.format.kwargs,
             "append_eos": self.renderer.format.append_eos,
@@ -99,6 +102,12 @@ class Mixture:
             "bad_rows": [row["reason"] for row in self.bad[:100]],
             "data_sha256": self.digest(),
         }
+
+    def _weight(self) -> dict[str, float]:
+        """The sum of the weights of all supervised tokens, where some count in part."""
+        if not any("supervised_weight" in s for s in self.sources):
+            return {}
+        return {"supervised_weight": sum(s.get("supervised_weight", s["supervised_tokens"]) for s in self.sources)}
 
     def invariants(self) -> Checks:
         """How many rows each invariant was checked on, and how many failed it, over all sources."""
@@ -120,6 +129,15 @@ class Mixture:
         lines = [line for rows in self.rows for line in self._losses(rows)]
         if self.renderer.spec.supervise == "all":
             lines.insert(0, "supervise: all: every token after the first is taught, but for messages of weight 0")
+        if self.renderer.spec.turns == "last":
+            lines.insert(0, "turns: last: only each conversation's last reply is taught")
+        if self.renderer.spec.join_turns:
+            lines.insert(0, "join_turns: the user's, and the assistant's, messages in a row are joined by a blank line")
+        for name, source in zip(self.names, self.sources, strict=True):
+            if weight := source.get("supervised_weight"):
+                lines.append(
+                    f"{name}: the weights of {source['supervised_tokens']:,} supervised tokens sum to {weight:,.1f}"
+                )
         return [*lines, *self.ignored(), *(line for choice in self.choices for line in choice.told)]
 
     def _losses(self, rows: RowStore) -> list[str]:
@@ -127,7 +145,8 @@ class Mixture:
         whole = self.renderer.spec.supervise == "all"
         counts = {
             f"{long} and {{was}} dropped": meta["dropped"].get(TOO_LONG, 0),
-            f"{long} and {{was}} cut": meta["cut"],
+            f"{long} and {{was}} cut": meta["cut"] - meta["cut_tokens"],
+            f"{long} and {{was}} cut within a turn": meta["cut_tokens"],
             "bad and {was} skipped": meta["bad"],
             UNTAUGHT: meta["dropped"].get(UNTAUGHT, 0),
             f"tokens already{'' if whole else '; their masks are taken as they stand'}": meta["pretokenized"],
@@ -178,9 +197,9 @@ def training_renderer(recipe: Recipe, renderer: Renderer, chosen: ChatFormat | N
         renderer = append_eos(renderer)
     if chosen is None and recipe.drop_prefill:
         renderer = drop_prefill(renderer)
-    renderer = renderer.supervising(recipe.supervise)
+    renderer = renderer.supervising(recipe.supervise, turns=recipe.turns, join_turns=recipe.join_turns)
     if chosen is None and renderer.arguments() and not renderer.format.kwargs:
-        sample = [c for entry in recipe.mixture for c in sample_of(entry, recipe, SETTLE_ROWS)]
+        sample = [c for entry in recipe.mixture for c in sample_of(entry, recipe, renderer, SETTLE_ROWS)]
         renderer = choose_arguments(renderer, sample)
     if renderer.tokenizer is not None:
         renderer.tokenizer.chat_template = renderer.format.templates  # what the checkpoint will be saved with
@@ -274,7 +293,9 @@ def _ledger(entry: SourceEntry, rows: RowStore, choice: Choice) -> dict[str, Any
         "rows": len(np.unique(shown)),
         "tokens": int(rows.lengths[shown].sum(dtype=np.int64)),
         "supervised_tokens": int(rows.supervised[shown].sum(dtype=np.int64)),
+        **({"supervised_weight": float(rows.weight_sums[shown].sum())} if len(rows.spans) else {}),
         "cut": meta["cut"],
+        "cut_tokens": meta["cut_tokens"],
         "dropped": sum(meta["dropped"].values()) + meta["bad"],
         "bad": meta["bad"],
         "ignored": dict(sorted(meta["ignored"].items(), key=lambda item: (-item[1], item[0]))),

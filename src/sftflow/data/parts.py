@@ -6,7 +6,7 @@ name of the whole with `.I-of-N` behind it, block for block; whoever asks for th
 source's order, through the same code that takes them from the processes which render (`prepare.py`). So all comes out
 as if one process had made it, to the byte: rows, ledger, bad rows, and which one is the first.
 
-ids.bin, mask.bin, rows.npy, meta.json    as in any store (`store.py`)
+ids.bin, mask.bin, rows.npy, weights.npy, meta.json    as in any store (`store.py`)
 blocks.jsonl                              of each block: its place in the source, its rows and tokens, its counts
 """
 
@@ -24,7 +24,7 @@ import numpy as np
 
 from sftflow.chat.files.names import Places
 from sftflow.data.render_pool import Block, Counts
-from sftflow.data.store import RowWriter
+from sftflow.data.store import RowWriter, read_spans
 from sftflow.foundation.errors import RecipeError
 
 PROVEN = ".proven"
@@ -139,7 +139,7 @@ def write_part(
             if first and block.sample:  # of a source the first is shown, so of a part no other can be
                 line["sample"], first = block.sample, False
             lines.write(json.dumps(line) + "\n")
-            writer.append(block.ids, block.mask, block.table)
+            writer.append(block.ids, block.mask, block.table, block.spans)
             seen, tokens = seen + block.counts.seen, tokens + len(block.ids)
             rows, supervised = rows + len(block.table), supervised + int(block.table["supervised"].sum())
             progress(seen)
@@ -153,7 +153,7 @@ def read_part(directory: Path, places: Places) -> Generator[NumberedBlock, None,
     places: told where the source's rows stand."""
     meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
     places.files[:] = places.files or map(tuple, meta["files"])
-    table, row = np.load(directory / "rows.npy"), 0
+    table, all_spans, row = np.load(directory / "rows.npy"), read_spans(directory), 0
     with (
         (directory / "blocks.jsonl").open(encoding="utf-8") as lines,
         (directory / "ids.bin").open("rb") as ids,
@@ -163,6 +163,9 @@ def read_part(directory: Path, places: Places) -> Generator[NumberedBlock, None,
             n, counts = line["tokens"], line["counts"]
             rows = table[row : row + line["rows"]].copy()
             rows["start"] -= rows["start"][:1]
+            first, last = np.searchsorted(all_spans["row"], [row, row + len(rows)])
+            spans = all_spans[first:last].copy()
+            spans["row"] -= row
             row += len(rows)
             for name in ("dropped", "ignored"):
                 counts[name] = Counter(counts[name])
@@ -175,5 +178,6 @@ def read_part(directory: Path, places: Places) -> Generator[NumberedBlock, None,
                     Counts(**counts),
                     line.get("bad", []),
                     line.get("sample"),
+                    spans=spans,
                 ),
             )

@@ -206,7 +206,7 @@ def _write_rows(
             total.add(block.counts)
             bad += block.bad
             sample = sample or block.sample
-            writer.append(block.ids, block.mask, block.table)
+            writer.append(block.ids, block.mask, block.table, block.spans)
             if progress:
                 progress(total.seen)
         if len(bad) > MOST_BAD * total.seen:

@@ -29,8 +29,8 @@ from sftflow.chat.files.names import Places
 from sftflow.chat.render import Renderer, RendererSpec
 from sftflow.chat.schema import Conversation, conversation_of
 from sftflow.chat.verify import Checks, add_checks, checks, verify
-from sftflow.data.store import ROW
-from sftflow.data.truncate import fit_to_length
+from sftflow.data.store import NO_SPANS, ROW, SPAN, spans_of
+from sftflow.data.truncate import first_tokens, fit_to_length
 from sftflow.fingerprint import row_digest
 from sftflow.foundation.errors import DataError, FormatError, MaskError, RunError, SchemaError, SftflowError
 
@@ -53,11 +53,12 @@ class Job:
 
 @dataclass
 class Counts:
-    """What became of rows. ignored: how many had each key that nothing was made of.   invariants: how often each was
-    checked and failed, and the first failure."""
+    """What became of rows. cut: those shortened, of which cut_tokens within a turn.   ignored: how many had each key
+    that nothing was made of.   invariants: how often each was checked and failed, and the first failure."""
 
     seen: int = 0
     cut: int = 0
+    cut_tokens: int = 0
     expanded: int = 0
     pretokenized: int = 0
     boundary_splits: int = 0
@@ -68,6 +69,7 @@ class Counts:
     def add(self, more: Counts) -> None:
         self.seen += more.seen
         self.cut += more.cut
+        self.cut_tokens += more.cut_tokens
         self.expanded += more.expanded
         self.pretokenized += more.pretokenized
         self.boundary_splits += more.boundary_splits
@@ -80,7 +82,8 @@ class Counts:
 class Block:
     """What came of a block of rows.
 
-    table: (n,) of ROW, `start` counted from the block's first token.   bad: of each quarantined row its source (place),
+    table: (n,) of ROW, `start` counted from the block's first token.   spans: of SPAN, `row` counted from the block's
+    first.   bad: of each quarantined row its source (place),
     reason and row.   sample: source and row of the first conversation that was rendered.   error: what stopped it.
     """
 
@@ -91,6 +94,7 @@ class Block:
     bad: list[dict[str, Any]] = field(default_factory=list)
     sample: dict[str, Any] | None = None
     error: SftflowError | None = None
+    spans: NDArray[Any] = field(default_factory=lambda: NO_SPANS)
 
 
 def render_block(
@@ -102,6 +106,7 @@ def render_block(
     places = places or Places([(0, job.prefix)])
     ids, masks = [np.empty(0, np.int32)], [np.empty(0, np.int8)]
     table: list[tuple[int, int, int, int, int]] = []
+    spans: list[tuple[int, int, int, float]] = []
     block = Block(ids[0], masks[0], np.empty(0, ROW))
     counts, start = block.counts, 0
     for count, (number, payload) in enumerate(items):
@@ -110,6 +115,7 @@ def render_block(
             conversation = conversation_of(payload, places[number])
             if conversation.ignored:
                 counts.ignored.update(conversation.ignored)
+            conversation = renderer.declared(conversation)
             fitted = fit_to_length(conversation, renderer, job.max_length, job.overlong)
         except (DataError, SchemaError, FormatError, MaskError) as error:
             if job.on_bad_row == "stop":
@@ -121,6 +127,7 @@ def render_block(
             counts.dropped[fitted.dropped] += 1
             continue
         counts.cut += fitted.cut
+        counts.cut_tokens += any(len(rendered.ids) > job.max_length for _, rendered in fitted.pairs)
         counts.expanded += len(fitted.pairs) > 1
         counts.pretokenized += conversation.tokens is not None
         if block.sample is None:
@@ -132,7 +139,10 @@ def render_block(
             if verified:
                 wrong = verify(renderer, rendered_from, rendered, prompts)
                 add_checks(counts.invariants, checks(wrong, conversation))
-            row, mask = rendered.ids[: job.max_length].astype(np.int32), rendered.mask[: job.max_length]
+            rendered = first_tokens(rendered, job.max_length, renderer)
+            row, mask = rendered.ids.astype(np.int32), rendered.mask
+            if rendered.weights is not None:
+                spans += spans_of(len(table), mask, rendered.weights)
             table.append((start, len(row), int(mask[1:].sum()), number, row_digest(row)))
             counts.boundary_splits += rendered.boundary_splits
             ids.append(row)
@@ -140,6 +150,7 @@ def render_block(
             start += len(row)
     block.ids, block.mask = np.concatenate(ids), np.concatenate(masks)
     block.table = np.array(table, ROW)
+    block.spans = np.array(spans, SPAN) if spans else NO_SPANS
     return block
 
 

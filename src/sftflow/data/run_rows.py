@@ -99,7 +99,7 @@ def held_out_conversations(mixture: Mixture, recipe: Recipe) -> dict[tuple[int, 
         for at, payload in rows_of_entry(entry, recipe, places=places) if wanted else ():
             if at in wanted:
                 place = places[at]
-                conversation = conversation_of(payload, place)
+                conversation = mixture.renderer.declared(conversation_of(payload, place))
                 fitted = fit_to_length(conversation, mixture.renderer, train.max_length, train.overlong)
                 for row in wanted[at]:
                     same = [c for c, r in fitted.pairs if np.array_equal(r.ids[: train.max_length], rows.ids(row))]
@@ -115,6 +115,7 @@ def _held_out_line(mixture: Mixture, at: tuple[int, int], number: int, conversat
     """number: of the row among those of its source that are kept."""
     source, row = at
     rows = mixture.rows[source]
+    weights = rows.weights(row)
     line = {
         **(conversation.to_row() if conversation.messages else {"input_ids": rows.ids(row).tolist()}),
         "source": mixture.names[source],
@@ -122,6 +123,7 @@ def _held_out_line(mixture: Mixture, at: tuple[int, int], number: int, conversat
         "index": (source, number),
         "ids": rows.ids(row).tolist(),
         "mask": rows.mask(row).tolist(),
+        **({} if weights is None else {"weights": weights.tolist()}),
     }
     return (json.dumps(line, ensure_ascii=False) + "\n").encode()
 
@@ -173,7 +175,8 @@ def _held_out_row(line: str) -> HeldOutRow:
 
 def _row_of(line: dict[str, Any]) -> dict[str, Any]:
     """The conversation of a held-out line; the mask beside it is that of a row of tokens only."""
-    keys = ("input_ids", "mask") if "input_ids" in line else ("messages", "prompt", "completion", "tools")
+    of_tokens = ("input_ids", "mask", "weights")
+    keys = of_tokens if "input_ids" in line else ("messages", "prompt", "completion", "tools", "weight")
     return {key: line[key] for key in keys if key in line}
 
 

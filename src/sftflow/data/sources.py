@@ -15,6 +15,7 @@ from sftflow.chat.data_files import numbered_rows
 from sftflow.chat.files.columns import Wanted
 from sftflow.chat.files.names import Places, is_pattern
 from sftflow.chat.files.sets import set_name
+from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation, conversation_of
 from sftflow.data.render_pool import NumberedRow
 from sftflow.foundation.atomic_io import digest_of
@@ -159,13 +160,13 @@ def _ends_of(files: Mapping[int, Path]) -> Iterator[dict[int, str]]:
             yield {i: "/".join(path.parts[-depth:]) for i, path in paths.items()}
 
 
-def sample_of(entry: SourceEntry, recipe: Recipe, n: int) -> list[Conversation]:
-    """The first `n` rows of an entry that can be read."""
+def sample_of(entry: SourceEntry, recipe: Recipe, renderer: Renderer, n: int) -> list[Conversation]:
+    """The first `n` rows of an entry that can be read, as they are rendered."""
     out: list[Conversation] = []
     places = Places()
     for number, payload in islice(rows_of_entry(entry, recipe, places=places), n):
         try:
-            out.append(conversation_of(payload, places[number]))
+            out.append(renderer.declared(conversation_of(payload, places[number])))
         except SftflowError:
             continue  # it will be named, or skipped, when the rows are rendered
     return out

@@ -3,6 +3,7 @@
 ids.bin    int32   the ids of all rows, one after another
 mask.bin   int8    1 where supervised
 rows.npy   a table with a line a row (ROW)
+weights.npy  only where some tokens count in part: a table with a line for each stretch of them (SPAN)
 meta.json  what became of the source's rows, the bad ones, and the first that was rendered
 """
 
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,20 @@ ROW = np.dtype(
     ]
 )
 
+SPAN = np.dtype([("row", "<i8"), ("start", "<i4"), ("end", "<i4"), ("weight", "<f8")])
+"""supervised tokens `start` to `end` of a row, whose loss is multiplied by a weight between 0 and 1"""
+NO_SPANS = np.empty(0, SPAN)
+
+
+def spans_of(row: int, mask: NDArray[np.int8], weights: NDArray[np.float64]) -> list[tuple[int, int, int, float]]:
+    """The stretches of a row's tokens that count in part, as lines of SPAN.
+
+    >>> spans_of(7, np.array([0, 1, 1, 1], np.int8), np.array([0, 0.5, 0.5, 1]))
+    [(7, 1, 3, 0.5)]
+    """
+    changes = [0, *(np.flatnonzero(np.diff(weights)) + 1).tolist(), len(weights)]
+    return [(row, a, b, float(weights[a])) for a, b in pairwise(changes) if a < b and mask[a] and weights[a] != 1]
+
 
 class RowWriter:
     """Appends blocks of rows to a new store."""
@@ -38,13 +55,22 @@ class RowWriter:
         self._ids = (directory / "ids.bin").open("wb")
         self._mask = (directory / "mask.bin").open("wb")
         self._tables: list[NDArray[Any]] = [np.empty(0, ROW)]
-        self._tokens = 0
+        self._spans: list[NDArray[Any]] = []
+        self._rows = self._tokens = 0
 
-    def append(self, ids: NDArray[np.int32], mask: NDArray[np.int8], table: NDArray[Any]) -> None:
-        """table: of ROW, whose `start` counts from the beginning of these ids."""
+    def append(
+        self, ids: NDArray[np.int32], mask: NDArray[np.int8], table: NDArray[Any], spans: NDArray[Any] = NO_SPANS
+    ) -> None:
+        """table: of ROW, whose `start` counts from the beginning of these ids.   spans: of SPAN, whose `row` counts
+        from the first of these rows."""
         table = table.copy()
         table["start"] += self._tokens
         self._tables.append(table)
+        if len(spans):
+            spans = spans.copy()
+            spans["row"] += self._rows
+            self._spans.append(spans)
+        self._rows += len(table)
         self._tokens += len(ids)
         self._ids.write(ids.tobytes())
         self._mask.write(mask.tobytes())
@@ -57,15 +83,17 @@ class RowWriter:
     def finish(self, meta: dict[str, Any]) -> None:
         self.close()
         np.save(self._directory / "rows.npy", np.concatenate(self._tables))
+        if self._spans:
+            np.save(self._directory / "weights.npy", np.concatenate(self._spans))
         (self._directory / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
 class Rows:
     """The rendered rows of one source.
 
-    table: (rows,) of ROW.   ids, masks: those of all rows, one after another.   number: index of the source in the
-    mixture.   prefix: what a row's number is put behind, e.g. "data.jsonl".   files: of a source of several files,
-    (the number before its first row, file) of each.
+    table: (rows,) of ROW.   ids, masks: those of all rows, one after another.   spans: (n,) of SPAN, by row.   number:
+    index of the source in the mixture.   prefix: what a row's number is put behind, e.g. "data.jsonl".   files: of a
+    source of several files, (the number before its first row, file) of each.
     """
 
     def __init__(
@@ -73,12 +101,14 @@ class Rows:
         table: NDArray[Any],
         ids: NDArray[Any],
         masks: NDArray[np.int8],
+        spans: NDArray[Any] = NO_SPANS,
         *,
         name: str,
         number: int,
         prefix: str,
         files: Sequence[tuple[int, str]] = (),
     ) -> None:
+        self.spans, self._span_rows = spans, np.ascontiguousarray(spans["row"])
         self.table, self.all_ids, self.all_masks = table, ids, masks
         self.lengths: NDArray[np.int32] = table["length"]
         self.supervised: NDArray[np.int32] = table["supervised"]
@@ -93,6 +123,24 @@ class Rows:
 
     def mask(self, i: int) -> NDArray[np.int8]:
         return self.all_masks[self._span(i)]
+
+    def weights(self, i: int) -> NDArray[np.float64] | None:
+        """(n,) what each token's loss is multiplied by; None where that is the mask."""
+        first, last = np.searchsorted(self._span_rows, [i, i + 1])
+        if first == last:
+            return None
+        weights = self.mask(i).astype(np.float64)
+        for _, start, end, weight in self.spans[first:last].tolist():
+            weights[start:end] = weight
+        return weights
+
+    @cached_property
+    def weight_sums(self) -> NDArray[np.float64]:
+        """(rows,) the sum of each row's weights: its supervised tokens, where none counts in part."""
+        sums = self.supervised.astype(np.float64)
+        lost = (self.spans["end"] - self.spans["start"]) * (1 - self.spans["weight"])
+        np.subtract.at(sums, self._span_rows, lost)
+        return sums
 
     def _span(self, i: int) -> slice:
         start = int(self.table["start"][i])
@@ -109,7 +157,10 @@ class Rows:
         return self.places[int(self.table["number"][i])]
 
     def example(self, i: int) -> Example:
-        return Example(ids=self.ids(i).astype(np.int64), mask=np.asarray(self.mask(i)), source=self.number)
+        weights = self.weights(i) if len(self.spans) else None
+        return Example(
+            ids=self.ids(i).astype(np.int64), mask=np.asarray(self.mask(i)), source=self.number, weights=weights
+        )
 
 
 class RowStore(Rows):
@@ -121,7 +172,13 @@ class RowStore(Rows):
         ids, masks = _mapped(directory / "ids.bin", np.int32), _mapped(directory / "mask.bin", np.int8)
         files = self.meta["files"] if len(self.meta["files"]) > 1 or prefix.startswith("hub:") else ()
         rows = np.load(directory / "rows.npy")
-        super().__init__(rows, ids, masks, name=name, number=number, prefix=prefix, files=files)
+        super().__init__(rows, ids, masks, read_spans(directory), name=name, number=number, prefix=prefix, files=files)
+
+
+def read_spans(directory: Path) -> NDArray[Any]:
+    """The lines of SPAN of a store, or of a part of one."""
+    file = directory / "weights.npy"
+    return np.load(file) if file.is_file() else NO_SPANS  # type: ignore[no-any-return]
 
 
 def _mapped(path: Path, dtype: Any) -> NDArray[Any]:

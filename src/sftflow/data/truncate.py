@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,7 +18,7 @@ FEW_REPLIES = 8  # a row of no more is rendered whole before it is cut
 
 @dataclass(frozen=True, slots=True)
 class FittedRow:
-    """pairs: (what was rendered, its rendering); where tokens are cut, what stands behind max_length is not to be used.
+    """pairs: (what was rendered, its rendering); where tokens are cut, `first_tokens` of it are to be used.
     cut: whether turns or tokens are left out to fit.   dropped: why nothing is left, or None."""
 
     pairs: Sequence[tuple[Conversation, Rendered]]
@@ -29,6 +29,7 @@ class FittedRow:
 def fit_to_length(conversation: Conversation, renderer: Renderer, max_length: int, overlong: str) -> FittedRow:
     """The row's examples. An over-long conversation is cut back to whole turns that fit (`overlong: cut`), or dropped,
     or its first max_length tokens are kept if any of them is supervised (`cut_tokens`): a reply that is cut has no end.
+    The prompt is never cut.
 
     What is surely too long is left out before anything is proven: the cost is that of what is kept. A row that says of
     all its replies that they are not taught is dropped, unrendered.
@@ -48,7 +49,11 @@ def fit_to_length(conversation: Conversation, renderer: Renderer, max_length: in
     shortened = beginning is not conversation
     pairs = renderer.render_pairs(beginning)
     by_tokens = overlong == "cut_tokens"
-    kept = [(c, r) for c, r in pairs if len(r.ids) <= max_length or (by_tokens and r.mask[1:max_length].any())]
+    kept = [
+        (c, r)
+        for c, r in pairs
+        if len(r.ids) <= max_length or (by_tokens and first_tokens(r, max_length, renderer).mask[1:].any())
+    ]
     if by_tokens:
         shortened |= any(len(r.ids) > max_length for _, r in kept)
     if len(pairs) > 1:
@@ -60,6 +65,20 @@ def fit_to_length(conversation: Conversation, renderer: Renderer, max_length: in
         shorter = _whole_turns(*pairs[0], renderer, max_length) if conversation.supervised else None
         return FittedRow([shorter] if shorter else [], cut=shorter is not None, dropped=None if shorter else TOO_LONG)
     return FittedRow([], dropped=TOO_LONG)
+
+
+def first_tokens(rendered: Rendered, n: int, renderer: Renderer) -> Rendered:
+    """The first n tokens of a row; where that cuts an end of turn in two, its beginning is not taught."""
+    if len(rendered.ids) <= n:
+        return rendered
+    ids, mask = rendered.ids, rendered.mask[:n].copy()
+    for end in renderer.ends():
+        starts = range(max(0, n - len(end) + 1), n)
+        for start in starts:
+            if tuple(ids[start : start + len(end)].tolist()) == end:
+                mask[start:] = 0
+    weights = None if rendered.weights is None else rendered.weights[:n] * mask
+    return replace(rendered, ids=ids[:n], mask=mask, weights=weights)
 
 
 def _may_fit(conversation: Conversation, renderer: Renderer, max_length: int) -> Conversation:

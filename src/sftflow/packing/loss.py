@@ -27,7 +27,7 @@ ROWS = 8192
 """rows of the head whose gradient is made at a time"""
 
 Parts = Callable[
-    [torch.Tensor, torch.Tensor, "float | None", float, "torch.dtype | None"],
+    [torch.Tensor, torch.Tensor, "float | None", float, "torch.dtype | None", "torch.Tensor | None"],
     tuple[torch.Tensor, "torch.Tensor | None"],
 ]
 
@@ -74,11 +74,17 @@ def logits_of(hidden: torch.Tensor, head: Head) -> torch.Tensor:
 
 
 def loss_parts(
-    logits: torch.Tensor, targets: torch.Tensor, softcap: float | None, scale: float, dtype: torch.dtype | None
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    softcap: float | None,
+    scale: float,
+    dtype: torch.dtype | None,
+    weights: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """((n,) losses in fp32, (n, vocabulary) gradient of their sum by the raw logits in `dtype`; None: no gradient).
 
     loss = logsumexp(z) - z[target],  d loss / dz = softmax(z) - onehot(target),  z = cap(scale * logits).
+    weights: (n,) fp32, what each loss is multiplied by in that sum; None: 1. (Here, before the gradient is rounded.)
     In place, a few rows at a time, so that they stay in the processor's cache.
     """
     losses = torch.empty(len(targets), device=logits.device)
@@ -96,12 +102,19 @@ def loss_parts(
         losses[start : start + rows] = (lse - z.gather(1, t)).squeeze(1)
         if grad is not None:
             z.sub_(lse).exp_().scatter_add_(1, t, torch.full_like(lse, -1.0))
+            if weights is not None:
+                z.mul_(weights[start : start + rows, None])
             grad[start : start + rows] = (z if slope is None else z.mul_(slope)).mul_(scale)
     return losses, grad
 
 
 def fused_parts(
-    logits: torch.Tensor, targets: torch.Tensor, softcap: float | None, scale: float, dtype: torch.dtype | None
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    softcap: float | None,
+    scale: float,
+    dtype: torch.dtype | None,
+    weights: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`loss_parts` without a loop or anything in place: what a compiler makes one pass of."""
     z = logits.float() * scale
@@ -115,6 +128,8 @@ def fused_parts(
     grad = torch.exp(z - lse[:, None]) - is_target.float()
     if softcap is not None:
         grad = grad * (1 - (z / softcap) ** 2)
+    if weights is not None:
+        grad = grad * weights[:, None]
     return losses, (grad * scale).to(dtype)
 
 
@@ -123,13 +138,15 @@ def chunked_cross_entropy(
     head: Head,
     targets: torch.Tensor,
     *,
+    weights: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
     parts: Parts = loss_parts,
     scale: float | None = None,
 ) -> torch.Tensor:
     """(n,) losses -log softmax(head(hidden))[target]; with `scale`, also the gradient of scale * their sum.
 
-    hidden: (n, width) at supervised positions.   targets: (n,).   parts: `loss_parts`, or `fused_parts` compiled.
+    hidden: (n, width) at supervised positions.   targets: (n,).   weights: (n,) fp32, of each loss in that sum (those
+    returned have none).   parts: `loss_parts`, or `fused_parts` compiled.
     The products run in `dtype` (default: hidden's), the softmax in fp32. The gradient is computed chunk by chunk beside
     the loss: the head's is added to its `.grad`, that of the hidden states goes on backward through the model from
     here. Nothing of the size of the head is allocated but its gradient in `dtype`.
@@ -148,7 +165,8 @@ def chunked_cross_entropy(
             h = hidden[start : start + chunk].to(dtype)
             t = targets[start : start + chunk]
             logits = F.linear(h, weight, bias)
-            mine, grad = parts(logits, t, head.softcap, head.scale, None if scale is None else dtype)
+            w = None if weights is None else weights[start : start + chunk]
+            mine, grad = parts(logits, t, head.softcap, head.scale, None if scale is None else dtype, w)
             losses[start : start + chunk] = mine
             if grad is None or d_hidden is None or scale is None:
                 continue
@@ -210,11 +228,13 @@ def batch_loss(
     scale: float | None = None,
     head: Head | None = None,
 ) -> torch.Tensor:
-    """(n,) loss per supervised token (`batch.sources` tells their sources), without gradient.
+    """(n,) loss per supervised token (`batch.sources` tells their sources), without gradient and weight.
 
-    scale: also add the gradient of scale * their sum to the parameters' `.grad`.   The model is left as it was found.
+    scale: also add the gradient of scale * their sum, each times its weight, to the parameters' `.grad`.   The model is
+    left as it was found.
     """
     targets = torch.from_numpy(batch.labels).to(model.device)
+    weights = None if batch.weights is None else torch.from_numpy(batch.weights).float().to(model.device)
     dtype = torch.bfloat16 if runtime.precision == "bf16" else None
     rows = token_rows(model.get_input_embeddings())
     forwards = [] if rows is None or not is_plain(rows) else [(rows.wrapper, rows.embed)]
@@ -222,4 +242,5 @@ def batch_loss(
         with runtime.autocast(), torch.set_grad_enabled(scale is not None):
             hidden = hidden_states(model, batch, packed=packed)
             wanted = hidden.index_select(0, torch.from_numpy(batch.label_positions).to(model.device))
-        return chunked_cross_entropy(wanted, head or head_of(model), targets, dtype=dtype, parts=parts, scale=scale)
+        head = head or head_of(model)
+        return chunked_cross_entropy(wanted, head, targets, weights=weights, dtype=dtype, parts=parts, scale=scale)

@@ -35,12 +35,19 @@ class Example:
     """One training sequence.
 
     ids: (n,) token ids.   mask: (n,) 1 where the token is supervised (a thing the model must produce).
-    source: index of the mixture source, for the per-source loss.
+    source: index of the mixture source, for the per-source loss.   weights: (n,) what each token's loss is multiplied
+    by, 0 where the mask is 0; None where that is the mask.
     """
 
     ids: Int
     mask: NDArray[np.int8]
     source: int = 0
+    weights: NDArray[np.float64] | None = None
+
+    @property
+    def weight(self) -> float:
+        """The sum of the weights of what is supervised: a number of tokens, where none counts in part."""
+        return len(label_positions_of(self)) if self.weights is None else float(self.weights[1:].sum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +71,8 @@ class PackedBatch:
     """(m,) the id that must follow each of these slots"""
     sources: Int
     """(m,) the mixture source of each"""
+    weights: NDArray[np.float64] | None = None
+    """(m,) what the loss of each is multiplied by; None: 1"""
 
     @property
     def n_supervised(self) -> int:
@@ -222,7 +231,12 @@ def _batch(examples: Sequence[Example], ids: Int, positions: Int, segments: list
     def joined(parts: Iterable[Int]) -> Int:
         return np.concatenate([np.zeros(0, np.int64), *parts])
 
+    weights = None
+    if any(e.weights is not None for e in examples):
+        taught = ((e.mask if e.weights is None else e.weights)[at + 1] for e, at in zip(examples, asked, strict=True))
+        weights = np.concatenate([np.zeros(0), *taught])
     return PackedBatch(
+        weights=weights,
         input_ids=ids,
         positions=positions,
         segments=segments,

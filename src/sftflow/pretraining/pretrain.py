@@ -145,7 +145,8 @@ def bits_per_byte(trainer: Trainer, tokenizer: Any, documents: Sequence[str]) ->
     """
     stream = token_stream(tokenizer, first_documents(documents, HELD_OUT_BYTES, lambda d: len(d.encode())))
     rows = rows_of(stream, max(1, min(trainer.settings.max_length, len(stream))))
-    loss, _, n_tokens = trainer.evaluate(rows)
+    found = trainer.evaluate(rows)
+    loss, n_tokens = found.loss, found.supervised
     n_bytes = sum(len(tokenizer.decode(row.ids[1:], skip_special_tokens=True).encode()) for row in rows)
     return loss * n_tokens / math.log(2) / max(1, n_bytes)
 

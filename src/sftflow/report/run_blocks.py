@@ -59,6 +59,9 @@ def start_block(run: Opening) -> Text:
         for key in ("compile", "lr", "shard")
     }
     of_all = " (supervise: all)" if notes.get("supervise") == "all" else ""
+    of_all += " (turns: last)" if notes.get("turns") == "last" else ""
+    if run.supervised_weight is not None:
+        of_all += f"; their weights sum to {run.supervised_weight:,.1f}"
     time = "known after the first steps; validation and evaluation come on top"
     if run.step_seconds is not None:
         expected = f"{about(left * run.step_seconds)} for {plural(left, 'more step')}, as the last ones took"

@@ -15,18 +15,19 @@ from markupsafe import Markup
 
 from sftflow.chat.token_rows import Token, TokenRow
 from sftflow.report.pages import cell, esc, macros, render
-from sftflow.report.token_view import UNSEEN, Piece, code_point, pieces_of_row, turns_of_row
+from sftflow.report.token_view import UNSEEN, Piece, code_point, pieces_of_row, turns_of_row, weight_of
 
 MOST_BYTES = 48  # named in a title: a longer one is no longer read
 
 
 class TurnBoxes(NamedTuple):
     """role: "" for what the template wrote before the first turn, None where the row's turns are not known.
-    boxes: one a token."""
+    boxes: one a token.   weight: "", or what the loss of its supervised tokens is multiplied by."""
 
     role: str | None
     boxes: list[Markup]
     n_supervised: int
+    weight: str
 
 
 def token_page(rows: Sequence[TokenRow]) -> str:
@@ -47,7 +48,9 @@ def token_boxes(row: TokenRow, anchor: str = "") -> Markup:
     anchor: begins the ids of the turns; without one they have none."""
     boxes = [token_box(t, pieces) for t, pieces in zip(row.tokens, pieces_of_row(row.tokens), strict=True)]
     turns = [
-        TurnBoxes(role, boxes[start:end], sum(t.supervised for t in row.tokens[start:end]))
+        TurnBoxes(
+            role, boxes[start:end], sum(t.supervised for t in row.tokens[start:end]), weight_of(row.tokens[start:end])
+        )
         for role, start, end in turns_of_row(row)
     ]
     return macros("_tokens").token_boxes(turns, anchor)
@@ -80,6 +83,7 @@ def token_box(token: Token, pieces: Sequence[Piece]) -> Markup:
     marks = (("s", token.supervised), ("x", token.special), ("c", goes_on))
     kinds = " ".join(["t", *(kind for kind, on in marks if on)])
     title = f"id {token.id} · {_bytes(token, pieces)} · {'supervised' if token.supervised else 'not supervised'}"
+    title += f", weight {token.weight:g}" if token.weight != 1 else ""
     title += " · special" if token.special else ""
     shown = "".join(map(_piece, pieces)) or visible("")
     inside = shown.removesuffix("<br>")

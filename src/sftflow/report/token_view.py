@@ -165,7 +165,20 @@ def _gutter(role: str, tokens: Sequence[Token]) -> list[str]:
     name.truncate(GUTTER, overflow="ellipsis")
     n, supervised = len(tokens), sum(t.supervised for t in tokens)
     counts = f"{supervised}/{n} sup" if supervised else f"{n} token{'s' * (n != 1)}"
-    return [name.plain, counts if len(counts) <= GUTTER else counts.split()[0]]
+    weight = weight_of(tokens)
+    return [name.plain, counts if len(counts) <= GUTTER else counts.split()[0], *([weight] if weight else [])]
+
+
+def weight_of(tokens: Sequence[Token]) -> str:
+    """What the loss of a turn's supervised tokens is multiplied by: "" where that is 1.
+
+    >>> weight_of([Token(5, "hi", b"hi", True, weight=0.5)]), weight_of([Token(5, "hi", b"hi", True)])
+    ('weight 0.5', '')
+    """
+    weights = sorted({t.weight for t in tokens if t.supervised} or {1.0})
+    if weights == [1]:
+        return ""
+    return f"weight {weights[0]:.3g}" if len(weights) == 1 else "weighted"
 
 
 def _stretches(tokens: Sequence[Token], colour: bool) -> Iterator[tuple[bool, Text]]:

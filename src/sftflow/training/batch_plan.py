@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,8 @@ ALONE = Ranks()
 
 @dataclass(frozen=True, kw_only=True)
 class StepLog:
-    """One row of metrics.jsonl. loss: nats per supervised token. seconds: wall time of this step.
+    """One row of metrics.jsonl. loss: nats per supervised token. seconds: wall time of this step.   supervised_weight:
+    the sum of the tokens' weights, by which the loss is divided, where one counts in part.
 
     tokens: real ones, padding not counted. computed_tokens: those that went through the layers (fewer, where
     conversations share their beginning). flops: floating-point work of the step's matrix products.
@@ -47,6 +49,10 @@ class StepLog:
     flops: float = 0.0
     source_loss: dict[str, float] = field(default_factory=dict)
     skipped: bool = False
+    supervised_weight: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 class RowPlan:
@@ -147,32 +153,47 @@ def without_labels(packed: bool) -> PackedBatch:
     return replace(batch, label_positions=nothing, labels=nothing, sources=nothing)
 
 
+def weight_of(examples: Sequence[Example]) -> float:
+    """What the sum of their losses is divided by: the sum of the weights of all supervised tokens, 1 where there is
+    none."""
+    return sum(e.weight for e in examples) or 1
+
+
 class Tally:
     """What a step, or a validation, adds up over batches and ranks.
 
-    loss: nats per supervised token.   computed: tokens that went through the layers, of `slots`.
+    loss: nats per supervised token, each counted by its weight.   computed: tokens that went through the layers, of
+    `slots`.
     """
 
     def __init__(self, examples: Sequence[Example], n_sources: int = 0) -> None:
         """examples: of all ranks.   n_sources: at least so many are told apart."""
         self.size = max([n_sources, *(e.source + 1 for e in examples)])
-        self.sums, self.counts, self.n = np.zeros(self.size), np.zeros(self.size), np.zeros(2)
+        self.sums, self.counts, self.weights = np.zeros(self.size), np.zeros(self.size), np.zeros(self.size)
+        self.n = np.zeros(2)
 
     def add(self, batch: PackedBatch, losses: torch.Tensor) -> None:
         """losses: (n,) of the batch's supervised tokens."""
-        self.sums += np.bincount(batch.sources, losses.cpu().double().numpy(), self.size)
+        nats, weights = losses.cpu().double().numpy(), batch.weights
+        self.sums += np.bincount(batch.sources, nats if weights is None else nats * weights, self.size)
         self.counts += np.bincount(batch.sources, minlength=self.size)
+        self.weights += np.bincount(batch.sources, weights, self.size)
         if batch.n_supervised:
             self.n += (batch.n_computed, batch.input_ids.size)
 
     def over_ranks(self, ranks: Ranks) -> None:
         """Add up all ranks' sums, so that each has the same."""
-        whole = ranks.total(np.concatenate([self.sums, self.counts, self.n]))
-        self.sums, self.counts, self.n = np.split(whole, [self.size, 2 * self.size])
+        whole = ranks.total(np.concatenate([self.sums, self.counts, self.weights, self.n]))
+        self.sums, self.counts, self.weights, self.n = np.split(whole, [self.size, 2 * self.size, 3 * self.size])
 
     @property
     def loss(self) -> float:
-        return float(self.sums.sum() / max(1, self.supervised))
+        return float(self.sums.sum() / (self.weights.sum() or 1))
+
+    @property
+    def weight(self) -> float | None:
+        """The sum of the weights; None where it is the number of supervised tokens."""
+        return None if np.array_equal(self.weights, self.counts) else float(self.weights.sum())
 
     @property
     def supervised(self) -> int:
@@ -188,4 +209,4 @@ class Tally:
 
     def by_source(self) -> list[float | None]:
         """The loss of each source, None where it has no token here."""
-        return [float(s / c) if c else None for s, c in zip(self.sums, self.counts, strict=True)]
+        return [float(s / w) if w else None for s, w in zip(self.sums, self.weights, strict=True)]

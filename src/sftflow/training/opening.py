@@ -31,7 +31,8 @@ class Opening:
     """anew: whether it replaces another in `out`.   base: what is fine-tuned; None for a new one.
     rows, tokens: of one epoch, repeats included.   packed_rows: what these make.   step: the last one that is done.
     step_seconds: what a step took lately, None where none is done.   settings: resolved.   world: processes.
-    notes: how each `auto` was decided.
+    supervised_weight: the sum of the supervised tokens' weights, where one counts in part.   notes: how each `auto` was
+    decided.
     """
 
     out: Path
@@ -52,6 +53,7 @@ class Opening:
     runtime: Runtime
     world: int
     notes: Mapping[str, Any]
+    supervised_weight: float | None = None
 
     @property
     def n_trained(self) -> int:

@@ -196,7 +196,7 @@ class FineTuning(TrainingRun):
         set_dropout(model, recipe.train.dropout)
         weights, self.base_body = weights_and_body_hash(model)
         base = base_identity(model, self.dtype, weights)
-        self.notes["supervise"] = recipe.supervise
+        self.notes |= {"supervise": recipe.supervise, "turns": recipe.turns}
         self.adapter = None
         if recipe.train.lora:
             before = set(load_tokenizer(location).get_vocab().values())
@@ -259,7 +259,8 @@ class FineTuning(TrainingRun):
             resumed_at = self.trainer.step if resume else None
             self.logger = open_logger(self.recipe, self.out, self.listener.say, resumed_at=resumed_at)
         facts = {"base": self.recipe.base, "held_out": len(self.mixture.held_out), "notes": self.notes}
-        self.begin(anew=anew, supervised_tokens=self.mixture.ledger["supervised_tokens"], **facts)
+        taught = {key: self.mixture.ledger.get(key) for key in ("supervised_tokens", "supervised_weight")}
+        self.begin(anew=anew, **taught, **facts)
         if self.trainer.step == 0:
             self.validate()
         if here.from_first(self.evals.last_step()) != self.trainer.step:
@@ -299,9 +300,11 @@ class FineTuning(TrainingRun):
         if not self.mixture.held_out:
             return None
         step = self.trainer.step
-        loss, by_source, n = self.trainer.evaluate(self.mixture.held_out)
-        sources = dict(zip(self.mixture.names, by_source, strict=True))
-        self.validation.append({"step": step, "loss": loss, "supervised_tokens": n, "sources": sources})
+        found = self.trainer.evaluate(self.mixture.held_out)
+        loss, weight = found.loss, {} if found.weight is None else {"supervised_weight": found.weight}
+        sources = dict(zip(self.mixture.names, found.by_source(), strict=True))
+        row = {"step": step, "loss": loss, "supervised_tokens": found.supervised, **weight, "sources": sources}
+        self.validation.append(row)
         self.validation.to_disk()
         self.listener.validation(step, loss, sources)
         self.logger.validation(step, loss, sources)

@@ -1,8 +1,8 @@
 """The training loop, for base pretraining and supervised fine-tuning alike: only the masks differ.
 
-Loss of a step = sum over supervised tokens / number of supervised tokens of the whole step, floor 1. Each
-micro-batch adds its SUM divided by the step's count, so neither accumulation nor the number of processes can change the
-gradient.
+Loss of a step = sum over supervised tokens / number of supervised tokens of the whole step, floor 1; where tokens have
+weights, the weighted sum / the sum of the weights. Each micro-batch adds its SUM divided by the step's, so neither
+accumulation nor the number of processes can change the gradient.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from sftflow.foundation.runtime import Runtime, keep_freed_memory
 from sftflow.packing.attending import evaluating
 from sftflow.packing.check_model import check_length, prove_forward
 from sftflow.packing.loss import Parts, batch_loss, fused_parts, head_of, loss_parts
-from sftflow.packing.pack import Example, PackedBatch, label_positions_of
+from sftflow.packing.pack import Example, PackedBatch
 from sftflow.packing.token_rows import token_rows
 from sftflow.recipe import Train
-from sftflow.training.batch_plan import RowPlan, StepLog, Tally, micro_batches
+from sftflow.training.batch_plan import RowPlan, StepLog, Tally, micro_batches, weight_of
 from sftflow.training.bf16_weights import Bf16Weights, decoder_layers, halve_frozen, restore_classes
 from sftflow.training.optimizers import groups_of, lr_factor, make_optimizers
 from sftflow.training.sharding import Gradients, add_gradient, gathered_head, shard
@@ -88,7 +88,7 @@ class Trainer:
         examples = [e for row in self.plan.step_rows(self.step) for e in row]
         batches = micro_batches(examples, self.settings, self.ranks, even=self.sharded)
         self.model.train()
-        scale = 1 / max(1, sum(len(label_positions_of(e)) for e in examples))
+        scale = 1 / weight_of(examples)
         found = Tally(examples)
         for batch in batches:
             found.add(batch, self.loss(batch, scale))
@@ -119,6 +119,7 @@ class Trainer:
             flops=self.flops_body * found.computed + self.flops_head * found.supervised,
             source_loss={self.names.get(s, str(s)): x for s, x in enumerate(found.by_source()) if x is not None},
             skipped=not finite,
+            supervised_weight=found.weight,
         )
 
     def require_finite(self, log: StepLog) -> None:
@@ -153,15 +154,15 @@ class Trainer:
         return losses
 
     @torch.no_grad()
-    def evaluate(self, examples: Sequence[Example]) -> tuple[float, list[float | None], int]:
-        """Held-out loss: nats per supervised token over all examples, per source, and the number of tokens."""
+    def evaluate(self, examples: Sequence[Example]) -> Tally:
+        """Held-out loss: nats per supervised token over all examples, weighted as in training, and per source."""
         self.model.eval()
         found = Tally(examples, len(self.names))
         for batch in micro_batches(examples, self.settings, self.ranks, even=self.sharded):
             found.add(batch, self.loss(batch))
         found.over_ranks(self.ranks)
         self.model.train()
-        return found.loss, found.by_source(), found.supervised
+        return found
 
 
 @contextmanager

@@ -118,7 +118,7 @@ class TrainingRun:
             with self.signals.between_steps(), self.logger:
                 for log in self.trainer:
                     self.state.seconds += log.seconds
-                    self.metrics.append(asdict(log) | {"memory": peak_memory(self.trainer.runtime.device)})
+                    self.metrics.append(log.to_json() | {"memory": peak_memory(self.trainer.runtime.device)})
                     self.logger.step(log)
                     self.listener.step(log, self.trainer.plan.total_steps)
                     self.trainer.require_finite(log)
