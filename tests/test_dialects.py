@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sftflow as sf
+from helpers.outside import each, outside
 from helpers.runs import run
 from sftflow.api.rows import entry_of, read
 from sftflow.chat.columns import fault_of, parse_columns
@@ -157,11 +159,18 @@ REFUSED: list[tuple[Any, str, str]] = [
     ({"question": "q", "answer": "6<<2*3=6>>"}, "GSM8K", "source: gsm8k"),
     ({"question": "q", "answer": "six\n#### 1,006"}, "GSM8K", "source: gsm8k"),
     ({"question": "q", "choices": ["a", "b"], "answer": 1}, "several choices", "source: mmlu"),
-    ({"question": "q", "options": ["a", "b"], "answer": "A"}, "several choices", "source: mmlu"),
+    ({"question": "q", "options": ["a", "b"], "answer": "A"}, "several choices", "source: mmlu_pro"),
+    ({"question": "q", "choices": ["a", "b"], "answer": "a"}, "several choices", "source: jsonl"),
+    ({"question": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"}, "several choices", "source: arc"),
+    ({"Question": "q", "A": "a", "B": "b", "answer": "A"}, "several choices", "into a prompt"),
+    ({"prompt": "p", "response": "r", "endings": ["a", "b"]}, "several choices", "into a prompt"),
+    ({"turns": [{"speaker": "USER", "utterance": "hi"}]}, "not said who is the assistant", "as messages"),
+    ({"task_id": "t", "prompt": "p", "canonical_solution": "s"}, "HumanEval", "canonical_solution: completion"),
+    ({"key": 1, "prompt": "p", "instruction_id_list": ["x"]}, "IFEval", "--tasks ifeval=FILE"),
     ({"question": "q", "choice0": "a", "choice1": "b", "answer": "1"}, "several choices", "source: mmlu"),
     ({"question": "q", "answer": True}, "yes or no", "source: boolq"),
-    ({"question": "q", "context": "c", "answer": "a"}, "context beside question", "THIS: input"),
-    ({"prompt": "p", "input": "i", "response": "r"}, "input beside prompt", "THIS: input"),
+    ({"question": "q", "context": "c", "answer": "a"}, "context beside question", "context: input"),
+    ({"prompt": "p", "input": "i", "response": "r"}, "input beside prompt", "prompt: instruction, input: input"),
     ({"question": "q", "answer": "a", "prompt": "p", "completion": "c"}, "under prompt and question", "columns: {"),
     ({"instruction": "i", "output": "o", "response": "r"}, "under output and response", "columns: {"),
     ({"question": "q", "answer": "a", "response": "r"}, "response beside question and answer", "columns: {"),
@@ -173,7 +182,7 @@ REFUSED: list[tuple[Any, str, str]] = [
     ({"chat": [U, A]}, "no conversation", "columns: {chat: messages}"),
     ({"dialog": ["hi", "yo"]}, "no conversation", "give messages"),
     ({"messages": ["hi", "yo"]}, "a message is a string", "role and content"),
-    ({"messages": [{"user": "hi", "human": "ho"}]}, "user and human in one turn", "keep one"),
+    ({"messages": [{"user": "hi", "human": "ho"}]}, "human, user in one turn", "keep one"),
     ({"text": "Once upon a time."}, "plain text", "sftflow base"),
     ({"text": "<|im_start|>user\nhi<|im_end|>"}, "written already", "messages"),
     ({"text": READY + "yo\n\n" + READY + "yo"}, "not one instruction and its response", "messages"),
@@ -375,3 +384,44 @@ def test_columns_of_a_task_and_of_lists_are_refused() -> None:
 
 
 # ---- public rows
+
+NAMED_QUESTION = {"question": "prompt", "answer": "completion"}
+ASKED_BELOW = {"question": "instruction", "context": "input", "answer": "output"}
+TAUGHT: list[tuple[str, dict[str, str] | None, str]] = [  # file, columns, how the first row's first reply begins
+    ("rasbt_instruct/instruction-data.json", None, "The spelling of the given phrase"),
+    ("identity/identity_conversations.jsonl", None, "I am picoLLM"),
+    ("fairytaleqa/train.jsonl", ASKED_BELOW, "delightfully cold"),
+    ("gsm8k/train.jsonl", NAMED_QUESTION, "Natalia sold 48/2 = <<"),
+    ("humaneval/HumanEval.jsonl.gz", {"prompt": "prompt", "canonical_solution": "completion"}, "    for idx, elem"),
+    ("tools/glaive_toolcall_en_demo.json", None, "Of course! I can help you with that."),
+    ("tools/reason_tool_use_demo_50.jsonl", None, "I'm sorry, but the available tools"),
+]
+TOLD = [
+    ("fairytaleqa/train.jsonl", "context beside question"),
+    ("gsm8k/train.jsonl", "source: gsm8k"),
+    ("humaneval/HumanEval.jsonl.gz", "--tasks humaneval=FILE"),
+    ("ifeval/input_data.jsonl", "--tasks ifeval=FILE"),
+    ("multiple_choice/ARC-Easy/train.jsonl", "source: arc"),
+    ("multiple_choice/openbookqa/train.jsonl", "source: arc"),
+    ("multiple_choice/boolq/train.jsonl", "source: boolq"),
+    ("open_assistant/en_100_tree.jsonl", "write each path"),
+    ("sgd/train_dialogues_001.json", "turns with the keys"),
+    ("topical_chat/valid_freq.json", "write each of them as a row"),
+    ("tools/BFCL_v4_multiple.json", "no conversation in its keys"),
+]
+
+
+def ten_of(file: str, columns: dict[str, str] | None) -> list[Any]:
+    return list(islice(read(outside(*file.split("/")), columns=columns).conversations(), 10))
+
+
+@pytest.mark.parametrize(("file", "columns", "words"), each(TAUGHT))
+def test_public_rows_are_taught(file: str, columns: dict[str, str] | None, words: str) -> None:
+    rows = ten_of(file, columns)
+    assert all(isinstance(row, Conversation) and row.supervised for row in rows)
+    assert rows[0].messages[rows[0].supervised[0]].text.startswith(words)
+
+
+@pytest.mark.parametrize(("file", "words"), each(TOLD))
+def test_public_rows_that_are_no_conversations_say_what_to_do(file: str, words: str) -> None:
+    assert all(isinstance(row, SchemaError) and words in str(row) for row in ten_of(file, None))

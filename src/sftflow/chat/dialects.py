@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sftflow.chat.columns import Columns, renamed
-from sftflow.chat.exchanges import CANONICAL, OTHERS, Pair, pairs_of, read_pair, require_clear, turns_of_ready
+from sftflow.chat.exchanges import CANONICAL, OTHERS, Pair, pairs_of, read_pair, turns_of_ready
 from sftflow.chat.pretokenized import Pretokenized, read_pretokenized
 from sftflow.chat.row_keys import (
     CONVERSATIONS,
@@ -31,7 +31,7 @@ from sftflow.chat.row_keys import (
     absent,
     refuse,
 )
-from sftflow.chat.shapes import unknown_shape
+from sftflow.chat.shapes import require_clear, unknown_shape
 from sftflow.chat.tool_calls import read_json, read_tools
 from sftflow.chat.turns import Turn, read_turns, weight_of
 from sftflow.foundation.errors import SchemaError

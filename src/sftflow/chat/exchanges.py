@@ -8,11 +8,10 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from sftflow.chat.ready_text import is_ready, parts_of_prompt, turns_of_text
-from sftflow.chat.row_keys import ASKS, BESIDE, CONVERSATIONS, REPLIES, THOUGHTS, absent
+from sftflow.chat.row_keys import ASKS, CONVERSATIONS, THOUGHTS, absent
 from sftflow.chat.turns import Turn, read_turns
 from sftflow.foundation.errors import SchemaError
 from sftflow.foundation.json_values import check_plain, kind_of
@@ -34,15 +33,11 @@ OTHERS: tuple[Pair, ...] = (
     ("query", "answers"),
 )
 """names that tables use for other things, too: they count where there is no list of messages"""
-BELOW = {"instruction": ("input", "context"), "query": ("input",)}
+ABOUT = {"instruction": ("input", "context"), "query": ("input",)}
 """what may stand below what is asked, behind a blank line"""
-_RESULT = {("problem", "solution"): "answer"}
-"""a key that says only the end of the reply, in mathematical sets"""
-_GSM8K = re.compile(r"<<[^<>\n]*=[^<>\n]*>>|^####[ \t]*\$?-?[\d.,]+\s*\Z", re.MULTILINE)
 _SWITCHES = ("", "on", "off", "true", "false", "yes", "no", "none", "low", "medium", "high")
 _SIDES = ("user", "assistant")
 MOVE = "remove the key, or move the message into the completion"
-SAY_WHICH = "name what is meant: columns: {ITS_NAME: prompt, ITS_NAME: completion}"
 
 
 def pairs_of(row: dict[str, Any], *, listed: bool) -> list[Pair]:
@@ -58,28 +53,6 @@ def pairs_of(row: dict[str, Any], *, listed: bool) -> list[Pair]:
     return [*found, *more]
 
 
-def require_clear(row: dict[str, Any], pair: Pair, place: str, *, named: bool) -> None:
-    """Raises SchemaError where another key of the row asks, replies, or belongs to what is asked, too.   named: the
-    user has said that these two do."""
-    ask, reply = pair
-    about = BELOW.get(ask, ())
-    for key in () if named else (*ASKS, *REPLIES):
-        if key not in pair and key not in about and key != _RESULT.get(pair) and not absent(row.get(key)):
-            fact = f"{key} beside {ask} and {reply}: more than one question and one reply"
-            raise SchemaError(f"{place}.{key}", fact, SAY_WHICH)
-    for key, refusal in BESIDE.items():
-        if key not in pair and key not in about and not absent(row.get(key)):
-            raise SchemaError(f"{place}.{key}", f"{key} beside {ask}: {refusal.fact}", refusal.remedy)
-    if pair == ("question", "answer") and isinstance(row["answer"], bool):
-        raise SchemaError(
-            f"{place}.answer", "yes or no, not a text", "the task boolq reads it: {source: boolq, path: FILE}"
-        )
-    if pair == ("question", "answer") and isinstance(row["answer"], str) and _GSM8K.search(row["answer"]):
-        fact = "an answer as GSM8K has it, with <<...>> or #### NUMBER"
-        remedy = "the task gsm8k reads it: {source: gsm8k, path: FILE}; as plain text it is columns: "
-        raise SchemaError(f"{place}.answer", fact, remedy + "{question: prompt, answer: completion}")
-
-
 def read_pair(
     row: dict[str, Any], pair: Pair, place: str, ignored: set[str], named: frozenset[str]
 ) -> tuple[list[Turn], set[str]]:
@@ -92,11 +65,11 @@ def read_pair(
             (f"{place}.query", {"role": "user", "content": _text(row["query"], f"{place}.query")}),
             *read_turns([{"role": "function_call", "content": row["answers"]}], f"{place}.answers", ignored),
         ]
-    elif pair == CANONICAL[0] or (pair[0] not in BELOW and not texts):
+    elif pair == CANONICAL[0] or (pair[0] not in ABOUT and not texts):
         turns = _completed(row, pair, place, ignored)
     else:
         turns = _asked(row, pair, place)
-        used |= {"history", *BELOW.get(pair[0], ())}
+        used |= {"history", *ABOUT.get(pair[0], ())}
     thoughts = {key: row[key] for key in THOUGHTS if _is_thought(row.get(key), row[pair[1]])}
     if thoughts and (not named.issuperset(pair) or not named.isdisjoint(thoughts)):
         used |= thoughts.keys()
@@ -159,7 +132,7 @@ def _asked(row: dict[str, Any], keys: Pair, place: str) -> list[Turn]:
         for side, role in enumerate(_SIDES):
             turns.append((f"{where}[{side}]", {"role": role, "content": _text(pair[side], f"{where}[{side}]")}))
     ask, reply = keys
-    about = BELOW.get(ask, ())
+    about = ABOUT.get(ask, ())
     if ask == "query" and not absent(row.get("instruction")):
         about = ()  # the input is the instruction's
     asks = [_text(row[key], f"{place}.{key}") for key in (ask, *about) if not absent(row.get(key))]

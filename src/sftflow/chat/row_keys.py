@@ -25,14 +25,6 @@ _PREFERENCE = Refusal(
     "preference data",
     "name the reply that is wanted: columns: {chosen: completion}, or messages where it is a list",
 )
-_CHOICES = Refusal(
-    "a question of several choices, which a row of text does not show",
-    "a task asks it (source: mmlu, arc or jsonl, with path: FILE), or write the choices into a prompt",
-)
-_BELOW = Refusal(
-    "it is not said where it stands in the prompt",
-    "name the columns: columns: {QUESTION: instruction, THIS: input, ANSWER: output} puts it below the question",
-)
 _ARGUMENTS = Refusal("a template's arguments cannot differ from row to row", "remove the key, or these rows")
 _SPANS = Refusal("what it makes of the loss is another trainer's way", "give each reply a weight, from 0 to 1")
 _MASK = Refusal(
@@ -110,12 +102,14 @@ REFUSED = {
     "loss_scale": _SPANS,
 }
 
-_CHOICE = ("choices", "options", "endings", "distractors", "answerKey", "answer_index", "answer_idx")
-BESIDE = {  # of what is asked and replied under names that are not only those of conversations
-    **dict.fromkeys((*_CHOICE, *(f"{of}{n}" for of in ("choice", "option") for n in "0123"), "A", "B"), _CHOICES),
-    **dict.fromkeys(("option_a", "opa", "ending0", "distractor1", "sol1"), _CHOICES),
-    **dict.fromkeys(("input", "context", "contexts", "passage", "passages", "article"), _BELOW),
-}
+CHOICES = (
+    *("choices", "options", "endings", "distractors", "answerKey", "answer_index", "answer_idx"),
+    *(f"{of}{n}" for of in ("choice", "option", "ending", "distractor", "sol") for n in "0123"),
+    *("option_a", "opa", "A", "B"),
+)
+"""beside what is asked: a question of several choices"""
+BELOW = ("input", "context", "contexts", "passage", "passages", "article")
+"""belongs to what is asked, and where it goes is said for `instruction` and `query` only"""
 
 # ---- of a message
 

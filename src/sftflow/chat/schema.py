@@ -10,9 +10,9 @@ from typing import Any, Literal
 from sftflow.chat.call_arguments import decoded
 from sftflow.chat.columns import Columned, Columns
 from sftflow.chat.dialects import read_row
-from sftflow.chat.exchanges import SAY_WHICH
 from sftflow.chat.pretokenized import Pretokenized
 from sftflow.chat.row_keys import MESSAGE_KEYS
+from sftflow.chat.shapes import SAY_WHICH
 from sftflow.foundation.errors import SchemaError
 from sftflow.foundation.json_values import kind_of, parse_json
 

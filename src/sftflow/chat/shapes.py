@@ -1,14 +1,59 @@
-"""What is said of a row that is of no dialect: what it looks like, and what can be done with it."""
+"""What is said of a row whose shape is of no dialect, or not of one alone: what it looks like, and what can be done."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from sftflow.chat.exchanges import CANONICAL, OTHERS
-from sftflow.chat.row_keys import CONVERSATIONS, READ
+from sftflow.chat.exchanges import ABOUT, CANONICAL, OTHERS, Pair
+from sftflow.chat.row_keys import ASKS, BELOW, CHOICES, CONVERSATIONS, READ, REPLIES, absent
 from sftflow.foundation.errors import SchemaError
 
+SAY_WHICH = "name what is meant: columns: {ITS_NAME: prompt, ITS_NAME: completion}"
+_RESULT = {("problem", "solution"): "answer"}
+"""a key that says only the end of the reply, in mathematical sets"""
+_GSM8K = re.compile(r"<<[^<>\n]*=[^<>\n]*>>|^####[ \t]*\$?-?[\d.,]+\s*\Z", re.MULTILINE)
 _TURN = {"role", "from", "user", "human"}
+_SPOKEN = {"speaker", "utterance", "sender", "agent", "message"}
+
+
+def require_clear(row: dict[str, Any], pair: Pair, place: str, *, named: bool) -> None:
+    """Raises SchemaError where another key of the row asks, replies, or belongs to what is asked, too.   named: the
+    user has said that these two do."""
+    ask, reply = pair
+    beside = {key for key, value in row.items() if key not in (*pair, *ABOUT.get(ask, ())) and not absent(value)}
+    other = next((key for key in (*ASKS, *REPLIES) if key in beside and key != _RESULT.get(pair)), None)
+    if other and not named:
+        fact = f"{other} beside {ask} and {reply}: more than one question and one reply"
+        raise SchemaError(f"{place}.{other}", fact, SAY_WHICH)
+    if choices := _choices(row, beside, place):
+        raise choices
+    for key in BELOW:
+        if key in beside:
+            fact = f"{key} beside {ask}: it is not said where it stands in the prompt"
+            said = f"columns: {{{ask}: instruction, {key}: input, {reply}: output}} puts it below"
+            raise SchemaError(f"{place}.{key}", fact, said)
+    if pair == ("question", "answer") and isinstance(row["answer"], bool):
+        remedy = "the task boolq reads it: {source: boolq, path: FILE}"
+        raise SchemaError(f"{place}.answer", "yes or no, not a text", remedy)
+    if pair == ("question", "answer") and isinstance(row["answer"], str) and _GSM8K.search(row["answer"]):
+        fact = "an answer as GSM8K has it, with <<...>> or #### NUMBER"
+        remedy = "the task gsm8k reads it: {source: gsm8k, path: FILE}; as plain text it is columns: "
+        raise SchemaError(f"{place}.answer", fact, remedy + "{question: prompt, answer: completion}")
+
+
+def _choices(row: dict[str, Any], beside: set[str], place: str) -> SchemaError | None:
+    """The error of a question of several choices."""
+    key = next((key for key in CHOICES if key in beside), None)
+    if key is None:
+        return None
+    texts = isinstance(row.get("choices"), list)
+    task = {"options": "mmlu_pro", "choice0": "mmlu"}.get(key)
+    if key in ("choices", "answerKey"):
+        task = ("jsonl" if isinstance(row.get("answer"), str) else "mmlu") if texts else "arc"
+    read = f"the task {task} reads it: {{source: {task}, path: FILE}}; or " if task else ""
+    fact = "a question of several choices, which the question alone does not show"
+    return SchemaError(f"{place}.{key}", fact, f"{read}write them into a prompt")
 
 
 def unknown_shape(row: dict[str, Any], place: str) -> SchemaError:
@@ -18,14 +63,25 @@ def unknown_shape(row: dict[str, Any], place: str) -> SchemaError:
     if isinstance(row.get("prompt"), dict) and "replies" in row["prompt"]:
         fact = "a tree of replies: several conversations, of which it is not said which to teach"
         return SchemaError(f"{place}.prompt", fact, "write each path that shall be taught as a row of messages")
+    lower = {key.lower(): key for key in row}
+    if "question" in lower and (choices := _choices(row, {*row}, place)):
+        return choices
+    if {"task_id", "prompt", "canonical_solution"} <= row.keys():
+        remedy = "sftflow eval asks them (--tasks humaneval=FILE); to teach them: columns: "
+        return SchemaError(place, "HumanEval's problems", remedy + "{prompt: prompt, canonical_solution: completion}")
+    if {"prompt", "instruction_id_list"} <= row.keys():
+        return SchemaError(place, "IFEval's prompts, without replies", "sftflow eval asks them: --tasks ifeval=FILE")
     names = ", ".join(map(repr, list(row)[:4])) + (", ..." if len(row) > 4 else "")
     fact = f"no conversation in its keys ({names})"
     if len(row) > 1 and all(isinstance(value, dict) for value in row.values()):
         return SchemaError(place, f"objects by their names ({names}), not a row", "write each of them as a row")
     for key, value in row.items():
-        if isinstance(value, list) and value and all(isinstance(v, dict) and not _TURN.isdisjoint(v) for v in value):
+        turns = isinstance(value, list) and [v for v in value if isinstance(v, dict)]
+        if turns and all(not _TURN.isdisjoint(turn) for turn in turns):
             return SchemaError(place, fact, f"if {key} is the conversation: columns: {{{key}: messages}}")
-    lower = {key.lower(): key for key in row}
+        if turns and all(not _SPOKEN.isdisjoint(turn) for turn in turns):
+            fact = f"turns with the keys {', '.join(list(turns[0])[:4])}: it is not said who is the assistant"
+            return SchemaError(f"{place}.{key}", fact, 'write them as messages: {"role": ..., "content": ...}')
     for ask, reply in (*CANONICAL, *OTHERS):
         if ask in lower and reply in lower:
             said = ", ".join(f"{lower[key]}: {key}" for key in READ if key in lower and lower[key] != key)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from sftflow.chat.row_keys import (
@@ -39,8 +38,13 @@ def read_turns(turns: list[Any], place: str, ignored: set[str]) -> list[Turn]:
     `tool_call` with what the assistant says in front of it."""
     out: list[Turn] = []
     joins = False
-    for where, raw in _spoken(turns, place):
+    for number, raw in enumerate(turns):
+        where = f"{place}[{number}]"
         name = raw.get("from", raw.get("role")) if isinstance(raw, dict) else None
+        if name is None and (spoken := _spoken(raw, where)):
+            out += [(at, _message(message, at, ignored)) for at, message in spoken]
+            joins = False
+            continue
         if type(name) is str and name not in _NAMES and name.lower() in _NAMES:
             name = name.lower()
             raw = {**raw, "from" if "from" in raw else "role": name}
@@ -56,20 +60,18 @@ def read_turns(turns: list[Any], place: str, ignored: set[str]) -> list[Turn]:
     return out
 
 
-def _spoken(turns: list[Any], place: str) -> Iterator[Turn]:
-    """The turns, each with its place; one that is {"user": ..., "assistant": ...}, or the half of it, as messages."""
-    for number, raw in enumerate(turns):
-        where = f"{place}[{number}]"
-        if type(raw) is dict and "role" not in raw and "from" not in raw:
-            said = {key: SPEAKERS.get(str(key).lower()) for key, value in raw.items() if not absent(value)}
-            if said and None not in said.values():
-                for role in _ORDER:
-                    keys = [key for key in said if said[key] == role]
-                    if len(keys) > 1:
-                        raise SchemaError(where, f"{' and '.join(keys)} in one turn", "keep one of them")
-                    yield from ((f"{where}.{key}", {"role": role, "content": raw[key]}) for key in keys)
-                continue
-        yield where, raw
+def _spoken(turn: Any, place: str) -> list[Turn]:
+    """A turn that is {"user": ..., "assistant": ...}, or the half of it, as messages; any other as none."""
+    there = {key for key, value in turn.items() if not absent(value)} if isinstance(turn, dict) else set()
+    said = {key: SPEAKERS.get(str(key).lower()) for key in sorted(there)}
+    if None in said.values():
+        return []
+    if len(set(said.values())) < len(said):
+        raise SchemaError(place, f"{', '.join(said)} in one turn, of which two are the same role", "keep one of them")
+    return [
+        (f"{place}.{key}", {"role": said[key], "content": turn[key]})
+        for key in sorted(said, key=lambda key: _ORDER.index(str(said[key])))
+    ]
 
 
 def _message(raw: Any, place: str, ignored: set[str]) -> Any:
