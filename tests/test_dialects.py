@@ -352,6 +352,17 @@ def test_a_column_that_some_row_has_is_there(tmp_path: Path) -> None:
         list(read(_write(tmp_path / "none.jsonl", []), columns=NAMED).conversations())
 
 
+def test_cells_of_a_table_are_texts_where_texts_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "d.csv"
+    path.write_text("question,answer,weight\n6*7?,42,1\nTrue?,true,0\n", encoding="utf-8")
+    rows = [c for c in read(path).conversations() if isinstance(c, Conversation)]
+    assert [(c.messages[1].text, c.supervised) for c in rows] == [("42", [1]), ("true", [])]
+    path.write_text("frage,antwort,w\n6*7?,42,1\nTrue?,true,0\n", encoding="utf-8")
+    named = {"frage": "question", "antwort": "answer", "w": "weight"}
+    again = [c for c in read(path, columns=named).conversations() if isinstance(c, Conversation)]
+    assert [c.messages for c in again] == [c.messages for c in rows]
+
+
 def test_a_column_inside_another() -> None:
     row = {"translation": {"en": "hi", "de": "yo"}, "a.b": "S"}
     columns = {"translation.en": "prompt", "translation.de": "completion", "a.b": "system"}
@@ -375,8 +386,9 @@ def test_columns_that_say_nothing_are_refused(columns: dict[str, str], fault: st
 
 
 def test_columns_of_a_task_and_of_lists_are_refused() -> None:
-    with pytest.raises(RecipeError, match="columns beside the task spelling"):
-        entry_of({"source": "spelling", "columns": NAMED})
+    for source in ("spelling", "./tasks.py:riddles"):
+        with pytest.raises(RecipeError, match=r"columns beside the task .*(spelling|riddles), which knows"):
+            entry_of({"source": source, "columns": NAMED})
     assert "a row is a list, which has no columns" in refusal([U, A], NAMED)
     for text in ("q", "q=", "=prompt", "q=prompt,q=system"):
         with pytest.raises(RecipeError, match="--columns"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from sftflow.chat.files.table import value_of
 from sftflow.chat.row_keys import PREFERENCE, READ, absent
 from sftflow.foundation.errors import DataError, RecipeError, SchemaError
 from sftflow.foundation.json_values import kind_of, parse_json
@@ -55,6 +56,7 @@ def renamed(row: Any, columns: Columns, place: str, ignored: set[str]) -> tuple[
     if not isinstance(row, dict):
         raise SchemaError(place, f"a row is {kind_of(row)}, which has no columns", "leave out columns")
     found = {name: _value(row, column) for column, name in columns.items()}
+    found |= {name: value_of(name, text) for name, text in found.items() if isinstance(text, str)}  # as in a cell
     found = {name: value for name, value in found.items() if not absent(value)}
     gone = {*columns, *found, *(PREFERENCE if not PREFERENCE.isdisjoint(columns) else ())}
     ignored |= {key for key in gone - columns.keys() if not absent(row.get(key))}

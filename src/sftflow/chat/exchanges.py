@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from sftflow.chat.ready_text import is_ready, parts_of_prompt, turns_of_text
@@ -35,6 +36,8 @@ OTHERS: tuple[Pair, ...] = (
 """names that tables use for other things, too: they count where there is no list of messages"""
 ABOUT = {"instruction": ("input", "context"), "query": ("input",)}
 """what may stand below what is asked, behind a blank line"""
+GSM8K = re.compile(r"<<[^<>\n]*=[^<>\n]*>>|^####[ \t]*\$?-?[\d.,]+\s*\Z", re.MULTILINE)
+"""what the answers of that set have in them: a calculator's mark, or the result at the end"""
 _SWITCHES = ("", "on", "off", "true", "false", "yes", "no", "none", "low", "medium", "high")
 _SIDES = ("user", "assistant")
 MOVE = "remove the key, or move the message into the completion"
@@ -157,7 +160,7 @@ def as_asked(row: Any, place: str) -> Any:
     pairs = [*CANONICAL, *OTHERS[:-1]]
     there = {key: value for key, value in row.items() if not absent(value)}
     asks = {ask: reply for ask, reply in reversed(pairs) if ask in (there.keys() & {*ASKS} or there)}
-    if [*asks] == ["question"] and _GSM8K.search(str(there.get("answer"))):
+    if [*asks] == ["question"] and GSM8K.search(str(there.get("answer"))):
         rest = {key: value for key, value in row.items() if key not in ("question", "answer")}
         return {**rest, "prompt": row["question"], "completion": row["answer"]}  # to compare with, not to teach
     asked = asks and all(isinstance(row[ask], str | list) for ask in asks)

@@ -63,6 +63,11 @@ PREFERENCE = {
 }
 PATHS = ("image_path", "image_url", "image_file", "image_paths", "image_urls", "image_files")
 PICTURES = ("images", "image", "videos", "video", "audios", "audio", *PATHS, "video_path", "audio_path", "media")
+NOT_TEXTS = {
+    *(*CONVERSATIONS, *TOOLS, "history", "answers", *ROW_FLAGS, *PREFERRED),
+    *(IDS, *TOKEN_KEYS, LENGTHS),
+}
+"""keys whose values are lists, numbers or true and false: as texts, they hold these as JSON"""
 
 READ = {
     **dict.fromkeys(CONVERSATIONS, "the conversation: a list of messages, or JSON text of one"),

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-from sftflow.chat.exchanges import ABOUT, CANONICAL, OTHERS, Pair
+from sftflow.chat.exchanges import ABOUT, CANONICAL, GSM8K, OTHERS, Pair
 from sftflow.chat.row_keys import ASKS, BELOW, CHOICES, CONVERSATIONS, READ, REPLIES, absent
 from sftflow.foundation.errors import SchemaError
 
 SAY_WHICH = "name what is meant: columns: {ITS_NAME: prompt, ITS_NAME: completion}"
 _RESULT = {("problem", "solution"): "answer"}
 """a key that says only the end of the reply, in mathematical sets"""
-_GSM8K = re.compile(r"<<[^<>\n]*=[^<>\n]*>>|^####[ \t]*\$?-?[\d.,]+\s*\Z", re.MULTILINE)
 _TURN = {"role", "from", "user", "human"}
 _SPOKEN = {"speaker", "utterance", "sender", "agent", "message"}
 
@@ -36,7 +34,7 @@ def require_clear(row: dict[str, Any], pair: Pair, place: str, *, named: bool) -
     if pair == ("question", "answer") and isinstance(row["answer"], bool):
         remedy = "the task boolq reads it: {source: boolq, path: FILE}"
         raise SchemaError(f"{place}.answer", "yes or no, not a text", remedy)
-    if pair == ("question", "answer") and isinstance(row["answer"], str) and _GSM8K.search(row["answer"]):
+    if pair == ("question", "answer") and isinstance(row["answer"], str) and GSM8K.search(row["answer"]):
         fact = "an answer as GSM8K has it, with <<...>> or #### NUMBER"
         remedy = "the task gsm8k reads it: {source: gsm8k, path: FILE}; as plain text it is columns: "
         raise SchemaError(f"{place}.answer", fact, remedy + "{question: prompt, answer: completion}")

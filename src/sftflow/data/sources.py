@@ -28,6 +28,9 @@ from sftflow.tasks import TASKS, TaskSource, is_task, make_task, own_class
 def check_source(entry: SourceEntry, place: str = "mixture") -> None:
     """Raises RecipeError or TaskError where an entry names a task that there is not, or a split of a file.
     place: where it was written."""
+    if entry.columns and (entry.source in TASKS or own_task(entry.source)):
+        fact = f"columns beside the task {entry.source}, which knows the names of its own"
+        raise RecipeError(place, fact, "leave out columns, or name the file as the source")
     if own_task(entry.source) or entry.source.endswith(".py"):
         own_class(entry.source, place)
         return
@@ -47,9 +50,6 @@ def check_source(entry: SourceEntry, place: str = "mixture") -> None:
             if said:
                 fact = f"{key} {said!r}: only data sets (hub:NAME, or a folder) and tasks have this key"
                 raise RecipeError(place, fact, f"name the {key}'s file")
-    if entry.columns and (entry.source in TASKS or own_task(entry.source)):
-        fact = f"columns beside the task {entry.source}, which knows the names of its own"
-        raise RecipeError(place, fact, "leave out columns, or name the file as the source")
 
 
 def data_name(entry: SourceEntry) -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 from sftflow.chat.files.columns import Wanted, check_columns
-from sftflow.chat.row_keys import READ
+from sftflow.chat.row_keys import NOT_TEXTS, READ
 from sftflow.foundation.errors import DataError
 from sftflow.foundation.json_values import loads
 
@@ -17,9 +17,6 @@ LONGEST_CELL = 1 << 26
 ENDINGS = {".csv": ",;\t|", ".tsv": "\t", ".tab": "\t"}
 """how such files are named, and what may part their cells"""
 _JSON = re.compile(r"\s*(?:\[.*\]|\{.*\}|-?\d+(?:\.\d+)?|true|false)\s*", re.DOTALL)
-NOT_TEXTS = {*READ} - {"prompt", "completion", "instruction", "input", "output", "query", "response"}
-NOT_TEXTS -= {"system", "system_prompt", "system_message"}
-"""keys whose values are lists, numbers or true and false: their cells hold JSON"""
 
 
 def is_header(line: str) -> bool:
@@ -67,7 +64,7 @@ def read_table(
                 raise DataError(f"{place}:{begins}", fact, "mend or remove the row, or quote its texts")
             last = begins
             if wanted is None or wanted(n):
-                yield begins, {name: _value(name, cell) for name, cell in zip(names, cells, strict=True) if cell}
+                yield begins, {name: value_of(name, cell) for name, cell in zip(names, cells, strict=True) if cell}
             n += 1
     except csv.Error as error:
         fact = f"not CSV ({error})"
@@ -99,7 +96,8 @@ def _separator(header: str, ending: str, place: str) -> str:
     return best[0]
 
 
-def _value(name: str, cell: str) -> Any:
+def value_of(name: str, cell: str) -> Any:
+    """What a cell of a column holds: a text, or what is JSON in it where the column's rows have no texts."""
     if name in NOT_TEXTS and _JSON.fullmatch(cell):
         try:
             return loads(cell)
