@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import sftflow as sf
 from sftflow.chat.schema import text_message
+from sftflow.fingerprint import hash_json
 from sftflow.foundation.errors import TaskError
+from sftflow.recipe import load_recipe
 from sftflow.tasks import GENERATED, TASKS, Item, TaskSource, make_task
 from sftflow.tasks.formatting import CHECKS
+from sftflow.tasks.identity import identity_of
 from sftflow.tasks.published import PUBLISHED
 from sftflow.tasks.task import load_data
 
@@ -249,6 +256,42 @@ def test_identity_follows_the_recipe() -> None:
     texts = [c.messages[1].text for c in task.conversations()]
     assert any("Zed" in t for t in texts) and any("Acme" in t for t in texts)
     assert not any("Pico" in t or "{" in t for t in texts)
+
+
+def said_of(**keys: object) -> tuple[str, list[str], list[list[str]]]:
+    """All texts of an identity, those about what it can do, and what replies to such questions must have."""
+    recipe = {"identity": {"name": "Zed", "maker": "Acme"}, "mixture": [], **keys}
+    task = make_task("identity", TaskSource(options={"identity": identity_of(recipe)}))
+    rows = [(c.messages[0].text, c.messages[1].text) for c in task.conversations()]
+    about = [reply for question, reply in rows if question == "What can you do?"]
+    items = [i for i in task.items() if ":what:" in i.id]
+    assert all(task.grade(item, about[0]) == 1 for item in items)
+    return " ".join(reply for _, reply in rows), about, [i.answer for i in items]
+
+
+def test_an_identity_claims_what_the_recipe_trains() -> None:
+    claims = ("spell", "count", "arithmetic", "calculator", "language models", "word problems")
+    of_demo = [{"source": s} for s in ("concepts", "arithmetic", "spelling_bee", "spelling", "dialogue", "identity")]
+    every, about, needs = said_of(mixture=of_demo, base="builtin:tiny")
+    assert about[0].endswith("count letters, do arithmetic with a calculator and explain how language models work.")
+    assert needs[0] == ["spell", "count", "arithmetic", "language models"] and "a small chat assistant" in every
+    own = [{"source": "identity"}, {"source": "data.jsonl"}, {"source": "t.py:x"}]
+    every, about, needs = said_of(mixture=own, base="big")
+    assert not any(claim in every.replace("language model ", "") for claim in (*claims, "small", "tiny", "short"))
+    assert needs[0] == ["Zed"] and "Zed" in about[0] and "{" not in every
+    every, about, needs = said_of(mixture=[{"source": "gsm8k", "path": "x"}], base="big")
+    assert "solve word problems." in about[0] and "spell" not in every and needs[0] == ["word problems"]
+    every, about, needs = said_of(identity={"name": "Zed", "maker": "Acme", "skills": ["find books", "lend them"]})
+    assert "find books and lend them." in about[0] and needs[0] == ["find books", "lend them"]
+
+
+def test_the_demo_s_assistant_says_what_it_said() -> None:
+    """Its recipe trains all that it claims, so its rows are those of earlier versions."""
+    recipe = load_recipe(Path(str(resources.files("sftflow.recipes"))) / "demo.yaml")
+    options = {"identity": identity_of(recipe.model_dump(mode="json"))}
+    rows = [c.to_row() for c in make_task("identity", TaskSource(options=options)).conversations()]
+    assert hash_json(rows) == "6b616632023a3a28"
+    assert "spell" not in json.dumps(list(sf.read(sf.task("identity"))))
 
 
 def test_unknown_task_names_its_neighbour() -> None:

@@ -107,6 +107,8 @@ class SourceEntry(_Frozen):
 class AssistantIdentity(_Frozen):
     name: str = "Pico"
     maker: str = "the sftflow project"
+    skills: tuple[str, ...] | None = None
+    """what it says that it can do; None: what the mixture's built-in tasks teach (`tasks.identity`)"""
 
 
 class Schedule(_Frozen):

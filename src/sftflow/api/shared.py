@@ -20,6 +20,7 @@ from sftflow.foundation.errors import CheckpointError, RecipeError
 from sftflow.recipe import Eval, Recipe, SourceEntry, load_recipe, overridden, resolve_paths
 from sftflow.recipe_words import Origin
 from sftflow.report.progress import ProgressDisplay
+from sftflow.tasks.identity import identity_of
 
 RecipeLike = Recipe | str | Path | Mapping[str, Any]
 """a recipe, the path of its YAML file, or its keys"""
@@ -37,7 +38,7 @@ class Drawing(str):
 def eval_options(recipe: Recipe) -> EvalOptions:
     """What a recipe's models are asked."""
     asked = recipe.eval or Eval(limit=None)
-    identity = recipe.identity.model_dump()
+    identity = identity_of(recipe.model_dump(mode="json"))
     how = How(**{f.name: getattr(asked, f.name) for f in fields(How)})
     return EvalOptions(tasks=asked.tasks, limit=asked.limit, allow_code=asked.allow_code, identity=identity, how=how)
 

@@ -30,6 +30,7 @@ from sftflow.foundation.atomic_io import reason, remove_directory, require_writa
 from sftflow.foundation.errors import DataError
 from sftflow.recipe import Recipe, SourceEntry, own_task
 from sftflow.tasks import is_task
+from sftflow.tasks.identity import identity_of
 
 CACHE_BYTES = 20 << 30
 LEFT_SECONDS = 7 * 86_400
@@ -108,7 +109,7 @@ def cache_key(entry: SourceEntry, recipe: Recipe, job: Job, stamps: list[object]
     parts = [
         entry.model_dump(mode="json", exclude={"repeat", "name", "published"}),
         data,
-        recipe.identity.model_dump(mode="json"),
+        identity_of(recipe.model_dump(mode="json")) if entry.source == "identity" else None,
         recipe.train.seed,
         asdict(job),
         code_hash(RENDERED_ROWS),

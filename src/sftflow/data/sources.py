@@ -23,18 +23,18 @@ from sftflow.foundation.errors import DataError, RecipeError, SftflowError
 from sftflow.foundation.missing import not_there
 from sftflow.recipe import Recipe, SourceEntry, own_task
 from sftflow.tasks import TASKS, TaskSource, is_task, make_task, own_class
+from sftflow.tasks.identity import identity_of
 
 
 def check_source(entry: SourceEntry, place: str = "mixture") -> None:
     """Raises RecipeError or TaskError where an entry names a task that there is not, or a split of a file.
     place: where it was written."""
-    if entry.columns and (entry.source in TASKS or own_task(entry.source)):
+    if entry.columns and is_task(entry.source):
         fact = f"columns beside the task {entry.source}, which knows the names of its own"
         raise RecipeError(place, fact, "leave out columns, or name the file as the source")
     if own_task(entry.source) or entry.source.endswith(".py"):
         own_class(entry.source, place)
-        return
-    if entry.path is None and entry.has_bare_name and entry.source not in TASKS:
+    elif entry.path is None and entry.has_bare_name and entry.source not in TASKS:
         near = difflib.get_close_matches(entry.source, TASKS, 1)
         hint = (
             f"did you mean {near[0]!r}?" if near else f"known: {', '.join(TASKS)}; a file is written ./{entry.source}"
@@ -45,7 +45,7 @@ def check_source(entry: SourceEntry, place: str = "mixture") -> None:
             hint = f"for the file of that name write ./{entry.source}"
         raise RecipeError(place, f"unknown task {entry.source!r}", hint)
     name = entry.path or entry.source
-    if entry.source not in TASKS and not (name.startswith("hub:") or os.path.isdir(name)):
+    if not (is_task(entry.source) or name.startswith("hub:") or os.path.isdir(name)):
         for key, said in (("config", entry.config), ("split", entry.split if entry.split != "train" else None)):
             if said:
                 fact = f"{key} {said!r}: only data sets (hub:NAME, or a folder) and tasks have this key"
@@ -71,7 +71,7 @@ def rows_of_entry(
         place = recipe.origin.place("mixture", recipe.mixture.index(entry), "source")
     check_source(entry, place)
     if is_task(entry.source):
-        options = {"identity": recipe.identity.model_dump()}
+        options = {"identity": identity_of(recipe.model_dump(mode="json"))}
         source = TaskSource(
             path=entry.path, config=entry.config, seed=recipe.train.seed, limit=entry.limit, options=options
         )

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from sftflow.checkpoint import load_info, resolve
 from sftflow.evaluation.shots import Shots, shots_for
 from sftflow.foundation.errors import TaskError
 from sftflow.recipe import SourceEntry
 from sftflow.tasks import GENERATED, Item, Task, TaskSource, make_task
+from sftflow.tasks.identity import identity_of
 from sftflow.tasks.own import given
 
 TaskLike: TypeAlias = str | SourceEntry | type[Task] | Task
@@ -99,19 +100,20 @@ class EvalOptions:
     """tasks: several or one (`TaskLike`); None: the generated ones; `none`, or an empty list: no task.
     limit: items of each.
     allow_code: whether code that the model wrote may be run.   how: see `How`.
-    identity: name and maker that the identity task asks for; None: those that the model's own recipe taught it."""
+    identity: what the identity task asks for (`identity_of`); None: what the model's own recipe taught it."""
 
     tasks: Sequence[TaskLike] | TaskLike | None
     limit: int | None = None
     allow_code: bool = False
-    identity: Mapping[str, str] | None = None
+    identity: Mapping[str, Any] | None = None
     how: How = How()
 
     def open(self, model: str) -> list[EvalTask]:
         """The tasks as they are asked of the model of that name. Raises as `open_tasks` does."""
         identity = self.identity
         if not identity:
-            identity = (load_info(resolve(model)).get("recipe") or {}).get("identity")
+            recipe = load_info(resolve(model)).get("recipe")
+            identity = identity_of(recipe) if isinstance(recipe, dict) else None
         asked = GENERATED if self.tasks is None else self.tasks
         tasks = [asked] if isinstance(asked, str | SourceEntry | type | Task) else list(asked)
         names = [task.strip() if isinstance(task, str) else _said(task) for task in tasks]
@@ -125,7 +127,7 @@ class EvalOptions:
 def open_tasks(
     specs: Sequence[TaskLike],
     limit: int | None,
-    identity: Mapping[str, str] | None = None,
+    identity: Mapping[str, Any] | None = None,
     *,
     allow_code: bool = False,
     how: How = How(),
