@@ -124,7 +124,7 @@ class SftflowNanochatModel(SftflowNanochatPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | dict[str, Any] | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -135,9 +135,11 @@ class SftflowNanochatModel(SftflowNanochatPreTrainedModel):
         """previous_ids: (batch, tokens) the id before each token, -1 where a conversation begins. By default the one to
         its left (with a cache, the last one that went into it), and -1 at position 0 and behind padding.
 
-        Raises ValueError where a cache has tokens whose ids this model was not given.
+        Raises ValueError where there are no ids, or a cache has tokens whose ids this model was not given.
         """
         config = self.config
+        if input_ids is None:  # of `generate(inputs_embeds=...)`
+            raise ValueError("it is computed from ids: the smear and the value embeddings look them up")
         if (config.use_cache if use_cache is None else use_cache) and past_key_values is None:
             past_key_values = DynamicCache(config=config)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -220,7 +222,7 @@ class SftflowNanochatForCausalLM(SftflowNanochatPreTrainedModel, GenerationMixin
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | dict[str, Any] | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,

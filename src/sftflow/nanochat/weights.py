@@ -92,7 +92,8 @@ def config_of(meta: dict[str, Any], state: dict[str, Any], name: str = "model_co
         from sftflow.nanochat.config import EPS
 
         rope = {"rope_type": "default", "rope_theta": JANUARY.theta}
-        return NanoChatConfig(**common, rope_parameters=rope, rms_norm_eps=EPS, final_logit_softcapping=15.0)
+        filled = {"table_rows": ROWS} if any(len(state.get(key, ())) > common["vocab_size"] for key in _TABLES) else {}
+        return NanoChatConfig(**common, **filled, rope_parameters=rope, rms_norm_eps=EPS, final_logit_softcapping=15.0)
     from sftflow.nanochat.config import SftflowNanochatConfig
 
     version = TODAY if smear else JANUARY if gates == {JANUARY.gate_channels} or not valued else MARCH
@@ -106,7 +107,8 @@ def config_of(meta: dict[str, Any], state: dict[str, Any], name: str = "model_co
         **common,
         window_pattern=pattern,
         sliding_window=version.short(length) + 1,
-        long_window=length + 1,
+        # The first versions had no windows, of any length.
+        long_window=length + 1 if smear or valued or "window_pattern" in meta["model_config"] else None,
         rope_parameters={"rope_type": "default", "rope_theta": version.theta},
         qk_scale=version.qk_scale,
         value_layers=None if valued else [],
@@ -160,11 +162,13 @@ def state_dict_of(model: Any) -> dict[str, Any]:
     import torch
 
     weights = dict(model.named_parameters())
+    ours = hasattr(model.config, "window_pattern")
+    multiple = ROWS if ours else getattr(model.config, "table_rows", 1)  # since December 2025
     out = {}
     for key, name in names_of(model.config).items():
         weight = weights[name].detach()
-        if _is_table(key) and hasattr(model.config, "window_pattern"):  # those of October 2025 are not filled up
-            weight = torch.nn.functional.pad(weight, (0, 0, 0, -len(weight) % ROWS))
+        if _is_table(key):
+            weight = torch.nn.functional.pad(weight, (0, 0, 0, -len(weight) % multiple))
         out[key] = weight[None] if key == "smear_gate.weight" else weight
     return out
 
