@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import resource
@@ -291,6 +292,24 @@ def test_columns_of_other_names(model: Any, tmp_path: Path) -> None:
         assert [(r["messages"][0]["content"], r["n"]) for r in written(out)] == [("Who?", 1), ("Who else?", 2)]
     line = error_line(chat_input(model, questions, tmp_path / "r.jsonl", "--columns", "x=prompt"))
     assert "x" in line and not (tmp_path / "r.jsonl").exists()
+
+
+def test_several_files_one_of_them_packed(model: Any, tmp_path: Path) -> None:
+    folder, out = tmp_path / "data", tmp_path / "r.jsonl"
+    folder.mkdir()
+    write(folder / "b.jsonl", MIXED[:3])
+    (folder / "c.jsonl.gz").write_bytes(gzip.compress((folder / "b.jsonl").read_bytes()))
+    (folder / "a.csv").write_text("prompt,id\nWho?,9\n")
+    assert chat_input(model, folder, out, "--max-tokens", "2").returncode == 0
+    sources = [f"{folder}/a.csv:2", *(f"{folder}/{name}:{i}" for name in ("b.jsonl", "c.jsonl.gz") for i in (1, 2, 3))]
+    whole = out.read_bytes()
+    assert [r["source"] for r in written(out)] == sources
+    out.write_bytes(b"".join(whole.splitlines(keepends=True)[:5]))
+    done = chat_input(model, folder, out, "--max-tokens", "2")
+    assert "chat: 5/7" in done.stderr and [r["source"] for r in written(out)] == sources
+    for source, inside in ((folder, "r.jsonl"), (folder / "*.jsonl", "r.jsonl"), (folder / "b*", "b2.jsonl")):
+        line = error_line(chat_input(model, source, folder / inside))
+        assert "would be read as a part of --input" in line
 
 
 # ---- as the server reads a reply

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
+from sftflow.chat.files.names import Places, is_pattern
 from sftflow.evaluation.evaluate import weights_of
 from sftflow.evaluation.journal import telling_full_disk
 from sftflow.fingerprint import format_fingerprint
@@ -94,14 +95,14 @@ def write_replies(
         settings["rows"] = digest_of_rows(source, lambda number, _: looked(number))
         _require_same(out, begun["settings"], settings)
         known = Survey(**{**begun["survey"], "shared": tuple(begun["survey"]["shared"])})
-        source = replace(source, name=begun["input"])  # it may have another path from here
+        source = replace(source, places=Places([(n, file) for n, file in begun["files"]], fixed=True))  # by these names
     with telling_full_disk(out), _locked(out) as file:
         if begun is None:
             if file.seek(0, os.SEEK_END) and not overwrite:
                 raise DataError(str(out), "another process has begun it", "wait for it, or name another --out")
             file.truncate(0)  # before the settings: no row that is there may be taken for one of theirs
-            model = {"model": asker.assistant.name, "input": source.name}
-            write_json(meta, {"made_by": MADE_BY, **model, "settings": settings, "survey": asdict(known)})
+            named = {"model": asker.assistant.name, "input": source.name, "files": source.places.files}
+            write_json(meta, {"made_by": MADE_BY, **named, "settings": settings, "survey": asdict(known)})
         count = ReplyCount(out, known.rows, known.skipped, known.first_skipped)
         behind = _go_on(file, out, source, count)
         before, began = count.ended.total(), time.perf_counter()
@@ -125,6 +126,9 @@ def require_output(out: Path, source: str) -> None:
     """Raises DataError where replies cannot be written there, or a reader would take them for something else."""
     if out.is_dir() or (out.exists() and not out.is_file()):
         raise DataError(str(out), "not a file", "name a file, as replies.jsonl")
+    inside = Path(source).is_dir() and Path(source).resolve() in out.resolve().parents
+    if inside or (is_pattern(source) and out.absolute().match(os.path.abspath(source))):
+        raise DataError(str(out), "--out would be read as a part of --input", "name a file elsewhere")
     if out.exists() and Path(source).exists() and out.samefile(source):
         raise DataError(str(out), "--out is --input itself", "name another file")
     if out.suffix.lower() in ANOTHER_KIND:
@@ -154,7 +158,7 @@ def _begun(out: Path, meta: Path) -> dict[str, Any] | None:
     try:
         found: dict[str, Any] = json.loads(meta.read_bytes())
         Survey(**found["survey"])
-        if found["made_by"] != MADE_BY or not found.keys() >= {"input", "settings"}:
+        if found["made_by"] != MADE_BY or not found.keys() >= {"files", "settings"}:
             raise ValueError
     except (ValueError, KeyError, TypeError):
         raise DataError(str(meta), "not what this command wrote", "move it away, or give --overwrite") from None
@@ -191,20 +195,22 @@ def _go_on(file: IO[bytes], out: Path, source: RowSource, count: ReplyCount) -> 
     """Count the rows that are there, and cut away a last one that is not whole; the number of the last row that has a
     reply, 0 where none has. Raises DataError where they are not what this command wrote."""
     end = last = 0
+    before = {file: n for n, file in source.places.files}
     with out.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
                 break
             try:
                 row = json.loads(line)
-                place, _, n = row["source"].rpartition(":")
-                if place != source.name or int(n) <= last:
+                name, _, n = row["source"].rpartition(":")
+                place = before[name] + int(n)
+                if place <= last:
                     raise ValueError
                 count.add(row)
             except (ValueError, KeyError, TypeError, AttributeError):
                 fact, remedy = "not the row that was written there", "undo that, or give --overwrite"
                 raise DataError(f"{out}:{number}", fact, remedy) from None
-            end, last = end + len(line), int(n)
+            end, last = end + len(line), place
     file.truncate(end)
     return last
 
