@@ -17,7 +17,7 @@ import sftflow as sf
 from helpers.outside import outside
 from helpers.runs import Quiet, error_line, outcome, run, write_recipe
 from helpers.several import launch
-from helpers.training import spec
+from helpers.training import FP32, spec
 from sftflow.api.shared import eval_sets
 from sftflow.checkpoint import load_info, resolve
 from sftflow.data.audit.overlap import EvalIndex
@@ -30,6 +30,7 @@ from sftflow.recipe import load_recipe, parse_recipe
 from sftflow.training.base_rate import rate_of_base
 from sftflow.training.batch_plan import RowPlan
 from sftflow.training.run import run_training
+from sftflow.training.settings import resolve_recipe
 from sftflow.training.signals import Stopped
 
 Lines = Callable[[str, list[Any]], str]
@@ -114,6 +115,7 @@ class StopAt(Quiet):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_a_listed_run_begins_with_the_first_source_and_resumes_bitwise(
     tiny_base: Path, tmp_path: Path, lines: Lines
 ) -> None:
@@ -338,7 +340,16 @@ def test_of_picollms_base_the_matrices_get_their_rate() -> None:
     assert made[0].param_groups[0]["lr"] == pytest.approx(0.8 * meta["user_config"]["matrix_lr"])
 
 
-def test_the_resolved_recipe_has_the_number(tmp_path: Path) -> None:
+def test_the_resolved_recipe_has_the_number() -> None:
+    asked = parse_recipe(
+        {"mixture": [{"source": "spelling"}], "train": {"lr": {"of_base": 0.5}, "optimizer": "muon"}}, "r"
+    )
+    made, notes = resolve_recipe(asked, FP32, 3_000_000, load_info(resolve("builtin:tiny")))
+    assert made.train.peak_lr == pytest.approx(0.0035) and notes["lr"] == "0.5 of the base's 0.007"
+
+
+@pytest.mark.slow
+def test_a_run_on_a_run_goes_on_from_its_rate(tmp_path: Path) -> None:
     keys = {"lr": {"of_base": 0.5}, "optimizer": "muon", "steps": 1, "max_length": 64, "tokens_per_step": 64}
     trained = sf.train(
         "builtin:tiny", sf.mix(sf.task("spelling", limit=20), "builtin:tiny"), out=tmp_path / "run", **keys

@@ -211,7 +211,7 @@ def test_equal_digests_from_every_door(
     keys = {"base": "builtin:tiny", "tokens": 700, "validation": 0.1}
     path = tmp_path / "recipe.yaml"
     train = {"out": str(tmp_path / "run"), "max_length": 64, "tokens_per_step": 64, "steps": 1, "lr": 1e-3}
-    path.write_text(json.dumps({**keys, "mixture": entries, "train": train}))
+    path.write_text(json.dumps({**keys, "mixture": entries, "train": train, "order": "listed"}))
     said = run("mix", str(path), "--json")
     expected = json.loads(said.stdout)["data_sha256"]
     mixture = sf.mix([sf.read(entries[2]["source"]), *entries[:2]], **keys | {"max_length": 64})
@@ -222,7 +222,9 @@ def test_equal_digests_from_every_door(
     for number in (1, 2):
         build_part(mixture.recipe, renderer_of(mixture.recipe), Part(number, 2), lambda *_: None)
     assert build_mixture(mixture.recipe, renderer_of(mixture.recipe)).digest() == expected
-    trained = sf.train(mix=mixture, **{k: v for k, v in train.items() if k != "max_length"})
+    trained = sf.train(mix=mixture, order="listed", **{k: v for k, v in train.items() if k != "max_length"})
+    (step,) = (json.loads(x) for x in (trained.directory / "metrics.jsonl").read_text().splitlines())
+    assert set(step["source_loss"]) == {"a"}  # the first of the list
     assert json.loads((trained.directory / "ledger.json").read_text())["data_sha256"] == expected
     kept = load_recipe(trained.directory / "recipe.yaml")
     assert kept.tokens == 700 and [e.share for e in kept.mixture] == [0.5, None, None]
