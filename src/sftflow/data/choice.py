@@ -47,13 +47,15 @@ def choose(
     out = [np.asarray(hit.any(axis=1)) for hit in overlapping] or [np.zeros(len(t), bool) for t in tables]
     own = [np.flatnonzero(~(chosen | gone)) for chosen, gone in zip(apart, out, strict=True)]
     taught = np.concatenate([t["digest"][here] for t, here in zip(tables, own, strict=True)])
-    held = [int(rows.supervised[here].sum(dtype=np.int64)) for rows, here in zip(sources, own, strict=True)]
-    asked = share_out(recipe, held) if shares_out(recipe) else None
+    held, counts = [0] * len(sources), [0] * len(sources)  # supervised tokens: of all training rows, of those shown
+    asked = None
     shown = [np.tile(here, entry.repeat or 1) for here, entry in zip(own, recipe.mixture, strict=True)]
-    if asked is not None:
+    if shares_out(recipe):
+        held = _supervised(sources, own)
+        asked = share_out(recipe, held)
         all_asked = zip(sources, own, asked, seeds, strict=True)
-        shown = [here[drawn(rows.supervised[here], a.tokens, seed)] for rows, here, a, seed in all_asked]
-    counts = [int(rows.supervised[some].sum(dtype=np.int64)) for rows, some in zip(sources, shown, strict=True)]
+        shown = [here[drawn(rows.supervised[here], a.tokens, f"drawn:{seed}")] for rows, here, a, seed in all_asked]
+        counts = _supervised(sources, shown)
     choices = []
     for number, (rows, gone) in enumerate(zip(sources, out, strict=True)):
         # an example that is trained on elsewhere, in another conversation or source, is not one that was held out
@@ -88,3 +90,8 @@ def choose(
             )
         )
     return choices
+
+
+def _supervised(sources: Sequence[Rows], chosen: Sequence[Indices]) -> list[int]:
+    """Supervised tokens of some rows of each source."""
+    return [int(rows.supervised[some].sum(dtype=np.int64)) for rows, some in zip(sources, chosen, strict=True)]

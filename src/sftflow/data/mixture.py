@@ -286,14 +286,14 @@ def _require_kept(rows: RowStore, recipe: Recipe) -> None:
 
 def _ledger(entry: SourceEntry, rows: RowStore, choice: Choice) -> dict[str, Any]:
     """A source's entry in the ledger. Its tokens count a row as often as it is shown."""
-    meta, shown = rows.meta, choice.shown
+    meta, times = rows.meta, np.bincount(choice.shown, minlength=len(rows))
     return {
         "name": rows.name,
         "repeat": entry.repeat or 1,
-        "rows": len(np.unique(shown)),
-        "tokens": int(rows.lengths[shown].sum(dtype=np.int64)),
-        "supervised_tokens": int(rows.supervised[shown].sum(dtype=np.int64)),
-        **({"supervised_weight": float(rows.weight_sums[shown].sum())} if len(rows.spans) else {}),
+        "rows": int(np.count_nonzero(times)),
+        "tokens": int(rows.lengths @ times),
+        "supervised_tokens": int(rows.supervised @ times),
+        **({"supervised_weight": float(rows.weight_sums @ times)} if len(rows.spans) else {}),
         "cut": meta["cut"],
         "cut_tokens": meta["cut_tokens"],
         "dropped": sum(meta["dropped"].values()) + meta["bad"],

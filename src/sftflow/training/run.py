@@ -190,7 +190,11 @@ class FineTuning(TrainingRun):
         self.asked, self.dtype = asked_for(recipe), stored_dtype(location)
         runtime = detect(recipe.train.precision)
         recipe, self.notes = resolve_recipe(
-            recipe, runtime, model.num_parameters(), self.base_info, getattr(location, "meta", None)
+            recipe,
+            runtime,
+            model.num_parameters(),
+            self.base_info,
+            location.nanochat.meta if location.nanochat else None,
         )
         check_context(model, recipe.train.max_length)
         set_dropout(model, recipe.train.dropout)
