@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 import sftflow as sf
 from helpers.outside import outside
 from sftflow import api
 from sftflow.chat.format import ChatFormat
 from sftflow.chat.schema import parse_row
-from sftflow.cli.eval import _bar
+from sftflow.cli.eval import _bar, eval_
 from sftflow.evaluation.evaluate import evaluate
 from sftflow.evaluation.journal import EvalRow
 from sftflow.evaluation.options import EvalTask, How, open_tasks
@@ -165,7 +166,10 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_one(n: int, right: int) ->
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        (How(samples=2), "--samples: at temperature 0 all replies to an item are the same; give a --temperature"),
+        (
+            How(samples=2),
+            "--samples: at temperature 0 all replies to an item are the same; give --temperature, for example 0.7",
+        ),
         (How(samples=0), "--samples: it should be a whole number, 1 or more (given: 0)"),
         (How(shots=-1), "--shots: it should be a whole number, 0 or more (given: -1)"),
         (How(max_tokens=0), "--max-tokens: it should be a whole number, 1 or more (given: 0)"),
@@ -258,6 +262,41 @@ def test_a_score_on_the_bar_is_enough() -> None:
 
     found = Evaluation({"m": ModelScores((scored(0.1, 0.2, 0.6, 0.3),)), "n": ModelScores((scored(0, 0, 1, 0),))})
     assert found.missed({"t": 0.3}) == ["n: t 0.250 (95% interval 0.046 to 0.699, n=4) is below the required 0.3"]
+
+
+def test_the_command_exits_with_1_where_a_bar_is_missed(tiny_base: Path, tmp_path: Path, capsys: Any) -> None:
+    options: dict[str, Any] = {"tasks": "spelling", "limit": 2, "max_tokens": 2, "out": tmp_path, "shots": 1}
+    eval_(models=[str(tiny_base)], require=["spelling=0"], **options)
+    with pytest.raises(typer.Exit) as left:
+        eval_(models=[str(tiny_base)], require=["spelling=0.5"], **options)
+    told = capsys.readouterr()
+    assert left.value.exit_code == 1 and (tmp_path / "eval.json").is_file()
+    assert "asked with 1 example in front, at most 2 tokens" in " ".join(told.out.split())
+    assert "missed: " in told.err and "spelling 0.000 (95% interval 0.000 to 0.658, n=2) is below" in told.err
+
+
+def test_a_recipe_s_models_are_asked_so(tiny_base: Path, tmp_path: Path) -> None:
+    asked = {
+        "tasks": ["spelling"],
+        "limit": 2,
+        "shots": 1,
+        "samples": 2,
+        "temperature": 1.0,
+        "max_tokens": 2,
+        "every": 1,
+    }
+    train = {"out": str(tmp_path / "run"), "steps": 1, "max_length": 64, "tokens_per_step": 64}
+    recipe = {"base": str(tiny_base), "mixture": [{"source": "spelling", "limit": 20}], "train": train, "eval": asked}
+    done = sf.train(recipe=recipe)
+    assert done.evaluation is not None
+    (scores,) = done.evaluation.models.values()
+    assert (scores.tasks["spelling"].n, len(scores.tasks["spelling"].rows)) == (2, 4)
+    thinking = {**recipe, "train": {**train, "out": str(tmp_path / "thinks")}, "eval": {**asked, "thinking": True}}
+    assert "no argument that switches thinking on or off" in error_of(lambda: sf.train(recipe=thinking))
+    assert not (tmp_path / "thinks" / "metrics.jsonl").exists()
+    samples = {**recipe, "eval": {"tasks": ["spelling"], "samples": 2}}
+    said = "eval.samples: at temperature 0 all replies to an item are the same; give eval.temperature, for example 0.7"
+    assert error_of(lambda: sf.train(recipe=samples, overwrite=True)).endswith(said)
 
 
 def test_bars_of_the_command_line() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import sftflow as sf
-from sftflow.evaluation.options import EvalOptions, open_tasks
+from sftflow.evaluation.options import EvalOptions, How, open_tasks
 from sftflow.foundation.errors import SftflowError
 from sftflow.recipe import load_recipe
 from sftflow.tasks import TaskSource, make_task
@@ -177,6 +177,27 @@ def test_a_part_is_joined_to_what_one_process_makes(
             api.prepare_part(recipe, part)
         digests.append(sf.mix(recipe=recipe).digest())
     assert digests[0] == digests[1]
+
+
+@pytest.mark.slow
+def test_many_rows_are_rendered_by_processes(tmp_path: Path, tiny_base: Path, monkeypatch: Any) -> None:
+    name = write(tmp_path, MAKES + "[ask(f'What is {n}+{n}?', str(2 * n)) for n in range(2000)]\n")
+    digests = []
+    for cores in (1, 2):
+        monkeypatch.setenv("SFTFLOW_CACHE", str(tmp_path / str(cores)))
+        monkeypatch.setattr("sftflow.data.prepare.n_cores", lambda cores=cores: cores)
+        digests.append(sf.mix([sf.task(name)], str(tiny_base)).digest())
+    assert digests[0] == digests[1]
+
+
+def test_examples_ask_none_of_the_items(tmp_path: Path) -> None:
+    """Of a class whose conversations and items are of one file."""
+    body = MAKES + "[ask(f'What is {n}?', str(n)) for n in range(5)]\n"
+    name = write(tmp_path, body + WHOLE)
+    (task,) = open_tasks([name], 1, how=How(shots=2))
+    assert {e.messages[0].text for e in task.shots[0]} == {"What is 3?", "What is 4?"}
+    said = error_of(lambda: open_tasks([name], 1, how=How(shots=3)))
+    assert said == "Own: it has 2 examples for --shots 3; lower --shots"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from sftflow.api.assistant import Assistant, load
 from sftflow.api.measure import Comparison, Evaluation, compare_two, evaluate_all
-from sftflow.api.mixture import Mixture
+from sftflow.api.mixture import Mixture, renderer_of
 from sftflow.api.shared import (
     Drawing,
     ModelLike,
@@ -27,6 +27,7 @@ from sftflow.api.shared import (
     sets_to_drop,
     watching,
 )
+from sftflow.chat.template_options import set_thinking
 from sftflow.comparison.compare import checked_prompts
 from sftflow.comparison.run_artifacts import read_run
 from sftflow.data.row_cache import cache_folder
@@ -141,6 +142,8 @@ def _train(
         if recipe.compare is not None:
             checked_prompts(recipe.compare)  # what is wrong with it is said before hours of training
         tasks = recipe_tasks(recipe)  # and what is wrong with the tasks
+        if tasks and (on := tasks[0].how.thinking) is not None:
+            set_thinking(renderer_of(recipe), on=on)
         if tasks and recipe.eval and recipe.eval.every is not None:
             few = min(options.limit or recipe.eval.sample, recipe.eval.sample)
             callback = EvalDuringTraining(replace(options, limit=few).open(""))

@@ -59,7 +59,7 @@ def figures(result: EvalResult) -> dict[str, float]:
     names = NAMES.get(result.task.split("-")[0])
     if names is None:
         names = {"score": "acc,none" if result.chance else "exact_match,none"}
-    out: dict[str, float] = {}
+    out = {f"{name},create_test": share for name, share in result.pass_at.items()} if result.task == "humaneval" else {}
     for ours, theirs in names.items():
         value = result.score if ours == "score" else result.metrics.get(ours)
         if value is None:

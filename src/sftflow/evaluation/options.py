@@ -52,7 +52,7 @@ class How:
             raise TaskError("--temperature", fact, "correct it")
         if self.samples > 1 and self.temperature == 0:
             fact = "at temperature 0 all replies to an item are the same"
-            raise TaskError("--samples", fact, "give a --temperature, for example 0.7")
+            raise TaskError("--samples", fact, "give --temperature, for example 0.7")
 
     def told(self) -> str:
         """What is not as usual, in words; "" where all is."""

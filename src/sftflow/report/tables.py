@@ -67,6 +67,8 @@ def eval_table(evaluation: Evaluation) -> Table:
         for mean, score in (("centred mean", model.centred_mean), ("ChatCORE", model.chatcore)):
             if score is not None:
                 table.add_row(Text(name), mean, "", f"{score:.3f}")
+    told = next((r.how.told() for model in evaluation.models.values() for r in model.results), "")
+    table.caption = f"asked with {told}" if told else None
     return table
 
 

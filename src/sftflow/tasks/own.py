@@ -7,6 +7,7 @@ an error in it is told by the file's line.
 from __future__ import annotations
 
 import ast
+import copy
 import difflib
 import json
 import re
@@ -83,9 +84,13 @@ class OwnTask(Task):
         return found
 
     def examples(self, n: int) -> list[tuple[str, Conversation]]:
+        """Its training conversations that ask none of its items: both may be of one file."""
+        everything = copy.copy(self)
+        everything.source = replace(self.source, limit=None)
+        asked = {m.text for item in everything.items() for m in item.messages if m.role == "user"}
         rows: list[tuple[str, Any]] = super().examples(n)
-        place = f"{self.name}: examples"
-        return [(group, row if isinstance(row, Conversation) else parse_row(row, place)) for group, row in rows]
+        made = [(g, r if isinstance(r, Conversation) else parse_row(r, f"{self.name}: examples")) for g, r in rows]
+        return [(g, c) for g, c in made if asked.isdisjoint(m.text for m in c.messages)]
 
     def examples_path(self) -> str | None:
         """Its path as it is: which of its rows are for training, a user's class says itself."""
