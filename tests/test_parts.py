@@ -91,12 +91,17 @@ def many(tmp_path: Path) -> Recipe:
     table = [{"prompt": f"q{i}", "completion": "a" * (i % 7 + 1)} for i in range(90)]
     pq.write_table(pa.Table.from_pylist(table), tmp_path / "table.parquet", row_group_size=25)
     (tmp_path / "list.json").write_text(json.dumps([exchange(i) for i in range(40)]))
+    (tmp_path / "folder").mkdir()
+    for name, n in {"a.jsonl": 30, "empty.jsonl": 0, "b.jsonl.gz": 25, "c.jsonl": 20}.items():
+        few = lines([*[exchange(i * n) for i in range(n)], *([{"messages": 8}] if name == "c.jsonl" else [])])
+        (tmp_path / "folder" / name).write_bytes(gzip.compress(few) if name.endswith(".gz") else few)
     return recipe_of(
         {"source": str(tmp_path / "rows.jsonl"), "repeat": 2},
         {"source": str(tmp_path / "packed.jsonl.gz"), "limit": 41},
         {"source": str(tmp_path / "table.parquet"), "limit": 70},
         tmp_path / "list.json",
         {"source": "spelling", "limit": 50},
+        {"source": str(tmp_path / "folder")},
         on_bad_row="skip",
         validation=0.1,
     )

@@ -16,8 +16,10 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PrivateAttr,
+    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -102,6 +104,30 @@ class SourceEntry(_Frozen):
     def has_bare_name(self) -> bool:
         """Whether `source` has neither folder nor ending: a task's name, or where there is a `path`, just a name."""
         return "/" not in self.source and "." not in self.source and not self.source.startswith("hub:")
+
+
+class HeldOut(_Frozen):
+    """Rows of one's own for the held-out loss.
+
+    files: entries as in the mixture, or just their names; all of their rows but those that are trained on, too.
+    share: what is held out of each source of the mixture beside them, as `validation` says it where it is a number."""
+
+    files: Annotated[tuple[SourceEntry, ...], Field(min_length=1)]
+    share: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+
+    @field_validator("files", mode="before")
+    @classmethod
+    def _named(cls, files: Any) -> Any:
+        files = [files] if isinstance(files, str) else files
+        return [{"source": f} if isinstance(f, str) else f for f in files] if isinstance(files, list | tuple) else files
+
+    @field_validator("files")
+    @classmethod
+    def _not_trained_on(cls, files: tuple[SourceEntry, ...]) -> tuple[SourceEntry, ...]:
+        for key in ("repeat", "share"):
+            if any(getattr(entry, key) is not None for entry in files):
+                raise ValueError(f"{key} is of rows that are trained on; leave it out")
+        return files
 
 
 class AssistantIdentity(_Frozen):
@@ -271,7 +297,10 @@ class Recipe(_Frozen):
     join_turns: bool = False
     on_bad_row: Literal["stop", "skip"] = "stop"
     max_dropped: Annotated[float, Field(ge=0, le=1)] = 0.5
-    validation: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    validation: Annotated[
+        Annotated[float, Field(ge=0, allow_inf_nan=False), Tag("Number")] | Annotated[HeldOut, Tag("HeldOut")],
+        Discriminator(lambda value: "HeldOut" if isinstance(value, dict | HeldOut) else "Number"),
+    ] = 0.01
     train: Train = Train()
     eval: Eval | None = None
     compare: Compare | None = None
@@ -287,6 +316,25 @@ class Recipe(_Frozen):
         if self.turns == "last" and self.supervise == "all":
             raise ValueError("turns: last teaches a reply, and supervise: all every token; leave one of them out")
         return self
+
+    @property
+    def sources(self) -> tuple[SourceEntry, ...]:
+        """The mixture, and behind it what is only held out."""
+        return self.mixture + (self.validation.files if isinstance(self.validation, HeldOut) else ())
+
+    @property
+    def held_out_share(self) -> float:
+        """Of each source of the mixture: a share below 1, or a number of rows."""
+        return self.validation.share if isinstance(self.validation, HeldOut) else self.validation
+
+    @field_validator("validation", mode="before")
+    @classmethod
+    def _files_are_named_so(cls, value: Any) -> Any:
+        if isinstance(value, str | list) and not str(value).replace(".", "").isdigit():
+            files = value if isinstance(value, list) else [value]
+            fact = f"it should be a share below 1, a number of rows, or {{files: [...]}} (given: {json.dumps(value)})"
+            raise ValueError(f"{fact}; write {{files: {json.dumps(files)}}}")
+        return value
 
     @field_validator("mixture")
     @classmethod
@@ -383,15 +431,19 @@ def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
             return f"hub:{home(key)}/{value[4:]}" if here.is_dir() and not os.path.isabs(value[4:]) else value
         return value if Path(value).is_absolute() else str(home(key) / value)
 
-    entries = []
-    for number, entry in enumerate(recipe.mixture):
+    def placed(entry: SourceEntry, key: str) -> SourceEntry:
         if entry.path is not None:
-            entry = entry.model_copy(update={"path": absolute(entry.path, f"mixture.{number}.path")})
+            entry = entry.model_copy(update={"path": absolute(entry.path, f"{key}.path")})
         if not entry.has_bare_name and (entry.path is None or own_task(entry.source)):
-            entry = entry.model_copy(update={"source": absolute(entry.source, f"mixture.{number}.source")})
-        entries.append(entry)
+            entry = entry.model_copy(update={"source": absolute(entry.source, f"{key}.source")})
+        return entry
+
+    entries = [placed(entry, f"mixture.{number}") for number, entry in enumerate(recipe.mixture)]
     train = recipe.train.model_copy(update={"out": os.path.expanduser(recipe.train.out)})
     update: dict[str, Any] = {"mixture": tuple(entries), "train": train}
+    if isinstance(held := recipe.validation, HeldOut):
+        files = tuple(placed(entry, f"validation.files.{number}") for number, entry in enumerate(held.files))
+        update["validation"] = held.model_copy(update={"files": files})
     base = recipe.base
     if not base.startswith("builtin:") and (
         os.path.exists(home("base") / base) or base.startswith((".", "/")) or base.endswith(".gguf")

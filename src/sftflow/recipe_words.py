@@ -134,7 +134,7 @@ def told(error: ValidationError, model: type[BaseModel], origin: Origin) -> Reci
             remedy += f". {len(unknown)} keys are unknown here: {PAGE} has those of other trainers"
         return RecipeError(origin.place(*unknown[0]), "unknown key", remedy)
     first = mistakes[0]
-    path = tuple(first["loc"])
+    path = _of_keys((*first["loc"], ""))[:-1]
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "missing":
         return RecipeError(origin.place(*path), "this key is missing", _MISSING.get(str(path[-1]), "add it"))
@@ -240,7 +240,7 @@ def elsewhere(path: Path, model: type[BaseModel], origin: Origin) -> str:
     """What to write in place of a key that stands elsewhere, or is another trainer's; "" for another."""
     name = normal(str(path[-1]))
     theirs = ours(name, in_mixture=path[0] == "mixture")
-    holders = [key for key, leaf in _keys(model) if leaf == name]
+    holders = [key for key, leaf in _keys(model) if leaf == name and "validation.files." not in key]  # a mixture's, too
     if theirs is not None and theirs.key.startswith(f"{path[0]}."):  # another trainer's word for what stands beside it
         holders = []
     if holders and not (theirs and theirs.key in holders):
@@ -281,6 +281,6 @@ def model_at(model: type[BaseModel], location: Path) -> type[BaseModel]:
         if isinstance(step, int) or step not in model.model_fields:
             continue
         annotation = model.model_fields[step].annotation
-        kinds = (annotation, *get_args(annotation))
+        kinds = (getattr(kind, "__origin__", kind) for kind in (annotation, *get_args(annotation)))
         model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), model)
     return model

@@ -28,9 +28,9 @@ from sftflow.chat.render import Renderer
 from sftflow.chat.row_keys import READ, REFUSED
 from sftflow.chat.schema import Conversation, conversation_of, parse_row, text_message
 from sftflow.chat.token_rows import TokenRow, token_row
-from sftflow.data.row_cache import cache_folder
 from sftflow.data.sources import check_source, rows_of_entry
 from sftflow.foundation.atomic_io import write_file, write_text
+from sftflow.foundation.cache import cache_folder
 from sftflow.foundation.errors import DataError, RecipeError, SftflowError
 from sftflow.foundation.json_values import kind_of, without_nulls
 from sftflow.recipe import Recipe, SourceEntry, parse_recipe, resolve_paths

@@ -30,9 +30,9 @@ from sftflow.api.shared import (
 from sftflow.chat.template_options import set_thinking
 from sftflow.comparison.compare import checked_prompts
 from sftflow.comparison.run_artifacts import read_run
-from sftflow.data.row_cache import cache_folder
 from sftflow.evaluation.evaluate import EvalDuringTraining
 from sftflow.foundation.atomic_io import Lock, clear_directory, write_text
+from sftflow.foundation.cache import cache_folder
 from sftflow.foundation.errors import RecipeError
 from sftflow.foundation.ranks import joined, ranks
 from sftflow.foundation.runtime import detect

@@ -155,7 +155,8 @@ def recipe_of(
     origin = recipe.origin if isinstance(recipe, Recipe) else Origin()
     origin = replace(origin, arguments=frozenset(keys))
     made = resolve_paths(overridden(data, overrides, origin), Path.cwd())
-    for number, entry in enumerate(made.mixture):
-        check_source(entry, made.origin.place("mixture", number, "source"))
+    for number, entry in enumerate(made.sources):
+        at = ("mixture", number) if number < len(made.mixture) else ("validation", "files", number - len(made.mixture))
+        check_source(entry, made.origin.place(*at, "source"))
     check_shares(made)
     return made

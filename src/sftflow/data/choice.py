@@ -39,30 +39,33 @@ def choose(
     recipe: Recipe, sources: Sequence[Rows], overlapping: Sequence[NDArray[np.bool_]] = (), tasks: Sequence[str] = ()
 ) -> list[Choice]:
     """overlapping: of each source (rows, tasks), whether a row shall be left out for that evaluation task."""
-    seeds = [f"{entry.label}:{recipe.train.seed}" for entry in recipe.mixture]
-    tables = [rows.table for rows in sources]
+    seeds, share = [f"{entry.label}:{recipe.train.seed}" for entry in recipe.sources], recipe.held_out_share
+    n, tables = len(recipe.mixture), [rows.table for rows in sources]  # the first n are trained on
     apart = [
-        split_held_out(t["digest"], t["number"], recipe.validation, seed) for t, seed in zip(tables, seeds, strict=True)
-    ]
+        split_held_out(t["digest"], t["number"], share, seed) for t, seed in zip(tables[:n], seeds, strict=False)
+    ] + [np.ones(len(t), bool) for t in tables[n:]]
     out = [np.asarray(hit.any(axis=1)) for hit in overlapping] or [np.zeros(len(t), bool) for t in tables]
     own = [np.flatnonzero(~(chosen | gone)) for chosen, gone in zip(apart, out, strict=True)]
     taught = np.concatenate([t["digest"][here] for t, here in zip(tables, own, strict=True)])
     held, counts = [0] * len(sources), [0] * len(sources)  # supervised tokens: of all training rows, of those shown
     asked = None
-    shown = [np.tile(here, entry.repeat or 1) for here, entry in zip(own, recipe.mixture, strict=True)]
+    shown = [np.tile(here, entry.repeat or 1) for here, entry in zip(own, recipe.sources, strict=True)]
     if shares_out(recipe):
         held = _supervised(sources, own)
-        asked = share_out(recipe, held)
-        all_asked = zip(sources, own, asked, seeds, strict=True)
-        shown = [here[drawn(rows.supervised[here], a.tokens, f"drawn:{seed}")] for rows, here, a, seed in all_asked]
+        asked = share_out(recipe, held[:n])
+        all_asked = zip(sources, own, asked, seeds, strict=False)
+        shown[:n] = [here[drawn(rows.supervised[here], a.tokens, f"drawn:{seed}")] for rows, here, a, seed in all_asked]
         counts = _supervised(sources, shown)
     choices = []
     for number, (rows, gone) in enumerate(zip(sources, out, strict=True)):
         # an example that is trained on elsewhere, in another conversation or source, is not one that was held out
         both = apart[number] & ~gone
         kept = np.flatnonzero(both & ~np.isin(rows.table["digest"], taught))
-        wanted = n_wanted(len(rows), recipe.validation) - int((apart[number] & gone).sum())
-        fewer = told_fewer(len(kept), int(both.sum()), wanted)
+        elsewhere = int(both.sum()) - len(kept)
+        wanted = n_wanted(len(rows), share) - int((apart[number] & gone).sum())
+        fewer = told_fewer(len(kept), int(both.sum()), wanted) if number < n else ""
+        if number >= n and elsewhere:
+            fewer = f"{elsewhere:,} of {len(rows):,} rows are trained on, too: not held out"
         told, ledger = [f"{rows.name}: {fewer}"] if fewer else [], dict[str, Any]()
         if overlapping:
             by_task = dict(zip(tasks, overlapping[number].sum(axis=0).tolist(), strict=True))
@@ -70,7 +73,7 @@ def choose(
             if gone.any():
                 named = ", ".join(f"{task} ({n:,})" for task, n in by_task.items() if n)
                 told.append(f"{rows.name}: {int(gone.sum()):,} of {len(rows):,} rows overlap with {named}: left out")
-        if asked is not None:
+        if asked is not None and number < n:
             passes = counts[number] / held[number] if held[number] else 0.0
             ledger["asked"] = {"share": round(asked[number].share, 6), "tokens": asked[number].tokens}
             ledger["share"] = round(counts[number] / max(1, sum(counts)), 6)
@@ -84,7 +87,7 @@ def choose(
                 shown=shown[number],
                 held_out=kept,
                 left_out=gone,
-                taught_elsewhere=int(both.sum()) - len(kept),
+                taught_elsewhere=elsewhere,
                 ledger=ledger,
                 told=told,
             )

@@ -23,7 +23,7 @@ from sftflow.data.choice import Choice, choose
 from sftflow.data.decontaminate import EvalSets, overlapping
 from sftflow.data.prepare import Progress, open_source, prepare_source
 from sftflow.data.row_cache import prune
-from sftflow.data.sources import sample_of
+from sftflow.data.sources import pinned_recipe, sample_of
 from sftflow.data.store import Examples, Rows, RowStore
 from sftflow.data.truncate import TOO_LONG, UNTAUGHT
 from sftflow.fingerprint import data_digest
@@ -222,9 +222,10 @@ def build_mixture(
     SchemaError, DataError, FormatError or MaskError at the first bad row (on_bad_row: skip quarantines them instead),
     and ProofError where a verified row fails.
     """
+    recipe = pinned_recipe(recipe)
     renderer = training_renderer(recipe, renderer, prepared.format if prepared else None)
     sources: list[RowStore] = []
-    for number, entry in enumerate(recipe.mixture):
+    for number, entry in enumerate(recipe.sources):
         if prepared is None:
             rows = prepare_source(entry, number, recipe, renderer, every_row=every_row, progress=progress)
         else:
@@ -249,7 +250,7 @@ def build_mixture(
         examples=examples,
         held_out=Examples(sources, _index([choice.held_out for choice in choices])),
         names=[rows.name for rows in sources],
-        sources=[_ledger(*each) for each in zip(recipe.mixture, sources, choices, strict=True)],
+        sources=[_ledger(*each) for each in zip(recipe.sources, sources, choices, strict=True)],
         rows=sources,
         overlapping=found,
         choices=choices,

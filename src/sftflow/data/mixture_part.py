@@ -12,6 +12,7 @@ from sftflow.data.mixture import training_renderer
 from sftflow.data.parts import PROVEN, Part, name_of, told_numbers
 from sftflow.data.prepare import Progress, prepare_part
 from sftflow.data.row_cache import shared_cache
+from sftflow.data.sources import pinned_recipe
 from sftflow.recipe import Recipe
 
 
@@ -52,8 +53,9 @@ def build_part(recipe: Recipe, renderer: Renderer, part: Part, progress: Progres
     Raises DataError where the cache cannot be written, or a source's rows are not kept, and the first bad row's error
     (on_bad_row: stop)."""
     started, folder = time.perf_counter(), shared_cache()
+    recipe = pinned_recipe(recipe)
     renderer = training_renderer(recipe, renderer)
-    made = [prepare_part(e, n, recipe, renderer, part, folder, progress) for n, e in enumerate(recipe.mixture)]
+    made = [prepare_part(e, n, recipe, renderer, part, folder, progress) for n, e in enumerate(recipe.sources)]
     names = {path.name for path in folder.iterdir()}
 
     def is_ready(number: int) -> bool:

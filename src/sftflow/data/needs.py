@@ -51,8 +51,8 @@ def needs_of(recipe: Recipe) -> list[Need]:
     for number, entry in enumerate(recipe.mixture):
         check_source(entry, recipe.origin.place("mixture", number, "source"))
         needs.append(_of_entry(entry, labels_of(recipe.mixture)[number]))
-    files: Any = getattr(recipe.validation, "files", None) or ()
-    needs += [_data("validation", Path(str(file)).stem, str(file), "give a file of rows") for file in files]
+    for number, entry in enumerate(recipe.sources[len(recipe.mixture) :], len(recipe.mixture)):
+        needs.append(replace(_of_entry(entry, labels_of(recipe.sources)[number]), what="validation"))
     for task in recipe.eval.tasks if recipe.eval else ():
         name, _, path = (part.strip() for part in task.partition("="))
         needs.append(_task("evaluation", name, name, path or None, "test"))

@@ -35,10 +35,11 @@ from sftflow.data.parts import (
     write_part,
 )
 from sftflow.data.render_pool import Block, Counts, Job, NumberedRow, Question, Workers, n_cores, render_block
-from sftflow.data.row_cache import cache_folder, cache_key, is_whole, stamps_of
+from sftflow.data.row_cache import cache_key, is_whole, stamps_of
 from sftflow.data.sources import labels_of, place_of, rows_of_entry
 from sftflow.data.store import RowStore, RowWriter
 from sftflow.foundation.atomic_io import remove_directory, write_directory
+from sftflow.foundation.cache import cache_folder
 from sftflow.foundation.errors import DataError, RunError
 from sftflow.recipe import Recipe, SourceEntry, own_task
 
@@ -94,13 +95,13 @@ class _Source:
 def _source(entry: SourceEntry, number: int, recipe: Recipe, renderer: Renderer) -> _Source:
     place = place_of(entry)
     job = Job(renderer.spec, place, recipe.train.max_length, recipe.train.overlong, recipe.on_bad_row)
-    stamps, label = stamps_of(entry, recipe), labels_of(recipe.mixture)[number]
+    stamps, label = stamps_of(entry, recipe), labels_of(recipe.sources)[number]
     return _Source(entry, recipe, renderer, job, label, stamps, cache_key(entry, recipe, job, stamps), Places())
 
 
 def open_source(directory: Path, number: int, recipe: Recipe, *, new: bool = False) -> RowStore:
     """The rendered rows of mixture entry `number`, from where they lie."""
-    label, prefix = labels_of(recipe.mixture)[number], place_of(recipe.mixture[number])
+    label, prefix = labels_of(recipe.sources)[number], place_of(recipe.sources[number])
     return RowStore(directory, name=label, number=number, prefix=prefix, new=new)
 
 

@@ -13,7 +13,7 @@ from sftflow.chat.render import Renderer
 from sftflow.data.decontaminate import EvalSets
 from sftflow.data.mixture import Mixture, build_mixture
 from sftflow.data.prepare import Progress
-from sftflow.data.row_cache import cache_folder
+from sftflow.foundation.cache import cache_folder
 from sftflow.foundation.ranks import Ranks, ranks
 from sftflow.recipe import Recipe
 

@@ -11,9 +11,6 @@ A name says what is in it, so nothing is ever written over, and any number of pr
 from __future__ import annotations
 
 import contextlib
-import errno
-import functools
-import logging
 import os
 import time
 from collections.abc import Collection
@@ -27,6 +24,7 @@ from sftflow.data.render_pool import Job
 from sftflow.data.sources import data_name, made_digest
 from sftflow.fingerprint import RENDERED_ROWS, code_hash, hash_json
 from sftflow.foundation.atomic_io import reason, remove_directory, require_writable, sha256_file
+from sftflow.foundation.cache import cache_folder
 from sftflow.foundation.errors import DataError
 from sftflow.recipe import Recipe, SourceEntry, own_task
 from sftflow.tasks import is_task
@@ -34,25 +32,6 @@ from sftflow.tasks.identity import identity_of
 
 CACHE_BYTES = 20 << 30
 LEFT_SECONDS = 7 * 86_400
-
-log = logging.getLogger("sftflow.data")
-
-
-def cache_folder(what: str = "rows") -> Path | None:
-    """Where rendered rows (or something else) are kept; None where SFTFLOW_CACHE=off, and, which is said, where none is
-    named and the usual place cannot be written."""
-    named = os.environ.get("SFTFLOW_CACHE", "")
-    if named:
-        return None if named.lower() == "off" else Path(named) / what
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sftflow" / what
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except (OSError, RuntimeError) as error:  # (RuntimeError: there is no home)
-        _say_once(f"note: the cache cannot be written ({reason(error)}); nothing is kept (or set SFTFLOW_CACHE)")
-        return None
-    return folder
 
 
 def shared_cache() -> Path:
@@ -66,11 +45,6 @@ def shared_cache() -> Path:
     except OSError as error:
         raise DataError(str(folder), f"a part cannot be kept here ({reason(error)})", remedy) from None
     return folder
-
-
-@functools.cache
-def _say_once(text: str) -> None:
-    log.warning(text)
 
 
 def _files_of(entry: SourceEntry) -> list[DataFile]:

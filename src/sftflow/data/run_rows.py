@@ -90,7 +90,7 @@ def held_out_conversations(mixture: Mixture, recipe: Recipe) -> dict[tuple[int, 
     """What each held-out row was rendered from, by (source, row): their lines are read once more."""
     train = recipe.train
     found: dict[tuple[int, int], Conversation] = {}
-    for number, (entry, rows) in enumerate(zip(recipe.mixture, mixture.rows, strict=True)):
+    for number, (entry, rows) in enumerate(zip(recipe.sources, mixture.rows, strict=True)):
         wanted: dict[int, list[int]] = {}
         for source, row in mixture.held_out.chosen.tolist():
             if source == number:

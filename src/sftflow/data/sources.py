@@ -9,19 +9,20 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
 from sftflow.chat.columns import Columned, require_columns
 from sftflow.chat.data_files import numbered_rows
 from sftflow.chat.files.columns import Wanted
 from sftflow.chat.files.names import Places, is_pattern
-from sftflow.chat.files.sets import set_name
+from sftflow.chat.files.sets import pinned, set_name
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation, conversation_of
 from sftflow.data.render_pool import NumberedRow
 from sftflow.foundation.atomic_io import digest_of
 from sftflow.foundation.errors import DataError, RecipeError, SftflowError
 from sftflow.foundation.missing import not_there
-from sftflow.recipe import Recipe, SourceEntry, own_task
+from sftflow.recipe import HeldOut, Recipe, SourceEntry, own_task
 from sftflow.tasks import TASKS, TaskSource, is_task, make_task, own_class
 from sftflow.tasks.identity import identity_of
 
@@ -50,6 +51,7 @@ def check_source(entry: SourceEntry, place: str = "mixture") -> None:
             if said:
                 fact = f"{key} {said!r}: only data sets (hub:NAME, or a folder) and tasks have this key"
                 raise RecipeError(place, fact, f"name the {key}'s file")
+    data_name(entry)  # says what does not fit together
 
 
 def data_name(entry: SourceEntry) -> str | None:
@@ -59,6 +61,20 @@ def data_name(entry: SourceEntry) -> str | None:
     return name if name is None or not (entry.config or split) else set_name(name, entry.config, split)
 
 
+def pinned_recipe(recipe: Recipe) -> Recipe:
+    """The recipe with the commit of each set of the hub that it names. Raises DataError where the hub cannot say it."""
+
+    def pin(entry: SourceEntry) -> SourceEntry:
+        key = "source" if entry.path is None else "path"
+        return entry.model_copy(update={key: pinned(getattr(entry, key))})
+
+    update: dict[str, Any] = {"mixture": tuple(map(pin, recipe.mixture))}
+    if isinstance(recipe.validation, HeldOut):
+        files = tuple(map(pin, recipe.validation.files))
+        update["validation"] = recipe.validation.model_copy(update={"files": files})
+    return recipe.model_copy(update=update)
+
+
 def rows_of_entry(
     entry: SourceEntry, recipe: Recipe, wanted: Wanted | None = None, places: Places | None = None
 ) -> Iterator[NumberedRow]:
@@ -66,9 +82,11 @@ def rows_of_entry(
 
     wanted: told a row's index among these, from 0, whether it is asked for; None: all are.   places: told where each
     file begins."""
-    place = "mixture"
-    if entry in recipe.mixture:
-        place = recipe.origin.place("mixture", recipe.mixture.index(entry), "source")
+    place, n = "mixture", len(recipe.mixture)
+    if entry in recipe.sources:
+        number = recipe.sources.index(entry)
+        at = ("mixture", number) if number < n else ("validation", "files", number - n)
+        place = recipe.origin.place(*at, "source")
     check_source(entry, place)
     if is_task(entry.source):
         options = {"identity": identity_of(recipe.model_dump(mode="json"))}

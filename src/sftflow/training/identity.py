@@ -17,7 +17,7 @@ from sftflow.chat.format import tokenizer_json
 from sftflow.chat.render import Renderer
 from sftflow.data.shares import shares_out
 from sftflow.fingerprint import StoredRows, hash_json, rows_digest
-from sftflow.recipe import Recipe, SourceEntry
+from sftflow.recipe import HeldOut, Recipe, SourceEntry
 
 Identity = dict[str, str]
 
@@ -47,12 +47,13 @@ def recipe_identity(recipe: Recipe) -> Identity:
     """The recipe's keys but its paths: what lies there counts, and stands beside them. A source's name is kept where it
     decides which of its rows are held out, or drawn."""
     kept = recipe.model_dump(mode="json", exclude=FREE_TO_CHANGE | {"base": True})
-    for entry, data in zip(recipe.mixture, kept["mixture"], strict=True):
+    entries = kept["mixture"] + (kept["validation"]["files"] if isinstance(recipe.validation, HeldOut) else [])
+    for entry, data in zip(recipe.sources, entries, strict=True):
         data.pop("path")
         data["repeat"] = entry.repeat or 1  # beside a share the two differ in what is refused only
         if not entry.has_bare_name:
             data.pop("source")
-            data["name"] = entry.label if recipe.validation or shares_out(recipe) else None
+            data["name"] = entry.label if recipe.held_out_share or shares_out(recipe) else None
     if recipe.format.endswith(".jinja"):
         kept.pop("format")
     return dict(flattened(kept, "recipe"))

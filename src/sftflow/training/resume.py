@@ -153,7 +153,7 @@ def missing_input(recipe: Recipe) -> str | None:
         resolve(recipe.base)
     except CheckpointError:
         return recipe.base
-    names = [data_name(entry) for entry in recipe.mixture]
+    names = [data_name(entry) for entry in recipe.sources]
     for name in filter(None, [recipe.format if recipe.format.endswith(".jinja") else None, *names]):
         try:
             if not all(file.path().exists() for file in files_of(name)[:1]):

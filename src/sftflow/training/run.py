@@ -40,6 +40,7 @@ from sftflow.data.decontaminate import EvalSets
 from sftflow.data.mixture import write_bad_rows
 from sftflow.data.rendered_once import rendered_once
 from sftflow.data.run_rows import HELD_OUT, TRAINING_ROWS, write_run_rows
+from sftflow.data.sources import pinned_recipe
 from sftflow.fingerprint import weights_and_body_hash
 from sftflow.foundation.atomic_io import NO_SPACE, Lock, digest_of, read_log, sweep, write_json, write_text
 from sftflow.foundation.errors import CheckpointError, RunError
@@ -190,7 +191,7 @@ class FineTuning(TrainingRun):
         self.asked, self.dtype = asked_for(recipe), stored_dtype(location)
         runtime = detect(recipe.train.precision)
         recipe, self.notes = resolve_recipe(
-            recipe,
+            pinned_recipe(recipe),
             runtime,
             model.num_parameters(),
             self.base_info,

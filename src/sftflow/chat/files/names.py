@@ -3,9 +3,7 @@ stands."""
 
 from __future__ import annotations
 
-import functools
 import glob
-import logging
 import os
 import re
 from bisect import bisect_left
@@ -17,6 +15,7 @@ from sftflow.chat.files import sets
 from sftflow.chat.files.packed import PACKED_ENDINGS
 from sftflow.chat.files.sets import DataFile
 from sftflow.chat.files.table import ENDINGS
+from sftflow.foundation.cache import say_once
 from sftflow.foundation.errors import DataError
 
 DATA_ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", *ENDINGS)
@@ -24,8 +23,6 @@ DATA_ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", *ENDINGS)
 OF_NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _HELD_APART = re.compile(r"(?:^|[-._ /0-9])(valid|validation|val|dev|test|testing|eval|evaluation)(?=[-._ /0-9])")
 """names of splits that are not for training, as `datasets` finds them in names of files and folders"""
-
-log = logging.getLogger("sftflow.data")
 
 
 @dataclass
@@ -101,7 +98,7 @@ def _files_of_folder(name: str) -> list[DataFile]:
         raise DataError(name, fact, f"what is read of a folder is {', '.join(DATA_ENDINGS)}, also packed")
     if others:
         shown = ", ".join(os.path.relpath(path, name) for path in others[:3])
-        _say_once(f"{name}: not read, by their names: {shown}{f' and {len(others) - 3:,} more' if others[3:] else ''}")
+        say_once(f"{name}: not read, by their names: {shown}{f' and {len(others) - 3:,} more' if others[3:] else ''}")
     apart = {path: _HELD_APART.search(os.path.relpath(path, name).lower()) for path in found}
     splits = {match[1] for match in apart.values() if match}
     if (splits and not all(apart.values())) or len(splits) > 1:
@@ -122,11 +119,6 @@ def _below(folder: str) -> list[str]:
         seen.update(new.values())
         found += [os.path.join(at, name) for name in files if name[0] != "."]
     return sorted(found)
-
-
-@functools.cache
-def _say_once(text: str) -> None:
-    log.warning(text)
 
 
 def stem_of(name: str, config: str | None = None) -> str:

@@ -18,9 +18,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.client import TOO_MANY_REQUESTS
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from sftflow.foundation.atomic_io import write_text
+from sftflow.foundation.cache import cache_folder
 from sftflow.foundation.errors import DataError, first_line
 
 HUB = "hub:"
@@ -109,7 +112,7 @@ def pinned(name: str) -> str:
     if not name.startswith(HUB) or (found := parse_set(name)).is_folder or _COMMIT.fullmatch(found.revision):
         return name
     where = f"{found.where}@{found.revision}" if found.revision else found.where
-    return name.replace(where, f"{found.where}@{_listed(found.where, found.revision, name).commit}", 1)
+    return name.replace(where, f"{found.where}@{_listed(found.where, found.revision).commit}", 1)
 
 
 # ---- folders that `datasets` saved
@@ -170,7 +173,7 @@ def files_of_set(name: str) -> list[DataFile]:
     if asked.is_folder:
         of = _splits(asked.where, asked, name)[split]
         return [DataFile(os.path.join(asked.where, os.path.relpath(path, asked.where))) for path in of]
-    listed = _listed(asked.where, asked.revision, name)
+    listed = _listed(asked.where, asked.revision)
     with tempfile.TemporaryDirectory(prefix="sftflow-set-") as folder:
         for path in listed.files:
             file = Path(folder, path)
@@ -254,18 +257,50 @@ class Listed(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def _listed(repo: str, revision: str, name: str) -> Listed:
-    """What a set on the hub is made of, at one commit: asked once in a process."""
+def _listed(repo: str, revision: str) -> Listed:
+    """What a set on the hub is made of, at one commit: asked once in a process. The answer is kept, and used where the
+    hub cannot be asked, or need not be, as the revision is a commit."""
     from huggingface_hub import HfApi, hf_hub_download
 
-    with _asking(name):
+    folder = cache_folder("sets")
+    file = folder / f"{repo}@{revision or 'main'}.json".replace("/", "--") if folder else None
+    if _COMMIT.fullmatch(revision) and (found := _kept(file)):
+        return found
+    try:
         info = HfApi().dataset_info(repo, revision=revision or None, timeout=TIMEOUT)
         files = tuple(file.rfilename for file in info.siblings or ())
         readme = ""
         if "README.md" in files:
-            kept = hf_hub_download(repo, "README.md", repo_type="dataset", revision=info.sha, etag_timeout=TIMEOUT)
-            readme = Path(kept).read_text(encoding="utf-8", errors="replace")
-    return Listed(str(info.sha), files, readme)
+            path = hf_hub_download(repo, "README.md", repo_type="dataset", revision=info.sha, etag_timeout=TIMEOUT)
+            readme = Path(path).read_text(encoding="utf-8", errors="replace")
+    except Exception as error:  # see `_asking`
+        if not _is_answer(error) and (found := _kept(file)):
+            return found
+        with _asking(f"{HUB}{repo}@{revision}" if revision else f"{HUB}{repo}"):
+            raise
+    listed = Listed(str(info.sha), files, readme)
+    for kept in (file, file.with_name(f"{repo}@{info.sha}.json".replace("/", "--"))) if file else ():
+        with contextlib.suppress(OSError):  # a cache that is full or read-only
+            write_text(kept, json.dumps(listed))
+    return listed
+
+
+def _kept(file: Path | None) -> Listed | None:
+    if file is not None:
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            commit, names, readme = json.loads(file.read_text(encoding="utf-8"))
+            return Listed(commit, tuple(names), readme)
+    return None
+
+
+def _status(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _is_answer(error: BaseException) -> bool:
+    """Whether the hub has answered, as against: it could not be asked, or is out of order."""
+    status = _status(error)
+    return status is not None and status < 500 and status != TOO_MANY_REQUESTS
 
 
 @contextlib.contextmanager
@@ -276,7 +311,7 @@ def _asking(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the hub library's, the HTTP library's and the system's
-        status = getattr(getattr(error, "response", None), "status_code", None)
+        status = _status(error)
         log_in = "set HF_TOKEN to a token of an account that may read it, or run: hf auth login"
         if isinstance(error, errors.GatedRepoError):
             fact, remedy = "this set is gated on the hub", f"accept its terms on its page there and {log_in}"
