@@ -16,6 +16,7 @@ LEFT_OUT = {
     "foundation.atomic_io": "how files are written",
     "checkpoint": "what it loads has fingerprints of its own: weights, tokenizer, template",
     "data.row_cache": "where rows are kept; its key is compared",
+    "foundation.cache": "where what can be asked again is kept",
     "foundation.errors": "what refusals look like",
     "foundation.ranks": "who computes which part; what is computed at once is decided elsewhere",
     "foundation.missing": "what the refusal of a missing file looks like",

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 
@@ -18,6 +19,7 @@ from sftflow.data.mixture import Mixture, build_mixture
 from sftflow.data.run_rows import read_held_out, read_training_rows, write_run_rows
 from sftflow.foundation.errors import RecipeError, SchemaError
 from sftflow.recipe import Recipe, load_recipe, parse_recipe, to_yaml
+from sftflow.tasks import TaskSource, make_task
 
 ROWS = [{"prompt": f"ask {i}", "completion": f"tell {i} é"} for i in range(60)]
 
@@ -174,3 +176,18 @@ def test_a_wrong_validation_is_named(validation: Any, said: str) -> None:
     with pytest.raises(RecipeError) as error:
         recipe_of(Path("a.jsonl"), validation=validation)
     assert said in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 200, str(error.value)
+
+
+def test_items_of_a_task_over_several_files_have_ids_of_their_own(tmp_path: Path) -> None:
+    row = {"question": "2+3?", "answer": "It is 5.\n#### 5"}
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_bytes(lines([row, row]))
+    for path in (f"{tmp_path}/*.jsonl", str(tmp_path)):
+        items = make_task("gsm8k", TaskSource(path=path)).items("test")
+        ids = [item.id.rpartition("/")[2].removeprefix("gsm8k:") for item in items]
+        assert ids == ["a.jsonl:1", "a.jsonl:2", "b.jsonl:1", "b.jsonl:2"] and items[0].id.startswith("gsm8k:")
+    assert make_task("gsm8k", TaskSource(path=f"{tmp_path}/a.jsonl")).items("test")[1].id == "gsm8k:2"
+    written = datasets.Dataset.from_list([row])
+    datasets.DatasetDict(train=written, test=datasets.Dataset.from_list([row, row])).save_to_disk(tmp_path / "set")
+    task = make_task("gsm8k", TaskSource(path=str(tmp_path / "set")))
+    assert (len(task.items("test")), len(task.conversations("train"))) == (2, 1)

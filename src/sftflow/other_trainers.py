@@ -52,8 +52,9 @@ SECTIONS: dict[str, Rows] = {
     "The rows": (
         ("dataset datasets dataset_name dataset_path train*_file train_dataset train_data data data_path sources",
          "mixture", "its rows are entries of the mixture: - source: FILE, hub:OWNER/NAME or a task"),
-        ("test_datasets eval_dataset dataset_val validation_file eval_data val_data test_file dataset_test_split "
-         "val_set_size val_size validation_split", "validation", _HELD_OUT),
+        ("test_datasets eval_dataset dataset_val validation_file eval_data val_data test_file", "validation",
+         "{files: [...]}: rows of one's own, entries as in the mixture"),
+        ("val_set_size val_size dataset_test_split validation_split", "validation", _HELD_OUT),
         ("dataset_config dataset_config_name datasets.subset", "mixture.config", "of an entry with hub:OWNER/NAME"),
         ("datasets.revision", "mixture.source", "hub:OWNER/NAME@REVISION"),
         ("dataset_train_split datasets.train_on_split", "mixture.source", "hub:OWNER/NAME:SPLIT"),

@@ -9,7 +9,7 @@ from typing import Any
 from sftflow.chat.schema import Conversation, Part
 from sftflow.foundation.errors import SchemaError
 from sftflow.tasks.answers import final_number, numbers_in
-from sftflow.tasks.task import Item, Task, ask, line_of, make_item, rows_of, sample, text_of
+from sftflow.tasks.task import Item, Task, ask, make_item, rows_of, sample, text_of
 
 SHAPE = '{"question": ..., "answer": "... #### 72"}'
 MARK = re.compile(r"<<([^<>=]+)=([^<>=]+)>>")
@@ -29,7 +29,7 @@ class Gsm8k(Task):
 
     def items(self, split: str = "test") -> list[Item]:
         rows = self._rows(split)
-        return sample(self, (make_item(f"{self.name}:{line_of(place)}", q, gold) for place, q, _, gold in rows))
+        return sample(self, (make_item(self.id_of(place), q, gold) for place, q, _, gold in rows))
 
     def grade(self, item: Item, reply: str) -> float:
         """1.0 where the reply's `final_number` is the gold.

@@ -19,7 +19,7 @@ from sftflow.chat.schema import Conversation
 from sftflow.foundation.errors import SchemaError
 from sftflow.sandbox import Outcome, isolation_available, run_python
 from sftflow.tasks.answers import answer_of
-from sftflow.tasks.task import Item, Task, TaskSource, ask, line_of, make_item, rows_of, sample, text_of
+from sftflow.tasks.task import Item, Task, TaskSource, ask, make_item, rows_of, sample, text_of
 
 SHAPE = '{"prompt": ..., "canonical_solution": ..., "test": ..., "entry_point": ...}'
 SECONDS = 10.0
@@ -99,7 +99,7 @@ class HumanEval(Task):
         if not entry.isidentifier() or keyword.iskeyword(entry):
             raise SchemaError(place, f"entry_point {entry!r} is no function's name", "write the function's name")
         asked = question(answer["prompt"])
-        return make_item(f"{self.name}:{line_of(place)}", asked, answer, plain_text=answer["prompt"])
+        return make_item(self.id_of(place), asked, answer, plain_text=answer["prompt"])
 
 
 def program_of(reply: str, prompt: str, entry_point: str, test: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from sftflow.foundation.errors import SchemaError
 from sftflow.tasks.ifeval_checks import CHECKS, is_supported, wrong_argument
 from sftflow.tasks.ifeval_text import language_package
-from sftflow.tasks.task import Item, Task, line_of, make_item, rows_of, sample, text_of
+from sftflow.tasks.task import Item, Task, make_item, rows_of, sample, text_of
 
 SHAPE = '{"prompt": ..., "instruction_id_list": ["punctuation:no_comma", ...], "kwargs": [{}, ...]}'
 
@@ -73,7 +73,7 @@ class IFEval(Task):
 
     def _item(self, row: Any, place: str) -> Item:
         prompt = text_of(row, "prompt", place, SHAPE)
-        return make_item(f"{self.name}:{line_of(place)}", prompt, instructions_of(row, place))
+        return make_item(self.id_of(place), prompt, instructions_of(row, place))
 
 
 def instructions_of(row: Any, place: str) -> list[dict[str, Any]]:

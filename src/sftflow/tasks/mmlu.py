@@ -17,7 +17,7 @@ from sftflow.chat.files.packed import readable
 from sftflow.foundation.errors import DataError, SchemaError, TaskError
 from sftflow.tasks.multiple_choice import LETTERS, MultipleChoice, Question
 from sftflow.tasks.published import to_get
-from sftflow.tasks.task import line_of, path_of, rows_of, text_of
+from sftflow.tasks.task import path_of, rows_of, text_of
 
 CHOICES = LETTERS[:4]
 COLUMNS = "question,A,B,C,D,answer"
@@ -44,7 +44,7 @@ class Mmlu(MultipleChoice):
         path = path_of(self, split)
         if path.startswith("hub:") or (Path(path).is_file() and Path(path).suffix.lower() != ".csv"):
             for place, row in read_rows(path):
-                yield parse_row(row, place, f"{self.name}:{line_of(place)}")
+                yield parse_row(row, place, self.id_of(place))
             return
         for file in csv_files(Path(path), split, self.name):
             for line, cells in read_csv(file):
@@ -60,7 +60,7 @@ class MmluPro(MultipleChoice):
 
     def questions(self, split: str) -> Iterator[Question]:
         for place, row in rows_of(self, "validation" if split == "train" else split):
-            yield parse_options(row, place, f"{self.name}:{line_of(place)}")
+            yield parse_options(row, place, self.id_of(place))
 
 
 def csv_files(path: Path, split: str, name: str) -> list[Path]:

@@ -12,7 +12,7 @@ from typing import Any
 from sftflow.chat.schema import Conversation
 from sftflow.foundation.errors import SchemaError
 from sftflow.tasks.answers import WORD, answer_of, marked_text, one_writing
-from sftflow.tasks.task import Item, Task, ask, line_of, make_item, rows_of, sample, text_of
+from sftflow.tasks.task import Item, Task, ask, make_item, rows_of, sample, text_of
 
 LETTERS = tuple(string.ascii_uppercase)
 # What tells the letter from the article at a sentence's beginning ("A mole is blind") and from the pronoun ("I think").
@@ -47,7 +47,7 @@ class MultipleChoice(Task):
     def questions(self, split: str) -> Iterator[Question]:
         """Every row of the set; a subclass with another layout overrides only this."""
         for place, row in rows_of(self, split):
-            yield parse_choices(row, place, f"{self.name}:{line_of(place)}")
+            yield parse_choices(row, place, self.id_of(place))
 
     def conversations(self, split: str = "train") -> list[Conversation]:
         return [ask(prompt(q.text, q.choices), q.answer, q.place) for q in sample(self, self.questions(split))]

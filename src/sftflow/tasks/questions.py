@@ -31,7 +31,7 @@ from sftflow.tasks.answers import (
     same_text,
 )
 from sftflow.tasks.multiple_choice import LETTERS, first_letter, prompt
-from sftflow.tasks.task import Item, Task, ask, line_of, make_item, rows_of, sample, text_of
+from sftflow.tasks.task import Item, Task, ask, make_item, rows_of, sample, text_of
 
 SHAPE = '{"question": ..., "answer": ...}'
 LONG_WORDS = 20  # beyond, no reply will ever equal the answer word for word
@@ -88,7 +88,7 @@ class Jsonl(Task):
             raise SchemaError(row.place, fact, f'add "grader": one of {", ".join(GRADERS)}, or shorten it')
         free = {"grader": row.grader, "answers": list(row.answers)}
         answer = row.answers[0] if row.choices else free
-        identity, letters = f"{self.name}:{line_of(row.place)}", LETTERS[: len(row.choices)]
+        identity, letters = self.id_of(row.place), LETTERS[: len(row.choices)]
         return make_item(identity, row.asked, answer, choices=letters)
 
 

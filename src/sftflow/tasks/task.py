@@ -107,6 +107,21 @@ class Task:
     def __init__(self, source: TaskSource) -> None:
         self.source = source
 
+    def id_of(self, place: str) -> str:
+        """What the item at FILE:LINE is called: by its line, and where the task has several files by its file, too.
+
+        >>> task = Task(TaskSource(path="data/*.jsonl"))
+        >>> task.id_of("data/*.jsonl:17"), task.id_of("data/a.jsonl:17")
+        (':17', ':a.jsonl:17')
+        """
+        file, _, line = place.rpartition(":")
+        if file == self.source.path:
+            return f"{self.name}:{line}"
+        named = self.source.path or ""
+        fixed = re.split(r"[*?[]", named)[0]
+        folder = f"{named}/" if fixed == named else fixed[: fixed.rfind("/") + 1]
+        return f"{self.name}:{file.removeprefix(folder)}:{line}"
+
     def conversations(self, split: str = "train") -> list[Conversation]:
         """Training conversations, at most `source.limit`, deterministic in `source.seed`."""
         fact = "it has no replies to learn from, it is for evaluation only"
@@ -200,11 +215,6 @@ def make_item(identity: str, asked: str, answer: Any, **more: Any) -> Item:
 def is_test_case(case: str, one_in: int) -> bool:
     """Whether a generated case belongs to the test split: one in so many do, told by the SHA-256 of the case itself."""
     return hashlib.sha256(case.encode()).digest()[0] % one_in == 0
-
-
-def line_of(place: str) -> str:
-    """ "data/test.jsonl:17" -> "17" """
-    return place.rpartition(":")[2]
 
 
 def path_of(task: Task, split: str) -> str:
