@@ -44,8 +44,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "muon, replicated": {"optimizer": "muon"},
     "bf16": {"precision": "bf16", "shard": "full"},
     "bf16, replicated": {"precision": "bf16"},
+    "bf16, gates": {"precision": "bf16", "shard": "full", "model": "SftflowNanochat"},
 }
-LOOSE = {"muon": 1e-3, "muon, replicated": 1e-3, "bf16": 2e-3, "bf16, replicated": 2e-3}
+LOOSE = {"muon": 1e-3, "muon, replicated": 1e-3, "bf16": 2e-3, "bf16, replicated": 2e-3, "bf16, gates": 2e-3}
 LOOSE |= {"weighted, lora, bf16": 2e-3, "lora, bf16": 2e-3, "lora, sharded, bf16": 2e-3}
 """Muon iterates in bf16 where the processor has it; bf16 products are summed up in other micro-batches"""
 

@@ -82,10 +82,13 @@ def _distributed(weight: torch.nn.Parameter, mesh: DeviceMesh) -> torch.nn.Param
 
 
 def small_parameters(model: Any) -> Iterator[torch.nn.Parameter]:
-    """What every rank keeps whole: vectors, and all that is trained beside a frozen base."""
+    """What every rank keeps whole: vectors, what a module holds itself beside its linear layers (a gate: in one group
+    with them its gradient would be of another type), and all that is trained beside a frozen base."""
     beside_frozen = not all(p.requires_grad for p in model.parameters())
+    holders = [m for m in model.modules() if any(isinstance(child, tuple(CLASSES)) for child in m.children())]
+    beside_linear = {p for module in holders for p in module.parameters(recurse=False)}
     for parameter in model.parameters():
-        if parameter.ndim < 2 or (beside_frozen and parameter.requires_grad):
+        if parameter.ndim < 2 or parameter in beside_linear or (beside_frozen and parameter.requires_grad):
             yield parameter
 
 
