@@ -119,7 +119,7 @@ class Assistant(checkpoint.Assistant):
 
 
 def load(model: ModelLike, *, format: str = "auto", precision: str = "fp32") -> Assistant:
-    """Load a checkpoint directory, a run directory, a hub id, a .gguf file or `builtin:tiny`.
+    """Load a directory (a checkpoint, a run, one of picollm or nanochat), a hub id, a .gguf file or `builtin:tiny`.
 
     format: the chat format; `auto` is the checkpoint's own, else `sftflow`.   Raises CheckpointError or FormatError.
     """

@@ -1,10 +1,10 @@
 """Checkpoints: a Hugging Face directory plus `sftflow.json` (lineage, format, fingerprint, file hashes).
 
-A model is named by a directory, a run directory (its `checkpoint/` is meant), `builtin:tiny`, a .gguf file, or a
-hub id (`location.py`, `hub.py`). The directory of an adapter of peft is its base with the adapter added
-(`adapter_files.py`, `adapters.py`). `weights.py` accounts for every tensor, `tokenizer.py` keeps the tokenizer as its
-file has it, `assistant.py` makes a checkpoint talk, `saving.py` writes one (`older_readers.py`: so that transformers 4
-reads it).
+A model is named by a directory, a run directory (its `checkpoint/` is meant), a base directory of picollm or nanochat
+(`nanochat/`), `builtin:tiny`, a .gguf file, or a hub id (`location.py`, `hub.py`). The directory of an adapter of peft
+is its base with the adapter added (`adapter_files.py`, `adapters.py`). `weights.py` accounts for every tensor,
+`tokenizer.py` keeps the tokenizer as its file has it, `assistant.py` makes a checkpoint talk, `saving.py` writes one
+(`older_readers.py`: so that transformers 4 reads it).
 """
 
 from sftflow.checkpoint.assistant import Assistant, assistant_of, base_format, load_assistant, prepare
