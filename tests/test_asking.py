@@ -25,7 +25,7 @@ from sftflow.evaluation.prompts_for import in_mode, prompts_for
 from sftflow.evaluation.results import EvalResult, Evaluation, ModelScores
 from sftflow.evaluation.statistics import pass_at_k
 from sftflow.foundation.errors import SftflowError
-from sftflow.tasks import Item, Task, ask, make_item
+from sftflow.tasks import Item, Task, TaskSource, ask, make_item, make_task
 
 SUM = {"question": "What is 1+1?", "answer": "1+1=<<1+1=2>>2\n#### 2"}
 
@@ -84,6 +84,20 @@ def test_examples_come_from_the_split_for_them_and_are_never_the_item(tmp_path: 
     )
     told = error_of(lambda: open_tasks(["dialogue"], 2, how=How(shots=1)))
     assert told.startswith("dialogue: it has no examples for --shots (a dialogue in front of it would tell other facts")
+
+
+def test_examples_of_a_set_are_of_its_train_split(tmp_path: Path) -> None:
+    for path, kept in {
+        "hub:openai/gsm8k@main:socratic:test": "hub:openai/gsm8k@main:socratic:train",
+        "hub:openai/gsm8k:test": "hub:openai/gsm8k:train",
+        "hub:openai/gsm8k": "hub:openai/gsm8k",
+    }.items():
+        assert make_task("gsm8k", TaskSource(path=path)).examples_path() == kept
+    assert make_task("mmlu_pro", TaskSource(path="hub:a/b:test")).examples_path() == "hub:a/b:validation"
+    for split, question in (("test", "What is 5+1?"), ("train", "What is 6+1?")):
+        write(tmp_path / f"{split}.jsonl", SUM | {"question": question})
+    (task,) = open_tasks([f"gsm8k=hub:{tmp_path}:test"], None, how=How(shots=1))
+    assert (task.items[0].messages[0].text, task.shots[0][0].messages[0].text) == ("What is 5+1?", "What is 6+1?")
 
 
 def test_examples_of_the_item_s_own_subject(tmp_path: Path) -> None:

@@ -155,6 +155,8 @@ class Task:
         if path.startswith("hub:"):
             named = parse_set(path)
             return str(named._replace(split=self.example_splits[0])) if named.split else path
+        if self.source.config or is_set(path):
+            return path  # a folder of several splits, of which the one that is asked for is read
         whole = Path(path)
         for split in self.example_splits:
             last, folder = (_SPLIT.sub(partial(_in_case, split), part) for part in (whole.name, whole.parent.name))
@@ -238,7 +240,7 @@ def _in_case(word: str, found: re.Match[str]) -> str:
 
 
 def rows_of(task: Task, split: str) -> Iterator[tuple[str, Any]]:
-    """(FILE:LINE, raw row) of the task's set. A file is its own split: only hub ids use `split`."""
+    """(FILE:LINE, raw row) of the task's set. A file is its own split: only data sets use `split`."""
     return read_rows(path_of(task, split))
 
 
