@@ -102,9 +102,12 @@ def test_rows_are_prepared_anew_where_they_changed(riddles: Path, tmp_path: Path
 def test_what_lies_beside_the_file_counts(tmp_path: Path, tiny_base: Path) -> None:
     """Rows: whatever the class reads. Grades: the modules that it imports."""
     (tmp_path / "beside.txt").write_text("one")
-    (tmp_path / "beside_module.py").write_text("def right(a, b):\n    return a == b\n")
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside" / "__init__.py").write_text("")
+    (tmp_path / "beside" / "same.py").write_text("from .inner import right\n")
+    (tmp_path / "beside" / "inner.py").write_text("def right(a, b):\n    return a == b\n")
     read = f"open({str(tmp_path / 'beside.txt')!r}).read()"
-    head = HEAD + "from beside_module import right\n"
+    head = HEAD + "from beside.same import right\n"
     body = f"{MAKES}[ask('q', {read}), {{'prompt': 'hi', 'completion': 'yo'}}]\n"
     name = write(
         tmp_path, body + ASKS + GRADES.replace("reply ==", "right(reply,").replace("answer)", "answer))"), head
@@ -114,13 +117,28 @@ def test_what_lies_beside_the_file_counts(tmp_path: Path, tiny_base: Path) -> No
         (tmp_path / "beside.txt").write_text(text)
         digests.append(sf.mix([sf.task(name)], str(tiny_base), max_length=64).digest())
     assert len(set(digests)) == 2
-    assert [f.name for f in files_of(tmp_path / "own.py")] == ["own.py", "beside_module.py"]
+    assert [f.name for f in files_of(tmp_path / "own.py")] == ["own.py", "__init__.py", "same.py", "inner.py"]
     before = make_task(name, TaskSource())
     item = before.items()[0]
     assert before.grade(item, item.answer) == 1
-    (tmp_path / "beside_module.py").write_text("def right(a, b):\n    return a != b\n")
+    (tmp_path / "beside" / "inner.py").write_text("def right(a, b):\n    return a != b\n")
     after = make_task(name, TaskSource())
     assert after.grade(item, item.answer) == 0 and after.provenance() != before.provenance()
+
+
+def test_files_of_two_folders_have_helpers_of_one_name(tmp_path: Path) -> None:
+    head, names = HEAD + "from telling import WORD\n", []
+    for word in ("one", "two"):
+        folder = tmp_path / word
+        folder.mkdir()
+        (folder / "telling.py").write_text(f"WORD = {word!r}\n")
+        names.append(write(folder, MAKES + "[ask('q', WORD)]\n", head))
+    said = [make_task(name, TaskSource()).conversations()[0].messages[-1].text for name in (*names, names[0])]
+    assert said == ["one", "two", "one"]
+    (tmp_path / "random.py").write_text("")
+    name = write(tmp_path, MAKES + "[ask('q', 'a')]\n", "import random\n" + HEAD)
+    told = error_of(lambda: make_task(name, TaskSource()))
+    assert told.startswith(f"{tmp_path / 'own.py'}: import random gives ") and told.endswith("rename that")
 
 
 def test_another_grader_asks_again(riddles: Path, tmp_path: Path, tiny_base: Path) -> None:

@@ -221,34 +221,59 @@ def files_of(path: Path) -> tuple[Path, ...]:
         with telling("", (file,)):
             tree = ast.parse(file.read_bytes(), str(file))
         for node in ast.walk(tree):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                names = [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
-            for name in names:
-                below = path.resolve().parent.joinpath(*name.split("."))
-                todo += [below.with_suffix(".py"), below / "__init__.py"]
+            base, names = path.resolve().parent, [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                base = file.parents[node.level - 1] if node.level else base
+                names = [".".join(filter(None, (node.module, a.name))) for a in node.names]
+            for parts in (name.split(".") for name in names):
+                for n in range(1, len(parts) + 1):  # the packages that a module is in are run, too
+                    below = base.joinpath(*parts[:n])
+                    todo += [below.with_suffix(".py"), below / "__init__.py"]
     return tuple(found)
+
+
+_folders: list[str] = []
+"""those of the files that were run, at the end of sys.path: no installed package is hidden by what lies in them"""
 
 
 @cache
 def _run(files: tuple[Path, ...], digest: str) -> ModuleType:
-    """The module of a file, run once for each content of its files; it may import what lies beside it."""
+    """The module of a file, run once for each content of its files; it may import what lies beside it.
+
+    Raises TaskError for what its code raises, and where a name means another module than the one beside it.
+    """
     path = files[0]
+    folder = str(path.parent)
     module = ModuleType(f"own_tasks_{path.stem}_{digest}")
     module.__file__ = str(path)
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))  # last: no installed package is hidden by a file
-    for name, other in list(sys.modules.items()):  # as they were, perhaps, when another content was run
-        if str(getattr(other, "__file__", "")) in map(str, files[1:]):
-            del sys.modules[name]
+    beside = {".".join(f.relative_to(folder).with_suffix("").parts).removesuffix(".__init__"): f for f in files[1:]}
+    _forget(beside)
+    kept = [p for p in sys.path if p not in _folders]
+    _folders[:] = [folder, *(p for p in _folders if p != folder)]
+    sys.path[:] = [*kept, *(p for p in _folders if p not in kept)]
     sys.modules[module.__name__] = module
+    written, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # a .pyc may be that of another content
     try:
         with telling("", files):
-            exec(compile(path.read_bytes(), str(path), "exec"), vars(module))  # no import: it would leave a .pyc behind
+            exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
+        for name, file in beside.items():
+            imported = str(getattr(sys.modules.get(name), "__file__", None) or file)
+            if Path(imported).resolve() != file:
+                raise TaskError(str(path), f"import {name} gives {imported}, not {file.name} beside it", "rename that")
     except BaseException:
         del sys.modules[module.__name__]
         raise
+    finally:
+        sys.dont_write_bytecode = written
     return module
+
+
+def _forget(beside: Mapping[str, Path]) -> None:
+    """Let modules be imported anew that another content, or another of the user's files, has under these names."""
+    for name, file in beside.items():
+        was = getattr(sys.modules.get(name), "__file__", None)
+        if was and (was == str(file) or any(Path(folder) in Path(was).parents for folder in _folders)):
+            del sys.modules[name]
 
 
 @contextmanager
