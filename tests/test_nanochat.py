@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from helpers.outside import outside
 from helpers.training import BF16, FP32, spec
+from sftflow.fingerprint import weights_and_body_hash
 from sftflow.foundation.errors import CheckpointError
 from sftflow.generation.decoder import PackedDecoder
 from sftflow.generation.kv_cache import Prefix
@@ -250,12 +251,13 @@ def test_saved_it_is_loaded_by_the_auto_classes(order: str, tmp_path: Path) -> N
 def test_more_tokens_and_fewer(tmp_path: Path) -> None:
     """Every table grows, none of the rows that fill theirs up is taken for a token; shrunk again it is what it was."""
     state, shape, model = tiny(tmp_path)
-    ids = list(range(20))
+    ids, body = list(range(20)), weights_and_body_hash(model)[1]
     assert model.get_input_embeddings().weight.shape[0] == 70
     model.resize_token_embeddings(75, mean_resizing=False)
     tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
     assert [len(m.weight) for m in tables] == [m.num_embeddings for m in tables] == [75, 75, 75]
     value = model.model.layers[0].self_attn.value_embed.weight
+    assert weights_and_body_hash(model)[1] == body  # by which an adapter knows its base
     torch.testing.assert_close(value[70:], state["value_embeds.0.weight"][:70].mean(0).expand(5, -1))
     assert model(torch.tensor([[1, 74]])).logits.shape[-1] == weights.meta_of(model.config)["vocab_size"] == 75
     grown = saved(tmp_path, weights.state_dict_of(model), weights.meta_of(model.config))

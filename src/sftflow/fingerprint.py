@@ -171,10 +171,14 @@ def weights_hash(model: Any) -> str:
 
 
 def weights_and_body_hash(model: Any) -> tuple[str, str]:
-    """`weights_hash`, and that of all but embedding and head, which a chat format's tokens make longer."""
-    lines = _weight_lines(model)
+    """`weights_hash`, and that of all but embedding, head and other tables of tokens, which a chat format's tokens make
+    longer."""
+    from torch.nn import Embedding
+
+    lines, rows = _weight_lines(model), len(model.get_input_embeddings().weight)
     ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
-    theirs = {_place(weight) for end in ends for weight in end.state_dict().values()}
+    tables = [m for m in model.modules() if isinstance(m, Embedding) and len(m.weight) == rows]
+    theirs = {_place(weight) for end in (*ends, *tables) for weight in end.state_dict().values()}
     body = (lines[name] for name, weight in sorted(model.state_dict().items()) if _place(weight) not in theirs)
     return digest_of(lines.values()), digest_of(body)
 
