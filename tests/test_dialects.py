@@ -124,6 +124,10 @@ def test_history_and_system_go_with_every_text() -> None:
     for ask, reply in (("query", "response"), ("prompt", "response"), ("question", "answer"), ("user", "assistant")):
         row = {ask: "hi", reply: "yo", "history": [["a", "b"]], "system": "S"}
         assert said(row) == [("system", "S"), ("user", "a"), ("assistant", "b"), *HI]
+    messages = {"query": "hi", "response": "yo", "history": [U, A]}
+    assert said(messages) == [*HI, *HI] and parse_row(messages, "f:1").supervised == [1, 3]
+    ready = {"instruction": "Be brief.\n\n" + READY, "output": "yo", "history": [["a", "b"]]}
+    assert said(ready) == [("system", "Be brief."), ("user", "a"), ("assistant", "b"), *HI]
     assert "a history beside prompt" in refusal({"prompt": [U], "response": "yo", "history": [["a", "b"]]})
     assert "a history beside prompt" in refusal({"prompt": "hi", "completion": "yo", "history": [["a", "b"]]})
 
@@ -144,6 +148,27 @@ def test_reasoning_beside_a_reply_is_its_reasoning(key: str) -> None:
     assert parse_row({"messages": [U, A], key: "hm"}, "f:1").ignored == (key,)
     thought = [{"type": "thinking", "thinking": "hm", "signature": "s"}, {"type": "text", "text": "yo"}]
     assert parse_row([U, {"role": "assistant", "content": thought}], "f:1").messages[1].reasoning_content == "hm"
+
+
+def test_items_of_responses() -> None:
+    call = {"type": "function_call", "id": "fc_1", "call_id": "c1", "name": "bell", "arguments": '{"n": 2}'}
+    said_first = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Now:"}]}
+    result = {"type": "function_call_output", "call_id": "c1", "output": "rung"}
+    function = {"name": "bell", "arguments": '{"n": 2}'}
+    openai = [
+        U,
+        {"role": "assistant", "content": "Now:", "tool_calls": [{"id": "c1", "function": function}]},
+        {"role": "tool", "content": "rung", "tool_call_id": "c1"},
+        A,
+    ]
+    plain = [
+        {**m, "tool_calls": [{"id": "c1", "type": "function", "function": function}]} if "tool_calls" in m else m
+        for m in openai
+    ]
+    found = parse_row({"input": [U], "output": [said_first, call, result, A]}, "f:1")
+    assert found.messages == parse_row(plain, "f:1").messages and found.supervised == [1, 3]
+    assert "unknown key 'namespace'" in refusal([U, {**call, "namespace": "x"}])
+    assert "instructions beside input" in refusal({"instructions": "Be brief.", "input": [U], "output": "yo"})
 
 
 def test_answers_that_are_calls() -> None:
@@ -175,7 +200,7 @@ REFUSED: list[tuple[Any, str, str]] = [
     ({"instruction": "i", "output": "o", "response": "r"}, "under output and response", "columns: {"),
     ({"question": "q", "answer": "a", "response": "r"}, "response beside question and answer", "columns: {"),
     ({"prompt": "p", "question": "q", "answer": "a"}, "prompt beside question and answer", "columns: {"),
-    ({"prompt": "p", "input": "i", "output": "o"}, "no conversation in its keys", "columns: {"),
+    ({"prompt": "p", "input": "i", "output": "o"}, "prompt beside input and output", "columns: {"),
     ({"prompt": "p", "answer": "72"}, "no conversation in its keys", "columns: {"),
     ({"source": "s", "target": "t"}, "no conversation in its keys", "columns: {"),
     ({"Question": "q", "Response": "a"}, "no conversation", "columns: {Question: question, Response: response}"),

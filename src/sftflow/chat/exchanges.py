@@ -48,11 +48,11 @@ def pairs_of(row: dict[str, Any], *, listed: bool) -> list[Pair]:
     found = [pair for pair in CANONICAL if pair[0] in row and pair[1] in row]
     if listed:
         return found
-    there = {key for key in ASKS if not absent(row.get(key))}
     more = [pair for pair in OTHERS if pair[0] in row and pair[1] in row]
-    for pair, counts in ((("input", "output"), not there), (("query", "answers"), not absent(row.get("tools")))):
-        if pair in more and not counts:
-            more.remove(pair)
+    if ("query", "answers") in more and absent(row.get("tools")):
+        more.remove(("query", "answers"))
+    if ("input", "output") in more and len(found) + len(more) > 1:  # the input belongs to another question
+        more.remove(("input", "output"))
     return [*found, *more]
 
 
@@ -71,7 +71,7 @@ def read_pair(
     elif pair == CANONICAL[0] or (pair[0] not in ABOUT and not texts):
         turns = _completed(row, pair, place, ignored)
     else:
-        turns = _asked(row, pair, place)
+        turns = _asked(row, pair, place, ignored)
         used |= {"history", *ABOUT.get(pair[0], ())}
     thoughts = {key: row[key] for key in THOUGHTS if _is_thought(row.get(key), row[pair[1]])}
     if thoughts and (not named.issuperset(pair) or not named.isdisjoint(thoughts)):
@@ -122,10 +122,12 @@ def _prompt(text: str, place: str) -> list[Turn]:
     return [*first, (place, {"role": "user", "content": asked})]
 
 
-def _asked(row: dict[str, Any], keys: Pair, place: str) -> list[Turn]:
+def _asked(row: dict[str, Any], keys: Pair, place: str, ignored: set[str]) -> list[Turn]:
     """Alpaca, and its like: earlier exchanges, then what is asked and replied."""
     history = [] if absent(row.get("history")) else row["history"]
     turns: list[Turn] = []
+    if isinstance(history, list) and history and all(isinstance(turn, dict) for turn in history):
+        turns, history = read_turns(history, f"{place}.history", ignored), []
     if not isinstance(history, list):
         raise SchemaError(f"{place}.history", f"it is {kind_of(history)}", "make it a list of [asked, replied] pairs")
     for number, pair in enumerate(history):
@@ -141,7 +143,8 @@ def _asked(row: dict[str, Any], keys: Pair, place: str) -> list[Turn]:
     asks = [_text(row[key], f"{place}.{key}") for key in (ask, *about) if not absent(row.get(key))]
     if len(asks) == 1 + len(about) == 3:
         raise SchemaError(f"{place}.context", "context beside input: both stand below the instruction", "join them")
-    turns += _prompt("\n\n".join(asks), f"{place}.{ask}")
+    *system, asked = _prompt("\n\n".join(asks), f"{place}.{ask}")
+    turns = [*system, *turns, asked]
     turns.append((f"{place}.{reply}", {"role": "assistant", "content": _text(row[reply], f"{place}.{reply}")}))
     return turns
 

@@ -53,7 +53,7 @@ WEIGHTS = ("weight", "loss_weight", "sample_weight", "weights", "loss_weights")
 """also a number between: how much the loss of the message, or of the row, counts"""
 ROW_FLAGS = (*_FLAGS, *WEIGHTS[1:])
 """the same of each message of a row"""
-ASKS = ("prompt", "instruction", "query", "question", "problem")
+ASKS = ("prompt", "instruction", "query", "question", "problem", "instructions")
 REPLIES = ("completion", "output", "response", "answer", "solution")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 REJECTED = ("response", "messages", "output", "completion", "answer")

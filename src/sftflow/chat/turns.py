@@ -30,6 +30,7 @@ Turn = tuple[str, Any]
 
 _PLAIN = ("user", "assistant", "system")
 _ORDER = ("system", "user", "assistant")
+_ITEMS = {"function_call": ("name", "arguments"), "function_call_output": ("output",)}
 _NAMES = {*TURN_NAMES, *CALL_ROLES}
 
 
@@ -41,7 +42,10 @@ def read_turns(turns: list[Any], place: str, ignored: set[str]) -> list[Turn]:
     for number, raw in enumerate(turns):
         where = f"{place}[{number}]"
         name = raw.get("from", raw.get("role")) if isinstance(raw, dict) else None
-        if name is None and (spoken := _spoken(raw, where)):
+        if name is None and isinstance(raw, dict) and raw.get("type") in _ITEMS:
+            raw = _item(raw, where)
+            name = raw["role"]
+        elif name is None and (spoken := _spoken(raw, where)):
             out += [(at, _message(message, at, ignored)) for at, message in spoken]
             joins = False
             continue
@@ -58,6 +62,17 @@ def read_turns(turns: list[Any], place: str, ignored: set[str]) -> list[Turn]:
             out.append((where, message))
         joins = calls
     return out
+
+
+def _item(raw: dict[str, Any], place: str) -> dict[str, Any]:
+    """A call, or what came of it, as an item of OpenAI's Responses has it -> the message."""
+    known = {"type", "call_id", "id", "status", *_ITEMS[raw["type"]]}
+    if unknown := sorted(key for key, value in raw.items() if key not in known and not absent(value)):
+        raise SchemaError(place, f"unknown key {unknown[0]!r} in a {raw['type']}", f"known: {', '.join(sorted(known))}")
+    if raw["type"] == "function_call":
+        call = {"id": raw.get("call_id"), "name": raw.get("name"), "arguments": raw.get("arguments")}
+        return {"role": "tool_call", "content": call}
+    return {"role": "tool", "content": raw.get("output"), "tool_call_id": raw.get("call_id")}
 
 
 def _spoken(turn: Any, place: str) -> list[Turn]:
