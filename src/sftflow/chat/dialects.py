@@ -37,6 +37,8 @@ from sftflow.chat.turns import Turn, read_turns, weight_of
 from sftflow.foundation.errors import SchemaError
 from sftflow.foundation.json_values import check_plain, kind_of
 
+_WITH_ANY = {*SYSTEM, *TOOLS, *ROW_FLAGS}
+
 
 @dataclass(frozen=True, kw_only=True)
 class RawRow:
@@ -84,7 +86,8 @@ def read_row(row: Any, place: str, columns: Columns | None = None) -> RawRow:
         for _, message in () if weight else turns:
             if isinstance(message, dict):
                 message["weight"] = 0
-    used |= {*SYSTEM, *TOOLS, *ROW_FLAGS, *(key for key in PREFERRED if _wanted(row, key) is not None)}
+    used |= _WITH_ANY
+    used |= {key for key in PREFERRED if key in row and _wanted(row, key) is not None}
     meta = {key: value for key, value in row.items() if key not in used}
     ignored |= {key for key, value in meta.items() if not absent(value)}
     found = RawRow(conversations=conversations, tools=_tools(row, place), meta=meta, ignored=tuple(sorted(ignored)))
@@ -188,7 +191,7 @@ def _weight(row: dict[str, Any], keys: Iterable[str], place: str) -> int | float
     """How much the row's own flags, of these keys, say that it is taught. Raises SchemaError where it says that its
     reply is not wanted."""
     for key in PREFERRED:
-        if _wanted(row, key) is False:
+        if key in row and _wanted(row, key) is False:
             fact = f"{key} is false: a reply that is not wanted (preference data)"
             raise SchemaError(f"{place}.{key}", fact, "remove the row, or the key where it means something else")
     flags = {key: row[key] for key in keys if not absent(row.get(key))}
