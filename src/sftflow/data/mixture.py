@@ -107,7 +107,8 @@ class Mixture:
         """The sum of the weights of all supervised tokens, where some count in part."""
         if not any("supervised_weight" in s for s in self.sources):
             return {}
-        return {"supervised_weight": sum(s.get("supervised_weight", s["supervised_tokens"]) for s in self.sources)}
+        total = sum(s.get("supervised_weight", s["supervised_tokens"]) for s in self.sources)
+        return {"supervised_weight": round(total, 6)}
 
     def invariants(self) -> Checks:
         """How many rows each invariant was checked on, and how many failed it, over all sources."""
@@ -294,7 +295,7 @@ def _ledger(entry: SourceEntry, rows: RowStore, choice: Choice) -> dict[str, Any
         "rows": int(np.count_nonzero(times)),
         "tokens": int(rows.lengths @ times),
         "supervised_tokens": int(rows.supervised @ times),
-        **({"supervised_weight": float(rows.weight_sums @ times)} if len(rows.spans) else {}),
+        **({"supervised_weight": round(float(rows.weight_sums @ times), 6)} if len(rows.spans) else {}),
         "cut": meta["cut"],
         "cut_tokens": meta["cut_tokens"],
         "dropped": sum(meta["dropped"].values()) + meta["bad"],

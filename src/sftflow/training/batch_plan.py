@@ -192,8 +192,8 @@ class Tally:
 
     @property
     def weight(self) -> float | None:
-        """The sum of the weights; None where it is the number of supervised tokens."""
-        return None if np.array_equal(self.weights, self.counts) else float(self.weights.sum())
+        """The sum of the weights, as it is reported; None where it is the number of supervised tokens."""
+        return None if np.array_equal(self.weights, self.counts) else round(float(self.weights.sum()), 6)
 
     @property
     def supervised(self) -> int:
