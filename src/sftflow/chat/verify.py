@@ -51,7 +51,7 @@ def verify(
     elif conversation.fractions or conversation.weight != 1:
         of_turn = [conversation.weight * (conversation.messages[turn].weight or 0) for turn in turns]
         own = np.array([*of_turn, 0.0])[np.searchsorted(np.flatnonzero(stops), np.arange(len(ids)))] * mask
-        if rendered.weights is None or not np.array_equal(rendered.weights, own):
+        if not np.array_equal(mask if rendered.weights is None else rendered.weights, own):
             wrong[ENDS] = "the weights of its tokens are not those of its turns"
     special = np.isin(ids, list(renderer.special.values()))
     expected = _control_tokens(renderer, conversation, rendered.text)
