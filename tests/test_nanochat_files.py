@@ -374,9 +374,12 @@ def test_an_export_is_read_again_as_the_same_model(trained: Path, tmp_path: Path
     assert tokenizer_json(now.tokenizer) == tokenizer_json(was.tokenizer)
     assert read_encoding(tmp_path / "out" / "tokenizer" / "tokenizer.pkl") == KNOWN
     export_nanochat(str(trained), tmp_path / "out")  # in its own place
-    (tmp_path / "out" / "chatsft_checkpoints" / "d2" / "meta_000002.json").write_text('{"model_config": {}}')
-    with pytest.raises(RecipeError, match="it holds something other than such an export"):
-        export_nanochat(str(trained), tmp_path / "out")
+    meta = tmp_path / "out" / "chatsft_checkpoints" / "d2" / "meta_000002.json"
+    for other, text in ((meta.with_name("optim_000002_rank0.pt"), ""), (meta, '{"model_config": {}}')):
+        other.write_text(text, encoding="utf-8")  # what somebody went on with, or made
+        with pytest.raises(RecipeError, match="it holds something other than such an export"):
+            export_nanochat(str(trained), tmp_path / "out")
+        other.unlink()
 
 
 def test_what_their_code_would_not_have_is_not_exported(base: Path, tiny_base: Path, tmp_path: Path) -> None:

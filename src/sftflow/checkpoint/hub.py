@@ -49,7 +49,10 @@ def snapshot(name: str) -> Path:
         if not any(
             f in files for f in ("config.json", "tokenizer.json", "tokenizer_config.json", "adapter_config.json")
         ):
-            raise CheckpointError(name, "the hub's model has no config.json", "give a Hugging Face checkpoint")
+            remedy = "give a Hugging Face checkpoint"
+            if any(fnmatch(f, "*model_*.pt") for f in there):  # of picollm or nanochat
+                remedy = f"download it, and name the folder: hf download {repo} --local-dir DIR"
+            raise CheckpointError(name, "the hub's model has no config.json", remedy)
         files.sort(key=lambda f: "/" in f)
         # The first by the revision's name: so that the cache knows later, without the hub, what was meant by it.
         first = Path(hf_hub_download(repo, files[0], revision=revision or "main", etag_timeout=TIMEOUT))

@@ -73,7 +73,10 @@ def _require_same(config: Any, again: Any, name: str) -> None:
 
 def _is_ours(out: Path) -> bool:
     """Whether a directory may be replaced: it is empty, or holds one export and nothing else."""
-    if out.is_dir() and not any(out.iterdir()):
-        return True
-    metas = sorted(out.glob("*_checkpoints/*/meta_*.json"))
-    return len(metas) == 1 and RECORD in json.loads(metas[0].read_text(encoding="utf-8"))
+    files = [path for path in out.rglob("*") if path.is_file()]
+    metas = [path for path in files if path.match("*_checkpoints/*/meta_*.json")]
+    if len(metas) != 1:
+        return out.is_dir() and not any(out.iterdir())
+    ours = {metas[0], metas[0].with_name(metas[0].name.replace("meta_", "model_").replace(".json", ".pt"))}
+    ours |= {out / "tokenizer" / name for name in ("tokenizer.pkl", "token_bytes.pt")}
+    return set(files) == ours and RECORD in json.loads(metas[0].read_text(encoding="utf-8"))
