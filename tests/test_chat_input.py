@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 import sftflow as sf
 from helpers.runs import Result, error_line, run
 from helpers.templates import CHATML, FRONT, open_with
+from sftflow.chat.exchanges import OTHERS
 from sftflow.chat.schema import parse_row
 from sftflow.checkpoint import Assistant
 from sftflow.foundation.errors import DataError, SftflowError
@@ -368,7 +369,7 @@ def written_rows(draw: Any) -> tuple[dict[str, Any], list[Any]]:
     roles = ["user", "assistant"]
     turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
     asked = turns[: len(turns) - (len(turns) + 1) % 2]
-    kind, other = draw(st.sampled_from(["messages", "prompt", "sharegpt", "alpaca", "query"])), draw(OTHER)
+    kind, other = draw(st.sampled_from(["messages", "prompt", "sharegpt", "alpaca", "query", "pair"])), draw(OTHER)
     if kind == "messages":
         row: dict[str, Any] = {"messages": turns}
     elif kind == "sharegpt":
@@ -378,6 +379,9 @@ def written_rows(draw: Any) -> tuple[dict[str, Any], list[Any]]:
         row = {"prompt": asked, "completion": texts[-1]} if len(turns) > len(asked) else {"prompt": asked}
         if len(turns) > len(asked):  # its replies are not taught
             asked = [{**t, "weight": 0} if t["role"] == "assistant" else t for t in asked]
+    elif kind == "pair":
+        ask, reply = draw(st.sampled_from([pair for pair in OTHERS if pair != ("query", "answers")]))
+        asked, row = turns[:1], {ask: texts[0], **({reply: texts[1]} if len(texts) > 1 else {})}
     else:
         ask, reply = ("instruction", "output") if kind == "alpaca" else ("query", "response")
         pairs = [[asked[i]["content"], asked[i + 1]["content"]] for i in range(0, len(asked) - 1, 2)]
