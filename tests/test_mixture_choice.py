@@ -332,7 +332,9 @@ def test_of_picollms_base_the_matrices_get_their_rate() -> None:
 
     from sftflow.training.optimizers import make_optimizers
 
-    meta = json.loads(outside("fixtures/picollm/tiny_d4/base_checkpoints/d4/meta_000300.json").read_text())
+    files = resolve(str(outside("fixtures/picollm/tiny_d4"))).nanochat
+    assert files is not None
+    meta = files.meta
     rate, _ = rated({}, meta, optimizer="muon")
     model = sf.load("builtin:tiny").model
     made = make_optimizers(model, spec(optimizer="muon", lr=rate))

@@ -23,8 +23,9 @@ from sftflow.data.mixture_part import build_part
 from sftflow.data.parts import Part
 from sftflow.data.shares import check_shares, drawn, share_out
 from sftflow.foundation.errors import DataError, RecipeError
-from sftflow.recipe import Recipe, load_recipe, parse_recipe
+from sftflow.recipe import Recipe, Train, load_recipe, parse_recipe
 from sftflow.report.tables import as_text, mixture_tables
+from sftflow.training.batch_plan import RowPlan
 from sftflow.training.identity import recipe_identity
 
 
@@ -226,6 +227,8 @@ def test_equal_digests_from_every_door(
     trained = sf.train(mix=mixture, order="listed", **{k: v for k, v in train.items() if k != "max_length"})
     (step,) = (json.loads(x) for x in (trained.directory / "metrics.jsonl").read_text().splitlines())
     assert set(step["source_loss"]) == {"a"}  # the first of the list
+    plan = RowPlan(mixture.examples, Train(max_length=64, tokens_per_step=64), listed=True)
+    assert json.loads((trained.directory / "ledger.json").read_text())["packed_rows"] == plan.epoch_size(0)
     assert json.loads((trained.directory / "ledger.json").read_text())["data_sha256"] == expected
     kept = load_recipe(trained.directory / "recipe.yaml")
     assert kept.tokens == 700 and [e.share for e in kept.mixture] == [0.5, None, None]

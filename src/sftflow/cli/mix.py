@@ -49,7 +49,8 @@ def mix(
     else:
         from sftflow.report.tables import audit_tables, mixture_tables
 
-        for table in mixture_tables(ledger):
+        for number, table in enumerate(mixture_tables(ledger)):
+            print("\n" * bool(number), end="")
             print_table(table)
         print(
             f"{ledger['packed_rows']:,} packed rows of {ledger['max_length']}, {ledger['padding_share']:.1%} padding, "

@@ -63,6 +63,7 @@ class Mixture:
     choices: list[Choice]
     samples: list[Rendered]
     max_length: int
+    order: str
     bad: list[dict[str, Any]]
     renderer: Renderer
 
@@ -78,19 +79,21 @@ class Mixture:
 
     @cached_property
     def ledger(self) -> dict[str, Any]:
-        lengths = self.examples.lengths.tolist()
-        packed = best_fit(lengths, self.max_length)
-        slots = len(packed) * self.max_length
+        lengths, number = self.examples.lengths, self.examples.chosen[:, 0]
+        parts = [lengths[number == n] for n in range(len(self.rows))] if self.order == "listed" else [lengths]
+        packed = sum(len(best_fit(part.tolist(), self.max_length)) for part in parts)
+        slots = packed * self.max_length
         return {
             "sources": self.sources,
             "rows": len(self.examples),
-            "tokens": sum(lengths),
+            "tokens": int(lengths.sum(dtype=np.int64)),
             "supervised_tokens": sum(s["supervised_tokens"] for s in self.sources),
             **self._weight(),
-            "packed_rows": len(packed),
-            "padding_share": round(1 - sum(lengths) / slots if slots else 0.0, 5),
+            "packed_rows": packed,
+            "padding_share": round(1 - int(lengths.sum(dtype=np.int64)) / slots if slots else 0.0, 5),
             "validation_rows": len(self.held_out),
             "max_length": self.max_length,
+            "order": self.order,
             "supervise": self.renderer.spec.supervise,
             "turns": self.renderer.spec.turns,
             "join_turns": self.renderer.spec.join_turns,
@@ -257,6 +260,7 @@ def build_mixture(
         choices=choices,
         samples=[renderer.render(parse_row(first["row"], first["source"]), turns=True) for first in firsts],
         max_length=recipe.train.max_length,
+        order=recipe.order,
         bad=[row for rows in sources for row in rows.meta["bad_rows"]],
         renderer=renderer,
     )
