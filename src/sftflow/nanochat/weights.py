@@ -150,8 +150,8 @@ def meta_of(config: Any) -> dict[str, Any]:
         "n_kv_head": config.num_key_value_heads,
         "n_embd": config.hidden_size,
     }
-    pattern = getattr(config, "window_pattern", None)
-    return shape if pattern is None else {**shape, "window_pattern": pattern}
+    windows = getattr(config, "long_window", None) is not None
+    return {**shape, "window_pattern": config.window_pattern} if windows else shape
 
 
 def state_dict_of(model: Any) -> dict[str, Any]:
