@@ -210,6 +210,10 @@ REFUSED: list[tuple[Any, str, str]] = [
     ({"messages": [{"user": "hi", "human": "ho"}]}, "human, user in one turn", "keep one"),
     ({"text": "Once upon a time."}, "plain text", "sftflow base"),
     ({"text": "<|im_start|>user\nhi<|im_end|>"}, "written already", "messages"),
+    ({"text": READY + "yo</s>"}, "written already (</s>)", "without its tokens"),
+    ({"text": "### Human: hi### Assistant: yo<|endoftext|>"}, "written already (<|endoftext|>)", "without its tokens"),
+    ({"prompt": READY + "yo"}, "ready text with headers", "columns: {prompt: text}"),
+    ({"query": "q", "context": "c", "response": "r"}, "context beside query", "query: instruction, context: input"),
     ({"text": READY + "yo\n\n" + READY + "yo"}, "not one instruction and its response", "messages"),
     ({"prompt": {"text": "hi", "role": "prompter", "replies": [{"text": "yo", "replies": []}]}}, "a tree", "each path"),
     ({"a": {"x": 1}, "b": {"x": 2}}, "not a row", "each of them as a row"),
@@ -240,6 +244,7 @@ def test_remedies_do_what_they_say() -> None:
     assert said(pair, {"chosen": "completion"}) == HI
     assert parse_row(pair, "f:1", {"chosen": "completion"}).ignored == ("rejected",)
     assert said({"chosen": [U, A], "rejected": [U]}, {"chosen": "messages"}) == HI
+    assert said({"prompt": READY + "yo"}, {"prompt": "text"}) == HI
     assert said({"Question": "hi", "Response": "yo"}, {"Question": "question", "Response": "response"}) == HI
 
 
@@ -398,7 +403,8 @@ def test_a_column_inside_another() -> None:
 @pytest.mark.parametrize(
     ("columns", "fault"),
     [
-        ({"q": "promt"}, "q: 'promt' is no key of a row; known: messages, "),
+        ({"q": "promt"}, "q: 'promt' is no key of a row; did you mean 'prompt'?"),
+        ({"q": "zzz"}, "q: 'zzz' is no key of a row; known: messages, "),
         ({"q": "prompt", "p": "prompt"}, "q and p are both called prompt; name one of them"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -29,7 +30,9 @@ def fault_of(columns: Columns) -> str | None:
     """
     for column, name in columns.items():
         if name not in READ:
-            return f"{column}: {name!r} is no key of a row; known: {', '.join(READ)}"
+            near = difflib.get_close_matches(name, READ, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(READ)}"
+            return f"{column}: {name!r} is no key of a row; {hint}"
         if same := [other for other in columns if other != column and columns[other] == name]:
             return f"{column} and {same[0]} are both called {name}; name one of them"
     return None

@@ -31,7 +31,7 @@ from sftflow.chat.row_keys import (
     absent,
     refuse,
 )
-from sftflow.chat.shapes import require_clear, unknown_shape
+from sftflow.chat.shapes import require_clear, require_whole, unknown_shape
 from sftflow.chat.tool_calls import read_json, read_tools
 from sftflow.chat.turns import Turn, read_turns, weight_of
 from sftflow.foundation.errors import SchemaError
@@ -130,6 +130,8 @@ def _conversations(
         raise unknown_shape(row, place)
     if whole[0] in OTHERS:
         require_clear(row, whole[0], place, named=named.issuperset(whole[0]))
+    elif whole[0] in CANONICAL[1:]:
+        require_whole(row, whole[0], place)
     used: set[str] = set()
     conversations = []
     for keys in whole:

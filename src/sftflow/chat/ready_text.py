@@ -27,7 +27,9 @@ _PREAMBLE = re.compile(
     r"\s*(Below is an instruction that describes a task[^\n]*"
     r"Write a response that appropriately completes the request\.)?\s*"
 )
-_RENDERED = re.compile(r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|start\|>|<\|user\|>|\[INST\]")
+_RENDERED = re.compile(
+    r"<\|(?:im_start|im_end|start_header_id|eot_id|endoftext|end_of_text|start|user|end)\|>|</?s>\s*\Z|\A<s>|<start_of_turn>|\[INST\]"
+)
 _OF_PROMPT = (["Instruction", "Response"], ["Instruction", "Input", "Response"])
 ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -66,6 +68,9 @@ def turns_of_text(text: str, place: str) -> list[tuple[str, str]]:
     >>> turns_of_text("### Human: hi### Assistant: yo", "x:1.text")
     [('user', 'hi'), ('assistant', 'yo')]
     """
+    if found := _RENDERED.search(text):
+        fact = f"a text that a chat format has written already ({found[0].strip()})"
+        raise SchemaError(place, fact, "give the messages that it was made of, without its tokens")
     if text.lstrip().startswith("### Human:"):
         _, *pieces = _SPEAKER.split(text)
         return [(ROLES[name], said.strip()) for name, said in zip(pieces[::2], pieces[1::2], strict=True)]
@@ -77,9 +82,6 @@ def turns_of_text(text: str, place: str) -> list[tuple[str, str]]:
     if names:
         fact = f"ready text with the headers {', '.join(names[:4])}: not one instruction and its response"
         raise SchemaError(place, fact, "write its turns as messages")
-    if found := _RENDERED.search(text):
-        fact = f"a conversation that a chat format has written already ({found[0]})"
-        raise SchemaError(place, fact, "give the messages that it was made of")
     fact = "plain text, which asks nothing and replies nothing"
     remedy = "give messages, or name its columns: columns: {text: prompt, OTHER: completion}"
     raise SchemaError(place, fact, f"{remedy}; sftflow base trains on plain text")

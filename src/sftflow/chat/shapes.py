@@ -26,11 +26,7 @@ def require_clear(row: dict[str, Any], pair: Pair, place: str, *, named: bool) -
         raise SchemaError(f"{place}.{other}", fact, SAY_WHICH)
     if choices := _choices(row, beside, place):
         raise choices
-    for key in BELOW:
-        if key in beside:
-            fact = f"{key} beside {ask}: it is not said where it stands in the prompt"
-            said = f"columns: {{{ask}: instruction, {key}: input, {reply}: output}} puts it below"
-            raise SchemaError(f"{place}.{key}", fact, said)
+    require_whole(row, pair, place)
     if pair == ("question", "answer") and isinstance(row["answer"], bool):
         remedy = "the task boolq reads it: {source: boolq, path: FILE}"
         raise SchemaError(f"{place}.answer", "yes or no, not a text", remedy)
@@ -38,6 +34,16 @@ def require_clear(row: dict[str, Any], pair: Pair, place: str, *, named: bool) -
         fact = "an answer as GSM8K has it, with <<...>> or #### NUMBER"
         remedy = "the task gsm8k reads it: {source: gsm8k, path: FILE}; as plain text it is columns: "
         raise SchemaError(f"{place}.answer", fact, remedy + "{question: prompt, answer: completion}")
+
+
+def require_whole(row: dict[str, Any], pair: Pair, place: str) -> None:
+    """Raises SchemaError where a key belongs to what is asked, and it is not said where it goes."""
+    ask, reply = pair
+    for key in BELOW:
+        if key not in (*pair, *ABOUT.get(ask, ())) and not absent(row.get(key)):
+            fact = f"{key} beside {ask}: it is not said where it stands in the prompt"
+            said = f"columns: {{{ask}: instruction, {key}: input, {reply}: output}} puts it below"
+            raise SchemaError(f"{place}.{key}", fact, said)
 
 
 def _choices(row: dict[str, Any], beside: set[str], place: str) -> SchemaError | None:
@@ -69,6 +75,10 @@ def unknown_shape(row: dict[str, Any], place: str) -> SchemaError:
         return SchemaError(place, "HumanEval's problems", remedy + "{prompt: prompt, canonical_solution: completion}")
     if {"prompt", "instruction_id_list"} <= row.keys():
         return SchemaError(place, "IFEval's prompts, without replies", "sftflow eval asks them: --tasks ifeval=FILE")
+    for key, value in row.items():
+        if isinstance(value, str) and ("### Instruction:" in value or value.lstrip().startswith("### Human:")):
+            fact = f"no reply beside {key}, which is ready text with headers"
+            return SchemaError(place, fact, f"if the reply is in it: columns: {{{key}: text}}")
     names = ", ".join(map(repr, list(row)[:4])) + (", ..." if len(row) > 4 else "")
     fact = f"no conversation in its keys ({names})"
     if len(row) > 1 and all(isinstance(value, dict) for value in row.values()):
