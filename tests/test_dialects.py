@@ -416,6 +416,12 @@ def test_columns_that_say_nothing_are_refused(columns: dict[str, str], fault: st
         read(TABLE, columns=columns)
 
 
+def test_columns_that_are_no_mapping_are_refused() -> None:
+    for columns in (["q"], "q"):
+        with pytest.raises(RecipeError, match="it should be a mapping of names"):
+            parse_recipe({"mixture": [{"source": "d.jsonl", "columns": columns}]}, "recipe")
+
+
 def test_columns_of_a_task_and_of_lists_are_refused() -> None:
     for source in ("spelling", "./tasks.py:riddles"):
         with pytest.raises(RecipeError, match=r"columns beside the task .*(spelling|riddles), which knows"):

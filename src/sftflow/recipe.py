@@ -80,7 +80,7 @@ class SourceEntry(_Frozen):
     limit: Annotated[int, Field(gt=0)] | None = None
     repeat: Annotated[int, Field(ge=1)] | None = None
     share: Annotated[float, Field(gt=0, le=1)] | None = None
-    columns: Annotated[dict[str, str] | None, Field(description="a mapping such as {question: prompt}")] = None
+    columns: dict[str, str] | None = None
     published: str | None = None
     place: Annotated[str | None, Field(exclude=True)] = None
     """what errors and ledgers call its rows where that is not the file: of rows that came from memory"""

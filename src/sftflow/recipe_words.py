@@ -213,7 +213,7 @@ _KINDS = {
     "model_type": "a mapping of keys", "model_attributes_type": "a mapping of keys", "tuple_type": "a list",
     "int_from_float": "a whole number", "int_parsing": "a whole number", "float_parsing": "a number",
     "bool_parsing": "true or false", "bool_type": "true or false", "string_type": "a text",
-    "int_type": "a whole number", "float_type": "a number",
+    "int_type": "a whole number", "float_type": "a number", "dict_type": "a mapping of names",
 }  # fmt: skip
 """kinds of pydantic's errors, and what the value should be, in words"""
 
