@@ -11,7 +11,6 @@ Which version of the architecture wrote a checkpoint is told by its tensors:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -35,8 +34,8 @@ class Version(NamedTuple):
     short: Callable[[int], int]
 
 
-TODAY = Version(1e5, 1.2, 3.0, 12, lambda n: math.ceil(n / 4 / 128) * 128)
-MARCH = Version(1e5, 1.15, 3.0, 12, lambda n: math.ceil(n / 3 / 128) * 128)
+TODAY = Version(1e5, 1.2, 3.0, 12, lambda n: -(-n // (4 * 128)) * 128)
+MARCH = Version(1e5, 1.15, 3.0, 12, lambda n: -(-n // (3 * 128)) * 128)
 JANUARY = Version(1e4, 1.0, 2.0, 32, lambda n: n // 2)
 
 
