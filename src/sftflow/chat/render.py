@@ -212,8 +212,9 @@ class Renderer:
                 weights[reply] *= weight
             for opened, closed in () if whole else prover.calculator_results(proof, start, last):
                 mask[encoded.literals[opened] : encoded.literals[closed] + 1] = 0
-        others = any(row.messages[i]["role"] != "assistant" for i in left_out)
-        found = prover.turns(proof, encoded) if turns or others else ()
+        if left_out and not turns:
+            turns = any(row.messages[i]["role"] != "assistant" for i in left_out)
+        found = prover.turns(proof, encoded) if turns else ()
         for start, end in self._turns_left_out(conversation, encoded.ids, found) if left_out else ():
             mask[start:end] = 0
         weights = None if weights is None else weights * mask

@@ -127,7 +127,7 @@ def render_block(
             counts.dropped[fitted.dropped] += 1
             continue
         counts.cut += fitted.cut
-        counts.cut_tokens += any(len(rendered.ids) > job.max_length for _, rendered in fitted.pairs)
+        counts.cut_tokens += fitted.cut and any(len(rendered.ids) > job.max_length for _, rendered in fitted.pairs)
         counts.expanded += len(fitted.pairs) > 1
         counts.pretokenized += conversation.tokens is not None
         if block.sample is None:
