@@ -405,19 +405,26 @@ def test_the_courses_mixture_in_its_proportions(tmp_path: Path, lines: Lines, mo
     pq.write_table(pa.table(questions), tmp_path / "data" / "mmlu" / "auxiliary_train.parquet")
     answer = "48/2 = <<48/2=24>>24 clips.\n#### 24"
     lines("data/gsm8k/train.jsonl", [{"question": f"How many are {n} halves?", "answer": answer} for n in range(7)])
-    recipe = load_recipe(
-        "builtin:picollm_mixture",
-        ["base=builtin:tiny", f"mixture.0.source={chats}", "validation=0", "train.max_length=512"],
-    )
+    held = [{**questions, "question": [f"Is {n} + 1 known?" for n in range(9)]}]
+    pq.write_table(pa.table(held[0]), tmp_path / "data" / "mmlu" / "test.parquet")
+    lines("data/gsm8k/test.jsonl", [{"question": f"How many are {n} thirds?", "answer": answer} for n in range(3)])
+    chat = [{**talk[0], "content": "Well?"}, talk[1]]
+    sets = [
+        "base=builtin:tiny", f"mixture.0.source={chats}", "train.max_length=512",
+        f"validation.files.0.source={lines('held.jsonl', [{'messages': chat}])}",
+    ]  # fmt: skip
+    recipe = load_recipe("builtin:picollm_mixture", sets)
     assert [(e.limit, e.repeat) for e in recipe.mixture] == [
         (None, None), (None, 24), (None, 3), (None, 4), (200_000, None), (80_000, None)
     ]  # fmt: skip
     assert (recipe.train.epochs, recipe.train.schedule.warmup, recipe.train.schedule.warmdown) == (1, 0, 0.5)
     assert recipe.train.lr.of_base == 0.8 and recipe.train.schedule.final == 0  # type: ignore[union-attr]
     small = [f"mixture.{n}.limit={limit}" for n, limit in ((4, 40), (5, 16))]
-    sets = ["base=builtin:tiny", f"mixture.0.source={chats}", "validation=0", "train.max_length=512", *small]
-    ledger = sf.mix(recipe=load_recipe("builtin:picollm_mixture", sets)).ledger
-    assert {s["name"]: (s["rows"], s["repeat"]) for s in ledger["sources"]} == {
+    ledger = sf.mix(recipe=load_recipe("builtin:picollm_mixture", [*sets, *small])).ledger
+    assert {s["name"]: s["validation_rows"] for s in ledger["sources"] if s["validation_rows"]} == {
+        "smoltalk_test": 1, "mmlu_test": 9, "gsm8k_test": 3
+    }  # fmt: skip
+    assert {s["name"]: (s["rows"], s["repeat"]) for s in ledger["sources"] if s["rows"]} == {
         "smoltalk": (50, 1), "identity": (5, 24), "mmlu": (9, 3), "gsm8k": (7, 4), "spelling": (40, 1),
         "spelling_bee": (16, 1),
     }  # fmt: skip

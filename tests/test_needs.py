@@ -49,6 +49,7 @@ def test_everything_that_a_recipe_names_is_looked_for(tmp_path: Path, own_hub: P
             {"source": "more.jsonl", "published": "page 7 of the handbook"},
             {"source": "spelling"},
         ],
+        "validation": {"files": ["held.csv"], "share": 0.1},
         "eval": {"tasks": ["gsm8k=data/test.jsonl", "arithmetic"]},
         "compare": {"prompts": "prompts.jsonl"},
     }
@@ -66,9 +67,10 @@ def test_everything_that_a_recipe_names_is_looked_for(tmp_path: Path, own_hub: P
     assert needs["mixture smoltalk"]["get"] == "hf download --repo-type dataset HuggingFaceTB/smol-smoltalk"
     assert needs["mixture other"]["get"] == ("curl -fL --create-dirs -o other.jsonl https://example.org/a/other.jsonl")
     assert needs["mixture more"]["get"] == "page 7 of the handbook"
+    assert needs["validation held"]["get"] == "give a file of rows"
     assert needs["prompts prompts"]["get"] == "give a file of prompts"
 
-    for name in ("data/train.jsonl", "data/test.jsonl", "other.jsonl", "more.jsonl", "prompts.jsonl"):
+    for name in ("data/train.jsonl", "data/test.jsonl", "other.jsonl", "more.jsonl", "prompts.jsonl", "held.csv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(ROWS)
     (own_hub / "hub" / "datasets--HuggingFaceTB--smol-smoltalk" / "snapshots" / "abc").mkdir(parents=True)
@@ -92,7 +94,7 @@ def test_the_table_fits_and_a_wrong_name_is_one_line(tmp_path: Path) -> None:
     done = run("data", "builtin:picollm_mixture", cwd=tmp_path)
     table, _, rest = done.stdout.partition("\n\n")
     assert done.returncode == 1 and max(map(len, table.splitlines())) <= 80
-    assert rest.count("is not there") == 10 and "curl -fL --create-dirs -o data/gsm8k/train.jsonl https://" in rest
+    assert rest.count("is not there") == 13 and "curl -fL --create-dirs -o data/gsm8k/train.jsonl https://" in rest
     assert run("data", "builtin:demo", cwd=tmp_path).returncode == 0
     assert "known: builtin:demo, builtin:picollm_mixture" in error_line(run("data", "builtin:nope"))
     (tmp_path / "r.yaml").write_text('{"mixture": [{"source": "spelling"}], "eval": {"tasks": ["gsm9k=x.jsonl"]}}')

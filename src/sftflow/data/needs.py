@@ -48,11 +48,11 @@ def needs_of(recipe: Recipe) -> list[Need]:
     needs = [_model(recipe.base)]
     if recipe.format.endswith(".jinja"):
         needs.append(_path("format", Path(recipe.format).stem, recipe.format, "give the path of a template"))
-    for number, entry in enumerate(recipe.mixture):
-        check_source(entry, recipe.origin.place("mixture", number, "source"))
-        needs.append(_of_entry(entry, labels_of(recipe.mixture)[number]))
-    for number, entry in enumerate(recipe.sources[len(recipe.mixture) :], len(recipe.mixture)):
-        needs.append(replace(_of_entry(entry, labels_of(recipe.sources)[number]), what="validation"))
+    names, n = labels_of(recipe.sources), len(recipe.mixture)
+    for number, entry in enumerate(recipe.sources):
+        place = ("mixture", number) if number < n else ("validation", "files", number - n)
+        check_source(entry, recipe.origin.place(*place, "source"))
+        needs.append(_of_entry(str(place[0]), entry, names[number]))
     for task in recipe.eval.tasks if recipe.eval else ():
         name, _, path = (part.strip() for part in task.partition("="))
         needs.append(_task("evaluation", name, name, path or None, "test"))
@@ -63,11 +63,11 @@ def needs_of(recipe: Recipe) -> list[Need]:
     return needs
 
 
-def _of_entry(entry: SourceEntry, label: str) -> Need:
+def _of_entry(what: str, entry: SourceEntry, label: str) -> Need:
     if entry.source in TASKS or own_task(entry.source):
-        found = _task("mixture", label, entry.source, entry.path, entry.split)
+        found = _task(what, label, entry.source, entry.path, entry.split)
     else:
-        found = _data("mixture", label, entry.path or entry.source, "give a file of rows")
+        found = _data(what, label, entry.path or entry.source, "give a file of rows")
     if found.there or not entry.published:
         return found
     repository = re.search(r"github(?:usercontent)?\.com/([\w.-]+/[\w.-]+)", entry.published)

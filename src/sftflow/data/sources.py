@@ -15,7 +15,7 @@ from sftflow.chat.columns import Columned, require_columns
 from sftflow.chat.data_files import numbered_rows
 from sftflow.chat.files.columns import Wanted
 from sftflow.chat.files.names import Places, is_pattern
-from sftflow.chat.files.sets import pinned, set_name
+from sftflow.chat.files.sets import is_set, pinned, set_name
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation, conversation_of
 from sftflow.data.render_pool import NumberedRow
@@ -58,7 +58,8 @@ def data_name(entry: SourceEntry) -> str | None:
     """The name of an entry's data with all that it says of it: configuration and split; None where it has none."""
     name = entry.path if is_task(entry.source) else entry.path or entry.source
     split = None if entry.split == "train" else entry.split
-    return name if name is None or not (entry.config or split) else set_name(name, entry.config, split)
+    of_files = is_task(entry.source) and name is not None and not (name.startswith("hub:") or is_set(name))
+    return name if name is None or of_files or not (entry.config or split) else set_name(name, entry.config, split)
 
 
 def pinned_recipe(recipe: Recipe) -> Recipe:
