@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from itertools import islice
 from pathlib import Path
@@ -380,6 +381,14 @@ def test_a_column_that_some_row_has_is_there(tmp_path: Path) -> None:
         list(read(path, columns={**NAMED, "syst": "system"}).conversations())
     with pytest.raises(DataError, match="no rows in it"):
         list(read(_write(tmp_path / "none.jsonl", []), columns=NAMED).conversations())
+
+
+def test_what_json_has_not_under_a_key_that_is_not_read() -> None:
+    today = datetime.date(2020, 1, 1)
+    rows = read([{"messages": [U, A], "answer": today}, {"question": "hi", "answer": "yo", "at": today}])
+    assert [len(c.messages) for c in read(rows.path).conversations() if isinstance(c, Conversation)] == [2, 2]
+    with pytest.raises(DataError, match="rows:1: not JSON"):
+        _ = read([{"question": "hi", "answer": today}]).path
 
 
 def test_cells_of_a_table_are_texts_where_texts_are_read(tmp_path: Path) -> None:

@@ -21,11 +21,12 @@ from sftflow.api.shared import ModelLike, name_of, quiet
 from sftflow.chat import prefill, template_options
 from sftflow.chat.columns import Columned, Columns, fault_of, require_columns
 from sftflow.chat.data_files import numbered_rows, read_rows
+from sftflow.chat.exchanges import OTHERS
 from sftflow.chat.files.columns import check_columns
 from sftflow.chat.files.names import Places, stem_of
 from sftflow.chat.files.sets import set_name
 from sftflow.chat.render import Renderer
-from sftflow.chat.row_keys import READ, REFUSED
+from sftflow.chat.row_keys import CONVERSATIONS, READ, REFUSED
 from sftflow.chat.schema import Conversation, conversation_of, parse_row, text_message
 from sftflow.chat.token_rows import TokenRow, token_row
 from sftflow.data.sources import check_source, rows_of_entry
@@ -170,6 +171,8 @@ def _as_json(row: Any, columns: Columns) -> str:
         if not isinstance(row, Mapping):
             raise
         kept = {*READ, *REFUSED, *columns, *(column.partition(".")[0] for column in columns)}
+        if any(row.get(key) for key in CONVERSATIONS):
+            kept -= {key for pair in OTHERS for key in pair} - columns.keys()  # nothing is made of them
         return dumps({key: value if key in kept else str(value) for key, value in row.items()})
 
 
