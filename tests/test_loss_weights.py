@@ -70,7 +70,12 @@ def naive(model: Any, examples: list[Example]) -> tuple[float, dict[str, torch.T
 
 @pytest.mark.parametrize(
     ("architecture", "way"),
-    [("Llama", {}), ("Llama", {"packing": False}), ("Llama", {"share_prefixes": False}), ("Gemma2", {})],
+    [
+        ("Llama", {}),
+        ("Llama", {"packing": False}),
+        pytest.param("Llama", {"share_prefixes": False}, marks=pytest.mark.slow),
+        ("Gemma2", {}),
+    ],
 )
 def test_loss_and_gradients_are_those_of_one_row_at_a_time(architecture: str, way: dict[str, Any]) -> None:
     """Packed with shared beginnings (whose rows are there twice, at other weights), padded, accumulated."""
@@ -106,7 +111,7 @@ def test_what_is_fused_and_bf16_follow() -> None:
         model.zero_grad()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_one_weight_everywhere_is_a_mean_and_changes_nothing(optimizer: str) -> None:
     """Also where the sum of the weights is below 1. Weights of 1 are bitwise those of none."""
 
