@@ -67,6 +67,17 @@ def test_page_parses_and_names_everything() -> None:
     assert page.count("details", class_="entry") == len(shipped_prompts()) + 6 * 6
 
 
+def test_shares_that_were_asked_for_stand_beside_what_came_of_them() -> None:
+    data = demo()
+    assert data.run.ledger
+    first, *others = data.run.ledger["sources"]
+    first = first | {"asked": {"share": 0.4123, "tokens": 59_871}, "share": 0.4125, "passes": 3.25}
+    html = comparison_page(replace(data, run=replace(data.run, ledger=data.run.ledger | {"sources": [first, *others]})))
+    section = html[html.index('id="ledger"') :]
+    assert "41.2%, 59,871 tokens asked" in section and ">3.25<" in section
+    assert "tokens asked" not in comparison_page(data)
+
+
 def test_sections_come_in_order_and_links_lead_somewhere() -> None:
     page = Page(comparison_page(demo()))
     assert [a["id"] for t, a in page.elements if t == "section"] == list(SECTIONS)
