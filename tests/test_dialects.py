@@ -144,6 +144,10 @@ def test_reasoning_beside_a_reply_is_its_reasoning(key: str) -> None:
         assert (reply.text, reply.reasoning_content) == ("yo", "hm")
         assert parse_row({**row, key: "on"}, "f:1").ignored == (key,)
         assert "differ" in refusal({**row, "reasoning": "hm", "thinking": "so"})
+        named = {name: name for name in row}
+        assert parse_row({**row, key: "hm"}, "f:1", named).ignored == (key,)
+        cot = parse_row({**row, "Complex_CoT": "hm"}, "f:1", {**named, "Complex_CoT": key}).messages[-1]
+        assert cot.reasoning_content == "hm"
     both = parse_row({"prompt": "hi", "response": "<think>hm</think>yo", key: "hm"}, "f:1")
     assert both.messages[-1].reasoning_content is None and both.ignored == (key,)
     assert parse_row({"messages": [U, A], key: "hm"}, "f:1").ignored == (key,)
