@@ -169,6 +169,12 @@ def test_samples_are_drawn_by_item_and_scored_by_item(assistant: Any, tmp_path: 
     assert {r.provenance for r in other.rows}.isdisjoint(r.provenance for r in result.rows)
 
 
+def test_tasks_are_named_as_in_a_mixture_too(tmp_path: Path) -> None:
+    path = write(tmp_path / "test.jsonl", SUM, SUM | {"question": "What is 3+3?"})
+    few, of_file = open_tasks([sf.task("spelling", limit=2), sf.task("gsm8k", path)], 5)
+    assert (len(few.items), of_file.name, len(of_file.items)) == (2, "gsm8k", 2)
+
+
 @pytest.mark.parametrize(("n", "right"), [(4, 0), (5, 2), (6, 5), (6, 6)])
 def test_pass_at_k_is_the_share_of_draws_with_a_right_one(n: int, right: int) -> None:
     replies = [1] * right + [0] * (n - right)

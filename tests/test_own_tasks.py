@@ -13,7 +13,7 @@ import sftflow as sf
 from sftflow.evaluation.options import EvalOptions, How, open_tasks
 from sftflow.foundation.errors import SftflowError
 from sftflow.recipe import load_recipe
-from sftflow.tasks import TaskSource, make_task
+from sftflow.tasks import Item, Task, TaskSource, make_item, make_task
 from sftflow.tasks.own import files_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "tasks.md"
@@ -166,6 +166,24 @@ def test_a_limit_that_the_class_does_not_look_at(tmp_path: Path) -> None:
     (two,), (all_,) = open_tasks([name], 2), open_tasks([name], None)
     assert [i.id for i in two.items] == [i.id for i in all_.items if i in two.items] and len(two.items) == 2
     assert (two.available, all_.available, two.name) == (3, 3, "Own")
+
+
+def test_an_instance_keeps_what_it_was_made_with() -> None:
+    class Sums(Task):
+        def __init__(self, numbers: list[int]) -> None:
+            self.numbers = numbers
+
+        def items(self, split: str = "test") -> list[Item]:
+            return [make_item(str(n), f"What is {n}+1?", str(n + 1)) for n in self.numbers]
+
+        def grade(self, item: Item, reply: str) -> float:
+            return float(reply == item.answer)
+
+    (task,) = open_tasks([Sums([4, 5, 6])], 2)
+    assert (task.name, len(task.items), task.available) == ("Sums", 2, 3)
+    assert open_tasks([Sums([4])], 2)[0].available == 1
+    said = error_of(lambda: open_tasks([Sums], 2))
+    assert said.startswith(f"{__file__}:") and "items: TypeError: 'TaskSource' object is not iterable; mend" in said
 
 
 def test_overlap_is_found_by_the_usual_check(tmp_path: Path, tiny_base: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -186,4 +187,6 @@ def _available(task: Task, items: Sequence[Item]) -> int:
         return len(items)
     if task.n_rows is not None:
         return task.n_rows
-    return max(len(items), len(type(task)(replace(task.source, limit=None)).items("test")))
+    whole = copy.copy(task)  # one's own may have been made with more than a source
+    whole.source = replace(task.source, limit=None)
+    return max(len(items), len(whole.items("test")))
