@@ -101,6 +101,7 @@ def name_of(value: Any) -> str:
         ("semicolons.csv", table(";"), (2, 3, 4)),
         ("d.tsv", table("\t"), (2, 3, 4)),
         ("not said.txt", CSV, (2, 3, 4)),
+        ("lines.csv", LINES, (1, 2, 3)),
         ("not said.jsonl", table("\t"), (2, 3, 4)),
         ("packed.csv.gz", packed(CSV), (2, 3, 4)),
         ("packed.tsv.zst", zstd(table("\t")), (2, 3, 4)),

@@ -92,7 +92,8 @@ def _numbered(file: DataFile, wanted: Wanted | None) -> Numbered:
     if head in COLUMNS or ending == ".parquet":
         return read_columns(path, place, head, wanted)
     _, first = next(read_lines(str(path), place), (0, b""))
-    if first and (ending in ENDINGS or is_header(first.decode("utf-8", "replace"))):
+    named = ending in ENDINGS and first.lstrip()[:1] not in (b"{", b"[")
+    if first and (named or is_header(first.decode("utf-8", "replace"))):
         return _table(path, place, ending, wanted)
     if first and _is_whole(path, place, first.strip()):
         return _rows_of(enumerate(_read_json(path, place), 1), wanted)

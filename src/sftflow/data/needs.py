@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sftflow.chat.files.sets import parse_set
 from sftflow.data.sources import check_source, labels_of
 from sftflow.recipe import Recipe, SourceEntry, own_task
 from sftflow.tasks import GENERATED, TASKS, TaskSource, make_task
@@ -103,7 +104,9 @@ def _data(what: str, name: str, where: str, get: str) -> Need:
     """Rows of a path, or of a data set on the hub."""
     if not where.startswith("hub:"):
         return _path(what, name, where, get)
-    dataset = where.split(":")[1].partition("@")[0]
+    if (named := parse_set(where)).is_folder:
+        return _path(what, name, named.where, get)
+    dataset = named.where
     folders = [
         _hub("datasets", f"{dataset.replace('/', '___')}"),
         *_snapshots(f"datasets--{dataset.replace('/', '--')}"),
