@@ -20,7 +20,15 @@ from sftflow.checkpoint.hub import is_hub_id
 
 NOBODY = "http://127.0.0.1:9"
 SHA, OTHER = "a" * 40, "b" * 40
-PATHS = ["./Qwen3-0.6B", "/models/qwen", "~/models/qwen", "../x", "runs/mine/checkpoint", "a/b/model.safetensors", "d4/model_000300.pt"]
+PATHS = [
+    "./Qwen3-0.6B",
+    "/models/qwen",
+    "~/models/qwen",
+    "../x",
+    "runs/mine/checkpoint",
+    "a/b/model.safetensors",
+    "d4/model_000300.pt",
+]
 IDS = ["Qwen/Qwen3-0.6B", "meta-llama/Llama-3.2-1B", "o/n@v1.0", "o/n@refs/pr/3", "openai-community/gpt2", "gpt2"]
 
 

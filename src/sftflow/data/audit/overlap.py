@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sftflow.data.audit.ngrams import Hashes, Index, Words, split_words
 from sftflow.data.audit.rows import EXAMPLES, AuditRows
-from sftflow.tasks import Item
+
+if TYPE_CHECKING:
+    from sftflow.tasks import Item
 
 Parts = Sequence[str]
 
