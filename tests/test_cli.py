@@ -246,7 +246,7 @@ def test_a_file_or_folder_of_a_bare_name_is_no_task(tmp_path: Path, monkeypatch:
     (tmp_path / "sets").mkdir()
     for name, remedy in {
         "rows": "for the file of that name write ./rows",
-        "sets": "a folder has that name; name a file in it: sets/FILE",
+        "sets": "for the folder of that name write ./sets",
         "zebra": "; a file is written ./zebra",
     }.items():
         (tmp_path / "r.yaml").write_text(f"mixture: [{{source: {name}}}]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -330,7 +331,10 @@ class Recipe(_Frozen):
     @field_validator("validation", mode="before")
     @classmethod
     def _files_are_named_so(cls, value: Any) -> Any:
-        if isinstance(value, str | list) and not str(value).replace(".", "").isdigit():
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                return float(value)
+        if isinstance(value, str | list):
             files = value if isinstance(value, list) else [value]
             fact = f"it should be a share below 1, a number of rows, or {{files: [...]}} (given: {json.dumps(value)})"
             raise ValueError(f"{fact}; write {{files: {json.dumps(files)}}}")

@@ -171,7 +171,7 @@ def _of_keys(location: Path) -> Path:
     ('train', 'lr', 'of_bas')
     """
     *above, last = location
-    return (*(part for part in above if not str(part)[0].isupper()), last)
+    return (*(part for part in above if not str(part)[:1].isupper()), last)
 
 
 def _remedy(value: Any, kind: str, allowed: list[str], path: Path, model: type[BaseModel]) -> str:

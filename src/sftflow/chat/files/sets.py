@@ -173,6 +173,8 @@ def files_of_set(name: str) -> list[DataFile]:
     if asked.is_folder:
         of = _splits(asked.where, asked, name)[split]
         return [DataFile(os.path.join(asked.where, os.path.relpath(path, asked.where))) for path in of]
+    import datasets  # noqa: F401  (where it is missing that is said before the hub is asked)
+
     listed = _listed(asked.where, asked.revision)
     with tempfile.TemporaryDirectory(prefix="sftflow-set-") as folder:
         for path in listed.files:
