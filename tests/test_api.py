@@ -114,6 +114,14 @@ def test_rows_in_memory_train_what_a_file_would(kind: str, folder: Path, base: A
     assert ledgers[0] == ledgers[1] and len(rows) == len(ROWS) and rows[3] == ROWS[3] and rows[-1] == ROWS[-1]
 
 
+def test_a_list_of_rows_is_one_source(base: Any) -> None:
+    rows = [{**row, "source": "web"} for row in ROWS]
+    ledger = sf.mix(rows, base, max_length=128).ledger
+    assert [source["name"] for source in ledger["sources"]] == ["rows"] and ledger == sf.mix(
+        [rows], base, max_length=128
+    ).ledger
+
+
 def test_a_file_s_rows_are_read_where_they_are_asked_for(folder: Path) -> None:
     rows = sf.read("mine.jsonl")
     assert len(rows) == 40 and rows[0] == ROWS[0] and rows[1:3] == ROWS[1:3] and list(rows) == ROWS
@@ -317,6 +325,7 @@ def test_evaluating_and_comparing(base: Any, run: Any, tmp_path: Path) -> None:
         (lambda: sf.task("speling"), "unknown task 'speling'; did you mean 'spelling'?"),
         (lambda: sf.task("spelling", limits=3), "limits: unknown key; did you mean 'limit'?"),
         (lambda: sf.train(recipe={"mixture": [{"source": "spelling"}]}, stepz=3), "stepz: unknown key; did you mean"),
+        (lambda: sf.read("mine.jsonl", config="a"), "mine.jsonl: a file, which has no config beside it; leave"),
         (lambda: sf.mix(["nowhere.jsonl"], "builtin:tiny"), "nowhere.jsonl: no such file"),
         (lambda: sf.evaluate("builtin:tiny", ["spelin"]), "unknown task 'spelin'; did you mean 'spelling'?"),
         (lambda: sf.export("builtin:tiny", "merged", "x", type="q8_0"), "type: a checkpoint directory holds no q8_0"),

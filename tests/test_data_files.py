@@ -285,6 +285,17 @@ def test_a_folder_is_read_file_by_file_in_the_order_of_names(tmp_path: Path, cap
     assert [n for n, _ in numbered_rows(d, wanted={0, 4, 11}.__contains__)] == [1, 5, 13]
 
 
+def test_what_lies_beside_data_is_not_read_by_a_pattern(tmp_path: Path, caplog: Any) -> None:
+    for name in ("a.jsonl", "part-1", "README.md", "LICENSE", "state.json"):
+        (tmp_path / name).write_bytes(LINES if name in ("a.jsonl", "part-1") else b"# x")
+    with caplog.at_level("WARNING"):
+        found = [place for place, _ in read_rows(f"{tmp_path}/*")]
+    assert {Path(place).name.partition(":")[0] for place in found} == {"a.jsonl", "part-1"}
+    assert "README.md" in caplog.text
+    with pytest.raises(DataError, match=r"README\.md: neither JSON"):
+        list(read_rows(f"{tmp_path}/READ*"))
+
+
 def test_a_name_with_the_signs_of_a_pattern_means_that_file_itself(tmp_path: Path) -> None:
     written(tmp_path, d1__jsonl=b"oops", **{"d[1]__jsonl": LINES})
     assert len(places_of(str(tmp_path / "d[1].jsonl"))) == 3
@@ -429,6 +440,27 @@ def test_a_table_has_texts_and_json_where_a_key_wants_it(tmp_path: Path) -> None
         (":3", {"prompt": "1, 2", "completion": "3"}),
         (":6", {"prompt": "a\n\nb", "completion": 'c "d"'}),
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("d.csv", 'prompt, completion\n"a, b", "c"\n'),
+        ("d.csv", "\ufeffsep=;\r\nprompt;completion\r\na, b;c\r\n"),
+        ("d.csv", '"sep=\t"\nprompt\tcompletion\na, b\tc\n'),
+        ("d.tsv", "prompt;completion\na, b;c\n"),
+        ("d.csv", '{"prompt": "a, b", "completion": "c"}\n'),
+        ("d.tsv", '[\n  {"prompt": "a, b", "completion": "c"}\n]\n'),
+    ],
+)
+def test_a_table_as_people_write_it(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(text.encode())
+    assert [row for _, row in read_rows(tmp_path / name)] == [{"prompt": "a, b", "completion": "c"}]
+
+
+def test_blanks_that_are_a_cell_s_own_stay(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text("prompt,completion\n a, b\n")
+    assert [row for _, row in read_rows(tmp_path / "d.csv")] == [{"prompt": " a", "completion": " b"}]
 
 
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=6)

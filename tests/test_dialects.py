@@ -222,6 +222,19 @@ REFUSED: list[tuple[Any, str, str]] = [
     ({"text": READY + "yo\n\n" + READY + "yo"}, "not one instruction and its response", "messages"),
     ({"prompt": {"text": "hi", "role": "prompter", "replies": [{"text": "yo", "replies": []}]}}, "a tree", "each path"),
     ({"a": {"x": 1}, "b": {"x": 2}}, "not a row", "each of them as a row"),
+    (
+        {"data": [{"prompt": "p", "completion": "c"}], "version": 1},
+        "rows below the key 'data'",
+        "each of them as a row",
+    ),
+    ({"train": [{"messages": [U, A]}], "test": []}, "rows below the key 'train'", "each of them as a row"),
+    ({"contents": [{"role": "user", "parts": [{"text": "hi"}]}]}, "role, parts: which are not read", "as messages"),
+    ({"prompt": "p", "completion": None}, "no reply beside prompt, or an empty one", "remove the row"),
+    ({"id": 1, "completion": "c"}, "nothing that is asked beside completion", "{ITS_NAME: prompt, completion: comp"),
+    ({"instruction": "i", "input": "x", "answer": "a"}, "", "columns: {instruction: instruction, answer: output}"),
+    ({"input": "p", "response": "r"}, "no conversation in", "columns: {input: prompt, response: completion}"),
+    ({"messages": str([U, A])}, "not JSON", "write it with json.dumps"),
+    ([{**U, "seen": 1}, A], "unknown key 'seen'", "remove it"),
 ]
 
 
@@ -229,6 +242,20 @@ REFUSED: list[tuple[Any, str, str]] = [
 def test_what_has_no_one_meaning_is_refused_with_what_to_do(row: Any, fact: str, remedy: str) -> None:
     found = refusal(row)
     assert fact in found.partition("; ")[0] and remedy in found.partition("; ")[2]
+
+
+def test_what_is_noted_about_a_message_is_ignored() -> None:
+    noted = {
+        "language": "English",
+        "toxic": False,
+        "redacted": False,
+        "turn_identifier": 3,
+        "timestamp": None,
+        "id": "x",
+    }
+    found = parse_row({"conversation": [{**U, **noted}, {**A, **noted}]}, "f:1")
+    assert found.messages == parse_row([U, A], "f:1").messages
+    assert "conversation[].language" in found.ignored and "conversation[].timestamp" not in found.ignored
 
 
 def test_a_heading_is_no_mark_of_gsm8k() -> None:
@@ -250,6 +277,9 @@ def test_remedies_do_what_they_say() -> None:
     assert parse_row(pair, "f:1", {"chosen": "completion"}).ignored == ("rejected",)
     assert said({"chosen": [U, A], "rejected": [U]}, {"chosen": "messages"}) == HI
     assert said({"prompt": READY + "yo"}, {"prompt": "text"}) == HI
+    assert said(
+        {"instruction": "hi", "input": "C", "answer": "yo"}, {"instruction": "instruction", "answer": "output"}
+    )[0] == ("user", "hi\n\nC")
     assert said({"Question": "hi", "Response": "yo"}, {"Question": "question", "Response": "response"}) == HI
 
 
@@ -469,7 +499,7 @@ TOLD = [
     ("open_assistant/en_100_tree.jsonl", "write each path"),
     ("sgd/train_dialogues_001.json", "turns with the keys"),
     ("topical_chat/valid_freq.json", "write each of them as a row"),
-    ("tools/BFCL_v4_multiple.json", "no conversation in its keys"),
+    ("tools/BFCL_v4_multiple.json", "no reply beside question"),
 ]
 
 

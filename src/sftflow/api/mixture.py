@@ -10,7 +10,7 @@ from typing import Any
 from rich.text import Text
 
 from sftflow import checkpoint
-from sftflow.api.rows import entry_of
+from sftflow.api.rows import entries_of
 from sftflow.api.shared import Drawing, ModelLike, RecipeLike, eval_sets, parts_of, recipe_of, sets_to_drop, watching
 from sftflow.chat.render import Renderer
 from sftflow.chat.template_options import options_note
@@ -86,8 +86,7 @@ def mix(sources: Any = (), base: ModelLike | None = None, *, recipe: RecipeLike 
     that decide the rows (`max_length`, `overlong`, `seed`).   recipe: one to start from.
     Raises the first bad row's error, and MaskError or ProofError where a mask cannot be proven.
     """
-    entries = [entry_of(s) for s in (sources if isinstance(sources, list | tuple) else [sources])]
-    made = recipe_of(recipe, base, entries, keys)
+    made = recipe_of(recipe, base, entries_of(sources), keys)
     with watching() as shown, made.origin.named():
         dropped = sets_to_drop(made)
         built = data_mixture.build_mixture(made, renderer_of(made), shown.rendering, eval_sets=dropped)

@@ -21,12 +21,12 @@ from sftflow.api.shared import ModelLike, name_of, quiet
 from sftflow.chat import prefill, template_options
 from sftflow.chat.columns import Columned, Columns, fault_of, require_columns
 from sftflow.chat.data_files import numbered_rows, read_rows
-from sftflow.chat.exchanges import OTHERS
+from sftflow.chat.exchanges import CANONICAL, OTHERS
 from sftflow.chat.files.columns import check_columns
 from sftflow.chat.files.names import Places, stem_of
 from sftflow.chat.files.sets import set_name
 from sftflow.chat.render import Renderer
-from sftflow.chat.row_keys import CONVERSATIONS, READ, REFUSED
+from sftflow.chat.row_keys import CONVERSATIONS, IDS, READ, REFUSED
 from sftflow.chat.schema import Conversation, conversation_of, parse_row, text_message
 from sftflow.chat.token_rows import TokenRow, token_row
 from sftflow.data.sources import check_source, rows_of_entry
@@ -208,6 +208,10 @@ def read(
     return Rows(data, name, columns)
 
 
+_SAYS = {*CONVERSATIONS, *(key for pair in (*CANONICAL, *OTHERS) for key in pair), "text", IDS}
+"""keys of rows that no entry has"""
+
+
 def _row_of(payload: Any) -> Any:
     return payload.row if isinstance(payload, Columned) else payload
 
@@ -231,11 +235,22 @@ def task(name: str | type[Task] | Task, path: str | Path | None = None, **keys: 
     return entry_of({**dict(entry_of(Rows(rows, made.name))), **keys})
 
 
+def entries_of(sources: Any) -> list[SourceEntry]:
+    """A mixture's sources as the recipe's entries: a list of them, or one. A list of rows is one source."""
+    found = sources if isinstance(sources, list | tuple) else [sources]
+    return [entry_of(found)] if found and all(map(_is_row, found)) else [entry_of(source) for source in found]
+
+
+def _is_row(source: Any) -> bool:
+    """Whether a mapping is a row, and not an entry of a recipe: rows may have a `source`, too."""
+    return isinstance(source, Mapping) and ("source" not in source or not _SAYS.isdisjoint(source))
+
+
 def entry_of(source: Any) -> SourceEntry:
     """Whatever may stand in a mixture as the recipe's entry: a task, rows, a path, a row, or the entry's own keys."""
     if isinstance(source, SourceEntry):
         return source
-    if isinstance(source, Mapping) and "source" in source:
+    if isinstance(source, Mapping) and not _is_row(source):
         origin = Origin(arguments=frozenset(map(str, source)))
         (entry,) = resolve_paths(parse_recipe({"mixture": [dict(source)]}, origin), Path.cwd()).mixture
         check_source(entry)

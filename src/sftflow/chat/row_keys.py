@@ -121,6 +121,12 @@ BELOW = ("input", "context", "contexts", "passage", "passages", "article")
 MESSAGE_KEYS = {"role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "weight"}
 SAME_AS = {"from": "role", "value": "content", "thinking": "reasoning_content", "reasoning": "reasoning_content"}
 MESSAGE_READ = {*MESSAGE_KEYS, *SAME_AS, *FLAGS, "label", "function_call"}
+MESSAGE_IGNORED = {
+    *("id", "index", "model", "metadata", "timestamp", "created", "created_at", "language", "country", "annotations"),
+    *("toxic", "redacted", "hashed_ip", "header", "state", "openai_id", "turn_identifier", "system_fingerprint"),
+    *("temperature", "top_p", "token_counter", "usage"),
+}
+"""what is noted about a message, and says nothing of what is taught"""
 TEXTS = {"role", "name", "tool_call_id", "reasoning_content", *SAME_AS}
 """texts of a message, which may be empty"""
 MESSAGE_REFUSED = {

@@ -172,7 +172,7 @@ def parse_message(raw: Any, place: str) -> Message:
     unknown = sorted(set(raw) - MESSAGE_KEYS)
     if unknown:
         known = ", ".join(sorted(MESSAGE_KEYS))
-        raise SchemaError(place, f"unknown key {unknown[0]!r} in a message", f"known: {known}")
+        raise SchemaError(place, f"unknown key {unknown[0]!r} in a message", f"remove it; known: {known}")
     role = raw.get("role")
     if role not in ROLES:
         fact = "a message without a role" if role is None else f"role {role!r} is not known"

@@ -12,7 +12,7 @@ SAY_WHICH = "name what is meant: columns: {ITS_NAME: prompt, ITS_NAME: completio
 _RESULT = {("problem", "solution"): "answer"}
 """a key that says only the end of the reply, in mathematical sets"""
 _TURN = {"role", "from", "user", "human"}
-_SPOKEN = {"speaker", "utterance", "sender", "agent", "message"}
+_SPOKEN = {"parts", "speaker", "utterance", "sender", "agent", "message"}
 
 
 def require_clear(row: dict[str, Any], pair: Pair, place: str, *, named: bool) -> None:
@@ -85,14 +85,28 @@ def unknown_shape(row: dict[str, Any], place: str) -> SchemaError:
         return SchemaError(place, f"objects by their names ({names}), not a row", "write each of them as a row")
     for key, value in row.items():
         turns = isinstance(value, list) and [v for v in value if isinstance(v, dict)]
-        if turns and all(not _TURN.isdisjoint(turn) for turn in turns):
+        if turns and any(READ.keys() & turn.keys() for turn in turns) and not READ.keys() & (row.keys() - {key}):
+            return SchemaError(place, f"rows below the key {key!r}, not a row", "write each of them as a row")
+        if turns and all(not _TURN.isdisjoint(turn) and "parts" not in turn for turn in turns):
             return SchemaError(place, fact, f"if {key} is the conversation: columns: {{{key}: messages}}")
         if turns and all(not _SPOKEN.isdisjoint(turn) for turn in turns):
-            fact = f"turns with the keys {', '.join(list(turns[0])[:4])}: it is not said who is the assistant"
+            why = "which are not read" if "parts" in turns[0] else "it is not said who is the assistant"
+            fact = f"turns with the keys {', '.join(list(turns[0])[:4])}: {why}"
             return SchemaError(f"{place}.{key}", fact, 'write them as messages: {"role": ..., "content": ...}')
     for ask, reply in (*CANONICAL, *OTHERS):
         if ask in lower and reply in lower:
             said = ", ".join(f"{lower[key]}: {key}" for key in READ if key in lower and lower[key] != key)
             return SchemaError(place, fact, f"name its columns: columns: {{{said}}}")
+    asks = [key for key in (*ASKS[:5], "inputs", "input") if key in row][:2]
+    asks = asks[:1] if asks in (["instruction", "input"], ["query", "input"]) else asks
+    replies = [key for key in (*REPLIES, "targets") if key in row]
+    if len(asks) < 2 and len(replies) < 2 and (asks or replies):
+        ask, reply = [*asks, "ITS_NAME"][0], [*replies, "ITS_NAME"][0]
+        ours = CANONICAL[1] if ask == "instruction" else CANONICAL[0]
+        remedy = f"columns: {{{ask}: {ours[0]}, {reply}: {ours[1]}}}"
+        if asks and replies:
+            return SchemaError(place, fact, f"if {reply} is the reply: {remedy}")
+        fact = f"no reply beside {ask}" if asks else f"nothing that is asked beside {reply}"
+        return SchemaError(place, f"{fact}, or an empty one", f"give it, remove the row, or name its column: {remedy}")
     remedy = f"give {CONVERSATIONS[0]}, or name its columns: columns: {{ONE: prompt, OTHER: completion}}"
     return SchemaError(place, fact, remedy)

@@ -9,7 +9,15 @@ from typing import Any
 
 from sftflow.chat.row_keys import absent
 from sftflow.foundation.errors import SchemaError
-from sftflow.foundation.json_values import MOST_NESTED, RepeatedKeyError, check_plain, kind_of, loads
+from sftflow.foundation.json_values import (
+    AS_JSON,
+    MOST_NESTED,
+    RepeatedKeyError,
+    check_plain,
+    kind_of,
+    loads,
+    python_text,
+)
 
 ARGUMENTS = ("arguments", "parameters", "args", "input")
 TOOL = '{"type": "function", "function": {"name": ..., "parameters": {...}}}'
@@ -24,7 +32,8 @@ def read_json(text: str, place: str) -> Any:
     except RecursionError:
         raise SchemaError(place, f"nested more than {MOST_NESTED} deep", "make it flatter, or remove the row") from None
     except (json.JSONDecodeError, RepeatedKeyError) as error:
-        raise SchemaError(place, f"a text that is not JSON ({error})", "mend the text") from None
+        shown = isinstance(error, json.JSONDecodeError) and python_text(error)
+        raise SchemaError(place, f"a text that is not JSON ({error})", AS_JSON if shown else "mend the text") from None
     except ValueError:
         raise SchemaError(place, "a number of more than 4,300 digits", "make it a string") from None
     check_plain(value, place)

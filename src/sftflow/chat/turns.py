@@ -7,6 +7,7 @@ from typing import Any
 from sftflow.chat.row_keys import (
     CALL_ROLES,
     FLAGS,
+    MESSAGE_IGNORED,
     MESSAGE_KEYS,
     MESSAGE_READ,
     MESSAGE_REFUSED,
@@ -143,10 +144,10 @@ def _message(raw: Any, place: str, ignored: set[str]) -> Any:
         raise SchemaError(f"{place}.{flag}", fact, f"remove {flag}")
     if flags and ((flag and role == "assistant") or not taught):
         message["weight"] = taught
-    if sharegpt:
-        unknown = message.keys() - MESSAGE_KEYS
+    unknown = message.keys() - MESSAGE_KEYS if sharegpt else message.keys() & MESSAGE_IGNORED
+    if unknown:
         ignored |= {f"{place.rpartition('.')[2].partition('[')[0]}[].{key}" for key in unknown}
-        message = {key: value for key, value in message.items() if key in MESSAGE_KEYS}
+        message = {key: value for key, value in message.items() if key not in unknown}
     return message
 
 

@@ -37,6 +37,19 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
+AS_JSON = "it is as Python shows a value, not JSON: write it with json.dumps"
+
+
+def python_text(error: json.JSONDecodeError) -> bool:
+    """Whether what JSON has not is how Python shows a value: as `str` of a list, or a table of lists written as CSV.
+
+    >>> try: loads("[{'role': None}]")
+    ... except json.JSONDecodeError as error: python_text(error)
+    True
+    """
+    return error.doc.startswith(("'", "None", "True", "False"), error.pos)
+
+
 def without_nulls(value: Any) -> Any:
     """An Arrow value without its nulls. All structs of a column have the same keys, so that a null stands for a key
     that the row does not have; one that was really there cannot be told from it. Nulls in lists stay.
@@ -77,6 +90,8 @@ def parse_json(text: bytes, place: str, *, whole: bool = False) -> Any:
         fact, remedy = f"not JSON ({error.msg} at column {error.colno})", "fix or remove the line"
         if not whole and text.lstrip()[:1] not in (b"{", b"["):  # another kind of file, most often
             remedy = "remove the line, or give a file whose lines are JSON objects"
+        if python_text(error):
+            remedy = AS_JSON
         if b"\0" in text:
             fact, remedy = "NUL bytes: it was not written to its end", "write or download it again, or remove the line"
         raise DataError(f"{place}:{error.lineno}" if whole else place, fact, remedy) from None

@@ -76,7 +76,21 @@ def files_of(name: str) -> list[DataFile]:
         folders = sorted(glob.glob(name, recursive=True))[:1]
         fact = f"only folders fit the pattern ({folders[0]} ...)" if folders else "no file fits the pattern"
         raise DataError(name, fact, f"name the files in them: {name}/*" if folders else "check the pattern")
-    return [DataFile(path) for path in found]
+    others = [path for path in found if _is_about_data(path)]
+    if 0 < len(others) < len(found):
+        _say_others(name, others, "")
+    return [DataFile(path) for path in found if path not in others or len(others) == len(found)]
+
+
+def _is_about_data(path: str) -> bool:
+    """Whether a file that fits a pattern is one of those that lie beside data."""
+    name = os.path.basename(path)
+    return name in OF_NO_ROWS or name.lower().endswith(".md") or name.upper() in ("README", "LICENSE")
+
+
+def _say_others(name: str, others: Sequence[str], folder: str) -> None:
+    shown = ", ".join(os.path.relpath(path, folder) if folder else path for path in others[:3])
+    say_once(f"{name}: not read, by their names: {shown}{f' and {len(others) - 3:,} more' if others[3:] else ''}")
 
 
 def _files_of_folder(name: str) -> list[DataFile]:
@@ -97,8 +111,7 @@ def _files_of_folder(name: str) -> list[DataFile]:
         fact = f"a folder without data files (in it: {inside})" if others else "an empty folder"
         raise DataError(name, fact, f"what is read of a folder is {', '.join(DATA_ENDINGS)}, also packed")
     if others:
-        shown = ", ".join(os.path.relpath(path, name) for path in others[:3])
-        say_once(f"{name}: not read, by their names: {shown}{f' and {len(others) - 3:,} more' if others[3:] else ''}")
+        _say_others(name, others, name)
     apart = {path: _HELD_APART.search(os.path.relpath(path, name).lower()) for path in found}
     splits = {match[1] for match in apart.values() if match}
     if (splits and not all(apart.values())) or len(splits) > 1:

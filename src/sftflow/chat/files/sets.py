@@ -100,6 +100,9 @@ def set_name(name: str, config: str | None, split: str | None) -> str:
     >>> set_name("hub:openai/gsm8k:test", "main", None)
     'hub:openai/gsm8k:main:test'
     """
+    if os.path.isfile(name.removeprefix(HUB)):
+        fact = f"a file, which has no {'config' if config else 'split'} beside it"
+        raise DataError(name, fact, "leave that out, or name the folder of the data set: hub:DIR")
     found = parse_set(name if name.startswith(HUB) else HUB + name)
     for key, said, given in (("config", found.config, config), ("split", found.split, split)):
         if said and given and said != given:

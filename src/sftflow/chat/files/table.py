@@ -16,6 +16,7 @@ LONGEST_CELL = 1 << 26
 """characters: what a quote that is never closed may swallow before it is named"""
 ENDINGS = {".csv": ",;\t|", ".tsv": "\t", ".tab": "\t"}
 """how such files are named, and what may part their cells"""
+_SAID = re.compile(r"""["']?sep=([,;\t|])["']?\s*""", re.IGNORECASE)
 _JSON = re.compile(r"\s*(?:\[.*\]|\{.*\}|-?\d+(?:\.\d+)?|true|false)\s*", re.DOTALL)
 
 
@@ -35,20 +36,25 @@ def is_header(line: str) -> bool:
 
 
 def read_table(
-    lines: Iterable[bytes], ending: str, place: str, wanted: Wanted | None
+    file: Iterable[bytes], ending: str, place: str, wanted: Wanted | None
 ) -> Generator[tuple[int, Any], None, tuple[int, int]]:
     """(line on which it begins, row) of a table.   ending: of the file's name.   Returns (rows, their last line).
 
     Raises DataError, which names the line, where it is ragged or not quoted as CSV is.
     """
     csv.field_size_limit(LONGEST_CELL)
-    texts = _Texts(lines, place)
+    texts = _Texts(file, place)
     n = last = begins = 0
     try:
         header = next((line for line in texts if line.strip()), "")
         if not header:
             return 0, 0
-        rows = csv.reader(_again(header, iter(texts)), delimiter=_separator(header, ending, place), strict=True)
+        if said := _SAID.fullmatch(header):  # as spreadsheets are told
+            header = next(texts, "")
+        separator = said[1] if said else _separator(header, ending, place)
+        spaced = all(name[:1] == " " for name in header.split(separator)[1:])  # ", " parts the cells
+        lines = _again(header, texts)
+        rows = csv.reader(lines, delimiter=separator, strict=True, skipinitialspace=spaced)
         begins = texts.number
         names = [name.strip() or f"column {i}" for i, name in enumerate(next(rows), 1)]
         check_columns(names, place)
@@ -85,7 +91,11 @@ def _separator(header: str, ending: str, place: str) -> str:
     def names(sep: str) -> list[str]:
         return [name.strip() for name in next(csv.reader([header], delimiter=sep))]
 
-    found = [sep for sep in ENDINGS.get(ending, ENDINGS[".csv"]) if len(names(sep)) > 1]
+    def parted(seps: str) -> list[str]:
+        return [sep for sep in seps if len(names(sep)) > 1]
+
+    others = (sep for sep in parted(ENDINGS[".csv"]) if READ.keys() & set(names(sep)))  # of a .tsv without tabs
+    found = parted(ENDINGS.get(ending, ENDINGS[".csv"])) or [*others]
     if len(found) < 2:
         return found[0] if found else ENDINGS.get(ending, ",")[0]
     known = {sep: len(READ.keys() & set(names(sep))) for sep in found}
@@ -115,6 +125,9 @@ class _Texts:
 
     def __iter__(self) -> Iterator[str]:
         return self._lines
+
+    def __next__(self) -> str:
+        return next(self._lines)
 
     def _split(self, lines: Iterable[bytes]) -> Iterator[str]:
         for ended in lines:
