@@ -17,6 +17,7 @@ FLOORS = (
     "chat",
     "other_trainers",
     "recipe_words",
+    "recipe_keys",
     "recipe",
     "generation",
     "tasks",
