@@ -233,6 +233,7 @@ REFUSED: list[tuple[Any, str, str]] = [
     ({"id": 1, "completion": "c"}, "nothing that is asked beside completion", "{ITS_NAME: prompt, completion: comp"),
     ({"instruction": "i", "input": "x", "answer": "a"}, "", "columns: {instruction: instruction, answer: output}"),
     ({"input": "p", "response": "r"}, "no conversation in", "columns: {input: prompt, response: completion}"),
+    ({"id": 1, **U}, "one message, not a conversation", "messages: [...]"),
     ({"messages": str([U, A])}, "not JSON", "write it with json.dumps"),
     ([{**U, "seen": 1}, A], "unknown key 'seen'", "remove it"),
 ]
@@ -434,6 +435,15 @@ def test_cells_of_a_table_are_texts_where_texts_are_read(tmp_path: Path) -> None
     named = {"frage": "question", "antwort": "answer", "w": "weight"}
     again = [c for c in read(path, columns=named).conversations() if isinstance(c, Conversation)]
     assert [c.messages for c in again] == [c.messages for c in rows]
+
+
+@pytest.mark.parametrize(("cell", "weight"), [("True", 1), ("FALSE", 0), ("2.5e-1", 0.25), ("true", 1), ("1.0", 1)])
+def test_a_cell_of_a_weight_as_pandas_and_spreadsheets_write_it(cell: str, weight: float, tmp_path: Path) -> None:
+    path = tmp_path / "d.csv"
+    path.write_text(f"prompt,completion,weight\nTrue,FALSE,{cell}\n")
+    (found,) = read(path).conversations()
+    assert isinstance(found, Conversation) and [m.text for m in found.messages] == ["True", "FALSE"]
+    assert found.weight * (found.messages[1].weight or 0) == weight
 
 
 def test_a_column_inside_another() -> None:

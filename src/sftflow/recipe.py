@@ -34,6 +34,7 @@ from sftflow.recipe_keys import (
     Compare,
     Eval,
     Frozen,
+    Held,
     HeldOut,
     Lora,
     LrScale,
@@ -95,7 +96,7 @@ class Recipe(Frozen):
     on_bad_row: Literal["stop", "skip"] = "stop"
     max_dropped: Annotated[float, Field(ge=0, le=1)] = 0.5
     validation: Annotated[
-        Annotated[float, Field(ge=0, allow_inf_nan=False), Tag("Number")] | Annotated[HeldOut, Tag("HeldOut")],
+        Annotated[Held, Tag("Number")] | Annotated[HeldOut, Tag("HeldOut")],
         Discriminator(lambda value: "HeldOut" if isinstance(value, dict | HeldOut) else "Number"),
     ] = 0.01
     train: Train = Train()

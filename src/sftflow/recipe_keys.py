@@ -7,6 +7,7 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -85,6 +86,15 @@ class SourceEntry(Frozen):
         return "/" not in self.source and "." not in self.source and not self.source.startswith("hub:")
 
 
+def _share_or_rows(value: float) -> float:
+    if value > 1 and value % 1:
+        raise ValueError(f"{value:g} is neither a share below 1 nor a whole number of rows; write one of them")
+    return value
+
+
+Held = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_share_or_rows)]
+
+
 class HeldOut(Frozen):
     """Rows of one's own for the held-out loss.
 
@@ -92,7 +102,7 @@ class HeldOut(Frozen):
     share: what is held out of each source of the mixture beside them, as `validation` says it where it is a number."""
 
     files: Annotated[tuple[SourceEntry, ...], Field(min_length=1)]
-    share: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    share: Held = 0.0
 
     @field_validator("files", mode="before")
     @classmethod

@@ -83,6 +83,8 @@ def unknown_shape(row: dict[str, Any], place: str) -> SchemaError:
     fact = f"no conversation in its keys ({names})"
     if len(row) > 1 and all(isinstance(value, dict) for value in row.values()):
         return SchemaError(place, f"objects by their names ({names}), not a row", "write each of them as a row")
+    if {"role", "content"} <= row.keys() or {"from", "value"} <= row.keys():
+        return SchemaError(place, "one message, not a conversation", "gather those of a conversation: messages: [...]")
     for key, value in row.items():
         turns = isinstance(value, list) and [v for v in value if isinstance(v, dict)]
         if turns and any(READ.keys() & turn.keys() for turn in turns) and not READ.keys() & (row.keys() - {key}):

@@ -17,7 +17,7 @@ LONGEST_CELL = 1 << 26
 ENDINGS = {".csv": ",;\t|", ".tsv": "\t", ".tab": "\t"}
 """how such files are named, and what may part their cells"""
 _SAID = re.compile(r"""["']?sep=([,;\t|])["']?\s*""", re.IGNORECASE)
-_JSON = re.compile(r"\s*(?:\[.*\]|\{.*\}|-?\d+(?:\.\d+)?|true|false)\s*", re.DOTALL)
+_JSON = re.compile(r"\s*(?:\[.*\]|\{.*\}|-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?|true|false)\s*", re.DOTALL)
 
 
 def is_header(line: str) -> bool:
@@ -108,6 +108,8 @@ def _separator(header: str, ending: str, place: str) -> str:
 
 def value_of(name: str, cell: str) -> Any:
     """What a cell of a column holds: a text, or what is JSON in it where the column's rows have no texts."""
+    if name in NOT_TEXTS:
+        cell = cell.lower() if cell in ("True", "False", "TRUE", "FALSE") else cell  # as pandas and spreadsheets write
     if name in NOT_TEXTS and _JSON.fullmatch(cell):
         try:
             return loads(cell)
