@@ -205,6 +205,11 @@ def test_what_is_no_such_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
 
     gate, missing = "transformer.h.0.attn.ve_gate.weight", {k: v for k, v in state.items() if k != "backout_lambda"}
     refused("1 of its 29 tensors are missing: backout_lambda", missing)
+    bare = {key: weight for key, weight in state.items() if "ve_gate" not in key and "value_embeds" not in key}
+    refused("4 of its 29 tensors are missing: transformer.h.0.attn.ve_gate", bare)  # no version smeared without them
+    refused("it has tensors of 3 layers, where its meta file asks for 100000000", shape=SHAPE | {"n_layer": 10**8})
+    refused(r"wte.weight is \d+x32, where .* a width of 6000000000", shape=SHAPE | {"n_embd": 6 * 10**9})
+    refused("not a plain state dict", state | {"smear_lambda": torch.ones(1).to_sparse()})
     refused("no known version of this layout has engram.weight", state | {"engram.weight": torch.ones(2)})
     refused(f"{gate} is 2x16, where its meta file asks for 2x12", state | {gate: torch.ones(2, 16)})
     refused(

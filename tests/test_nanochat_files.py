@@ -166,7 +166,12 @@ def test_what_is_missing_or_damaged_is_said_in_one_line(tmp_path: Path) -> None:
         f"name the one that is meant: {tmp_path / 'base_checkpoints'}",
     )
     meta = folder / "meta_000100.json"
-    for text, fact in (("{", "not JSON"), ("[]", "no model_config in it"), ('{"model_config": 3}', "no model_config")):
+    for text, fact in (
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "no model_config in it"),
+        ('{"model_config": 3}', "no model_config"),
+    ):
         meta.write_text(text, encoding="utf-8")
         assert refused(folder)[0].startswith(fact)
     meta.unlink()

@@ -125,7 +125,7 @@ def _read(model: Path, name: str, chosen: str) -> Files:
         said = json.loads(meta.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(str(meta), *said_of(error)) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(str(meta), f"not JSON ({error})", COPY_AGAIN) from None
     if not isinstance(said, dict) or not isinstance(said.get("model_config"), dict):
         raise CheckpointError(str(meta), "no model_config in it", COPY_AGAIN)
@@ -156,7 +156,9 @@ def state_of(files: Files) -> dict[str, Tensor]:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         fact = f"it asks for {asked[1]}, and only tensors are read" if asked else "damaged or cut short"
         raise CheckpointError(str(files.model), fact, COPY_AGAIN) from error
-    if not isinstance(state, dict) or not all(isinstance(weight, torch.Tensor) for weight in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(weight, torch.Tensor) and weight.layout is torch.strided for weight in state.values()
+    ):
         raise CheckpointError(str(files.model), "not a plain state dict", "save model.state_dict() alone")
     plain = {str(key).removeprefix(WRAPPER): weight for key, weight in state.items()}
     if len(plain) < len(state):

@@ -82,6 +82,7 @@ def config_of(meta: dict[str, Any], state: dict[str, Any], name: str = "model_co
         "bos_token_id": None,
         "eos_token_id": None,
     }
+    _require_size(state, n, shape["n_embd"], name)
     smear = not state.keys().isdisjoint(("smear_gate.weight", "smear_lambda", "backout_lambda"))
     gates = {int(weight.shape[-1]) for key, weight in state.items() if key.endswith(".attn.ve_gate.weight")}
     valued = bool(gates) or any(key.startswith("value_embeds.") for key in state)
@@ -110,13 +111,25 @@ def config_of(meta: dict[str, Any], state: dict[str, Any], name: str = "model_co
         long_window=length + 1 if smear or valued or "window_pattern" in meta["model_config"] else None,
         rope_parameters={"rope_type": "default", "rope_theta": version.theta},
         qk_scale=version.qk_scale,
-        value_layers=None if valued else [],
+        value_layers=None if valued or smear else [],  # the smear came after them
         value_gate_channels=version.gate_channels,
         value_gate_range=version.gate_range,
         smear_channels=24 if smear else 0,
         backout_layer=n // 2 if smear else None,
         final_logit_softcapping=float(softcap),
     )
+
+
+def _require_size(state: dict[str, Any], layers: int, width: int, name: str) -> None:
+    """Raises CheckpointError where a meta file asks for more than there is: before a model of that size is laid out."""
+    there = {key.split(".")[2] for key in state if key.startswith("transformer.h.")}
+    if layers > max((int(i) + 1 for i in there if i.isdecimal()), default=layers):
+        fact = f"it has tensors of {len(there)} layers, where its meta file asks for {layers}"
+        raise CheckpointError(name, fact, f"{COPY_AGAIN}, with the meta file of this model")
+    table = state.get(_TABLES[0])
+    if table is not None and tuple(table.shape[1:]) != (width,):
+        fact = f"{_TABLES[0]} is {_by(table.shape)}, where its meta file asks for a width of {width}"
+        raise CheckpointError(name, fact, f"{COPY_AGAIN}, with the meta file of this model")
 
 
 def _shape(said: dict[str, Any], name: str) -> dict[str, Any]:
