@@ -145,6 +145,12 @@ def test_a_repeat_is_never_exceeded_and_the_remedy_fits() -> None:
     assert [a.tokens for a in share_out(recipe_of(entries), [100, 10_000])] == [400, 400]  # the largest that there is
 
 
+def test_a_temperature_near_zero_leaves_all_to_the_largest() -> None:
+    for temperature in (1e-2, 1e-9, 5e-324):  # n^(1/T) itself would be no finite number
+        recipe = recipe_of([{}, {}], mixing_temperature=temperature)
+        assert [asked.tokens for asked in share_out(recipe, [40, 90])] == [0, 90]
+
+
 def test_a_share_of_nothing_is_refused() -> None:
     with pytest.raises(DataError, match="0 has no supervised token to make its share of"):
         share_out(recipe_of([HALF, {}]), [0, 10])

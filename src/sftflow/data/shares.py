@@ -68,7 +68,9 @@ def share_out(recipe: Recipe, tokens: Sequence[int]) -> list[Asked]:
     check_shares(recipe)
     entries = recipe.mixture
     holds = np.array([n * (e.repeat or 1) for n, e in zip(tokens, entries, strict=True)], np.float64)
-    weight = holds if recipe.mixing_temperature is None else holds ** (1 / recipe.mixing_temperature)
+    weight = holds / (holds.max() or 1.0)  # of the largest, so that no power of it is too large a number
+    if recipe.mixing_temperature is not None:
+        weight = weight ** (1 / recipe.mixing_temperature)
     given = np.array([e.share or 0.0 for e in entries])
     rest = np.where(given > 0, 0.0, weight)
     share = given + (1 - given.sum()) * rest / (rest.sum() or 1.0)
