@@ -247,6 +247,10 @@ def test_examples_ask_none_of_the_items(tmp_path: Path) -> None:
         (WHOLE.replace(RIGHT, "1.5"), "{f}:5: grade: 1.5 for item 0 is no number in"),
         (WHOLE.replace(RIGHT, "None"), "{f}:5: grade: None for item 0 is no number"),
         (WHOLE.replace(RIGHT, "item.none"), "{f}:6: grade: AttributeError: 'Item' obj"),
+        (f"    max_new_tokens = '9'\n{WHOLE}", "{f}:Own: max_new_tokens is '9', no whole number above 0; write for"),
+        (f"    max_new_tokens = 0\n{WHOLE}", "{f}:Own: max_new_tokens is 0, no whole number above 0; write for"),
+        (f"{WHOLE}    def provenance(self):\n        return 3\n", "{f}:7: provenance: it gives no mapping that"),
+        (f"{WHOLE}    def metrics(self, of):\n        return 3\n", "{f}:7: metrics: it gives no mapping that JSON can"),
         (WHOLE.replace("make_item(str(n), ", "("), "{f}:3: items: number 1 is of type tuple, no Item"),
         (WHOLE.replace("str(n)) for", "{n}) for"), "{f}:3: items: the answer of item '0' cannot be written as"),
         (WHOLE.replace("range(3)", "range(0)"), "{f}:Own: no items to ask; check its file"),
@@ -262,6 +266,8 @@ def test_what_is_wrong_with_a_class_is_one_line(body: str, said: str, tmp_path: 
     def ask() -> None:
         (task,) = open_tasks([name], None)
         task.task.grade(task.items[0], "1")
+        task.task.provenance()
+        task.task.metrics([])
 
     assert error_of(ask).startswith(said.replace("{f}", str(tmp_path / "own.py")))
 

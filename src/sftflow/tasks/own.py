@@ -78,10 +78,7 @@ class OwnTask(Task):
         return number
 
     def details(self, item: Item, reply: str) -> dict[str, Any]:
-        found = self._asked("details", partial(super().details, item, reply))
-        if not (isinstance(found, dict) and _as_json(found)):
-            raise self._wrong("details", f"it gives no mapping that JSON can hold for item {item.id}", "return one")
-        return found
+        return self._mapping("details", partial(super().details, item, reply), f" for item {item.id}")
 
     def examples(self, n: int) -> list[tuple[str, Conversation]]:
         """Its training conversations that ask none of its items: both may be of one file."""
@@ -97,10 +94,16 @@ class OwnTask(Task):
         return self.source.path
 
     def metrics(self, details: Sequence[Mapping[str, Any]]) -> dict[str, float | int]:
-        return self._asked("metrics", partial(super().metrics, details))
+        return self._mapping("metrics", partial(super().metrics, details))
 
     def provenance(self) -> dict[str, str]:
-        return {**self._asked("provenance", super().provenance), "own task": self.stamp}
+        return {**self._mapping("provenance", super().provenance), "own task": self.stamp}
+
+    def _mapping(self, method: str, ask: Callable[[], Any], of: str = "") -> dict[str, Any]:
+        found = self._asked(method, ask)
+        if not (isinstance(found, dict) and _as_json(found)):
+            raise self._wrong(method, f"it gives no mapping that JSON can hold{of}", "return one")
+        return found
 
     def _limited(self, made: list[T]) -> list[T]:
         """At most `source.limit` of what a class has made that does not look at it."""
@@ -197,6 +200,9 @@ def _checked(cls: type[Task], files: tuple[Path, ...], stamp: str) -> type[Task]
         raise TaskError(place, f"it has no {missing}", f"write {WRITE}")
     if not any(has.values()):
         raise TaskError(place, "it has neither conversations nor items", f"write {WRITE}")
+    longest: Any = cls.max_new_tokens
+    if not (isinstance(longest, property) or (type(longest) is int and longest > 0)):
+        raise TaskError(place, f"max_new_tokens is {longest!r:.60}, no whole number above 0", "write for example 256")
     name = name_of(cls)
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise TaskError(place, f"its name {name!r} is no name of a file", "write letters, digits, - and _")
