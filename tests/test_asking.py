@@ -323,3 +323,4 @@ def test_bars_of_the_command_line() -> None:
     assert _bar("gsm8k=0.3") == ("gsm8k", 0.3) and _bar("a=b=1") == ("a=b", 1.0)
     for wrong in ("gsm8k", "=0.3", "gsm8k=high", "gsm8k>0.3"):
         assert error_of(lambda: _bar(wrong)).startswith("--require: ")  # noqa: B023
+    assert error_of(lambda: _bar("gsm8k>=0.3")).endswith("which asks for X or more; write --require gsm8k=0.3")

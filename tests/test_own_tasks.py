@@ -236,6 +236,12 @@ def test_examples_ask_none_of_the_items(tmp_path: Path) -> None:
     assert said == "Own: it has 2 examples for --shots 3; lower --shots"
 
 
+def test_letters_need_no_grade(tmp_path: Path) -> None:
+    """They are told by their probabilities, so a class whose items are all choices may leave it out."""
+    (task,) = open_tasks([write(tmp_path, ASKS.replace("str(n)) for", "'A', choices=('A', 'B')) for"))], None)
+    assert task.by_letter and len(task.items) == 3
+
+
 @pytest.mark.parametrize(
     ("body", "said"),
     [

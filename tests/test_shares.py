@@ -209,6 +209,9 @@ def test_realised_counts_stand_beside_the_asked_ones(files: list[dict[str, Any]]
     assert any("a: 500 supervised tokens are asked of" in line for line in mixture.notes())
     page = mixture._repr_html_()
     assert "500" in page and "passes" in page
+    few = sf.mix([{**files[0], "share": 0.001}, files[1]], "builtin:tiny", tokens=1000, validation=0)
+    assert few.ledger["sources"][0]["rows"] == 0
+    assert "a: no row fits into its share, 1 supervised tokens" in few.notes()
 
 
 def test_equal_digests_from_every_door(

@@ -292,6 +292,8 @@ def _unread(location: Location, error: Exception) -> tuple[str, str]:
     fact = f"cannot be loaded ({type(error).__name__}: {lines[:300]})"
     if location.gguf:
         return fact, "export it again, or give the checkpoint that it was made from"
+    if location.nanochat:
+        return fact, "copy the checkpoint again, with its meta file and tokenizer"
     folder = Path(location.path)
     if isinstance(error, OSError) and error.errno:
         said, remedy = said_of(error)

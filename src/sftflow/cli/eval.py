@@ -83,6 +83,9 @@ def eval_(
 def _bar(text: str) -> tuple[str, float]:
     """ "gsm8k=0.3" -> ("gsm8k", 0.3)"""
     name, found, value = text.rpartition("=")
+    if name.endswith(("<", ">")):
+        fact = f"{text!r} is not TASK=X, which asks for X or more"
+        raise TaskError("--require", fact, f"write --require {name[:-1].strip()}={value.strip()}")
     try:
         if found and name.strip():
             return name.strip(), float(value)

@@ -81,6 +81,8 @@ def choose(
             if passes > 1 and recipe.mixture[number].repeat is None:
                 of = f"{asked[number].tokens:,} supervised tokens are asked of {held[number]:,}"
                 told.append(f"{rows.name}: {of}: {passes:.3g} passes over its rows")
+            if held[number] and not counts[number]:
+                told.append(f"{rows.name}: no row fits into its share, {asked[number].tokens:,} supervised tokens")
             gone[np.setdiff1d(own[number], shown[number])] = True
         choices.append(
             Choice(

@@ -39,6 +39,8 @@ class OwnTask(Task):
 
     files: tuple[Path, ...] = ()
     stamp: str = ""
+    place: str = ""
+    graded: bool = True
 
     def conversations(self, split: str = "train") -> list[Conversation]:
         """Its rows: conversations, or rows as a data file has them."""
@@ -65,6 +67,8 @@ class OwnTask(Task):
             else:
                 continue
             raise self._wrong("items", fact, "make it with make_item(id, question, answer)")
+        if not self.graded and not all(item.choices for item in made):  # letters are told by their probabilities
+            raise TaskError(self.place, "it has no grade", f"write {WRITE}")
         return made
 
     def grade(self, item: Item, reply: str) -> float:
@@ -195,9 +199,8 @@ def _checked(cls: type[Task], files: tuple[Path, ...], stamp: str) -> type[Task]
     if not issubclass(cls, Task):
         raise TaskError(place, "it is no Task", f"write {WRITE}")
     has = {method: getattr(cls, method) is not getattr(Task, method) for method in ("conversations", "items", "grade")}
-    if has["items"] != has["grade"]:
-        missing = "grade" if has["items"] else "items"
-        raise TaskError(place, f"it has no {missing}", f"write {WRITE}")
+    if has["grade"] and not has["items"]:
+        raise TaskError(place, "it has no items", f"write {WRITE}")
     if not any(has.values()):
         raise TaskError(place, "it has neither conversations nor items", f"write {WRITE}")
     longest: Any = cls.max_new_tokens
@@ -206,7 +209,8 @@ def _checked(cls: type[Task], files: tuple[Path, ...], stamp: str) -> type[Task]
     name = name_of(cls)
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise TaskError(place, f"its name {name!r} is no name of a file", "write letters, digits, - and _")
-    return type(cls.__name__, (OwnTask, cls), {"files": files, "stamp": stamp, "__module__": cls.__module__})
+    own = {"files": files, "stamp": stamp, "place": place, "graded": has["grade"], "__module__": cls.__module__}
+    return type(cls.__name__, (OwnTask, cls), own)
 
 
 # ---- running its file
