@@ -302,21 +302,19 @@ def test_mmlu_hub_rows(tmp_path: Path) -> None:
     assert [(i.id, i.answer) for i in task.items()] == [("mmlu:1", "D")]
 
 
-def test_hub_ids_get_the_split_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    asked = []
-
-    def load(name: str, *, split: str, streaming: bool) -> list[dict[str, str]]:
-        asked.append(f"{name} {split}")
-        return [PENS]
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    task = Gsm8k(TaskSource(path="hub:someone/sums"))
-    assert task.conversations()[0].source == "hub:someone/sums:train:1"
-    assert task.items()[0].id == "gsm8k:1"
-    Gsm8k(TaskSource(path="hub:someone/sums:extra")).items()
-    assert asked == ["someone/sums train", "someone/sums test", "someone/sums extra"]
+def test_a_set_s_split_is_the_one_asked_for(tmp_path: Path) -> None:
+    splits = ("train", "test", "extra")
+    for split in splits:
+        row = {**PENS, "question": f"{split}: {PENS['question']}"}
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    files = "".join(f"  - split: {split}\n    path: {split}.jsonl\n" for split in splits)
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: main\n  data_files:\n{files}---\n")
+    task = Gsm8k(TaskSource(path=f"hub:{tmp_path}"))
+    (row,), (item,) = task.conversations(), task.items()
+    assert row.messages[0].text.startswith("train: ") and row.source == f"{tmp_path}/train.jsonl:1"
+    assert item.messages[0].text.startswith("test: ") and item.id == "gsm8k:test.jsonl:1"
+    (extra,) = Gsm8k(TaskSource(path=f"hub:{tmp_path}:extra")).items()
+    assert extra.messages[0].text.startswith("extra: ")
 
 
 # ---- humaneval, smoltalk
@@ -454,7 +452,12 @@ CHOICE_SHAPE = 'write {"question": ..., "choices": {"text": [...], "label": [...
             {"question": "How many?", "choices": ["1", "2", "3", "4"], "answer": 4},
             "answer '4' is neither a letter A to D nor 0 to 3; correct it",
         ),
-        (SmolTalk, {"text": "yo"}, "no conversation in its keys ('text'); give messages, or prompt and completion"),
+        (
+            SmolTalk,
+            {"note": "yo"},
+            "no conversation in its keys ('note'); give messages, or name its columns: "
+            "columns: {ONE: prompt, OTHER: completion}",
+        ),
     ],
 )
 def test_a_bad_row_names_its_line(kind: type[Task], row: Any, said: str, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from typing import Any, Self, TypeVar
 
 from sftflow.chat.data_files import read_rows
 from sftflow.chat.files.names import is_pattern
-from sftflow.chat.files.sets import is_set, parse_set, set_name
+from sftflow.chat.files.sets import HUB, is_set, parse_set, set_name
 from sftflow.chat.schema import Conversation, Message, Part, text_message
 from sftflow.foundation.errors import SchemaError, TaskError
 
@@ -113,11 +113,16 @@ class Task:
         >>> task = Task(TaskSource(path="data/*.jsonl"))
         >>> task.id_of("data/*.jsonl:17"), task.id_of("data/a.jsonl:17")
         (':17', ':a.jsonl:17')
+        >>> Task(TaskSource(path="hub:o/n@main:test")).id_of("hub:o/n/data/test.parquet:3")
+        ':data/test.parquet:3'
         """
         file, _, line = place.rpartition(":")
         if file == self.source.path:
             return f"{self.name}:{line}"
         named = self.source.path or ""
+        if named.startswith(HUB):
+            asked = parse_set(named)
+            named = asked.where if asked.is_folder else HUB + asked.where
         fixed = re.split(r"[*?[]", named)[0]
         folder = f"{named}/" if fixed == named else fixed[: fixed.rfind("/") + 1]
         return f"{self.name}:{file.removeprefix(folder)}:{line}"
