@@ -95,7 +95,7 @@ def everywhere(model: str, path: Path, rows: list[list[dict[str, str]]]) -> dict
 
 
 @pytest.mark.parametrize("source", [clauses, *each([dialogues])])
-@pytest.mark.parametrize("format_name", ["sftflow", "chatml"])
+@pytest.mark.parametrize("format_name", ["sftflow", pytest.param("chatml", marks=pytest.mark.slow)])
 def test_a_hundred_conversations(tmp_path: Path, format_name: str, source: Any) -> None:
     assistant = checkpoint.load_assistant("builtin:tiny", format=format_name)
     renderer = assistant.renderer

@@ -712,7 +712,11 @@ def test_steps_smaller_than_a_row_are_a_recipe_error(tiny_base: Path, tmp_path: 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"optimizer": "adamw"}, {"optimizer": "muon", "micro_tokens": 64}, {"optimizer": "adamw", "compile": True}],
+    [
+        {"optimizer": "adamw"},
+        {"optimizer": "muon", "micro_tokens": 64},
+        pytest.param({"optimizer": "adamw", "compile": True}, marks=pytest.mark.slow),
+    ],
     ids=["adamw", "muon-accumulated", "compiled"],
 )
 def test_bf16_resumes_bit_for_bit(settings: dict[str, Any], tmp_path: Path) -> None:

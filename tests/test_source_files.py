@@ -168,6 +168,8 @@ def test_files_of_one_s_own_in_a_recipe(tmp_path: Path) -> None:
         ({"files": 7}, "validation"),
         ({"file": ["a.jsonl"]}, "validation.file: unknown key"),
         ("a.jsonl", "it should be a share below 1, a number of rows, or {files: [...]}"),
+        ("a" * 5000, "it should be a share below 1, a number of rows, or {files: [...]} (given: "),
+        (["a" * 5000], "; write {files: [...]}"),
         (-1, "validation"),
         (1.5, "1.5 is neither a share below 1 nor a whole number of rows; write one of them"),
         ({"files": ["a.jsonl"], "share": 2.5}, "2.5 is neither a share below 1 nor a whole number of rows"),

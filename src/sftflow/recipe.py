@@ -132,9 +132,9 @@ class Recipe(Frozen):
             with contextlib.suppress(ValueError):
                 return float(value)
         if isinstance(value, str | list):
-            files = value if isinstance(value, list) else [value]
-            fact = f"it should be a share below 1, a number of rows, or {{files: [...]}} (given: {json.dumps(value)})"
-            raise ValueError(f"{fact}; write {{files: {json.dumps(files)}}}")
+            files = json.dumps(value if isinstance(value, list) else [value])
+            fact = f"it should be a share below 1, a number of rows, or {{files: [...]}} (given: {files[1:-1][:60]})"
+            raise ValueError(f"{fact}; write {{files: {files if len(files) < 60 else '[...]'}}}")
         return value
 
     @field_validator("mixture")

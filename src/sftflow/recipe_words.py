@@ -141,7 +141,7 @@ def told(error: ValidationError, model: type[BaseModel], origin: Origin) -> Reci
     if first["type"] == "too_short":
         return RecipeError(origin.place(*path), "it is empty", _MISSING.get(str(path[-1]), "add to it"))
     if first["type"] == "value_error":  # one of our own: "fact; remedy"
-        fact, _, remedy = message.partition("; ")
+        fact, _, remedy = (part if len(part) < 400 else f"{part[:397]}..." for part in message.partition("; "))
         return RecipeError(origin.place(*path), fact, remedy)
     if not path:  # a key that is no text
         return RecipeError(origin.file, f"a key in it cannot be read ({message})", "write it as plain text")
