@@ -61,7 +61,8 @@ def in_memory(name: str, rows: list[tuple[NDArray[np.int32], NDArray[np.int8]]])
     """The (ids, mask) rows of a source."""
     starts = np.cumsum([0, *(len(ids) for ids, _ in rows)])
     lines = [
-        (starts[i], len(ids), int(mask.sum()), i + 1, hash(ids.tobytes()) % 2**64) for i, (ids, mask) in enumerate(rows)
+        (starts[i], len(ids), int(mask.sum()), i + 1, hash(ids.tobytes()) % 2**64, False)
+        for i, (ids, mask) in enumerate(rows)
     ]
     ids = np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in rows)])
     masks = np.concatenate([np.zeros(0, np.int8), *(mask for _, mask in rows)])

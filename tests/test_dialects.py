@@ -213,7 +213,7 @@ REFUSED: list[tuple[Any, str, str]] = [
     ({"dialog": ["hi", "yo"]}, "no conversation", "give messages"),
     ({"messages": ["hi", "yo"]}, "a message is a string", "role and content"),
     ({"messages": [{"user": "hi", "human": "ho"}]}, "human, user in one turn", "keep one"),
-    ({"text": "Once upon a time."}, "plain text", "sftflow base"),
+    ({"text": "Once upon a time.", "label": 1}, "plain text", "{source: text, path: FILE}"),
     ({"text": "<|im_start|>user\nhi<|im_end|>"}, "written already", "messages"),
     ({"text": READY + "yo</s>"}, "written already (</s>)", "without its tokens"),
     ({"text": "### Human: hi### Assistant: yo<|endoftext|>"}, "written already (<|endoftext|>)", "without its tokens"),

@@ -47,7 +47,7 @@ def test_alpaca_input_joins_by_a_blank_line() -> None:
     ("row", "fact"),
     [
         ({"messages": []}, "no messages"),
-        ({"text": "x"}, "plain text, which asks nothing"),
+        ({"text": "x", "id": 7}, "plain text beside other keys"),
         ("hi", "a row is a string"),
         ([{"role": "usr", "content": "x"}], "role 'usr' is not known"),
         ([{"role": "user", "content": "x", "colour": 1}], "unknown key 'colour'"),

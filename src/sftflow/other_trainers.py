@@ -63,7 +63,7 @@ SECTIONS: dict[str, Rows] = {
         ("dataset_text_field field datasets.field datasets.message_* datasets.roles "
          "datasets.type datasets.ds_type datasets.chat_template datasets.conversation datasets.*format "
          "dataset_kwargs label_names formatting_func remove_unused_columns split_thinking", "", _FROM_THE_ROW),
-        ("pretraining_dataset", "", "plain text is for sftflow base"),
+        ("pretraining_dataset", "mixture", "plain text beside conversations: {source: text, path: FILE}"),
         ("datasets.data_files", "mixture.source", "a file, a folder, or a pattern such as data/*.jsonl.gz"),
         ("datasets.roles_to_train roles_to_train", "supervise",
          'replies (the assistant), or all roles; "weight": 0 in a message takes it out'),

@@ -30,6 +30,7 @@ from sftflow.foundation.errors import RecipeError, undecoded
 from sftflow.foundation.missing import not_there
 from sftflow.foundation.yaml_values import parse_yaml
 from sftflow.recipe_keys import (
+    REPLAY,
     AssistantIdentity,
     Compare,
     Eval,
@@ -47,6 +48,7 @@ from sftflow.recipe_keys import (
 from sftflow.recipe_words import Origin, told
 
 __all__ = [
+    "REPLAY",
     "AssistantIdentity",
     "Compare",
     "Eval",
@@ -227,6 +229,8 @@ def resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
 
     def absolute(value: str, key: str) -> str:
         value = os.path.expanduser(value)
+        if value == REPLAY:
+            return value
         if value.startswith("hub:"):  # of a set in a folder
             here = home(key) / value[4:].partition(":")[0]
             return f"hub:{home(key)}/{value[4:]}" if here.is_dir() and not os.path.isabs(value[4:]) else value

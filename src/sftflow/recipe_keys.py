@@ -22,6 +22,12 @@ from sftflow.chat.files.names import stem_of
 _OWN_TASK = re.compile(r"(?s)(?!hub:)(.+\.py):(\w+)")
 
 
+TEXT = "text"
+"""the source whose rows are plain text"""
+REPLAY = "builtin:replay"
+"""the path of the text that comes with the package"""
+
+
 def own_task(source: str) -> tuple[str, str] | None:
     """(file, class) of a task in a user's file; None for what names none.
 
@@ -45,7 +51,8 @@ class Frozen(BaseModel):
 
 
 class SourceEntry(Frozen):
-    """One entry of the mixture: a built-in task, or conversations from a file.
+    """One entry of the mixture: a built-in task, conversations from a file, or plain text (`source: text` with a path;
+    `source: builtin:replay` is short for its path).
 
     columns: of a table with other names, its own by ours: {question: prompt, answer: completion}.
     config, split: of a data set on the hub or in a folder, where its name does not say them; `split` also of a task.
@@ -65,6 +72,13 @@ class SourceEntry(Frozen):
     place: Annotated[str | None, Field(exclude=True)] = None
     """what errors and ledgers call its rows where that is not the file: of rows that came from memory"""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _text_by_its_path(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("source") == REPLAY and value.get("path") is None:
+            return {**value, "source": TEXT, "path": REPLAY}
+        return value
+
     @field_validator("columns")
     @classmethod
     def _known(cls, columns: dict[str, str] | None) -> dict[str, str] | None:
@@ -76,9 +90,16 @@ class SourceEntry(Frozen):
     def label(self) -> str:
         """What it is called where it is the only one (`data.sources.labels_of`); it seeds which rows are held out."""
         own = own_task(self.source)
+        if self.is_text and self.path and not self.name:
+            return stem_of(self.path.removeprefix("builtin:"), self.config)
         return self.name or (
             own[1] if own else self.source if self.has_bare_name else stem_of(self.source, self.config)
         )
+
+    @property
+    def is_text(self) -> bool:
+        """Whether its rows are plain text."""
+        return self.source == TEXT
 
     @property
     def has_bare_name(self) -> bool:

@@ -25,16 +25,17 @@ from sftflow.chat.exchanges import CANONICAL, OTHERS
 from sftflow.chat.files.columns import check_columns
 from sftflow.chat.files.names import Places, stem_of
 from sftflow.chat.files.sets import set_name
+from sftflow.chat.plain_text import PlainText
 from sftflow.chat.render import Renderer
 from sftflow.chat.row_keys import CONVERSATIONS, IDS, READ, REFUSED
 from sftflow.chat.schema import Conversation, conversation_of, parse_row, text_message
 from sftflow.chat.token_rows import TokenRow, token_row
-from sftflow.data.sources import check_source, rows_of_entry
+from sftflow.data.sources import REPLAY_FILE, check_source, rows_of_entry
 from sftflow.foundation.atomic_io import write_file, write_text
 from sftflow.foundation.cache import cache_folder
 from sftflow.foundation.errors import DataError, RecipeError, SftflowError
 from sftflow.foundation.json_values import kind_of, without_nulls
-from sftflow.recipe import Recipe, SourceEntry, parse_recipe, resolve_paths
+from sftflow.recipe import REPLAY, Recipe, SourceEntry, parse_recipe, resolve_paths
 from sftflow.recipe_words import Origin
 from sftflow.report.tables import as_text
 from sftflow.report.token_page import token_html, token_page
@@ -54,9 +55,12 @@ class Rows(Sequence[Any]):
     Rows in memory are trained on exactly as the same rows in a JSONL file of that name: they are written to one, by the
     hash of what is in it, when they are first needed.   name: a file's stem; it names the source in the ledger, and
     seeds the choice of the rows that are held out.   columns: the names of its columns by ours, where they are others.
+    text: whether they are plain text, as of the source `text`.
     """
 
-    def __init__(self, data: Any, name: str | None = None, columns: Columns | None = None) -> None:
+    def __init__(
+        self, data: Any, name: str | None = None, columns: Columns | None = None, *, text: bool = False
+    ) -> None:
         if fault := fault_of(columns or {}):
             fact, _, remedy = fault.partition("; ")
             raise RecipeError("columns", fact, remedy)
@@ -67,14 +71,16 @@ class Rows(Sequence[Any]):
             import datasets
 
             data = datasets.Dataset.from_pandas(data, preserve_index=False)
+        self.text = text or data == REPLAY
         self._file = os.path.expanduser(data) if isinstance(data, str | Path) else None
+        self._file = str(REPLAY_FILE) if self._file == REPLAY else self._file
         of_arrow = type(data).__module__.partition(".")[0] in ("datasets", "pyarrow")
         if not (self._file or isinstance(data, Iterable) or hasattr(data, "to_pylist")):
             raise DataError(name or "rows", f"no rows, but {kind_of(data)}", "give a file, or a list of rows")
         rows = data.to_pylist(maps_as_pydicts="strict") if hasattr(data, "to_pylist") else data
         self._rows = None if self._file else [without_nulls(row) for row in rows] if of_arrow else _dicts(rows)
-        self.given_name = name
-        self.name = name or (stem_of(self._file) if self._file else "rows")
+        self.given_name = name or ("replay" if self._file == str(REPLAY_FILE) else None)
+        self.name = self.given_name or (stem_of(self._file) if self._file else "rows")
 
     @cached_property
     def path(self) -> str:
@@ -109,15 +115,15 @@ class Rows(Sequence[Any]):
         the names of its columns where they are others. Raises DataError where no row has one of these.
 
         places: told where each file begins."""
-        rows = self._numbered(places)
-        if self.columns is None:
-            return rows
-        require_columns((row for _, row in self._numbered()), self.columns, self.place)
-        return ((number, Columned(row, self.columns)) for number, row in rows)
+        rows, columns = self._numbered(places), self.columns
+        if columns is not None:
+            require_columns((row for _, row in self._numbered()), columns, self.place)
+            rows = ((number, Columned(row, columns)) for number, row in rows)
+        return ((number, PlainText(row)) for number, row in rows) if self.text else rows
 
     def _numbered(self, places: Places | None = None) -> Iterable[tuple[int, Any]]:
         if self._rows is None:
-            return numbered_rows(self.path, places=places)
+            return numbered_rows(self.path, places=places, plain=self.text)
         if places is not None:
             places.begin(0, self.place)
         return enumerate(self._rows, 1)
@@ -140,7 +146,9 @@ class Rows(Sequence[Any]):
             raise DataError(self.place, "no rows in it", "give a file with conversations")
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._rows) if self._rows is not None else (row for _, row in read_rows(self.path))
+        if self._rows is not None:
+            return iter(self._rows)
+        return (row for _, row in read_rows(self.path, plain=self.text))
 
     def __len__(self) -> int:
         return len(self._rows) if self._rows is not None else sum(1 for _ in self)
@@ -189,23 +197,27 @@ def read(
     columns: Columns | None = None,
     config: str | None = None,
     split: str | None = None,
+    text: bool = False,
 ) -> Rows:
     """Conversations of any dialect: from a file (JSON lines, CSV, Parquet ..., also packed), a folder of such or a
     pattern, a data set `hub:OWNER/NAME`, or memory (a list, an iterator, a `datasets.Dataset`, a table of pyarrow, a
     pandas DataFrame), or those that a task trains on: `sf.read(sf.task("spelling", limit=3))`.
 
     columns: what a table with other names calls ours, as `{"question": "prompt", "answer": "completion"}`.
-    config, split: of a data set, where its name does not say them."""
+    config, split: of a data set, where its name does not say them.   text: they are plain text: `{"text": ...}`, or a
+    file a document."""
     if config or split:
         data = set_name(str(data), config, split)
     if isinstance(data, SourceEntry):
         entry = data if columns is None else data.model_copy(update={"columns": columns})
-        name, columns = name or entry.label, entry.columns
+        name, columns, text = name or entry.label, entry.columns, entry.is_text
         found = [row for _, row in rows_of_entry(entry, Recipe(mixture=(entry,)))]
         data = [row.to_row() if isinstance(row, Conversation) else _row_of(row) for row in found]
     if isinstance(data, Rows):
-        return data if columns is None else Rows(data._file or data._rows, name or data.given_name, columns)
-    return Rows(data, name, columns)
+        if columns is None and text <= data.text:
+            return data
+        return Rows(data._file or data._rows, name or data.given_name, columns or data.columns, text=text or data.text)
+    return Rows(data, name, columns, text=text)
 
 
 _SAYS = {*CONVERSATIONS, *(key for pair in (*CANONICAL, *OTHERS) for key in pair), "text", IDS}
@@ -213,6 +225,7 @@ _SAYS = {*CONVERSATIONS, *(key for pair in (*CANONICAL, *OTHERS) for key in pair
 
 
 def _row_of(payload: Any) -> Any:
+    payload = payload.row if isinstance(payload, PlainText) else payload
     return payload.row if isinstance(payload, Columned) else payload
 
 
@@ -256,6 +269,8 @@ def entry_of(source: Any) -> SourceEntry:
         check_source(entry)
         return entry
     rows = read([source] if isinstance(source, Mapping) else source)
+    if rows.text:
+        return SourceEntry(source="text", path=rows.path, name=rows.name, place=rows.place, columns=rows.columns)
     return SourceEntry(source=rows.path, name=rows.given_name, place=rows.place, columns=rows.columns)
 
 
@@ -348,6 +363,7 @@ def render(
     columns: Columns | None = None,
     turns: str = "all",
     join_turns: bool = False,
+    text: bool = False,
 ) -> Rendering:
     """What a model is trained on of some rows. The model may be a directory with a tokenizer only.
 
@@ -355,10 +371,10 @@ def render(
     drop_prefill: prompts without what the template begins every reply with.   supervise: `replies`, or `all` tokens.
     columns: what a table with other names calls ours.   config: of a data set with several.
     turns: `all` replies, or each conversation's `last`.   join_turns: join messages in a row of the user, and of the
-    assistant.
+    assistant.   text: the rows are plain text, as of the source `text`.
     Raises DataError where nothing of a file can be read; a row that cannot be shown is among `refused`.
     """
-    rows = read([data] if isinstance(data, Mapping | Conversation) else data, columns=columns, config=config)
+    rows = read([data] if isinstance(data, Mapping | Conversation) else data, columns=columns, config=config, text=text)
     if isinstance(model, checkpoint.Assistant):
         if format not in ("auto", model.renderer.format.name):
             fact = f"the model is loaded with the format {model.renderer.format.name}"

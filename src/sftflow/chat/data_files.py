@@ -7,6 +7,7 @@ and of a table, row 17 of anything else.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Generator, Iterator
 from functools import partial
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sftflow.chat.files.columns import Wanted, read_columns
-from sftflow.chat.files.names import Places, files_of
+from sftflow.chat.files.names import TEXT_ENDINGS, Places, files_of, unpacked
 from sftflow.chat.files.packed import COLUMNS, PACKED_ENDINGS, opened
 from sftflow.chat.files.sets import DataFile
 from sftflow.chat.files.table import ENDINGS, is_header, read_table
@@ -23,6 +24,8 @@ from sftflow.chat.schema import Conversation, parse_line, parse_row
 from sftflow.foundation.errors import DataError
 from sftflow.foundation.json_values import check_texts, parse_json
 
+MOST_BYTES = 64 << 20
+"""of a file that is one document: it is held and encoded at once"""
 Numbered = Generator[tuple[int, Any], None, tuple[int, int]]
 """(number in the file, row) of its rows; returns how many there are, and the last one's number"""
 
@@ -39,14 +42,14 @@ def read_lines(name: str, place: str = "") -> Iterator[tuple[int, bytes]]:
                     yield number, line
 
 
-def read_rows(source: str | Path) -> Iterator[tuple[str, Any]]:
+def read_rows(source: str | Path, *, plain: bool = False) -> Iterator[tuple[str, Any]]:
     """(place, raw row) of whatever a name means: a file, the files of a pattern or a folder, or a data set
-    `hub:NAME[:SPLIT]`.
+    `hub:NAME[:SPLIT]`.   plain: of plain text, see `numbered_rows`.
 
     Raises DataError naming the file and line where a row cannot be read.
     """
     places = Places()
-    for number, row in numbered_rows(str(source), places=places):
+    for number, row in numbered_rows(str(source), places=places, plain=plain):
         place = places[number]
         if isinstance(row, bytes):
             yield place, parse_line(row, place)
@@ -55,15 +58,18 @@ def read_rows(source: str | Path) -> Iterator[tuple[str, Any]]:
             yield place, row
 
 
-def numbered_rows(name: str, wanted: Wanted | None = None, places: Places | None = None) -> Iterator[tuple[int, Any]]:
+def numbered_rows(
+    name: str, wanted: Wanted | None = None, places: Places | None = None, *, plain: bool = False
+) -> Iterator[tuple[int, Any]]:
     """As `read_rows`, but (number, raw row), and the row of a file of JSON lines is its line's bytes, not yet
     parsed. Numbers count on through several files.   wanted: told a row's index, from 0, whether it is asked for; None:
-    all are.   places: told where each file begins."""
+    all are.   places: told where each file begins.   plain: of plain text, where a file of TEXT_ENDINGS is one row."""
     n = last = 0
-    for file in files_of(name):
+    for file in files_of(name, plain=plain):
         if places is not None:
             places.begin(last, file.place)
-        rows = _numbered(file, wanted and partial(_from, wanted, n))
+        read = _whole_text if plain and unpacked(file.place).endswith(TEXT_ENDINGS) else _numbered
+        rows = read(file, wanted and partial(_from, wanted, n))
         if last:
             rows = _counted_on(rows, last)
         of_file, end = yield from rows
@@ -82,6 +88,19 @@ def _counted_on(rows: Numbered, before: int) -> Numbered:
             found: tuple[int, int] = end.value
             return found
         yield before + number, row
+
+
+def _whole_text(file: DataFile, wanted: Wanted | None) -> Numbered:
+    """A file that is one document. Raises DataError where it is too long to be one."""
+    if wanted is None or wanted(0):
+        with opened(file.path(), file.place) as (raw, _):
+            data = raw.read(MOST_BYTES + 1)
+            if len(data) > MOST_BYTES:
+                fact = f"one text of more than {MOST_BYTES >> 20} MB"
+                raise DataError(file.place, fact, 'cut it into documents, one a line: {"text": "..."}')
+            text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8").read()  # every end of a line as "\n"
+        yield 1, {"text": text}
+    return 1, 1
 
 
 def _numbered(file: DataFile, wanted: Wanted | None) -> Numbered:

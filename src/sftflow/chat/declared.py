@@ -60,7 +60,10 @@ def _joined(first: Message, second: Message, place: str) -> Message:
 
 def only_last(conversation: Conversation) -> Conversation:
     """Weight 0 for the assistant's messages before its last turn: all that it wrote behind the last message of another
-    than a tool, so calls and the answer behind their results. Raises SchemaError for a row of tokens."""
+    than a tool, so calls and the answer behind their results; plain text has no turns, and stays whole. Raises
+    SchemaError for a row of tokens."""
+    if conversation.document is not None:
+        return conversation
     if conversation.tokens is not None:
         fact = "turns: last, but a row of tokens does not say where its turns are"
         raise SchemaError(conversation.source, fact, "leave turns out, and say what is taught by the row's mask")

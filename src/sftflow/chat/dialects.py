@@ -5,18 +5,20 @@
 {"conversations": [{"from": "human", "value": ...}, ...]}  ShareGPT
 {"prompt": ..., "completion": ...} and its like            one exchange: `exchanges`
 {"input_ids": [...], "mask" or "labels": [...]}            tokens already: `pretokenized`
+{"text": "..."}                                            plain text: `plain_text`
 
 What each key means: `row_keys`. Tables with other names say which is which: `columns`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sftflow.chat.columns import Columns, renamed
 from sftflow.chat.exchanges import CANONICAL, OTHERS, Pair, pairs_of, read_pair, turns_of_ready
+from sftflow.chat.plain_text import ENDS, TEXT, Document, is_alone, read_text_row
 from sftflow.chat.pretokenized import Pretokenized, read_pretokenized
 from sftflow.chat.row_keys import (
     CONVERSATIONS,
@@ -42,26 +44,31 @@ _WITH_ANY = {*SYSTEM, *TOOLS, *ROW_FLAGS}
 
 @dataclass(frozen=True, kw_only=True)
 class RawRow:
-    """conversations: what each dialect that the row is whole in makes of it.   tokens: the row, where it is such.
+    """conversations: what each dialect that the row is whole in makes of it.   tokens, document: the row, where it is
+    such.
     weight: how much the loss of its replies counts, above 0 (0 is that of each message).   meta: the row's other keys.
     ignored: names of keys that nothing was made of, those of messages as `messages[].name`."""
 
     conversations: list[list[Turn]]
     tokens: Pretokenized | None = None
+    document: Document | None = None
     tools: list[dict[str, Any]] = field(default_factory=list)
     weight: int | float = 1
     meta: dict[str, Any] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
 
 
-def read_row(row: Any, place: str, columns: Columns | None = None) -> RawRow:
-    """One row of any dialect.   columns: the user's names of keys by ours.
+def read_row(row: Any, place: str, columns: Columns | None = None, *, plain: bool = False) -> RawRow:
+    """One row of any dialect.   columns: the user's names of keys by ours.   plain: the recipe says that it is plain
+    text.
 
     Raises SchemaError where it is of none, or a key cannot be honoured."""
     ignored: set[str] = set()
     named: frozenset[str] = frozenset()
     if columns:
         row, named = renamed(row, columns, place, ignored)
+    if plain:
+        return _of_text(row, place, ignored, declared=True)
     bare = row["messages"] if isinstance(row, dict) and len(row) == 1 and "messages" in row else row
     if isinstance(bare, list):
         conversations = [read_turns(bare, f"{place}.messages", ignored)]
@@ -78,6 +85,8 @@ def read_row(row: Any, place: str, columns: Columns | None = None) -> RawRow:
     else:
         refuse(row, REFUSED, place)
     conversations, used = _conversations(row, place, ignored, named)
+    if not conversations:
+        return _of_text(row, place, ignored, declared=False)
     system = _system(row, place)
     weight = _weight(row, ROW_FLAGS, place)
     for turns in conversations:
@@ -99,6 +108,14 @@ def _claimed(row: dict[str, Any]) -> bool:
     return any(not absent(row.get(key)) for key in (*CONVERSATIONS, *(key for pair in CANONICAL for key in pair)))
 
 
+def _of_text(row: Any, place: str, ignored: Collection[str], *, declared: bool) -> RawRow:
+    found = read_text_row(row, place, ignored, declared=declared)
+    meta = {key: value for key, value in row.items() if key not in (TEXT, ENDS, *ROW_FLAGS)}
+    return RawRow(
+        conversations=[], document=found.document, weight=found.weight, meta=meta, ignored=tuple(found.ignored)
+    )
+
+
 def _of_tokens(row: dict[str, Any], place: str) -> RawRow:
     refuse({key: value for key, value in row.items() if key not in TOKEN_KEYS}, REFUSED, place)
     tokens = read_pretokenized(row, place)
@@ -116,8 +133,8 @@ def _of_tokens(row: dict[str, Any], place: str) -> RawRow:
 def _conversations(
     row: dict[str, Any], place: str, ignored: set[str], named: frozenset[str]
 ) -> tuple[list[list[Turn]], set[str]]:
-    """The conversation in each dialect that the row is whole in, and the keys of these.   named: keys that the user's
-    `columns` have made; where they are of a dialect, only that counts."""
+    """The conversation in each dialect that the row is whole in, and the keys of these; none where it is plain text.
+    named: keys that the user's `columns` have made; where they are of a dialect, only that counts."""
     whole: list[tuple[str] | Pair] = [(key,) for key in CONVERSATIONS if key in row]
     whole += pairs_of(row, listed=any(_usable(key, row[key]) for (key, *_) in whole))
     whole = [keys for keys in whole if all(_usable(key, row[key]) for key in keys)] or whole[:1]
@@ -125,7 +142,14 @@ def _conversations(
         most = max((len(named.intersection(keys)) for keys in whole), default=0)
         whole = [keys for keys in whole if len(named.intersection(keys)) == most]
     if not whole and isinstance(row.get("text"), str):
-        return [turns_of_ready(row["text"], f"{place}.text")], {"text"}
+        turns = turns_of_ready(row[TEXT], f"{place}.{TEXT}")
+        if not turns and not (is_alone(row) or TEXT in named):
+            fact = "plain text beside other keys: nothing is asked, and nothing replied"
+            remedy = (
+                "if all of it shall be taught as text: {source: text, path: FILE}; else give messages, or name its "
+            )
+            raise SchemaError(f"{place}.{TEXT}", fact, f"{remedy}columns: columns: {{text: prompt, OTHER: completion}}")
+        return [turns] if turns else [], {TEXT}
     if not whole:
         raise unknown_shape(row, place)
     if whole[0] in OTHERS:

@@ -99,6 +99,14 @@ class Encoder:
         line, letter = self.plain("\n"), self.plain("a")
         self.prepends = self.plain("\na")[len(line) :] != letter
 
+    @functools.cached_property
+    def opening(self) -> tuple[int, ...]:
+        """What the tokenizer itself puts in front of a text, as a BOS."""
+        plain = self._backend.encode("a", add_special_tokens=False).ids
+        ids = self._backend.encode("a", add_special_tokens=True).ids
+        starts = (i for i in range(len(ids)) if ids[i : i + len(plain)] == plain)
+        return tuple(ids[: next(starts, 0)])
+
     def knows(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
         """(n,) which ids are in the vocabulary."""
         known = self._known

@@ -179,7 +179,7 @@ def as_asked(row: Any, place: str) -> Any:
 
 
 def turns_of_ready(text: str, place: str) -> list[Turn]:
-    """The turns of a row that is one text. Raises SchemaError where it is none that is known."""
+    """The turns of a row that is one text; [] where it is plain text. Raises SchemaError as `turns_of_text`."""
     found = turns_of_text(_text(text, place), place)
     return [(place, {"role": role, "content": said}) for role, said in found]
 

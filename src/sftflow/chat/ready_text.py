@@ -62,15 +62,16 @@ def parts_of_prompt(text: str) -> tuple[str, str]:
 
 
 def turns_of_text(text: str, place: str) -> list[tuple[str, str]]:
-    """(role, text) of a row's only text. Raises SchemaError where it is no conversation, or one that cannot be told
-    apart.
+    """(role, text) of a row's text; [] where it is plain text. Raises SchemaError where a chat format has written it,
+    or its turns cannot be told apart.
 
     >>> turns_of_text("### Human: hi### Assistant: yo", "x:1.text")
     [('user', 'hi'), ('assistant', 'yo')]
     """
     if found := _RENDERED.search(text):
         fact = f"a text that a chat format has written already ({found[0].strip()})"
-        raise SchemaError(place, fact, "give the messages that it was made of, without its tokens")
+        remedy = "give the messages that it was made of, without its tokens; plain text about them is {source: text, "
+        raise SchemaError(place, fact, f"{remedy}path: FILE}}")
     if text.lstrip().startswith("### Human:"):
         _, *pieces = _SPEAKER.split(text)
         return [(ROLES[name], said.strip()) for name, said in zip(pieces[::2], pieces[1::2], strict=True)]
@@ -82,9 +83,7 @@ def turns_of_text(text: str, place: str) -> list[tuple[str, str]]:
     if names:
         fact = f"ready text with the headers {', '.join(names[:4])}: not one instruction and its response"
         raise SchemaError(place, fact, "write its turns as messages")
-    fact = "plain text, which asks nothing and replies nothing"
-    remedy = "give messages, or name its columns: columns: {text: prompt, OTHER: completion}"
-    raise SchemaError(place, fact, f"{remedy}; sftflow base trains on plain text")
+    return []
 
 
 def _split(text: str) -> tuple[str, list[str], list[str]]:

@@ -26,6 +26,7 @@ from sftflow.chat.content_parts import Messages
 from sftflow.chat.declared import has_turns_in_a_row, join_turns, only_last
 from sftflow.chat.encode import encoder_of
 from sftflow.chat.format import ChatFormat, tokenizer_text
+from sftflow.chat.plain_text import Document, end_of_text
 from sftflow.chat.pretokenized import Pretokenized
 from sftflow.chat.prompts import Prompts
 from sftflow.chat.proof.prover import Prover, unflagged_ends
@@ -59,8 +60,9 @@ class RendererSpec:
     """What a Renderer is made of; can be sent to another process.
 
     tokenizer: tokenizer.json.   names: what the template calls tokens by.   eos: id of the end of text, or None.
-    ends: further ids at which the checkpoint says that a reply ends.   supervise: what is taught: "replies", or "all"
-    tokens but those of messages of weight 0.   turns, join_turns: what is declared of rows (`chat.declared`).
+    ends: further ids at which the checkpoint says that a reply ends.   begun_by_bos: whether documents began with BOS
+    in pretraining though the tokenizer does not write it.   supervise: what is taught: "replies", or "all" tokens but
+    those of messages of weight 0.   turns, join_turns: what is declared of rows (`chat.declared`).
     """
 
     tokenizer: str
@@ -68,6 +70,7 @@ class RendererSpec:
     eos: int | None
     format: ChatFormat
     ends: tuple[int, ...] = ()
+    begun_by_bos: bool = False
     supervise: str = "replies"
     turns: str = "all"
     join_turns: bool = False
@@ -96,13 +99,21 @@ class Renderer:
     """
 
     def __init__(
-        self, tokenizer: Any, chat_format: ChatFormat, *, ends: tuple[int, ...] = (), spec: RendererSpec | None = None
+        self,
+        tokenizer: Any,
+        chat_format: ChatFormat,
+        *,
+        ends: tuple[int, ...] = (),
+        begun_by_bos: bool = False,
+        spec: RendererSpec | None = None,
     ) -> None:
-        """ends: ids at which the checkpoint says that a reply ends, beside the tokenizer's end of text.
+        """ends: ids at which the checkpoint says that a reply ends, beside the tokenizer's end of text.   begun_by_bos:
+        see `RendererSpec`.
         spec: that of a renderer in another process: without transformers, `tokenizer` is None there."""
         if spec is None:
             names = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
-            spec = RendererSpec(tokenizer_text(tokenizer), names, tokenizer.eos_token_id, chat_format, ends)
+            text, eos = tokenizer_text(tokenizer), tokenizer.eos_token_id
+            spec = RendererSpec(text, names, eos, chat_format, ends, begun_by_bos)
         self.tokenizer, self.spec, self.format = tokenizer, spec, chat_format
         encoder = encoder_of(spec.tokenizer)
         formats = [spec.format, spec.format.with_tools or spec.format]
@@ -168,8 +179,15 @@ class Renderer:
         Raises FormatError where the template refuses the conversation (its own message quoted) and MaskError where
         the mask cannot be proven.
         """
+        if conversation.tokens is not None or conversation.document is not None:
+            if add_generation_prompt or continue_final_message:
+                what = "tokens" if conversation.document is None else "plain text"
+                fact = f"a row of {what} has no turns that could be replied to"
+                raise FormatError(conversation.source, fact, "give messages")
+            if conversation.document is not None:
+                return self._document(conversation, conversation.document, turns=turns)
         if conversation.tokens is not None:
-            return self._pretokenized(conversation, conversation.tokens, add_generation_prompt)
+            return self._pretokenized(conversation, conversation.tokens)
         template, prover = self._way(conversation)
         prompts = prompts or Prompts(template, template.row(conversation))
         row = prompts.row if prompts.row.conversation is conversation else template.row(conversation)
@@ -236,10 +254,41 @@ class Renderer:
                 raise MaskError(f"{row.source}.messages[{turn}]", fact, "remove the weight, or the row")
             yield starts[turn], starts[turn + 1]
 
-    def _pretokenized(self, row: Conversation, tokens: Pretokenized, is_prompt: bool) -> Rendered:
+    def _document(self, row: Conversation, document: Document, *, turns: bool) -> Rendered:
+        """Plain text, all of it taught. Raises SchemaError where it may be what a chat format has written already, and
+        MaskError where the tokenizer makes control tokens of it."""
+        control = None if document.declared else self.special_re.search(document.text)
+        if control:
+            fact = f"the control token {control[0]} stands in it, as where a chat format has written it"
+            remedy = "give the messages; of plain text about such tokens say so: {source: text, path: FILE}"
+            raise SchemaError(f"{row.source}.text", fact, remedy)
+        ids = np.array(document.ids if document.ids is not None else self._ids_of(document, row.source), np.int64)
+        mask = np.ones(len(ids), np.int8)
+        mask[:1] = 0  # nothing predicts it
+        weights = None if row.weight == 1 else row.weight * mask.astype(np.float64)
+        found = ((0, "text"),) if turns else ()
+        return Rendered(ids, mask, document.text, row.source, turns=found, weights=weights)
+
+    def _ids_of(self, document: Document, place: str) -> list[int]:
+        ids = self._encoder.encode(document.text, [], [], place).ids.tolist()
+        return [*self.document_opening, *ids, *(self.document_end if document.ends else ())]
+
+    @functools.cached_property
+    def document_opening(self) -> tuple[int, ...]:
+        """Ids that plain text begins with: the tokenizer's own, as in pretraining."""
+        bos = self.special.get(self.spec.names.get("bos_token", ""))
+        return self._encoder.opening or ((bos,) if self.spec.begun_by_bos and bos is not None else ())
+
+    @functools.cached_property
+    def document_end(self) -> tuple[int, ...]:
+        """The id that ends plain text, see `plain_text.end_of_text`; () where the base has none."""
+        turn_ends = [way.prover.end_token for way in (self._plain, self._with_tools)]
+        token = end_of_text(self.spec.names, self.special, turn_ends)
+        found = self.spec.eos if token == self.spec.names.get("eos_token") else self.special.get(str(token))
+        return () if found is None else (found,)
+
+    def _pretokenized(self, row: Conversation, tokens: Pretokenized) -> Rendered:
         """A row of tokens as it stands. Raises SchemaError where one is not in the vocabulary, or nothing is taught."""
-        if is_prompt:
-            raise FormatError(row.source, "a row of tokens has no turns that could be replied to", "give messages")
         ids = np.array(tokens.ids, np.int64)
         unknown = np.flatnonzero(~self._encoder.knows(ids))
         if len(unknown):
@@ -275,7 +324,7 @@ class Renderer:
 
     def render_pairs(self, conversation: Conversation, *, turns: bool = False) -> list[tuple[Conversation, Rendered]]:
         """The examples of `render_rows`, each with the conversation that it renders."""
-        prompts = None if conversation.tokens else self.prompts(conversation)
+        prompts = self.prompts(conversation) if conversation.messages else None
         try:
             return [(conversation, self.render(conversation, turns=turns, prompts=prompts))]
         except FormatError as error:

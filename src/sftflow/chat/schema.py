@@ -10,6 +10,7 @@ from typing import Any, Literal
 from sftflow.chat.call_arguments import decoded
 from sftflow.chat.columns import Columned, Columns
 from sftflow.chat.dialects import read_row
+from sftflow.chat.plain_text import Document, PlainText
 from sftflow.chat.pretokenized import Pretokenized
 from sftflow.chat.row_keys import MESSAGE_KEYS
 from sftflow.chat.shapes import SAY_WHICH
@@ -77,8 +78,8 @@ def text_message(role: str, text: str) -> Message:
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """One row. `source` is FILE:LINE (or task:number); `meta` keeps the row's other keys, `ignored` names what of
-    them is not empty, and unknown keys of its messages. A row that is `tokens` already has no messages.   weight: the
-    row's own, above 0, beside those of its messages.
+    them is not empty, and unknown keys of its messages. A row that is `tokens` already, or a `document` of plain text,
+    has no messages.   weight: the row's own, beside those of its messages; above 0, but of a document.
 
     `to_row` gives it back in the canonical shape, which `parse_row` reads.
     """
@@ -90,6 +91,7 @@ class Conversation:
     ignored: tuple[str, ...] = ()
     tokens: Pretokenized | None = None
     weight: int | float = 1
+    document: Document | None = None
 
     def before(self, turn: int) -> Conversation:
         """The history in front of message number `turn`."""
@@ -123,6 +125,8 @@ class Conversation:
     def to_row(self) -> dict[str, Any]:
         """{"messages": [...]}, with "tools" where there are any; without `meta` and `source`."""
         own = {"weight": self.weight} if self.weight != 1 else {}
+        if self.document is not None:
+            return {**self.document.to_row(), **own}
         if self.tokens is not None:
             beside = {"mask": self.tokens.mask, "weights": self.tokens.weights}
             return {"input_ids": list(self.tokens.ids), **{k: list(v) for k, v in beside.items() if v}, **own}
@@ -200,15 +204,18 @@ def parse_message(raw: Any, place: str) -> Message:
     return Message(role, parts, tuple(calls), weight=raw.get("weight", 1), **texts)
 
 
-def parse_row(row: Any, place: str, columns: Columns | None = None) -> Conversation:
+def parse_row(row: Any, place: str, columns: Columns | None = None, *, plain: bool = False) -> Conversation:
     """One row of any accepted dialect -> the canonical conversation.   columns: the row's names of keys by ours.
+    plain: the recipe says that it is plain text.
 
     Raises SchemaError, naming the place in the row.
 
     >>> parse_row({"prompt": "hi", "completion": "yo"}, "x:1").messages[1].text
     'yo'
     """
-    raw = read_row(row, place, columns)
+    raw = read_row(row, place, columns, plain=plain)
+    if raw.document is not None:
+        return Conversation((), (), raw.meta, place, raw.ignored, weight=raw.weight, document=raw.document)
     if raw.tokens is not None:
         return Conversation((), (), raw.meta, place, raw.ignored, raw.tokens, raw.weight)
     found = [tuple(parse_message(message, where) for where, message in turns) for turns in raw.conversations]
@@ -225,13 +232,15 @@ def parse_row(row: Any, place: str, columns: Columns | None = None) -> Conversat
 
 def conversation_of(payload: Any, place: str) -> Conversation:
     """A row in any form that a source has it in: a Conversation (as it is), a JSONL line's bytes or parsed JSON, both
-    also with the names of their columns."""
+    also with the names of their columns, and as plain text."""
     if isinstance(payload, Conversation):
         return payload
-    columns = None
+    plain = isinstance(payload, PlainText)
+    payload, columns = payload.row if plain else payload, None
     if isinstance(payload, Columned):
         payload, columns = payload
-    return parse_row(parse_line(payload, place) if isinstance(payload, bytes) else payload, place, columns)
+    row = parse_line(payload, place) if isinstance(payload, bytes) else payload
+    return parse_row(row, place, columns, plain=plain)
 
 
 def parse_line(line: bytes, place: str) -> Any:

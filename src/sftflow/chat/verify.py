@@ -7,12 +7,14 @@ run gets before training starts.
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from sftflow.chat.call_arguments import decoded
+from sftflow.chat.plain_text import Document
 from sftflow.chat.prompts import Prompts
 from sftflow.chat.render import Rendered, Renderer
 from sftflow.chat.schema import Conversation, Message, Part
@@ -37,6 +39,8 @@ def verify(
     wrong: dict[str, str] = {}
     if conversation.tokens is not None:
         return wrong
+    if conversation.document is not None:
+        return verify_text(renderer, conversation.document, [rendered])
     if renderer.spec.supervise == "all":
         return verify(renderer.supervising("replies"), *_left_out(renderer, conversation, rendered), prompts)
     ids, mask = rendered.ids, rendered.mask
@@ -67,6 +71,25 @@ def verify(
     return wrong
 
 
+def verify_text(renderer: Renderer, document: Document, pieces: Sequence[Rendered]) -> dict[str, str]:
+    """The same of plain text.   pieces: all that it was cut into, in order."""
+    wrong: dict[str, str] = {}
+    ids = [i for piece in pieces for i in piece.ids.tolist()]
+    if any(piece.mask.tolist() != [0, *(len(piece.ids) - 1) * [1]] for piece in pieces):
+        wrong[PARITY] = "not every token after the first is supervised"
+    if document.ids is not None:
+        return wrong
+    opening, end = renderer.document_opening, renderer.document_end if document.ends else ()
+    words = ids[len(opening) : len(ids) - len(end)]
+    if (*opening, *words, *end) != tuple(ids):
+        wrong[BOS] = "it does not begin and end as the base's documents do"
+    if not set(words).isdisjoint(renderer.special.values()):
+        wrong[CONTROL] = "control ids in its words"
+    if renderer.decode(words) not in (document.text, renderer.round_trip(document.text)):
+        wrong[CONTENT] = "decoding its ids does not give back its text"
+    return wrong
+
+
 def _left_out(renderer: Renderer, conversation: Conversation, rendered: Rendered) -> tuple[Conversation, Rendered]:
     """The same row with its replies of weight 0 as the supervised ones."""
     if any(m.weight == 0 and m.role != "assistant" for m in conversation.messages):
@@ -86,7 +109,8 @@ def checks(wrong: dict[str, str], conversation: Conversation) -> Checks:
         return {}
     place = conversation.source
     first = {name: f"{place}: {fact}" for name, fact in wrong.items()}
-    return {name: {"checked": 1, "failed": int(name in wrong), "first": first.get(name)} for name in INVARIANTS}
+    held = [name for name in INVARIANTS if name != ENDS or conversation.document is None]  # text has no turns to end
+    return {name: {"checked": 1, "failed": int(name in wrong), "first": first.get(name)} for name in held}
 
 
 def add_checks(total: Checks, more: Checks) -> None:

@@ -88,12 +88,7 @@ class Assistant:
 
     def plain_ids(self, text: str) -> tuple[int, ...]:
         """Plain text as the base was pretrained to read it: with the tokenizer's own BOS, without control tokens."""
-        opening = self.tokenizer("").input_ids  # BOS where the tokenizer writes one
-        if not opening and self.model.config.model_type in BEGUN_BY_BOS and self.tokenizer.bos_token_id is not None:
-            opening = [self.tokenizer.bos_token_id]
-        if opening and opening[-1] == self.tokenizer.eos_token_id != self.tokenizer.bos_token_id:
-            opening = opening[:-1]
-        return (*opening, *self.renderer.encode_plain(text))
+        return (*self.renderer.document_opening, *self.renderer.encode_plain(text))
 
 
 def grow_embeddings(model: Any, known: Collection[int], new: Collection[int]) -> int:
@@ -150,10 +145,11 @@ def prepare(
             fact = f"tokenizer or chat format changed since training (fingerprint {stored} -> {now})"
             remedy = "restore tokenizer.json and chat_template.jinja, or train again"
             raise CheckpointError(location.name, fact, remedy)
+    begins = model.config.model_type in BEGUN_BY_BOS
     known = set(tokenizer.get_vocab().values())
     add_tokens(tokenizer, chat_format)
     grow_embeddings(model, known, set(tokenizer.get_vocab().values()) - known)
-    return model, tokenizer, Renderer(tokenizer, chat_format, ends=ends), info
+    return model, tokenizer, Renderer(tokenizer, chat_format, ends=ends, begun_by_bos=begins), info
 
 
 def load_assistant(

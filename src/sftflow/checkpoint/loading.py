@@ -149,12 +149,22 @@ def open_renderer(location: Location, format_name: str) -> Renderer:
     """A renderer without the model: the checkpoint's tokenizer, in the named format or its own stored one."""
     from sftflow.chat.render import Renderer
 
-    tokenizer = load_tokenizer(location)
+    tokenizer, begins = load_tokenizer(location), begun_by_bos(location)
     ends = load_ends(location, tokenizer)
     location = tokenizer_location(location)
     chat_format = choose_format(format_name, tokenizer, load_info(location).get("format"))
     add_tokens(tokenizer, chat_format)
-    return Renderer(tokenizer, chat_format, ends=ends)
+    return Renderer(tokenizer, chat_format, ends=ends, begun_by_bos=begins)
+
+
+def begun_by_bos(location: Location) -> bool:
+    """Whether the base was pretrained on documents that begin with BOS, though its tokenizer does not write it."""
+    if location.adapter_of is not None:
+        return begun_by_bos(base_location(location))
+    if location.nanochat or location.gguf:
+        return location.nanochat is not None
+    file = Path(location.path) / "config.json"
+    return file.is_file() and (read_record(file, RESTORE) or {}).get("model_type") in vocabulary.BEGUN_BY_BOS
 
 
 def load_model(location: Location) -> tuple[Any, dict[str, Any]]:

@@ -39,6 +39,9 @@ def render(
     join_turns: Annotated[
         bool, typer.Option(help="join messages in a row of the user, and of the assistant, by a blank line")
     ] = False,
+    text: Annotated[
+        bool, typer.Option("--text", help="the rows are plain text: {text: ...}, or a file a document")
+    ] = False,
 ) -> None:
     """Show rows as the model sees them: tokens, and which of them are trained on."""
     from sftflow import api
@@ -56,6 +59,7 @@ def render(
         columns=None if columns is None else parse_columns(columns),
         turns=turns,
         join_turns=join_turns,
+        text=text,
     )
     for note in found.notes:
         print(note, file=sys.stderr)

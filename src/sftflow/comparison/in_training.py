@@ -64,7 +64,8 @@ def seen_in_training(prompts: Sequence[FixedPrompt], rows: TrainingRows, rendere
 
     A single question does where any turn of a user has its words (`wording`), whatever comes before that turn. A prompt
     with a history or a system message does where a row begins with all of it; else "last question" says that a user
-    turn has the words of its last one. A prompt without any word is found nowhere.
+    turn has the words of its last one. A prompt without any word is found nowhere, and none in plain text, which asks
+    nothing.
 
     Rows are read as the model reads them, as ids. In one that is not in the checkpoint's format (tokens that were made
     elsewhere) a question may stand anywhere.   renderer: of the run's checkpoint. Raises FormatError where the format
@@ -109,7 +110,8 @@ def _trained_texts(rows: TrainingRows, renderer: Renderer) -> Iterator[list[str]
     """The texts of the rows that were trained on, control tokens among them, many at once; equal rows once."""
     backend = renderer.tokenizer.backend_tokenizer
     kept = AuditRows(rows.sources, lambda ids: backend.decode_batch(ids, skip_special_tokens=False), {})
-    trained = np.flatnonzero(~np.concatenate([np.zeros(0, bool), *rows.held_out]))
+    left_out = [held | source.text for held, source in zip(rows.held_out, rows.sources, strict=True)]
+    trained = np.flatnonzero(~np.concatenate([np.zeros(0, bool), *left_out]))
     _, once = np.unique(kept.first[trained], return_index=True)
     yield from map(kept.texts, kept.chunks(trained[once]))
 

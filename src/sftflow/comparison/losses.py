@@ -38,8 +38,9 @@ def held_out_comparison(base: Assistant, sft: Assistant, run: Path | None) -> He
 
 
 def _other_tokens(base: Assistant, sft: Assistant, row: Conversation) -> bool:
-    """Whether a row of tokens is another text to the base."""
-    return row.tokens is not None and base.renderer.decode(row.tokens.ids) != sft.renderer.decode(row.tokens.ids)
+    """Whether a row of tokens, or a piece of a text, is another text to the base."""
+    ids = row.tokens.ids if row.tokens else row.document.ids if row.document else None
+    return ids is not None and base.renderer.decode(ids) != sft.renderer.decode(ids)
 
 
 def overlap_with_training(

@@ -66,8 +66,9 @@ def load_prompts(source: str = "default") -> PromptSet:
             row = {**row, "messages": [{"role": "user", "content": row["prompt"]}]}
         expects = _expects(row.get("expects"), place) if isinstance(row, dict) else ()
         conversation = parse_row(row, place)
-        if conversation.tokens is not None:
-            raise DataError(place, "a row of tokens, which asks nothing", "give messages, or a prompt")
+        if not conversation.messages:
+            what = "plain text" if conversation.document else "a row of tokens"
+            raise DataError(place, f"{what}, which asks nothing", "give messages, or a prompt")
         if conversation.messages[-1].role == "assistant":
             conversation = conversation.before(len(conversation.messages) - 1)
         if not conversation.messages:

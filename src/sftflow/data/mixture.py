@@ -18,14 +18,14 @@ from sftflow.chat.prefill import drop_prefill
 from sftflow.chat.render import Rendered, Renderer
 from sftflow.chat.schema import parse_row
 from sftflow.chat.template_options import append_eos, choose_arguments
-from sftflow.chat.verify import Checks, add_checks
+from sftflow.chat.verify import INVARIANTS, Checks, add_checks
 from sftflow.data.choice import Choice, choose
 from sftflow.data.decontaminate import EvalSets, overlapping
 from sftflow.data.prepare import Progress, open_source, prepare_source
 from sftflow.data.row_cache import prune
 from sftflow.data.sources import pinned_recipe, sample_of
 from sftflow.data.store import Examples, Rows, RowStore
-from sftflow.data.truncate import TOO_LONG, UNTAUGHT
+from sftflow.data.truncate import EMPTY, TOO_LONG, UNTAUGHT
 from sftflow.fingerprint import data_digest
 from sftflow.foundation.atomic_io import finite, write_text
 from sftflow.foundation.errors import DataError, ProofError
@@ -89,6 +89,7 @@ class Mixture:
             "tokens": int(lengths.sum(dtype=np.int64)),
             "supervised_tokens": sum(s["supervised_tokens"] for s in self.sources),
             **self._weight(),
+            **self._text(),
             "packed_rows": packed,
             "padding_share": round(1 - int(lengths.sum(dtype=np.int64)) / slots if slots else 0.0, 5),
             "validation_rows": len(self.held_out),
@@ -113,12 +114,21 @@ class Mixture:
         total = sum(s.get("supervised_weight", s["supervised_tokens"]) for s in self.sources)
         return {"supervised_weight": round(total, 6)}
 
+    def _text(self) -> dict[str, Any]:
+        """What of the above is plain text, where some is; and between which tokens its documents stand."""
+        parts = [s["text"] for s in self.sources if "text" in s]
+        if not parts:
+            return {}
+        counts = {key: sum(part[key] for part in parts) for key in parts[0]}
+        marks = {"opening": self.renderer.document_opening, "end": self.renderer.document_end}
+        return {"text": {**counts, **{name: self.renderer.decode(ids) for name, ids in marks.items()}}}
+
     def invariants(self) -> Checks:
         """How many rows each invariant was checked on, and how many failed it, over all sources."""
         total: Checks = {}
         for rows in self.rows:
             add_checks(total, rows.meta["invariants"])
-        return total
+        return {name: total[name] for name in INVARIANTS if name in total}
 
     def prove(self) -> None:
         """Raises ProofError, naming the first row, where a verified row fails an invariant."""
@@ -137,6 +147,13 @@ class Mixture:
             lines.insert(0, "turns: last: only each conversation's last reply is taught")
         if self.renderer.spec.join_turns:
             lines.insert(0, "join_turns: the user's, and the assistant's, messages in a row are joined by a blank line")
+        if text := self.ledger.get("text"):
+            replies = self.ledger["supervised_tokens"] - text["supervised_tokens"]
+            between = " and ".join(filter(None, (text["opening"], text["end"]))) or "no tokens"
+            counts = f"{text['rows']:,} rows, {text['supervised_tokens']:,} supervised tokens"
+            lines.append(
+                f"plain text: {counts} beside {replies:,} of conversations; a document stands between {between}"
+            )
         for name, source in zip(self.names, self.sources, strict=True):
             if weight := source.get("supervised_weight"):
                 lines.append(
@@ -153,6 +170,7 @@ class Mixture:
             f"{long} and {{was}} cut within a turn": meta["cut_tokens"],
             "bad and {was} skipped": meta["bad"],
             UNTAUGHT: meta["dropped"].get(UNTAUGHT, 0),
+            f"{EMPTY}: left out": meta["dropped"].get(EMPTY, 0),
             f"tokens already{'' if whole else '; their masks are taken as they stand'}": meta["pretokenized"],
         }
         return [
@@ -258,7 +276,7 @@ def build_mixture(
         rows=sources,
         overlapping=found,
         choices=choices,
-        samples=[renderer.render(parse_row(first["row"], first["source"]), turns=True) for first in firsts],
+        samples=[renderer.render(parse_row(f["row"], f["source"], plain="plain" in f), turns=True) for f in firsts],
         max_length=recipe.train.max_length,
         order=recipe.order,
         bad=[row for rows in sources for row in rows.meta["bad_rows"]],
@@ -281,7 +299,7 @@ def _remedy(lost: Mapping[str, int], recipe: Recipe, last: str) -> str:
 def _require_kept(rows: RowStore, recipe: Recipe) -> None:
     """Raises DataError where more of a source's rows are lost than the recipe says may be, of those to be taught."""
     lost = {**rows.meta["dropped"], "bad": rows.meta["bad"]}
-    seen = rows.meta["seen"] - lost.pop(UNTAUGHT, 0)
+    seen = rows.meta["seen"] - lost.pop(UNTAUGHT, 0) - lost.pop(EMPTY, 0)
     n = sum(lost.values())
     if n > recipe.max_dropped * seen:
         named = {TOO_LONG: f"{TOO_LONG} {recipe.train.max_length:,}"}
@@ -300,6 +318,7 @@ def _ledger(entry: SourceEntry, rows: RowStore, choice: Choice) -> dict[str, Any
         "tokens": int(rows.lengths @ times),
         "supervised_tokens": int(rows.supervised @ times),
         **({"supervised_weight": round(float(rows.weight_sums @ times), 6)} if len(rows.spans) else {}),
+        **({"text": _text_of(rows, times)} if rows.text.any() else {}),
         "cut": meta["cut"],
         "cut_tokens": meta["cut_tokens"],
         "dropped": sum(meta["dropped"].values()) + meta["bad"],
@@ -312,6 +331,16 @@ def _ledger(entry: SourceEntry, rows: RowStore, choice: Choice) -> dict[str, Any
         "boundary_splits": meta["boundary_splits"],
         "dropped_why": {**meta["dropped"], **({"bad row": meta["bad"]} if meta["bad"] else {})},
         **choice.ledger,
+    }
+
+
+def _text_of(rows: RowStore, times: NDArray[np.int64]) -> dict[str, int]:
+    """What of a source's rows is plain text.   times: (rows,) how often each is shown."""
+    shown = times * rows.text
+    return {
+        "rows": int(shown.sum()),
+        "tokens": int(rows.lengths @ shown),
+        "supervised_tokens": int(rows.supervised @ shown),
     }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from sftflow.chat.files.sets import parse_set
 from sftflow.data.sources import check_source, labels_of
-from sftflow.recipe import Recipe, SourceEntry, own_task
+from sftflow.recipe import REPLAY, Recipe, SourceEntry, own_task
 from sftflow.tasks import GENERATED, TASKS, TaskSource, make_task
 from sftflow.tasks.published import ADDRESSES, LICENCES, PUBLISHED
 
@@ -65,6 +65,8 @@ def needs_of(recipe: Recipe) -> list[Need]:
 
 
 def _of_entry(what: str, entry: SourceEntry, label: str) -> Need:
+    if entry.path == REPLAY:
+        return Need(what=what, name=label, where=MADE)
     if entry.source in TASKS or own_task(entry.source):
         found = _task(what, label, entry.source, entry.path, entry.split)
     else:

@@ -22,6 +22,7 @@ from typing import Any
 from sftflow.chat.columns import Columned
 from sftflow.chat.files.columns import Wanted
 from sftflow.chat.files.names import Places
+from sftflow.chat.plain_text import PlainText
 from sftflow.chat.render import Renderer
 from sftflow.data.parts import (
     PROVEN,
@@ -229,8 +230,7 @@ def _blocks(rows: Iterator[NumberedRow], places: Iterator[int]) -> Iterator[tupl
         for row in islice(rows, BLOCK_ROWS):
             block.append(row)
             n += 1
-            payload = row[1].row if isinstance(row[1], Columned) else row[1]
-            size += len(payload) if isinstance(payload, bytes) else 0
+            size += _size(row[1])
             if size >= BLOCK_BYTES:
                 yield place, block
                 block, size = [], 0
@@ -238,6 +238,15 @@ def _blocks(rows: Iterator[NumberedRow], places: Iterator[int]) -> Iterator[tupl
             yield place, block
         if n < BLOCK_ROWS:
             return
+
+
+def _size(payload: Any) -> int:
+    """Of a row, as far as it is known at once: bytes of a line, characters of a text."""
+    if isinstance(payload, PlainText | Columned):
+        return _size(payload.row)
+    if isinstance(payload, dict):
+        return sum(len(value) for value in payload.values() if isinstance(value, str))
+    return len(payload) if isinstance(payload, bytes) else 0
 
 
 def _rendered(

@@ -26,9 +26,10 @@ from numpy.typing import NDArray
 
 from sftflow.chat.columns import Columned
 from sftflow.chat.files.names import Places
+from sftflow.chat.plain_text import PlainText
 from sftflow.chat.render import Renderer, RendererSpec
 from sftflow.chat.schema import Conversation, conversation_of
-from sftflow.chat.verify import Checks, add_checks, checks, verify
+from sftflow.chat.verify import Checks, add_checks, checks, verify, verify_text
 from sftflow.data.store import NO_SPANS, ROW, SPAN, spans_of
 from sftflow.data.truncate import first_tokens, fit_to_length
 from sftflow.fingerprint import row_digest
@@ -105,7 +106,7 @@ def render_block(
     places: where its rows stand, if not all in the job's `prefix`."""
     places = places or Places([(0, job.prefix)])
     ids, masks = [np.empty(0, np.int32)], [np.empty(0, np.int8)]
-    table: list[tuple[int, int, int, int, int]] = []
+    table: list[tuple[int, int, int, int, int, bool]] = []
     spans: list[tuple[int, int, int, float]] = []
     block = Block(ids[0], masks[0], np.empty(0, ROW))
     counts, start = block.counts, 0
@@ -132,18 +133,23 @@ def render_block(
         counts.pretokenized += conversation.tokens is not None
         if block.sample is None:
             first = fitted.pairs[0][0]
-            block.sample = {"source": first.source, "row": first.to_row()}
+            text = {} if first.document is None else {"plain": True}
+            block.sample = {"source": first.source, "row": first.to_row(), **text}
         verified = n_verified < 0 or count < n_verified
         prompts = renderer.prompts(conversation) if verified and conversation.messages else None
+        document = conversation.document
+        if verified and document is not None:
+            wrong = verify_text(renderer, document, [rendered for _, rendered in fitted.pairs])
+            add_checks(counts.invariants, checks(wrong, conversation))
         for rendered_from, rendered in fitted.pairs:
-            if verified:
+            if verified and document is None:
                 wrong = verify(renderer, rendered_from, rendered, prompts)
                 add_checks(counts.invariants, checks(wrong, conversation))
             rendered = first_tokens(rendered, job.max_length, renderer)
             row, mask = rendered.ids.astype(np.int32), rendered.mask
             if rendered.weights is not None:
                 spans += spans_of(len(table), mask, rendered.weights)
-            table.append((start, len(row), int(mask[1:].sum()), number, row_digest(row)))
+            table.append((start, len(row), int(mask[1:].sum()), number, row_digest(row), document is not None))
             counts.boundary_splits += rendered.boundary_splits
             ids.append(row)
             masks.append(mask)
@@ -158,6 +164,8 @@ def _shown(payload: Any) -> Any:
     """A bad row for bad_rows.jsonl: as it stood."""
     if isinstance(payload, Conversation):
         return payload.to_row()
+    if isinstance(payload, PlainText):
+        payload = payload.row
     if isinstance(payload, Columned):
         payload = payload.row
     if isinstance(payload, bytes):

@@ -51,7 +51,7 @@ def _files_of(entry: SourceEntry) -> list[DataFile]:
     """The files of an entry's data; none where it is made here."""
     if not is_task(entry.source) or entry.path is None or is_pattern(entry.path):
         name = data_name(entry)
-        return [] if name is None else files_of(name)
+        return [] if name is None else files_of(name, plain=entry.is_text)
     where = parse_set(entry.path).where if entry.path.startswith(HUB) else entry.path
     if not os.path.isdir(where):
         return [DataFile(entry.path, commit=pinned(entry.path) if where != entry.path else "")]

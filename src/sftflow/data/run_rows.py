@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sftflow.chat.files.names import Places
+from sftflow.chat.plain_text import Document
 from sftflow.chat.schema import Conversation, conversation_of, parse_row
 from sftflow.data.mixture import Mixture
 from sftflow.data.sources import rows_of_entry
-from sftflow.data.store import Rows
+from sftflow.data.store import ROW, Rows
 from sftflow.data.truncate import fit_to_length
 from sftflow.foundation.atomic_io import write_file
 from sftflow.foundation.errors import DataError
@@ -34,7 +35,8 @@ MAX_TOKENS = 64_000_000
 @dataclass(frozen=True, kw_only=True)
 class HeldOutRow:
     """One example that was not trained on. Of a long conversation it is the beginning of whole turns
-    that fitted `train.max_length`; cut after so many tokens, the conversation is whole, and ids and mask are cut.
+    that fitted `train.max_length`; cut after so many tokens, the conversation is whole, and ids and mask are cut. Of a
+    long text it is a piece.
 
     source: name of its mixture entry.   index: (number of that entry, row), as `TrainingRows` counts them.
     ids: (n,) as rendered for the run.   mask: (n,) 1 where supervised.
@@ -117,7 +119,7 @@ def _held_out_line(mixture: Mixture, at: tuple[int, int], number: int, conversat
     rows = mixture.rows[source]
     weights = rows.weights(row)
     line = {
-        **(conversation.to_row() if conversation.messages else {"input_ids": rows.ids(row).tolist()}),
+        **_said(conversation, rows.ids(row)),
         "source": mixture.names[source],
         "place": rows.place(row),
         "index": (source, number),
@@ -126,6 +128,13 @@ def _held_out_line(mixture: Mixture, at: tuple[int, int], number: int, conversat
         **({} if weights is None else {"weights": weights.tolist()}),
     }
     return (json.dumps(line, ensure_ascii=False) + "\n").encode()
+
+
+def _said(conversation: Conversation, ids: NDArray[np.int32]) -> dict[str, Any]:
+    """What the row is made of.   ids: its own."""
+    if document := conversation.document:
+        return {**conversation.to_row(), "text_is": "whole" if document.ids is None else "piece"}
+    return conversation.to_row() if conversation.messages else {"input_ids": ids.tolist()}
 
 
 def _arrays(mixture: Mixture) -> dict[str, Any]:
@@ -167,10 +176,18 @@ def _held_out_row(line: str) -> HeldOutRow:
     return HeldOutRow(
         source=data["source"],
         index=(first, row),
-        conversation=parse_row(_row_of(data), data["place"]),
+        conversation=_conversation_of(data),
         ids=np.array(data["ids"], np.int64),
         mask=np.array(data["mask"], np.int8),
     )
+
+
+def _conversation_of(line: dict[str, Any]) -> Conversation:
+    if "text_is" not in line:
+        return parse_row(_row_of(line), line["place"])
+    ids = tuple(line["ids"]) if line["text_is"] == "piece" else None
+    document = Document(line["text"], line.get("ends", True), declared=True, ids=ids)
+    return Conversation((), source=line["place"], weight=line.get("weight", 1), document=document)
 
 
 def _row_of(line: dict[str, Any]) -> dict[str, Any]:
@@ -187,7 +204,7 @@ def read_training_rows(run: Path) -> TrainingRows:
     with np.load(_file_of(run, TRAINING_ROWS)) as file:
         whole = "0/ids" in file
         for number, (name, prefix) in enumerate(zip(file["names"].tolist(), file["prefixes"].tolist(), strict=True)):
-            table = file[f"{number}/table"]
+            table = _as_now(file[f"{number}/table"])
             ids, mask = np.zeros(0, np.int32), np.zeros(0, np.int8)
             if whole:
                 ids = file[f"{number}/ids"]
@@ -197,6 +214,16 @@ def read_training_rows(run: Path) -> TrainingRows:
             held_out.append(file[f"{number}/held_out"])
     why = None if whole else f"more than the {MAX_TOKENS:,} tokens that are kept beside a run"
     return TrainingRows(sources=sources, held_out=held_out, without_ids=why)
+
+
+def _as_now(table: NDArray[Any]) -> NDArray[Any]:
+    """A table of rows with the columns that an older version did not write."""
+    if table.dtype == ROW:
+        return table
+    found = np.zeros(len(table), ROW)
+    for name in table.dtype.names or ():
+        found[name] = table[name]
+    return found
 
 
 def _file_of(run: Path, name: str) -> Path:

@@ -16,20 +16,29 @@ from sftflow.chat.data_files import numbered_rows
 from sftflow.chat.files.columns import Wanted
 from sftflow.chat.files.names import Places, is_pattern
 from sftflow.chat.files.sets import is_set, pinned, set_name
+from sftflow.chat.plain_text import PlainText
 from sftflow.chat.render import Renderer
 from sftflow.chat.schema import Conversation, conversation_of
 from sftflow.data.render_pool import NumberedRow
 from sftflow.foundation.atomic_io import digest_of
 from sftflow.foundation.errors import DataError, RecipeError, SftflowError
 from sftflow.foundation.missing import not_there
-from sftflow.recipe import HeldOut, Recipe, SourceEntry, own_task
+from sftflow.recipe import REPLAY, HeldOut, Recipe, SourceEntry, own_task
 from sftflow.tasks import TASKS, TaskSource, is_task, make_task, own_class
 from sftflow.tasks.identity import identity_of
 
+REPLAY_FILE = Path(__file__).with_name("replay.jsonl.bz2")
+"""what `builtin:replay` means: text that the shipped base has written itself (scripts/make_replay.py)"""
+
 
 def check_source(entry: SourceEntry, place: str = "mixture") -> None:
-    """Raises RecipeError or TaskError where an entry names a task that there is not, or a split of a file.
-    place: where it was written."""
+    """Raises RecipeError or TaskError where an entry names a task that there is not, a split of a file, or text without
+    a path.   place: where it was written."""
+    if entry.is_text and entry.path is None:
+        fact = "source: text is plain text, and it is not said of which file"
+        raise RecipeError(place, fact, f"write path: FILE beside it, or path: {REPLAY}")
+    if entry.path == REPLAY and not entry.is_text:
+        raise RecipeError(place, f"{REPLAY} is plain text", f"write {{source: text, path: {REPLAY}}}")
     if entry.columns and is_task(entry.source):
         fact = f"columns beside the task {entry.source}, which knows the names of its own"
         raise RecipeError(place, fact, "leave out columns, or name the file as the source")
@@ -57,6 +66,8 @@ def check_source(entry: SourceEntry, place: str = "mixture") -> None:
 def data_name(entry: SourceEntry) -> str | None:
     """The name of an entry's data with all that it says of it: configuration and split; None where it has none."""
     name = entry.path if is_task(entry.source) else entry.path or entry.source
+    if name == REPLAY:
+        return str(REPLAY_FILE)
     split = None if entry.split == "train" else entry.split
     of_files = is_task(entry.source) and name is not None and not (name.startswith("hub:") or is_set(name))
     return name if name is None or of_files or not (entry.config or split) else set_name(name, entry.config, split)
@@ -106,25 +117,27 @@ def rows_of_entry(
             raise DataError(entry.path or entry.source, "no rows in it", f"give a data file of {entry.source}")
         return
     name = data_name(entry) or entry.source
-    if places is not None and entry.place:
-        places.begin(0, entry.place)
+    if places is not None and (entry.place or entry.path == REPLAY):
+        places.begin(0, place_of(entry))
         places.fixed = True
     if entry.published and not (name.startswith("hub:") or is_pattern(name) or os.path.exists(name)):
         raise DataError(name, *not_there(name, otherwise=f"get it: {entry.published}"))
     columns = entry.columns
+    plain = entry.is_text
     if columns:
-        require_columns((row for _, row in numbered_rows(name)), columns, place_of(entry))
+        require_columns((row for _, row in numbered_rows(name, plain=plain)), columns, place_of(entry))
     if entry.limit is not None:
-        n = sum(1 for _ in numbered_rows(name))
+        n = sum(1 for _ in numbered_rows(name, plain=plain))
         if entry.limit < n:
             sample = sorted(random.Random(recipe.train.seed).sample(range(n), entry.limit))
             wanted = frozenset(row for i, row in enumerate(sample) if wanted is None or wanted(i)).__contains__
     none = True
-    for number, row in numbered_rows(name, wanted, places):
+    for number, row in numbered_rows(name, wanted, places, plain=plain):
         none = False
-        yield number, Columned(row, columns) if columns else row
-    if none and not any(True for _ in numbered_rows(name)):
-        raise DataError(place_of(entry), "no rows in it", "give a file with conversations")
+        row = Columned(row, columns) if columns else row
+        yield number, PlainText(row) if plain else row
+    if none and not any(True for _ in numbered_rows(name, plain=plain)):
+        raise DataError(place_of(entry), "no rows in it", f"give a file with {'text' if plain else 'conversations'}")
 
 
 def made_digest(entry: SourceEntry, recipe: Recipe) -> str:

@@ -29,6 +29,7 @@ ROW = np.dtype(
         ("supervised", "<i4"),  # supervised tokens, the first one never among them: nothing predicts it
         ("number", "<i4"),  # line or row number in the source, from 1
         ("digest", "<u8"),  # of its ids: equal rows have equal ones
+        ("text", "?"),  # whether it is plain text, or a piece of it
     ]
 )
 
@@ -110,6 +111,7 @@ class Rows:
     ) -> None:
         self.spans, self._span_rows = spans, np.ascontiguousarray(spans["row"])
         self.table, self.all_ids, self.all_masks = table, ids, masks
+        self.text: NDArray[np.bool_] = table["text"]
         self.lengths: NDArray[np.int32] = table["length"]
         self.supervised: NDArray[np.int32] = table["supervised"]
         self.name, self.number, self.prefix = name, number, prefix

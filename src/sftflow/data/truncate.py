@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from sftflow.chat.plain_text import Document, piece_of, pieces
 from sftflow.chat.render import Rendered, Renderer
 from sftflow.chat.schema import Conversation
 from sftflow.foundation.errors import FormatError, SchemaError, SftflowError
 
 TOO_LONG = "longer than max_length"
 UNTAUGHT = "not taught: weight 0"
+EMPTY = "empty: a text of no words"
 FEW_REPLIES = 8  # a row of no more is rendered whole before it is cut
 
 
@@ -29,12 +31,14 @@ class FittedRow:
 def fit_to_length(conversation: Conversation, renderer: Renderer, max_length: int, overlong: str) -> FittedRow:
     """The row's examples. An over-long conversation is cut back to whole turns that fit (`overlong: cut`), or dropped,
     or its first max_length tokens are kept if any of them is supervised (`cut_tokens`): a reply that is cut has no end.
-    The prompt is never cut.
+    The prompt is never cut. Plain text is never dropped for its length, nor shortened: it is cut into pieces.
 
     What is surely too long is left out before anything is proven: the cost is that of what is kept. A row that says of
     all its replies that they are not taught is dropped, unrendered.
     Raises SchemaError where the row holds no reply; FormatError and MaskError as the renderer does.
     """
+    if conversation.document is not None:
+        return _fit_text(conversation, conversation.document, renderer, max_length)
     tokens, replies = conversation.tokens, renderer.spec.supervise == "replies"
     left_out = conversation.left_out
     untaught = not conversation.supervised if replies else len(left_out) == len(conversation.messages)
@@ -65,6 +69,25 @@ def fit_to_length(conversation: Conversation, renderer: Renderer, max_length: in
         shorter = _whole_turns(*pairs[0], renderer, max_length) if conversation.supervised else None
         return FittedRow([shorter] if shorter else [], cut=shorter is not None, dropped=None if shorter else TOO_LONG)
     return FittedRow([], dropped=TOO_LONG)
+
+
+def _fit_text(conversation: Conversation, document: Document, renderer: Renderer, max_length: int) -> FittedRow:
+    """Plain text in pieces of max_length, one after another: each is an example of its own, which sees nothing of those
+    before it."""
+    if not conversation.weight:
+        return FittedRow([], dropped=UNTAUGHT)
+    if document.is_empty:
+        return FittedRow([], dropped=EMPTY)
+    whole = renderer.render(conversation)
+    if 1 < len(whole.ids) <= max_length:
+        return FittedRow([(conversation, whole)])
+    pairs = []
+    for begin, end in pieces(len(whole.ids), max_length) if len(whole.ids) > 1 else ():
+        ids = tuple(whole.ids[begin:end].tolist())
+        piece = piece_of(document, ids, renderer.decode(ids), last=end == len(whole.ids))
+        example = replace(conversation, document=piece)
+        pairs.append((example, renderer.render(example)))
+    return FittedRow(pairs, dropped=None if pairs else EMPTY)  # nothing predicts a single token
 
 
 def first_tokens(rendered: Rendered, n: int, renderer: Renderer) -> Rendered:

@@ -1,8 +1,9 @@
-"""Loss on text that was not trained on: by role, by source, of the end of turn; and bits per byte of plain text.
+"""Loss on rows that were not trained on: by role, by source, of the end of turn; and bits per byte of plain text.
 
     assistant                      what is supervised of a reply, without its end
     end_of_turn                    the control token that ends a supervised turn
     user, system, developer, tool  the turn's words: its tokens without the control tokens that mark it
+    text                           plain text, with its end
     (no group)                     control tokens of headers, replies of weight 0, what the calculator wrote
 
 A row is computed once, whatever its groups. A system message that the format writes inside the user's turn counts
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sftflow.chat.plain_text import TEXT
 from sftflow.chat.render import Rendered, Renderer
 from sftflow.chat.schema import ROLES, Conversation
 from sftflow.checkpoint import Assistant
@@ -34,7 +36,7 @@ from sftflow.packing.length_limits import length_limit
 from sftflow.packing.loss import batch_loss
 from sftflow.packing.pack import Example, PackedBatch, pack_batch, pad_batch, split_padded, split_step
 
-GROUPS = (*ROLES, "end_of_turn")
+GROUPS = (*ROLES, "end_of_turn", TEXT)
 NO_GROUP = -1
 PLAIN_TEXT = Path(__file__).with_name("plain.txt")
 TOO_LONG = "longer than the model's context"
@@ -53,7 +55,8 @@ Float = NDArray[np.float64]
 class HeldOutLoss:
     """Nats per token; None where there is no such token.
 
-    rows: measured ones.   tokens: supervised ones.   all: of these.   roles, sources: by name.   skipped: rows that
+    rows: measured ones.   tokens: supervised ones of replies.   all: of these.   roles, sources: by name; of plain
+    text, where there is any, the role "text".   skipped: rows that
     could not be measured, by the reason.   first_skipped: what is the matter with the first of them.
     """
 
@@ -86,6 +89,9 @@ def groups_of(rendered: Rendered, renderer: Renderer, seen: int = 0) -> Int:
         if last != "assistant" and message >= seen:
             groups[start:end][words[start:end]] = GROUPS.index(last)
         message += role.count("+") + 1
+    if [role for _, role in rendered.turns] == [TEXT]:
+        groups[supervised] = GROUPS.index(TEXT)
+        return groups
     groups[supervised] = GROUPS.index("assistant")
     closing = renderer.ends()
     for stop in np.flatnonzero(supervised & np.isin(ids, renderer.stop_ids())):
@@ -136,8 +142,9 @@ def held_out_loss(assistant: Assistant, conversations: Sequence[tuple[str, Conve
     reply = [GROUPS.index("assistant"), GROUPS.index("end_of_turn")]
     for (source, groups), losses in zip(labels, token_losses(assistant, examples), strict=True):
         replied = losses[np.isin(groups, reply)]
+        taught = losses[np.isin(groups, [*reply, GROUPS.index(TEXT)])]
         parts = {("group", name): losses[groups == number] for number, name in enumerate(GROUPS)}
-        for key, some in {**parts, ("group", "all"): replied, ("source", source): replied}.items():
+        for key, some in {**parts, ("group", "all"): replied, ("source", source): taught}.items():
             nats[key] += float(some.sum())
             tokens[key] += len(some)
 
@@ -149,7 +156,7 @@ def held_out_loss(assistant: Assistant, conversations: Sequence[tuple[str, Conve
         tokens=tokens["group", "all"],
         all=mean("group", "all"),
         end_of_turn=mean("group", "end_of_turn"),
-        roles={role: mean("group", role) for role in ROLES},
+        roles={role: mean("group", role) for role in (*ROLES, TEXT) if role != TEXT or tokens["group", TEXT]},
         sources={name: mean("source", name) for name in dict.fromkeys(name for name, _ in conversations)},
         skipped=dict(skipped),
         first_skipped=first,

@@ -51,8 +51,9 @@ def read_question(payload: Any, place: str, system: str | None = None) -> tuple[
     named = renamed(row, columns, place, set())[0] if columns else row
     asked = as_asked(named, place)
     found = conversation_of(asked, place) if asked is not named or not columns else parse_row(row, place, columns)
-    if found.tokens is not None:
-        raise SchemaError(place, "a row of tokens: it has no message that could be asked", "give its messages")
+    if not found.messages:
+        what = "plain text" if found.document else "a row of tokens"
+        raise SchemaError(place, f"{what}: it has no message that could be asked", "give its messages")
     messages = [replace(m, weight=0) if m.weight is None else m for m in found.messages]
     last = max((i for i, m in enumerate(messages) if m.role in ("user", "tool")), default=-1)
     if last < 0:

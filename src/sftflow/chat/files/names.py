@@ -20,6 +20,8 @@ from sftflow.foundation.errors import DataError
 
 DATA_ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", *ENDINGS)
 """what is read of a folder, also packed"""
+TEXT_ENDINGS = (".txt", ".text", ".md")
+"""each of these is one document of plain text, where the recipe says that it is text; also packed"""
 OF_NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _HELD_APART = re.compile(r"(?:^|[-._ /0-9])(valid|validation|val|dev|test|testing|eval|evaluation)(?=[-._ /0-9])")
 """names of splits that are not for training, as `datasets` finds them in names of files and folders"""
@@ -62,13 +64,13 @@ def is_pattern(name: str) -> bool:
     return any(sign in name for sign in "*?[") and not name.startswith(sets.HUB) and not os.path.exists(name)
 
 
-def files_of(name: str) -> list[DataFile]:
+def files_of(name: str, *, plain: bool = False) -> list[DataFile]:
     """The files that a name means, in an order that hangs on their names alone. Raises DataError where there are none,
-    and where it hangs on a choice that the name does not make."""
+    and where it hangs on a choice that the name does not make.   plain: files of TEXT_ENDINGS are data, too."""
     if name.startswith(sets.HUB):
         return sets.files_of_set(name)
     if os.path.isdir(name):
-        return _files_of_folder(name)
+        return _files_of_folder(name, (*DATA_ENDINGS, *TEXT_ENDINGS) if plain else DATA_ENDINGS)
     if not is_pattern(name):
         return [DataFile(name)]
     found = sorted(path for path in glob.glob(name, recursive=True) if not os.path.isdir(path))
@@ -93,7 +95,7 @@ def _say_others(name: str, others: Sequence[str], folder: str) -> None:
     say_once(f"{name}: not read, by their names: {shown}{f' and {len(others) - 3:,} more' if others[3:] else ''}")
 
 
-def _files_of_folder(name: str) -> list[DataFile]:
+def _files_of_folder(name: str, endings: tuple[str, ...]) -> list[DataFile]:
     if sets.is_saved(name):
         return sets.saved_files(name)
     if sets.is_set(name):
@@ -101,15 +103,13 @@ def _files_of_folder(name: str) -> list[DataFile]:
     found: list[str] = []
     others: list[str] = []
     for path in _below(name):
-        packed = path.lower()
-        for ending in PACKED_ENDINGS:
-            packed = packed.removesuffix(ending)
-        is_data = packed.endswith(DATA_ENDINGS) and os.path.basename(path) not in OF_NO_ROWS
+        is_data = unpacked(path).endswith(endings) and os.path.basename(path) not in OF_NO_ROWS
+        is_data = is_data and not (endings != DATA_ENDINGS and _is_about_data(path))
         (found if is_data else others).append(path)
     if not found:
         inside = ", ".join(os.path.relpath(path, name) for path in others[:3])
         fact = f"a folder without data files (in it: {inside})" if others else "an empty folder"
-        raise DataError(name, fact, f"what is read of a folder is {', '.join(DATA_ENDINGS)}, also packed")
+        raise DataError(name, fact, f"what is read of a folder is {', '.join(endings)}, also packed")
     if others:
         _say_others(name, others, name)
     apart = {path: _HELD_APART.search(os.path.relpath(path, name).lower()) for path in found}
@@ -121,6 +121,18 @@ def _files_of_folder(name: str) -> list[DataFile]:
         remedy = f"write hub:{name}:train (or another split), or {name}/**/*.{ending} for all of them"
         raise DataError(name, fact, remedy)
     return [DataFile(path) for path in found]
+
+
+def unpacked(path: str) -> str:
+    """A file's name in small letters, without the endings of what has packed it.
+
+    >>> unpacked("a/Tales.TXT.gz")
+    'a/tales.txt'
+    """
+    path = path.lower()
+    for ending in PACKED_ENDINGS:
+        path = path.removesuffix(ending)
+    return path
 
 
 def _below(folder: str) -> list[str]:

@@ -100,6 +100,9 @@ class AuditRows:
         ids = np.concatenate([s.ids(i) for s, i in found])
         mask = np.concatenate([s.mask(i) for s, i in found])
         row = np.repeat(np.arange(len(rows)), self.lengths[rows])
+        starts = np.cumsum([0, *self.lengths[rows][:-1]])
+        several = starts[self.lengths[rows] > 1]
+        mask[several] = mask[several + 1]  # nothing predicts a row's first token: it parts no words
         cut = np.ones(len(ids), bool)
         cut[1:] = (mask[1:] != mask[:-1]) | (row[1:] != row[:-1])
         special = np.zeros(len(ids), bool)
