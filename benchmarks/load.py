@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,8 @@ def serve_command(model: str, *options: str) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Streamed:
-    """One answer. first: seconds until its first text.   tokens: as the server counts them, 0 where it did not say.
+    """One answer. first: seconds until its first text.   came: when each of its texts came.   tokens: as the server
+    counts them, 0 where it did not say.
     retry_after: what a refusal asked for, None where it asked for nothing.   error: what went wrong besides."""
 
     status: int = 0
@@ -104,6 +105,7 @@ class Streamed:
     finish: str | None = None
     tokens: int = 0
     first: float = 0.0
+    came: list[float] = field(default_factory=list)
     seconds: float = 0.0
     retry_after: float | None = None
     error: str | None = None
@@ -122,6 +124,7 @@ async def stream_chat(web: httpx.AsyncClient, url: str, body: dict[str, Any], *,
     began = time.perf_counter()
     got: dict[str, Any] = {}
     text: list[str] = []
+    came: list[float] = []
     try:
         async with web.stream("POST", f"{url}/v1/chat/completions", json={**body, "stream": True}) as response:
             got["status"] = response.status_code
@@ -144,7 +147,9 @@ async def stream_chat(web: httpx.AsyncClient, url: str, body: dict[str, Any], *,
                     piece = choice["delta"].get("content")
                     if piece and not text:
                         got["first"] = time.perf_counter() - began
-                    text += [piece] if piece else []
+                    if piece:
+                        text.append(piece)
+                        came.append(time.perf_counter())
                     got["finish"] = choice.get("finish_reason") or got.get("finish")
                 if chunk.get("usage"):
                     got["tokens"] = chunk["usage"]["completion_tokens"]
@@ -154,7 +159,7 @@ async def stream_chat(web: httpx.AsyncClient, url: str, body: dict[str, Any], *,
         got["error"] = f"{type(error).__name__}: {error}"
     if not (got.get("finish") or leave or "error" in got):
         got["error"] = "the stream ended without a finish_reason"
-    return Streamed(text="".join(text), seconds=time.perf_counter() - began, **got)
+    return Streamed(text="".join(text), came=came, seconds=time.perf_counter() - began, **got)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
