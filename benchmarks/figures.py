@@ -113,7 +113,7 @@ def problems(data: Any) -> list[str]:
     found += [f"form: {data['form']}"] if data["form"] != FORM else []
     found += [f"compared: {data['compared']}"] if data["compared"] not in VALUES else []
     found += [] if data["rounds"] else ["rounds: none"]
-    found += [f"a path of a machine: {x}" for x in re.findall(r'"(/[a-z]+/[^"]*)"', json.dumps(data))]
+    found += [f"a path of a machine: {x}" for x in re.findall(r"[\"=](/[a-z]+/[^\" ]*)", json.dumps(data))]
     for i, r in enumerate(data["rounds"]):
         wrong = list(shape(r, {"round": int, "way": str, "case": dict, "values": dict}, f"rounds[{i}]."))
         wrong = wrong or [f"rounds[{i}].values: {n} {x!r}" for n, x in r["values"].items()

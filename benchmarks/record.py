@@ -141,7 +141,7 @@ def skipped(why: str) -> int:
 
 def subject_of(model: str | Path | None) -> str:
     """'/models/SmolLM2-135M.Q4_1.gguf' -> 'smollm2-135m-q4-1'; without a model 'all'"""
-    return slug(Path(str(model)).name.removesuffix(".gguf")) if model else "all"
+    return slug(re.sub(r"\.(gguf|yaml)$", "", Path(str(model)).name)) if model else "all"
 
 
 def given(words: Sequence[str]) -> str:
@@ -165,8 +165,13 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _nameless(x: Any) -> Any:
-    """A path's last part: where files lie on one machine is of no use to others."""
-    return Path(x).name if isinstance(x, Path) or (isinstance(x, str) and x.startswith(("/", "."))) else x
+    """A path's last part: where files lie on one machine is of no use to others. base=/models/a.gguf -> base=a.gguf"""
+    if isinstance(x, Path):
+        return x.name
+    if not isinstance(x, str):
+        return x
+    key, equals, value = x.partition("=") if re.match(r"[\w.]+=[/.]", x) else ("", "", x)
+    return key + equals + (Path(value).name if value.startswith(("/", ".")) else value)
 
 
 def commit() -> str:

@@ -1,7 +1,7 @@
 """`sftflow serve` beside `transformers serve`: the same checkpoint, questions and greedy decoding in fp32, as clients
 see it: streamed chat replies over HTTP on this machine.
 
-    python benchmarks/serve.py --model DIR [--clients 1 8 32] [--tokens 64] [--rounds 2] [--skip continuous]
+    python benchmarks/serve.py [--model DIR] [--clients 1 8 32] [--tokens 64] [--rounds 2] [--skip continuous]
 
     sftflow                    `sftflow serve DIR`
     transformers               `transformers serve DIR`: its replies are computed one after another
@@ -10,21 +10,21 @@ see it: streamed chat replies over HTTP on this machine.
 
 `transformers serve` needs what transformers[serving] names; the extra `dev` of this project has it. One server runs at
 a time, in rounds whose order turns. At each number of clients every client asks its questions one after another, 4 in
-all where it is alone and else 2 each; a short warm-up is not counted. Printed: generated tokens a second (as each
-server counts them), seconds until the first text (median, 95th percentile), /health under that load (median, 99th
-percentile, longest), and how many of the replies are equal, letter for letter, to ours at one client.
+all where it is alone and else 2 each; a short warm-up is not counted. tokens/s: generated ones, as each server counts
+them. Between tokens: from one text of a reply to its next, as it comes to the client. Further: the median of the
+seconds until the first text, /health under that load, and how many of the replies are equal, letter for letter, to ours
+at as many clients. Exits with 1 where a request to ours failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import sys
+import tempfile
 import time
-from collections import defaultdict
-from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +41,10 @@ from load import (
     serve_command,
     served,
 )
+from record import Record, begin
 
 WAYS = ("sftflow", "transformers", "transformers continuous")
 CACHE = ("--cb-block-size", "32", "--cb-num-blocks", "512", "--cb-max-batch-tokens", "512", "--no-cb-use-cuda-graph")
-
-
-@dataclass
-class Measured:
-    """One way at one number of clients, over all rounds."""
-
-    rates: list[float] = field(default_factory=list)
-    firsts: list[float] = field(default_factory=list)
-    health: list[float] = field(default_factory=list)
-    texts: dict[int, str] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
 
 
 async def load(server: Server, asked: list[list[dict[str, str]]], clients: int, tokens: int) -> Any:
@@ -84,71 +74,81 @@ def command(way: str, model: str, port: int) -> list[str]:
             "--dtype", "float32", *options]  # fmt: skip
 
 
-def measure(way: str, args: argparse.Namespace, results: dict[tuple[str, int], Measured]) -> None:
-    port, model = (0, None) if way == "sftflow" else (free_port(), args.model)
-    with served(command(way, args.model, port), port=port, model=model) as server:
+def measure(way: str, args: argparse.Namespace, record: Record) -> dict[int, dict[int, Streamed]]:
+    """Answers by number of clients and question; the figures go into the record."""
+    port, model = (0, None) if way == "sftflow" else (free_port(), args.path)
+    out: dict[int, dict[int, Streamed]] = {}
+    with served(command(way, args.path, port), port=port, model=model) as server:
         asyncio.run(load(server, questions(2), 2, 8))
         for n in args.clients:
             asked = questions(4 if n == 1 else 2 * n)
-            kept = results[way, n]
             with HealthProbe(server.url) as probe:
-                answers, seconds = asyncio.run(load(server, asked, n, args.tokens))
-            kept.problems += [a.error for a in answers.values() if a.error]
-            good = {i: a for i, a in answers.items() if not a.error}
-            kept.rates.append(sum(a.tokens for a in good.values()) / seconds)
-            kept.firsts += [a.first for a in good.values() if a.text]
-            kept.health += probe.seconds
-            kept.texts.update({i: a.text for i, a in good.items()})
-            print(f"  {way:24} {n:2} clients {kept.rates[-1]:7.0f} tokens/s   /health {probe.told()}", flush=True)
+                out[n], seconds = asyncio.run(load(server, asked, n, args.tokens))
+            good = [a for a in out[n].values() if not a.error]
+            between = [1000 * (b - a) for x in good for a, b in pairwise(x.came)]
+            values = {
+                "tokens_per_second": sum(a.tokens for a in good) / seconds,
+                "first_text_seconds": median([a.first for a in good if a.text]),
+                "gap_p50_ms": percentile(between, 0.5),
+                "gap_p99_ms": percentile(between, 0.99),
+                "health_p50_ms": 1000 * percentile(probe.seconds, 0.5),
+                "health_p99_ms": 1000 * percentile(probe.seconds, 0.99),
+            }
+            record.add(way, {k: v for k, v in values.items() if v == v}, clients=n)
+    return out
+
+
+def hugging_face(model: str, folder: str) -> str:
+    """A directory of the checkpoint that transformers reads, too: its own, or one written here."""
+    if (Path(model) / "config.json").is_file():
+        return str(Path(model).resolve())
+    import torch
+
+    from sftflow.checkpoint import load_assistant, save
+
+    assistant = load_assistant(model)
+    target = Path(folder) / "model"
+    save(target, assistant.model, assistant.tokenizer, assistant.renderer, dtype=torch.float32, meta={})
+    return str(target)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", required=True, help="a checkpoint directory with a chat template")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="builtin:tiny", help="what sftflow opens; transformers gets a copy")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--skip", nargs="*", default=[], help="last words of ways to leave out, as in `continuous`")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    args = parser.parse_args()
-    args.model = str(Path(args.model).resolve())
+    args, record = begin(parser, "serve", rounds=2, small={"clients": [1, 8], "tokens": 32})
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
     ways = [w for w in WAYS if w.split()[-1] not in args.skip]
-    results: dict[tuple[str, int], Measured] = defaultdict(Measured)
-    for turn in range(args.rounds):
-        for way in ways[turn % len(ways) :] + ways[: turn % len(ways)]:
-            measure(way, args, results)
-
-    print("\n| way | clients | tokens/s | ours is | first text, median s | p95 s | /health p50 ms | p99 | max |")
-    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
-    for n in args.clients:
-        for way in ways:
-            m, ours = results[way, n], results["sftflow", n]
-            ratio = f"{median(ours.rates) / median(m.rates):.2f} times" if way != "sftflow" else ""
-            pings = [1000 * x for x in (percentile(m.health, 0.5), percentile(m.health, 0.99), max(m.health))]
-            print(
-                f"| {way} | {n} | {median(m.rates):,.0f} | {ratio} | {median(m.firsts):.3f} | "
-                f"{percentile(m.firsts, 0.95):.3f} | " + " | ".join(f"{p:.1f}" for p in pings) + " |"
-            )
-    print()
+    if not Path(command("transformers", "", 0)[0]).is_file():
+        record.skip("transformers serve", "transformers[serving] is not installed")
+        ways = ["sftflow"]
+    equal: dict[str, list[bool]] = {}
     bad = 0
-    alone: dict[int, str] = {}
-    for n in args.clients:
-        for way in ways:
-            m = results[way, n]
-            alone = alone or m.texts
-            shared = [i for i in m.texts if i in results["sftflow", n].texts]
-            equal = sum(m.texts[i] == results["sftflow", n].texts[i] for i in shared)
-            first = sum(m.texts[i] == text for i, text in alone.items() if i in m.texts)
-            print(f"{way} at {n}: {equal} of {len(shared)} replies equal ours beside as many clients, "
-                  f"{first} of {len(alone)} ours alone")  # fmt: skip
-            for problem in m.problems[:3]:
-                print(f"  {len(m.problems)} failed: {problem}")
-            bad += len(m.problems) if way == "sftflow" else 0
-    if args.json:
-        figures = [{"way": w, "clients": n, **vars(m)} for (w, n), m in results.items()]
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        args.path = hugging_face(args.model, folder)
+        for _ in record.turns():
+            answers = {}
+            for way in record.turned(ways):
+                try:
+                    answers[way] = measure(way, args, record)
+                except RuntimeError as error:
+                    if way == "sftflow":
+                        raise
+                    record.skip(way, str(error).splitlines()[-1])
+            for way, by_clients in answers.items():
+                for n, heard in by_clients.items():
+                    failed = [a.error for a in heard.values() if a.error]
+                    if failed:
+                        record.facts[f"failed, {way} at {n}"] = f"{len(failed)}: {failed[0]}"
+                        bad += way == "sftflow"
+                    mine = answers["sftflow"][n]
+                    if way != "sftflow":
+                        equal.setdefault(f"{way} at {n}", []).extend(a.text == mine[i].text for i, a in heard.items())
+    for name, same in equal.items():
+        record.facts[f"replies equal to ours, {name}"] = f"{sum(same)} of {len(same)}"
+    record.finish()
     return 1 if bad else 0
 
 
