@@ -45,6 +45,7 @@ VALUES = {
     "rows_per_second": Value("rows/s", "{:,.0f}", True),
     "seconds": Value("s", "{:,.1f}"),
     "cpu_seconds": Value("CPU s", "{:,.1f}"),  # of the process and those it waited for
+    "cpu_ms_per_token": Value("CPU ms a token", "{:.3f}"),
     "setup_seconds": Value("set-up s", "{:,.0f}"),
     "train_seconds": Value("training s", "{:,.1f}"),
     "compare_seconds": Value("comparison s", "{:,.1f}"),
@@ -54,6 +55,8 @@ VALUES = {
     "gap_p99_ms": Value("p99 ms", "{:.1f}"),
     "health_p50_ms": Value("/health p50 ms", "{:.1f}"),
     "health_p99_ms": Value("/health p99 ms", "{:.1f}"),
+    "chat_p50_ms": Value("small chat p50 ms", "{:.0f}"),
+    "chat_p99_ms": Value("small chat p99 ms", "{:.0f}"),
     "computed_share": Value("computed share", "{:.0%}"),
     "peak_share": Value("peak share", "{:.0%}", True),
     "trained_share": Value("trained", "{:.1%}"),

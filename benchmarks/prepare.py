@@ -56,6 +56,7 @@ from pathlib import Path
 from typing import Any
 
 from outside import data_path
+from record import Record, begin
 
 READY = "ready"
 TEMPLATE = "$SFTFLOW_TEST_DATA/fixtures/chat_templates/llamacpp/Qwen-Qwen3-0.6B.jinja"
@@ -309,14 +310,18 @@ def find_peer(python: str | None) -> tuple[str, str] | None:
     return command[0], done.stdout.strip()
 
 
-def measure_time(ways: list[DecodeMode], job: Job, rounds: int, work: Path) -> None:
-    for number in range(rounds):
+def measure_time(ways: list[DecodeMode], job: Job, record: Record, work: Path) -> None:
+    for number in record.turns():
         for at, way in enumerate(ways):
             mine = replace(job, workers=way.workers, caching=way.caching)
             with fresh(work / f"cache-{number}-{at}") as cache:
                 way.cold.append(run_job(way.python, way.side, mine, cache))
                 if way.caching:
                     way.again.append(run_job(way.python, way.side, mine, cache))
+            for state, made in (("cold", way.cold), ("again", way.again if way.caching else [])):
+                if made:
+                    values = {"rows_per_second": made[-1].rows / made[-1].seconds, "seconds": made[-1].seconds}
+                    record.add(way.name, values, caches=state)
 
 
 def print_times(ways: list[DecodeMode], rows: int, max_length: int) -> None:
@@ -368,7 +373,6 @@ def measure_memory(job: Job, counts: list[int], source: Path, work: Path) -> Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=20_000)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="TRL's process counts")
     parser.add_argument("--peer-python", help="an interpreter that has TRL (default: this one, where it has)")
@@ -378,7 +382,8 @@ def main() -> None:
     parser.add_argument("--template", type=data_path, default=TEMPLATE)
     parser.add_argument("--side", choices=("ours", "trl"), help=argparse.SUPPRESS)
     parser.add_argument("--job", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    small = {"rows": 2_000, "workers": [1]}
+    arguments, record = begin(parser, "prepare", small=small, compared="rows_per_second")
     if arguments.side:
         side = prepare_ours if arguments.side == "ours" else prepare_trl
         print(json.dumps(asdict(side(Job(**json.loads(arguments.job))))))
@@ -408,16 +413,18 @@ def main() -> None:
         ways = [DecodeMode("sftflow", sys.executable, "ours")]
         peer = find_peer(arguments.peer_python)
         if peer is None:
-            print("TRL was not found (see --peer-python): only ours is timed")
+            record.skip("TRL", "not installed (see --peer-python)")
         else:
+            record.versions["trl"] = peer[1]
             for workers in arguments.workers:
                 name = f"TRL, {workers} process{'es' if workers > 1 else ''}"
                 ways.append(DecodeMode(name, peer[0], "trl", workers))
                 ways.append(DecodeMode(f"{name}, no cache", peer[0], "trl", workers, caching=False))
-        measure_time(ways, job, arguments.rounds, work)
+        measure_time(ways, job, record, work)
     print(f"{arguments.rows:,} rows, Qwen3 tokenizer, max_length {job.max_length}, {cores} cores", end="")
     print(f"{f', TRL {peer[1]}' if peer else ''}; medians of {arguments.rounds}\n")
     print_times(ways, arguments.rows, job.max_length)
+    record.finish()
 
 
 if __name__ == "__main__":

@@ -38,12 +38,15 @@ from load import (
     served,
     stream_chat,
 )
+from record import begin
 
 failed: list[str] = []
+facts: dict[str, str] = {}
 
 
 def check(name: str, good: bool, told: str) -> None:
     print(f"{'ok    ' if good else 'FAILED'} {name}: {told}", flush=True)
+    facts[name] = told.strip() if good else f"FAILED: {told}"
     if not good:
         failed.append(name)
 
@@ -100,7 +103,8 @@ def gauges(server: Server) -> Counter[str]:
     return out
 
 
-def loaded(server: Server, asked: list[dict[str, Any]], clients: int, seconds: float) -> None:
+def loaded(server: Server, asked: list[dict[str, Any]], clients: int, seconds: float) -> dict[int, dict[str, float]]:
+    """Figures by number of clients."""
     alone = asyncio.run(ask_for(server, asked, 1, min(10.0, seconds), []))
     heard: list[Streamed] = []
 
@@ -118,12 +122,15 @@ def loaded(server: Server, asked: list[dict[str, Any]], clients: int, seconds: f
     check("/health", percentile(probe.seconds, 0.99) < 0.1, probe.told())
     told = f"{together:,.0f} tokens/s with {clients} clients, {alone:,.0f} with one: {together / alone:.2f} times"
     check("throughput", together >= 3 * alone, told)
+    figures = {"tokens_per_second": together, "health_p50_ms": 1000 * percentile(probe.seconds, 0.5),
+               "health_p99_ms": 1000 * percentile(probe.seconds, 0.99)}  # fmt: skip
     if len(memory) < 20:
         check("memory", False, f"{len(memory)} readings after {2 * clients} replies are too few; give more --seconds")
-        return
+        return {1: {"tokens_per_second": alone}, clients: figures}
     begin, end = max(memory[:10]), max(memory[-10:])
     told = f"{begin:,.0f} MiB after the warm-up, {end:,.0f} at the end, {len(memory) / 2:.0f} s later"
     check("memory", end <= 1.05 * begin + 16, told)
+    return {1: {"tokens_per_second": alone}, clients: {**figures, "memory_mib": end}}
 
 
 def left(server: Server, asked: list[dict[str, Any]], leavers: int) -> None:
@@ -171,12 +178,16 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--leavers", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=96)
-    args = parser.parse_args()
-    with served(serve_command(args.model)) as server:
-        asked = bodies(server, args.tokens)
-        asyncio.run(ask_for(server, asked, 2, 0.5, []))
-        loaded(server, asked, args.clients, args.seconds)
-        left(server, [{**body, "max_tokens": 400} for body in asked], args.leavers)
+    args, record = begin(parser, "soak", rounds=1, small={"clients": 16, "seconds": 20.0, "leavers": 40, "tokens": 48})
+    for _ in record.turns():
+        with served(serve_command(args.model)) as server:
+            asked = bodies(server, args.tokens)
+            asyncio.run(ask_for(server, asked, 2, 0.5, []))
+            for n, values in loaded(server, asked, args.clients, args.seconds).items():
+                record.add("sftflow", values, clients=n)
+            left(server, [{**body, "max_tokens": 400} for body in asked], args.leavers)
+    record.facts |= facts
+    record.finish()
     print(f"failed: {', '.join(failed)}" if failed else "all good")
     return 1 if failed else 0
 

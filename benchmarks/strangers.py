@@ -28,15 +28,18 @@ from collections import Counter
 from typing import Any
 
 from load import HealthProbe, Server, percentile, serve_command, served
+from record import begin
 
 from sftflow.serving.uvicorn_limits import Connection
 
 KEY = "k"
 failed: list[str] = []
+facts: dict[str, str] = {}
 
 
 def check(name: str, good: bool, told: str) -> None:
     print(f"{'ok    ' if good else 'FAILED'} {name}: {told}", flush=True)
+    facts[name] = told if good else f"FAILED: {told}"
     if not good:
         failed.append(name)
 
@@ -85,6 +88,10 @@ class Watch:
         self._thread.join()
         self.health.__exit__()
 
+    def figures(self) -> dict[str, float]:
+        pairs = [("health", self.health.seconds), ("chat", self.chats)]
+        return {f"{name}_p{p}_ms": 1000 * percentile(took, p / 100) for name, took in pairs for p in (50, 99)}
+
     def told(self) -> str:
         p50, p99 = (1000 * percentile(self.chats, share) for share in (0.5, 0.99))
         small = f"p50 {p50:.1f} ms, p99 {p99:.1f} ms ({len(self.chats)} asked, {self.failures} failed)"
@@ -120,7 +127,7 @@ def n_open(held: list[socket.socket]) -> int:
     return still
 
 
-def silent(server: Server, model: str, n: int) -> None:
+def silent(server: Server, model: str, n: int) -> Watch:
     held = fall_silent(server.url.removeprefix("http://"), n)
     limit = Connection.idle_seconds + 5
     with Watch(server, model) as watch:
@@ -132,6 +139,7 @@ def silent(server: Server, model: str, n: int) -> None:
     check("closed", not left, f"{left} of {n} are open after {limit:.0f} s")
     for raw in held:
         raw.close()
+    return watch
 
 
 def send_far_too_long(host: str, model: str, seconds: float, out: Any) -> None:
@@ -143,7 +151,7 @@ def send_far_too_long(host: str, model: str, seconds: float, out: Any) -> None:
     out.put(heard)
 
 
-def too_long(server: Server, model: str, senders: int, seconds: float, before: Watch) -> None:
+def too_long(server: Server, model: str, senders: int, seconds: float, before: Watch) -> Watch:
     context = multiprocessing.get_context("spawn")
     out: Any = context.SimpleQueue()
     asked = (server.url.removeprefix("http://"), model, seconds + 3, out)
@@ -159,6 +167,7 @@ def too_long(server: Server, model: str, senders: int, seconds: float, before: W
     p50, was = (percentile(w.health.seconds, 0.5) for w in (watch, before))
     check("/health p50", p50 <= 3 * was, f"{1000 * p50:.1f} ms, {p50 / was:.1f} times that before")
     check("small chats", not watch.failures, f"{watch.failures} failed")
+    return watch
 
 
 def main() -> int:
@@ -167,7 +176,18 @@ def main() -> int:
     parser.add_argument("--silent", type=int, default=600)
     parser.add_argument("--senders", type=int, default=6)
     parser.add_argument("--seconds", type=float, default=15)
-    args = parser.parse_args()
+    small = {"silent": 60, "senders": 2, "seconds": 5.0}
+    args, record = begin(parser, "strangers", rounds=1, small=small, compared="chat_p50_ms")
+    for _ in record.turns():
+        for way, watch in watched(args).items():
+            record.add(way, watch.figures())
+    record.facts |= facts
+    record.finish()
+    print(f"failed: {', '.join(failed)}" if failed else "all good")
+    return 1 if failed else 0
+
+
+def watched(args: argparse.Namespace) -> dict[str, Watch]:
     # The names of the models are behind the key, too; a name with a slash is the hub's.
     with served(serve_command(args.model, "--api-key", KEY), model="?") as server:
         host = server.url.removeprefix("http://")
@@ -179,10 +199,9 @@ def main() -> int:
         with Watch(server, model) as before:
             time.sleep(args.seconds)
         print(f"       before: {before.told()}")
-        too_long(server, model, args.senders, args.seconds, before)
-        silent(server, model, args.silent)
-    print(f"failed: {', '.join(failed)}" if failed else "all good")
-    return 1 if failed else 0
+        long = too_long(server, model, args.senders, args.seconds, before)
+        return {"sftflow": before, f"{args.senders} senders of 1.9 MB": long,
+                f"{args.silent} silent connections": silent(server, model, args.silent)}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
     python benchmarks/structured.py [--model builtin:tiny] [--shape TOKENIZER] [--rows 1 8] [--tokens 128] [--rounds 3]
 
-    free    no constraint
-    held    a list of records without end: texts, numbers, a choice of words
+    sftflow          no constraint
+    sftflow, held    a list of records without end: texts, numbers, a choice of words
 
-Each reply has exactly `--tokens` tokens: none may end the turn in either way. Rounds alternate; printed are the medians
-of generated tokens a second and a second of CPU time, prompts included. `--shape` makes a random model of the shape of
+Each reply has exactly `--tokens` tokens: none may end the turn in either way. Generated tokens a second, and CPU time a
+token, prompts included; rounds alternate. `--shape` makes a random model of the shape of
 SmolLM2-135M with the tokenizer of a directory, in place of `--model`.
 """
 
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from outside import data_path
+from record import begin
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 RECORD = {
@@ -57,8 +58,7 @@ def main() -> None:
     parser.add_argument("--shape", type=data_path)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3)
-    asked = parser.parse_args()
+    asked, record = begin(parser, "structured", small={"tokens": 64})
     from sftflow.chat.schema import parse_row
     from sftflow.checkpoint import load_assistant
     from sftflow.serving.structured import json_rule
@@ -73,25 +73,21 @@ def main() -> None:
         grammar = engine.grammars.compile(f"start: {json_rule(schema)}")
         seconds.append(time.perf_counter() - began)
     size = assistant.model.get_input_embeddings().weight.shape[0]
-    print(
-        f"{size} ids; a schema compiles in {1e3 * statistics.median(seconds[1:]):.1f} ms, the first {seconds[0]:.2f} s"
-    )
+    compiled = f"in {1e3 * statistics.median(seconds[1:]):.1f} ms, the first in {seconds[0]:.2f} s"
+    record.facts["a schema compiles"] = f"{compiled} ({size:,} ids)"
     chat = parse_row({"messages": [{"role": "user", "content": "Write a list of records as JSON."}]}, "benchmark")
     options: dict[str, Any] = {"max_tokens": asked.tokens, "stop_ids": frozenset(), "use_python": False}
     for rows in asked.rows:
-        rates: dict[str, list[float]] = {"free": [], "held": []}
-        rates_cpu: dict[str, list[float]] = {"free": [], "held": []}
-        for n_round in range(asked.rounds + 1):
-            for way in sorted(rates, reverse=bool(n_round % 2)):
-                request = assistant.request(chat, grammar=grammar if way == "held" else None, **options)
+        engine.generate([assistant.request(chat, grammar=grammar, **options)] * rows)  # warms up
+        for _ in record.turns():
+            for way in record.turned(["sftflow", "sftflow, held"]):
+                request = assistant.request(chat, grammar=grammar if way.endswith("held") else None, **options)
                 began, began_cpu = time.perf_counter(), time.process_time()
-                replies = engine.generate([request] * rows)
+                tokens = sum(len(r.ids) for r in engine.generate([request] * rows))
                 took, took_cpu = time.perf_counter() - began, time.process_time() - began_cpu
-                if n_round:  # the first one warms up
-                    rates[way].append(sum(len(r.ids) for r in replies) / took)
-                    rates_cpu[way].append(sum(len(r.ids) for r in replies) / took_cpu)
-        for what, measured in (("tokens/s", rates), ("tokens/s of CPU", rates_cpu)):
-            print(rows, "rows,", what, {way: round(statistics.median(r), 1) for way, r in measured.items()})
+                values = {"tokens_per_second": tokens / took, "cpu_ms_per_token": 1000 * took_cpu / tokens}
+                record.add(way, values, replies=rows)
+    record.finish()
 
 
 if __name__ == "__main__":
