@@ -13,7 +13,7 @@ help:
 	@echo "make check      lint, types and tests: what CI runs"
 	@echo "make slow       the tests that take minutes"
 	@echo "make wheel      build the wheel, and run the README's Python lines from it in an empty environment"
-	@echo "make bench      the benchmarks, ours beside the peer's"
+	@echo "make bench      all benchmarks at a small setting, ours beside the peers'; about a quarter of an hour"
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -58,8 +58,10 @@ check: lint types test
 wheel:
 	scripts/check_wheel.sh
 
+# Each part says what it needs and is not here; figures go into benchmarks/results/, from which the docs' tables are made.
+# BENCH='--model DIR --peer-python PY' for what compares with other programs.
 bench: $(VENV)/.ready-dev
-	$(BIN)/python benchmarks/loop.py
+	$(BIN)/python benchmarks/all.py $(BENCH)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

