@@ -233,7 +233,8 @@ def test_scripts_train(script: str, tmp_path: Path, outside: dict[str, str]) -> 
     keys = {"RECIPE": str(recipe), "HEAD": "localhost", "PORT": str(free_port())}
     keys |= {"GPUS": "1"} if machines == 2 else {}
     for told in [ended(p) for p in [started(script, {**outside, **keys}) for _ in range(machines)]]:
-        assert "error" not in told
+        # torch warns of a lost meeting place, whose error has "Error" in its name, where the other machine ends first.
+        assert "Traceback" not in told and not re.search(r"^(?!\[?W\d{4} ).*error", told, re.M)
     assert (tmp_path / "run" / "DONE").is_file() and steps_logged(tmp_path / "run") == 2
 
 
