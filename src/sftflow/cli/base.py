@@ -25,6 +25,9 @@ def base(
     ] = None,
     lr: Annotated[float, typer.Option(help="AdamW's peak rate; Muon's is four times it")] = 7e-3,
     seed: Annotated[int, typer.Option()] = 0,
+    start: Annotated[str, typer.Option(help="a base to train further, whose shape and tokenizer are kept")] = "",
+    skip: Annotated[str, typer.Option(help="tokens at the text's beginning that --start has seen, for example 20M")] = "0",
+    against_loops: Annotated[bool, typer.Option("--against-loops", help="do not teach to say the same again")] = False,
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile the model (needs a C++ compiler)")] = False,
 ) -> None:
     """Train a tokenizer and a tiny base model on plain text."""
@@ -40,5 +43,8 @@ def base(
         tokens=number(tokens, "--tokens"),
         lr=lr,
         seed=seed,
+        start=start,
+        skip=number(skip, "--skip"),
+        against_loops=against_loops,
         compile=compile,
     )

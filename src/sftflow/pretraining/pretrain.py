@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from sftflow.checkpoint import load_model, load_tokenizer, resolve
 from sftflow.checkpoint.older_readers import respell_config
 from sftflow.checkpoint.tokenizer import write_tokenizer
 from sftflow.data.documents import read_documents
@@ -35,6 +36,7 @@ from sftflow.training.training_run import Listener, TrainingRun
 
 HELD_OUT_BYTES = 300_000  # what bits per byte are measured on
 TOKENIZER_CHARACTERS = 24_000_001  # what the tokenizer is trained on
+REPEATED, NEAR = 4, 64  # what counts as said again: so many tokens, within so many
 SIZES = {
     # parameters: (layers, width, heads, feed-forward), for a vocabulary of 4,096 and tied embeddings
     "0.1M": (2, 32, 2, 96),
@@ -56,6 +58,12 @@ class BaseSpec:
     lr: float = 5e-3
     seed: int = 0
     compile: bool = False
+    start: str = ""
+    """a base to train further: its tokenizer and shape are kept, `params` and `vocab` say nothing then"""
+    skip: int = 0
+    """tokens at the beginning of the text that are left out, because `start` has seen them"""
+    against_loops: bool = False
+    """whether rows show how a loop ends, and repetitions are not learned (`against_loops`)"""
 
     def settings(self, save_every: int) -> Train:
         """The trainer's, tuned on the base that is shipped."""
@@ -137,6 +145,42 @@ def rows_of(stream: NDArray[np.uint16], length: int) -> list[Example]:
     return [Example(ids=row, mask=mask) for row in rows]
 
 
+def against_loops(rows: list[Example], seed: int) -> list[Example]:
+    """The rows, changed so that they do not teach to say the same again.
+
+    Left to its likeliest token a small model repeats itself for ever, since each repetition makes the next one likelier.
+    In half of the rows three stretches are said again and again before the text goes on: 1 to 32 tokens, 2 to 5 times,
+    with some tokens missing; the row's end falls off. Repetitions are not supervised, those made here and those of the
+    text (`REPEATED` tokens that came in the same order within the last `NEAR`), so that what is supervised there is the
+    way out. (Li et al. 2023, "Repetition In Repetition Out", hide repetitions, too.)
+    """
+    rng = np.random.default_rng([seed, 1])
+    out = []
+    for row in rows:
+        ids, n = row.ids, len(row.ids)
+        made = np.zeros(n, bool)
+        for _ in range(3 if n > 128 and rng.random() < 0.5 else 0):
+            size = int(2 ** rng.uniform(0, 5.05))
+            end = int(rng.integers(size, n - 64))
+            again = np.tile(ids[end - size : end], max(int(rng.integers(1, 5)), math.ceil(6 / size) - 1))
+            again = again[rng.random(len(again)) < rng.choice([0.9, 1.0])]
+            ids = np.concatenate([ids[:end], again, ids[end:]])[:n]
+            made = np.concatenate([made[:end], np.ones(len(again), bool), made[end:]])[:n]
+        out.append(Example(ids=ids, mask=row.mask * ~(made | repeats(ids))))
+    return out
+
+
+def repeats(ids: NDArray[np.generic]) -> NDArray[np.bool_]:
+    """(n,) whether this token and the REPEATED - 1 before it came in this order within the last NEAR tokens."""
+    found, last = np.zeros(len(ids), bool), dict[tuple[int, ...], int]()
+    listed = ids.tolist()
+    for i in range(REPEATED - 1, len(listed)):
+        stretch = tuple(listed[i - REPEATED + 1 : i + 1])
+        found[i] = i - last.get(stretch, -NEAR - 1) <= NEAR
+        last[stretch] = i
+    return found
+
+
 def bits_per_byte(trainer: Trainer, tokenizer: Any, documents: Sequence[str]) -> float:
     """Held-out bits per byte: total nats over the documents' tokens / ln 2 / their UTF-8 bytes.
 
@@ -171,17 +215,26 @@ def train_base(
     if not resume or (out / "ledger.json").is_file():  # which a fine-tuning has written
         require_free(out, "remove the folder")
         forget(states)
-    if (states / "tokenizer").is_dir():  # an earlier part of this run has trained it
+    start = resolve(spec.start) if spec.start else None
+    if start is not None:
+        tokenizer = load_tokenizer(start)
+    elif (states / "tokenizer").is_dir():  # an earlier part of this run has trained it
         tokenizer = AutoTokenizer.from_pretrained(states / "tokenizer")
     else:
         listener.say("training the tokenizer")
         tokenizer = train_tokenizer(first_documents(documents, TOKENIZER_CHARACTERS), spec.vocab, spec.context)
         write_directory(states / "tokenizer", lambda d: tokenizer.save_pretrained(d) and None)
     listener.say("encoding the text")
-    stream = token_stream(tokenizer, documents, int(spec.tokens * 1.02) + spec.context * 64)
-    model = build_model(spec, len(tokenizer), tokenizer.bos_token_id)
+    wanted = spec.skip + int(spec.tokens * 1.02) + spec.context * 64
+    rows = rows_of(token_stream(tokenizer, documents, wanted)[spec.skip :], spec.context)
+    if spec.against_loops:
+        rows = against_loops(rows, spec.seed)
+    if start is not None:
+        model, _ = load_model(start)
+    else:
+        model = build_model(spec, len(tokenizer), tokenizer.bos_token_id)
     settings = spec.settings(save_every)
-    trainer = Trainer(model, RowPlan(rows_of(stream, spec.context), settings), settings, runtime, ["text"])
+    trainer = Trainer(model, RowPlan(rows, settings), settings, runtime, ["text"])
     corpus = digest_of(document.encode() + b"\0" for document in documents)
     identity = {"corpus": corpus, "spec": json.dumps(asdict(spec) | {"compile": None})}
     run = TrainingRun(out, trainer, listener, identity=identity)
