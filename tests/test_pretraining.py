@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from helpers.runs import Quiet, digest
 from helpers.runs import run as sftflow
@@ -17,6 +21,8 @@ from sftflow.checkpoint import load_assistant
 from sftflow.data.documents import read_documents
 from sftflow.foundation.errors import CheckpointError, DataError
 from sftflow.foundation.runtime import Runtime
+from sftflow.packing.pack import Example
+from sftflow.pretraining.loops import NEAR, REPEATED, against_loops, distinct_3, ends_in_a_loop, repeats
 from sftflow.pretraining.pretrain import BaseSpec, read_corpus, train_base
 
 FP32 = Runtime(device="cpu", precision="fp32", reason="test")
@@ -79,6 +85,62 @@ def test_bits_per_byte_are_those_of_the_plain_forward_pass(tmp_path: Path) -> No
     nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="sum")
     n_bytes = sum(len(tokenizer.decode(row[1:], skip_special_tokens=True)) for row in rows)
     assert ours == pytest.approx(float(nats) / math.log(2) / n_bytes, abs=1e-3)
+
+
+def test_a_base_is_trained_further(tmp_path: Path) -> None:
+    text = write_text(tmp_path)
+    first = train(text, tmp_path / "first")
+    spec = replace(SPEC, start=str(tmp_path / "first"), skip=SPEC.tokens, against_loops=True)
+    card = train_base([text], tmp_path / "second", spec, FP32, Quiet(), resume=False)
+    assert sum(card["bits_per_byte"].values()) < sum(first["bits_per_byte"].values())
+    for name in ("tokenizer.json", "config.json"):
+        assert digest(tmp_path / "second" / "checkpoint" / name) == digest(tmp_path / "first" / "checkpoint" / name)
+    assert f"{SPEC.tokens:,} by {tmp_path / 'first'} before" in (tmp_path / "second/checkpoint/README.md").read_text()
+    with pytest.raises(DataError, match="fewer than 64 tokens of text behind the first 10,000,000; give more text, or"):
+        train_base([text], tmp_path / "third", replace(spec, skip=10_000_000), FP32, Quiet(), resume=False)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=200))
+def test_what_was_said_before_is_found(ids: list[int]) -> None:
+    said = [
+        any(
+            ids[j - REPEATED + 1 : j + 1] == ids[i - REPEATED + 1 : i + 1]
+            for j in range(max(REPEATED - 1, i - NEAR), i)
+        )
+        for i in range(len(ids))
+    ]
+    assert repeats(np.array(ids)).tolist() == [found and i >= REPEATED - 1 for i, found in enumerate(said)]
+
+
+def test_rows_against_loops_hide_what_is_repeated_and_lose_nothing_else() -> None:
+    """All that was there before comes in its order, supervised, until the row is full."""
+    plain = [Example(ids=np.arange(1000 * i, 1000 * i + 512), mask=np.ones(512, np.int8)) for i in range(40)]
+    changed = 0
+    for row, now in zip(plain, against_loops(plain, seed=0), strict=True):
+        assert len(now.ids) == 512 == len(now.mask)
+        kept = now.ids[:-1][now.mask[:-1] == 1]  # a row's last token is always supervised
+        assert kept.tolist() == row.ids[: len(kept)].tolist()
+        changed += len(kept) < 511
+    assert 10 <= changed <= 30
+
+
+@pytest.mark.parametrize(
+    ("ids", "loops"),
+    [
+        ([1, 2, 3, 4] * 3, True),
+        ([9, 8, 7] + [1, 2, 3, 4] * 3, True),
+        ([1, 2, 3, 4] * 3 + [9], False),
+        ([1, 2, 3, 4] * 2, False),
+        ([5] * 11, False),
+        ([5] * 12, True),
+        (list(range(32)) * 3, True),
+        (list(range(33)) * 3, False),
+        ([], False),
+    ],
+)
+def test_the_end_of_a_loop_is_told(ids: list[int], loops: bool) -> None:
+    assert ends_in_a_loop(ids) is loops
+    assert distinct_3([1, 2, 3, 1, 2, 3]) == 3 / 4 and distinct_3([]) == 1
 
 
 def test_the_command_writes_a_checkpoint_with_its_card(tmp_path: Path) -> None:

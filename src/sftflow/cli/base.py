@@ -26,8 +26,8 @@ def base(
     lr: Annotated[float, typer.Option(help="AdamW's peak rate; Muon's is four times it")] = 7e-3,
     seed: Annotated[int, typer.Option()] = 0,
     start: Annotated[str, typer.Option(help="a base to train further, whose shape and tokenizer are kept")] = "",
-    skip: Annotated[str, typer.Option(help="tokens at the text's beginning that --start has seen, for example 20M")] = "0",
-    against_loops: Annotated[bool, typer.Option("--against-loops", help="do not teach to say the same again")] = False,
+    skip: Annotated[str | None, typer.Option(help="tokens at the text's start that --start has seen")] = None,
+    against_loops: Annotated[bool, typer.Option("--against-loops", help="do not teach to repeat")] = False,
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile the model (needs a C++ compiler)")] = False,
 ) -> None:
     """Train a tokenizer and a tiny base model on plain text."""
@@ -44,7 +44,7 @@ def base(
         lr=lr,
         seed=seed,
         start=start,
-        skip=number(skip, "--skip"),
+        skip=number(skip, "--skip") if skip else 0,
         against_loops=against_loops,
         compile=compile,
     )
