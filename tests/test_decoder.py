@@ -12,13 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.architectures import ARCHITECTURES, FP32, STATEFUL, stateful, tiny
+from helpers.architectures import ARCHITECTURES, FP32, SMALL, STATEFUL, stateful, tiny
 from helpers.generation import Ids, draw, requests_of
 from sftflow.foundation.errors import CheckpointError
-from sftflow.generation.check_decoder import find_decode_mode
+from sftflow.generation.check_decoder import find_decode_mode, find_short_cuts
 from sftflow.generation.decoder import PackedDecoder
 from sftflow.generation.engine import Engine, shared_beginning
 from sftflow.generation.hf_decoders import OwnDecoder
+from sftflow.generation.llama import step_of
 from sftflow.generation.onednn import ordered_forwards
 from sftflow.generation.request import GenerationRequest
 from sftflow.generation.sampling import likeliest
@@ -77,6 +78,57 @@ def test_rows_that_come_and_go(name: str, ordered: bool) -> None:
     assert not any("forward" in m.__dict__ for m in model.modules())
     for ids, logits in got:
         torch.testing.assert_close(logits, alone(model, ids), atol=2e-4, rtol=2e-4)
+
+
+LLAMAS: dict[str, dict[str, Any]] = {
+    "one head for all": SMALL | {"num_key_value_heads": 1, "head_dim": 16, "num_hidden_layers": 3},
+    "as many, tied": SMALL | {"num_key_value_heads": 4, "tie_word_embeddings": True, "rms_norm_eps": 1e-2},
+    "scaled angles": SMALL
+    | {"max_position_embeddings": 256}
+    | {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "rope_theta": 1e4,
+            "original_max_position_embeddings": 64,
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("shape", LLAMAS)
+def test_a_step_without_modules_is_the_models_own(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone, beside others, and over the end of the table of angles."""
+    monkeypatch.setattr("sftflow.generation.llama.TABLE", 8)
+    model = tiny("Llama", **LLAMAS[shape])
+    forwards, step = find_short_cuts(model, FP32)
+    assert step is not None and len(forwards) == 7 * model.config.num_hidden_layers + 1
+    rng = np.random.default_rng(0)
+    decoder = PackedDecoder(model, FP32, forwards=forwards, next_step=step)
+    plan = [("add", [draw(rng, 6)]), *["step"] * 12, ("add", [draw(rng, 3)]), *["step"] * 3, ("keep", [1]), "step"]
+    for ids, logits in drive(model, decoder, [], plan, rng):
+        torch.testing.assert_close(logits, alone(model, ids), atol=1e-5, rtol=1e-5)
+    decoder.close()
+
+
+def test_what_is_no_plain_llama_steps_by_its_own_modules() -> None:
+    def changed(**more: Any) -> Any:
+        return tiny("Llama", **SMALL | more)
+
+    hooked, patched, other, mixed = (changed() for _ in range(4))
+    hooked.model.norm.register_forward_hook(lambda module, args, out: out * 2)
+    patched.model.layers[0].mlp.forward = torch.zeros_like
+    other.model.layers[1].mlp.act_fn = torch.nn.GELU()
+    mixed.model.layers[1].self_attn.layer_idx = 0
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    others = [tiny(name) for name in ARCHITECTURES if name != "Llama"]
+    biased, halved = changed(attention_bias=True), changed().bfloat16()
+    for model in [hooked, patched, other, mixed, biased, halved, changed(rope_parameters=dynamic), *others]:
+        assert step_of(model) is None
+    wrong = changed()
+    wrong.model.layers[0].self_attn.scaling *= 2  # of one layer: the proof sees it, the classes do not
+    assert step_of(wrong) is not None
+    assert find_short_cuts(wrong, FP32)[1] is None
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -56,14 +56,15 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny(name: str) -> Any:
+def tiny(name: str, **settings: Any) -> Any:
+    """settings: in place of those in the table."""
     import transformers
 
     from sftflow.nanochat import config as ours
 
     torch.manual_seed(0)
     kind = getattr(transformers, f"{name}Config", None) or getattr(ours, f"{name}Config")
-    config = kind(**ARCHITECTURES.get(name, REFUSED.get(name, {})))
+    config = kind(**(settings or ARCHITECTURES.get(name, REFUSED.get(name, {}))))
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():  # NanoChat starts with zeros: nothing would be tested

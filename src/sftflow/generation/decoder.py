@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from sftflow.foundation.runtime import Runtime
 from sftflow.generation.kv_cache import Cache, Decoding, Prefix, Reading, Store
+from sftflow.generation.llama import LlamaStep, is_plain
 from sftflow.generation.onednn import Forwards
 from sftflow.packing.attending import attending
 from sftflow.packing.layout import layout_of
@@ -44,10 +45,18 @@ class PackedDecoder:
     can_refill = True
 
     def __init__(
-        self, model: Any, runtime: Runtime, *, shared_prefix: Sequence[int] = (), forwards: Forwards | None = None
+        self,
+        model: Any,
+        runtime: Runtime,
+        *,
+        shared_prefix: Sequence[int] = (),
+        forwards: Forwards | None = None,
+        next_step: LlamaStep | None = None,
     ) -> None:
-        """shared_prefix: ids that every prompt begins with, computed here once.   forwards: see `ordered_forwards`."""
+        """shared_prefix: ids that every prompt begins with, computed here once.   forwards: see `ordered_forwards`.
+        next_step: what computes `step` in place of the model's own forward pass, unless that has been changed since."""
         self.model, self.runtime = model, runtime
+        self._next_step = next_step if next_step is not None and is_plain(model) else None
         self.cache, self.prefix = Cache(), Prefix()
         self._needs_previous = needs_previous_ids(model)
         self._mode = ExitStack()
@@ -86,7 +95,10 @@ class PackedDecoder:
         rows = list(range(len(tokens)))
         ids, positions, to = (torch.tensor(x, device=self.model.device) for x in (tokens, self.cache.lengths, rows))
         plan = Decoding(self.cache, positions, to)
-        logits = self._forward(ids[None], positions[None], plan, 0, np.asarray([self.cache.last]))
+        if self._next_step is not None:
+            logits = self._next_step(ids, positions, plan)
+        else:
+            logits = self._forward(ids[None], positions[None], plan, 0, np.asarray([self.cache.last]))
         self.cache.lengths = [n + 1 for n in self.cache.lengths]
         self.cache.last = list(tokens)
         return logits

@@ -16,9 +16,10 @@ from typing import Any
 from sftflow.chat.render import Renderer
 from sftflow.foundation.runtime import Runtime
 from sftflow.foundation.sequences import common_prefix
-from sftflow.generation.check_decoder import DecodeMode, Decoder, find_decode_mode, make_decoder
+from sftflow.generation.check_decoder import DecodeMode, Decoder, find_decode_mode, find_short_cuts, make_decoder
 from sftflow.generation.constraint import Grammars
-from sftflow.generation.onednn import Forwards, ordered_forwards
+from sftflow.generation.llama import LlamaStep
+from sftflow.generation.onednn import Forwards
 from sftflow.generation.request import Delta, GenerationRequest, Reply
 from sftflow.generation.scheduler import Scheduler
 from sftflow.generation.sequence import ReplyDecoder
@@ -56,6 +57,7 @@ class Engine:
         self.length_limit = self.context if limit is None else min(self.context, limit[0])
         self._modes: dict[bool, DecodeMode] = {}
         self._forwards: Forwards | None = None
+        self._next_step: LlamaStep | None = None
 
     def decode_mode(self, longest: int | None = None) -> DecodeMode:
         """How this model is decoded where no sequence is longer than `longest` tokens (None: than the context allows);
@@ -65,8 +67,8 @@ class Engine:
             # Beyond the limit a neighbour's length would change a row's numbers, so each is computed alone.
             modes: list[DecodeMode] = ["packed", "padded", "single"] if short else ["single"]
             self._modes[short] = find_decode_mode(self.model, self.runtime, modes)
-            if self._modes[short] == "packed" and self.runtime.precision == "fp32":
-                self._forwards = ordered_forwards(self.model)
+            if self._modes[short] == "packed":
+                self._forwards, self._next_step = find_short_cuts(self.model, self.runtime)
         return self._modes[short]
 
     def decoder(self, shared_prefix: Sequence[int] = (), longest: int | None = None) -> Decoder:
@@ -78,6 +80,7 @@ class Engine:
             self.runtime,
             shared_prefix=shared_prefix,
             forwards=self._forwards,
+            next_step=self._next_step,
             length_limit=self.length_limit,
         )
 

@@ -146,6 +146,8 @@ class Decoding:
         """softmax(mask + cap(scale * q K^T)) V, the heads that share keys in one product; scores in fp32."""
         n, longest, kv_heads = len(k), max(self.cache.lengths) + 1, k.shape[1]
         buffers = self.cache.buffers(layer, (k, v), n, longest)
+        if n == 1:
+            return self._attend_one(buffers, longest, q, k, v, how)
         for buffer, new in zip(buffers, (k, v), strict=True):
             buffer[self.rows, :, self.positions] = new
         keys, values = (x[:n, :, :longest].flatten(0, 1) for x in buffers)
@@ -156,3 +158,19 @@ class Decoding:
         scores.view(n, kv_heads, -1, longest).add_(self.mask(how.window, longest)[:, None])
         out = torch.bmm(scores.softmax(-1).to(values.dtype), values)
         return out.view(n, q.shape[1], -1)
+
+    def _attend_one(
+        self, buffers: list[torch.Tensor], longest: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: Scoring
+    ) -> torch.Tensor:
+        """The same for a row that runs alone, which needs neither a mask nor a copy."""
+        first = 0 if how.window is None else max(0, longest - how.window)
+        seen = []
+        for buffer, new in zip(buffers, (k, v), strict=True):
+            row = buffer[0]
+            row.select(1, longest - 1).copy_(new[0])
+            seen.append(row.narrow(1, first, longest - first))
+        keys, values = seen
+        scores = torch.bmm(q.reshape(len(keys), -1, q.shape[-1]), keys.transpose(1, 2)).float().mul_(how.scale)
+        if how.softcap is not None:
+            scores = torch.tanh(scores / how.softcap) * how.softcap
+        return torch.bmm(scores.softmax(-1).to(values.dtype), values).view(1, q.shape[1], -1)
