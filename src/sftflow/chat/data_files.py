@@ -20,12 +20,11 @@ from sftflow.chat.files.names import TEXT_ENDINGS, Places, files_of, unpacked
 from sftflow.chat.files.packed import COLUMNS, PACKED_ENDINGS, opened
 from sftflow.chat.files.sets import DataFile
 from sftflow.chat.files.table import ENDINGS, is_header, read_table
+from sftflow.chat.plain_text import MOST_BYTES, TOO_LARGE
 from sftflow.chat.schema import Conversation, parse_line, parse_row
 from sftflow.foundation.errors import DataError
 from sftflow.foundation.json_values import check_texts, parse_json
 
-MOST_BYTES = 64 << 20
-"""of a file that is one document: it is held and encoded at once"""
 Numbered = Generator[tuple[int, Any], None, tuple[int, int]]
 """(number in the file, row) of its rows; returns how many there are, and the last one's number"""
 
@@ -96,8 +95,7 @@ def _whole_text(file: DataFile, wanted: Wanted | None) -> Numbered:
         with opened(file.path(), file.place) as (raw, _):
             data = raw.read(MOST_BYTES + 1)
             if len(data) > MOST_BYTES:
-                fact = f"one text of more than {MOST_BYTES >> 20} MB"
-                raise DataError(file.place, fact, 'cut it into documents, one a line: {"text": "..."}')
+                raise DataError(file.place, *TOO_LARGE)
             text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8").read()  # every end of a line as "\n"
         yield 1, {"text": text}
     return 1, 1

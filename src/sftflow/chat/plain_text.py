@@ -24,8 +24,17 @@ from sftflow.foundation.errors import SchemaError
 from sftflow.foundation.json_values import check_plain, kind_of
 
 TEXT, ENDS = "text", "ends"
-END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
-"""what bases call the end of a text by, where `eos_token` is what a chat format ends turns with"""
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<EOS_TOKEN>", "<｜end▁of▁sentence｜>")
+"""what bases call the end of a text by"""
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|return|>", "<end_of_turn>", "<turn|>")
+"""`eos_token` of checkpoints that were taught to chat: of no text the end"""
+MOST_BYTES = 8 << 20
+"""of one document, which is encoded at once: that takes some hundred times as much memory"""
+
+TOO_LARGE = (
+    f"one text of more than {MOST_BYTES >> 20} MB",
+    'cut it into documents, each a row: {"text": ...}, with "ends": false where the next goes on',
+)
 
 
 class PlainText(NamedTuple):
@@ -79,6 +88,8 @@ def read_text_row(row: Any, place: str, ignored: Collection[str] = (), *, declar
     if not isinstance(text, str):
         raise SchemaError(f"{place}.{TEXT}", f"it is {kind_of(text)}", "make it a string")
     check_plain(text, f"{place}.{TEXT}")
+    if len(text) > MOST_BYTES:
+        raise SchemaError(f"{place}.{TEXT}", *TOO_LARGE)
     ends = True if row.get(ENDS) is None else row[ENDS]
     if not isinstance(ends, bool):
         raise SchemaError(f"{place}.{ENDS}", f"it is {kind_of(ends)}", "write false where the document goes on")
@@ -98,19 +109,20 @@ def is_alone(row: Mapping[str, Any]) -> bool:
 
 
 def end_of_text(names: Mapping[str, str], special: Collection[str], turn_ends: Collection[str | None]) -> str | None:
-    """The token that ends a document: the tokenizer's `eos_token`; None where there is none.
+    """The token that ends a document: the tokenizer's `eos_token`, or what else its base calls the end of a text; None
+    where there is none: what only ends turns is never put behind a document.
 
-    names: what the tokenizer calls its tokens by.   special: the control tokens.   turn_ends: what the chat format ends
-    turns with. Where that is an `eos_token` which is no base's end of text, as `<|im_end|>`, a token that is one is
-    taken, if there is one: what only ends turns is never put behind a document.
+    names: what the tokenizer calls its tokens by.   special: the control tokens.   turn_ends: what the format ends
+    turns with.
 
-    >>> end_of_text({"eos_token": "<|im_end|>"}, ["<|im_end|>", "<|endoftext|>"], ["<|im_end|>"])
+    >>> end_of_text({"eos_token": "<|im_end|>"}, ["<|im_end|>", "<|endoftext|>"], [])
     '<|endoftext|>'
     """
     eos = names.get("eos_token")
-    if eos is None or eos in END_OF_TEXT or eos == names.get("bos_token") or eos not in turn_ends:
+    if eos is None or eos in END_OF_TEXT or eos == names.get("bos_token"):
         return eos
-    return next((token for token in END_OF_TEXT if token in special), None)
+    known = next((token for token in END_OF_TEXT if token in special), None)
+    return known or (None if eos in TURN_ENDS or eos in turn_ends else eos)
 
 
 def pieces(n: int, longest: int) -> list[tuple[int, int]]:
@@ -128,4 +140,4 @@ def pieces(n: int, longest: int) -> list[tuple[int, int]]:
 
 def piece_of(document: Document, ids: tuple[int, ...], text: str, *, last: bool) -> Document:
     """A piece of a longer document.   ids, text: its own.   last: whether the document ends with it."""
-    return replace(document, text=text, ids=ids, ends=document.ends and last)
+    return replace(document, text=text, ids=ids, ends=document.ends and last, declared=True)

@@ -60,6 +60,7 @@ def start_block(run: Opening) -> Text:
     }
     of_all = " (supervise: all)" if notes.get("supervise") == "all" else ""
     of_all += " (turns: last)" if notes.get("turns") == "last" else ""
+    of_all += f", {run.supervised_text:,} of them in plain text" if run.supervised_text else ""
     if run.supervised_weight is not None:
         of_all += f"; their weights sum to {run.supervised_weight:,.1f}"
     time = "known after the first steps; validation and evaluation come on top"

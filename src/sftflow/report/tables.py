@@ -202,6 +202,8 @@ def ledger_table(ledger: Mapping[str, Any]) -> Table:
         table.add_row(Text(s["name"]), *counts(s, repeat), *(str(s[key]) for key in lost))
     table.add_section()
     table.add_row("all", *counts(ledger, ""), *(str(sum(s[key] for s in ledger["sources"])) for key in lost))
+    if "text" in ledger:
+        table.add_row("of it plain text", *counts(ledger["text"], ""))
     table.caption = (
         "superv.: tokens that are trained on; own %: of the tokens beside them. Tokens, and the rows of all, "
         "count a repeated row as often as it is shown; the rest once. held: rows held out"

@@ -31,8 +31,8 @@ class Opening:
     """anew: whether it replaces another in `out`.   base: what is fine-tuned; None for a new one.
     rows, tokens: of one epoch, repeats included.   packed_rows: what these make.   step: the last one that is done.
     step_seconds: what a step took lately, None where none is done.   settings: resolved.   world: processes.
-    supervised_weight: the sum of the supervised tokens' weights, where one counts in part.   notes: how each `auto` was
-    decided.
+    supervised_text: those of plain text.   supervised_weight: the sum of the supervised tokens' weights, where one
+    counts in part.   notes: how each `auto` was decided.
     """
 
     out: Path
@@ -54,6 +54,7 @@ class Opening:
     world: int
     notes: Mapping[str, Any]
     supervised_weight: float | None = None
+    supervised_text: int = 0
 
     @property
     def n_trained(self) -> int:

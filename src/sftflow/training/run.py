@@ -265,7 +265,8 @@ class FineTuning(TrainingRun):
             self.logger = open_logger(self.recipe, self.out, self.listener.say, resumed_at=resumed_at)
         facts = {"base": self.recipe.base, "held_out": len(self.mixture.held_out), "notes": self.notes}
         taught = {key: self.mixture.ledger.get(key) for key in ("supervised_tokens", "supervised_weight")}
-        self.begin(anew=anew, **taught, **facts)
+        text = self.mixture.ledger.get("text", {}).get("supervised_tokens", 0)
+        self.begin(anew=anew, supervised_text=text, **taught, **facts)
         if self.trainer.step == 0:
             self.validate()
         if here.from_first(self.evals.last_step()) != self.trainer.step:
