@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,9 +21,11 @@ from sftflow.checkpoint import load_assistant
 from sftflow.evaluation.evaluate import Asked, EvalDuringTraining, evaluate_together
 from sftflow.evaluation.grading import whole_batches
 from sftflow.evaluation.options import EvalTask, open_tasks
+from sftflow.evaluation.side_by_side import ROUNDS, batches_of
 from sftflow.foundation.errors import RecipeError, RunError
 from sftflow.foundation.ranks import ranks, shared_out
 from sftflow.generation.engine import Engine
+from sftflow.generation.request import GenerationRequest
 from sftflow.recipe import load_recipe
 from sftflow.training.run import run_training
 from sftflow.training.settings import resolve_recipe
@@ -180,12 +183,46 @@ def test_what_all_agree_on_is_raised_on_all() -> None:
     assert forked(2, work) == [0, 0]
 
 
-@given(st.lists(st.lists(st.integers(0, 3), max_size=9), max_size=60), st.integers(1, 5), st.booleans())
-def test_batches_hold_each_prompt_once_and_are_even(prompts: list[list[int]], running: int, by_beginning: bool) -> None:
-    class Sized:
-        max_running = running
-
-    batches = whole_batches(prompts, Sized(), by_beginning=by_beginning)  # type: ignore[arg-type]
+@given(st.lists(st.lists(st.integers(0, 3), max_size=9), max_size=60), st.integers(1, 5))
+def test_batches_hold_each_prompt_once_and_are_even(prompts: list[list[int]], running: int) -> None:
+    batches = whole_batches(prompts, Sized(running))  # type: ignore[arg-type]
     assert sorted(number for batch in batches for number in batch) == list(range(len(prompts)))
     sizes = [len(batch) for batch in batches]
     assert not sizes or (max(sizes) <= 2 * running and max(sizes) - min(sizes) <= 1)
+
+
+class Sized:
+    """An engine as the batches see it."""
+
+    def __init__(self, max_running: int, length_limit: int = 1 << 20) -> None:
+        shape = SimpleNamespace(hidden_size=512, num_hidden_layers=8)
+        self.model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: shape))
+        self.max_running, self.length_limit = max_running, length_limit
+
+
+@given(st.lists(st.lists(st.integers(1, 99), max_size=40), max_size=5), st.integers(1, 4), st.data())
+def test_what_is_asked_of_one_model_is_in_batches_that_hang_on_nothing_else(
+    asked: list[list[int]], running: int, data: st.DataObject
+) -> None:
+    """asked: of each asker the lengths of its prompts. Two models of different size; the even askers ask the first."""
+    engines = [SimpleNamespace(engine=Sized(running)), SimpleNamespace(engine=Sized(running + 1, length_limit=60))]
+    requests = [
+        {n: GenerationRequest(prompt_ids=(1,) * length, max_new_tokens=length % 7 + 1) for n, length in enumerate(one)}
+        for one in asked
+    ]
+    known = [data.draw(st.sets(st.sampled_from(sorted(one)))) if one else set() for one in requests]
+    all_ = [SimpleNamespace(assistant=engines[k % 2], requests=one, known=()) for k, one in enumerate(requests)]
+    some = [SimpleNamespace(**{**vars(one), "known": k}) for one, k in zip(all_, known, strict=True)]
+    batches = batches_of(all_)  # type: ignore[arg-type]
+    assert sorted(key for batch in batches for key in batch) == [
+        (k, n) for k, one in enumerate(asked) for n in range(len(one))
+    ]
+    left = [[(k, n) for k, n in batch if n not in known[k]] for batch in batches]
+    assert batches_of(some) == [batch for batch in left if batch]  # type: ignore[arg-type]
+    for batch in batches:
+        assert len({k % 2 for k, _ in batch}) == 1
+        assert len(batch) <= ROUNDS * engines[batch[0][0] % 2].engine.max_running
+        dear = [requests[k][n] for k, n in batch]
+        assert len({len(r.prompt_ids) + r.max_new_tokens <= 60 for r in dear}) == 1 or batch[0][0] % 2 == 0
+        limits = [r.max_new_tokens for r in dear]
+        assert limits == sorted(limits, reverse=True)

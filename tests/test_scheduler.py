@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from helpers.generation import ask, draw, failing
+from sftflow.evaluation.reply_checks import loops
 from sftflow.generation.decoder import PackedDecoder
 from sftflow.generation.engine import Engine
 from sftflow.generation.kv_cache import ROOM
+from sftflow.generation.loops import FIRST, LONGEST, ROUNDS, TOKENS, LoopWatch
 from sftflow.generation.request import GenerationRequest, Reply
 from sftflow.generation.scheduler import Scheduler
 
@@ -172,3 +177,43 @@ def test_the_shared_beginning_is_told_too(engine: Engine, tiny_base: Path) -> No
         (alone,) = engine.generate([request])
         got, wanted = ([t.logprob for t in r.prompt_logprobs if t] for r in (reply, alone))
         assert got == pytest.approx(wanted, abs=1e-4) and len(got) == 30
+
+
+def test_loops_are_read_at_once_and_are_the_same_reply(engine: Engine) -> None:
+    """Replies that go round in a loop, leave it, end in it, and begin at any time beside others."""
+    requests = [ask(5 + 3 * n, 120 + n, n) for n in range(10)]
+    wanted = engine.generate(requests)
+    looping = sum(loops(r.ids) for r in wanted)
+    calls = 0
+    own = engine.model.forward
+
+    def forward(*args: Any, **more: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return own(*args, **more)
+
+    engine.model.forward = forward
+    try:
+        found = engine.generate([replace(r, loops_at_once=True) for r in requests], running=4)
+        few, calls = calls, 0
+        engine.generate(requests, running=4)
+    finally:
+        del engine.model.forward
+    assert [r.ids for r in found] == [r.ids for r in wanted] and [r.text for r in found] == [r.text for r in wanted]
+    assert looping and few < calls
+
+
+@given(st.lists(st.integers(0, 2), max_size=150))
+def test_a_loop_is_what_a_plain_search_finds(ids: list[int]) -> None:
+    watch = LoopWatch()
+    for token in ids:
+        watch.add(token)
+    n = len(ids)
+    periods = [
+        p
+        for p in range(1, LONGEST + 1)
+        if n >= max(ROUNDS * p, TOKENS)
+        and all(ids[-i] == ids[-i - p] for i in range(1, max(ROUNDS * p, TOKENS) - p + 1))
+    ]
+    wanted = [ids[n - periods[0] :][i % periods[0]] for i in range(FIRST)] if periods else []
+    assert watch.guess(1000) == wanted

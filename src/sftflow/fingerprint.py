@@ -80,6 +80,7 @@ GRADED_ROWS = MadeBy(
         "evaluation/options.py",
         "evaluation/prompts_for.py",
         "evaluation/shots.py",
+        "evaluation/side_by_side.py",
         "foundation/calculator.py",  # the results that replies are continued with
         "foundation/rounding.py",
         "foundation/runtime.py",  # device and precision

@@ -3,7 +3,7 @@
 The base is asked twice, through the chat format and as plain text, because its chat tokens are untrained. Its
 better arm counts, so that the gain is never flattered.
 
-    tasks (evaluation) -> fixed prompts -> reply checks -> losses, overlap with the training rows -> judge
+    tasks and fixed prompts (evaluation) -> reply checks -> losses, overlap with the training rows -> judge
     -> Comparison, compare.json, eval.json
 """
 
@@ -24,7 +24,7 @@ from sftflow.comparison.judge import JudgeResult, ReplyPair, check_judge, judge_
 from sftflow.comparison.lineage import is_tuned, kind_of
 from sftflow.comparison.losses import forgetting, held_out_comparison, overlap_with_training, prompts_seen
 from sftflow.comparison.paired import PairedResult, check_all_replies, task_comparisons
-from sftflow.comparison.prompt_replies import PROMPT_TOKENS, Reading, prompt_replies, with_faults
+from sftflow.comparison.prompt_replies import PROMPT_TOKENS, PromptAsking, with_faults
 from sftflow.comparison.prompt_results import PromptComparison, prompt_groups, seen_counts
 from sftflow.comparison.prompts import PromptSet, load_prompts
 from sftflow.comparison.results import Both, Comparison, NotChecked, NotJudged
@@ -85,6 +85,7 @@ def compare_models(
         (base, "plain", "base", "base, plain text"),
         (sft, "chat", "sft", "SFT"),
     )
+    readings = [PromptAsking(assistant, arm, prompts, steps(f"prompts: {what}")) for assistant, arm, _, what in ways]
     found = evaluate_together(
         [
             Asked(assistant=assistant, task=run, arm=arm, model=model, progress=steps(f"{run.name}: {what}"))
@@ -92,10 +93,11 @@ def compare_models(
             for assistant, arm, model, what in ways
         ],
         out,
+        also=readings,
     )
     results = [PairedResult(run, *found[3 * number :][:3]) for number, run in enumerate(runs)]
     scores = Both(ModelScores(tuple(r.better for r in results)), ModelScores(tuple(r.sft for r in results)))
-    replies, checks = _prompts_and_checks(base, sft, prompts, results, steps)
+    replies, checks = _prompts_and_checks(base, sft, prompts, results, readings)
     say("held-out loss, forgetting, overlap with the training rows")
     held_out, forgotten = held_out_comparison(base, sft, run_directory), forgetting(base, sft)
     with ranks().patient() as gather:
@@ -141,15 +143,14 @@ def _steps(progress: Progress, total: int) -> Steps:
 
 
 def _prompts_and_checks(
-    base: Assistant, sft: Assistant, prompts: PromptSet, results: Sequence[PairedResult], steps: Steps
+    base: Assistant,
+    sft: Assistant,
+    prompts: PromptSet,
+    results: Sequence[PairedResult],
+    readings: Sequence[PromptAsking],
 ) -> tuple[tuple[PromptComparison, ...], Both[ReplyChecks]]:
-    """The fixed prompts answered, and the form of all replies of both models in their chat format checked."""
-    readings = [
-        Reading(base, "chat", steps("prompts: base, chat format")),
-        Reading(base, "plain", steps("prompts: base, plain text")),
-        Reading(sft, "chat", steps("prompts: SFT")),
-    ]
-    chat, plain, after = prompt_replies(readings, prompts)
+    """The fixed prompts with their replies, and the form of all replies of both models in their chat format checked."""
+    chat, plain, after = (reading.in_order() for reading in readings)
     checks = Both(
         check_all_replies(base, chat, [r.chat for r in results]),
         check_all_replies(sft, after, [r.sft for r in results]),

@@ -3,68 +3,72 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 from sftflow.checkpoint import Assistant
 from sftflow.comparison.prompt_results import PromptReply
 from sftflow.comparison.prompts import FixedPrompt, PromptSet
-from sftflow.evaluation.grading import whole_batches
 from sftflow.evaluation.options import PLAIN_STOPS, Arm
 from sftflow.evaluation.reply_checks import ReplyChecks
 from sftflow.foundation.errors import ContextError, SftflowError
-from sftflow.foundation.ranks import ranks, shared_out
+from sftflow.foundation.ranks import ranks
 from sftflow.generation.request import GenerationRequest, Reply
 
 PROMPT_TOKENS = 96
 
 
-@dataclass(frozen=True)
-class Reading:
-    """A model that is asked the prompts in one arm. step: told how many more replies there are."""
+class PromptAsking:
+    """A model asked the fixed prompts in one arm: an `Asker`. replies: to each prompt that is known; one that cannot be
+    asked has the reason as its text."""
 
-    assistant: Assistant
-    arm: Arm
-    step: Callable[[int], None]
+    name = "prompts"
 
-
-def prompt_replies(readings: Sequence[Reading], prompts: PromptSet) -> list[list[PromptReply]]:
-    """For each reading the reply to each fixed prompt, in order. One that cannot be asked has the reason as its text.
-
-    Whole batches of all readings are shared out over the ranks.
-    """
-    told: list[dict[int, PromptReply]] = [{} for _ in readings]
-    batches: list[tuple[int, list[int], list[GenerationRequest]]] = []
-    for number, reading in enumerate(readings):
-        requests: dict[int, GenerationRequest] = {}
-        stops = PLAIN_STOPS if reading.arm == "plain" else ()
-        for i, prompt in enumerate(prompts.prompts):
+    def __init__(self, assistant: Assistant, arm: Arm, prompts: PromptSet, progress: Callable[[int], None]) -> None:
+        """progress: told how many more replies there are."""
+        self.assistant, self.arm, self.prompts, self.progress = assistant, arm, prompts.prompts, progress
+        self.replies: dict[int, PromptReply] = {}
+        self.requests: dict[int, GenerationRequest] = {}
+        self.known = frozenset[int]()
+        self._fresh: list[tuple[int, Reply]] = []
+        for i, prompt in enumerate(self.prompts):
             try:
-                ids = _prompt_ids(reading.assistant, prompt, reading.arm)
+                ids = _prompt_ids(assistant, prompt, arm)
             except SftflowError as error:
-                told[number][i] = PromptReply(text=f"[not asked: {error.fact}]", finish_reason="error")
+                self.replies[i] = PromptReply(text=f"[not asked: {error.fact}]", finish_reason="error")
             else:
-                requests[i] = GenerationRequest(
-                    prompt_ids=ids, max_new_tokens=PROMPT_TOKENS, stop_texts=stops, use_python=reading.arm == "chat"
+                self.requests[i] = GenerationRequest(
+                    prompt_ids=ids,
+                    max_new_tokens=PROMPT_TOKENS,
+                    stop_texts=PLAIN_STOPS if arm == "plain" else (),
+                    use_python=arm == "chat",
+                    loops_at_once=True,
                 )
         if ranks().first:
-            reading.step(len(told[number]))
-        asked = list(requests)
-        for batch in whole_batches([requests[i].prompt_ids for i in asked], reading.assistant.engine):
-            which = [asked[k] for k in batch]
-            batches.append((number, which, [requests[i] for i in which]))
+            progress(len(self.replies))
 
-    def replies_of(k: int) -> list[Reply]:
-        number, _, some = batches[k]
-        return readings[number].assistant.engine.generate(some, lambda _, reply: readings[number].step(1))
+    @contextmanager
+    def taking(self) -> Iterator[Callable[[int, Reply], None]]:
+        def take(number: int, reply: Reply) -> None:
+            self._fresh.append((number, reply))
+            self.progress(1)
 
-    costs = [float(sum(len(r.prompt_ids) + r.max_new_tokens for r in some)) for _, _, some in batches]
-    for (number, which, _), replies in zip(batches, shared_out(costs, replies_of), strict=True):
-        for i, reply in zip(which, replies, strict=True):
-            text = reply.text.strip() if readings[number].arm == "plain" else reply.text
-            right = prompts.prompts[i].right(text)
-            told[number][i] = PromptReply(text=text, finish_reason=reply.finish_reason, reply=reply, right=right)
-    return [[found[i] for i in sorted(found)] for found in told]
+        yield take
+
+    def drain(self) -> list[tuple[int, Reply]]:
+        new, self._fresh = self._fresh, []
+        return new
+
+    def take_in(self, drained: Sequence[tuple[int, Reply]]) -> None:
+        for i, reply in drained:
+            text = reply.text.strip() if self.arm == "plain" else reply.text
+            right = self.prompts[i].right(text)
+            self.replies[i] = PromptReply(text=text, finish_reason=reply.finish_reason, reply=reply, right=right)
+
+    def in_order(self) -> list[PromptReply]:
+        """The reply to each prompt, once all are taken in."""
+        return [self.replies[i] for i in range(len(self.prompts))]
 
 
 def _prompt_ids(assistant: Assistant, prompt: FixedPrompt, arm: Arm) -> tuple[int, ...]:

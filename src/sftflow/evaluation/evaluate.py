@@ -18,6 +18,7 @@ from sftflow.evaluation.options import Arm, EvalTask
 from sftflow.evaluation.prompts_for import in_mode, require_askable
 from sftflow.evaluation.reply_checks import check_replies
 from sftflow.evaluation.results import EvalResult, Evaluation, ModelScores
+from sftflow.evaluation.side_by_side import Asker
 from sftflow.fingerprint import GRADED_ROWS, code_hash, format_fingerprint, items_hash, weights_hash
 from sftflow.foundation.atomic_io import write_json
 from sftflow.foundation.errors import RunError
@@ -52,8 +53,10 @@ def evaluate(
     return evaluate_together([Asked(assistant=assistant, task=task, arm=arm, model=model, progress=progress)], out)[0]
 
 
-def evaluate_together(asked: Sequence[Asked], out: Path) -> list[EvalResult]:
+def evaluate_together(asked: Sequence[Asked], out: Path, also: Sequence[Asker] = ()) -> list[EvalResult]:
     """Ask every item and grade the replies; a row a reply into `out/eval/`, as it finishes.
+
+    also: who else wants replies of these models, which are generated beside the others.
 
     Rows of an earlier run with the same provenance are taken over. Several ranks share what is left, batch by batch;
     each has all results then.   Raises RunError where a model's weights or logits are not finite, where the disk is
@@ -70,7 +73,7 @@ def evaluate_together(asked: Sequence[Asked], out: Path) -> list[EvalResult]:
             path = out / "eval" / f"{name}-{each.task.name}.jsonl"
             journal = stack.enter_context(Journal(path, provenance))
             askings.append(Asking(each.assistant, each.task, each.arm, journal, each.progress))
-        rows = ask_all(askings)
+        rows = ask_all(askings, also=also)
         for asking, graded in zip(askings, rows, strict=True):
             if asking.journal:
                 asking.journal.close(graded)

@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from sftflow.chat.thoughts import learn_thoughts, split_thoughts
+from sftflow.chat.render import Renderer
+from sftflow.chat.thoughts import ThoughtMarks, learn_thoughts, split_thoughts
 from sftflow.checkpoint import Assistant
 from sftflow.evaluation.journal import EvalRow, Journal, Key, key_of
 from sftflow.evaluation.options import Arm, EvalTask
 from sftflow.evaluation.prompts_for import ItemPrompt, letter_scores, prompts_for
-from sftflow.foundation.errors import ContextError, RunError
+from sftflow.evaluation.side_by_side import Asker, batches_of, cost_of, finite_logits, generate
+from sftflow.foundation.errors import ContextError
 from sftflow.foundation.ranks import cores, ranks, shared_out
 from sftflow.generation.engine import Engine
 from sftflow.generation.request import GenerationRequest, Reply
@@ -38,27 +40,22 @@ class Question:
         return int.from_bytes(hashlib.sha256(f"{self.item.id}:{self.sample}".encode()).digest()[:8], "little")
 
 
-Asked = Sequence[Question]
 Grade = Callable[[Question, Reply | None], None]
 
 
-def whole_batches(prompts: Sequence[Sequence[int]], engine: Engine, *, by_beginning: bool = False) -> list[list[int]]:
-    """Numbers of prompts in even batches that stay whole, whoever computes them: those of similar lengths together, the
-    longest first; or those that begin alike.
-
-    What runs side by side decides a reply's last bits, and at a near-tie the reply. So the batches hang on the prompts
-    alone, and neither on the number of processes nor on what is known already. Each is twice as many as run at once: a
-    reply that ends makes room for another.
-    """
-    order = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]) if by_beginning else (-len(prompts[i]),))
+def whole_batches(prompts: Sequence[Sequence[int]], engine: Engine) -> list[list[int]]:
+    """Numbers of prompts that are read and not answered, in even batches that stay whole (why: `batches_of`):
+    those that begin alike together, twice as many as run at once."""
+    order = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))
     parts = -(-len(order) // (2 * engine.max_running))
     return [part.tolist() for part in np.array_split(np.array(order, int), parts)] if parts else []
 
 
 class Asking:
-    """A model asked a task's items in one arm: `rows` are those that are known, each of `batches` is still to be asked.
+    """A model asked a task's items in one arm, an `Asker` of the replies that it generates.
 
-    keys: of all replies, by item and sample in their order.   costs: of each batch, in tokens.
+    questions, keys: of all replies, by item and sample in their order.   rows: those that are known.   chosen: numbers
+    of the questions still to be answered by letter, in batches, and of those that do not fit the context.
     """
 
     def __init__(
@@ -76,69 +73,114 @@ class Asking:
         context.
         """
         self.assistant, self.task, self.arm, self.journal, self.progress = assistant, task, arm, journal, progress
+        self.name, self._fresh = task.name, list[EvalRow]()
         pairs = zip(task.items, prompts_for(assistant, task, arm), strict=True)
-        questions = [Question(item, prompt, n) for item, prompt in pairs for n in range(task.how.samples)]
-        prompts = [q.prompt for q in questions]
-        self.keys = [key_of(q.item, q.prompt.ids, q.sample) for q in questions]
+        self.questions = [Question(item, prompt, n) for item, prompt in pairs for n in range(task.how.samples)]
+        self.keys = [key_of(q.item, q.prompt.ids, q.sample) for q in self.questions]
         known = journal.rows if journal else {}
         self.rows: dict[Key, EvalRow] = {key: known[key] for key in self.keys if key in known}
+        self.known = frozenset(number for number, key in enumerate(self.keys) if key in self.rows)
         first = {key: number for number, key in reversed(list(enumerate(self.keys)))}  # of items that are the same, one
-        context = assistant.engine.context
-        fitting = [number for number in sorted(first.values()) if len(prompts[number].ids) < context]
+        context, lengths = assistant.engine.context, [len(q.prompt.ids) for q in self.questions]
+        fitting = [number for number in sorted(first.values()) if lengths[number] < context]
         if not fitting:
-            shortest = min(len(prompt.ids) for prompt in prompts)
             raise ContextError(
                 task.name,
-                f"no prompt fits a context of {context} tokens (shortest: {shortest})",
+                f"no prompt fits a context of {context} tokens (shortest: {min(lengths)})",
                 "leave the task out, or take a model with a longer context",
             )
-        whole = whole_batches([prompts[n].ids for n in fitting], assistant.engine, by_beginning=task.by_letter)
-        numbers = [[fitting[i] for i in batch] for batch in whole]
-        numbers.append([number for number in first.values() if len(prompts[number].ids) >= context])
-        asked = [[number for number in batch if self.keys[number] not in self.rows] for batch in numbers]
-        self.batches: list[Asked] = [[questions[n] for n in batch] for batch in asked if batch]
-        most = 1 if task.by_letter else task.max_new_tokens
-        self.costs = [sum(len(q.prompt.ids) + most for q in batch) for batch in self.batches]
+        self._marks = thought_marks(assistant.renderer, arm)
+        letters = [self.questions[n].prompt.ids for n in fitting if task.by_letter]
+        chosen = [[fitting[i] for i in batch] for batch in whole_batches(letters, assistant.engine)]
+        chosen.append([number for number in first.values() if lengths[number] >= context])
+        self.chosen = [new for batch in chosen if (new := [n for n in batch if n not in self.known])]
+        self.requests = {} if task.by_letter else {n: self._request(self.questions[n]) for n in fitting}
         if ranks().first:
-            progress(len(self.keys) - sum(map(len, self.batches)))
-        self._longest = max(len(prompts[number].ids) for number in fitting) + most
+            missing = sum(map(len, self.chosen)) + len(self.requests.keys() - self.known)
+            progress(len(self.keys) - missing)
 
-    def ask(self, number: int) -> list[EvalRow]:
-        """The rows of a batch. Raises RunError where the model's logits are not finite."""
-        out: list[EvalRow] = []
+    def _request(self, question: Question) -> GenerationRequest:
+        task = self.task
+        return GenerationRequest(
+            prompt_ids=question.prompt.ids,
+            max_new_tokens=task.max_new_tokens,
+            temperature=task.how.temperature,
+            seed=question.seed,
+            stop_texts=task.task.plain_stops if self.arm == "plain" else (),
+            use_python=self.arm == "chat",
+            shown=self._marks.shown(self.assistant.renderer) if self._marks else (),
+            loops_at_once=True,
+        )
 
-        def graded(row: EvalRow) -> None:
-            out.append(self.journal.add(row) if self.journal else row)
-            self.progress(1)
+    @contextmanager
+    def taking(self) -> Iterator[Callable[[int, Reply], None]]:
+        """As `Asker.taking` says: each reply is graded and booked."""
+        with _grader(self.task.task, self._keep) as grade:
 
-        assistant, context = self.assistant, self.assistant.engine.context
-        fitting = [q for q in self.batches[number] if len(q.prompt.ids) < context]
-        with _grader(self.task.task, graded) as grade:
-            for question in self.batches[number]:
-                if len(question.prompt.ids) >= context:
+            def take(number: int, reply: Reply) -> None:
+                question = self.questions[number]
+                if self.arm == "plain":
+                    reply = plain_reply(self.task.task, question.item, reply)
+                elif self._marks:
+                    begun = self._marks.begun(self.assistant.renderer.decode(question.prompt.ids[-64:]))
+                    reply = replace(reply, text=split_thoughts(self._marks, reply.text, begun)[1])
+                grade(question, reply)
+
+            yield take
+
+    def choose(self, number: int) -> None:
+        """Answer a batch of `chosen`. Raises RunError where the model's logits are not finite."""
+        asked = [self.questions[n] for n in self.chosen[number]]
+        assistant = self.assistant
+        fitting = [q for q in asked if len(q.prompt.ids) < assistant.engine.context]
+        with _grader(self.task.task, self._keep) as grade:
+            for question in asked:
+                if len(question.prompt.ids) >= assistant.engine.context:
                     grade(question, None)
-            # Found out before logits are looked at: it may try ways that give none.
-            assistant.engine.decode_mode(self._longest)
-            with finite_logits(assistant.model, f"{assistant.name}: {self.task.name}"):
-                if self.task.by_letter:
+            if fitting:
+                assistant.engine.decode_mode(max(len(q.prompt.ids) for q in fitting) + 1)
+                with finite_logits(assistant.model, f"{assistant.name}: {self.task.name}"):
                     _choose(assistant, fitting, grade)
-                else:
-                    _generate(assistant, self.task, self.arm, fitting, grade)
-        return out
+
+    def _keep(self, row: EvalRow) -> None:
+        self._fresh.append(self.journal.add(row) if self.journal else row)
+        self.progress(1)
+
+    def drain(self) -> list[EvalRow]:
+        """The rows that are new since it was last asked."""
+        new, self._fresh = self._fresh, []
+        return new
+
+    def take_in(self, drained: Sequence[EvalRow]) -> None:
+        self.rows |= {row.key: row for row in drained}
 
 
-def ask_all(askings: Sequence[Asking], agree: tuple[type[BaseException], ...] = ()) -> list[list[EvalRow]]:
-    """For each asking the rows of all its items in their order, those of an item side by side. The batches of all
-    are shared out over the ranks.
+def ask_all(
+    askings: Sequence[Asking], agree: tuple[type[BaseException], ...] = (), also: Sequence[Asker] = ()
+) -> list[list[EvalRow]]:
+    """For each asking the rows of all its items in their order, those of an item side by side. What is asked of one
+    model is asked together (`side_by_side`), and all batches are shared out over the ranks.
 
-    agree: see `shared_out`.
+    agree: see `shared_out`.   also: who else wants replies; each `take_in`s what all ranks have drained of it.
     """
-    batches = [(asking, number) for asking in askings for number in range(len(asking.batches))]
-    costs = [asking.costs[number] for asking, number in batches]
-    found = shared_out(costs, lambda i: batches[i][0].ask(batches[i][1]), agree)
-    for (asking, _), rows in zip(batches, found, strict=True):
-        asking.rows |= {row.key: row for row in rows}
-    if ranks().first and ranks().world > 1:
+    askers: list[Asker] = [*askings, *also]
+    chosen = [(asking, number) for asking in askings for number in range(len(asking.chosen))]
+    together = batches_of(askers)
+    costs = [float(sum(len(a.questions[q].prompt.ids) + 1 for q in a.chosen[n])) for a, n in chosen]
+    costs += [cost_of(batch, askers) for batch in together]
+
+    def ask(part: int) -> list[list[Any]]:
+        if part < len(chosen):
+            asking, number = chosen[part]
+            asking.choose(number)
+        else:
+            generate(together[part - len(chosen)], askers)
+        return [asker.drain() for asker in askers]
+
+    for drained in shared_out(costs, ask, agree):
+        for asker, new in zip(askers, drained, strict=True):
+            asker.take_in(new)
+    if askings and ranks().first and ranks().world > 1:
         askings[-1].progress(0)  # the others may have finished last
     return [[asking.rows[key] for key in asking.keys] for asking in askings]
 
@@ -196,33 +238,10 @@ def _row(task: Task, question: Question, reply: Reply | None) -> EvalRow:
     )
 
 
-def _generate(assistant: Assistant, task: EvalTask, arm: Arm, asked: Asked, grade: Grade) -> None:
-    renderer = assistant.renderer
+def thought_marks(renderer: Renderer, arm: Arm) -> ThoughtMarks | None:
+    """Of thoughts that stand between control tokens; those that are text a grader reads itself (`tasks.answers`)."""
     marks = learn_thoughts(renderer) if arm == "chat" else None
-    marks = marks if marks and marks.codes else None  # those that are text a grader reads itself (`tasks.answers`)
-
-    def done(number: int, reply: Reply) -> None:
-        question = asked[number]
-        if arm == "plain":
-            reply = plain_reply(task.task, question.item, reply)
-        elif marks:
-            begun = marks.begun(renderer.decode(question.prompt.ids[-64:]))
-            reply = replace(reply, text=split_thoughts(marks, reply.text, begun)[1])
-        grade(question, reply)
-
-    requests = [
-        GenerationRequest(
-            prompt_ids=question.prompt.ids,
-            max_new_tokens=task.max_new_tokens,
-            temperature=task.how.temperature,
-            seed=question.seed,
-            stop_texts=task.task.plain_stops if arm == "plain" else (),
-            use_python=arm == "chat",
-            shown=marks.shown(renderer) if marks else (),
-        )
-        for question in asked
-    ]
-    assistant.engine.generate(requests, done)
+    return marks if marks and marks.codes else None
 
 
 def plain_reply(task: Task, item: Item, reply: Reply) -> Reply:
@@ -234,7 +253,7 @@ def plain_reply(task: Task, item: Item, reply: Reply) -> Reply:
     return replace(reply, text=text)
 
 
-def _choose(assistant: Assistant, asked: Asked, grade: Grade) -> None:
+def _choose(assistant: Assistant, asked: Sequence[Question], grade: Grade) -> None:
     """Multiple choice: the item's own letter with the highest probability."""
     for number, scores in letter_scores(assistant.engine, [question.prompt for question in asked]):
         question = asked[number]
@@ -252,19 +271,3 @@ def _choose(assistant: Assistant, asked: Asked, grade: Grade) -> None:
             near_ties=(0,) if scores[best] - scores[second] < NEAR else (),
         )
         grade(question, reply)
-
-
-@contextmanager
-def finite_logits(model: Any, name: str) -> Iterator[None]:
-    """Raises RunError when the model's logits hold a NaN or +inf: its replies mean nothing then."""
-
-    def look(module: Any, given: Any, out: Any) -> None:
-        # The maximum is NaN where any of them is. -inf is allowed: some models rule ids out by it.
-        if not bool(out.logits.amax().isfinite()):
-            raise RunError(name, "the model's logits are not finite", "give another checkpoint")
-
-    hook = model.register_forward_hook(look)
-    try:
-        yield
-    finally:
-        hook.remove()

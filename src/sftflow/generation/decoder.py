@@ -15,7 +15,7 @@ very model which is right.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -115,6 +115,15 @@ class PackedDecoder:
         prefix.length += len(ids)
         prefix.last = ids[-1]
         return logits
+
+    @torch.inference_mode()
+    def follow(self, row: int, tokens: Sequence[int], take: Callable[[torch.Tensor], int]) -> None:
+        """Read tokens behind a row's own. take: given (n, vocabulary) logits after each; says how many of them stay."""
+        whole = self.cache.row(row)
+        before = whole.length
+        n = take(self.read(whole, tokens, every=True))
+        self.cache.grow(row, whole, before + n)
+        self.cache.last[row] = tokens[n - 1]
 
     @torch.inference_mode()
     def join(self, prefix: Prefix) -> None:

@@ -85,34 +85,44 @@ class Engine:
         )
 
     def scheduler(
-        self, *, shared_prefix: Sequence[int] = (), longest: int | None = None, prompt_tokens: int | None = None
+        self,
+        *,
+        shared_prefix: Sequence[int] = (),
+        longest: int | None = None,
+        prompt_tokens: int | None = None,
+        running: int | None = None,
     ) -> Scheduler:
         """Replies that run side by side, for those who submit requests while others run; to be used in a `with`.
 
-        shared_prefix, longest: see `decoder`.   prompt_tokens: see `Scheduler`.
+        shared_prefix, longest: see `decoder`.   prompt_tokens: see `Scheduler`.   running: in place of `max_running`.
         """
         return Scheduler(
             self.decoder(shared_prefix, longest),
             self.reply_decoder,
             context=self.context,
-            max_running=self.max_running,
+            max_running=running or self.max_running,
             prompt_tokens=prompt_tokens,
             tick=self.tick,
         )
 
     def generate(
-        self, requests: Sequence[GenerationRequest], done: Callable[[int, Reply], None] | None = None
+        self,
+        requests: Sequence[GenerationRequest],
+        done: Callable[[int, Reply], None] | None = None,
+        *,
+        running: int | None = None,
     ) -> list[Reply]:
         """All replies, in the order of the requests. `done(i, reply)` is told of each when it finishes.
 
+        running: so many side by side, in place of `max_running`.
         Raises ContextError where a prompt leaves no room for a token.
         """
         out: list[Reply | None] = [None] * len(requests)
         # Longest first: a lack of memory shows at once, and the last to run are short.
-        order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids))
+        order = sorted(range(len(requests)), key=lambda i: (-requests[i].max_new_tokens, -len(requests[i].prompt_ids)))
         longest = max((len(r.prompt_ids) + r.max_new_tokens for r in requests), default=0)
         shared_prefix = shared_beginning([r.prompt_ids for r in requests])
-        with self.scheduler(shared_prefix=shared_prefix, longest=longest) as scheduler:
+        with self.scheduler(shared_prefix=shared_prefix, longest=longest, running=running) as scheduler:
             for i in order:
                 scheduler.submit(requests[i])
             while scheduler.busy:

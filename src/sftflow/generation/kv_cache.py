@@ -110,6 +110,20 @@ class Cache:
             buffers[i] = old.new_zeros(rows, old.shape[1], -(-places // ROOM) * ROOM, old.shape[3])
             buffers[i][:used, :, :longest] = old[:used, :, :longest]
 
+    def row(self, row: int) -> Prefix:
+        """What a row holds."""
+        n = self.lengths[row]
+        held = {layer: [x[row, :, :n].transpose(0, 1) for x in buffers] for layer, buffers in self.layers.items()}
+        return Prefix(n, self.last[row], {layer: (k, v) for layer, (k, v) in held.items()})
+
+    def grow(self, row: int, whole: Prefix, length: int) -> None:
+        """A row gets what `whole`, which begins with what it holds, has of the places up to `length`."""
+        had = self.lengths[row]
+        for layer, states in whole.layers.items():
+            for buffer, x in zip(self.buffers(layer, states, len(self.lengths), length), states, strict=True):
+                buffer[row, :, had:length] = x[had:length].transpose(0, 1)
+        self.lengths[row] = length
+
     def new_rows(self, paths: Sequence[NDArray[np.int64]], device: Any) -> tuple[Store, list[int]]:
         """(what writes a layer's keys and values into new rows, the lengths of all rows then).
 

@@ -23,6 +23,8 @@ class GenerationRequest:
     alone, None of none.   prompt_logprobs: the same for the prompt's own tokens.
     shown: control tokens that the reply's text has nevertheless, and what stands for each (see `chat.thoughts`).
     grammar: what the reply must be a text of (`Engine.grammars`).
+    loops_at_once: where a greedy reply goes round in a loop (`loops`), its next tokens are guessed and read together.
+    It is the same reply, sooner; those beside it wait longer for their next token.
     """
 
     prompt_ids: tuple[int, ...]
@@ -42,6 +44,7 @@ class GenerationRequest:
     prompt_logprobs: int | None = None
     shown: tuple[tuple[int, str], ...] = ()
     grammar: Grammar | None = None
+    loops_at_once: bool = False
 
 
 @dataclass(frozen=True)

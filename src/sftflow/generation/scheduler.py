@@ -7,9 +7,10 @@ First come, first served. A reply that ends makes room, which the next waiting p
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -111,6 +112,7 @@ class Scheduler(AbstractContextManager["Scheduler"]):
         told = list(self._running)
         if told:
             self._choose()
+            self._read_loops()
             n = sum(not d.over for d in told)
             if n < len(told):
                 # Rows that go on stay where they are; the last ones move into the places that became free.
@@ -146,6 +148,19 @@ class Scheduler(AbstractContextManager["Scheduler"]):
         for sequence, token in zip(self._running, tokens, strict=True):
             if not sequence.over:
                 sequence.accept(token)
+
+    def _read_loops(self) -> None:
+        """Where a reply goes round in a loop: guess its next tokens, read them at once, and keep those that the model
+        would have chosen, up to its first other choice."""
+        for row, sequence in enumerate(self._running):
+            guess = sequence.guess() if isinstance(self._decoder, PackedDecoder) else []
+            if len(guess) < 2:
+                continue
+            taking = partial(_take, sequence, guess)
+            try:
+                self._packed.follow(row, [sequence.ids[-1], *guess[:-1]], taking)
+            except Exception as error:
+                sequence.error = error
 
     def _admit(self) -> list[ReplySequence]:
         """Read the prompts of waiting requests, in order. Returns those that ended over it."""
@@ -257,3 +272,19 @@ class Scheduler(AbstractContextManager["Scheduler"]):
             sequence.error = error
         self._reading = None
         return len(part)
+
+
+def _take(sequence: ReplySequence, guess: Sequence[int], logits: torch.Tensor) -> int:
+    """Accept what is likeliest after each token, as long as the next one was guessed; how many were read rightly."""
+    tokens, near = choose(logits, [sequence.sampler] * len(logits))
+    taken = 0
+    for token, guessed, tie in zip(tokens, guess, near, strict=True):
+        if sequence.forced:
+            token = sequence.forced.popleft()
+        elif tie:
+            sequence.near_ties.append(len(sequence.ids))
+        sequence.accept(token)
+        taken += 1
+        if sequence.over or token != guessed:
+            break
+    return taken

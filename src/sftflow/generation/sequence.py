@@ -17,6 +17,7 @@ from sftflow.foundation.calculator import calculate
 from sftflow.foundation.errors import GrammarError
 from sftflow.generation.constraint import Constraint
 from sftflow.generation.detokenize import Detokenizer, ReplyText, detokenize
+from sftflow.generation.loops import LoopWatch
 from sftflow.generation.request import Delta, FinishReason, GenerationRequest, Reply, TokenLogprob
 from sftflow.generation.sampling import Sampler, token_logprobs
 
@@ -136,6 +137,9 @@ class ReplySequence:
         asked = self.request
         follow = self.streamed or bool(asked.stop_texts or asked.shown)
         self._follower = self.decoder.reply_text(asked.stop_texts, asked.shown) if follow else None
+        greedy = self.sampler.greedy and not self.sampler.penalised
+        guess = asked.loops_at_once and greedy and grammar is None and asked.logprobs is None
+        self._watch = LoopWatch() if guess else None
         self._held: list[int] = []  # ids that may be the beginning of the end, which is not said
         self._text = ""  # what the follower has given
         self._n_taken = 0  # characters of it
@@ -210,6 +214,12 @@ class ReplySequence:
             self.finish = "stop"  # its end of turn would be next, and has been switched off
         elif full:
             self.finish = "length"
+        if self._watch is not None:
+            self._watch.add(token)
+
+    def guess(self) -> list[int]:
+        """The tokens that come next if it goes on in a loop; [] where it is in none, or is not to be guessed."""
+        return [] if self._watch is None or self.over else self._watch.guess(self.room - len(self.ids))
 
     def take(self) -> Delta:
         """What has come since it was last taken, at the end with the reply; unless streamed, all at the end."""

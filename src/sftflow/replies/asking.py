@@ -15,7 +15,7 @@ from typing import Any
 
 from sftflow.chat.files.names import Places
 from sftflow.chat.schema import Conversation
-from sftflow.evaluation.grading import finite_logits
+from sftflow.evaluation.side_by_side import finite_logits
 from sftflow.foundation.errors import DataError, SftflowError
 from sftflow.foundation.sequences import common_prefix
 from sftflow.generation.engine import SHARED
