@@ -17,6 +17,7 @@ from sftflow.comparison.prompts import PromptSet
 from sftflow.comparison.results import (
     Both,
     Comparison,
+    Cost,
     Forgetting,
     HeldOutComparison,
     ItemComparison,
@@ -241,6 +242,9 @@ def demo() -> Comparison:
         settings={"decoding": "greedy", "precision": "fp32", "tokens a task": {"spelling": 64, "arithmetic": 96}},
         fingerprints={"base": "a1" * 32, "sft": "b2" * 32, "code": "c3" * 32, "data": {"spelling": "d4" * 8}},
         judge=judged([p.id for p in prompts]), seconds=60.0, n_parameters=3_400_000,
+        cost=Cost(
+            replies=2475, read=153_680, generated=84_120, asking_seconds=51.0, train_seconds=140.0, of_training=0.429
+        ),
         finished=datetime(2026, 11, 23, 6, 10, tzinfo=UTC), run=run_artifacts(),
     )  # fmt: skip
 

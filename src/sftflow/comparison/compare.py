@@ -27,17 +27,21 @@ from sftflow.comparison.paired import PairedResult, check_all_replies, task_comp
 from sftflow.comparison.prompt_replies import PROMPT_TOKENS, PromptAsking, with_faults
 from sftflow.comparison.prompt_results import PromptComparison, prompt_groups, seen_counts
 from sftflow.comparison.prompts import PromptSet, load_prompts
-from sftflow.comparison.results import Both, Comparison, NotChecked, NotJudged
+from sftflow.comparison.results import Both, Comparison, Cost, NotChecked, NotJudged
 from sftflow.comparison.run_artifacts import read_run
+from sftflow.evaluation.cost import USUAL, Estimate
 from sftflow.evaluation.evaluate import Asked, evaluate_together, weights_of
+from sftflow.evaluation.journal import EvalRow
 from sftflow.evaluation.options import Arm, EvalTask, How
 from sftflow.evaluation.prompts_for import require_askable
 from sftflow.evaluation.reply_checks import ReplyChecks
-from sftflow.evaluation.results import Evaluation, ModelScores
+from sftflow.evaluation.results import EvalResult, Evaluation, ModelScores
+from sftflow.evaluation.side_by_side import running
 from sftflow.fingerprint import GRADED_ROWS, code_hash, format_fingerprint, items_hash
 from sftflow.foundation.atomic_io import write_json
 from sftflow.foundation.errors import RecipeError, SftflowError
 from sftflow.foundation.ranks import Count, ranks
+from sftflow.generation.request import Reply
 from sftflow.recipe import Compare
 
 JUDGE_KEY = "SFTFLOW_JUDGE_KEY"
@@ -94,7 +98,9 @@ def compare_models(
         ],
         out,
         also=readings,
+        tell=lambda cost: say(_told(cost, len(ways))),
     )
+    asked_for = time.perf_counter() - began
     results = [PairedResult(run, *found[3 * number :][:3]) for number, run in enumerate(runs)]
     scores = Both(ModelScores(tuple(r.better for r in results)), ModelScores(tuple(r.sft for r in results)))
     replies, checks = _prompts_and_checks(base, sft, prompts, results, readings)
@@ -106,6 +112,7 @@ def compare_models(
         seen = prompts_seen(prompts.prompts, sft, run_directory)
         if not isinstance(seen, NotChecked):
             replies = tuple(replace(p, seen=s) for p, s in zip(replies, seen, strict=True))
+        seconds, run = round(time.perf_counter() - began, 1), read_run(run_directory)
         comparison = Comparison(
             version=version("sftflow"),
             kind=kind_of(base, sft),
@@ -122,10 +129,11 @@ def compare_models(
             settings=_settings(sft, runs),
             fingerprints=_fingerprints(base, sft, runs),
             judge=_judged(replies, is_tuned(base), asked, progress),
-            seconds=round(time.perf_counter() - began, 1),
+            seconds=seconds,
+            cost=_cost(found, readings, round(asked_for, 1), seconds, run.train_seconds),
             n_parameters=sft.model.num_parameters(),
             finished=datetime.now(UTC),
-            run=read_run(run_directory),
+            run=run,
         )
         write_json(out / "compare.json", comparison.to_json())
         write_json(out / "eval.json", Evaluation({names.base: scores.base, names.sft: scores.sft}).to_json())
@@ -165,6 +173,38 @@ def _prompts_and_checks(
     return compared, checks
 
 
+def _told(cost: Estimate, arms: int) -> str:
+    """What is said before it begins."""
+    work, (usual, most) = cost.work, cost.seconds
+    if not work.replies:
+        return "comparison: every reply is known from an earlier run"
+    return (
+        f"comparison: {arms} arms, {work.replies:,} replies to come; {work.read:,} tokens to read, at most"
+        f" {work.most:,} to generate; {usual / 60:.1f} min if replies use {USUAL:.0%} of their limits, at most"
+        f" {most / 60:.1f} min, by a short probe; losses come on top"
+    )
+
+
+def _cost(
+    found: Sequence[EvalResult],
+    readings: Sequence[PromptAsking],
+    asking: float,
+    seconds: float,
+    training: float | None,
+) -> Cost:
+    """asking, seconds, training: what asking, the whole and the training took."""
+    replies: list[Reply | EvalRow] = [row for result in found for row in result.rows]
+    replies += [r.reply for reading in readings for r in reading.in_order() if r.reply is not None]
+    return Cost(
+        replies=len(replies),
+        read=sum(r.n_prompt for r in replies if r.finish_reason != "too_long"),
+        generated=sum(r.n_generated for r in replies),
+        asking_seconds=asking,
+        train_seconds=training,
+        of_training=round(seconds / training, 3) if training else None,
+    )
+
+
 def _settings(sft: Assistant, runs: Sequence[EvalTask]) -> dict[str, Any]:
     how = runs[0].how if runs else How()
     drawn = f"tasks at temperature {how.temperature:g}, prompts greedy" if how.temperature else "greedy"
@@ -174,7 +214,7 @@ def _settings(sft: Assistant, runs: Sequence[EvalTask]) -> dict[str, Any]:
         **asked,
         "precision": sft.engine.runtime.precision,
         "device": sft.engine.runtime.device,
-        "replies side by side": sft.engine.max_running,
+        "replies side by side": running(sft.engine),
         "tokens a prompt": PROMPT_TOKENS,
         "tokens a task": {r.name: r.max_new_tokens for r in runs},
         "interval": "95%, paired bootstrap, 10,000 resamples",

@@ -12,6 +12,7 @@ from sftflow.comparison.prompt_results import PromptReply
 from sftflow.comparison.prompts import FixedPrompt, PromptSet
 from sftflow.evaluation.options import PLAIN_STOPS, Arm
 from sftflow.evaluation.reply_checks import ReplyChecks
+from sftflow.evaluation.side_by_side import Work
 from sftflow.foundation.errors import ContextError, SftflowError
 from sftflow.foundation.ranks import ranks
 from sftflow.generation.request import GenerationRequest, Reply
@@ -47,6 +48,9 @@ class PromptAsking:
                 )
         if ranks().first:
             progress(len(self.replies))
+
+    def left(self) -> Work:
+        return Work.of(self.requests.values())
 
     @contextmanager
     def taking(self) -> Iterator[Callable[[int, Reply], None]]:

@@ -146,6 +146,23 @@ class Forgetting:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a comparison cost, beside the training that it is about.
+
+    replies: of both models in all arms.   read, generated: tokens of their prompts, of themselves.   asking_seconds: of
+    those that were not taken over from an earlier run.   train_seconds: of all steps; None where the run is not known.
+    of_training: the comparison's seconds over these.
+    """
+
+    replies: int
+    read: int
+    generated: int
+    asking_seconds: float
+    train_seconds: float | None
+    of_training: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class NotJudged:
     """Why the judge's verdicts are missing, in one line."""
 
@@ -179,6 +196,7 @@ class Comparison:
     fingerprints: Mapping[str, Any]
     judge: JudgeResult | NotJudged | None = field(metadata=ONLY_IF_GIVEN)
     seconds: float
+    cost: Cost
     n_parameters: int = field(metadata=NOT_IN_FILE)
     finished: datetime = field(metadata=NOT_IN_FILE)
     run: RunArtifacts = field(metadata=NOT_IN_FILE)
@@ -224,7 +242,12 @@ class Comparison:
                 f"a {self.n_parameters / 1e6:.1f}M-parameter model knows what it was taught; other questions get weak"
                 " answers (the report shows some)"
             )
-        return out
+        cost = self.cost
+        told = f"compared in {self.seconds:.0f} s: {cost.replies:,} replies, {cost.read:,} tokens read"
+        told += f", {cost.generated:,} generated"
+        if cost.of_training is not None:
+            told += f"; {cost.of_training:.2f} of the training's {cost.train_seconds:.0f} s"
+        return [*out, told]
 
     def to_json(self) -> dict[str, Any]:
         """compare.json"""

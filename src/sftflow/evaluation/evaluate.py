@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sftflow.checkpoint import Assistant, require_finite_weights
+from sftflow.evaluation.cost import Estimate, estimate
 from sftflow.evaluation.grading import Asking, ask_all
 from sftflow.evaluation.journal import EvalRow, Journal, safe_name, telling_full_disk
 from sftflow.evaluation.lm_eval_format import harness_results
@@ -53,10 +54,16 @@ def evaluate(
     return evaluate_together([Asked(assistant=assistant, task=task, arm=arm, model=model, progress=progress)], out)[0]
 
 
-def evaluate_together(asked: Sequence[Asked], out: Path, also: Sequence[Asker] = ()) -> list[EvalResult]:
+def evaluate_together(
+    asked: Sequence[Asked],
+    out: Path,
+    also: Sequence[Asker] = (),
+    tell: Callable[[Estimate], None] | None = None,
+) -> list[EvalResult]:
     """Ask every item and grade the replies; a row a reply into `out/eval/`, as it finishes.
 
-    also: who else wants replies of these models, which are generated beside the others.
+    also: who else wants replies of these models, which are generated beside the others.   tell: called before it begins
+    with what is left to ask, and what that will cost.
 
     Rows of an earlier run with the same provenance are taken over. Several ranks share what is left, batch by batch;
     each has all results then.   Raises RunError where a model's weights or logits are not finite, where the disk is
@@ -73,6 +80,8 @@ def evaluate_together(asked: Sequence[Asked], out: Path, also: Sequence[Asker] =
             path = out / "eval" / f"{name}-{each.task.name}.jsonl"
             journal = stack.enter_context(Journal(path, provenance))
             askings.append(Asking(each.assistant, each.task, each.arm, journal, each.progress))
+        if tell and ranks().first:
+            tell(estimate([*askings, *also]))
         rows = ask_all(askings, also=also)
         for asking, graded in zip(askings, rows, strict=True):
             if asking.journal:

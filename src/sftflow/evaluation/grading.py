@@ -17,7 +17,7 @@ from sftflow.checkpoint import Assistant
 from sftflow.evaluation.journal import EvalRow, Journal, Key, key_of
 from sftflow.evaluation.options import Arm, EvalTask
 from sftflow.evaluation.prompts_for import ItemPrompt, letter_scores, prompts_for
-from sftflow.evaluation.side_by_side import Asker, batches_of, cost_of, finite_logits, generate
+from sftflow.evaluation.side_by_side import Asker, Work, batches_of, cost_of, finite_logits, generate
 from sftflow.foundation.errors import ContextError
 from sftflow.foundation.ranks import cores, ranks, shared_out
 from sftflow.generation.engine import Engine
@@ -141,6 +141,14 @@ class Asking:
                 assistant.engine.decode_mode(max(len(q.prompt.ids) for q in fitting) + 1)
                 with finite_logits(assistant.model, f"{assistant.name}: {self.task.name}"):
                     _choose(assistant, fitting, grade)
+
+    def left(self) -> Work:
+        """What is not known yet; of letters nothing is generated."""
+        read = [len(self.questions[n].prompt.ids) for batch in self.chosen for n in batch]
+        unknown = (request for n, request in self.requests.items() if n not in self.known)
+        return Work(replies=len(read), read=sum(n for n in read if n < self.assistant.engine.context)) + Work.of(
+            unknown
+        )
 
     def _keep(self, row: EvalRow) -> None:
         self._fresh.append(self.journal.add(row) if self.journal else row)

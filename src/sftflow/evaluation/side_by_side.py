@@ -8,8 +8,9 @@ whatever is still to be asked of the same weights takes the free places.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sftflow.checkpoint import Assistant
@@ -23,6 +24,23 @@ more ranks can take one"""
 SMALL, MORE = 16 << 10, 4
 """bytes of keys and values a token (fp32, heads not shared) up to which so many times the usual replies run side by
 side: there a step costs little more for many than for one"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What is to be asked.   replies: how many.   read: tokens of their prompts.   most: tokens they may have."""
+
+    replies: int = 0
+    read: int = 0
+    most: int = 0
+
+    @classmethod
+    def of(cls, requests: Iterable[GenerationRequest]) -> Work:
+        each = [(len(r.prompt_ids), r.max_new_tokens) for r in requests]
+        return cls(replies=len(each), read=sum(n for n, _ in each), most=sum(n for _, n in each))
+
+    def __add__(self, other: Work) -> Work:
+        return Work(replies=self.replies + other.replies, read=self.read + other.read, most=self.most + other.most)
 
 
 class Asker(Protocol):
@@ -40,6 +58,10 @@ class Asker(Protocol):
 
     def drain(self) -> list[Any]:
         """What came of the replies since it was last asked; travels to the other ranks."""
+        ...
+
+    def left(self) -> Work:
+        """What is not known yet."""
         ...
 
     def take_in(self, drained: Any) -> None:
@@ -86,8 +108,8 @@ def _dearest_first(request: GenerationRequest) -> tuple[int, int]:
 
 def cost_of(batch: Batch, askers: Sequence[Asker]) -> float:
     """Tokens at most."""
-    requests = (askers[number].requests[i] for number, i in batch)
-    return float(sum(len(r.prompt_ids) + r.max_new_tokens for r in requests))
+    work = Work.of(askers[number].requests[i] for number, i in batch)
+    return float(work.read + work.most)
 
 
 def generate(batch: Batch, askers: Sequence[Asker]) -> None:

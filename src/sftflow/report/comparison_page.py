@@ -14,7 +14,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from sftflow.comparison.results import Comparison, TaskComparison
+from sftflow.comparison.results import Comparison, TaskComparison, fields_to_json
 from sftflow.comparison.run_artifacts import RunArtifacts
 from sftflow.report import charts, line_charts, wording
 from sftflow.report.line_charts import MOST_LINES, Points
@@ -74,6 +74,7 @@ def _values(comparison: Comparison) -> dict[str, Any]:
     return {
         "c": comparison,
         "names": names,
+        "cost": fields_to_json(comparison.cost),
         "wording": wording,
         "charts": charts,
         "item_entries": item_entries,
