@@ -17,6 +17,7 @@ from sftflow.checkpoint import base_format, load_assistant
 from sftflow.comparison.compare import compare_models
 from sftflow.comparison.losses import held_out_comparison
 from sftflow.comparison.paired import change_of
+from sftflow.comparison.prompt_replies import PROMPT_TOKENS
 from sftflow.comparison.prompts import load_prompts
 from sftflow.comparison.results import to_json
 from sftflow.evaluation.evaluate import EvalDuringTraining
@@ -41,7 +42,13 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def document(run: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def said() -> list[str]:
+    """What the comparison of `document` says while it goes on."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def document(run: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory, said: list[str]) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("compared")
     own = out / "own.jsonl"
     # the first question is one that the run was trained on or held out; the second one is nobody's
@@ -55,7 +62,7 @@ def document(run: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactor
     sft = load_assistant(str(run))
     base = load_assistant(str(tiny_base), fallback=base_format(sft))
     runs = open_tasks([f"jsonl={own}", "arithmetic"], 6)
-    found = compare_models(base, sft, runs, load_prompts(str(prompts)), out, run_directory=run)
+    found = compare_models(base, sft, runs, load_prompts(str(prompts)), out, run_directory=run, say=said.append)
     assert "<h1" in comparison_page(found)
     written = json.loads((out / "compare.json").read_text(encoding="utf-8"))
     assert written == json.loads(json.dumps(found.to_json()))
@@ -72,6 +79,17 @@ def test_every_task_has_its_statistics(document: dict[str, Any]) -> None:
         assert task["verdict"] == f"cannot tell at n={task['n']}"
         assert task["base"] == max(task["base_chat"], task["base_plain"])
         assert set(task["wilson"]) == set(task["near_ties"]) == set(task["too_long"]) == {"base", "sft"}
+
+
+def test_what_it_costs_is_said_before_and_after(document: dict[str, Any], said: list[str]) -> None:
+    cost = document["cost"]
+    assert cost["replies"] == 3 * (2 + 2 + 6)  # two prompts, two jsonl items, six sums, in three arms
+    most = 3 * (2 * PROMPT_TOKENS + 2 * 256 + 6 * 64)
+    told = f"comparison: 3 arms, 30 replies to come; {cost['read']:,} tokens to read, at most {most:,} to generate; "
+    assert said[0].startswith(told) and "min" in said[0]
+    assert cost["read"] > 0 and 0 < cost["generated"] <= most
+    assert cost["asking_seconds"] <= document["seconds"]
+    assert cost["of_training"] == pytest.approx(document["seconds"] / cost["train_seconds"], rel=0.05)
 
 
 def test_the_overlap_with_the_training_rows_is_found(document: dict[str, Any]) -> None:

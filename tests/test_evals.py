@@ -88,7 +88,9 @@ def test_a_rerun_goes_on_from_finished_rows(
     asked: list[int] = []
     generate = small.generate
     monkeypatch.setattr(
-        small, "generate", lambda requests, done: asked.append(len(requests)) or generate(requests, done)
+        small,
+        "generate",
+        lambda requests, done, **more: asked.append(len(requests)) or generate(requests, done, **more),
     )
     again = evaluate(assistant, run, "chat", tmp_path)
     assert sum(asked) == 4

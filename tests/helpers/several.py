@@ -131,7 +131,9 @@ def results_in(folder: Path) -> dict[str, str]:
     """What an evaluation or a comparison has written, by file, without what it took and when; the page is drawn from
     the rest."""
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in (".lock", "report.html")]
-    times = re.compile(r'"(seconds|date|finished|total_evaluation_time_seconds)": ("[^"]*"|[0-9.]+)')
+    times = re.compile(
+        r'"(seconds|asking_seconds|of_training|date|finished|total_evaluation_time_seconds)": ("[^"]*"|[0-9.]+)'
+    )
     return {str(p.relative_to(folder)): times.sub(r'"\1": 0', p.read_text(encoding="utf-8")) for p in files}
 
 

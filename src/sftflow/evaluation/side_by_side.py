@@ -47,10 +47,17 @@ class Asker(Protocol):
     """Whoever wants replies of a model. name: in errors.   requests: all of them by its own numbers, also those whose
     replies are `known`: batches must not hang on these."""
 
-    assistant: Assistant
-    name: str
-    requests: Mapping[int, GenerationRequest]
-    known: Collection[int]
+    @property
+    def assistant(self) -> Assistant: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def requests(self) -> Mapping[int, GenerationRequest]: ...
+
+    @property
+    def known(self) -> Collection[int]: ...
 
     def taking(self) -> AbstractContextManager[Callable[[int, Reply], None]]:
         """Gives what takes a reply by its number. All are taken in when the context is left."""
