@@ -15,7 +15,7 @@ from sftflow.foundation.ranks import ranks
 from sftflow.generation.engine import Engine
 
 PROBE_TOKENS, PROBE_STEPS = 16, 3
-USUAL = 0.4
+USUAL = 0.3
 """of its limit a reply uses so much, about: a guess, told as one"""
 
 
