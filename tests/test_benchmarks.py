@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -103,3 +104,27 @@ def test_the_pages_say_what_was_measured() -> None:
             == page.count("<!-- end of figures -->")
             == len(benchmark_tables.MARKED.findall(page))
         )
+
+
+SMALLEST = {
+    "loop": "--steps 2",
+    "generate": "--clients 1 2 --single 1 --tokens 4",
+    "serve": "--clients 2 --tokens 4 --skip transformers continuous",
+    "structured": "--rows 1 --tokens 4",
+    "train": "--steps 2 --rows-per-step 4 --no-reference --only sftflow,_not_compiled",
+    "flow": "--small --set train.steps=2 --set eval.limit=2",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALLEST)
+def test_the_smallest_run_of_a_benchmark(name: str, tmp_path: Path) -> None:
+    words = [w.replace("_", " ") for w in SMALLEST[name].split()]
+    command = [sys.executable, str(FOLDER / f"{name}.py"), *words, "--rounds", "1", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=220)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (path,) = tmp_path.iterdir()
+    data = json.loads(path.read_text(encoding="utf-8"))
+    assert figures.problems(data) == [] and figures.file_name(data) == path.name
+    assert data["benchmark"] == name and any(r["way"].startswith("sftflow") for r in data["rounds"])
+    assert all(x > 0 for r in data["rounds"] for n, x in r["values"].items() if n not in ("score", "gap_p50_ms"))
