@@ -35,7 +35,7 @@ MOST_BYTES = 700_000
 def main() -> None:
     parser = argparse.ArgumentParser(description="write the text behind builtin:replay")
     parser.add_argument("--base", default="builtin:tiny", help="who writes it")
-    parser.add_argument("--documents", type=int, default=1100, help="as many, or as fit into 700 kB packed")
+    parser.add_argument("--documents", type=int, default=1300, help="as many, or as fit into 700 kB packed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=TARGET)
     args = parser.parse_args()

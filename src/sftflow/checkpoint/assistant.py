@@ -88,7 +88,12 @@ class Assistant:
 
     def plain_ids(self, text: str) -> tuple[int, ...]:
         """Plain text as the base was pretrained to read it: with the tokenizer's own BOS, without control tokens."""
-        return (*self.renderer.document_opening, *self.renderer.encode_plain(text))
+        opening = self.tokenizer("").input_ids  # BOS where the tokenizer writes one
+        if not opening and self.model.config.model_type in BEGUN_BY_BOS and self.tokenizer.bos_token_id is not None:
+            opening = [self.tokenizer.bos_token_id]
+        if opening and opening[-1] == self.tokenizer.eos_token_id != self.tokenizer.bos_token_id:
+            opening = opening[:-1]
+        return (*opening, *self.renderer.encode_plain(text))
 
 
 def grow_embeddings(model: Any, known: Collection[int], new: Collection[int]) -> int:
