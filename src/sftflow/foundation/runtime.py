@@ -54,6 +54,39 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
+class KeptMemory:
+    """Gives back what `keep_freed_memory` has kept, when it has grown.
+
+    Steps ask for blocks of other sizes each time, so what is kept falls into pieces that no block fits into, and grows
+    from step to step (from 1.4 to 3.2 GiB in 280 steps of a small model). Giving all back costs the next step a sixth
+    of its time; it is done when the process holds a quarter more than it did after the step that followed.
+    """
+
+    def __init__(self) -> None:
+        self.limit, self.settling = 0.0, 2  # the first steps ask for what stays
+
+    def after_step(self) -> None:
+        """To be called between two steps."""
+        held = resident_memory()
+        if self.settling:
+            self.settling -= 1
+            self.limit = max(self.limit, 1.25 * held)
+        elif held > self.limit:
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+            self.settling = 1
+            if trim is not None:
+                trim(0)
+
+
+def resident_memory() -> int:
+    """Bytes of memory that this process holds now; 0 where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def has_native_bf16(device: str) -> bool:
     """Whether the device multiplies bf16 matrices in hardware (a capability, never a timing)."""
     import torch

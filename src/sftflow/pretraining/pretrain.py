@@ -27,7 +27,7 @@ from sftflow.foundation.atomic_io import digest_of, sweep, write_directory, writ
 from sftflow.foundation.errors import DataError, RecipeError
 from sftflow.foundation.runtime import Runtime
 from sftflow.packing.pack import Example
-from sftflow.pretraining.loops import against_loops, continuations
+from sftflow.pretraining.loops import against_loops, continuations, escape_loops
 from sftflow.pretraining.tokenizer import train_tokenizer
 from sftflow.recipe import Schedule, Train
 from sftflow.training.batch_plan import RowPlan
@@ -63,7 +63,7 @@ class BaseSpec:
     skip: int = 0
     """tokens at the beginning of the text that are left out, because `start` has seen them"""
     against_loops: bool = False
-    """whether rows show how a loop ends, and repetitions are not learned (`against_loops`)"""
+    """whether it is trained not to fall into loops (`loops.against_loops`, `loops.escape_loops`)"""
 
     def settings(self, save_every: int) -> Train:
         """The trainer's, tuned on the base that is shipped."""
@@ -209,6 +209,8 @@ def train_base(
     run.restore()
     run.begin()
     run.train()
+    if spec.against_loops:
+        escape_loops(model, tokenizer, rows, settings, runtime, listener)
     listener.say("measuring held-out bits per byte, and how it goes on")
     measured = {name: bits_per_byte(trainer, tokenizer, documents) for name, documents in held_out.items()}
     card = {

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from sftflow.checkpoint.weights import not_finite
 from sftflow.foundation.atomic_io import NO_SPACE, reason
 from sftflow.foundation.errors import RunError
-from sftflow.foundation.runtime import Runtime, out_of_memory, peak_memory
+from sftflow.foundation.runtime import KeptMemory, Runtime, out_of_memory, peak_memory
 from sftflow.training.batch_plan import StepLog
 from sftflow.training.identity import Identity
 from sftflow.training.loggers import Logger
@@ -114,9 +114,11 @@ class TrainingRun:
         Raises Stopped after the step during which a signal came, with its state saved, and RunError where the disk or
         the memory is full, or the loss is not finite.
         """
+        kept = KeptMemory()
         try:
             with self.signals.between_steps(), self.logger:
                 for log in self.trainer:
+                    kept.after_step()
                     self.state.seconds += log.seconds
                     self.metrics.append(log.to_json() | {"memory": peak_memory(self.trainer.runtime.device)})
                     self.logger.step(log)
