@@ -167,6 +167,33 @@ def test_bf16_follows_fp32_where_plain_autocast_does_not(name: str) -> None:
     assert abs(plain / exact - 1).max() > 2 * abs(ours / exact - 1).max()
 
 
+@pytest.mark.slow
+def test_a_compiled_layer_keeps_no_product_of_gate_and_activation() -> None:
+    """Elementwise results are computed again for the backward pass: of its feed-forward's width a layer keeps two
+    tensors, what its gate and its other projection give, and not their product. Loss and gradient are the plain
+    model's."""
+
+    def first_step(compiled: bool) -> tuple[list[float], int]:
+        model = build_model(BaseSpec(params="0.1M", context=64), 320, 0)
+        asked = spec(tokens_per_step=256, compile=compiled)
+        trainer = Trainer(model, RowPlan(shared_rows(), asked), asked, FP32)
+        kept: dict[int, torch.Tensor] = {}
+
+        def note(x: torch.Tensor) -> torch.Tensor:
+            if not isinstance(x, torch.nn.Parameter):
+                kept[x.untyped_storage().data_ptr()] = x
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            log = trainer.train_step()
+        wide = sum(x.shape[-1] == model.config.intermediate_size for x in kept.values() if x.ndim)
+        return [log.loss, log.grad_norm], wide
+
+    (plain, _), (compiled, n) = first_step(False), first_step(True)
+    assert compiled == pytest.approx(plain, abs=1e-5)
+    assert n == 2 * 2
+
+
 def test_schedule() -> None:
     schedule = Schedule(kind="linear", warmup=0.2, warmdown=0.5, final=0.0)
     linear = [round(lr_factor(s, 10, schedule), 2) for s in range(10)]
