@@ -23,6 +23,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -35,8 +36,16 @@ RESULTS = Path(__file__).resolve().parent / "results"
 ROOT = RESULTS.parents[1]
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "peft", "trl", "xllamacpp", "gguf", "numpy")
 ISAS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
+# torch.compile's cache of graphs knows nothing of ATEN_CPU_CAPABILITY. Code whose loops step by 16 numbers would be
+# found again and built with vectors of 8 (half of the numbers are left out: NaN), or the other way about (it writes
+# beyond the end: "double free or corruption"). What is compiled under an imitation has a folder of its own.
 IMITATIONS = {
-    "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
+    "avx2": {
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"sftflow-compiled-avx2-{os.getuid()}"),
+    },
 }
 IMITATED = "SFTFLOW_BENCHMARK_ISA"  # set in the process that runs under an imitation, and in its children
 
