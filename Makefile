@@ -15,23 +15,27 @@ help:
 	@echo "make wheel      build the wheel, and run the README's Python lines from it in an empty environment"
 	@echo "make bench      all benchmarks at a small setting, ours beside the peers'; about a quarter of an hour"
 
+# Nothing is compiled to bytecode but what a run imports: a quarter of the work that compiling all would be.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+IMPORTED := sftflow.api, sftflow.training.run, sftflow.comparison.compare, transformers.models.llama.modeling_llama
+
 $(VENV)/.ready: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
-	touch $@
+	begun=$$(date +%s) && (test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)) && $(INSTALL) -e . && \
+	$(BIN)/python -c "import $(IMPORTED)" && echo "set-up, once: $$(($$(date +%s) - begun)) s" > $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(INSTALL) -e '.[dev]'
 	touch $@
 
 $(VENV)/.ready-notebooks: $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[notebooks]'
+	$(INSTALL) -e '.[notebooks]'
 	touch $@
 
 setup: $(VENV)/.ready-dev
 
 demo: $(VENV)/.ready
 	$(BIN)/sftflow demo --out $(OUT)
+	@cat $(VENV)/.ready
 
 # Two at a time, of one thread each.
 notebooks: $(VENV)/.ready-notebooks
@@ -43,7 +47,7 @@ test: $(VENV)/.ready-dev
 
 # With the packages whose templates are read, the clients that are put before the server, and torchao's optimizer.
 slow: $(VENV)/.ready-dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers,clients,adamw8bit]'
+	$(INSTALL) -e '.[peers,clients,adamw8bit]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist worksteal
 
 lint: $(VENV)/.ready-dev
