@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from sftflow.packing.attention import NAME, packed_attention
+from sftflow.packing.fused import fused
 
 Mode = Literal["packed", "own", "eager"]
 _ABSENT = object()
@@ -45,6 +46,7 @@ def attending(
     *,
     forwards: Iterable[tuple[torch.nn.Module, Callable[..., Any]]] = (),
     sparse_embedding: bool = False,
+    few_passes: bool = False,
 ) -> Iterator[None]:
     """While it lasts, `model` (a transformers causal LM) computes in this mode. May be nested.
 
@@ -54,6 +56,7 @@ def attending(
     forwards: layers, each with the function that computes it meanwhile.
     sparse_embedding: the gradient of the token embedding is added to its `.grad` row by row, and not as a second tensor
     of the vocabulary's size; only where that `.grad` is there already, and on a CPU.
+    few_passes: the elementwise work of blocks that are known is done as `fused` does it.
     """
     from transformers import AttentionInterface
 
@@ -62,6 +65,8 @@ def attending(
     if name == NAME and mode == "own":
         name = "sdpa" if model._supports_sdpa else "eager"
     changes: list[tuple[Any, str, Any]] = [(layer, "forward", forward) for layer, forward in forwards]
+    if few_passes:
+        changes = [*fused(model), *changes]
     embedding = model.get_input_embeddings()
     if sparse_embedding and isinstance(embedding, torch.nn.Embedding):
         weight = embedding.weight

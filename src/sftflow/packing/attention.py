@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,21 +39,6 @@ class Scoring(NamedTuple):
     window: int | None = None
     softcap: float | None = None
     dropout: float = 0.0
-
-
-def _gather(x: torch.Tensor, index: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """(slots, heads, size) -> (n * kv_heads, group * width, size), the heads that share keys side by side."""
-    n, width = index.shape
-    heads, size = x.shape[1:]
-    taken = x.reshape(len(x), -1).index_select(0, index.view(-1))
-    grouped = taken.view(n, width, kv_heads, heads // kv_heads, size).permute(0, 2, 3, 1, 4)
-    return grouped.reshape(n * kv_heads, -1, size)
-
-
-def _ungather(x: torch.Tensor, n: int, width: int, kv_heads: int) -> torch.Tensor:
-    """The way back: (n * kv_heads, group * width, size) -> (n * width, heads * size)."""
-    size = x.shape[-1]
-    return x.view(n, kv_heads, -1, width, size).permute(0, 3, 1, 2, 4).reshape(n * width, -1)
 
 
 class _Small(torch.autograd.Function):
@@ -77,59 +62,93 @@ class _Small(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.layout, ctx.how = layout, how
-        kv_heads = key.shape[1]
-        out = query.new_zeros(query.shape[0], query.shape[1] * value.shape[2])
-        for bucket in layout.buckets:
-            n, width = bucket.queries.shape
-            q = _gather(query, bucket.queries, kv_heads)
-            k, v = (_gather(x, bucket.keys, kv_heads) for x in (key, value))
+        out = _Gathered(layout, "queries", query, key.shape[1], value.shape[2])
+        keys = _Gathered(layout, "keys", key, key.shape[1])
+        for number, bucket in enumerate(layout.buckets):
+            q, k, v = out.of(query, number), keys.of(key, number), keys.of(value, number)
             weights, _ = _weights(q, k, bucket, how)
-            attended = torch.bmm(weights.to(v.dtype), v)
-            out.index_copy_(0, bucket.queries.view(-1), _ungather(attended, n, width, kv_heads))
-        return out.view(*query.shape[:2], -1)
+            out.put(number, weights.to(v.dtype), v)
+        return out.back().view(*query.shape[:2], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         query, key, value = ctx.saved_tensors
-        kv_heads, dtype = key.shape[1], query.dtype
+        kv_heads, dtype, scale = key.shape[1], query.dtype, ctx.how.scale
         grad = grads[0].to(dtype)
-        d_query = query.new_zeros(query.shape[0], query[0].numel())
-        d_key = torch.zeros(key.shape[0], key[0].numel(), device=key.device)
-        d_value = torch.zeros(value.shape[0], value[0].numel(), device=key.device)
-        for bucket in ctx.layout.buckets:
-            n, width = bucket.queries.shape
-            wide = bucket.keys.shape[1]
-            q, g = (_gather(x, bucket.queries, kv_heads) for x in (query, grad))
-            k, v = (_gather(x, bucket.keys, kv_heads) for x in (key, value))
+        d_query = _Gathered(ctx.layout, "queries", query, kv_heads)
+        d_key, d_value = (_Gathered(ctx.layout, "keys", x, kv_heads) for x in (key, value))
+        for number, bucket in enumerate(ctx.layout.buckets):
+            q, g = (d_query.of(x, number) for x in (query, grad))
+            k, v = (d_key.of(x, number) for x in (key, value))
             weights, slope = _weights(q, k, bucket, ctx.how)
             d_weights = torch.bmm(g, v.transpose(1, 2)).float()
-            mean = (weights * d_weights).sum(-1, keepdim=True)
-            d_scores = d_weights.sub_(mean).mul_(weights)
+            d_scores = torch._softmax_backward_data(d_weights, weights, -1, torch.float32)
             if slope is not None:
                 d_scores.mul_(slope)
-            d_scores = d_scores.mul_(ctx.how.scale).to(dtype)
-            d_v = torch.bmm(weights.to(dtype).transpose(1, 2), g)
-            d_k = torch.bmm(d_scores.transpose(1, 2), q)
-            d_query.index_copy_(0, bucket.queries.view(-1), _ungather(torch.bmm(d_scores, k), n, width, kv_heads))
-            for total, part in ((d_key, d_k), (d_value, d_v)):
-                total.index_add_(0, bucket.keys.view(-1), _ungather(part, n, wide, kv_heads).float())
-        shaped = (d_query.view_as(query), d_key.to(dtype).view_as(key), d_value.to(dtype).view_as(value))
+            d_scores = d_scores.to(dtype)
+            d_value.put(number, weights.to(dtype).transpose(1, 2), g)
+            d_key.put(number, d_scores.transpose(1, 2), q, scale)
+            d_query.put(number, d_scores, k, scale)
+        shaped = (d_query.back().view_as(query), d_key.back().view_as(key), d_value.back().view_as(value))
         return *shaped, None, None
+
+
+class _Gathered:
+    """What is computed of each bucket's queries or keys, bucket after bucket, on its way back into the row.
+
+    like: (slots, heads, size) what they are gathered out of; size: of what is computed, where that differs.
+    """
+
+    def __init__(
+        self, layout: Layout, of: Literal["queries", "keys"], like: torch.Tensor, kv_heads: int, size: int | None = None
+    ) -> None:
+        slots, heads = like.shape[:2]
+        self.rows, self.heads, self.kv_heads, self.dtype = layout.rows(of, slots, heads, kv_heads), heads, kv_heads, like.dtype
+        self.n = [len(getattr(bucket, of)) * kv_heads for bucket in layout.buckets]
+        sizes = [len(taken) for taken in self.rows.taken]
+        summed = torch.float32 if len(self.rows.again) else like.dtype
+        whole = like.new_empty(sum(sizes) + 1, size or like.shape[2], dtype=summed)
+        whole[-1] = 0
+        *self.parts, self.nothing = whole.split([*sizes, 1])
+        self.whole = whole
+
+    def of(self, x: torch.Tensor, number: int) -> torch.Tensor:
+        """(slots, heads, size) -> (n * kv_heads, group * width, size) of this bucket."""
+        taken = x.reshape(-1, x.shape[2]).index_select(0, self.rows.taken[number])
+        return taken.view(self.n[number], -1, x.shape[2])
+
+    def put(self, number: int, left: torch.Tensor, right: torch.Tensor, scale: float = 1.0) -> None:
+        """scale * left @ right is what this bucket has computed."""
+        out = self.parts[number].view(self.n[number], -1, right.shape[2])
+        if out.dtype == right.dtype:
+            out.baddbmm_(left, right, beta=0, alpha=scale)
+        else:
+            out.copy_(torch.bmm(left, right)).mul_(scale)
+
+    def back(self) -> torch.Tensor:
+        """(slots * heads, size) in the row's order; the sum where several hold a slot, 0 where none does."""
+        out = self.whole.index_select(0, self.rows.back)
+        if len(self.rows.again):
+            out.index_add_(0, self.rows.into, self.whole.index_select(0, self.rows.again))
+        return out.to(self.dtype)
 
 
 def _weights(
     q: torch.Tensor, k: torch.Tensor, bucket: Bucket, how: Scoring
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(n * kv_heads, group * wq, wk) attention weights in fp32, and the soft-cap's slope."""
-    scores = torch.bmm(q.float() * how.scale, k.float().transpose(1, 2))
-    slope = None
-    if how.softcap is not None:
-        scores = torch.tanh(scores / how.softcap)
-        slope = 1 - scores * scores
-        scores = scores * how.softcap
-    n, wide_q = bucket.queries.shape
-    mask = bucket.mask(how.window, scores.dtype)[:, None, None]
-    scores.view(n, -1, scores.shape[1] // wide_q, wide_q, scores.shape[2]).add_(mask)
+    mask = bucket.mask(how.window, torch.float32)[:, None, None]
+    n, wide_q, wide_k = len(bucket.queries), *mask.shape[3:]
+    scores = torch.empty(len(q), q.shape[1], wide_k)
+    spread = scores.view(n, -1, q.shape[1] // wide_q, wide_q, wide_k)
+    q, k = q.float(), k.float().transpose(1, 2)
+    if how.softcap is None:
+        spread.copy_(mask)
+        return torch.softmax(scores.baddbmm_(q, k, alpha=how.scale), -1), None
+    scores = torch.tanh_(scores.baddbmm_(q, k, beta=0, alpha=how.scale / how.softcap))
+    slope = 1 - scores * scores
+    scores.mul_(how.softcap)
+    spread.add_(mask)
     return torch.softmax(scores, -1), slope
 
 

@@ -79,7 +79,7 @@ def sees_neighbours(model: Any) -> bool:
 
     handle = model.get_input_embeddings().register_forward_hook(keep)
     try:
-        with torch.enable_grad(), attending(model, "packed"):
+        with torch.enable_grad(), attending(model, "packed", few_passes=True):
             hidden = hidden_states(model, batch, packed=True)
     finally:
         handle.remove()
@@ -119,7 +119,7 @@ def _gap(model: Any, packed: bool) -> tuple[float, float]:
         alone = {tuple(p[:-1]): own_logits(model, p[:-1]) for p in pieces}
     examples = [Example(ids=p, mask=np.ones(len(p), np.int8)) for p in pieces]
     batch = pack_batch(examples) if packed else pad_batch(examples)
-    with attending(model, "packed" if packed else "own"):
+    with attending(model, "packed" if packed else "own", few_passes=True):
         ours = logits_of(hidden_states(model, batch, packed=packed), head_of(model))
     gap = size = 0.0
     for path in batch.segments:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -57,6 +58,35 @@ class Bucket:
         return self._masks[window, dtype]
 
 
+class Rows(NamedTuple):
+    """Where the heads' vectors of a batch lie, for gathering and for the way back.
+
+    taken: of each bucket (n * kv_heads * group * width,) rows of a (slots * heads, size) tensor, the queries of heads
+    that share keys side by side; all buckets on end are the gathered rows.   back: (slots * heads,) the gathered row
+    that each came to, the number of gathered rows where to none.   again, into: the gathered rows that hold a vector
+    once more (of a shared beginning), and its row in the tensor.
+    """
+
+    taken: list[torch.Tensor]
+    back: torch.Tensor
+    again: torch.Tensor
+    into: torch.Tensor
+
+
+def rows_of(slots: Sequence[torch.Tensor], n_slots: int, heads: int, kv_heads: int) -> Rows:
+    """slots: of each bucket (n, width) the slots that are gathered, filling at the last one, which is not."""
+    head = np.arange(heads).reshape(1, kv_heads, -1, 1)
+    taken = [(s.numpy()[:, None, None] * heads + head).ravel() for s in slots]
+    every = np.concatenate(taken)
+    back = np.full(n_slots * heads, len(every))
+    given = np.flatnonzero(every < (n_slots - 1) * heads)
+    back[every[given]] = given
+    again = given[back[every[given]] != given]
+    return Rows(
+        [torch.from_numpy(t) for t in taken], *(torch.from_numpy(x) for x in (back, again, every[again]))
+    )
+
+
 @dataclass(frozen=True)
 class Layout:
     """All buckets of a batch, and for variable-length kernels: paths: the keys' slots of all conversations on end;
@@ -70,6 +100,15 @@ class Layout:
     longest_q: int
     longest_k: int
     n_computed: int
+
+    _rows: dict[Any, Rows] = field(default_factory=dict, compare=False, repr=False)
+
+    def rows(self, of: Literal["queries", "keys"], n_slots: int, heads: int, kv_heads: int) -> Rows:
+        """The rows of all buckets' queries or keys in a tensor of (n_slots * heads, size) on the CPU; made once."""
+        known = of, n_slots, heads, kv_heads
+        if known not in self._rows:
+            self._rows[known] = rows_of([getattr(b, of) for b in self.buckets], n_slots, heads, kv_heads)
+        return self._rows[known]
 
 
 def layout_of(batch: PackedBatch, device: torch.device | str = "cpu", n_shared: int = 0) -> Layout:

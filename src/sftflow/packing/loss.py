@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 
 from sftflow.foundation.runtime import Runtime
-from sftflow.packing.attending import attending
+from sftflow.packing.attending import Mode, attending
 from sftflow.packing.layout import layout_of
 from sftflow.packing.pack import PackedBatch
 from sftflow.packing.token_rows import TokenRows, is_plain, token_rows
 
 LOGITS = 1 << 24
 """logits in a chunk: large enough for efficient products, small beside weights and activations"""
-BLOCK = 1 << 19
+BLOCK = 1 << 17
 """logits in fp32 at a time, where nothing fuses the passes over them"""
 ROWS = 8192
 """rows of the head whose gradient is made at a time"""
@@ -85,26 +85,34 @@ def loss_parts(
 
     loss = logsumexp(z) - z[target],  d loss / dz = softmax(z) - onehot(target),  z = cap(scale * logits).
     weights: (n,) fp32, what each loss is multiplied by in that sum; None: 1. (Here, before the gradient is rounded.)
-    In place, a few rows at a time, so that they stay in the processor's cache.
+    In place, in the logits themselves, a few rows at a time, so that they stay in the processor's cache.
     """
     losses = torch.empty(len(targets), device=logits.device)
-    grad = None if dtype is None else torch.empty_like(logits, dtype=dtype)
+    grad = None if dtype is None else logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
     rows = max(1, BLOCK // logits.shape[1])
     for start in range(0, len(targets), rows):
-        z = logits[start : start + rows].float() * scale
+        z = logits[start : start + rows].float()
         t = targets[start : start + rows, None]
         slope = None
+        if scale != 1:
+            z.mul_(scale)
         if softcap is not None:
-            z = z.div_(softcap).tanh_()
+            z.div_(softcap).tanh_()
             slope = 1 - z * z
             z.mul_(softcap)
-        lse = torch.logsumexp(z, -1, keepdim=True)
-        losses[start : start + rows] = (lse - z.gather(1, t)).squeeze(1)
+        top, wanted = z.amax(-1, keepdim=True), z.gather(1, t)
+        total = z.sub_(top).exp_().sum(-1, keepdim=True)
+        losses[start : start + rows] = (total.log() + top - wanted).squeeze(1)
         if grad is not None:
-            z.sub_(lse).exp_().scatter_add_(1, t, torch.full_like(lse, -1.0))
+            z.div_(total).scatter_add_(1, t, torch.full_like(total, -1.0))
             if weights is not None:
                 z.mul_(weights[start : start + rows, None])
-            grad[start : start + rows] = (z if slope is None else z.mul_(slope)).mul_(scale)
+            if slope is not None:
+                z.mul_(slope)
+            if scale != 1:
+                z.mul_(scale)
+            if grad is not logits or z.dtype != logits.dtype:
+                grad[start : start + rows] = z
     return losses, grad
 
 
@@ -172,8 +180,11 @@ def chunked_cross_entropy(
                 continue
             d_hidden[start : start + chunk] = (grad @ weight).mul_(scale)
             if d_weight is not None:
-                for v in range(0, d_weight.shape[0], ROWS):  # a sum of two dtypes makes a copy of its size
-                    d_weight[v : v + ROWS].add_(grad[:, v : v + ROWS].T @ h, alpha=scale)
+                if d_weight.dtype == h.dtype:
+                    d_weight.addmm_(grad.T, h, alpha=scale)
+                else:
+                    for v in range(0, d_weight.shape[0], ROWS):  # a sum of two dtypes makes a copy of its size
+                        d_weight[v : v + ROWS].add_(grad[:, v : v + ROWS].T @ h, alpha=scale)
             if d_rows is not None and head.rows is not None:
                 d_rows.add_(grad[:, head.rows.at].T @ h, alpha=scale)
             if d_bias is not None:
@@ -238,7 +249,8 @@ def batch_loss(
     dtype = torch.bfloat16 if runtime.precision == "bf16" else None
     rows = token_rows(model.get_input_embeddings())
     forwards = [] if rows is None or not is_plain(rows) else [(rows.wrapper, rows.embed)]
-    with attending(model, "packed" if packed else "own", forwards=forwards, sparse_embedding=scale is not None):
+    mode: Mode = "packed" if packed else "own"
+    with attending(model, mode, forwards=forwards, sparse_embedding=scale is not None, few_passes=True):
         with runtime.autocast(), torch.set_grad_enabled(scale is not None):
             hidden = hidden_states(model, batch, packed=packed)
             wanted = hidden.index_select(0, torch.from_numpy(batch.label_positions).to(model.device))
