@@ -17,6 +17,7 @@ from sftflow.generation.check_decoder import find_decode_mode
 from sftflow.packing.attending import attending, own_logits
 from sftflow.packing.attention import NAME
 from sftflow.packing.check_model import check_length, prove_forward, sees_neighbours
+from sftflow.packing.fused import fused
 from sftflow.packing.loss import batch_loss
 from sftflow.packing.pack import Example, pack_batch, pad_batch
 from sftflow.recipe import Train
@@ -85,6 +86,46 @@ def test_packed_equals_unpacked(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     model.set_attn_implementation("eager")
     padded = pad_batch(supervised)
     close(model, examples, lambda: batch_loss(model, padded, FP32, packed=False, scale=1.0), wanted)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2"])
+def test_norms_and_rotary_in_few_passes_are_theirs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and every gradient, beside autograd through transformers' own in fp64; several pieces of rows."""
+    monkeypatch.setattr("sftflow.packing.fused.CHUNK", 100)
+    model = tiny(name)
+    torch.manual_seed(0)
+    by_name = {attribute: (target, ours) for target, attribute, ours in fused(model)}
+    norm, ours = by_name["forward"]
+    file, rotary = by_name["apply_rotary_pos_emb"]
+
+    def values(of: Any, inputs: list[torch.Tensor], weights: list[torch.Tensor]) -> list[torch.Tensor]:
+        inputs = [x.detach().clone().requires_grad_() for x in inputs]
+        out = of(*inputs)
+        outs = list(out) if isinstance(out, tuple) else [out]
+        steps = [torch.cos(torch.arange(x.numel())).view(x.shape).to(x.dtype) for x in outs]
+        return outs + list(torch.autograd.grad(outs, inputs + weights, steps))
+
+    norm.weight.data.normal_()
+    x = torch.randn(1, 31, len(norm.weight))
+    mine = values(ours, [x], [norm.weight])
+    theirs = values(type(norm).forward.__get__(norm.double()), [x.double()], [norm.weight])
+    q, k = torch.randn(1, 31, 4, 8).transpose(1, 2), torch.randn(1, 31, 2, 8).transpose(1, 2)
+    cos, sin = torch.randn(2, 1, 31, 8)
+    mine += values(lambda q, k: rotary(q, k, cos, sin), [q, k], [])
+    theirs += values(lambda q, k: file.apply_rotary_pos_emb(q, k, cos, sin), [q.double(), k.double()], [])
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.dtype == torch.float32 and float((a - b).detach().abs().max()) <= 1e-6 * float(b.detach().abs().max())
+
+
+def test_only_the_same_code_is_computed_in_few_passes() -> None:
+    assert len(fused(tiny("Llama"))) == 6  # two norms a layer, the last, and the rotation
+    assert not fused(tiny("NanoChat"))  # its norm has no weight, and it turns the other way round
+    model = tiny("Llama")
+    model.model.norm.forward = lambda x: x  # somebody else's
+    model.model.layers[0].compile()
+    assert not fused(model)
+    model.model.layers[0]._compiled_call_impl = None
+    assert len(fused(model)) == 5
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -103,14 +103,13 @@ class _Gathered:
         self, layout: Layout, of: Literal["queries", "keys"], like: torch.Tensor, kv_heads: int, size: int | None = None
     ) -> None:
         slots, heads = like.shape[:2]
-        self.rows, self.heads, self.kv_heads, self.dtype = layout.rows(of, slots, heads, kv_heads), heads, kv_heads, like.dtype
+        self.rows, self.dtype = layout.rows(of, slots, heads, kv_heads), like.dtype
         self.n = [len(getattr(bucket, of)) * kv_heads for bucket in layout.buckets]
         sizes = [len(taken) for taken in self.rows.taken]
         summed = torch.float32 if len(self.rows.again) else like.dtype
-        whole = like.new_empty(sum(sizes) + 1, size or like.shape[2], dtype=summed)
-        whole[-1] = 0
-        *self.parts, self.nothing = whole.split([*sizes, 1])
-        self.whole = whole
+        self.whole = like.new_empty(sum(sizes) + 1, size or like.shape[2], dtype=summed)
+        self.whole[-1] = 0
+        self.parts = self.whole[:-1].split(sizes)
 
     def of(self, x: torch.Tensor, number: int) -> torch.Tensor:
         """(slots, heads, size) -> (n * kv_heads, group * width, size) of this bucket."""
@@ -138,7 +137,7 @@ def _weights(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(n * kv_heads, group * wq, wk) attention weights in fp32, and the soft-cap's slope."""
     mask = bucket.mask(how.window, torch.float32)[:, None, None]
-    n, wide_q, wide_k = len(bucket.queries), *mask.shape[3:]
+    (n, wide_q), wide_k = bucket.queries.shape, bucket.keys.shape[1]
     scores = torch.empty(len(q), q.shape[1], wide_k)
     spread = scores.view(n, -1, q.shape[1] // wide_q, wide_q, wide_k)
     q, k = q.float(), k.float().transpose(1, 2)

@@ -1,12 +1,11 @@
-"""The elementwise work of a decoder's blocks on a CPU, in few passes over memory.
+"""Norms and rotary embedding on a CPU, in few passes over memory.
 
-Between its matrix products a block normalizes, rotates, and multiplies gate and up. By autograd each of these is five to
-ten passes over the activations, forward, and twice as many backward; a narrow model then spends as long on them as on
-the products. Here each has its backward pass in closed form, computes a few rows at a time that stay in the
-processor's cache, and keeps only what it was given.
+By autograd either is five to ten passes over the activations forward, and twice as many backward: in a narrow model
+that is much beside its matrix products. Here they have their backward pass in closed form, compute a few rows at a time
+that stay in the processor's cache, and keep no more than what they were given.
 
-It is used where a module runs the very code of the one in transformers that it stands for (most architectures carry
-copies of Llama's), in fp32, on a CPU, uncompiled; everything else computes as it did. `prove_forward` looks at both.
+They are used where a module runs the very code of the one in transformers that they stand for (most architectures have
+copies of Llama's), in fp32, on a CPU, uncompiled; everything else computes as it did.
 """
 
 from __future__ import annotations
@@ -110,16 +109,23 @@ def _rotary(plain: Any, q: torch.Tensor, k: torch.Tensor, cos: Any, sin: Any, un
     return tuple(Rotary.apply(x, c, s)[None].transpose(1, 2) for x in by_slot)
 
 
+@cache
 def _same_code(ours: Any, theirs: Any) -> bool:
-    """Whether two functions compute the same, instruction by instruction (most of transformers' are copies)."""
+    """Whether two functions compute the same, instruction by instruction (most of transformers' are copies), in all
+    that they call by name of their own file."""
     if not (isinstance(ours, FunctionType) and isinstance(theirs, FunctionType)):
-        return False
+        return ours is theirs
     a, b = ours.__code__, theirs.__code__
-    return (a.co_code, a.co_names) == (b.co_code, b.co_names) and ours.__defaults__ == theirs.__defaults__
+    numbers = [[c for c in code.co_consts if not isinstance(c, str)] for code in (a, b)]
+    if (a.co_code, a.co_names, numbers[0]) != (b.co_code, b.co_names, numbers[1]):
+        return False
+    return ours.__defaults__ == theirs.__defaults__ and all(
+        _same_code(ours.__globals__.get(name), theirs.__globals__.get(name)) for name in a.co_names
+    )
 
 
 @cache
-def _offset(owner: type) -> float | None:
+def _offset(owner: type[torch.nn.Module]) -> float | None:
     """What this class adds to the weight of its RMS norm: Llama's 0, Gemma's 1; None where it is neither of these."""
     from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -143,7 +149,7 @@ def fused(model: Any) -> list[Change]:
         if module._compiled_call_impl is not None:
             return []
         files.add(type(module).__module__)
-        offset = None if "forward" in vars(module) else _offset(type(module))
+        offset = None if "forward" in vars(module) else _offset(module.__class__)
         if offset is not None:
             changes.append((module, "forward", partial(_norm, module, module.forward, offset)))
     for file in files:

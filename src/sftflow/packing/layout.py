@@ -82,9 +82,7 @@ def rows_of(slots: Sequence[torch.Tensor], n_slots: int, heads: int, kv_heads: i
     given = np.flatnonzero(every < (n_slots - 1) * heads)
     back[every[given]] = given
     again = given[back[every[given]] != given]
-    return Rows(
-        [torch.from_numpy(t) for t in taken], *(torch.from_numpy(x) for x in (back, again, every[again]))
-    )
+    return Rows([torch.from_numpy(t) for t in taken], *(torch.from_numpy(x) for x in (back, again, every[again])))
 
 
 @dataclass(frozen=True)
