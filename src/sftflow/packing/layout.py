@@ -13,7 +13,7 @@ import torch
 from sftflow.packing.pack import PackedBatch
 
 # Conversations are gathered into rectangles of these widths, so that the same kernels and memory blocks serve again.
-WIDTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+WIDTHS = (*range(16, 128, 16), *range(128, 256, 32), 256, 320, 384, 448, 512, 640, 768, 1024)
 
 
 def width_for(n: int) -> int:
