@@ -80,16 +80,17 @@ def escape_loops(
 ) -> None:
     """A short training of `model` on ways out of its own loops, beside rows of text: ROUNDS times STEPS steps.
 
-    settings: of the training before; the rate is RATE of its.
+    settings: of the training before; the rate is RATE of its at first, and falls from round to round.
     """
     schedule = Schedule(kind="linear", warmup=0.05, warmdown=0.5)
-    keys = {"lr": RATE * settings.peak_lr, "schedule": schedule, "steps": STEPS, "compile": False}
     for number in range(ROUNDS):
         found = own_loops(model, tokenizer, rows, runtime, seed=settings.seed + number)
         if not found:
             return
         listener.say(f"ways out of its own loops: {number + 1} of {ROUNDS}")
-        round_settings = settings.model_copy(update={**keys, "seed": settings.seed + number})
+        lr = RATE * settings.peak_lr * (1 - number / ROUNDS)
+        keys = {"lr": lr, "schedule": schedule, "steps": STEPS, "compile": False, "seed": settings.seed + number}
+        round_settings = settings.model_copy(update=keys)
         for log in Trainer(model, _Mixed(rows, found, round_settings), round_settings, runtime, ["text"]):
             if log.skipped:
                 raise RunError(f"step {log.step}", "the loss is not finite", "lower the rate")
