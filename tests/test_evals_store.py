@@ -65,7 +65,9 @@ def label_positions_of(assistant: Any, patch: pytest.MonkeyPatch) -> list[int]:
     asked: list[int] = []
     generate = assistant.engine.generate
     patch.setattr(
-        assistant.engine, "generate", lambda requests, done: asked.append(len(requests)) or generate(requests, done)
+        assistant.engine,
+        "generate",
+        lambda requests, done, **more: asked.append(len(requests)) or generate(requests, done, **more),
     )
     return asked
 

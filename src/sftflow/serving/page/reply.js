@@ -14,8 +14,10 @@ function facts(reply) {
   if (reply.stopped) told.push("stopped by you");
   else if (reply.reason) told.push(ENDS[reply.reason] ?? reply.reason);
   if (reply.tokens !== undefined) told.push(`${reply.tokens} tokens`);
-  const seconds = reply.seconds - reply.first; // the first token has been waited for apart
-  if (reply.tokens > 1 && seconds > 0) told.push(`${((reply.tokens - 1) / seconds).toFixed(1)} tokens/s`);
+  // The first token has been waited for apart, unless all came at once.
+  const apart = reply.seconds > reply.first;
+  const [n, seconds] = apart ? [reply.tokens - 1, reply.seconds - reply.first] : [reply.tokens, reply.seconds];
+  if (reply.tokens > 1 && seconds > 0) told.push(`${(n / seconds).toFixed(1)} tokens/s`);
   if (reply.first !== undefined) told.push(`first after ${(reply.first * 1000).toFixed(0)} ms`);
   if (reply.seed !== undefined) told.push(`seed ${reply.seed}`);
   return told;
