@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -90,3 +92,28 @@ def test_a_gpu_that_only_emulates_bf16_computes_in_fp32(
         found.reason == {"fp32": "cuda has no native bf16 products", "bf16": "cuda multiplies bf16 natively"}[precision]
     )
     assert detect("bf16").reason == "asked for"
+
+
+KEPT = """
+import ctypes
+from sftflow.foundation.runtime import KeptMemory, keep_freed_memory, resident_memory
+c = ctypes.CDLL(None)
+c.malloc.restype, c.malloc.argtypes, c.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+keep_freed_memory()
+kept = KeptMemory()
+kept.after_step(), kept.after_step()
+blocks = [c.malloc(1 << 20) for _ in range(200)]
+for block in blocks:
+    ctypes.memset(block, 1, 1 << 20)
+for block in blocks[:-1]:  # the last one stands above them all
+    c.free(block)
+before = resident_memory()
+kept.after_step()
+print((before - resident_memory()) >> 20)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of glibc")
+def test_memory_that_was_kept_is_given_back() -> None:
+    done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, check=True)
+    assert int(done.stdout) >= 190
